@@ -1,0 +1,10 @@
+// One function for each kernel family; each adds its functions to the module.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace clafusion {
+
+void register_layer_alignment(pybind11::module_& module);
+
+}  // namespace clafusion

@@ -1,0 +1,42 @@
+// Cross-layer alignment: which unit of the deep network each unit of the shallow one matches.
+#pragma once
+
+#include <cstdint>
+
+namespace clafusion {
+
+enum class AlignmentMode : std::int32_t {
+  // Every shallow unit matches one deep unit, in order; a deep unit may stay unmatched at its skip
+  // cost (CLAFusion, arXiv 2110.15538, section 3.2):
+  //   F[k, l] = min(F[k, l-1] + skip[l], F[k-1, l-1] + C[l, k]),  F[0, 0] = 0
+  layer = 0,
+  // Consecutive deep units form segments, one for each shallow unit (arXiv 2501.00061):
+  //   F[k, l] = min(F[k, l-1], F[k-1, l-1]) + C[l, k]
+  segment = 1,
+};
+
+struct AlignmentProblem {
+  const double* cost;        // (num_deep, num_shallow), row-major; +inf forbids a pair
+  const double* skip;        // (num_deep): what leaving a deep unit unmatched costs; layer mode
+  std::int64_t num_deep;
+  std::int64_t num_shallow;
+  bool pin_first;            // deep unit 0 must match shallow unit 0
+  bool pin_last;             // the last deep unit must match the last shallow unit
+};
+
+struct AlignmentSolution {
+  std::int64_t* deep_to_shallow;  // (num_deep): the matched shallow unit, -1 for none
+  double total_cost;              // +inf when no alignment exists
+  // Where the search ended when no alignment exists: the largest number of leading shallow units
+  // that can be matched, and the largest number of leading deep units that can be used up by it.
+  std::int64_t reached_shallow;
+  std::int64_t reached_deep;
+};
+
+// Solves `count` independent problems exactly, O(num_deep * num_shallow) each. Ties are broken
+// towards the earliest deep unit. Throws std::invalid_argument when a cost is NaN or -inf or a
+// problem has no unit.
+void align_layers(const AlignmentProblem* problems, AlignmentSolution* solutions,
+                  std::int64_t count, AlignmentMode mode);
+
+}  // namespace clafusion

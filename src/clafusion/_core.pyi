@@ -1,0 +1,16 @@
+from numpy import float64, int64
+from numpy.typing import NDArray
+
+def num_threads() -> int: ...
+def set_num_threads(count: int) -> None: ...
+def align_layers(
+    costs: NDArray[float64],
+    skips: NDArray[float64],
+    shapes: NDArray[int64],
+    mode: int,
+    pin_first: bool,
+    pin_last: bool,
+    deep_to_shallow: NDArray[int64],
+    total_costs: NDArray[float64],
+    reached: NDArray[int64],
+) -> None: ...

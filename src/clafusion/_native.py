@@ -1,0 +1,55 @@
+"""The only importer of the compiled module: checks, allocates the outputs, calls.
+
+A function here takes what Python has (arrays, tensors), makes it what the kernel needs
+(dtype, contiguity), allocates every output and returns it. The kernels neither allocate
+results nor see torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clafusion import _core
+
+__all__ = ["align_layers", "num_threads", "set_num_threads"]
+
+num_threads = _core.num_threads
+set_num_threads = _core.set_num_threads
+
+_ALIGNMENT_MODES = {"layer": 0, "segment": 1}
+
+
+def align_layers(
+    costs: Sequence[NDArray[np.float64]],
+    skips: Sequence[NDArray[np.float64]],
+    *,
+    mode: str,
+    pin_first: bool,
+    pin_last: bool,
+) -> tuple[list[NDArray[np.int64]], NDArray[np.float64], NDArray[np.int64]]:
+    """Solve a ragged batch of alignment problems.
+
+    Returns one ``deep_to_shallow`` array per problem, the total costs ``(count,)`` and how far
+    each search reached ``(count, 2)`` (deep, shallow), which explains an infinite total.
+    """
+    shapes = np.array([cost.shape for cost in costs], dtype=np.int64).reshape(len(costs), 2)
+    flat_costs = np.concatenate([np.ravel(cost) for cost in costs]).astype(np.float64, copy=False)
+    flat_skips = np.concatenate(list(skips)).astype(np.float64, copy=False)
+    deep_to_shallow = np.empty(flat_skips.size, dtype=np.int64)
+    totals = np.empty(len(costs), dtype=np.float64)
+    reached = np.empty((len(costs), 2), dtype=np.int64)
+    _core.align_layers(
+        flat_costs,
+        flat_skips,
+        shapes,
+        _ALIGNMENT_MODES[mode],
+        pin_first,
+        pin_last,
+        deep_to_shallow,
+        totals,
+        reached,
+    )
+    return np.split(deep_to_shallow, np.cumsum(shapes[:-1, 0])), totals, reached

@@ -1,0 +1,42 @@
+"""The exceptions that clafusion raises on purpose.
+
+Each message names what was found, where, and what to do about it.
+"""
+
+__all__ = [
+    "AlignmentError",
+    "ClafusionError",
+    "ConvergenceWarning",
+    "GraphVerificationError",
+    "InputError",
+    "StructureError",
+    "UnsupportedOpError",
+]
+
+
+class ClafusionError(Exception):
+    """Base of every error that clafusion raises on purpose."""
+
+
+class InputError(ClafusionError, ValueError):
+    """An argument, a file or a batch of data is not what the function needs."""
+
+
+class UnsupportedOpError(ClafusionError, NotImplementedError):
+    """The channel analysis has no rule for an operation of the model."""
+
+
+class GraphVerificationError(ClafusionError):
+    """Permuting a channel class changed the model's output: the analysis was wrong."""
+
+
+class StructureError(ClafusionError, ValueError):
+    """Two models (or two units) cannot be brought to one structure."""
+
+
+class AlignmentError(ClafusionError, ValueError):
+    """No alignment of the layers exists under the given costs and constraints."""
+
+
+class ConvergenceWarning(UserWarning):
+    """An iterative solver stopped before it reached its tolerance."""

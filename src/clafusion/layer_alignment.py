@@ -1,0 +1,320 @@
+"""Cost matrix -> which deep unit each shallow unit matches, by exact dynamic programming."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from clafusion import _native
+from clafusion.errors import AlignmentError, InputError
+
+__all__ = ["AlignmentMode", "LayerAlignment", "align_layers", "align_layers_batch"]
+
+AlignmentMode = Literal["layer", "segment", "chain", "random"]
+
+
+@dataclass(frozen=True)
+class LayerAlignment:
+    """Which units of a deep network (``m`` units) and a shallow one (``n`` units) belong together.
+
+    Attributes
+    ----------
+    deep_to_shallow
+        The shallow unit that each of the ``m`` deep units matches, -1 where it matches none.
+        In mode ``"segment"`` several consecutive deep units share one shallow unit.
+    total_cost
+        The matched pairs' costs plus the skipped units' skip costs.
+    cost, skip, mode, pin_first, pin_last
+        The problem: costs ``(m, n)``, skip costs ``(m,)`` and how it was solved.
+    """
+
+    deep_to_shallow: tuple[int, ...]
+    total_cost: float
+    cost: NDArray[np.float64]
+    skip: NDArray[np.float64]
+    mode: AlignmentMode
+    pin_first: bool
+    pin_last: bool
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """The matched pairs ``(deep, shallow)``, in order."""
+        return tuple((deep, k) for deep, k in enumerate(self.deep_to_shallow) if k >= 0)
+
+    @property
+    def unmatched(self) -> tuple[int, ...]:
+        """The deep units without a partner."""
+        return tuple(deep for deep, k in enumerate(self.deep_to_shallow) if k < 0)
+
+    @cached_property
+    def forced(self) -> bool:
+        """True where the constraints admit one alignment only, so that no cost mattered.
+
+        The feasible alignments form a lattice: there is one, exactly if the earliest and the
+        latest are the same.
+        """
+        earliest, latest = (
+            _solve(
+                [np.where(np.isfinite(self.cost), order[:, None], np.inf)],
+                [np.where(np.isfinite(self.skip), 0.0, np.inf)],
+                "segment" if self.mode == "segment" else "layer",
+                self.pin_first,
+                self.pin_last,
+            )[0][0]
+            for order in (np.arange(len(self.cost)), -np.arange(len(self.cost)))
+        )
+        return bool(np.array_equal(earliest, latest))
+
+
+def align_layers(
+    cost: ArrayLike,
+    *,
+    skip: ArrayLike | None = None,
+    mode: AlignmentMode = "layer",
+    pin_first: bool = False,
+    pin_last: bool = False,
+    seed: int = 0,
+) -> LayerAlignment:
+    r"""Match every unit of a shallow network with units of a deep one, in order, at least cost.
+
+    With ``F[0, 0] = 0``, over the first ``k`` shallow and ``l`` deep units, mode ``"layer"``
+    (CLAFusion, arXiv 2110.15538, section 3.2) solves
+
+    .. math:: F[k, l] = \min(F[k, l-1] + skip[l],\; F[k-1, l-1] + C[l, k])
+
+    and mode ``"segment"`` (arXiv 2501.00061), where every deep unit belongs to a segment of
+    consecutive units that matches one shallow unit,
+
+    .. math:: F[k, l] = \min(F[k, l-1],\; F[k-1, l-1]) + C[l, k].
+
+    Mode ``"chain"`` takes the earliest feasible alignment and ``"random"`` a uniformly random
+    feasible one; both look only at which costs are finite, and serve as baselines. Ties go to
+    the earliest deep unit.
+
+    Parameters
+    ----------
+    cost
+        ``(m, n)``, deep by shallow, smaller is closer; ``inf`` forbids a pair.
+    skip
+        ``(m,)``: what leaving a deep unit unmatched costs; ``inf`` forbids it. Default 0.
+        Mode ``"segment"`` skips no unit.
+    mode
+        ``"layer"``, ``"segment"``, ``"chain"`` or ``"random"``.
+    pin_first, pin_last
+        Force the first (last) units of both networks to match each other.
+    seed
+        Seed of mode ``"random"``.
+
+    Raises
+    ------
+    InputError
+        ``cost`` or ``skip`` has a wrong shape, NaN or ``-inf``, or there are more shallow than
+        deep units.
+    AlignmentError
+        No alignment satisfies the constraints; the message names the unit that has no partner.
+    """
+    return align_layers_batch(
+        [cost],
+        skips=None if skip is None else [skip],
+        mode=mode,
+        pin_first=pin_first,
+        pin_last=pin_last,
+        seed=seed,
+    )[0]
+
+
+def align_layers_batch(
+    costs: Sequence[ArrayLike],
+    *,
+    skips: Sequence[ArrayLike] | None = None,
+    mode: AlignmentMode = "layer",
+    pin_first: bool = False,
+    pin_last: bool = False,
+    seed: int = 0,
+) -> list[LayerAlignment]:
+    """Solve many problems of :func:`align_layers`, each of its own shape, in one call.
+
+    Parameters and errors are those of :func:`align_layers`; ``costs`` and ``skips`` hold one
+    array per problem.
+    """
+    if mode not in get_args(AlignmentMode):
+        raise InputError(f"mode must be one of {get_args(AlignmentMode)}; got {mode!r}")
+    if skips is not None and len(skips) != len(costs):
+        raise InputError(f"skips must have one entry per problem: {len(costs)}, got {len(skips)}")
+    if len(costs) == 0:
+        return []
+    cost_arrays = [_checked_cost(cost, i, len(costs)) for i, cost in enumerate(costs)]
+    skip_arrays = [
+        _checked_skip(None if skips is None else skips[i], len(cost), i, len(costs))
+        for i, cost in enumerate(cost_arrays)
+    ]
+    if mode == "random":
+        rng = np.random.default_rng(seed)
+        solutions = [
+            _random_alignment(cost, skip, pin_first, pin_last, rng)
+            for cost, skip in zip(cost_arrays, skip_arrays, strict=True)
+        ]
+    elif mode == "chain":
+        earliest = [
+            np.where(np.isfinite(cost), np.arange(len(cost), dtype=np.float64)[:, None], np.inf)
+            for cost in cost_arrays
+        ]
+        free = [np.where(np.isfinite(skip), 0.0, np.inf) for skip in skip_arrays]
+        solutions = _solve(earliest, free, "layer", pin_first, pin_last)[0]
+    else:
+        solutions = _solve(cost_arrays, skip_arrays, mode, pin_first, pin_last)[0]
+    return [
+        LayerAlignment(
+            tuple(int(k) for k in deep_to_shallow),
+            _total_cost(cost, skip, deep_to_shallow),
+            cost,
+            skip,
+            mode,
+            pin_first,
+            pin_last,
+        )
+        for cost, skip, deep_to_shallow in zip(cost_arrays, skip_arrays, solutions, strict=True)
+    ]
+
+
+def _solve(
+    costs: list[NDArray[np.float64]],
+    skips: list[NDArray[np.float64]],
+    mode: str,
+    pin_first: bool,
+    pin_last: bool,
+) -> tuple[list[NDArray[np.int64]], NDArray[np.float64]]:
+    """Solve by the compiled dynamic program; raise where no alignment exists."""
+    solutions, totals, reached = _native.align_layers(
+        costs, skips, mode=mode, pin_first=pin_first, pin_last=pin_last
+    )
+    for i in np.flatnonzero(np.isinf(totals)):
+        deep, shallow = (int(count) for count in reached[i])
+        raise AlignmentError(_infeasible(costs[i], deep, shallow, int(i), len(costs)))
+    return solutions, totals
+
+
+def _total_cost(
+    cost: NDArray[np.float64], skip: NDArray[np.float64], deep_to_shallow: NDArray[np.int64]
+) -> float:
+    matched = deep_to_shallow >= 0
+    return float(cost[matched, deep_to_shallow[matched]].sum() + skip[~matched].sum())
+
+
+def _random_alignment(
+    cost: NDArray[np.float64],
+    skip: NDArray[np.float64],
+    pin_first: bool,
+    pin_last: bool,
+    rng: np.random.Generator,
+) -> NDArray[np.int64]:
+    """Draw one feasible alignment, all equally likely."""
+    allowed = np.isfinite(cost)
+    skippable = np.isfinite(skip)
+    if pin_first:
+        allowed[0, 1:] = False
+        skippable[0] = False
+    if pin_last:
+        allowed[-1, :-1] = False
+        skippable[-1] = False
+    m, n = cost.shape
+    # ways[l][k]: alignments of the first l deep with the first k shallow units. Python integers,
+    # for there are binomially many.
+    ways = [[1] + [0] * n]
+    for deep in range(m):
+        before = ways[-1]
+        ways.append(
+            [
+                before[k] * int(skippable[deep])
+                + (before[k - 1] * int(allowed[deep, k - 1]) if k else 0)
+                for k in range(n + 1)
+            ]
+        )
+    if ways[m][n] == 0:  # the exact solver explains why
+        _solve([cost], [skip], "layer", pin_first, pin_last)
+    deep_to_shallow = np.full(m, -1, dtype=np.int64)
+    k = n
+    for deep in range(m - 1, -1, -1):
+        matched = ways[deep][k - 1] * int(allowed[deep, k - 1]) if k else 0
+        if matched and rng.random() < matched / ways[deep + 1][k]:
+            k -= 1
+            deep_to_shallow[deep] = k
+    return deep_to_shallow
+
+
+def _name(argument: str, index: int, count: int) -> str:
+    return argument if count == 1 else f"{argument}s[{index}]"
+
+
+def _checked_cost(cost: ArrayLike, index: int, count: int) -> NDArray[np.float64]:
+    name = _name("cost", index, count)
+    array = _as_float64(cost, name)
+    if array.ndim != 2 or 0 in array.shape:
+        raise InputError(
+            f"{name} must be a matrix (deep units, shallow units) with at least one of each; "
+            f"got shape {array.shape}"
+        )
+    if array.shape[0] < array.shape[1]:
+        raise InputError(
+            f"{name} has {array.shape[0]} deep but {array.shape[1]} shallow units; rows are the "
+            "deep network's units, so transpose it or swap the networks"
+        )
+    return array
+
+
+def _checked_skip(
+    skip: ArrayLike | None, num_deep: int, index: int, count: int
+) -> NDArray[np.float64]:
+    if skip is None:
+        return np.zeros(num_deep)
+    name = _name("skip", index, count)
+    array = _as_float64(skip, name)
+    if array.shape != (num_deep,):
+        raise InputError(
+            f"{name} must have one entry per deep unit, shape ({num_deep},); "
+            f"got shape {array.shape}"
+        )
+    return array
+
+
+def _as_float64(values: ArrayLike, name: str) -> NDArray[np.float64]:
+    try:
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} must be an array of real numbers: {error}") from error
+    wrong = np.isnan(array) | (array == -np.inf)
+    if wrong.any():
+        position = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise InputError(
+            f"{name} holds {array[position]} at {position}; use inf to forbid, and finite "
+            "numbers elsewhere"
+        )
+    return array
+
+
+def _infeasible(
+    cost: NDArray[np.float64], reached_deep: int, reached_shallow: int, index: int, count: int
+) -> str:
+    """Say which unit stands in the way of every alignment."""
+    where = "" if count == 1 else f" in problem {index}"
+    m, n = cost.shape
+    if reached_shallow < n:
+        blocked = f"shallow unit {reached_shallow} finds no partner"
+        if reached_deep < m:
+            blocked += (
+                f" (after {reached_shallow} matched units the search ends at deep unit "
+                f"{reached_deep}, which can neither match it nor be skipped)"
+            )
+        else:
+            blocked += " among the deep units that are left"
+    else:
+        blocked = f"deep unit {reached_deep} can neither be matched nor skipped"
+    return (
+        f"no alignment exists{where}: {blocked}. Allow more pairs (finite costs) or skips, or "
+        "release the pins"
+    )

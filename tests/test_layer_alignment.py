@@ -1,0 +1,139 @@
+"""The alignment of layers against brute force, and its refusals."""
+
+from itertools import combinations, pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clafusion import AlignmentError, InputError, align_layers, align_layers_batch
+
+
+def brute_force_ref(cost, skip, pin_first=False, pin_last=False):
+    """Every increasing choice of deep units, in the order that breaks ties to the earliest."""
+    m, n = cost.shape
+    best, best_total = None, np.inf
+    for chosen in combinations(range(m), n):
+        if pin_first and chosen[0] != 0:
+            continue
+        if pin_last and chosen[-1] != m - 1:
+            continue
+        total = sum(cost[deep, k] for k, deep in enumerate(chosen))
+        total += sum(skip[deep] for deep in range(m) if deep not in chosen)
+        if total < best_total:
+            best, best_total = chosen, total
+    return best, best_total
+
+
+def brute_force_segments_ref(cost):
+    m, n = cost.shape
+    best_total = np.inf
+    for starts in combinations(range(1, m), n - 1):
+        bounds = [0, *starts, m]
+        total = sum(cost[a:b, k].sum() for k, (a, b) in enumerate(pairwise(bounds)))
+        best_total = min(best_total, total)
+    return best_total
+
+
+@st.composite
+def problems(draw):
+    m = draw(st.integers(1, 8))
+    n = draw(st.integers(1, m))
+    entries = st.one_of(st.integers(0, 50).map(float), st.just(np.inf))
+    cost = np.array(draw(st.lists(entries, min_size=m * n, max_size=m * n))).reshape(m, n)
+    skips = st.sampled_from([0.0, 0.0, 3.0, np.inf])
+    skip = np.array(draw(st.lists(skips, min_size=m, max_size=m)))
+    return cost, skip, draw(st.booleans()), draw(st.booleans())
+
+
+@given(problems())
+def test_equals_brute_force_up_to_8_by_8(problem):
+    cost, skip, pin_first, pin_last = problem
+    _, total = brute_force_ref(cost, skip, pin_first, pin_last)
+    arguments = {"skip": skip, "pin_first": pin_first, "pin_last": pin_last}
+    if np.isinf(total):
+        with pytest.raises(AlignmentError, match="no alignment exists"):
+            align_layers(cost, **arguments)
+    else:
+        found = align_layers(cost, **arguments)
+        assert found.total_cost == pytest.approx(total)
+        assert [k for _, k in found.pairs] == list(range(cost.shape[1]))
+
+
+@given(st.integers(1, 8), st.data())
+def test_segments_equal_brute_force(m, data):
+    n = data.draw(st.integers(1, m))
+    cost = np.random.default_rng(data.draw(st.integers(0, 9999))).random((m, n))
+    found = align_layers(cost, mode="segment")
+    assert found.total_cost == pytest.approx(brute_force_segments_ref(cost))
+    assert found.deep_to_shallow[0] == 0
+    assert set(np.diff(found.deep_to_shallow)) <= {0, 1}
+
+
+def test_ties_go_to_the_earliest_deep_unit():
+    assert align_layers(np.zeros((5, 2))).deep_to_shallow == (0, 1, -1, -1, -1)
+
+
+def test_a_ragged_batch_equals_its_problems_one_by_one():
+    rng = np.random.default_rng(0)
+    costs = [rng.random((m, n)) for m in range(1, 12) for n in range(1, m + 1)] * 3
+    for found, cost in zip(align_layers_batch(costs), costs, strict=True):
+        assert found.deep_to_shallow == align_layers(cost).deep_to_shallow
+
+
+def test_forced_tells_whether_the_costs_mattered():
+    cost = np.random.default_rng(0).random((4, 3))
+    assert not align_layers(cost).forced
+    assert align_layers(cost, skip=[np.inf, 0.0, np.inf, np.inf]).forced
+    assert align_layers(cost[:3]).forced
+    assert not align_layers(cost, mode="segment").forced
+
+
+def test_chain_is_the_earliest_feasible_alignment():
+    cost = np.array([[np.inf, 9.0], [9.0, np.inf], [0.0, 0.0], [0.0, 9.0]])
+    assert align_layers(cost, mode="chain").deep_to_shallow == (-1, 0, 1, -1)
+
+
+def test_random_draws_every_feasible_alignment_equally_often():
+    cost = np.ones((5, 3))
+    drawn = [align_layers(cost, mode="random", seed=s).deep_to_shallow for s in range(2000)]
+    counts = [drawn.count(one) for one in set(drawn)]
+    assert len(counts) == 10
+    # 200 expected each, standard deviation 13.4
+    assert min(counts) > 130
+    assert max(counts) < 270
+
+
+@pytest.mark.parametrize(
+    ("cost", "message"),
+    [
+        ([[np.nan]], r"cost holds nan at \(0, 0\)"),
+        ([[0.0, 1.0]], "1 deep but 2 shallow"),
+        ([0.0, 1.0], "must be a matrix"),
+        (np.empty((0, 0)), "must be a matrix"),
+        ([["a"]], "array of real numbers"),
+        ([[-np.inf]], r"cost holds -inf at \(0, 0\)"),
+    ],
+)
+def test_bad_costs_are_refused_by_name(cost, message):
+    with pytest.raises(InputError, match=message):
+        align_layers(cost)
+
+
+def test_bad_skips_and_modes_are_refused_by_name():
+    with pytest.raises(InputError, match=r"skip must have one entry per deep unit, shape \(2,\)"):
+        align_layers(np.ones((2, 1)), skip=[0.0])
+    with pytest.raises(InputError, match="mode must be one of"):
+        align_layers(np.ones((2, 1)), mode="greedy")
+    with pytest.raises(InputError, match=r"costs\[1\] holds nan"):
+        align_layers_batch([np.ones((2, 1)), [[np.nan]]])
+
+
+def test_the_error_names_the_unit_without_a_partner():
+    cost = np.ones((4, 3))
+    cost[:, 1] = np.inf
+    with pytest.raises(AlignmentError, match="shallow unit 1 finds no partner"):
+        align_layers(cost)
+    with pytest.raises(AlignmentError, match="deep unit 3 can neither be matched nor skipped"):
+        align_layers([[1.0, 1], [1, 1], [1, 1], [np.inf, np.inf]], skip=[0, 0, 0, np.inf])
