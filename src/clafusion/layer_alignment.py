@@ -55,20 +55,21 @@ class LayerAlignment:
     def forced(self) -> bool:
         """True where the constraints admit one alignment only, so that no cost mattered.
 
-        The feasible alignments form a lattice: there is one, exactly if the earliest and the
-        latest are the same.
+        The feasible alignments form a lattice: there is one, exactly if the lowest and the
+        highest are the same.
         """
-        earliest, latest = (
-            _solve(
-                [np.where(np.isfinite(self.cost), order[:, None], np.inf)],
-                [np.where(np.isfinite(self.skip), 0.0, np.inf)],
-                "segment" if self.mode == "segment" else "layer",
-                self.pin_first,
-                self.pin_last,
-            )[0][0]
-            for order in (np.arange(len(self.cost)), -np.arange(len(self.cost)))
+        deep, shallow = np.indices(self.cost.shape)
+        segments = self.mode == "segment"
+        height = np.where(np.isfinite(self.cost), shallow if segments else deep, np.inf)
+        free = np.where(np.isfinite(self.skip), 0.0, np.inf)
+        (lowest, highest), _ = _solve(
+            [height, np.where(np.isinf(height), np.inf, -height)],
+            [free, free],
+            "segment" if segments else "layer",
+            self.pin_first,
+            self.pin_last,
         )
-        return bool(np.array_equal(earliest, latest))
+        return bool(np.array_equal(lowest, highest))
 
 
 def align_layers(
