@@ -1,0 +1,284 @@
+"""The values that describe a traced model: its operations, units and channel classes.
+
+Everything here is frozen. The stages of the pipeline take these values and return new ones;
+none of them modifies a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+__all__ = [
+    "ChannelClass",
+    "ModelGraph",
+    "ParameterUse",
+    "ReadPoint",
+    "Slot",
+    "State",
+    "Unit",
+]
+
+State = Mapping[str, Tensor]
+"""Parameters and buffers by name, as in ``Module.state_dict()``."""
+
+
+@dataclass(frozen=True)
+class ParameterUse:
+    """A view of a parameter in which single axes carry channels.
+
+    ``parameter.as_strided(size, stride, offset)`` is the view. It is the whole parameter for most
+    layers, one group's rows for a grouped convolution, and the flattened elements for a parameter
+    that is added or multiplied in.
+
+    Attributes
+    ----------
+    parameter
+        Its name in the state dict.
+    role
+        Which of the operation's operands it is: ``"weight"``, ``"bias"``, ``"running_mean"``...
+    size, stride, offset
+        The view, in elements.
+    index
+        Which use of the parameter this is, in graph order.
+    """
+
+    parameter: str
+    role: str
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    index: int
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """Return the used part of ``parameter``, sharing its memory."""
+        return parameter.as_strided(
+            self.size, self.stride, parameter.storage_offset() + self.offset
+        )
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a channel class occurs: one axis of one parameter use.
+
+    Attributes
+    ----------
+    use
+        The parameter view.
+    axis
+        The axis of the view.
+    direction
+        ``"out"`` where the channels leave the parameter (rows of a weight, biases, norms),
+        ``"in"`` where they enter it (columns of a weight).
+    positions
+        ``(num_channels, repeats)``: the positions on that axis which each channel occupies.
+        ``repeats`` is 1, or for example the number of pixels of a flattened image.
+    """
+
+    use: ParameterUse
+    axis: int
+    direction: Literal["out", "in"]
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class ChannelClass:
+    """Channels that are exchangeable: permuting them in every slot leaves the model as it was.
+
+    One transport plan per class serves every slot in which it occurs, so that all writers and
+    readers of a residual stream move together.
+
+    Attributes
+    ----------
+    index
+        Position in ``ModelGraph.classes``.
+    size
+        Number of channels.
+    atoms
+        ``(size,)``: the label of each channel in the label tensors of the analysis.
+    slots
+        Every place where the class occurs, in graph order.
+    """
+
+    index: int
+    size: int
+    atoms: Tensor
+    slots: tuple[Slot, ...]
+
+    @property
+    def name(self) -> str:
+        """The parameter that first writes the class, as a readable name."""
+        return self.slots[0].use.parameter
+
+
+@dataclass(frozen=True)
+class ReadPoint:
+    """A tensor inside a unit that shows the activations of channel classes.
+
+    Attributes
+    ----------
+    post, pre
+        Names of the nodes that hold the value as the next layer reads it, and the same value
+        before its nonlinearity. Equal where there is none.
+    axis
+        The channel axis.
+    classes
+        ``(num_channels,)``: the class of each channel, -1 for a fixed channel.
+    members
+        ``(num_channels,)``: the position of each channel within its class.
+    """
+
+    post: str
+    pre: str
+    axis: int
+    classes: Tensor
+    members: Tensor
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The smallest part of a network that can be matched, inserted or removed.
+
+    A weighted layer with its norm and activation in a chain; a whole block where paths part and
+    join again (a residual block, an inception module).
+
+    Attributes
+    ----------
+    index
+        Position in ``ModelGraph.units``, in topological order.
+    name
+        Module path, as a person would call it.
+    kind
+        ``"chain"``, ``"block"`` (paths part and join) or ``"norm"`` (a norm on its own).
+    nodes
+        Names of its graph nodes, in order.
+    output
+        Name of the node that is its true output: after the residual addition and activation.
+    structure
+        What another unit must equal to be matched with this one; widths are left out.
+    parameters
+        Every parameter and buffer that it uses, in the order of its nodes and their operands.
+    read_points
+        Its tensors whose channels are read by a weighted layer of this unit.
+    insertable
+        ``"identity"`` (the weights can be made an identity), ``"zero"`` (a residual branch that
+        can be made to write zero) or None (the unit cannot be inserted).
+    last_write
+        For ``"zero"``: the parameters that, set to zero, make the branch write zero.
+    output_shape
+        Shape of the output without the batch and channel axes: the stage the unit belongs to.
+    """
+
+    index: int
+    name: str
+    kind: Literal["chain", "block", "norm"]
+    nodes: tuple[str, ...]
+    output: str
+    structure: tuple[Any, ...]
+    parameters: tuple[str, ...]
+    read_points: tuple[ReadPoint, ...]
+    insertable: Literal["identity", "zero"] | None
+    last_write: tuple[str, ...]
+    output_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """A traced model: what is computed, by which parameters, and which channels move together.
+
+    Attributes
+    ----------
+    model
+        The module that was traced, untouched.
+    module
+        The exported computation, with the parameters as its first inputs.
+    placeholders
+        For each input of ``module``: the state entry that feeds it, or None for a model input.
+    keywords
+        The names of the inputs, where the model takes them by keyword.
+    constants
+        State entries that are not in the model's state dict (lifted constants, buffers that are
+        not persistent).
+    units
+        In topological order.
+    classes
+        The channel classes with more than one channel.
+    uses
+        Every view of every parameter.
+    aliases
+        Tied state entries: other name -> the name that the graph uses.
+    static_batch
+        The batch size, where the model admits only the one it was traced with; else None.
+    """
+
+    model: nn.Module
+    module: fx.GraphModule
+    placeholders: tuple[str | None, ...]
+    keywords: tuple[str, ...]
+    constants: State
+    units: tuple[Unit, ...]
+    classes: tuple[ChannelClass, ...]
+    uses: tuple[ParameterUse, ...]
+    aliases: Mapping[str, str]
+    static_batch: int | None
+
+    @cached_property
+    def slots_by_parameter(self) -> Mapping[str, tuple[tuple[ChannelClass, Slot], ...]]:
+        """Every slot of every parameter, with its class."""
+        found: dict[str, list[tuple[ChannelClass, Slot]]] = {}
+        for channel_class in self.classes:
+            for slot in channel_class.slots:
+                found.setdefault(slot.use.parameter, []).append((channel_class, slot))
+        return {name: tuple(slots) for name, slots in found.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the model's parameters, buffers and constants, detached and contiguous."""
+        tensors: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
+        tensors.update(self.model.named_buffers(remove_duplicate=False))
+        return {
+            **self.constants,
+            **{name: value.detach().contiguous() for name, value in tensors.items()},
+        }
+
+    def run(
+        self,
+        inputs: tuple[Tensor, ...],
+        *,
+        state: State | None = None,
+        replace: Callable[[fx.Node, Any], Any] | None = None,
+    ) -> tuple[Any, ...]:
+        """Compute the model's outputs (flattened) with the weights in ``state``.
+
+        ``replace(node, value)`` is called for every node, in order, and what it returns is used
+        in the value's place: return the value itself to observe.
+        """
+        state = self.state() if state is None else state
+        feed = iter(inputs)
+        arguments = [next(feed) if name is None else state[name] for name in self.placeholders]
+        outputs = _Executor(self.module, replace).run(*arguments, enable_io_processing=False)
+        return tuple(outputs)
+
+
+class _Executor(fx.Interpreter):
+    """Run a graph node by node; values are freed after their last use."""
+
+    def __init__(
+        self, module: fx.GraphModule, replace: Callable[[fx.Node, Any], Any] | None
+    ) -> None:
+        super().__init__(module)
+        self._replace = replace
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        return value if self._replace is None or n.op == "output" else self._replace(n, value)
+
+
+def flatten_tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a nested output, in order."""
+    leaves, _ = torch.utils._pytree.tree_flatten(value)
+    yield from (leaf for leaf in leaves if isinstance(leaf, Tensor))

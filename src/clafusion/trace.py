@@ -1,0 +1,255 @@
+"""Module + example inputs -> ModelGraph. The only user of ``torch.export``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+
+from clafusion.channels import find_channels
+from clafusion.errors import InputError, UnsupportedOpError
+from clafusion.graph import ModelGraph
+from clafusion.units import find_units
+from clafusion.verification import verify_graph
+
+__all__ = ["trace"]
+
+_EXAMPLE_ROWS = 3  # enough for a batch that is not special; labels are as large as activations
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
+    *,
+    verify: bool = True,
+    seed: int = 0,
+) -> ModelGraph:
+    """Find a model's units and its channel classes, and prove the classes.
+
+    The model is exported with ``torch.export`` in eval mode; the channels that must move together
+    are found by running the graph on labels (see :mod:`clafusion.channels`). The model itself is
+    not modified.
+
+    Parameters
+    ----------
+    model
+        Any module that ``torch.export`` accepts.
+    example_inputs
+        The model's inputs: a tensor, a tuple of tensors (positional) or a mapping (keywords).
+        The first axis of each is the batch; the first three rows are used.
+    verify
+        Permute every class of a copy at random and compare outputs. Costs a few forward passes;
+        without it a mistake of the analysis would go unnoticed.
+    seed
+        Seed of those permutations.
+
+    Raises
+    ------
+    InputError
+        The model is no module, has NaN or infinite weights, or the inputs are not tensors.
+    UnsupportedOpError
+        The model cannot be exported, or the analysis has no rule for one of its operations.
+    GraphVerificationError
+        A permutation changed the output.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    _check_weights(model)
+    arguments, keywords = _example(example_inputs)
+    with _quiet_export():
+        program = _export(copy.deepcopy(model).eval(), arguments, keywords)
+    module = program.graph_module
+    _inline_subgraphs(module)
+
+    aliases = _aliases(model)
+    known = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+    placeholders: list[str | None] = []
+    constants: dict[str, Tensor] = {}
+    used = {node.name for node in module.graph.nodes if node.op == "placeholder" and node.users}
+    trainable: set[str] = set()
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            placeholders.append(None)
+            continue
+        target = str(spec.target)
+        name = aliases.get(target, target)
+        if spec.kind is InputKind.PARAMETER:
+            trainable.add(name)
+        if name not in known:
+            found = program.constants.get(target, program.state_dict.get(target))
+            if not isinstance(found, Tensor):
+                if getattr(spec.arg, "name", None) in used:
+                    raise UnsupportedOpError(
+                        f"the model uses the constant {target!r} of type {type(found).__name__}"
+                    )
+                found = torch.empty(0)
+            constants[name] = found
+        placeholders.append(name)
+
+    inputs = (*arguments, *keywords.values())
+    graph = ModelGraph(
+        model=model,
+        module=module,
+        placeholders=tuple(placeholders),
+        keywords=tuple(keywords),
+        constants=constants,
+        units=(),
+        classes=(),
+        uses=(),
+        aliases=aliases,
+        static_batch=_static_batch(module, placeholders),
+    )
+    state = graph.state()
+    with torch.no_grad():
+        channels = find_channels(module, placeholders, state, frozenset(state) - trainable, inputs)
+        units = find_units(module, placeholders, state, channels)
+    graph = ModelGraph(
+        **{**vars(graph), "units": units, "classes": channels.classes, "uses": channels.uses}
+    )
+    if verify:
+        verify_graph(graph, inputs, seed=seed)
+    return graph
+
+
+def _check_weights(model: nn.Module) -> None:
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise InputError(f"parameter {name!r} is on the meta device: load its values first")
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise InputError(
+                f"parameter {name!r} holds {bad} NaN or infinite values; the model is not usable "
+                "as it is"
+            )
+
+
+def _example(
+    example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Split example inputs into positional and keyword tensors of a few rows."""
+
+    def rows(name: str, value: Any) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise InputError(f"{name} must be a tensor; got {type(value).__name__}")
+        if value.dim() == 0 or value.size(0) == 0:
+            raise InputError(
+                f"{name} must have a batch of at least one row; got shape {tuple(value.shape)}"
+            )
+        value = value.detach()
+        # A batch of one is special to torch.export: it would fix the batch size.
+        return torch.cat([value, value]) if value.size(0) == 1 else value[:_EXAMPLE_ROWS]
+
+    if isinstance(example_inputs, Tensor):
+        return (rows("example_inputs", example_inputs),), {}
+    if isinstance(example_inputs, Mapping):
+        return (), {
+            str(key): rows(f"example_inputs[{key!r}]", value)
+            for key, value in example_inputs.items()
+        }
+    if isinstance(example_inputs, (tuple, list)) and example_inputs:
+        return tuple(rows(f"example_inputs[{i}]", v) for i, v in enumerate(example_inputs)), {}
+    raise InputError(
+        "example_inputs must be a tensor, a tuple of tensors or a mapping of names to tensors; "
+        f"got {type(example_inputs).__name__}"
+    )
+
+
+@contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Keep PyTorch's fused transformer kernels out of the graph: they hide the layers."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def _export(
+    model: nn.Module, arguments: tuple[Tensor, ...], keywords: Mapping[str, Tensor]
+) -> torch.export.ExportedProgram:
+    auto = {0: torch.export.Dim.AUTO}
+    shapes: Any = tuple(auto for _ in arguments) or dict.fromkeys(keywords, auto)
+    try:
+        return torch.export.export(
+            model, arguments, dict(keywords), dynamic_shapes=shapes, strict=False
+        )
+    except Exception as error:
+        try:  # tell a model that cannot run on these inputs from one that cannot be exported
+            with torch.no_grad():
+                model(*arguments, **keywords)
+        except Exception as cause:
+            shown = [tuple(one.shape) for one in (*arguments, *keywords.values())]
+            raise InputError(
+                f"the model does not run on the example inputs of shape {shown}: {cause}"
+            ) from cause
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UnsupportedOpError(
+            f"torch.export cannot export {type(model).__name__}: {first}. Rewrite data-dependent "
+            "control flow, or fuse the part of the model that can be exported"
+        ) from error
+
+
+def _inline_subgraphs(module: fx.GraphModule) -> None:
+    """Put the bodies of ``wrap_with_set_grad_enabled`` and the like into the graph itself."""
+    changed = False
+    for node in list(module.graph.nodes):
+        if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        if "wrap_with" not in str(node.target):
+            raise UnsupportedOpError(
+                f"operation {node.target} (node {node.name!r}) is not supported: its body depends "
+                "on values. Export the model without data-dependent control flow"
+            )
+        body_at = next(
+            i
+            for i, one in enumerate(node.args)
+            if isinstance(one, fx.Node)
+            and one.op == "get_attr"
+            and isinstance(getattr(module, str(one.target)), fx.GraphModule)
+        )
+        body = getattr(module, str(node.args[body_at].target))
+        _inline_subgraphs(body)
+        inner = [one for one in body.graph.nodes if one.op == "placeholder"]
+        mapping = dict(zip(inner, node.args[body_at + 1 :], strict=True))
+        with module.graph.inserting_before(node):
+            results = module.graph.graph_copy(body.graph, mapping)
+        for user in list(node.users):  # the body returns a tuple, its users take items
+            item = results[user.args[1]] if isinstance(results, (tuple, list)) else results
+            user.replace_all_uses_with(item)
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+        changed = True
+    if changed:
+        module.recompile()
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Return for every tied entry the name that stands for it."""
+    first: dict[int, str] = {}
+    aliases = {}
+    entries = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in entries:
+        if id(tensor) in first:
+            aliases[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+    return aliases
+
+
+def _static_batch(module: fx.GraphModule, placeholders: list[str | None]) -> int | None:
+    nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node, name in zip(nodes, placeholders, strict=True):
+        value = node.meta.get("val")
+        if name is None and isinstance(value, Tensor):
+            size = value.shape[0]
+            return size if isinstance(size, int) else None
+    return None
