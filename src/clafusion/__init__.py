@@ -1,5 +1,6 @@
 """Fuse trained PyTorch networks of different depth and width into one, without training."""
 
+from clafusion.depth import Lifting, lift
 from clafusion.errors import (
     AlignmentError,
     ClafusionError,
@@ -11,25 +12,36 @@ from clafusion.errors import (
 )
 from clafusion.graph import ChannelClass, ModelGraph, Slot, Unit
 from clafusion.layer_alignment import LayerAlignment, align_layers, align_layers_batch
+from clafusion.pipeline import AlignedPair, FusionConfig, FusionResult, align, fuse
+from clafusion.signatures import Signature, profile
 from clafusion.trace import trace
 from clafusion.verification import permute_channels, verify_graph
 
 __all__ = [
+    "AlignedPair",
     "AlignmentError",
     "ChannelClass",
     "ClafusionError",
     "ConvergenceWarning",
+    "FusionConfig",
+    "FusionResult",
     "GraphVerificationError",
     "InputError",
     "LayerAlignment",
+    "Lifting",
     "ModelGraph",
+    "Signature",
     "Slot",
     "StructureError",
     "Unit",
     "UnsupportedOpError",
+    "align",
     "align_layers",
     "align_layers_batch",
+    "fuse",
+    "lift",
     "permute_channels",
+    "profile",
     "trace",
     "verify_graph",
 ]

@@ -35,7 +35,18 @@ class StructureError(ClafusionError, ValueError):
 
 
 class AlignmentError(ClafusionError, ValueError):
-    """No alignment of the layers exists under the given costs and constraints."""
+    """No alignment of the layers exists under the given costs and constraints.
+
+    Attributes
+    ----------
+    reached_deep, reached_shallow
+        How many leading units of each network the search could use up before it was stuck.
+    """
+
+    def __init__(self, message: str, reached_deep: int = 0, reached_shallow: int = 0) -> None:
+        super().__init__(message)
+        self.reached_deep = reached_deep
+        self.reached_shallow = reached_shallow
 
 
 class ConvergenceWarning(UserWarning):

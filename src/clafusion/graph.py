@@ -19,6 +19,7 @@ __all__ = [
     "ModelGraph",
     "ParameterUse",
     "ReadPoint",
+    "Site",
     "Slot",
     "State",
     "Unit",
@@ -141,6 +142,32 @@ class ReadPoint:
 
 
 @dataclass(frozen=True)
+class Site:
+    """A layer's output whose channels can be rescaled and shifted by its own parameters.
+
+    Attributes
+    ----------
+    node
+        Name of the node that holds the output: of a BatchNorm, or of a linear or convolution
+        layer that no norm follows.
+    axis
+        The channel axis.
+    weight, bias
+        The parameters to scale along their first axis; ``bias`` is None where there is none, and
+        the channels cannot be shifted.
+    classes, members
+        As for :class:`ReadPoint`.
+    """
+
+    node: str
+    axis: int
+    weight: str
+    bias: str | None
+    classes: Tensor
+    members: Tensor
+
+
+@dataclass(frozen=True)
 class Unit:
     """The smallest part of a network that can be matched, inserted or removed.
 
@@ -165,6 +192,8 @@ class Unit:
         Every parameter and buffer that it uses, in the order of its nodes and their operands.
     read_points
         Its tensors whose channels are read by a weighted layer of this unit.
+    sites
+        Its layers whose outputs can be rescaled, in order.
     insertable
         ``"identity"`` (the weights can be made an identity), ``"zero"`` (a residual branch that
         can be made to write zero) or None (the unit cannot be inserted).
@@ -182,6 +211,7 @@ class Unit:
     structure: tuple[Any, ...]
     parameters: tuple[str, ...]
     read_points: tuple[ReadPoint, ...]
+    sites: tuple[Site, ...]
     insertable: Literal["identity", "zero"] | None
     last_write: tuple[str, ...]
     output_shape: tuple[int, ...]
@@ -199,6 +229,8 @@ class ModelGraph:
         The exported computation, with the parameters as its first inputs.
     placeholders
         For each input of ``module``: the state entry that feeds it, or None for a model input.
+    example_inputs
+        The few rows of input with which the model was traced.
     keywords
         The names of the inputs, where the model takes them by keyword.
     constants
@@ -219,6 +251,7 @@ class ModelGraph:
     model: nn.Module
     module: fx.GraphModule
     placeholders: tuple[str | None, ...]
+    example_inputs: tuple[Tensor, ...]
     keywords: tuple[str, ...]
     constants: State
     units: tuple[Unit, ...]

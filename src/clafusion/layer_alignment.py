@@ -196,7 +196,8 @@ def _solve(
     )
     for i in np.flatnonzero(np.isinf(totals)):
         deep, shallow = (int(count) for count in reached[i])
-        raise AlignmentError(_infeasible(costs[i], deep, shallow, int(i), len(costs)))
+        message = _infeasible(costs[i], deep, shallow, int(i), len(costs))
+        raise AlignmentError(message, deep, shallow)
     return solutions, totals
 
 

@@ -96,6 +96,7 @@ def trace(
         model=model,
         module=module,
         placeholders=tuple(placeholders),
+        example_inputs=inputs,
         keywords=tuple(keywords),
         constants=constants,
         units=(),

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from clafusion.channels import Channels, module_path, op_name
-from clafusion.graph import ReadPoint, State, Unit
+from clafusion.graph import ReadPoint, Site, State, Unit
 
 __all__ = ["find_units"]
 
@@ -226,6 +226,7 @@ class _Cutter:
             self._structure(draft, side),
             tuple(parameters),
             tuple(self._read_points(draft)),
+            tuple(self._sites(draft)),
             insertable,
             last_write,
             tuple(n for axis, n in enumerate(shape) if axis not in (0, channels.axis)),
@@ -324,6 +325,35 @@ class _Cutter:
             if same.axis == channels.axis and torch.equal(same.classes, channels.classes):
                 pre = before[0]
         return ReadPoint(node.name, pre.name, channels.axis, channels.classes, channels.members)
+
+    def _sites(self, draft: _Draft) -> list[Site]:
+        sites = []
+        for node in draft.nodes:
+            name = op_name(node)
+            if name not in ("batch_norm", "linear", "conv1d", "conv2d", "conv3d"):
+                continue
+            if len(node.users) == 1 and op_name(next(iter(node.users))) in _NORMS:
+                continue  # the norm undoes any change here
+            weight, bias = (self.sources.get(_bound(node).get(role)) for role in ("weight", "bias"))
+            axis = self.channels.shapes[node.name]
+            channel_axis = len(axis) - 1 if name == "linear" else 1
+            if weight is None or self.state[weight].size(0) != axis[channel_axis]:
+                continue
+            channels = self.channels.nodes[node.name]
+            if channels.free and channels.axis != channel_axis:
+                continue
+            fixed = torch.full((axis[channel_axis],), -1)
+            sites.append(
+                Site(
+                    node.name,
+                    channel_axis,
+                    weight,
+                    bias,
+                    channels.classes if channels.free else fixed,
+                    channels.members if channels.free else fixed,
+                )
+            )
+        return sites
 
     # --- insertion -----------------------------------------------------------------------------
 

@@ -1,0 +1,217 @@
+r"""Plans + weights -> the fused parameters.
+
+A plan ``T (num_source, num_target)`` moves the source's channels into the target's frame, with two
+normalisations. Going out of a class (rows of a weight, biases, norms) every target channel is an
+average of source channels, ``T_out = T / column sums``. Going into a class (columns of the next
+weight) the source's channel is an average of target channels, ``x_A ~ T_in x_B`` with
+``T_in = T / row sums``, so that the weights of duplicated channels add up. For equal widths both
+agree. With a single normalisation, a width ratio r would scale every layer by 1 / r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from clafusion.depth import Lifting, axes_of, lifted_state, uses_of
+from clafusion.errors import StructureError
+from clafusion.graph import ChannelClass, Slot
+
+__all__ = ["aligned_state", "blend", "incoming_map", "outgoing_map", "transport_vector"]
+
+
+def outgoing_map(plan: Tensor) -> Tensor:
+    """Return ``T / column sums``: each target channel as an average of source channels."""
+    sums = plan.sum(0, keepdim=True)
+    return plan / torch.where(sums > 0, sums, 1.0)
+
+
+def incoming_map(plan: Tensor) -> Tensor:
+    """Return ``T / row sums``: each source channel as an average of target channels."""
+    sums = plan.sum(1, keepdim=True)
+    return plan / torch.where(sums > 0, sums, 1.0)
+
+
+def aligned_state(lifting: Lifting, plans: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    r"""Return the lifted shallow network's parameters in the deep network's frame and widths.
+
+    For a layer from class ``i`` to class ``o``
+
+    .. math:: \tilde W_A = T_{out}[o]^\top W_A\, T_{in}[i].
+
+    Parameters inside an inserted block (origin ``"copied"``) are left out: there is nothing to
+    align.
+
+    Raises
+    ------
+    StructureError
+        Matched parameters differ in an axis that is no channel axis.
+    """
+    source = lifted_state(lifting)
+    target = lifting.deep.state()
+    return {
+        name: _transported(lifting, plans, name, source[name], tensor)
+        for name, tensor in target.items()
+        if lifting.origins[name] != "copied" and tensor.is_floating_point()
+    }
+
+
+def blend(
+    lifting: Lifting, plans: Sequence[Tensor | None], deep_weight: float
+) -> dict[str, Tensor]:
+    """Return the fused state: ``(1 - w) * aligned shallow + w * deep`` with ``w = deep_weight``.
+
+    Inside an inserted block the deep network's weights stay as they are and only the block's last
+    write is scaled by ``w``: that fuses the functions, where averaging every weight with zero
+    would shrink the block once a layer.
+    """
+    aligned = aligned_state(lifting, plans)
+    fused: dict[str, Tensor] = {}
+    for name, tensor in lifting.deep.state().items():
+        if name in aligned:
+            fused[name] = torch.lerp(aligned[name].double(), tensor.double(), deep_weight).to(
+                tensor.dtype
+            )
+        else:
+            fused[name] = tensor.clone()
+    return fused
+
+
+def transport_vector(
+    vector: Tensor,
+    plans: Sequence[Tensor | None],
+    target: tuple[Tensor, Tensor],
+    source: tuple[Tensor, Tensor],
+    classes: Sequence[int],
+) -> Tensor:
+    """Bring one number a channel from the source's frame into the target's.
+
+    Parameters
+    ----------
+    vector
+        ``(..., num_source_channels)``.
+    plans
+        For each class of the target network ``(num_source, num_target)``.
+    target, source
+        The class and the member of each channel, in the two networks.
+    classes
+        For each class of the target network that of the source network.
+    """
+    target_classes, target_members = target
+    source_classes, source_members = source
+    result = vector.new_zeros(*vector.shape[:-1], len(target_classes))
+    fixed_target = torch.nonzero(target_classes < 0).squeeze(1)
+    fixed_source = torch.nonzero(source_classes < 0).squeeze(1)
+    result[..., fixed_target] = vector[..., fixed_source]
+    for one in target_classes[target_classes >= 0].unique().tolist():
+        plan = plans[one]
+        assert plan is not None
+        into = torch.nonzero(target_classes == one).squeeze(1)
+        out_of = torch.nonzero(source_classes == classes[one]).squeeze(1)
+        by_member = vector.new_zeros(*vector.shape[:-1], plan.size(0))
+        by_member[..., source_members[out_of]] = vector[..., out_of]
+        moved = by_member @ outgoing_map(plan).to(vector)
+        result[..., into] = moved[..., target_members[into]]
+    return result
+
+
+def _transported(
+    lifting: Lifting,
+    plans: Sequence[Tensor | None],
+    name: str,
+    source: Tensor,
+    target: Tensor,
+) -> Tensor:
+    """Bring one parameter into the deep network's frame."""
+    deep = lifting.deep
+    uses = uses_of(deep, name)
+    axes = axes_of(deep, name)
+    if not axes:
+        if source.shape != target.shape:
+            raise StructureError(
+                f"parameter {name!r} has shape {tuple(target.shape)}, its partner "
+                f"{tuple(source.shape)}, and none of its axes carries channels that can differ"
+            )
+        return source.clone()
+    if lifting.origins[name] == "silent":
+        return torch.zeros_like(target)
+    result = target.clone()
+    for i, use in enumerate(uses):
+        carried = {axis: axes[place, axis] for place, axis in axes if place == i}
+        if lifting.origins[name] == "matched":
+            other_name = lifting.names[name]
+            other_use = uses_of(lifting.shallow, other_name)[i]
+            other_axes = axes_of(lifting.shallow, other_name)
+            moved = other_use.view(source)
+            slots: Mapping[int, list[tuple[ChannelClass, Slot]]] = {
+                axis: other_axes[i, axis] for axis in carried
+            }
+        else:  # an inserted identity layer: channels in the shallow network's own order
+            moved = source
+            slots = {}
+        for axis, pairs in carried.items():
+            moved = _along(
+                lifting, plans, moved, axis, use.size[axis], pairs, slots.get(axis), name
+            )
+        view = use.view(result)
+        if moved.shape != view.shape:
+            raise StructureError(
+                f"parameter {name!r} has shape {tuple(view.shape)}, its partner "
+                f"{tuple(moved.shape)} after alignment; the networks differ in more than widths"
+            )
+        view.copy_(moved)
+    return result
+
+
+def _along(
+    lifting: Lifting,
+    plans: Sequence[Tensor | None],
+    tensor: Tensor,
+    axis: int,
+    length: int,
+    pairs: Sequence[tuple[ChannelClass, Slot]],
+    source_slots: Sequence[tuple[ChannelClass, Slot]] | None,
+    name: str,
+) -> Tensor:
+    """Apply the plans of the classes on one axis, and keep its fixed positions."""
+    moved = tensor.movedim(axis, 0).double()
+    rest = moved.shape[1:]
+    result = moved.new_zeros(length, *rest)
+    used_target: list[Tensor] = []
+    used_source: list[Tensor] = []
+    for i, (channel_class, slot) in enumerate(pairs):
+        plan = plans[channel_class.index]
+        assert plan is not None, "a matched parameter carries a class without a partner"
+        if source_slots is None:
+            positions = torch.arange(plan.size(0))[:, None]
+        else:
+            positions = source_slots[i][1].positions
+        repeats = slot.positions.size(1)
+        if positions.size(1) != repeats:
+            raise StructureError(
+                f"in axis {axis} of {name!r} a channel stands for {repeats} positions, in its "
+                f"partner for {positions.size(1)}; the inputs or strides differ"
+            )
+        weights = outgoing_map(plan) if slot.direction == "out" else incoming_map(plan)
+        block = moved[positions.reshape(-1)].reshape(plan.size(0), -1)
+        result[slot.positions.reshape(-1)] = (weights.T.to(block) @ block).reshape(-1, *rest)
+        used_target.append(slot.positions.reshape(-1))
+        used_source.append(positions.reshape(-1))
+    fixed_target = _others(used_target, length)
+    fixed_source = _others(used_source, moved.size(0))
+    if len(fixed_target) != len(fixed_source):
+        raise StructureError(
+            f"axis {axis} of {name!r} has {len(fixed_target)} fixed positions, its partner "
+            f"{len(fixed_source)}; inputs, outputs or vocabularies differ"
+        )
+    result[fixed_target] = moved[fixed_source]
+    return result.movedim(0, axis).to(tensor.dtype)
+
+
+def _others(used: Sequence[Tensor], length: int) -> Tensor:
+    free = torch.ones(length, dtype=torch.bool)
+    for positions in used:
+        free[positions] = False
+    return torch.nonzero(free).squeeze(1)

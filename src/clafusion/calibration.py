@@ -1,0 +1,217 @@
+"""Restore the statistics that averaging destroys: BatchNorm reset and REPAIR.
+
+Averaging two networks' weights shrinks the variance of every layer's output, for their errors do
+not align; most of the accuracy that fusion loses is lost here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from clafusion.blending import transport_vector
+from clafusion.data import Data, batches
+from clafusion.depth import Lifting
+from clafusion.graph import ModelGraph, State
+
+__all__ = ["repair", "reset_batchnorm"]
+
+_LARGEST_FACTOR = 1e3  # a channel that is all but constant carries nothing to restore
+
+
+def reset_batchnorm(model: nn.Module, data: Data, example_inputs: tuple[Tensor, ...]) -> None:
+    """Re-estimate the running statistics of every BatchNorm, in place, from data.
+
+    The mean over all batches of each batch's mean and (unbiased) variance, as PyTorch's
+    ``momentum=None`` does. Models without BatchNorm stay as they are.
+    """
+    norms = [one for one in model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+    norms = [one for one in norms if one.running_mean is not None]
+    if not norms:
+        return
+    modes = {one: one.training for one in model.modules()}
+    momenta = [one.momentum for one in norms]
+    model.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        with torch.no_grad():
+            for inputs in batches(data, example_inputs):
+                model(*inputs)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for one, mode in modes.items():
+            one.training = mode
+
+
+@dataclass
+class _Moments:
+    """Streamed mean and standard deviation of each channel."""
+
+    count: int = 0
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))
+    squares: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """Add a batch; return its own mean and standard deviation."""
+        flat = value.movedim(axis, -1).reshape(-1, value.size(axis)).double()
+        mean = flat.mean(0)
+        squares = flat.square().mean(0)
+        self.count += len(flat)
+        self.total = self.total + mean * len(flat)
+        self.squares = self.squares + squares * len(flat)
+        return mean, _deviation(mean, squares)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        mean = self.total / self.count
+        return mean, _deviation(mean, self.squares / self.count)
+
+
+def _deviation(mean: Tensor, squares: Tensor) -> Tensor:
+    return (squares - mean.square()).clamp(min=0).sqrt()
+
+
+def repair(
+    lifting: Lifting,
+    plans: Sequence[Tensor | None],
+    fused: State,
+    data: Data,
+    *,
+    deep_weight: float,
+    device: torch.device | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> dict[str, Tensor]:
+    r"""Rescale and shift every layer's outputs to the endpoints' statistics (REPAIR).
+
+    With :math:`\mu, \sigma` a channel's mean and standard deviation over inputs and positions,
+    and ``w`` the deep network's weight, the fused network's pre-activations ``y`` become
+
+    .. math:: \frac{y - \mu_y}{\sigma_y}\,\bigl((1-w)\,\tilde\sigma_A + w\,\sigma_B\bigr)
+              + (1-w)\,\tilde\mu_A + w\,\mu_B
+
+    (Jordan et al., arXiv 2211.08403, section 4), where the tilde moves the shallow network's
+    channels into the deep one's frame. The change is folded into the layer's weights, or into
+    those of the BatchNorm that follows it, so that networks without norm layers are served as
+    well. All three networks run on every batch once; within a batch, each layer sees inputs that
+    are repaired already.
+
+    Returns
+    -------
+    dict
+        The fused state with the repaired parameters.
+    """
+    deep, shallow = lifting.deep, lifting.shallow
+    sites = {site.node: site for unit in deep.units for site in unit.sites}
+    silent = {
+        site.node
+        for unit in deep.units
+        for site in unit.sites
+        if lifting.origins[site.weight] == "silent"
+    }
+    deep_moments = {node: _Moments() for node in sites}
+    shallow_moments = {site.node: _Moments() for site in lifting.sites.values()}
+    fused_moments = {node: _Moments() for node in sites}
+    target = device or next((one.device for one in fused.values()), torch.device("cpu"))
+
+    def goal(
+        node: str,
+        of_deep: Mapping[str, tuple[Tensor, Tensor]],
+        of_shallow: Mapping[str, tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean and deviation that the fused network should have at a site."""
+        site = sites[node]
+        mean, deviation = of_deep[node]
+        if node in silent:
+            return deep_weight * mean, deep_weight * deviation
+        other = lifting.sites.get(node)
+        if other is None:
+            return mean, deviation
+        pair = torch.stack(of_shallow[other.node])
+        moved = transport_vector(
+            pair,
+            plans,
+            (site.classes, site.members),
+            (other.classes, other.members),
+            lifting.classes,
+        )
+        share = 1.0 - deep_weight
+        return share * moved[0] + deep_weight * mean, share * moved[1] + deep_weight * deviation
+
+    seen = 0
+    with torch.no_grad():
+        for inputs in batches(data, deep.example_inputs, deep.keywords, device=target):
+            of_deep = _observed(deep, inputs, sites.values(), deep_moments)
+            of_shallow = _observed(shallow, inputs, lifting.sites.values(), shallow_moments)
+
+            def correct(
+                node: fx.Node,
+                value: Any,
+                of_deep: Mapping[str, tuple[Tensor, Tensor]] = of_deep,
+                of_shallow: Mapping[str, tuple[Tensor, Tensor]] = of_shallow,
+            ) -> Any:
+                if node.name not in sites:
+                    return value
+                site = sites[node.name]
+                measured = fused_moments[node.name].add(value, site.axis)
+                scale, shift = _correction(
+                    measured, goal(node.name, of_deep, of_shallow), site.bias is not None
+                )
+                shape = [-1 if axis == site.axis else 1 for axis in range(value.dim())]
+                return value * scale.to(value).view(shape) + shift.to(value).view(shape)
+
+            deep.run(inputs, state=fused, replace=correct)
+            seen += inputs[0].size(0)
+            if progress is not None:
+                progress("calibrate", seen)
+
+    of_deep = {node: moments.result() for node, moments in deep_moments.items()}
+    of_shallow = {node: moments.result() for node, moments in shallow_moments.items()}
+    repaired = dict(fused)
+    for node, site in sites.items():
+        scale, shift = _correction(
+            fused_moments[node].result(), goal(node, of_deep, of_shallow), site.bias is not None
+        )
+        weight = repaired[site.weight]
+        shape = [-1] + [1] * (weight.dim() - 1)
+        repaired[site.weight] = (weight.double() * scale.view(shape)).to(weight)
+        if site.bias is not None:
+            bias = repaired[site.bias]
+            repaired[site.bias] = (bias.double() * scale + shift).to(bias)
+    return repaired
+
+
+def _observed(
+    graph: ModelGraph,
+    inputs: tuple[Tensor, ...],
+    sites: Any,
+    moments: Mapping[str, _Moments],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Run a network and return each site's mean and deviation on this batch."""
+    axes = {site.node: site.axis for site in sites}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def observe(node: fx.Node, value: Any) -> Any:
+        if node.name in axes:
+            found[node.name] = moments[node.name].add(value, axes[node.name])
+        return value
+
+    graph.run(inputs, replace=observe)
+    return found
+
+
+def _correction(
+    measured: tuple[Tensor, Tensor], goal: tuple[Tensor, Tensor], can_shift: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the factor and the shift that bring measured statistics to the goal's."""
+    (mean, deviation), (goal_mean, goal_deviation) = measured, goal
+    alive = deviation * _LARGEST_FACTOR > goal_deviation
+    scale = torch.where(alive, goal_deviation / torch.where(alive, deviation, 1.0), 1.0)
+    shift = goal_mean - scale * mean if can_shift else torch.zeros_like(mean)
+    return scale, shift

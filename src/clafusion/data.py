@@ -1,0 +1,132 @@
+"""Tensors, lists of batches and DataLoaders -> checked batches of model inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from clafusion.errors import InputError
+
+__all__ = ["Data", "batches", "first_batch"]
+
+Data: TypeAlias = "Tensor | Iterable[Any]"
+"""A tensor of samples, or an iterable of batches (a list, a DataLoader).
+
+A batch is a tensor, a tuple ``(input, ..., label)`` of which the model's inputs are the first
+entries, or a mapping of input names to tensors. The iterable is read more than once.
+"""
+
+_BATCH_SIZE = 256  # rows taken at a time from a tensor
+
+
+def first_batch(data: Data) -> Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]:
+    """Return the model inputs in the first batch of ``data``, to trace a model with.
+
+    Of a tuple only the first entry is taken, for the rest may be labels; give example inputs to
+    trace a model of several inputs.
+    """
+    _check_kind(data)
+    if isinstance(data, Tensor):
+        _check_rows("data", data)
+        return data[:_BATCH_SIZE]
+    for batch in data:
+        if isinstance(batch, (tuple, list)) and batch:
+            batch = batch[0]
+        if isinstance(batch, (Tensor, Mapping)):
+            return batch
+        raise InputError(
+            "a batch of data must be a tensor, a tuple that begins with tensors or a mapping of "
+            f"names to tensors; got {type(batch).__name__}"
+        )
+    raise InputError("data is empty: give at least one batch")
+
+
+def batches(
+    data: Data,
+    example_inputs: tuple[Tensor, ...],
+    keywords: tuple[str, ...] = (),
+    *,
+    device: torch.device | None = None,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the model inputs of every batch, checked against the example inputs.
+
+    Raises
+    ------
+    InputError
+        ``data`` is empty or can be read only once, or a batch has another number of inputs,
+        shape or dtype than the example inputs, or NaN or infinite values.
+    """
+    _check_kind(data)
+    source: Iterable[Any] = data.split(_BATCH_SIZE) if isinstance(data, Tensor) else data
+    count = 0
+    for i, batch in enumerate(source):
+        inputs = _inputs(batch, len(example_inputs), keywords, i)
+        for name, one, example in zip(
+            keywords or [""] * len(inputs), inputs, example_inputs, strict=True
+        ):
+            _check_like(one, example, f"data, batch {i}" + (f", input {name!r}" if name else ""))
+        count += inputs[0].size(0)
+        yield tuple(one.to(device) for one in inputs) if device is not None else inputs
+    if count == 0:
+        raise InputError("data is empty: give at least one batch")
+
+
+def _check_kind(data: Any) -> None:
+    if isinstance(data, Iterator):
+        raise InputError(
+            "data can be read only once, but is needed several times: give a tensor, a list of "
+            "batches or a DataLoader instead of an iterator"
+        )
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, (Tensor, Iterable)):
+        raise InputError(
+            f"data must be a tensor, a list of batches or a DataLoader; got {type(data).__name__}"
+        )
+
+
+def _inputs(batch: Any, count: int, keywords: tuple[str, ...], index: int) -> tuple[Tensor, ...]:
+    where = f"data, batch {index}"
+    found: list[Any]
+    if isinstance(batch, Mapping):
+        missing = [name for name in keywords if name not in batch]
+        if missing or not keywords:
+            raise InputError(
+                f"{where} is a mapping, so the model's inputs are needed by name: give "
+                f"example_inputs as a mapping, too; missing {missing or 'their names'}"
+            )
+        found = [batch[name] for name in keywords]
+    elif isinstance(batch, (tuple, list)):
+        found = list(batch[:count])
+    else:
+        found = [batch]
+    if len(found) != count or not all(isinstance(one, Tensor) for one in found):
+        kinds = ", ".join(type(one).__name__ for one in found)
+        raise InputError(
+            f"{where} must begin with {count} tensor(s), the model's inputs; got {kinds}"
+        )
+    return tuple(found)
+
+
+def _check_rows(name: str, tensor: Tensor) -> None:
+    if tensor.dim() == 0 or tensor.size(0) == 0:
+        raise InputError(f"{name} is empty (shape {tuple(tensor.shape)}): give at least one row")
+
+
+def _check_like(tensor: Tensor, example: Tensor, where: str) -> None:
+    if tensor.dim() != example.dim() or tensor.shape[1:] != example.shape[1:]:
+        expected = ("batch", *example.shape[1:])
+        raise InputError(
+            f"{where} has shape {tuple(tensor.shape)}, but the model was traced with "
+            f"({', '.join(map(str, expected))})"
+        )
+    if tensor.dtype != example.dtype:
+        raise InputError(
+            f"{where} has dtype {tensor.dtype}, but the model takes {example.dtype}; convert it "
+            "(and scale it as in training)"
+        )
+    _check_rows(where, tensor)
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise InputError(f"{where} holds {bad} NaN or infinite values")

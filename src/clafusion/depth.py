@@ -1,0 +1,367 @@
+"""Two graphs + an alignment -> which parameters, channels and tensors correspond.
+
+The shallow network is lifted to the deep one's structure: where a deep unit has no partner, a unit
+is inserted that changes nothing. In a chain that is a layer with identity weights, exact because
+its input has passed the same idempotent activation (ReLU) before. In a residual network it is a
+block whose last write is zero.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from clafusion.errors import StructureError
+from clafusion.graph import ChannelClass, ModelGraph, ParameterUse, ReadPoint, Site, Slot, Unit
+from clafusion.layer_alignment import LayerAlignment
+
+__all__ = [
+    "Lifting",
+    "Origin",
+    "PointPair",
+    "allowed_pairs",
+    "lift",
+    "lifting",
+    "skip_costs",
+]
+
+Origin = Literal["matched", "identity", "silent", "copied"]
+
+
+@dataclass(frozen=True)
+class PointPair:
+    """Read points of both networks that show the same class at the same place.
+
+    ``deep`` and ``shallow`` are keys ``(unit, index)`` of ``Signature.rows``; the columns are
+    those of the class's channels, in the order of its members.
+    """
+
+    deep: tuple[int, int]
+    shallow: tuple[int, int]
+    deep_columns: Tensor
+    shallow_columns: Tensor
+
+
+@dataclass(frozen=True)
+class Lifting:
+    """How the shallow network looks in the deep one's structure.
+
+    Attributes
+    ----------
+    deep, shallow, alignment
+        The networks and their units' alignment.
+    origins
+        For each parameter and buffer of the deep network where the lifted one's comes from:
+        ``"matched"`` (the shallow network's parameter in ``names``), ``"identity"`` (part of an
+        inserted identity layer), ``"silent"`` (the last write of an inserted block: zero) or
+        ``"copied"`` (inside an inserted block, where any value will do: the deep network's).
+    names
+        Deep parameter -> shallow parameter, where matched.
+    classes
+        For each channel class of the deep network the shallow network's, or -1 where it has none
+        (inside an inserted block).
+    points
+        For each channel class of the deep network the read points by which to match it.
+    sites
+        Deep site node -> shallow site, where the layers are matched.
+    """
+
+    deep: ModelGraph
+    shallow: ModelGraph
+    alignment: LayerAlignment
+    origins: Mapping[str, Origin]
+    names: Mapping[str, str]
+    classes: tuple[int, ...]
+    points: tuple[tuple[PointPair, ...], ...]
+    sites: Mapping[str, Site]
+
+
+def allowed_pairs(deep: ModelGraph, shallow: ModelGraph) -> NDArray[np.bool_]:
+    """Return ``(m, n)``: which units have the same structure and stage, and so can match."""
+    return np.array(
+        [
+            [
+                one.structure == other.structure and one.output_shape == other.output_shape
+                for other in shallow.units
+            ]
+            for one in deep.units
+        ],
+        dtype=bool,
+    ).reshape(len(deep.units), len(shallow.units))
+
+
+def skip_costs(deep: ModelGraph) -> NDArray[np.float64]:
+    """Return ``(m,)``: 0 where a unit that changes nothing can stand in, else ``inf``."""
+    return np.array([0.0 if unit.insertable else np.inf for unit in deep.units])
+
+
+def lifting(deep: ModelGraph, shallow: ModelGraph, alignment: LayerAlignment) -> Lifting:
+    """Find what corresponds under an alignment.
+
+    Raises
+    ------
+    StructureError
+        Matched units differ in more than widths, or one deep channel class would correspond to
+        two of the shallow network.
+    """
+    origins: dict[str, Origin] = {}
+    names: dict[str, str] = {}
+    sites: dict[str, Site] = {}
+    partner = alignment.deep_to_shallow
+    for unit, k in zip(deep.units, partner, strict=True):
+        if k >= 0:
+            other = shallow.units[k]
+            _match_parameters(unit, other, names)
+            origins.update(dict.fromkeys(unit.parameters, "matched"))
+            for one, site in zip(unit.sites, other.sites, strict=True):
+                sites[one.node] = site
+        else:
+            inner: Origin = "identity" if unit.insertable == "identity" else "copied"
+            for parameter in unit.parameters:
+                origins.setdefault(parameter, inner)
+            for parameter in unit.last_write:
+                origins[parameter] = "silent"
+    for unit, k in zip(deep.units, partner, strict=True):  # what a matched unit shares stays so
+        if k >= 0:
+            origins.update(dict.fromkeys(unit.parameters, "matched"))
+    for name in deep.state():
+        origins.setdefault(name, "copied")
+    classes = _match_classes(deep, shallow, names, partner)
+    points = tuple(
+        tuple(_point_pairs(deep, shallow, partner, one.index, classes[one.index]))
+        for one in deep.classes
+    )
+    return Lifting(deep, shallow, alignment, origins, names, classes, points, sites)
+
+
+def _match_parameters(unit: Unit, other: Unit, names: dict[str, str]) -> None:
+    if len(unit.parameters) != len(other.parameters) or len(unit.sites) != len(other.sites):
+        raise StructureError(
+            f"units {unit.name!r} and {other.name!r} are matched but have "
+            f"{len(unit.parameters)} and {len(other.parameters)} parameters"
+        )
+    for one, two in zip(unit.parameters, other.parameters, strict=True):
+        if names.setdefault(one, two) != two:
+            raise StructureError(
+                f"parameter {one!r} is shared by several units and would correspond to both "
+                f"{names[one]!r} and {two!r}"
+            )
+
+
+def _match_classes(
+    deep: ModelGraph, shallow: ModelGraph, names: Mapping[str, str], partner: tuple[int, ...]
+) -> tuple[int, ...]:
+    found: dict[int, int] = {}
+
+    def vote(one: int, other: int, where: str) -> None:
+        if found.setdefault(one, other) != other:
+            raise StructureError(
+                f"the channels of {deep.classes[one].name!r} would have to match those of both "
+                f"{shallow.classes[found[one]].name!r} and {shallow.classes[other].name!r} (at "
+                f"{where!r}); the networks are wired differently"
+            )
+
+    for name, other_name in names.items():
+        for (use, axis), one in axes_of(deep, name).items():
+            other_axes = axes_of(shallow, other_name)
+            other = other_axes.get((use, axis), [])
+            if len(one) != len(other):
+                raise StructureError(
+                    f"axis {axis} of {name!r} carries {len(one)} channel class(es), that of "
+                    f"{other_name!r} {len(other)}; the networks are wired differently"
+                )
+            for (deep_class, _), (shallow_class, _) in zip(one, other, strict=True):
+                vote(deep_class.index, shallow_class.index, name)
+    for unit, k in zip(deep.units, partner, strict=True):
+        if k < 0 and unit.insertable == "identity":
+            weight = next(p for p in unit.parameters if deep.state()[p].dim() > 1)
+            by_direction: dict[str, set[int]] = {"in": set(), "out": set()}
+            for channel_class, slot in deep.slots_by_parameter.get(weight, ()):
+                by_direction[slot.direction].add(channel_class.index)
+            (incoming,), (outgoing,) = by_direction["in"], by_direction["out"]
+            vote(outgoing, found[incoming], weight)
+    return tuple(found.get(one.index, -1) for one in deep.classes)
+
+
+def axes_of(
+    graph: ModelGraph, parameter: str
+) -> dict[tuple[int, int], list[tuple[ChannelClass, Slot]]]:
+    """Return a parameter's channel axes: ``(which use, axis)`` -> classes, by first position."""
+    uses = sorted({use.index for use in graph.uses if use.parameter == parameter})
+    axes: dict[tuple[int, int], list[tuple[ChannelClass, Slot]]] = {}
+    for channel_class, slot in graph.slots_by_parameter.get(parameter, ()):
+        axes.setdefault((uses.index(slot.use.index), slot.axis), []).append((channel_class, slot))
+    for carried in axes.values():
+        carried.sort(key=lambda one: int(one[1].positions.min()))
+    return axes
+
+
+def uses_of(graph: ModelGraph, parameter: str) -> list[ParameterUse]:
+    """Return a parameter's uses, in graph order."""
+    return [use for use in graph.uses if use.parameter == parameter]
+
+
+def _point_pairs(
+    deep: ModelGraph,
+    shallow: ModelGraph,
+    partner: tuple[int, ...],
+    deep_class: int,
+    shallow_class: int,
+) -> Iterable[PointPair]:
+    if shallow_class < 0:
+        return
+    for unit in deep.units:
+        k = partner[unit.index]
+        for i, point in enumerate(unit.read_points):
+            if not bool((point.classes == deep_class).any()):
+                continue
+            if k >= 0:
+                candidates = [(k, i)]
+            elif unit.insertable == "identity":
+                # The same value flows on to the next matched unit, which reads it first.
+                later = [one for one in partner[unit.index :] if one >= 0]
+                candidates = [(later[0], 0)] if later else []
+            else:
+                candidates = []
+            for key in candidates:
+                if key[1] < len(shallow.units[key[0]].read_points):
+                    other = shallow.units[key[0]].read_points[key[1]]
+                    if bool((other.classes == shallow_class).any()):
+                        yield PointPair(
+                            (unit.index, i),
+                            key,
+                            _columns(point, deep_class),
+                            _columns(other, shallow_class),
+                        )
+
+
+def _columns(point: ReadPoint, channel_class: int) -> Tensor:
+    """Return where a class's channels lie in a read point, by member (the first of repeats)."""
+    places = torch.nonzero(point.classes == channel_class).squeeze(1)
+    members = point.members[places]
+    order = torch.argsort(members, stable=True)
+    members, places = members[order], places[order]
+    first = torch.ones_like(members, dtype=torch.bool)
+    first[1:] = members[1:] != members[:-1]
+    return places[first]
+
+
+# --- the lifted model ---------------------------------------------------------------------------
+
+
+def lifted_state(plan: Lifting) -> dict[str, Tensor]:
+    """Return the state of the lifted shallow network: deep structure, shallow widths."""
+    deep_state, shallow_state = plan.deep.state(), plan.shallow.state()
+    state: dict[str, Tensor] = {}
+    for name, tensor in deep_state.items():
+        origin = plan.origins[name]
+        if origin == "matched":
+            state[name] = shallow_state[plan.names[name]].clone()
+            continue
+        shape = _shallow_shape(plan, name, tensor)
+        if origin == "silent" or shape != tuple(tensor.shape):
+            # Any value will do inside a silent block; where the widths differ, zero is one.
+            state[name] = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+        else:
+            state[name] = tensor.clone()
+        if origin == "identity":
+            state[name] = _identity(plan, name, shape).to(tensor)
+    return state
+
+
+def _shallow_shape(plan: Lifting, name: str, tensor: Tensor) -> tuple[int, ...]:
+    """Return a deep parameter's shape with the shallow network's widths."""
+    shape = list(tensor.shape)
+    for use in uses_of(plan.deep, name):
+        if use.size == (tensor.numel(),) and tensor.dim() > 1:
+            continue  # flattened elements: no axis of their own
+        for channel_class, slot in plan.deep.slots_by_parameter.get(name, ()):
+            shallow_class = plan.classes[channel_class.index]
+            if slot.use == use and shallow_class >= 0 and use.size == tuple(tensor.shape):
+                grown = plan.shallow.classes[shallow_class].size - channel_class.size
+                shape[slot.axis] += grown * slot.positions.size(1)
+    return tuple(shape)
+
+
+def _identity(plan: Lifting, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return what makes an inserted layer the identity."""
+    unit = next(unit for unit in plan.deep.units if name in unit.parameters)
+    if len(shape) > 1:  # a linear layer, or a convolution that passes its centre on
+        weight = torch.zeros(shape)
+        centre = tuple(size // 2 for size in shape[2:])
+        channels = torch.arange(shape[0])
+        weight[(channels, channels, *centre)] = 1.0
+        return weight
+    if name.endswith("running_var"):
+        # (x - 0) / sqrt(var + eps) = x
+        return torch.ones(shape) - _epsilon(plan.deep, unit)
+    norm = {p.rsplit(".", 1)[0] for p in unit.parameters if p.endswith("running_var")}
+    is_scale = name.endswith("weight") and name.rsplit(".", 1)[0] in norm
+    return torch.ones(shape) if is_scale else torch.zeros(shape)
+
+
+def _epsilon(graph: ModelGraph, unit: Unit) -> float:
+    for node in graph.module.graph.nodes:
+        if node.name in unit.nodes and "batch_norm" in str(node.target):
+            return float(node.args[7])
+    return 0.0
+
+
+def lift(deep: nn.Module, plan: Lifting) -> nn.Module:
+    """Build the lifted shallow network: it computes the same, with the deep network's structure.
+
+    Its widths are the shallow network's; ``in_channels`` and the like are set accordingly.
+
+    Raises
+    ------
+    StructureError
+        A width is fixed in the deep module's code, so that the lifted module does not run.
+    """
+    return with_state(deep, lifted_state(plan), plan.deep)
+
+
+def with_state(module: nn.Module, state: Mapping[str, Tensor], graph: ModelGraph) -> nn.Module:
+    """Return a copy of a module that holds ``state``, whatever the widths in it are."""
+    built = copy.deepcopy(module)
+    full = {**state, **{alias: state[name] for alias, name in graph.aliases.items()}}
+    with torch.no_grad():
+        for kind in (built.named_parameters(), built.named_buffers()):
+            for name, tensor in list(kind):
+                if name in full:
+                    tensor.data = full[name].detach().to(tensor).clone()
+    for submodule in built.modules():
+        _set_widths(submodule)
+    return built
+
+
+def _set_widths(module: nn.Module) -> None:
+    """Make a layer's attributes tell its parameters' shapes."""
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        into, out = weight.size(1), weight.size(0)
+        if module.transposed:
+            into, out = out, into
+            module.in_channels, module.out_channels = into, out * module.groups
+        else:
+            if module.groups == module.in_channels and into == 1:
+                module.groups = out * module.in_channels // module.out_channels
+            module.in_channels, module.out_channels = into * module.groups, out
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        known = weight if weight is not None else module.running_mean
+        if known is not None:
+            module.num_features = known.size(0)
+    elif isinstance(module, nn.GroupNorm) and weight is not None:
+        module.num_channels = weight.size(0)
+    elif isinstance(module, nn.LayerNorm) and weight is not None:
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape

@@ -1,0 +1,103 @@
+"""Two Signatures -> for each channel class the cost of matching every two channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from clafusion.depth import Lifting
+from clafusion.errors import InputError
+from clafusion.signatures import Signature
+
+__all__ = ["MAX_CHANNELS", "NeuronCost", "neuron_costs"]
+
+NeuronCost = Literal["correlation", "euclidean"]
+
+MAX_CHANNELS = 10_000
+"""Largest class that is matched: cost and plan of 10,000 channels take 1.6 GB."""
+
+
+def neuron_costs(
+    lifting: Lifting, deep: Signature, shallow: Signature, *, metric: NeuronCost = "correlation"
+) -> list[Tensor | None]:
+    r"""Return for each channel class of the deep network the costs ``(num_source, num_target)``.
+
+    Rows are the shallow network's channels (the source, which moves), columns the deep network's
+    (the target, which fixes the frame). Over the rows of all read points at which both show the
+    class, with ``x`` and ``y`` two channels' values,
+
+    .. math:: M = 1 - \operatorname{corr}(x, y) \quad\text{or}\quad
+              M = \sqrt{\operatorname{mean}((x - y)^2)}
+
+    for ``"correlation"`` (the mean over the read points) and ``"euclidean"`` (OTFusion, arXiv
+    1910.05653, section 4.2, activation-based).  None where the shallow network has no such
+    channels. Classes that no layer reads get the cost 0 everywhere.
+
+    Raises
+    ------
+    InputError
+        The signatures are not of the same inputs, the metric is unknown, or a class has more
+        than ``MAX_CHANNELS`` channels; the message tells the memory it would take.
+    """
+    if metric not in ("correlation", "euclidean"):
+        raise InputError(f"neuron_cost must be 'correlation' or 'euclidean'; got {metric!r}")
+    if deep.data_key != shallow.data_key:
+        raise InputError(
+            "the signatures come from different inputs (a DataLoader that shuffles gives another "
+            "order each time): profile both models together, or use a fixed order"
+        )
+    costs: list[Tensor | None] = []
+    for one, other, pairs in zip(
+        lifting.deep.classes, lifting.classes, lifting.points, strict=True
+    ):
+        if other < 0:
+            costs.append(None)
+            continue
+        source = lifting.shallow.classes[other]
+        largest = max(source.size, one.size)
+        if largest > MAX_CHANNELS:
+            raise InputError(
+                f"the channels of {one.name!r} number {source.size} and {one.size}: their cost "
+                f"and plan would take {16 * source.size * one.size / 1e9:.1f} GB. Layers of up to "
+                f"{MAX_CHANNELS} channels are supported"
+            )
+        views = [
+            (shallow.rows[p.shallow][:, p.shallow_columns], deep.rows[p.deep][:, p.deep_columns])
+            for p in pairs
+        ]
+        views = [(x, y) for x, y in views if len(x) == len(y)]
+        if not views:
+            costs.append(torch.zeros(source.size, one.size, dtype=torch.float64))
+        elif metric == "correlation":
+            costs.append(_correlation_costs(views))
+        else:
+            costs.append(_euclidean_costs(views))
+    return costs
+
+
+def _correlation_costs(views: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for x, y in views:
+        total = total + (_standardised(x).T @ _standardised(y)).double().cpu() / len(x)
+    return 1.0 - total / len(views)
+
+
+def _standardised(x: Tensor) -> Tensor:
+    """Return zero mean and unit variance; a constant channel becomes 0."""
+    x = x - x.mean(0)
+    deviation = x.square().mean(0).sqrt()
+    return torch.where(deviation > 0, x / deviation.clamp(min=1e-30), 0.0)
+
+
+def _euclidean_costs(views: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    rows = 0
+    for x, y in views:
+        x, y = x.double(), y.double()
+        squares = x.square().sum(0)[:, None] + y.square().sum(0)[None] - 2 * (x.T @ y)
+        total = total + squares.clamp(min=0).cpu()
+        rows += len(x)
+    return (total / rows).sqrt()

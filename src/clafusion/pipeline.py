@@ -1,0 +1,465 @@
+"""The main job: the stages in order."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from clafusion.blending import blend
+from clafusion.calibration import repair, reset_batchnorm
+from clafusion.data import Data, first_batch
+from clafusion.depth import Lifting, allowed_pairs, lifting, skip_costs, with_state
+from clafusion.errors import AlignmentError, InputError, StructureError
+from clafusion.graph import ModelGraph, flatten_tensors
+from clafusion.layer_alignment import AlignmentMode, LayerAlignment, align_layers
+from clafusion.layer_costs import LayerCost, layer_costs
+from clafusion.neuron_costs import MAX_CHANNELS, NeuronCost, neuron_costs
+from clafusion.signatures import Signature, profile_together
+from clafusion.trace import trace
+from clafusion.transport import Solver, solve_transport
+
+__all__ = [
+    "AlignedPair",
+    "Calibration",
+    "FusionConfig",
+    "FusionResult",
+    "Progress",
+    "align",
+    "fuse",
+]
+
+Calibration = Literal["none", "batchnorm", "repair"]
+
+Progress = Callable[[str, int], None]
+"""Called with the stage's name and how many of its inputs are done."""
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """How to fuse; every field is an argument of :func:`fuse` and explained there.
+
+    Raises
+    ------
+    InputError
+        A setting is out of its range; the message names it.
+    """
+
+    weight: float = 0.5
+    layer_cost: LayerCost = "cka"
+    alignment: AlignmentMode = "layer"
+    neuron_cost: NeuronCost = "correlation"
+    solver: Solver = "auto"
+    epsilon: float = 0.05
+    calibration: Calibration = "repair"
+    alignment_samples: int = 400
+    matching_rows: int = 8192
+    verify: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.weight, (int, float)) and 0.0 <= self.weight <= 1.0):
+            raise InputError(
+                f"weight must be in [0, 1], the second model's share; got {self.weight!r}"
+            )
+        for name, choices in (
+            ("layer_cost", get_args(LayerCost)),
+            ("alignment", ("layer", "chain", "random")),
+            ("neuron_cost", get_args(NeuronCost)),
+            ("solver", get_args(Solver)),
+            ("calibration", get_args(Calibration)),
+        ):
+            if getattr(self, name) not in choices:
+                raise InputError(
+                    f"{name} must be one of {', '.join(map(repr, choices))}; "
+                    f"got {getattr(self, name)!r}"
+                )
+        for name in ("alignment_samples", "matching_rows"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 2:
+                raise InputError(f"{name} must be a whole number of at least 2; got {value!r}")
+        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise InputError(f"epsilon must be a positive number; got {self.epsilon!r}")
+
+
+@dataclass(frozen=True)
+class AlignedPair:
+    """Two traced models, their signatures and the alignment of their units.
+
+    Attributes
+    ----------
+    deep, shallow
+        Signatures of the model with more units and of the other one (of two models with equally
+        many units the first is ``deep``).
+    deep_is_first
+        Whether the deep model is the first that was given.
+    costs
+        ``(m, n)``: the costs of all pairs of units, before structure forbids some.
+    alignment
+        The units' alignment. Its cost matrix is ``inf`` where structures differ.
+    timings
+        Seconds of each stage.
+    """
+
+    deep: Signature
+    shallow: Signature
+    deep_is_first: bool
+    costs: NDArray[np.float64]
+    alignment: LayerAlignment
+    timings: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class FusionResult:
+    """A fused model and how it came about.
+
+    Attributes
+    ----------
+    model
+        The fused network: the deeper model's architecture, in the same mode (train or eval),
+        trainable as that one is. Of two models equally deep the first gives the architecture.
+    pair
+        Signatures, layer costs and alignment.
+    lifting
+        What corresponds in the two networks.
+    plans
+        For each channel class of ``pair.deep.graph.classes`` its transport plan
+        ``(num_source, num_target)``, source: the shallow network; None inside inserted blocks.
+    config
+        The settings.
+    timings
+        Seconds of each stage, in order.
+    """
+
+    model: nn.Module
+    pair: AlignedPair
+    lifting: Lifting
+    plans: tuple[Tensor | None, ...]
+    config: FusionConfig
+    timings: Mapping[str, float]
+
+    @property
+    def alignment(self) -> LayerAlignment:
+        """The alignment of the units."""
+        return self.pair.alignment
+
+    def summary(self) -> str:
+        """Return a table of the matched units, and below it what was done and how long it took."""
+        from clafusion.report import fusion_summary
+
+        return fusion_summary(self)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the cost matrix with the chosen path, and the matched units side by side.
+
+        The file's ending (``.png``, ``.svg``, ``.pdf``) chooses the format.
+        """
+        from clafusion.plots import plot_alignment
+
+        plot_alignment(self.pair, path)
+
+
+def fuse(
+    first: nn.Module,
+    second: nn.Module,
+    data: Data,
+    *,
+    example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor] | None = None,
+    weight: float = 0.5,
+    layer_cost: LayerCost = "cka",
+    alignment: AlignmentMode = "layer",
+    neuron_cost: NeuronCost = "correlation",
+    solver: Solver = "auto",
+    epsilon: float = 0.05,
+    calibration: Calibration = "repair",
+    alignment_samples: int = 400,
+    matching_rows: int = 8192,
+    verify: bool = True,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> FusionResult:
+    """Fuse two trained networks of different depth and width into one, without training.
+
+    The units of the two networks are aligned (CLAFusion, arXiv 2110.15538), the shallow one is
+    lifted to the deep one's depth, its channels are matched with the deep one's by optimal
+    transport (OTFusion, arXiv 1910.05653), the weights are averaged and the lost statistics
+    restored (REPAIR, arXiv 2211.08403). Neither model is modified.
+
+    Parameters
+    ----------
+    first, second
+        The trained networks, in either order, with the same inputs and outputs. The deeper one
+        gives the result's architecture and the frame into which the other's channels move.
+    data
+        Unlabelled inputs as the models were trained on: a tensor, a list of batches or a
+        DataLoader (labels are ignored). A few hundred are enough.
+    example_inputs
+        Inputs to trace the models with; default the first batch of ``data``. Give a mapping for
+        models that take keyword inputs, a tuple for several positional ones.
+    weight
+        The second model's share, in [0, 1].
+    layer_cost
+        The cost of matching two units: ``"cka"`` is one minus linear CKA of their outputs.
+    alignment
+        ``"layer"`` (exact), or the baselines ``"chain"`` and ``"random"``.
+    neuron_cost
+        The cost of matching two channels: ``"correlation"`` or ``"euclidean"``, both of their
+        pre-activations.
+    solver
+        How channels are matched; see :func:`clafusion.transport.solve_transport`.
+    epsilon
+        Entropic regularisation of the solver ``"sinkhorn"``, relative to the largest cost.
+    calibration
+        ``"repair"``, ``"batchnorm"`` (re-estimate running statistics) or ``"none"``.
+    alignment_samples
+        Inputs over which units are compared; held at once, so this bounds the memory.
+    matching_rows
+        Pairs of input and position over which channels are compared.
+    verify
+        Prove the analysis of each model by permuting a copy. See :func:`clafusion.trace`.
+    seed
+        Seed of every random choice. Same inputs and seed, same bytes.
+    device
+        Where to compute; default where the models are.
+    progress
+        Called with the stage's name and the number of inputs it has seen.
+
+    Returns
+    -------
+    FusionResult
+        With the fused model as ``.model``.
+
+    Raises
+    ------
+    InputError
+        A setting, a model's weights or the data are unusable.
+    UnsupportedOpError, GraphVerificationError
+        A model cannot be analysed.
+    StructureError, AlignmentError
+        The two models cannot be brought to one structure.
+
+    Examples
+    --------
+    >>> result = clafusion.fuse(resnet20, resnet32, images)  # doctest: +SKIP
+    >>> result.model(images[:8])  # doctest: +SKIP
+    """
+    config = FusionConfig(
+        weight=weight,
+        layer_cost=layer_cost,
+        alignment=alignment,
+        neuron_cost=neuron_cost,
+        solver=solver,
+        epsilon=epsilon,
+        calibration=calibration,
+        alignment_samples=alignment_samples,
+        matching_rows=matching_rows,
+        verify=verify,
+        seed=seed,
+    )
+    pair = align(
+        first,
+        second,
+        data,
+        example_inputs=example_inputs,
+        config=config,
+        device=device,
+        progress=progress,
+    )
+    return fuse_aligned(pair, data, config=config, progress=progress)
+
+
+def align(
+    first: nn.Module,
+    second: nn.Module,
+    data: Data,
+    *,
+    example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor] | None = None,
+    config: FusionConfig | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> AlignedPair:
+    """Do the first half of :func:`fuse`: trace, profile and align, but fuse nothing."""
+    config = config or FusionConfig()
+    clock = _Clock()
+    if example_inputs is None:
+        example_inputs = first_batch(data)
+    if device is not None:
+        target = torch.device(device)
+        first, second = (copy.deepcopy(model).to(target) for model in (first, second))
+        example_inputs = _to(example_inputs, target)
+    with clock.stage("trace"):
+        graphs = [
+            _traced(name, model, example_inputs, config)
+            for name, model in (("first", first), ("second", second))
+        ]
+    _check_outputs(*graphs)
+    deep_is_first = len(graphs[0].units) >= len(graphs[1].units)
+    deep, shallow = graphs if deep_is_first else reversed(graphs)
+    allowed = allowed_pairs(deep, shallow)
+    _check_feasible(deep, shallow, allowed)
+    with clock.stage("profile"):
+        signatures = profile_together(
+            [deep, shallow],
+            data,
+            alignment_samples=config.alignment_samples,
+            matching_rows=config.matching_rows,
+            seed=config.seed,
+            progress=progress,
+        )
+    with clock.stage("align"):
+        costs = layer_costs(*signatures, metric=config.layer_cost)
+        alignment = align_layers(
+            np.where(allowed, costs, np.inf),
+            skip=skip_costs(deep),
+            mode=config.alignment,
+            seed=config.seed,
+        )
+    return AlignedPair(*signatures, deep_is_first, costs, alignment, clock.seconds)
+
+
+def fuse_aligned(
+    pair: AlignedPair,
+    data: Data,
+    *,
+    config: FusionConfig | None = None,
+    progress: Progress | None = None,
+) -> FusionResult:
+    """Do the second half of :func:`fuse`: match channels, average and calibrate."""
+    config = config or FusionConfig()
+    clock = _Clock(pair.timings)
+    deep_weight = 1.0 - config.weight if pair.deep_is_first else config.weight
+    deep = pair.deep.graph
+    with clock.stage("match"):
+        plan = lifting(deep, pair.shallow.graph, pair.alignment)
+        costs = neuron_costs(plan, pair.deep, pair.shallow, metric=config.neuron_cost)
+        wanted = [i for i, cost in enumerate(costs) if cost is not None]
+        solutions = solve_transport(
+            [cost for cost in costs if cost is not None],
+            solver=config.solver,
+            epsilon=config.epsilon,
+        )
+        plans: list[Tensor | None] = [None] * len(costs)
+        for i, solution in zip(wanted, solutions, strict=True):
+            plans[i] = solution.plan
+    with clock.stage("blend"):
+        state = blend(plan, plans, deep_weight)
+    with clock.stage("calibrate"):
+        if config.calibration == "repair":
+            state = repair(plan, plans, state, data, deep_weight=deep_weight, progress=progress)
+        model = with_state(deep.model, state, deep)
+        if config.calibration == "batchnorm":
+            reset_batchnorm(model, data, deep.example_inputs)
+    return FusionResult(model, pair, plan, tuple(plans), config, clock.seconds)
+
+
+@dataclass
+class _Clock:
+    """Measure the stages."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __init__(self, before: Mapping[str, float] | None = None) -> None:
+        self.seconds = dict(before or {})
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+def _to(
+    inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor], device: torch.device
+) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor]:
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {name: value.to(device) for name, value in inputs.items()}
+    return tuple(value.to(device) for value in inputs)
+
+
+def _traced(
+    name: str,
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
+    config: FusionConfig,
+) -> ModelGraph:
+    try:
+        graph = trace(model, example_inputs, verify=config.verify, seed=config.seed)
+    except InputError as error:
+        raise InputError(f"the {name} model: {error}") from error
+    for channel_class in graph.classes:
+        if channel_class.size > MAX_CHANNELS:
+            size = channel_class.size
+            raise InputError(
+                f"the {name} model's {channel_class.name!r} has {size} channels; matching them "
+                f"would take about {16 * size * size / 1e9:.1f} GB. Layers of up to "
+                f"{MAX_CHANNELS} channels are supported"
+            )
+    if not graph.units:
+        raise StructureError(f"the {name} model has no layer with weights")
+    return graph
+
+
+def _check_outputs(first: ModelGraph, second: ModelGraph) -> None:
+    shapes = []
+    for graph in (first, second):
+        with torch.no_grad():
+            outputs = flatten_tensors(list(graph.run(graph.example_inputs)))
+            shapes.append([(tuple(one.shape[1:]), one.dtype) for one in outputs])
+    if shapes[0] != shapes[1]:
+        shown = [
+            ", ".join(f"{('batch', *shape)} {dtype}" for shape, dtype in one) for one in shapes
+        ]
+        raise StructureError(
+            f"the models have different outputs: {shown[0]} and {shown[1]}. Only models with the "
+            "same inputs and outputs can be fused"
+        )
+
+
+def _check_feasible(deep: ModelGraph, shallow: ModelGraph, allowed: NDArray[np.bool_]) -> None:
+    """Say by name which units stand in the way, before anything takes long."""
+    try:
+        align_layers(np.where(allowed, 0.0, np.inf), skip=skip_costs(deep))
+    except AlignmentError as error:
+        l, k = error.reached_deep, error.reached_shallow
+        reasons = []
+        if k < len(shallow.units):
+            unit = shallow.units[k]
+            if not allowed[:, k].any():
+                reasons.append(
+                    f"unit {unit.name!r} of the shallower model has no counterpart of its "
+                    "structure (operations, kernel sizes, strides, stage) in the deeper one"
+                )
+            else:
+                names = [deep.units[i].name for i in np.flatnonzero(allowed[:, k])]
+                reasons.append(
+                    f"unit {unit.name!r} of the shallower model could only match "
+                    f"{', '.join(map(repr, names[:4]))}, which comes too early or is taken"
+                )
+        if l < len(deep.units) and not deep.units[l].insertable:
+            reasons.append(
+                f"unit {deep.units[l].name!r} of the deeper model has no partner, and nothing "
+                "that leaves the function as it is can stand in for it"
+            )
+        raise StructureError(
+            f"the models ({len(deep.units)} and {len(shallow.units)} units) cannot be brought to "
+            f"one structure: {'; '.join(reasons) or error}. Inspect both with clafusion.trace or "
+            "'clafusion inspect'"
+        ) from error
+
+
+def settings(config: FusionConfig) -> dict[str, object]:
+    """Return a config's fields and values."""
+    return {one.name: getattr(config, one.name) for one in fields(config)}

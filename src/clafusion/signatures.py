@@ -1,0 +1,292 @@
+"""ModelGraph + data -> Signature: all that alignment and matching need to know of a model.
+
+One pass over the data for each model, streamed. Two things are kept, both of a fixed size however
+long the data: a Gram matrix for each unit, over the first ``alignment_samples`` inputs, and for
+each read point the channels' values at ``matching_rows`` randomly chosen (input, position) pairs,
+the same pairs for every model.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from clafusion.data import Data, batches
+from clafusion.errors import InputError
+from clafusion.graph import ModelGraph, ReadPoint
+
+__all__ = ["Signature", "profile", "profile_together"]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a model's units and channels do on a set of inputs.
+
+    Attributes
+    ----------
+    graph
+        The model.
+    grams
+        For each unit ``(num_samples, num_samples)``: the inner products ``X X^T`` of its true
+        output, flattened, between the first samples.
+    features
+        For each unit the length of a flattened output.
+    rows
+        For each read point ``(unit, index)`` the values ``(num_rows, num_channels)`` of its
+        channels at the chosen pairs of input and position.
+    num_samples, num_inputs
+        How many inputs the Gram matrices are over, and how many were seen in all.
+    data_key
+        Equal for signatures of the same inputs in the same order.
+    """
+
+    graph: ModelGraph
+    grams: tuple[Tensor, ...]
+    features: tuple[int, ...]
+    rows: Mapping[tuple[int, int], Tensor]
+    num_samples: int
+    num_inputs: int
+    data_key: int
+
+
+def profile(
+    graph: ModelGraph,
+    data: Data,
+    *,
+    alignment_samples: int = 400,
+    matching_rows: int = 8192,
+    nonlinearity: bool = False,
+    seed: int = 0,
+    device: torch.device | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> Signature:
+    """Profile one model; see :func:`profile_together`."""
+    return profile_together(
+        [graph],
+        data,
+        alignment_samples=alignment_samples,
+        matching_rows=matching_rows,
+        nonlinearity=nonlinearity,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )[0]
+
+
+def profile_together(
+    graphs: Sequence[ModelGraph],
+    data: Data,
+    *,
+    alignment_samples: int = 400,
+    matching_rows: int = 8192,
+    nonlinearity: bool = False,
+    seed: int = 0,
+    device: torch.device | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> list[Signature]:
+    """Profile several models on the same batches, in one pass over the data.
+
+    Signatures can be compared if they were made from the same inputs in the same order. A
+    DataLoader that shuffles gives another order each time, so the models of a pair are profiled
+    together.
+
+    Parameters
+    ----------
+    graphs
+        Traced models with the same inputs.
+    data
+        A tensor, a list of batches or a DataLoader, with or without labels.
+    alignment_samples
+        How many inputs the Gram matrices are over. Each is held at once, as one batch: this
+        bounds the memory.
+    matching_rows
+        How many (input, position) pairs are kept for each read point.
+    nonlinearity
+        Take the channels' values after the nonlinearity instead of before it. Before it, no
+        channel is dead.
+    seed
+        Seed of the choice of pairs.
+    device
+        Where to compute; default where the model is.
+    progress
+        Called with a text and the number of inputs done.
+
+    Raises
+    ------
+    InputError
+        ``data`` is empty or does not fit the model, or a number is not positive.
+    """
+    for name, value in (("alignment_samples", alignment_samples), ("matching_rows", matching_rows)):
+        if value < 2:
+            raise InputError(f"{name} must be at least 2; got {value}")
+    recorders = [
+        _Recorder(graph, alignment_samples, matching_rows, nonlinearity, seed) for graph in graphs
+    ]
+    waiting: list[tuple[Tensor, ...]] = []
+    seen = 0
+    key = 0
+
+    def flush() -> None:
+        nonlocal seen
+        if waiting:
+            inputs = tuple(torch.cat(parts) for parts in zip(*waiting, strict=True))
+            waiting.clear()
+            for recorder in recorders:
+                recorder.record(inputs, seen)
+            seen += inputs[0].size(0)
+            if progress is not None:
+                progress("profile", seen)
+
+    graph = graphs[0]
+    target = device if device is not None else _device(graph)
+    with torch.no_grad():
+        for inputs in batches(data, graph.example_inputs, graph.keywords, device=target):
+            key = _data_key(key, inputs)
+            waiting.append(inputs)
+            # The Gram matrices are over one batch; afterwards any size will do.
+            if seen or sum(one[0].size(0) for one in waiting) >= alignment_samples:
+                flush()
+        flush()
+    return [recorder.signature(seen, key) for recorder in recorders]
+
+
+class _Recorder:
+    """Collect one model's signature batch by batch."""
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        alignment_samples: int,
+        matching_rows: int,
+        nonlinearity: bool,
+        seed: int,
+    ) -> None:
+        self.graph = graph
+        self.state = graph.state()
+        self.alignment_samples = alignment_samples
+        self.matching_rows = matching_rows
+        self.seed = seed
+        self.units = {unit.output: unit.index for unit in graph.units}
+        self.points: dict[str, list[tuple[tuple[int, int], ReadPoint]]] = {}
+        for unit in graph.units:
+            for i, point in enumerate(unit.read_points):
+                node = point.post if nonlinearity else point.pre
+                self.points.setdefault(node, []).append(((unit.index, i), point))
+        self.grams: dict[int, Tensor] = {}
+        self.features: dict[int, int] = {}
+        self.samplers: dict[int, _Sampler] = {}
+        self.rows: dict[str, Tensor] = {}
+
+    def record(self, inputs: tuple[Tensor, ...], start: int) -> None:
+        size = inputs[0].size(0)
+        for sampler in self.samplers.values():
+            sampler.advance(start, size)
+
+        def observe(node: fx.Node, value: Any) -> Any:
+            if isinstance(value, Tensor):
+                if start == 0 and node.name in self.units:
+                    flat = value.detach()[: self.alignment_samples].flatten(1)
+                    unit = self.units[node.name]
+                    self.grams[unit] = _gram(flat)
+                    self.features[unit] = flat.size(1)
+                if node.name in self.points:
+                    self._sample(node.name, value, start, size)
+            return value
+
+        if self.graph.static_batch is not None and size != self.graph.static_batch:
+            raise InputError(
+                f"the model admits only batches of {self.graph.static_batch}, but "
+                f"{size} inputs are needed at once; it fixes the batch size in its code"
+            )
+        self.graph.run(inputs, state=self.state, replace=observe)
+
+    def _sample(self, node: str, value: Tensor, start: int, size: int) -> None:
+        (_, point), *_ = self.points[node]
+        channels_last = value.movedim(point.axis, -1)
+        positions = channels_last[0, ..., 0].numel()
+        if positions not in self.samplers:
+            self.samplers[positions] = _Sampler(positions, self.matching_rows, self.seed)
+            self.samplers[positions].advance(start, size)
+        sampler = self.samplers[positions]
+        index = np.unravel_index(sampler.candidates, channels_last.shape[:-1])
+        fresh = channels_last[tuple(torch.from_numpy(one) for one in index)].float()
+        kept = self.rows.get(node)
+        both = fresh if kept is None else torch.cat([kept, fresh])
+        self.rows[node] = both[torch.from_numpy(sampler.keep).to(both.device)]
+
+    def signature(self, num_inputs: int, key: int) -> Signature:
+        rows = {
+            place: self.rows[node] for node, places in self.points.items() for place, _ in places
+        }
+        count = len(self.graph.units)
+        return Signature(
+            self.graph,
+            tuple(self.grams[i] for i in range(count)),
+            tuple(self.features[i] for i in range(count)),
+            rows,
+            min(num_inputs, self.alignment_samples),
+            num_inputs,
+            key,
+        )
+
+
+class _Sampler:
+    """Choose pairs of input and position: those with the smallest hash.
+
+    The choice depends on the inputs' numbers and on how many positions there are, but not on the
+    model or on how the inputs are batched, so that the rows of two models belong together.
+    """
+
+    def __init__(self, positions: int, rows: int, seed: int) -> None:
+        self.positions = positions
+        self.rows = rows
+        self.seed = seed
+        self.kept = np.empty(0, dtype=np.uint64)
+
+    def advance(self, start: int, size: int) -> None:
+        """Move on to the next batch: which of its pairs to take, and which rows to keep then."""
+        first = start * self.positions
+        hashes = _hash(np.arange(first, first + size * self.positions, dtype=np.uint64), self.seed)
+        if len(self.kept) == self.rows:
+            self.candidates = np.flatnonzero(hashes < self.kept.max())
+        else:
+            self.candidates = np.arange(len(hashes))
+        hashes = hashes[self.candidates]
+        if len(hashes) > self.rows:
+            chosen = np.sort(np.argpartition(hashes, self.rows)[: self.rows])
+            self.candidates, hashes = self.candidates[chosen], hashes[chosen]
+        both = np.concatenate([self.kept, hashes])
+        self.keep = np.arange(len(both))
+        if len(both) > self.rows:
+            self.keep = np.sort(np.argpartition(both, self.rows)[: self.rows])
+        self.kept = both[self.keep]
+
+
+def _hash(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """Scramble numbers (SplitMix64)."""
+    values = (values + np.uint64(seed + 1)) * np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _gram(flat: Tensor) -> Tensor:
+    flat = flat.float()
+    return (flat @ flat.T).double().cpu()
+
+
+def _data_key(key: int, inputs: tuple[Tensor, ...]) -> int:
+    """Go on with a checksum of each input's sum, which does not depend on the batches."""
+    sums = inputs[0].double().flatten(1).sum(1).cpu().numpy()
+    return zlib.crc32(sums.tobytes(), key)
+
+
+def _device(graph: ModelGraph) -> torch.device:
+    return next((one.device for one in graph.model.parameters()), torch.device("cpu"))
