@@ -152,9 +152,7 @@ def _transported(
             moved = source
             slots = {}
         for axis, pairs in carried.items():
-            moved = _along(
-                lifting, plans, moved, axis, use.size[axis], pairs, slots.get(axis), name
-            )
+            moved = _along(plans, moved, axis, use.size[axis], pairs, slots.get(axis), name)
         view = use.view(result)
         if moved.shape != view.shape:
             raise StructureError(
@@ -166,7 +164,6 @@ def _transported(
 
 
 def _along(
-    lifting: Lifting,
     plans: Sequence[Tensor | None],
     tensor: Tensor,
     axis: int,

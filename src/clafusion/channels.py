@@ -706,7 +706,8 @@ def _moved(call: _Call, substitutes: Mapping[fx.Node, Tensor]) -> Label:
     result = target(*_with(call, substitutes, arguments), **_with(call, substitutes, keywords))
     if isinstance(result, (list, tuple)):
         return tuple(one.long() for one in result)
-    return result.long() + shift if shift else result.long()
+    moved: Tensor = result.long() + shift if shift else result.long()
+    return moved
 
 
 def _with(call: _Call, substitutes: Mapping[fx.Node, Any], arguments: Any) -> Any:

@@ -295,9 +295,10 @@ def _identity(plan: Lifting, name: str, shape: tuple[int, ...]) -> Tensor:
     unit = next(unit for unit in plan.deep.units if name in unit.parameters)
     if len(shape) > 1:  # a linear layer, or a convolution that passes its centre on
         weight = torch.zeros(shape)
-        centre = tuple(size // 2 for size in shape[2:])
-        channels = torch.arange(shape[0])
-        weight[(channels, channels, *centre)] = 1.0
+        centre = weight
+        for size in reversed(shape[2:]):
+            centre = centre.select(-1, size // 2)
+        centre.fill_diagonal_(1.0)
         return weight
     if name.endswith("running_var"):
         # (x - 0) / sqrt(var + eps) = x

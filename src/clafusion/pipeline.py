@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
@@ -325,7 +325,7 @@ def align(
             mode=config.alignment,
             seed=config.seed,
         )
-    return AlignedPair(*signatures, deep_is_first, costs, alignment, clock.seconds)
+    return AlignedPair(signatures[0], signatures[1], deep_is_first, costs, alignment, clock.seconds)
 
 
 def fuse_aligned(
@@ -433,7 +433,7 @@ def _check_feasible(deep: ModelGraph, shallow: ModelGraph, allowed: NDArray[np.b
     try:
         align_layers(np.where(allowed, 0.0, np.inf), skip=skip_costs(deep))
     except AlignmentError as error:
-        l, k = error.reached_deep, error.reached_shallow
+        stuck, k = error.reached_deep, error.reached_shallow
         reasons = []
         if k < len(shallow.units):
             unit = shallow.units[k]
@@ -448,9 +448,9 @@ def _check_feasible(deep: ModelGraph, shallow: ModelGraph, allowed: NDArray[np.b
                     f"unit {unit.name!r} of the shallower model could only match "
                     f"{', '.join(map(repr, names[:4]))}, which comes too early or is taken"
                 )
-        if l < len(deep.units) and not deep.units[l].insertable:
+        if stuck < len(deep.units) and not deep.units[stuck].insertable:
             reasons.append(
-                f"unit {deep.units[l].name!r} of the deeper model has no partner, and nothing "
+                f"unit {deep.units[stuck].name!r} of the deeper model has no partner, and nothing "
                 "that leaves the function as it is can stand in for it"
             )
         raise StructureError(
@@ -458,8 +458,3 @@ def _check_feasible(deep: ModelGraph, shallow: ModelGraph, allowed: NDArray[np.b
             f"one structure: {'; '.join(reasons) or error}. Inspect both with clafusion.trace or "
             "'clafusion inspect'"
         ) from error
-
-
-def settings(config: FusionConfig) -> dict[str, object]:
-    """Return a config's fields and values."""
-    return {one.name: getattr(config, one.name) for one in fields(config)}
