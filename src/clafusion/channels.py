@@ -95,7 +95,13 @@ def find_channels(
         An operation has no rule; the message names it, where it stands and what to do.
     """
     analysis = _Analysis(state, buffers)
-    return analysis.run(module, placeholders, inputs)
+    found = analysis.run(module, placeholders, inputs)
+    if analysis.undecided:
+        # A parameter met several atoms, which later operations may have united: look again,
+        # knowing which.
+        again = _Analysis(state, buffers, analysis.parents)
+        found = again.run(module, placeholders, inputs)
+    return found
 
 
 def op_name(node: fx.Node) -> str:
@@ -280,10 +286,15 @@ def _rule(*names: str) -> Callable[[_Rule], _Rule]:
 class _Analysis:
     """The state of one run: the union-find, the fingerprints and the parameter uses."""
 
-    def __init__(self, state: State, buffers: frozenset[str]) -> None:
+    def __init__(
+        self, state: State, buffers: frozenset[str], united: NDArray[np.int64] | None = None
+    ) -> None:
         self.state = state
         self.buffers = buffers
-        self.parents = np.empty(0, dtype=np.int64)
+        # Atoms are numbered in the order of their creation, the same in every run.
+        self.parents = np.empty(0, dtype=np.int64) if united is None else united.copy()
+        self.created = 0
+        self.undecided = False
         self.pinned: set[int] = set()
         self.fingerprints: dict[int, set[int]] = {}
         self.uses: dict[tuple[Any, ...], _Use] = {}
@@ -337,10 +348,7 @@ class _Analysis:
             self.labels[node] = whole[node.args[1]] if isinstance(whole, tuple) else None
             return
         has_tensor = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(values[node]))
-        constant = all(
-            label is None or (isinstance(label, _View) and label.name in self.buffers)
-            for label in labels
-        )
+        constant = all(self.is_constant(label) for label in labels)
         if not has_tensor or op_name(node) in _SHAPE_ONLY:
             self.labels[node] = None
             return
@@ -356,9 +364,20 @@ class _Analysis:
         if rule is None:
             raise self.unsupported(node)
         self.labels[node] = rule(self, call)
+        self._mark(node)
         if node.target._schema.name.endswith("_") and isinstance(node.args[0], fx.Node):
             # In place: whoever reads the operand later sees the result.
             self.labels[node.args[0]] = self.labels[node]
+
+    def _mark(self, node: fx.Node) -> None:
+        """Let the atoms remember the operation: one that treats only some of them splits them."""
+        label = self.labels[node]
+        mark = int(_salt(node.name)[0])
+        for ids in label if isinstance(label, tuple) else (label,):
+            if isinstance(ids, Tensor):
+                (reduced,) = _collapse(ids)
+                for atom in self.roots(reduced[reduced >= 0].unique()).tolist():
+                    self.fingerprints.setdefault(atom, set()).add(mark)
 
     @staticmethod
     def unsupported(
@@ -370,13 +389,17 @@ class _Analysis:
             "Replace it by supported operations, or open an issue with the module's code"
         )
 
+    def is_constant(self, label: Label) -> bool:
+        return label is None or (isinstance(label, _View) and label.name in self.buffers)
+
     # --- atoms ---------------------------------------------------------------------------------
 
     def fresh(self, count: int) -> Tensor:
         """Return ``count`` new atoms."""
-        start = len(self.parents)
-        self.parents = np.append(self.parents, np.arange(start, start + count))
-        return torch.arange(start, start + count)
+        start, self.created = self.created, self.created + count
+        missing = np.arange(len(self.parents), self.created)
+        self.parents = np.append(self.parents, missing)
+        return torch.arange(start, self.created)
 
     def roots(self, ids: Tensor) -> Tensor:
         """Return ids with every atom replaced by its representative."""
@@ -468,6 +491,7 @@ class _Analysis:
         pairs = np.unique(np.stack([flat[moving], roots[moving]], 1), axis=0)
         partners, counts = np.unique(pairs[:, 0], return_counts=True)
         alone = np.isin(flat, partners[counts == 1])
+        self.undecided |= bool((counts > 1).any())
         # Elements that meet a single atom move with it; the others are fixed.
         fixed = torch.from_numpy(np.where(alone, flat, -1 - flat))
         self.pin(torch.from_numpy(flat[~alone]))
@@ -659,7 +683,7 @@ _SHAPE_ONLY = frozenset(
 def _structural(analysis: _Analysis, call: _Call) -> Label:
     """Run the operation itself, on the labels."""
     tensors = call.tensors()
-    sources = [node for _, node in tensors if call.label_of(node) is not None]
+    sources = [node for _, node in tensors if not analysis.is_constant(call.label_of(node))]
     target: Any = call.node.target
     indices = {node for name, node in tensors if name in ("indices", "index", "repeats")}
     if any(node in indices for node in sources):
@@ -680,11 +704,18 @@ def _structural(analysis: _Analysis, call: _Call) -> Label:
     for i, (_, node) in enumerate(tensors):
         if node not in indices and i != shape_only:
             substitutes[node] = analysis.activation(call.label_of(node), call.value_of(node))
-    try:
-        return _moved(call, substitutes)
-    except (RuntimeError, NotImplementedError):
-        # The operation has no integer kernel; ids are exact in float64.
-        return _moved(call, {node: ids.double() for node, ids in substitutes.items()})
+    # Labels may be laid out otherwise than the values, and some operations have no integer kernel;
+    # ids are exact in float64.
+    for change in (_as_is, Tensor.contiguous, Tensor.double):
+        try:
+            return _moved(call, {node: change(ids) for node, ids in substitutes.items()})
+        except (RuntimeError, NotImplementedError):
+            continue
+    raise analysis.unsupported(call.node, "it cannot run on label tensors")
+
+
+def _as_is(ids: Tensor) -> Tensor:
+    return ids
 
 
 _FILLING = frozenset("constant_pad_nd pad tril triu".split())
@@ -742,7 +773,11 @@ def _unchanged(_analysis: _Analysis, call: _Call) -> Label:
 # --- rules: elementwise ------------------------------------------------------------------------
 
 
-@_rule(*"where masked_fill clamp_min clamp_max hardtanh relu6 rrelu softplus".split())
+@_rule(
+    *"""where masked_fill clamp clamp_min clamp_max hardtanh relu6 rrelu softplus hardswish
+    hardsigmoid hardshrink softshrink threshold celu selu elu gelu silu mish log_sigmoid
+    leaky_relu softsign __and__ __or__ __xor__""".split()
+)
 def _elementwise(analysis: _Analysis, call: _Call) -> Label:
     """Unite the labels of the operands element by element."""
     operands = [node for _, node in call.tensors()]
@@ -884,7 +919,9 @@ def _reduction(analysis: _Analysis, call: _Call) -> Label:
     axes = [axis % max(ids.dim(), 1) for axis in axes]
     results = _reduced(analysis, call.node.name, ids, axes)
     if call.name in ("max", "min", "median") and isinstance(call.output, tuple):
-        analysis.pin(torch.where(results < 0, ids, -1))  # the winner's place is a result, too
+        wanted = {user.args[1] for user in call.node.users if user.users}
+        if wanted - {0}:
+            analysis.pin(torch.where(results < 0, ids, -1))  # the winner's place is a result, too
     outputs = call.output if isinstance(call.output, tuple) else (call.output,)
     if outputs[0].dim() < ids.dim():
         results = results.flatten() if outputs[0].dim() == 0 else results.squeeze(tuple(axes))
@@ -1120,6 +1157,12 @@ def _embedding(analysis: _Analysis, call: _Call) -> Label:
     return _outgoing(analysis, view, "weight", 1).expand(call.output.shape)
 
 
+@_rule("embedding_bag", "_embedding_bag")
+def _embedding_bag(analysis: _Analysis, call: _Call) -> Label:
+    out = _outgoing(analysis, _weight(analysis, call, "weight"), "weight", 1)
+    return (out.expand(call.output[0].shape), None, None, None)
+
+
 @_rule(*"matmul mm bmm addmm baddbmm".split())
 def _matmul(analysis: _Analysis, call: _Call) -> Label:
     names = {
@@ -1248,15 +1291,7 @@ def _recurrent(analysis: _Analysis, call: _Call) -> Label:
         outputs = []
         for direction in range(directions):
             start = (layer * directions + direction) * each
-            group = [call.label_of(node) for node in weights[start : start + each]]
-            if not all(isinstance(label, _View) for label in group):
-                raise analysis.unsupported(call.node, "its weights are computed")
-            views: list[_View] = group  # type: ignore[assignment]
-            atoms = analysis.fresh(views[1].tensor.size(1))
-            analysis.weigh(views[0], "weight", {0: atoms.repeat(gates), 1: row}, inward=[1])
-            analysis.weigh(views[1], "weight", {0: atoms.repeat(gates), 1: atoms}, inward=[1])
-            for bias in views[2:]:
-                analysis.scale(bias, atoms.repeat(gates))
+            atoms = _recurrence(analysis, call, row, weights[start : start + each], gates)
             outputs.append(atoms)
             hidden.append(atoms)
         channels = torch.cat(outputs)
@@ -1264,6 +1299,36 @@ def _recurrent(analysis: _Analysis, call: _Call) -> Label:
     _tie_initial_states(analysis, call, hidden)
     states = torch.stack([atoms.expand(call.output[1].size(1), -1) for atoms in hidden])
     return (ids, *[states] * (len(call.output) - 1))
+
+
+def _recurrence(
+    analysis: _Analysis, call: _Call, row: Tensor, weights: Sequence[fx.Node], gates: int
+) -> Tensor:
+    """Tie one recurrent layer's hidden channels; return their atoms."""
+    views = [label for label in map(call.label_of, weights) if isinstance(label, _View)]
+    if len(views) != len(weights):
+        raise analysis.unsupported(call.node, "its weights are computed from other values")
+    atoms = analysis.fresh(views[1].tensor.size(1))
+    analysis.weigh(views[0], "weight", {0: atoms.repeat(gates), 1: row}, inward=[1])
+    analysis.weigh(views[1], "weight", {0: atoms.repeat(gates), 1: atoms}, inward=[1])
+    for bias in views[2:]:
+        analysis.scale(bias, atoms.repeat(gates))
+    return atoms
+
+
+@_rule(*"lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
+def _recurrent_cell(analysis: _Analysis, call: _Call) -> Label:
+    gates = {"lstm_cell": 4, "gru_cell": 3}.get(call.name, 1)
+    ids = analysis.activation(call.label("input"), call.value("input"))
+    weights = [call.bound[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+    present = [node for node in weights if isinstance(node, fx.Node)]
+    atoms = _recurrence(analysis, call, analysis.common_row(_rows(ids, -1)), present, gates)
+    states = call.bound["hx"]
+    for node in states if isinstance(states, (list, tuple)) else [states]:
+        state = analysis.activation(call.label_of(node), call.value_of(node))
+        analysis.unite(state, atoms.expand(state.shape))
+    result = atoms.expand(*ids.shape[:-1], len(atoms))
+    return (result, result) if isinstance(call.output, tuple) else result
 
 
 def _tie_initial_states(analysis: _Analysis, call: _Call, hidden: Sequence[Tensor]) -> None:
