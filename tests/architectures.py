@@ -2198,7 +2198,8 @@ def table() -> str:
             lines.append(f"| {entry.name} | refused ({type(error).__name__}) | | |")
             continue
         channels = sum(one.size for one in classes)
-        lines.append(f"| {entry.name} | verified | {len(classes)} | {channels} |")
+        outcome = "verified" if classes else "verified, no channel may move"
+        lines.append(f"| {entry.name} | {outcome} | {len(classes)} | {channels} |")
     return "\n".join(lines)
 
 
