@@ -1,5 +1,6 @@
 """Fuse trained PyTorch networks of different depth and width into one, without training."""
 
+from clafusion._native import num_threads, set_num_threads
 from clafusion.depth import Lifting, lift
 from clafusion.errors import (
     AlignmentError,
@@ -12,8 +13,8 @@ from clafusion.errors import (
 )
 from clafusion.graph import ChannelClass, ModelGraph, Slot, Unit
 from clafusion.layer_alignment import LayerAlignment, align_layers, align_layers_batch
-from clafusion.pipeline import AlignedPair, FusionConfig, FusionResult, align, fuse
-from clafusion.signatures import Signature, profile
+from clafusion.pipeline import AlignedPair, FusionConfig, FusionResult, align, fuse, profile
+from clafusion.signatures import Signature
 from clafusion.trace import trace
 from clafusion.verification import permute_channels, verify_graph
 
@@ -40,8 +41,10 @@ __all__ = [
     "align_layers_batch",
     "fuse",
     "lift",
+    "num_threads",
     "permute_channels",
     "profile",
+    "set_num_threads",
     "trace",
     "verify_graph",
 ]

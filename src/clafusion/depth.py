@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clafusion.errors import StructureError
-from clafusion.graph import ChannelClass, ModelGraph, ParameterUse, ReadPoint, Site, Slot, Unit
+from clafusion.graph import (
+    ChannelClass,
+    ModelGraph,
+    ParameterUse,
+    ReadPoint,
+    Site,
+    Slot,
+    Unit,
+    flatten_tensors,
+)
 from clafusion.layer_alignment import LayerAlignment
 
 __all__ = [
@@ -128,6 +137,13 @@ def lifting(deep: ModelGraph, shallow: ModelGraph, alignment: LayerAlignment) ->
                 origins.setdefault(parameter, inner)
             for parameter in unit.last_write:
                 origins[parameter] = "silent"
+            if unit.insertable == "identity":
+                # What leaves an identity is what flows past it in the shallow network.
+                key = _shallow_point(shallow, partner, unit, len(unit.read_points) - 1)
+                if key is not None:
+                    point = shallow.units[key[0]].read_points[key[1]]
+                    flow = Site(point.post, point.axis, "", None, point.classes, point.members)
+                    sites.update({one.node: flow for one in unit.sites})
     for unit, k in zip(deep.units, partner, strict=True):  # what a matched unit shares stays so
         if k >= 0:
             origins.update(dict.fromkeys(unit.parameters, "matched"))
@@ -217,29 +233,42 @@ def _point_pairs(
 ) -> Iterable[PointPair]:
     if shallow_class < 0:
         return
+    seen: set[tuple[str, str]] = set()
     for unit in deep.units:
-        k = partner[unit.index]
         for i, point in enumerate(unit.read_points):
-            if not bool((point.classes == deep_class).any()):
+            key = _shallow_point(shallow, partner, unit, i)
+            if key is None or not bool((point.classes == deep_class).any()):
                 continue
-            if k >= 0:
-                candidates = [(k, i)]
-            elif unit.insertable == "identity":
-                # The same value flows on to the next matched unit, which reads it first.
-                later = [one for one in partner[unit.index :] if one >= 0]
-                candidates = [(later[0], 0)] if later else []
-            else:
-                candidates = []
-            for key in candidates:
-                if key[1] < len(shallow.units[key[0]].read_points):
-                    other = shallow.units[key[0]].read_points[key[1]]
-                    if bool((other.classes == shallow_class).any()):
-                        yield PointPair(
-                            (unit.index, i),
-                            key,
-                            _columns(point, deep_class),
-                            _columns(other, shallow_class),
-                        )
+            other = shallow.units[key[0]].read_points[key[1]]
+            nodes = (point.post, other.post)
+            if bool((other.classes == shallow_class).any()) and nodes not in seen:
+                seen.add(nodes)
+                columns = _columns(point, deep_class), _columns(other, shallow_class)
+                yield PointPair((unit.index, i), key, *columns)
+
+
+def _shallow_point(
+    shallow: ModelGraph, partner: tuple[int, ...], unit: Unit, index: int
+) -> tuple[int, int] | None:
+    """Return where the shallow network shows what a read point of the deep one shows."""
+    point = unit.read_points[index]
+    k = partner[unit.index]
+    if k >= 0:
+        candidates = [(k, index)]
+    elif unit.insertable == "identity":
+        # An identity passes on what the unit before it puts out, which the unit after it reads;
+        # a pooling between them decides which of the two has the right positions.
+        before = [one for one in partner[: unit.index] if one >= 0]
+        after = [one for one in partner[unit.index :] if one >= 0]
+        candidates = [(one, len(shallow.units[one].read_points) - 1) for one in before[-1:]]
+        candidates += [(one, 0) for one in after[:1]]
+    else:
+        candidates = []
+    for one, place in candidates:
+        points = shallow.units[one].read_points
+        if 0 <= place < len(points) and points[place].positions == point.positions:
+            return one, place
+    return None
 
 
 def _columns(point: ReadPoint, channel_class: int) -> Tensor:
@@ -323,9 +352,30 @@ def lift(deep: nn.Module, plan: Lifting) -> nn.Module:
     Raises
     ------
     StructureError
-        A width is fixed in the deep module's code, so that the lifted module does not run.
+        A width is fixed in the deep module's code, so that the lifted module does not run or
+        computes something else.
     """
-    return with_state(deep, lifted_state(plan), plan.deep)
+    lifted = with_state(deep, lifted_state(plan), plan.deep)
+    inputs, keywords = plan.deep.example_inputs, plan.deep.keywords
+    arguments = () if keywords else inputs
+    mode = lifted.training
+    try:
+        with torch.no_grad():
+            named = dict(zip(keywords, inputs, strict=True)) if keywords else {}
+            found = list(flatten_tensors(lifted.eval()(*arguments, **named)))
+    except RuntimeError as error:
+        raise StructureError(
+            f"the lifted model does not run: a width is fixed in the deep module's code ({error})"
+        ) from error
+    wanted = list(flatten_tensors(list(plan.shallow.run(inputs))))
+    for one, other in zip(found, wanted, strict=True):
+        gap = float((one - other).abs().max())
+        if not gap <= 1e-3 * max(float(other.abs().max()), 1e-30):
+            raise StructureError(
+                f"the lifted model's output differs from the shallow model's by {gap:.1e}: the "
+                "inserted units change it. The two networks differ in what lies between units"
+            )
+    return lifted.train(mode)
 
 
 def with_state(module: nn.Module, state: Mapping[str, Tensor], graph: ModelGraph) -> nn.Module:

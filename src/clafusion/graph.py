@@ -128,6 +128,8 @@ class ReadPoint:
         before its nonlinearity. Equal where there is none.
     axis
         The channel axis.
+    positions
+        Shape of the value without the batch and channel axes.
     classes
         ``(num_channels,)``: the class of each channel, -1 for a fixed channel.
     members
@@ -137,6 +139,7 @@ class ReadPoint:
     post: str
     pre: str
     axis: int
+    positions: tuple[int, ...]
     classes: Tensor
     members: Tensor
 
@@ -191,7 +194,8 @@ class Unit:
     parameters
         Every parameter and buffer that it uses, in the order of its nodes and their operands.
     read_points
-        Its tensors whose channels are read by a weighted layer of this unit.
+        Its tensors whose channels are read by a weighted layer of this unit, and last its own
+        output, where that has channels to be matched.
     sites
         Its layers whose outputs can be rescaled, in order.
     insertable

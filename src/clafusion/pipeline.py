@@ -25,7 +25,7 @@ from clafusion.graph import ModelGraph, flatten_tensors
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment, align_layers
 from clafusion.layer_costs import LayerCost, layer_costs
 from clafusion.neuron_costs import MAX_CHANNELS, NeuronCost, neuron_costs
-from clafusion.signatures import Signature, profile_together
+from clafusion.signatures import Signature, profile_graphs
 from clafusion.trace import trace
 from clafusion.transport import Solver, solve_transport
 
@@ -37,6 +37,7 @@ __all__ = [
     "Progress",
     "align",
     "fuse",
+    "profile",
 ]
 
 Calibration = Literal["none", "batchnorm", "repair"]
@@ -309,7 +310,7 @@ def align(
     allowed = allowed_pairs(deep, shallow)
     _check_feasible(deep, shallow, allowed)
     with clock.stage("profile"):
-        signatures = profile_together(
+        signatures = profile_graphs(
             [deep, shallow],
             data,
             alignment_samples=config.alignment_samples,
@@ -326,6 +327,35 @@ def align(
             seed=config.seed,
         )
     return AlignedPair(signatures[0], signatures[1], deep_is_first, costs, alignment, clock.seconds)
+
+
+def profile(
+    model: nn.Module | ModelGraph,
+    data: Data,
+    *,
+    example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor] | None = None,
+    alignment_samples: int = 400,
+    matching_rows: int = 8192,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> Signature:
+    """Record what a model's units and channels do on data, in one pass and fixed memory.
+
+    Parameters and errors are those of :func:`clafusion.signatures.profile_graphs`; a module is
+    traced first, with ``example_inputs`` or the first batch of ``data``.
+    """
+    if not isinstance(model, ModelGraph):
+        model = trace(model, first_batch(data) if example_inputs is None else example_inputs)
+    return profile_graphs(
+        [model],
+        data,
+        alignment_samples=alignment_samples,
+        matching_rows=matching_rows,
+        seed=seed,
+        device=None if device is None else torch.device(device),
+        progress=progress,
+    )[0]
 
 
 def fuse_aligned(

@@ -22,7 +22,7 @@ from clafusion.data import Data, batches
 from clafusion.errors import InputError
 from clafusion.graph import ModelGraph, ReadPoint
 
-__all__ = ["Signature", "profile", "profile_together"]
+__all__ = ["Signature", "profile_graphs"]
 
 
 @dataclass(frozen=True)
@@ -56,31 +56,7 @@ class Signature:
     data_key: int
 
 
-def profile(
-    graph: ModelGraph,
-    data: Data,
-    *,
-    alignment_samples: int = 400,
-    matching_rows: int = 8192,
-    nonlinearity: bool = False,
-    seed: int = 0,
-    device: torch.device | None = None,
-    progress: Callable[[str, int], None] | None = None,
-) -> Signature:
-    """Profile one model; see :func:`profile_together`."""
-    return profile_together(
-        [graph],
-        data,
-        alignment_samples=alignment_samples,
-        matching_rows=matching_rows,
-        nonlinearity=nonlinearity,
-        seed=seed,
-        device=device,
-        progress=progress,
-    )[0]
-
-
-def profile_together(
+def profile_graphs(
     graphs: Sequence[ModelGraph],
     data: Data,
     *,

@@ -176,7 +176,23 @@ def _export(
     model: nn.Module, arguments: tuple[Tensor, ...], keywords: Mapping[str, Tensor]
 ) -> torch.export.ExportedProgram:
     auto = {0: torch.export.Dim.AUTO}
-    shapes: Any = tuple(auto for _ in arguments) or dict.fromkeys(keywords, auto)
+    by_name: dict[str, Any] = {}
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*arguments, **keywords)
+    except TypeError as error:
+        raise InputError(
+            f"the model's forward{signature} does not take these inputs: {error}"
+        ) from error
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            by_name[name] = tuple(auto for _ in value)
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            by_name[name] = dict.fromkeys(value, auto)
+        else:
+            by_name[name] = auto
+    shapes: Any = by_name if keywords else tuple(by_name.values())
     try:
         return torch.export.export(
             model, arguments, dict(keywords), dynamic_shapes=shapes, strict=False

@@ -30,6 +30,7 @@ _GLUE = frozenset(
     chunk split split_with_sizes slice select narrow movedim swapaxes cat pad
     constant_pad_nd mean amax sum pixel_shuffle identity mT unbind""".split()
 )
+_SAME_VALUES = frozenset("contiguous clone detach alias dropout feature_dropout identity".split())
 # f(f(x)) = f(x): an inserted unit with identity weights changes nothing after one of these.
 _IDEMPOTENT = frozenset("relu relu6 hardtanh clamp clamp_min abs".split())
 _ZERO_AT_ZERO = frozenset("relu relu6 gelu silu tanh hardswish leaky_relu elu selu mish".split())
@@ -309,11 +310,23 @@ class _Cutter:
                     point = self._read_point(operand)
                     if point is not None:
                         points.setdefault(point.post, point)
+        output = self._read_point(draft.nodes[-1])
+        if output is not None:
+            points.pop(output.post, None)
+            points[output.post] = output
         return list(points.values())
 
     def _read_point(self, node: fx.Node) -> ReadPoint | None:
-        """Walk from a layer's operand back to the activation that it reads."""
-        while self._is_glue(node) and len(self._operands(node)) == 1:
+        """Walk from a layer's operand back to the activation that it reads.
+
+        The walk ends where channels have an axis of their own, and before it would change how
+        many positions there are.
+        """
+        while (
+            self._is_glue(node)
+            and len(self._operands(node)) == 1
+            and (self.channels.nodes[node.name].axis is None or op_name(node) in _SAME_VALUES)
+        ):
             node = self._operands(node)[0]
         channels = self.channels.nodes[node.name]
         if channels.axis is None or not channels.free:
@@ -324,7 +337,15 @@ class _Cutter:
             same = self.channels.nodes[before[0].name]
             if same.axis == channels.axis and torch.equal(same.classes, channels.classes):
                 pre = before[0]
-        return ReadPoint(node.name, pre.name, channels.axis, channels.classes, channels.members)
+        shape = self.channels.shapes[node.name]
+        return ReadPoint(
+            node.name,
+            pre.name,
+            channels.axis,
+            tuple(size for axis, size in enumerate(shape) if axis not in (0, channels.axis)),
+            channels.classes,
+            channels.members,
+        )
 
     def _sites(self, draft: _Draft) -> list[Site]:
         sites = []

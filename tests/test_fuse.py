@@ -1,0 +1,339 @@
+"""What must hold exactly when two networks are fused, and what must be refused."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import clafusion
+from clafusion import InputError, StructureError, fuse, lift, permute_channels, trace
+from clafusion.depth import lifting
+from clafusion.layer_alignment import align_layers
+from tests import networks
+
+IMAGES = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+VECTORS = torch.randn(400, 12, generator=torch.Generator().manual_seed(0))
+
+MODELS = {
+    "mlp": (lambda seed=0: networks.mlp(12, 20, 17, 9, 5, seed=seed), VECTORS),
+    "vgg": (lambda seed=0: networks.vgg(2, 2, norm=False, seed=seed), IMAGES),
+    "vgg, BatchNorm": (lambda seed=0: networks.vgg(2, 1, seed=seed), IMAGES),
+    "resnet, padded": (lambda seed=0: networks.resnet(2, 2, seed=seed), IMAGES),
+    "resnet, 1x1": (lambda seed=0: networks.resnet(1, 2, shortcut="conv", seed=seed), IMAGES),
+}
+# A deep and a shallow network of equal widths, for which weight 0 and 1 are exact.
+PAIRS = {
+    "mlp": (networks.mlp(12, 9, 9, 9, 9, 5, seed=1), networks.mlp(12, 9, 9, 5, seed=2), VECTORS),
+    "vgg": (networks.vgg(3, 2, norm=False, seed=1), networks.vgg(1, 1, norm=False), IMAGES),
+    "vgg, BatchNorm": (networks.vgg(3, 2, seed=1), networks.vgg(2, 1, seed=2), IMAGES),
+    "resnet, padded": (networks.resnet(3, 3, seed=1), networks.resnet(1, 2, seed=2), IMAGES),
+    "resnet, 1x1": (
+        networks.resnet(3, 2, shortcut="conv", seed=1),
+        networks.resnet(2, 1, shortcut="conv", seed=2),
+        IMAGES,
+    ),
+}
+CALIBRATIONS = ["none", "repair"]
+
+
+def output(model, inputs):
+    with torch.no_grad():
+        return model(inputs)
+
+
+def assert_same_function(model, expected, inputs):
+    """Equal up to float32 rounding, relative to the largest output."""
+    want = output(expected, inputs)
+    torch.testing.assert_close(
+        output(model, inputs), want, rtol=0, atol=2e-5 * float(want.abs().max())
+    )
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_fused_with_itself_is_itself(name, calibration):
+    build, inputs = MODELS[name]
+    model = build()
+    fused = fuse(model, model, inputs, calibration=calibration).model
+    assert_same_function(fused, model, inputs)
+    assert_same_function(fused, model, 3 * torch.randn_like(inputs))  # also where no data was
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_fused_with_a_permuted_copy_is_itself(name, calibration):
+    build, inputs = MODELS[name]
+    model = build()
+    graph = trace(model, inputs)
+    generator = torch.Generator().manual_seed(3)
+    permutations = [torch.randperm(one.size, generator=generator) for one in graph.classes]
+    permuted = copy.deepcopy(model)
+    permuted.load_state_dict(permute_channels(model.state_dict(), graph.classes, permutations))
+    assert_same_function(permuted, model, inputs)
+    for order in ((model, permuted), (permuted, model)):
+        assert_same_function(fuse(*order, inputs, calibration=calibration).model, model, inputs)
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (networks.mlp(12, 10, 7, 5), VECTORS),
+        (networks.vgg(1, 1, widths=(6, 5), norm=False), IMAGES),
+        (networks.vgg(1, 1, widths=(6, 5)), IMAGES),
+    ],
+)
+def test_a_widened_copy_fuses_to_the_original_function(model, inputs, factor, calibration):
+    wide = networks.widened(model, factor)
+    assert_same_function(wide, model, inputs)
+    for order in ((model, wide), (wide, model)):
+        assert_same_function(fuse(*order, inputs, calibration=calibration).model, model, inputs)
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_deepened_copy_fuses_to_the_original_function(count, calibration):
+    model = networks.mlp(12, 20, 17, 5)
+    deepened = networks.with_identity_layers(model, 4, count)
+    assert_same_function(deepened, model, VECTORS)
+    for order in ((model, deepened), (deepened, model)):
+        result = fuse(*order, VECTORS, calibration=calibration)
+        assert_same_function(result.model, model, VECTORS)
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_ends_of_the_weight_are_the_parents(name, calibration):
+    deep, shallow, inputs = PAIRS[name]
+    for first, second in ((deep, shallow), (shallow, deep)):
+        at_zero = fuse(first, second, inputs, weight=0.0, calibration=calibration)
+        at_one = fuse(first, second, inputs, weight=1.0, calibration=calibration)
+        assert_same_function(at_zero.model, first, inputs)
+        assert_same_function(at_one.model, second, inputs)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_order_of_the_models_does_not_matter(name):
+    deep, shallow, inputs = PAIRS[name]
+    one = fuse(deep, shallow, inputs, weight=0.3).model
+    other = fuse(shallow, deep, inputs, weight=0.7).model
+    assert_same_function(one, other, inputs)
+
+
+@pytest.mark.parametrize(
+    ("deep", "shallow", "inputs"),
+    [
+        *PAIRS.values(),
+        (networks.mlp(12, 9, 8, 7, 6, 5), networks.mlp(12, 30, 20, 5, seed=1), VECTORS),
+        (networks.vgg(3, 2), networks.vgg(1, 1, widths=(5, 20), seed=1), IMAGES),
+        (
+            networks.resnet(3, 3, shortcut="conv"),
+            networks.resnet(2, 1, widths=(10, 20), shortcut="conv", seed=1),
+            IMAGES,
+        ),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_lifted_model_computes_the_same_whatever_the_alignment(deep, shallow, inputs, seed):
+    graphs = [trace(one, inputs) for one in (deep, shallow)]
+    allowed = clafusion.depth.allowed_pairs(*graphs)
+    alignment = align_layers(
+        np.where(allowed, 0.0, np.inf),
+        skip=clafusion.depth.skip_costs(graphs[0]),
+        mode="random",
+        seed=seed,
+    )
+    lifted = lift(deep, lifting(*graphs, alignment)).eval()
+    far = 10 * torch.randn_like(inputs)
+    assert_same_function(lifted, shallow, inputs)
+    assert_same_function(lifted, shallow, far)
+    assert len(trace(lifted, inputs).units) == len(graphs[0].units)
+
+
+def test_unequal_depth_and_width_fuse_to_the_deep_architecture():
+    deep = networks.vgg(3, 2, widths=(8, 12))
+    shallow = networks.vgg(1, 1, widths=(6, 20), seed=1)
+    result = fuse(shallow, deep, IMAGES)
+    assert list(result.model.state_dict()) == list(deep.state_dict())
+    for name, tensor in result.model.state_dict().items():
+        assert tensor.shape == deep.state_dict()[name].shape
+        assert torch.isfinite(tensor).all()
+    loss = result.model.train()(IMAGES).square().mean()
+    loss.backward()
+    assert all(p.grad is not None for p in result.model.parameters())
+    assert not result.pair.deep_is_first
+
+
+def test_lifting_into_fixed_widths_is_refused():
+    deep, shallow = networks.resnet(3, 3), networks.resnet(2, 1, widths=(10, 20))
+    result = fuse(deep, shallow, IMAGES)  # the fused model has the deep one's widths
+    with pytest.raises(StructureError, match="a width is fixed in the deep module's code"):
+        lift(deep, result.lifting)
+
+
+def test_resetting_batchnorm_takes_the_statistics_of_the_data():
+    model = networks.resnet(1, 1)
+    fused = fuse(model, model, IMAGES, calibration="batchnorm").model
+    seen = {}
+    hook = model.stem[0].register_forward_hook(lambda *call: seen.update(out=call[2]))
+    output(model, IMAGES)
+    hook.remove()
+    torch.testing.assert_close(fused.stem[1].running_mean, seen["out"].mean((0, 2, 3)))
+    torch.testing.assert_close(fused.stem[1].running_var, seen["out"].var((0, 2, 3)))
+    assert not fused.training
+    assert not any(module.training for module in fused.modules())
+
+
+def test_a_lifted_model_tells_its_true_widths():
+    deep, shallow = networks.vgg(2, 2), networks.vgg(1, 1, widths=(5, 20), seed=1)
+    result = fuse(deep, shallow, IMAGES)
+    for module in lift(deep, result.lifting).modules():
+        if isinstance(module, nn.Conv2d):
+            assert (module.out_channels, module.in_channels) == module.weight.shape[:2]
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.num_features == len(module.weight) == len(module.running_var)
+        if isinstance(module, nn.Linear):
+            assert (module.out_features, module.in_features) == module.weight.shape
+
+
+@pytest.mark.parametrize("solver", ["assignment", "exact", "sinkhorn"])
+@pytest.mark.parametrize("neuron_cost", ["correlation", "euclidean"])
+def test_every_solver_and_cost_recovers_a_permutation(solver, neuron_cost):
+    model = networks.mlp(12, 20, 17, 5)
+    graph = trace(model, VECTORS)
+    permutations = [torch.arange(one.size).flip(0) for one in graph.classes]
+    flipped = copy.deepcopy(model)
+    flipped.load_state_dict(permute_channels(model.state_dict(), graph.classes, permutations))
+    result = fuse(model, flipped, VECTORS, solver=solver, neuron_cost=neuron_cost, epsilon=2e-3)
+    for plan in result.plans:
+        assert torch.equal(plan.argmax(1), torch.arange(len(plan)).flip(0))
+
+
+def test_the_same_seed_gives_the_same_bytes_on_any_thread_count():
+    deep, shallow, inputs = PAIRS["resnet, padded"]
+    states = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 1):
+            torch.set_num_threads(count)
+            clafusion.set_num_threads(count)
+            states.append(fuse(deep, shallow, inputs, seed=5).model.state_dict())
+    finally:
+        torch.set_num_threads(threads)
+        clafusion.set_num_threads(0)
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+        assert torch.equal(tensor, states[2][name]), name
+
+
+def test_the_inputs_are_left_alone():
+    deep, shallow, inputs = PAIRS["vgg, BatchNorm"]
+    deep, shallow = copy.deepcopy(deep).train(), copy.deepcopy(shallow)
+    before = [copy.deepcopy(one.state_dict()) for one in (deep, shallow)]
+    result = fuse(deep, shallow, inputs)
+    for one, state in zip((deep, shallow), before, strict=True):
+        assert all(torch.equal(one.state_dict()[name], state[name]) for name in state)
+    assert deep.training
+    assert result.model.training
+    assert not shallow.training
+
+
+def test_data_may_be_a_tensor_a_list_or_a_loader():
+    deep, shallow, inputs = PAIRS["mlp"]
+    labels = torch.zeros(len(inputs))
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(inputs, labels), batch_size=64
+    )
+    shuffled = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(inputs, labels), batch_size=64, shuffle=True
+    )
+    expected = fuse(deep, shallow, inputs).model
+    for data in ([inputs[:100], inputs[100:]], [(inputs, labels)], loader):
+        fused = fuse(deep, shallow, data).model
+        # REPAIR corrects batch by batch, so other batches give slightly other factors.
+        difference = (output(fused, inputs) - output(expected, inputs)).abs().max()
+        assert difference < 0.2 * output(expected, inputs).abs().max()
+    fuse(deep, shallow, shuffled)
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+def test_different_inputs_and_outputs_are_refused():
+    with pytest.raises(InputError, match="second model: the model does not run"):
+        fuse(networks.mlp(12, 9, 5), networks.mlp(13, 9, 5), VECTORS)
+    with pytest.raises(StructureError, match=r"different outputs: \('batch', 5\)"):
+        fuse(networks.mlp(12, 9, 5), networks.mlp(12, 9, 6), VECTORS)
+
+
+def test_different_structures_are_refused_by_unit():
+    with pytest.raises(StructureError, match="unit '2' of the deeper model has no partner"):
+        fuse(
+            networks.mlp(12, 9, 9, 5, activation=nn.Tanh),
+            networks.mlp(12, 9, 5, activation=nn.Tanh),
+            VECTORS,
+        )
+    with pytest.raises(StructureError, match="no counterpart of its structure"):
+        fuse(networks.mlp(12, 9, 9, 5), networks.mlp(12, 9, 5, activation=nn.GELU), VECTORS)
+    with pytest.raises(StructureError, match="cannot be brought to one structure"):
+        fuse(networks.resnet(3, 1), networks.resnet(1, 2), IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (VECTORS[:, :11], "does not run on the example inputs"),
+        ([VECTORS, VECTORS[:, :11]], r"batch 1 has shape \(400, 11\)"),
+        ([VECTORS, VECTORS.double()], r"batch 1 has dtype torch.float64"),
+        ([VECTORS, VECTORS * torch.nan], "batch 1 holds 4800 NaN or infinite"),
+        (VECTORS[:0], "data is empty"),
+        ([], "data is empty"),
+        (iter([VECTORS]), "can be read only once"),
+        (17, "data must be a tensor"),
+        (["a"], "a batch of data must be a tensor"),
+    ],
+)
+def test_bad_data_is_refused(data, message):
+    with pytest.raises(InputError, match=message):
+        fuse(networks.mlp(12, 9, 5), networks.mlp(12, 8, 5), data)
+
+
+def test_bad_weights_are_refused_by_name():
+    broken = networks.mlp(12, 9, 5)
+    broken[2].weight.data[1, 3] = torch.nan
+    with pytest.raises(InputError, match=r"second model: parameter '2.weight' holds 1 NaN"):
+        fuse(networks.mlp(12, 9, 5), broken, VECTORS)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("weight", 1.5),
+        ("weight", "half"),
+        ("layer_cost", "distance"),
+        ("alignment", "segment"),
+        ("neuron_cost", "weights"),
+        ("solver", "magic"),
+        ("calibration", "finetune"),
+        ("alignment_samples", 1),
+        ("matching_rows", 2.5),
+        ("epsilon", 0.0),
+    ],
+)
+def test_bad_settings_are_refused_by_name(setting, value):
+    with pytest.raises(InputError, match=setting):
+        fuse(networks.mlp(12, 9, 5), networks.mlp(12, 9, 5), VECTORS, **{setting: value})
+
+
+def test_too_many_channels_are_refused_with_the_memory_they_would_take():
+    wide = networks.mlp(12, 10_001, 5)
+    with pytest.raises(InputError, match=r"10001 channels; matching them would take about 1\.6 GB"):
+        fuse(wide, wide, VECTORS, verify=False)
+
+
+def test_no_module_is_refused():
+    with pytest.raises(InputError, match=r"must be a torch\.nn\.Module"):
+        fuse("model.pt", networks.mlp(12, 9, 5), VECTORS)
