@@ -1041,7 +1041,7 @@ def crelu() -> nn.Module:
 
 
 # Channels i and 7 - i move as one, but the outer pair reaches the head in the opposite order.
-@architecture("Mirrored differences, one pair swapped", RGB, outcome="refused", channels=(3,))
+@architecture("Mirrored differences, one pair swapped", RGB, channels=(3,))
 def twisted_pairs() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = m.first(x)
@@ -1561,7 +1561,7 @@ class AnyArguments(nn.Module):
         return self.inner(*arguments, **keywords)
 
 
-@architecture("Wrapper that takes *arguments", VECTOR, outcome="refused", channels=(16, 24))
+@architecture("Wrapper that takes *arguments", VECTOR, channels=(16, 24))
 def any_arguments() -> nn.Module:
     return AnyArguments(mlp())
 

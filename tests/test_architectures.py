@@ -20,17 +20,8 @@ from clafusion.trace import trace
 
 REFUSALS = (UnsupportedOpError, GraphVerificationError)
 
-EXPORT_WARNING = "a warning of torch.export about nn.RNNBase reaches the caller"
 
 # What the analysis gets wrong today. Each is a strict xfail: a repair must take its entry out.
-KNOWN = {
-    "Mirrored differences, one pair swapped": "wrong, and a permutation with fixed points passes",
-    "RNN": EXPORT_WARNING,
-    "LSTM, two layers": EXPORT_WARNING,
-    "GRU, bidirectional": EXPORT_WARNING,
-}
-
-
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Keep these tiny networks on one thread: on a busy machine waking others costs far more."""
@@ -103,9 +94,7 @@ def difference(outputs: list[Tensor], expected: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_verified_or_refused(name: str, request: pytest.FixtureRequest) -> None:
-    if name in KNOWN:
-        request.applymarker(pytest.mark.xfail(reason=KNOWN[name], strict=True))
+def test_verified_or_refused(name: str) -> None:
     entry = ARCHITECTURES[name]
     model, inputs = entry.build()
     if entry.outcome == "refused":
@@ -141,7 +130,7 @@ BLIND = {"Only the predicted class is returned"}
 MOVING = [
     name
     for name, entry in ARCHITECTURES.items()
-    if entry.outcome == "verified" and entry.channels != () and name not in BLIND.union(KNOWN)
+    if entry.outcome == "verified" and entry.channels != () and name not in BLIND
 ]
 
 

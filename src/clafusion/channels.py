@@ -525,7 +525,6 @@ class _Analysis:
 
     def common_row(self, rows: Tensor) -> Tensor:
         """Unite the rows of a label matrix ``(num_rows, num_channels)`` into one row."""
-        rows = self.roots(rows)
         first = rows[:1].expand(rows.shape)
         if rows.size(0) > 1:
             self.unite(first, rows)
@@ -554,18 +553,24 @@ class _Analysis:
         )
         self._check_overlaps(uses)
 
-        # Where each atom occurs: root -> slot -> positions, in ascending order.
+        # Where each atom occurs: root -> slot -> positions, in ascending order; and in which order
+        # the labels that were united to it lie there, for repeats must correspond one by one.
         occurrences: dict[int, dict[tuple[int, int], list[int]]] = {}
+        orders: dict[int, dict[tuple[int, int], list[int]]] = {}
         for i, use in enumerate(self.uses.values()):
             for axis, ids in sorted(use.axes.items()):
                 for position, atom in enumerate(ids.tolist()):
                     if atom >= 0:
-                        slots = occurrences.setdefault(int(roots[atom]), {})
-                        slots.setdefault((i, axis), []).append(position)
+                        root = int(roots[atom])
+                        occurrences.setdefault(root, {}).setdefault((i, axis), []).append(position)
+                        orders.setdefault(root, {}).setdefault((i, axis), []).append(atom)
         groups: dict[tuple[Any, ...], list[int]] = {}
         for root, slots in occurrences.items():
             if root not in pinned:
-                signature = tuple((slot, len(where)) for slot, where in sorted(slots.items()))
+                signature = tuple(
+                    (slot, tuple(np.argsort(orders[root][slot], kind="stable").tolist()))
+                    for slot in sorted(slots)
+                )
                 mark = tuple(sorted(fingerprints.get(root, ())))
                 groups.setdefault((signature, mark), []).append(root)
 

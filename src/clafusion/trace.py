@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -163,11 +164,16 @@ def _example(
 
 @contextmanager
 def _quiet_export() -> Iterator[None]:
-    """Keep PyTorch's fused transformer kernels out of the graph: they hide the layers."""
+    """Keep PyTorch's fused transformer kernels out of the graph, and its warnings to itself.
+
+    The kernels hide the layers; the warnings are about the exported program's use elsewhere.
+    """
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
