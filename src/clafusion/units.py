@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from clafusion.channels import Channels, module_path, op_name
+from clafusion.channels import Channels
 from clafusion.graph import ReadPoint, Site, State, Unit
+from clafusion.operations import bound_operands, module_path, op_name
 
 __all__ = ["find_units"]
 
@@ -271,7 +272,7 @@ class _Cutter:
         name = op_name(node)
         if name in _CONVOLUTIONS:
             weight = self.state[self._parameters(node)[0]]
-            bound = _bound(node)
+            bound = bound_operands(node)
             groups = bound["groups"]
             depthwise = groups > 1 and weight.size(1) == 1
             return (
@@ -280,12 +281,16 @@ class _Cutter:
                 "depthwise" if depthwise else groups,
             )
         if "pool" in name:
-            return tuple(_frozen(value) for value in _bound(node).values() if not _is_node(value))
+            return tuple(
+                _frozen(value) for value in bound_operands(node).values() if not _is_node(value)
+            )
         if isinstance(node.target, torch._ops.OpOverload) and (
             torch.Tag.pointwise in node.target.tags
         ):
             return tuple(
-                value for value in _bound(node).values() if isinstance(value, (float, int, str))
+                value
+                for value in bound_operands(node).values()
+                if isinstance(value, (float, int, str))
             )
         return ()
 
@@ -355,7 +360,9 @@ class _Cutter:
                 continue
             if len(node.users) == 1 and op_name(next(iter(node.users))) in _NORMS:
                 continue  # the norm undoes any change here
-            weight, bias = (self.sources.get(_bound(node).get(role)) for role in ("weight", "bias"))
+            weight, bias = (
+                self.sources.get(bound_operands(node).get(role)) for role in ("weight", "bias")
+            )
             axis = self.channels.shapes[node.name]
             channel_axis = len(axis) - 1 if name == "linear" else 1
             if weight is None or self.state[weight].size(0) != axis[channel_axis]:
@@ -468,30 +475,15 @@ class _Cutter:
             and draft.entry is not None
             and len(operands) == 2
             and draft.entry in operands
-            and _bound(node).get("alpha", 1) == 1
+            and bound_operands(node).get("alpha", 1) == 1
         )
-
-
-def _bound(node: fx.Node) -> dict[str, Any]:
-    """Return a node's operands by the names of its operation's schema."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return {}
-    bound = {}
-    for i, argument in enumerate(node.target._schema.arguments):
-        if i < len(node.args):
-            bound[argument.name] = node.args[i]
-        elif argument.name in node.kwargs:
-            bound[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            bound[argument.name] = argument.default_value
-    return bound
 
 
 def _roles(node: fx.Node) -> list[str]:
     """Return the names of a node's operands, in the order of ``all_input_nodes``, input first."""
     return [
         name
-        for name, value in _bound(node).items()
+        for name, value in bound_operands(node).items()
         if _is_node(value) and name not in ("input", "self", "mat1")
     ]
 

@@ -1,0 +1,79 @@
+"""Label tensors' elements: atoms (>= 0) and fixed ids (< 0), and how ids are made.
+
+A fixed id names a value that moves with no channel. Ids are hashes, so that equal values get
+equal ids without a table, and are kept short enough to be exact in a float64.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["as_fixed", "collapse", "combine", "fixed_ids", "mix", "salt", "value_ids", "words_of"]
+
+
+def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scramble 64-bit words (the finaliser of SplitMix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def salt(text: str) -> NDArray[np.uint64]:
+    """Return a word ``(1,)`` that stands for a text."""
+    return mix(np.array([zlib.crc32(text.encode())], dtype=np.uint64))
+
+
+def words_of(ids: Tensor) -> NDArray[np.uint64]:
+    """Return ids as the 64-bit words that :func:`mix` takes."""
+    return ids.numpy().view(np.uint64) if ids.is_contiguous() else words_of(ids.contiguous())
+
+
+def as_fixed(words: NDArray[np.uint64]) -> Tensor:
+    """Turn words into fixed ids: negative, and exact when held in a float64."""
+    return -1 - torch.from_numpy((words >> np.uint64(14)).view(np.int64))
+
+
+def fixed_ids(text: str, shape: Sequence[int]) -> Tensor:
+    """Return a fixed id of its own for every element of ``shape``."""
+    count = int(np.prod(shape, dtype=np.int64))
+    words = mix(np.arange(count, dtype=np.uint64) + salt(text))
+    return as_fixed(words).reshape(tuple(shape))
+
+
+def value_ids(values: Tensor) -> Tensor:
+    """Return fixed ids that are equal where the values are equal."""
+    if values.is_complex():
+        parts = torch.view_as_real(values)
+        return combine("complex", [value_ids(parts[..., 0]), value_ids(parts[..., 1])])
+    words = values.detach().to("cpu", torch.float64).contiguous().numpy().view(np.uint64)
+    return as_fixed(mix(np.array(words, ndmin=1))).reshape(values.shape)
+
+
+def combine(text: str, operands: Sequence[Tensor]) -> Tensor:
+    """Return the fixed ids of an elementwise function of fixed elements."""
+    broadcast = torch.broadcast_tensors(*operands)
+    words = np.broadcast_to(salt(text), (broadcast[0].numel(),))
+    for ids in broadcast:
+        words = mix(words ^ words_of(ids.reshape(-1)))
+    return as_fixed(words).reshape(broadcast[0].shape)
+
+
+def collapse(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Drop every axis along which none of the broadcast tensors varies."""
+    reduced = torch.broadcast_tensors(*tensors)
+    if reduced[0].numel() == 0:
+        return tuple(reduced)
+    for axis in reversed(range(reduced[0].dim())):
+        firsts = [ids.narrow(axis, 0, 1) for ids in reduced]
+        if all(
+            ids.size(axis) == 1 or ids.stride(axis) == 0 or bool((ids == first).all())
+            for ids, first in zip(reduced, firsts, strict=True)
+        ):
+            reduced = tuple(firsts)
+    return tuple(reduced)

@@ -1,0 +1,41 @@
+"""What an exported graph's node tells of its operation: name, place and operands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["bound_operands", "module_path", "op_name"]
+
+
+def op_name(node: fx.Node) -> str:
+    """Return the base name of a node's ATen operation: ``relu`` for ``aten.relu_.default``."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name.split("::")[1]
+        inplace = name.endswith("_") and not name.endswith("__")
+        return name[:-1] if inplace else name
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the dotted path of the module that a node came from."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    paths = [str(entry[0]) for entry in stack if not str(entry[0]).startswith("_empty_nn_module")]
+    return paths[-1] if paths else ""
+
+
+def bound_operands(node: fx.Node) -> dict[str, Any]:
+    """Return a node's operands by the names of its operation's schema, defaults included."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {}
+    bound = {}
+    for i, argument in enumerate(node.target._schema.arguments):
+        if i < len(node.args):
+            bound[argument.name] = node.args[i]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound
