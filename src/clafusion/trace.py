@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -105,14 +106,18 @@ def trace(
         classes=(),
         uses=(),
         aliases=aliases,
-        static_batch=_static_batch(module, placeholders),
+        static_batch=None,
     )
     state = graph.state()
     with torch.no_grad():
         channels = find_channels(module, placeholders, state, frozenset(state) - trainable, inputs)
         units = find_units(module, placeholders, state, channels)
-    graph = ModelGraph(
-        **{**vars(graph), "units": units, "classes": channels.classes, "uses": channels.uses}
+    graph = replace(
+        graph,
+        units=units,
+        classes=channels.classes,
+        uses=channels.uses,
+        static_batch=_static_batch(graph),
     )
     if verify:
         verify_graph(graph, inputs, seed=seed)
@@ -269,11 +274,12 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def _static_batch(module: fx.GraphModule, placeholders: list[str | None]) -> int | None:
-    nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
-    for node, name in zip(nodes, placeholders, strict=True):
-        value = node.meta.get("val")
-        if name is None and isinstance(value, Tensor):
-            size = value.shape[0]
-            return size if isinstance(size, int) else None
+def _static_batch(graph: ModelGraph) -> int | None:
+    """Return the batch size where the model's code, and so the graph, fixes it."""
+    size = graph.example_inputs[0].size(0)
+    try:
+        with torch.no_grad():
+            graph.run(tuple(one[: size - 1] for one in graph.example_inputs))
+    except (RuntimeError, AssertionError):
+        return size
     return None

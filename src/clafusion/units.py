@@ -421,6 +421,8 @@ class _Cutter:
         before, after = (self.channels.nodes[one.name] for one in (operands[0], layer))
         if before.axis is None or before.axis != after.axis or bool((before.classes < 0).any()):
             return False
+        if len(before.classes.unique()) > 1 or len(after.classes.unique()) > 1:
+            return False
         if len(before.members.unique()) != len(before.members):
             return False  # several positions for each channel, as after a flatten
         if op_name(layer) in ("conv1d", "conv2d", "conv3d"):
