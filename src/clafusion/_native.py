@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from clafusion import _core
+from clafusion.errors import InputError
 
-__all__ = ["align_layers", "num_threads", "set_num_threads"]
+__all__ = ["align_layers", "gram", "num_threads", "set_num_threads"]
 
 num_threads = _core.num_threads
 set_num_threads = _core.set_num_threads
@@ -53,3 +56,41 @@ def align_layers(
         reached,
     )
     return np.split(deep_to_shallow, np.cumsum(shapes[:-1, 0])), totals, reached
+
+
+def gram(x: Tensor) -> NDArray[np.float64]:
+    r"""Inner products between all pairs of samples, ``G = X X^T``.
+
+    Products are summed in float32 within a block of 512 features and in float64 across blocks.
+    The bytes depend on the input only, not on the number of threads.
+
+    Parameters
+    ----------
+    x
+        ``(num_samples, num_features)``, floating point, on any device, in any layout; read in
+        place if it is float32 on the CPU and a sample's features lie one behind the other.
+
+    Returns
+    -------
+    ``(num_samples, num_samples)``, symmetric.
+
+    Raises
+    ------
+    InputError
+        ``x`` is not a floating-point matrix, or a sample holds NaN, infinity or numbers whose
+        squares exceed float32.
+    """
+    if x.ndim != 2 or not x.is_floating_point():
+        raise InputError(
+            "x must be a floating-point matrix (num_samples, num_features); "
+            f"got {x.dtype} of shape {tuple(x.shape)}"
+        )
+    rows = x.detach().to(device="cpu", dtype=torch.float32)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    result = np.empty((len(rows), len(rows)))
+    try:
+        _core.gram(rows.numpy(), result)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return result

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from clafusion import _native
 from clafusion.data import Data, batches
 from clafusion.errors import InputError
 from clafusion.graph import ModelGraph, ReadPoint
@@ -254,6 +255,8 @@ def _hash(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 
 
 def _gram(flat: Tensor) -> Tensor:
+    if flat.device.type == "cpu":
+        return torch.from_numpy(_native.gram(flat))
     flat = flat.float()
     return (flat @ flat.T).double().cpu()
 
