@@ -80,6 +80,8 @@ class Lifting:
         For each channel class of the deep network the read points by which to match it.
     sites
         Deep site node -> shallow site, where the layers are matched.
+    streams
+        Deep unit that has no partner -> the shallow network's value that flows past it.
     """
 
     deep: ModelGraph
@@ -90,6 +92,7 @@ class Lifting:
     classes: tuple[int, ...]
     points: tuple[tuple[PointPair, ...], ...]
     sites: Mapping[str, Site]
+    streams: Mapping[int, Site]
 
 
 def allowed_pairs(deep: ModelGraph, shallow: ModelGraph) -> NDArray[np.bool_]:
@@ -123,6 +126,7 @@ def lifting(deep: ModelGraph, shallow: ModelGraph, alignment: LayerAlignment) ->
     origins: dict[str, Origin] = {}
     names: dict[str, str] = {}
     sites: dict[str, Site] = {}
+    streams: dict[int, Site] = {}
     partner = alignment.deep_to_shallow
     for unit, k in zip(deep.units, partner, strict=True):
         if k >= 0:
@@ -137,13 +141,16 @@ def lifting(deep: ModelGraph, shallow: ModelGraph, alignment: LayerAlignment) ->
                 origins.setdefault(parameter, inner)
             for parameter in unit.last_write:
                 origins[parameter] = "silent"
+            if unit.insertable == "zero":
+                before = shallow.units[max(one for one in partner[: unit.index])]
+                if before.read_points:
+                    streams[unit.index] = _flow_site(before.read_points[-1])
             if unit.insertable == "identity":
                 # What leaves an identity is what flows past it in the shallow network.
                 key = _shallow_point(shallow, partner, unit, len(unit.read_points) - 1)
                 if key is not None:
                     point = shallow.units[key[0]].read_points[key[1]]
-                    flow = Site(point.post, point.axis, "", None, point.classes, point.members)
-                    sites.update({one.node: flow for one in unit.sites})
+                    sites.update({one.node: _flow_site(point) for one in unit.sites})
     for unit, k in zip(deep.units, partner, strict=True):  # what a matched unit shares stays so
         if k >= 0:
             origins.update(dict.fromkeys(unit.parameters, "matched"))
@@ -154,7 +161,12 @@ def lifting(deep: ModelGraph, shallow: ModelGraph, alignment: LayerAlignment) ->
         tuple(_point_pairs(deep, shallow, partner, one.index, classes[one.index]))
         for one in deep.classes
     )
-    return Lifting(deep, shallow, alignment, origins, names, classes, points, sites)
+    return Lifting(deep, shallow, alignment, origins, names, classes, points, sites, streams)
+
+
+def _flow_site(point: ReadPoint) -> Site:
+    """Return a site that shows a value which no layer of its own makes."""
+    return Site(point.post, None, None, None, point.axis, "", None, point.classes, point.members)
 
 
 def _match_parameters(unit: Unit, other: Unit, names: dict[str, str]) -> None:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from clafusion.operations import bound_operands
+
 __all__ = [
     "ChannelClass",
     "ModelGraph",
@@ -23,6 +25,8 @@ __all__ = [
     "Slot",
     "State",
     "Unit",
+    "Walk",
+    "flatten_tensors",
 ]
 
 State = Mapping[str, Tensor]
@@ -153,6 +157,12 @@ class Site:
     node
         Name of the node that holds the output: of a BatchNorm, or of a linear or convolution
         layer that no norm follows.
+    layer
+        Name of the linear or convolution node, which is ``node`` itself or feeds the BatchNorm;
+        None where the BatchNorm follows something else.
+    join, shortcut
+        The residual addition into which the output goes next, and what it is added to, where that
+        is computed before the layer; else None.
     axis
         The channel axis.
     weight, bias
@@ -163,6 +173,9 @@ class Site:
     """
 
     node: str
+    layer: str | None
+    join: str | None
+    shortcut: str | None
     axis: int
     weight: str
     bias: str | None
@@ -273,6 +286,16 @@ class ModelGraph:
                 found.setdefault(slot.use.parameter, []).append((channel_class, slot))
         return {name: tuple(slots) for name, slots in found.items()}
 
+    def operand_names(self, node: fx.Node) -> dict[str, str]:
+        """Return a node's operands that are state entries: operand name -> state name."""
+        inputs = (one for one in self.module.graph.nodes if one.op == "placeholder")
+        names = dict(zip(inputs, self.placeholders, strict=True))
+        return {
+            role: name
+            for role, operand in bound_operands(node).items()
+            if isinstance(operand, fx.Node) and (name := names.get(operand)) is not None
+        }
+
     def state(self) -> dict[str, Tensor]:
         """Return the model's parameters, buffers and constants, detached and contiguous."""
         tensors: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
@@ -299,6 +322,68 @@ class ModelGraph:
         arguments = [next(feed) if name is None else state[name] for name in self.placeholders]
         outputs = _Executor(self.module, replace).run(*arguments, enable_io_processing=False)
         return tuple(outputs)
+
+
+class Walk:
+    """A computation that can be followed node by node, while its parameters change.
+
+    Each node runs once. Values are dropped when no later node needs them, except those named in
+    ``keep``, which stay until :meth:`release`.
+    """
+
+    def __init__(
+        self, graph: ModelGraph, inputs: tuple[Tensor, ...], state: State, keep: set[str]
+    ) -> None:
+        self._module = graph.module
+        self._state = state
+        self._keep = keep
+        self._values: dict[fx.Node, Any] = {}
+        self._parameters: dict[fx.Node, str] = {}
+        self._by_name: dict[str, fx.Node] = {}
+        nodes = list(graph.module.graph.nodes)
+        feed = iter(inputs)
+        names = iter(graph.placeholders)
+        for node in nodes:
+            self._by_name[node.name] = node
+            if node.op == "placeholder":
+                name = next(names)
+                if name is None:
+                    self._values[node] = next(feed)
+                else:
+                    self._parameters[node] = name
+        self._rest = iter([node for node in nodes if node.op in ("get_attr", "call_function")])
+        self._pending = {node: len(node.users) for node in nodes}
+
+    def reach(self, name: str) -> Any:
+        """Return a node's value, after running what comes before it."""
+        wanted = self._by_name[name]
+        while wanted not in self._values:
+            self._step(next(self._rest))
+        return self._values[wanted]
+
+    def release(self, name: str) -> None:
+        """Drop a value that was kept, unless a later node needs it."""
+        self._keep.discard(name)
+        self._drop(self._by_name[name])
+
+    def _step(self, node: fx.Node) -> None:
+        if node.op == "get_attr":
+            self._values[node] = getattr(self._module, str(node.target))
+            return
+        arguments, keywords = fx.map_arg((node.args, node.kwargs), self._value)
+        target: Any = node.target
+        self._values[node] = target(*arguments, **keywords)
+        for operand in node.all_input_nodes:
+            self._pending[operand] -= 1
+            self._drop(operand)
+
+    def _value(self, node: fx.Node) -> Any:
+        name = self._parameters.get(node)
+        return self._values[node] if name is None else self._state[name]
+
+    def _drop(self, node: fx.Node) -> None:
+        if self._pending[node] == 0 and node.name not in self._keep:
+            self._values.pop(node, None)
 
 
 class _Executor(fx.Interpreter):

@@ -24,6 +24,7 @@ from clafusion.errors import AlignmentError, InputError, StructureError
 from clafusion.graph import ModelGraph, flatten_tensors
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment, align_layers
 from clafusion.layer_costs import LayerCost, layer_costs
+from clafusion.least_squares import regress
 from clafusion.neuron_costs import MAX_CHANNELS, NeuronCost, neuron_costs
 from clafusion.signatures import Signature, profile_graphs
 from clafusion.trace import trace
@@ -40,7 +41,7 @@ __all__ = [
     "profile",
 ]
 
-Calibration = Literal["none", "batchnorm", "repair"]
+Calibration = Literal["none", "batchnorm", "repair", "least_squares"]
 
 Progress = Callable[[str, int], None]
 """Called with the stage's name and how many of its inputs are done."""
@@ -222,7 +223,9 @@ def fuse(
     epsilon
         Entropic regularisation of the solver ``"sinkhorn"``, relative to the largest cost.
     calibration
-        ``"repair"``, ``"batchnorm"`` (re-estimate running statistics) or ``"none"``.
+        ``"repair"`` (match the statistics of every layer), ``"least_squares"`` (regress every
+        layer onto the parents; slower and more accurate), ``"batchnorm"`` (re-estimate running
+        statistics) or ``"none"``.
     alignment_samples
         Inputs over which units are compared; held at once, so this bounds the memory.
     matching_rows
@@ -387,6 +390,16 @@ def fuse_aligned(
     with clock.stage("calibrate"):
         if config.calibration == "repair":
             state = repair(plan, plans, state, data, deep_weight=deep_weight, progress=progress)
+        elif config.calibration == "least_squares":
+            state = regress(
+                plan,
+                plans,
+                state,
+                data,
+                deep_weight=deep_weight,
+                seed=config.seed,
+                progress=progress,
+            )
         model = with_state(deep.model, state, deep)
         if config.calibration == "batchnorm":
             reset_batchnorm(model, data, deep.example_inputs)

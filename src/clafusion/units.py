@@ -371,9 +371,18 @@ class _Cutter:
             if channels.free and channels.axis != channel_axis:
                 continue
             fixed = torch.full((axis[channel_axis],), -1)
+            layer: fx.Node | None = node
+            if name == "batch_norm":
+                (layer,) = self._operands(node) or (None,)
+                if layer is not None and not self._is_weighted(layer):
+                    layer = None
+            join, shortcut = self._join_of(node, layer or node)
             sites.append(
                 Site(
                     node.name,
+                    None if layer is None else layer.name,
+                    join,
+                    shortcut,
                     channel_axis,
                     weight,
                     bias,
@@ -382,6 +391,22 @@ class _Cutter:
                 )
             )
         return sites
+
+    def _join_of(self, node: fx.Node, layer: fx.Node) -> tuple[str | None, str | None]:
+        """Return the addition that takes a layer's output, and its other operand."""
+        users = list(node.users)
+        if len(users) != 1 or op_name(users[0]) != "add":
+            return None, None
+        others = [one for one in self._operands(users[0]) if one is not node]
+        shape = self.channels.shapes[node.name]
+        if (
+            len(others) != 1
+            or bound_operands(users[0]).get("alpha", 1) != 1
+            or self.channels.shapes[others[0].name] != shape
+            or self.order[others[0]] > self.order[layer]
+        ):
+            return None, None
+        return users[0].name, others[0].name
 
     # --- insertion -----------------------------------------------------------------------------
 
