@@ -1,0 +1,523 @@
+"""The command line. Everything that can be checked is checked before the first long step."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+from clafusion.checkpoints import WRITABLE, build_model, load_model, save_model
+from clafusion.errors import ClafusionError, ConvergenceWarning, InputError
+from clafusion.graph import ModelGraph
+from clafusion.output import check_output
+from clafusion.pipeline import AlignedPair, FusionConfig, FusionResult, align, fuse_aligned
+from clafusion.report import alignment_summary, fusion_summary, model_summary
+from clafusion.samples import load_samples
+from clafusion.trace import trace
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    add_completion=False,
+    help="Fuse trained PyTorch networks of different depth and width into one, without training.",
+    epilog="After an error, --debug at the end of any command shows where it arose.",
+    rich_markup_mode=None,
+)
+
+# The base of typer's usage errors, whichever release of click it builds on.
+_UsageError: Any = typer.BadParameter.__mro__[2]
+
+_FIRST = typer.Argument(help="Weights of the first model (.safetensors, .pt, .pth, .th, .bin).")
+_SECOND = typer.Argument(help="Weights of the second model.")
+
+Arch = Annotated[
+    str,
+    typer.Option(
+        help="What makes the model: MODULE:FACTORY, for example 'package.module:Net', "
+        "'file.py:make' or 'file.py:make(depth=20)'.",
+        metavar="MODULE:FACTORY",
+    ),
+]
+ArchB = Annotated[
+    str | None,
+    typer.Option(help="The same for the second model; default: --arch.", metavar="MODULE:FACTORY"),
+]
+DataFile = Annotated[
+    Path,
+    typer.Option("--data", help="Unlabelled inputs (.npy, .npz, .pt, .pth, .safetensors)."),
+]
+DataKey = Annotated[
+    str | None,
+    typer.Option(help="Which array of the data file; default x_train, images, x or data."),
+]
+Limit = Annotated[int, typer.Option(help="Use this many samples from the beginning.")]
+Shape = Annotated[
+    str | None, typer.Option(help="Reshape each sample, for example 1,28,28.", metavar="N,N,...")
+]
+Scale = Annotated[
+    float | None, typer.Option(help="Divide the data by this number, for example 255 for bytes.")
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(help="Then subtract: one number, or one for each channel.", metavar="X,X,..."),
+]
+Std = Annotated[
+    str | None,
+    typer.Option(help="Then divide: one number, or one for each channel.", metavar="X,X,..."),
+]
+Weight = Annotated[float, typer.Option(help="The second model's share, from 0 to 1.")]
+LayerCostName = Annotated[str, typer.Option(help="The cost of matching two units: cka.")]
+AlignmentName = Annotated[str, typer.Option(help="layer (exact), or a baseline: chain, random.")]
+NeuronCostName = Annotated[
+    str, typer.Option(help="The cost of matching two channels: correlation, euclidean.")
+]
+SolverName = Annotated[
+    str, typer.Option(help="How channels are matched: auto, assignment, exact, sinkhorn.")
+]
+Epsilon = Annotated[float, typer.Option(help="Regularisation of the solver sinkhorn.")]
+CalibrationName = Annotated[str, typer.Option(help="repair, least_squares, batchnorm or none.")]
+AlignmentSamples = Annotated[
+    int, typer.Option(help="Inputs over which units are compared; held in memory at once.")
+]
+MatchingRows = Annotated[
+    int, typer.Option(help="Pairs of input and position over which channels are compared.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of every random choice.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Prove the analysis by permuting a copy.")
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(help="Draw the alignment into this file (.png, .svg, .pdf).", metavar="FILE"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+_DEFAULTS = FusionConfig()
+
+
+@app.command("fuse")
+def _fuse(
+    first: Annotated[Path, _FIRST],
+    second: Annotated[Path, _SECOND],
+    arch: Arch,
+    data: DataFile,
+    out: Annotated[
+        Path, typer.Option(help="Where to write the fused weights (.safetensors, .pt, .pth).")
+    ],
+    arch_b: ArchB = None,
+    data_key: DataKey = None,
+    limit: Limit = 2000,
+    shape: Shape = None,
+    scale: Scale = None,
+    mean: Mean = None,
+    std: Std = None,
+    weight: Weight = _DEFAULTS.weight,
+    layer_cost: LayerCostName = _DEFAULTS.layer_cost,
+    alignment: AlignmentName = _DEFAULTS.alignment,
+    neuron_cost: NeuronCostName = _DEFAULTS.neuron_cost,
+    solver: SolverName = _DEFAULTS.solver,
+    epsilon: Epsilon = _DEFAULTS.epsilon,
+    calibration: CalibrationName = _DEFAULTS.calibration,
+    alignment_samples: AlignmentSamples = _DEFAULTS.alignment_samples,
+    matching_rows: MatchingRows = _DEFAULTS.matching_rows,
+    seed: Seed = _DEFAULTS.seed,
+    device: Device = "cpu",
+    verify: Verify = True,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fuse two models; write the fused weights, which load into the deeper model's architecture."""
+    config = _config(
+        weight=weight,
+        layer_cost=layer_cost,
+        alignment=alignment,
+        neuron_cost=neuron_cost,
+        solver=solver,
+        epsilon=epsilon,
+        calibration=calibration,
+        alignment_samples=alignment_samples,
+        matching_rows=matching_rows,
+        verify=verify,
+        seed=seed,
+    )
+    _check_device(device)
+    check_output(out, WRITABLE, "--out")
+    _check_plot(plot)
+    archs = (arch, arch if arch_b is None else arch_b)
+    models = [load_model(one, path) for one, path in zip(archs, (first, second), strict=True)]
+    samples = _samples(data, data_key, limit, shape, scale, mean, std)
+    _try_models(models, samples)
+    with _progress(len(samples)) as report:
+        pair = align(models[0], models[1], samples, config=config, device=device, progress=report)
+        result = fuse_aligned(pair, samples, config=config, progress=report)
+    save_model(result.model, out)
+    if plot is not None:
+        result.plot(plot)
+    if as_json:
+        _print_json(_fusion_facts(result, out, plot))
+        return
+    deep_arch = archs[0 if pair.deep_is_first else 1]
+    print(f"{fusion_summary(result)}\n{'written':<12} {out}, weights of {deep_arch}")
+    _print_plot(plot)
+
+
+@app.command("align")
+def _align(
+    first: Annotated[Path, _FIRST],
+    second: Annotated[Path, _SECOND],
+    arch: Arch,
+    data: DataFile,
+    arch_b: ArchB = None,
+    data_key: DataKey = None,
+    limit: Limit = 400,
+    shape: Shape = None,
+    scale: Scale = None,
+    mean: Mean = None,
+    std: Std = None,
+    layer_cost: LayerCostName = _DEFAULTS.layer_cost,
+    alignment: AlignmentName = _DEFAULTS.alignment,
+    alignment_samples: AlignmentSamples = _DEFAULTS.alignment_samples,
+    seed: Seed = _DEFAULTS.seed,
+    device: Device = "cpu",
+    verify: Verify = True,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which units of two models belong together, and what each pair costs. Fuse nothing."""
+    config = _config(
+        layer_cost=layer_cost,
+        alignment=alignment,
+        alignment_samples=alignment_samples,
+        verify=verify,
+        seed=seed,
+    )
+    _check_device(device)
+    _check_plot(plot)
+    models = [
+        load_model(arch, first),
+        load_model(arch if arch_b is None else arch_b, second),
+    ]
+    samples = _samples(data, data_key, limit, shape, scale, mean, std)
+    _try_models(models, samples)
+    with _progress(len(samples)) as report:
+        pair = align(models[0], models[1], samples, config=config, device=device, progress=report)
+    if plot is not None:
+        from clafusion.plots import plot_alignment
+
+        plot_alignment(pair, plot)
+    if as_json:
+        _print_json({**_alignment_facts(pair, plot), "seconds": dict(pair.timings)})
+        return
+    print(alignment_summary(pair))
+    _print_plot(plot)
+
+
+@app.command("inspect")
+def _inspect(
+    arch: Arch,
+    weights: Annotated[
+        Path | None, typer.Argument(help="Weights of the model; default: as the factory sets them.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Inputs of the model: a few samples are used.")
+    ] = None,
+    input_shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of data: random inputs of this shape, without the batch axis, for "
+            "example 3,32,32.",
+            metavar="N,N,...",
+        ),
+    ] = None,
+    data_key: DataKey = None,
+    shape: Shape = None,
+    scale: Scale = None,
+    mean: Mean = None,
+    std: Std = None,
+    seed: Seed = _DEFAULTS.seed,
+    verify: Verify = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show a model's units and the channels that can be matched."""
+    if (data is None) == (input_shape is None):
+        raise InputError("give either --data FILE or --input-shape N,N,...: inputs to trace with")
+    model = build_model(arch) if weights is None else load_model(arch, weights)
+    if data is not None:
+        samples = _samples(data, data_key, 8, shape, scale, mean, std)
+    else:
+        sizes = _numbers("--input-shape", input_shape, int)
+        generator = torch.Generator().manual_seed(seed)
+        samples = torch.randn(8, *cast(list[int], sizes), generator=generator)
+    _try_models([model], samples)
+    graph = trace(model, samples, verify=verify, seed=seed)
+    if as_json:
+        _print_json(_model_facts(graph))
+    else:
+        print(model_summary(graph))
+
+
+@app.command("demo")
+def _demo(
+    out_dir: Annotated[
+        Path, typer.Option(help="Where to write the picture and the fused weights.")
+    ] = Path("demo-output"),
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train two small networks of different depth on handwritten digits, and fuse them."""
+    from clafusion.demo import run_demo
+
+    outcome = run_demo(out_dir, seed=seed, say=_say)
+    if as_json:
+        _print_json(outcome.facts())
+    else:
+        print(outcome.summary())
+
+
+# --- checks before anything takes long ----------------------------------------------------------
+
+
+def _config(**settings: Any) -> FusionConfig:
+    try:
+        return FusionConfig(**settings)
+    except InputError as error:  # name the option as it is typed
+        name, _, rest = str(error).partition(" ")
+        raise InputError(f"--{name.replace('_', '-')} {rest}") from error
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=torch.device(device))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device!r} cannot be used here: {reason}") from error
+
+
+def _check_plot(plot: Path | None) -> None:
+    if plot is not None:
+        from clafusion.plots import ENDINGS
+
+        check_output(plot, ENDINGS, "--plot")
+
+
+def _samples(
+    data: Path,
+    key: str | None,
+    limit: int,
+    shape: str | None,
+    scale: float | None,
+    mean: str | None,
+    std: str | None,
+) -> Tensor:
+    return load_samples(
+        data,
+        key=key,
+        limit=limit,
+        shape=cast("list[int] | None", _numbers("--shape", shape, int)),
+        scale=scale,
+        mean=_numbers("--mean", mean, float),
+        std=_numbers("--std", std, float),
+    )
+
+
+def _numbers(option: str, text: str | None, kind: type[int] | type[float]) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [kind(one) for one in text.strip("()[] ").split(",")]
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"{option} takes {what} between commas; got {text!r}") from error
+
+
+def _try_models(models: Sequence[nn.Module], samples: Tensor) -> None:
+    """Run each model once, so that unfitting data shows before anything takes long."""
+    names = ["the model"] if len(models) == 1 else ["the first model", "the second model"]
+    for name, model in zip(names, models, strict=True):
+        try:
+            with torch.no_grad():
+                model(samples[:2])
+        except Exception as error:
+            raise InputError(
+                f"{name} does not run on the data (a sample has shape "
+                f"{tuple(samples.shape[1:])}, {samples.dtype}): {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from error
+
+
+# --- what is shown ------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """Show on stderr how far the long steps are; nothing where that is no terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    bar = Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    following = {"profile": "aligning and matching", "calibrate": "finishing"}
+    with bar:
+        task = bar.add_task("tracing and verifying", total=None)
+
+        def report(stage: str, done: int) -> None:
+            if done < total:
+                bar.update(task, description=stage, completed=done, total=total)
+            else:  # until the next stage reports
+                bar.update(task, description=following.get(stage, stage), total=None)
+
+        yield report
+
+
+def _say(line: str) -> None:
+    """Tell a person at a terminal what goes on."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr)
+
+
+def _print_plot(plot: Path | None) -> None:
+    if plot is not None:
+        print(f"{'picture':<12} {plot}")
+
+
+def _print_json(facts: Any) -> None:
+    print(json.dumps(facts, allow_nan=False))
+
+
+def _alignment_facts(pair: AlignedPair, plot: Path | None) -> dict[str, Any]:
+    alignment = pair.alignment
+    deep, shallow = pair.deep.graph.units, pair.shallow.graph.units
+    return {
+        "deep_model": "first" if pair.deep_is_first else "second",
+        "deep_units": [unit.name for unit in deep],
+        "shallow_units": [unit.name for unit in shallow],
+        "deep_to_shallow": [k if k >= 0 else None for k in alignment.deep_to_shallow],
+        "costs": [
+            [float(cost) if math.isfinite(cost) else None for cost in row] for row in alignment.cost
+        ],
+        "total_cost": alignment.total_cost,
+        "forced": alignment.forced,
+        "samples": pair.deep.num_inputs,
+        "plot": None if plot is None else str(plot),
+    }
+
+
+def _fusion_facts(result: FusionResult, out: Path, plot: Path | None) -> dict[str, Any]:
+    return {
+        "out": str(out),
+        **_alignment_facts(result.pair, plot),
+        "config": asdict(result.config),
+        "classes": [
+            {"name": one.name, "channels": None if plan is None else list(plan.shape)}
+            for one, plan in zip(result.pair.deep.graph.classes, result.plans, strict=True)
+        ],
+        "seconds": dict(result.timings),
+    }
+
+
+def _model_facts(graph: ModelGraph) -> dict[str, Any]:
+    return {
+        "parameters": sum(one.numel() for one in graph.model.parameters()),
+        "units": [
+            {
+                "name": unit.name,
+                "kind": unit.kind,
+                "output_shape": list(unit.output_shape),
+                "insertable": unit.insertable,
+                "parameters": list(unit.parameters),
+            }
+            for unit in graph.units
+        ],
+        "classes": [
+            {
+                "name": one.name,
+                "channels": one.size,
+                "slots": [
+                    {
+                        "parameter": slot.use.parameter,
+                        "axis": slot.axis,
+                        "direction": slot.direction,
+                    }
+                    for slot in one.slots
+                ],
+            }
+            for one in graph.classes
+        ],
+    }
+
+
+# --- entry --------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, 2 after bad input, 130 after an interruption.
+
+    Every refusal is one line on stderr.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    arguments = [one for one in given if one != "--debug"] or ["--help"]
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            code = app(arguments, prog_name="clafusion", standalone_mode=False)
+            sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        return _refuse("interrupted; no output was written", 130, debug)
+    except typer.Abort:
+        return _refuse("interrupted; no output was written", 130, debug)
+    except BrokenPipeError:  # the reader has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ClafusionError as error:
+        return _refuse(str(error), 2, debug)
+    except _UsageError as error:
+        return _refuse(f"{error.format_message()} Try 'clafusion --help'.", 2, debug)
+    except MemoryError as error:
+        return _refuse(f"not enough memory: {error}; use fewer samples (--limit)", 2, debug)
+
+
+def _refuse(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"clafusion: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+_show_any_warning = warnings.showwarning
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], *where: Any, **more: Any
+) -> None:
+    if issubclass(category, ConvergenceWarning):
+        print(f"clafusion: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    else:
+        _show_any_warning(message, category, *where, **more)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

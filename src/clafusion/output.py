@@ -1,0 +1,84 @@
+"""Write files so that the old one stays whole until the new one is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from clafusion.errors import InputError
+
+__all__ = ["check_output", "replacing"]
+
+
+def check_output(path: str | os.PathLike[str], endings: Sequence[str], argument: str) -> Path:
+    """Return ``path`` if a file of one of these kinds can be written there.
+
+    Raises
+    ------
+    InputError
+        The ending is unknown, the directory does not exist or may not be written to, or
+        something other than a file is in the way. The message names ``argument``.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in endings:
+        raise InputError(
+            f"{argument} {str(path)!r} must end with one of {', '.join(endings)}: the ending "
+            "chooses the format"
+        )
+    if path.exists() and not path.is_file():
+        raise InputError(f"{argument} {str(path)!r} exists and is no file: choose another name")
+    directory = path.resolve().parent
+    if not directory.is_dir():
+        raise InputError(
+            f"{argument} {str(path)!r}: the directory {str(directory)!r} does not exist; create it"
+        )
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise InputError(f"{argument} {str(path)!r}: no permission to write to {str(directory)!r}")
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], argument: str) -> Iterator[Path]:
+    """Give a temporary name in the same directory; afterwards rename what was written there.
+
+    The rename is one step: whoever reads ``path`` sees the old file or the new one, even if this
+    process is killed or the disk runs full. After an error nothing temporary is left.
+
+    Raises
+    ------
+    InputError
+        Writing failed, for example on a full disk.
+    """
+    target = Path(path).resolve()  # through a link, so that the link stays one
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        # Created here, not by the writer: a new file then has the permissions the user's umask
+        # gives, and an old one keeps its own.
+        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+        yield temporary
+        with temporary.open("rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, target)
+        _sync_directory(target.parent)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {argument} {str(path)!r}: {error.strerror or error}; "
+            "what was there before is unchanged"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the rename itself outlast a power cut, where the system can."""
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,273 @@
+"""The picture of an alignment. Draws without pyplot: the caller's figures stay as they are."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
+
+from clafusion.output import check_output, replacing
+
+if TYPE_CHECKING:
+    from clafusion.pipeline import AlignedPair
+
+__all__ = ["ENDINGS", "plot_alignment"]
+
+ENDINGS = (".png", ".svg", ".pdf")
+
+_LONGEST_NAME = 32
+_FORBIDDEN = "#e3e3e3"
+_INK = "#222222"
+_PATH = "#d62728"
+_MOST_NUMBERS = 150  # in the heat map; more would not be legible
+
+
+def plot_alignment(pair: AlignedPair, path: str | os.PathLike[str]) -> None:
+    """Draw the cost matrix with the chosen path, and the matched units side by side.
+
+    Parameters
+    ----------
+    pair
+        The aligned models.
+    path
+        Its ending (``.png``, ``.svg``, ``.pdf``) chooses the format. An old file stays as it is
+        until the new one is complete.
+
+    Raises
+    ------
+    InputError
+        The ending is unknown, or the file cannot be written.
+    """
+    path = check_output(path, ENDINGS, "plot")
+    figure = _figure(pair)
+    with replacing(path, "plot") as temporary:
+        figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=150)
+
+
+def _figure(pair: AlignedPair) -> Figure:
+    deep = [_shortened(unit.name) for unit in pair.deep.graph.units]
+    shallow = [_shortened(unit.name) for unit in pair.shallow.graph.units]
+    m, n = len(deep), len(shallow)
+    letter = 0.07  # inches, at the size of the names
+    longest = max(map(len, deep)), max(map(len, shallow))
+    cell = float(np.clip(0.34, 2.6 / m, 12 / m if m > 35 else 1.0))
+    # Inches: [names | matrix | colour bar] gap [boxes, lines, boxes]
+    names, bar, gap = letter * longest[0] + 0.45, 0.95, 0.35
+    matrix = max(cell * n, 2.2)
+    box = letter * max(*longest, 10) + 0.3
+    boxes = 2 * box + 1.6
+    top, bottom = 0.95, letter * longest[1] + 0.85
+    body = max(cell * m, 2.2)
+    width, height = names + matrix + bar + gap + boxes + 0.2, top + body + bottom
+    figure = Figure(figsize=(width, height))
+
+    def axes(left: float, wide: float) -> Axes:
+        return figure.add_axes((left / width, bottom / height, wide / width, body / height))
+
+    norm = _norm(pair)
+    _draw_costs(axes(names, matrix), pair, deep, shallow, norm, cell)
+    colours = ScalarMappable(norm, "viridis_r")
+    bar_axes = axes(names + matrix + 0.12, 0.16)
+    figure.colorbar(colours, cax=bar_axes).set_label("cost (smaller is closer)", fontsize=8)
+    bar_axes.tick_params(labelsize=7)
+    _draw_units(axes(names + matrix + bar + gap, boxes), pair, deep, shallow, norm, box / boxes)
+    forced = "forced by structure" if pair.alignment.forced else "chosen by cost"
+    figure.text(
+        0.5,
+        1 - 0.28 / height,
+        f"Alignment of {m} and {n} units ({forced}), total cost {pair.alignment.total_cost:.3f}",
+        ha="center",
+        va="center",
+        fontsize=11,
+        color=_INK,
+    )
+    return figure
+
+
+def _norm(pair: AlignedPair) -> Normalize:
+    cost = pair.alignment.cost
+    finite = cost[np.isfinite(cost)]
+    low, high = float(finite.min()), float(finite.max())
+    return Normalize(low, max(high, low + 0.01))  # of one value, too, the bar can be read
+
+
+def _draw_costs(
+    axes: Axes,
+    pair: AlignedPair,
+    deep: list[str],
+    shallow: list[str],
+    norm: Normalize,
+    cell: float,
+) -> None:
+    """Draw the matrix: forbidden pairs hatched, chosen pairs joined by a path."""
+    cost = pair.alignment.cost
+    colours = colormaps["viridis_r"]
+    forbidden = ~np.isfinite(cost)
+    axes.set_facecolor(_FORBIDDEN)
+    if forbidden.any():
+        axes.add_patch(
+            Rectangle(
+                (-0.5, -0.5),
+                cost.shape[1],
+                cost.shape[0],
+                facecolor=_FORBIDDEN,
+                edgecolor="#bdbdbd",
+                hatch="////",
+                linewidth=0,
+                zorder=0,
+            )
+        )
+    axes.imshow(
+        np.ma.masked_array(cost, forbidden), cmap=colours, norm=norm, aspect="auto", zorder=1
+    )
+    if np.isfinite(cost).sum() <= _MOST_NUMBERS:
+        for row, k in np.argwhere(~forbidden):
+            axes.text(
+                k,
+                row,
+                f"{cost[row, k]:.2f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=_readable(colours(norm(cost[row, k]))),
+                zorder=4,
+            )
+    pairs = np.array(pair.alignment.pairs)
+    axes.plot(pairs[:, 1], pairs[:, 0], color=_PATH, linewidth=1.2, alpha=0.8, zorder=2)
+    for row, k in pairs:
+        axes.add_patch(
+            Rectangle(
+                (k - 0.46, row - 0.46),
+                0.92,
+                0.92,
+                fill=False,
+                edgecolor=_PATH,
+                linewidth=1.8 if cell > 0.2 else 1.2,
+                zorder=3,
+            )
+        )
+    size = 8 if cell >= 0.16 else 6
+    axes.set_xticks(range(len(shallow)), shallow, rotation=90, fontsize=size, parse_math=False)
+    axes.set_yticks(range(len(deep)), deep, fontsize=size, parse_math=False)
+    axes.tick_params(length=2)
+    axes.set_xlim(-0.5, len(shallow) - 0.5)
+    axes.set_ylim(len(deep) - 0.5, -0.5)
+    axes.set_xlabel(f"units of the shallow model ({_which(pair, deep=False)})", fontsize=9)
+    axes.set_ylabel(f"units of the deep model ({_which(pair, deep=True)})", fontsize=9)
+    axes.set_title("Cost of matching two units", fontsize=10, pad=8)
+    marks = [Patch(fill=False, edgecolor=_PATH, linewidth=1.5, label="matched")]
+    if forbidden.any():
+        marks.append(
+            Patch(facecolor=_FORBIDDEN, edgecolor="#bdbdbd", hatch="////", label="forbidden")
+        )
+    axes.figure.legend(
+        handles=marks, loc="lower left", fontsize=8, ncols=2, frameon=False, bbox_to_anchor=(0, 0)
+    )
+
+
+def _draw_units(
+    axes: Axes,
+    pair: AlignedPair,
+    deep: list[str],
+    shallow: list[str],
+    norm: Normalize,
+    box: float,
+) -> None:
+    """Draw both networks from top to bottom, each unit beside its partner."""
+    alignment = pair.alignment
+    colours = colormaps["viridis_r"]
+    heights: dict[int, list[int]] = {}
+    for row, k in enumerate(alignment.deep_to_shallow):
+        heights.setdefault(k, []).append(row)
+    size = 8 if len(deep) <= 40 else 7
+
+    def draw_box(right: bool, y: float, text: str, dashed: bool = False) -> None:
+        x = 1 - box if right else 0.0
+        axes.add_patch(
+            FancyBboxPatch(
+                (x + 0.005, y - 0.34),
+                box - 0.01,
+                0.68,
+                boxstyle="round,pad=0,rounding_size=0.02",
+                mutation_aspect=14,
+                facecolor="none" if dashed else "#f4f6fa",
+                edgecolor="#9a9a9a" if dashed else "#4c5a73",
+                linewidth=0.9,
+                linestyle=(0, (3, 2)) if dashed else "solid",
+            )
+        )
+        axes.text(
+            x + box / 2,
+            y,
+            text,
+            ha="center",
+            va="center",
+            fontsize=size,
+            parse_math=False,
+            color="#8a8a8a" if dashed else _INK,
+            style="italic" if dashed else "normal",
+        )
+
+    for row, k in enumerate(alignment.deep_to_shallow):
+        draw_box(False, row, deep[row])
+        if k < 0:
+            draw_box(True, row, "inserted", dashed=True)
+            axes.plot(
+                [box, 1 - box], [row, row], color="#b0b0b0", linewidth=1, linestyle=(0, (3, 2))
+            )
+            continue
+        y = float(np.mean(heights[k]))
+        cost = float(alignment.cost[row, k])
+        axes.plot([box, 1 - box], [row, y], color=colours(norm(cost)), linewidth=2.2)
+        axes.text(
+            0.5,
+            (row + y) / 2,
+            f"{cost:.2f}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color=_INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
+    for k, places in heights.items():
+        if k >= 0:
+            draw_box(True, float(np.mean(places)), shallow[k])
+    axes.set_xlim(0, 1)
+    axes.set_ylim(len(deep) - 0.5, -0.5)
+    axes.axis("off")
+    axes.set_title("Matched units and their cost", fontsize=10, pad=22)
+    for x, which in ((box / 2, True), (1 - box / 2, False)):
+        axes.annotate(
+            f"{'deep' if which else 'shallow'} ({_which(pair, deep=which)})",
+            (x, 1),
+            xycoords="axes fraction",
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            color=_INK,
+        )
+
+
+def _which(pair: AlignedPair, *, deep: bool) -> str:
+    return "first" if pair.deep_is_first == deep else "second"
+
+
+def _readable(colour: tuple[float, float, float, float]) -> str:
+    red, green, blue, _ = colour
+    return "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
+
+
+def _shortened(name: str) -> str:
+    """Keep both ends of a long name: the stage at the front, the layer at the back."""
+    if len(name) <= _LONGEST_NAME:
+        return name
+    half = (_LONGEST_NAME - 3) // 2
+    return f"{name[:half]}...{name[-half:]}"

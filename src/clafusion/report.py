@@ -1,0 +1,144 @@
+"""Plain-text tables of what was found and done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from clafusion.graph import ModelGraph
+
+if TYPE_CHECKING:
+    from clafusion.pipeline import AlignedPair, FusionResult
+
+__all__ = ["alignment_summary", "fusion_summary", "model_summary", "plain_table"]
+
+INSERTED = "(inserted)"
+
+
+def plain_table(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()
+) -> str:
+    """Return a table with aligned columns; those in ``numeric`` are flush right."""
+    widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(len(titles))]
+
+    def line(cells: Sequence[str]) -> str:
+        placed = [
+            cell.rjust(width) if i in numeric else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(placed).rstrip()
+
+    return "\n".join([line(titles), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def alignment_summary(pair: AlignedPair) -> str:
+    """Return a table of the matched units, and below it what the alignment was free to choose."""
+    deep, shallow = pair.deep.graph.units, pair.shallow.graph.units
+    alignment = pair.alignment
+    rows = [
+        [unit.name, shallow[k].name, f"{alignment.cost[unit.index, k]:.4f}"]
+        if k >= 0
+        else [unit.name, INSERTED, ""]
+        for unit, k in zip(deep, alignment.deep_to_shallow, strict=True)
+    ]
+    rows.append(["total", "", f"{alignment.total_cost:.4f}"])
+    first, second = ("deep", "shallow") if pair.deep_is_first else ("shallow", "deep")
+    choice = (
+        "forced: the structures admit one alignment only, so the costs did not matter"
+        if alignment.forced
+        else "free: the least costly of several alignments that the structures admit"
+    )
+    facts = {
+        "models": f"the first is the {first} one, the second the {second} one",
+        "units": f"{len(deep)} deep, {len(shallow)} shallow, "
+        f"{len(alignment.unmatched)} inserted into the shallow one",
+        "alignment": f"by {alignment.mode}; {choice}",
+        "samples": f"{pair.deep.num_samples} compared, {pair.deep.num_inputs} seen",
+    }
+    table = plain_table(["deep unit", "shallow unit", "cost"], rows, numeric=[2])
+    return f"{table}\n\n{_facts(facts)}"
+
+
+def fusion_summary(result: FusionResult) -> str:
+    """Return :func:`alignment_summary`, the settings of the fusion and the seconds it took."""
+    config = result.config
+    deep_share = 1 - config.weight if result.pair.deep_is_first else config.weight
+    matched = [plan for plan in result.plans if plan is not None]
+    widths = sorted({(int(plan.size(0)), int(plan.size(1))) for plan in matched})
+    shown = ", ".join(f"{source} to {target}" for source, target in widths[:6])
+    facts = {
+        "channels": f"{len(matched)} of {len(result.plans)} classes matched by "
+        f"{config.neuron_cost}, solver {config.solver}"
+        + (f" (widths {shown}{', ...' if len(widths) > 6 else ''})" if widths else ""),
+        "shares": f"deep {deep_share:.2f}, shallow {1 - deep_share:.2f}",
+        "calibration": config.calibration,
+        "verified": "yes, by permuting copies of both models"
+        if config.verify
+        else "no, verify=False",
+        "seconds": _seconds(result.timings),
+    }
+    return f"{alignment_summary(result.pair)}\n{_facts(facts)}"
+
+
+def model_summary(graph: ModelGraph) -> str:
+    """Return tables of a model's units and of its channel classes."""
+    stand_ins = {"identity": "identity layer", "zero": "silent block", None: "no"}
+    units = plain_table(
+        ["unit", "kind", "operations", "output", "can be inserted"],
+        [
+            [
+                unit.name,
+                unit.kind,
+                _operations(unit.structure),
+                "x".join(map(str, unit.output_shape)) or "-",
+                stand_ins[unit.insertable],
+            ]
+            for unit in graph.units
+        ],
+    )
+    classes = plain_table(
+        ["channel class", "channels", "written and read by"],
+        [
+            [
+                one.name,
+                str(one.size),
+                _shortened(list(dict.fromkeys(slot.use.parameter for slot in one.slots))),
+            ]
+            for one in graph.classes
+        ],
+        numeric=[1],
+    )
+    count = sum(parameter.numel() for parameter in graph.model.parameters())
+    facts = {
+        "parameters": f"{count:,}",
+        "units": str(len(graph.units)),
+        "classes": f"{len(graph.classes)}, {sum(one.size for one in graph.classes):,} channels",
+    }
+    return f"{units}\n\n{classes}\n\n{_facts(facts)}"
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    return "\n".join(f"{name:<12} {value}" for name, value in facts.items())
+
+
+def _seconds(timings: Mapping[str, float]) -> str:
+    stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in timings.items())
+    return f"{math.fsum(timings.values()):.2f} ({stages})"
+
+
+def _operations(structure: tuple[object, ...]) -> str:
+    """Return the names of the operations in a unit's structure, repeats counted."""
+    names = [one[0] for one in structure if isinstance(one, tuple) and one]
+    counted: list[list[object]] = []
+    for name in names:
+        if counted and counted[-1][0] == name:
+            counted[-1][1] = int(str(counted[-1][1])) + 1
+        else:
+            counted.append([name, 1])
+    return _shortened([f"{name}" if n == 1 else f"{n} {name}" for name, n in counted], 6)
+
+
+def _shortened(names: Sequence[str], most: int = 3) -> str:
+    more = f", ... {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
