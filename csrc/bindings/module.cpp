@@ -10,4 +10,5 @@ PYBIND11_MODULE(_core, module) {
   module.def("set_num_threads", &clafusion::set_num_threads, pybind11::arg("count"));
   clafusion::register_gram(module);
   clafusion::register_layer_alignment(module);
+  clafusion::register_layer_costs(module);
 }

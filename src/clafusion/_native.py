@@ -17,7 +17,7 @@ from torch import Tensor
 from clafusion import _core
 from clafusion.errors import InputError
 
-__all__ = ["align_layers", "gram", "num_threads", "set_num_threads"]
+__all__ = ["align_layers", "gram", "hsic_all_pairs", "num_threads", "set_num_threads"]
 
 num_threads = _core.num_threads
 set_num_threads = _core.set_num_threads
@@ -94,3 +94,19 @@ def gram(x: Tensor) -> NDArray[np.float64]:
     except ValueError as error:
         raise InputError(str(error)) from None
     return result
+
+
+def hsic_all_pairs(
+    grams_a: Sequence[NDArray[np.float64]],
+    grams_b: Sequence[NDArray[np.float64]],
+    *,
+    unbiased: bool,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Centre Gram matrices of one size ``(S, S)`` and multiply all pairs.
+
+    Returns the products ``(len(grams_a), len(grams_b))`` and both sides' squared norms.
+    """
+    products = np.empty((len(grams_a), len(grams_b)))
+    norms_a, norms_b = np.empty(len(grams_a)), np.empty(len(grams_b))
+    _core.hsic_all_pairs(list(grams_a), list(grams_b), unbiased, products, norms_a, norms_b)
+    return products, norms_a, norms_b

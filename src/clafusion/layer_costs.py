@@ -2,30 +2,196 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from clafusion import _native
+from clafusion.errors import InputError
 from clafusion.signatures import Signature
 
-__all__ = ["LayerCost", "layer_costs"]
+__all__ = ["LayerCost", "cka", "layer_costs", "mean_cca"]
 
-LayerCost = Literal["cka"]
+LayerCost = Literal["cka", "cka_unbiased", "cca", "neurons", "index"]
+
+_VARIANCE_KEPT = 0.99
 
 
 def layer_costs(
     deep: Signature, shallow: Signature, *, metric: LayerCost = "cka"
 ) -> NDArray[np.float64]:
-    """Return ``(m, n)``: one minus linear CKA (Kornblith et al., arXiv 1905.00414) of all pairs."""
-    assert metric == "cka"
-    a, b = (torch.stack([_centred(g).flatten() for g in one.grams]) for one in (deep, shallow))
-    norms = a.norm(dim=1)[:, None] * b.norm(dim=1)[None]
-    costs: NDArray[np.float64] = (1 - (a @ b.T) / norms).numpy()
-    return costs
+    r"""Return how far every unit of one network is from every unit of another.
+
+    Parameters
+    ----------
+    deep, shallow
+        The signatures of networks with ``m`` and ``n`` units, profiled on the same inputs.
+    metric
+        - ``"cka"``, ``"cka_unbiased"``: one minus :func:`cka` of the units' outputs;
+        - ``"cca"``: one minus :func:`mean_cca` of them;
+        - ``"neurons"``: the relative difference of the channel counts, ``|a - b| / max(a, b)``;
+        - ``"index"``: the distance on the way through the network, ``|l / m - k / n|``.
+
+    Returns
+    -------
+    ndarray
+        ``(m, n)``, smaller is closer, without a unit.
+
+    Raises
+    ------
+    InputError
+        ``metric`` is unknown, the signatures are of different inputs, or a unit's output is the
+        same for all inputs.
+    """
+    if metric not in get_args(LayerCost):
+        raise InputError(f"metric must be one of {get_args(LayerCost)}; got {metric!r}")
+    if metric == "index":
+        places = [np.arange(len(one.grams)) / max(len(one.grams), 1) for one in (deep, shallow)]
+        return np.abs(places[0][:, None] - places[1])
+    if metric == "neurons":
+        source, target = _num_channels(deep)[:, None], _num_channels(shallow)
+        return np.abs(source - target) / np.maximum(source, target)
+    if deep.data_key != shallow.data_key:
+        raise InputError(
+            "deep and shallow must be profiled on the same inputs in the same order; profile both "
+            "in one call, or from data that is not shuffled"
+        )
+    if metric == "cca":
+        return 1 - mean_cca(deep.grams, shallow.grams)
+    return 1 - cka(deep.grams, shallow.grams, unbiased=metric == "cka_unbiased")
 
 
-def _centred(gram: Tensor) -> Tensor:
-    return gram - gram.mean(0) - gram.mean(1)[:, None] + gram.mean()
+def cka(
+    grams_a: Sequence[ArrayLike | Tensor],
+    grams_b: Sequence[ArrayLike | Tensor],
+    *,
+    unbiased: bool = False,
+) -> NDArray[np.float64]:
+    r"""Return the centred kernel alignment of all pairs of layers, given their Gram matrices.
+
+    .. math:: \frac{\langle HKH, HLH \rangle}{\|HKH\| \, \|HLH\|}, \quad H = I - \tfrac1S 1 1^T
+
+    (Kornblith et al., arXiv 1905.00414, section 3). Its estimate of HSIC is biased: over few
+    samples any two layers with many features look alike. ``unbiased`` takes the estimate of Song
+    et al. (JMLR 2012, equation 5; for CKA Nguyen et al., arXiv 2010.15327, section 3), whose
+    expectation is 0 for independent layers. Each matrix is centred once.
+
+    Parameters
+    ----------
+    grams_a, grams_b
+        Symmetric matrices ``(num_samples, num_samples)`` over the same samples. Only the lower
+        triangles are read.
+    unbiased
+        Which estimate.
+
+    Returns
+    -------
+    ndarray
+        ``(len(grams_a), len(grams_b))``, in [0, 1] (unbiased: [-1, 1]).
+
+    Raises
+    ------
+    InputError
+        A matrix is not square, not finite or not of the others' size, there are fewer than 2
+        samples (unbiased: 4), or a layer is constant over the samples.
+    """
+    a, b = _checked_grams(grams_a, grams_b, least=4 if unbiased else 2)
+    products, norms_a, norms_b = _native.hsic_all_pairs(a, b, unbiased=unbiased)
+    _check_norms("grams_a", a, norms_a)
+    _check_norms("grams_b", b, norms_b)
+    similarity = products / np.sqrt(norms_a[:, None]) / np.sqrt(norms_b)
+    return np.clip(similarity, -1.0 if unbiased else 0.0, 1.0)
+
+
+def mean_cca(
+    grams_a: Sequence[ArrayLike | Tensor], grams_b: Sequence[ArrayLike | Tensor]
+) -> NDArray[np.float64]:
+    r"""Return the mean squared canonical correlation of all pairs of layers.
+
+    Of each layer the principal components count that together hold 99 % of its variance, as in
+    SVCCA (arXiv 1706.05806): with more features than samples, all of them would correlate any two
+    layers perfectly. With their orthonormal bases ``U`` ``(num_samples, p)`` and ``V``
+    ``(num_samples, q)`` it is :math:`\|U^T V\|^2 / \min(p, q)` (Kornblith et al., section 3.2).
+
+    Parameters, the shape of the result and errors are those of :func:`cka`.
+    """
+    a, b = _checked_grams(grams_a, grams_b, least=2)
+    _, norms_a, norms_b = _native.hsic_all_pairs(a, b, unbiased=False)
+    _check_norms("grams_a", a, norms_a)
+    _check_norms("grams_b", b, norms_b)
+    bases_a, bases_b = [_components(gram) for gram in a], [_components(gram) for gram in b]
+    similarity = [
+        [np.sum((u.T @ v) ** 2) / min(u.shape[1], v.shape[1]) for v in bases_b] for u in bases_a
+    ]
+    return np.asarray(np.clip(similarity, 0.0, 1.0))
+
+
+def _components(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return an orthonormal basis ``(num_samples, p)`` of the principal components kept."""
+    full = np.tril(gram) + np.tril(gram, -1).T
+    mean = full.mean(0)
+    values, vectors = np.linalg.eigh(full - mean - mean[:, None] + mean.mean())
+    shares = np.cumsum(np.maximum(values[::-1], 0.0))
+    kept = int(np.searchsorted(shares, _VARIANCE_KEPT * shares[-1])) + 1
+    return vectors[:, ::-1][:, :kept]
+
+
+def _num_channels(signature: Signature) -> NDArray[np.float64]:
+    """Return how many channels each unit's output has."""
+    return np.array(
+        [
+            unit.read_points[-1].classes.numel() if unit.read_points else features
+            for unit, features in zip(signature.graph.units, signature.features, strict=True)
+        ],
+        dtype=np.float64,
+    )
+
+
+def _checked_grams(
+    grams_a: Sequence[ArrayLike | Tensor], grams_b: Sequence[ArrayLike | Tensor], *, least: int
+) -> tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]]:
+    first: tuple[int, ...] | None = None
+    checked = []
+    for name, grams in (("grams_a", grams_a), ("grams_b", grams_b)):
+        if len(grams) == 0:
+            raise InputError(f"{name} must hold at least one matrix")
+        arrays = []
+        for i, one in enumerate(grams):
+            try:
+                values = one.detach().cpu().numpy() if isinstance(one, Tensor) else one
+                array = np.ascontiguousarray(values, dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{name}[{i}] must hold real numbers: {error}") from error
+            if array.ndim != 2 or array.shape[0] != array.shape[1]:
+                raise InputError(f"{name}[{i}] must be a square matrix; got shape {array.shape}")
+            if len(array) < least:
+                raise InputError(
+                    f"{name}[{i}] is over {len(array)} samples; at least {least} are needed"
+                )
+            first = first or array.shape
+            if array.shape != first:
+                raise InputError(
+                    f"all matrices must be over the same samples; grams_a[0] has shape {first} "
+                    f"but {name}[{i}] {array.shape}"
+                )
+            arrays.append(array)
+        checked.append(arrays)
+    return checked[0], checked[1]
+
+
+def _check_norms(
+    name: str, grams: list[NDArray[np.float64]], squared_norms: NDArray[np.float64]
+) -> None:
+    for i, (gram, squared_norm) in enumerate(zip(grams, squared_norms, strict=True)):
+        if not np.isfinite(squared_norm):
+            raise InputError(f"{name}[{i}] must hold finite numbers below 1e150")
+        # What float64 sums of S numbers leave of a constant layer is rounding.
+        rounding = 1e-13 * len(gram) * np.abs(np.diagonal(gram)).max()
+        if np.sqrt(squared_norm) <= rounding:
+            raise InputError(
+                f"{name}[{i}] is of a layer that is constant over the samples, so that its "
+                "similarity is undefined; drop it or give inputs that differ more"
+            )
