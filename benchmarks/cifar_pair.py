@@ -27,7 +27,7 @@ def main() -> None:
 
     fused = {
         name: fuse(shallow, deep, calibration, calibration=name)
-        for name in ("none", "batchnorm", "repair")
+        for name in ("none", "batchnorm", "repair", "least_squares")
     }
     result = fused["none"]
     lifted = lift(deep, result.lifting).eval()
@@ -56,11 +56,15 @@ def main() -> None:
         "matched": fused["none"].model,
         "matched, BatchNorm reset": fused["batchnorm"].model,
         "matched, REPAIR": fused["repair"].model,
+        "matched, least squares": fused["least_squares"].model,
     }
     accuracies = {name: accuracy(model.eval(), images, labels) for name, model in rows.items()}
     for weight in (0.25, 0.75):
-        model = fuse(shallow, deep, calibration, weight=weight).model
-        accuracies[f"matched, REPAIR, weight {weight}"] = accuracy(model, images, labels)
+        for name, calibration_name in (("REPAIR", "repair"), ("least squares", "least_squares")):
+            model = fuse(
+                shallow, deep, calibration, weight=weight, calibration=calibration_name
+            ).model
+            accuracies[f"matched, {name}, weight {weight}"] = accuracy(model, images, labels)
 
     print(result.alignment.deep_to_shallow, "forced" if result.alignment.forced else "chosen")
     for name, difference in differences.items():
@@ -75,7 +79,7 @@ def main() -> None:
             "alignment": result.alignment.deep_to_shallow,
             "differences": differences,
             "accuracies": accuracies,
-            "seconds": dict(fused["repair"].timings),
+            "seconds": {name: dict(one.timings) for name, one in fused.items()},
         },
     )
 

@@ -62,6 +62,9 @@ def main() -> None:
         "naive average": lambda *pair: naive_average(fuse(*pair, calibration, calibration="none")),
         "matched": lambda *pair: fuse(*pair, calibration, calibration="none").model,
         "matched, REPAIR": lambda *pair: fuse(*pair, calibration).model,
+        "matched, least squares": lambda *pair: (
+            fuse(*pair, calibration, calibration="least_squares").model
+        ),
     }
 
     scores: dict[str, list[float]] = {name: [] for name in ways}
