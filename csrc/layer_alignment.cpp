@@ -8,84 +8,138 @@
 #include <vector>
 
 #include "common/parallel.hpp"
+#include "common/simd.hpp"
 
 namespace clafusion {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-void check(const AlignmentProblem& p, std::int64_t index, AlignmentMode mode) {
-  const std::string where = " in problem " + std::to_string(index);
-  if (p.num_deep < 1 || p.num_shallow < 1) {
-    throw std::invalid_argument("cost must have at least one deep and one shallow unit" + where);
-  }
-  const auto bad = [](double value) { return std::isnan(value) || value == -kInfinity; };
-  if (std::any_of(p.cost, p.cost + p.num_deep * p.num_shallow, bad)) {
-    throw std::invalid_argument("cost must not hold NaN or -inf" + where);
-  }
-  if (mode == AlignmentMode::layer && std::any_of(p.skip, p.skip + p.num_deep, bad)) {
-    throw std::invalid_argument("skip must not hold NaN or -inf" + where);
-  }
+[[noreturn]] void refuse(const char* what, std::int64_t index) {
+  throw std::invalid_argument(what + (" in problem " + std::to_string(index)));
 }
 
 // Scratch of one thread, kept from problem to problem.
 struct Workspace {
-  std::vector<double> previous, current;   // rows l-1 and l of F, over k
-  std::vector<std::uint8_t> matched;       // (num_deep, num_shallow + 1): the choice taken
+  std::vector<double> previous, current, pinned;  // rows l-1 and l of F, over k; a row of costs
+  std::vector<std::int64_t> matched;              // (num_deep, num_shallow + 1): the choice taken
 };
 
-void solve(const AlignmentProblem& p, AlignmentSolution& s, AlignmentMode mode, Workspace& w) {
+// One row of the recursion. Every entry depends on the row before only, so that k is the axis for
+// vectors. Returns a number other than 0 when a cost is NaN or -inf.
+template <bool kSegment>
+CLAFUSION_INLINE std::int64_t fill_row(const double* __restrict previous,
+                                       const double* __restrict cost, double skip, std::int64_t n,
+                                       double* __restrict current, std::int64_t* __restrict matched) {
+  std::int64_t bad = 0;
+  current[0] = previous[0] + (kSegment ? kInfinity : skip);
+  matched[0] = 0;
+  for (std::int64_t k = 0; k < n; ++k) {
+    const double pair = cost[k];
+    // Deep unit l is the (first) partner of shallow unit k,
+    const double match = previous[k] + pair;
+    // or goes unmatched, or joins the segment that k has already.
+    const double stay = previous[k + 1] + (kSegment ? pair : skip);
+    const bool take = match < stay;
+    current[k + 1] = take ? match : stay;
+    matched[k + 1] = take ? 1 : 0;
+    bad |= pair > -kInfinity ? 0 : 1;
+  }
+  return bad;
+}
+
+// Fills all rows; returns F[n, m], or NaN when a cost or skip is NaN or -inf.
+CLAFUSION_MULTIVERSION
+double fill(const AlignmentProblem* problem, bool segment, double* previous, double* current,
+            double* pinned, std::int64_t* matched) {
+  const std::int64_t m = problem->num_deep;
+  const std::int64_t n = problem->num_shallow;
+  std::int64_t bad = 0;
+  previous[0] = 0.0;
+  for (std::int64_t k = 1; k <= n; ++k) previous[k] = kInfinity;
+  for (std::int64_t l = 0; l < m; ++l) {
+    const double* cost = problem->cost + l * n;
+    double skip = segment ? kInfinity : problem->skip[l];
+    bad |= skip > -kInfinity ? 0 : 1;
+    const bool first = problem->pin_first && l == 0;
+    const bool last = problem->pin_last && l == m - 1;
+    if (first || last) {
+      for (std::int64_t k = 0; k < n; ++k) {
+        const bool allowed = (!first || k == 0) && (!last || k == n - 1);
+        bad |= cost[k] > -kInfinity ? 0 : 1;
+        pinned[k] = allowed ? cost[k] : kInfinity;
+      }
+      cost = pinned;
+      skip = kInfinity;
+    }
+    std::int64_t* row = matched + l * (n + 1);
+    bad |= segment ? fill_row<true>(previous, cost, skip, n, current, row)
+                   : fill_row<false>(previous, cost, skip, n, current, row);
+    double* const done = current;
+    current = previous;
+    previous = done;
+  }
+  return bad != 0 ? std::numeric_limits<double>::quiet_NaN() : previous[n];
+}
+
+// How far the search of a problem without an alignment came.
+void find_obstacle(const AlignmentProblem& p, AlignmentSolution& s, bool segment) {
   const std::int64_t m = p.num_deep;
   const std::int64_t n = p.num_shallow;
-  const auto width = static_cast<std::size_t>(n + 1);
-  w.previous.assign(width, kInfinity);
-  w.current.assign(width, kInfinity);
-  w.matched.assign(static_cast<std::size_t>(m) * width, 0);
-  w.previous[0] = 0.0;
-  s.reached_shallow = 0;
-  s.reached_deep = 0;
-
+  std::vector<std::uint8_t> previous(static_cast<std::size_t>(n + 1), 0);
+  std::vector<std::uint8_t> current(previous.size());
+  previous[0] = 1;
   for (std::int64_t l = 0; l < m; ++l) {
-    const double* cost = p.cost + l * n;
-    std::uint8_t* matched = w.matched.data() + l * (n + 1);
     const bool first = p.pin_first && l == 0;
     const bool last = p.pin_last && l == m - 1;
-    const double skip = mode == AlignmentMode::layer && !first && !last ? p.skip[l] : kInfinity;
-    w.current[0] = w.previous[0] + skip;
+    const bool free = !segment && !first && !last && p.skip[l] < kInfinity;
+    current[0] = previous[0] && free;
     for (std::int64_t k = 1; k <= n; ++k) {
-      const bool forbidden = (first && k != 1) || (last && k != n);
-      const double pair = forbidden ? kInfinity : cost[k - 1];
-      double stay;   // deep unit l goes unmatched, or joins the segment of shallow unit k - 1
-      double match;  // deep unit l is the (first) partner of shallow unit k - 1
-      if (mode == AlignmentMode::layer) {
-        stay = w.previous[k] + skip;
-        match = w.previous[k - 1] + pair;
-      } else {
-        stay = w.previous[k] + pair;
-        match = w.previous[k - 1] + pair;
-      }
-      const bool take = match < stay;
-      matched[k] = take;
-      w.current[k] = take ? match : stay;
+      const bool pair = p.cost[l * n + k - 1] < kInfinity && (!first || k == 1) && (!last || k == n);
+      current[k] = (previous[k - 1] && pair) || (previous[k] && (segment ? pair : free));
     }
     for (std::int64_t k = n; k >= s.reached_shallow; --k) {
-      if (w.current[k] < kInfinity) {
+      if (current[k]) {
         s.reached_shallow = k;
         s.reached_deep = l + 1;
         break;
       }
     }
-    std::swap(w.previous, w.current);
+    std::swap(previous, current);
   }
+}
 
-  s.total_cost = w.previous[n];
-  std::fill(s.deep_to_shallow, s.deep_to_shallow + m, -1);
-  if (s.total_cost == kInfinity) return;
+void solve(const AlignmentProblem& p, AlignmentSolution& s, std::int64_t index, bool segment,
+           Workspace& w) {
+  const std::int64_t m = p.num_deep;
+  const std::int64_t n = p.num_shallow;
+  if (m < 1 || n < 1) refuse("cost must have at least one deep and one shallow unit", index);
+  const auto width = static_cast<std::size_t>(n + 1);
+  if (w.previous.size() < width) {
+    w.previous.resize(width);
+    w.current.resize(width);
+    w.pinned.resize(width);
+  }
+  if (w.matched.size() < static_cast<std::size_t>(m) * width) {
+    w.matched.resize(static_cast<std::size_t>(m) * width);
+  }
+  s.total_cost = fill(&p, segment, w.previous.data(), w.current.data(), w.pinned.data(),
+                      w.matched.data());
+  if (std::isnan(s.total_cost)) refuse("cost and skip must not hold NaN or -inf", index);
+  s.reached_shallow = 0;
+  s.reached_deep = 0;
+  if (s.total_cost == kInfinity) {
+    std::fill(s.deep_to_shallow, s.deep_to_shallow + m, -1);
+    find_obstacle(p, s, segment);
+    return;
+  }
+  s.reached_shallow = n;
+  s.reached_deep = m;
   std::int64_t k = n;
   for (std::int64_t l = m - 1; l >= 0; --l) {
-    const bool take = k > 0 && w.matched[l * (n + 1) + k] != 0;
-    if (take || mode == AlignmentMode::segment) s.deep_to_shallow[l] = k - 1;
-    if (take) --k;
+    const std::int64_t take = w.matched[static_cast<std::size_t>(l * (n + 1) + k)];
+    s.deep_to_shallow[l] = segment || take ? k - 1 : -1;
+    k -= take;
   }
 }
 
@@ -94,11 +148,11 @@ void solve(const AlignmentProblem& p, AlignmentSolution& s, AlignmentMode mode, 
 void align_layers(const AlignmentProblem* problems, AlignmentSolution* solutions,
                   std::int64_t count, AlignmentMode mode) {
   constexpr std::int64_t kGrain = 64;  // problems: below this a thread costs more than it saves
+  const bool segment = mode == AlignmentMode::segment;
   parallel_for(count, kGrain, [&](std::int64_t begin, std::int64_t end) {
     Workspace workspace;
     for (std::int64_t i = begin; i < end; ++i) {
-      check(problems[i], i, mode);
-      solve(problems[i], solutions[i], mode, workspace);
+      solve(problems[i], solutions[i], i, segment, workspace);
     }
   });
 }

@@ -29,6 +29,7 @@ struct AlignmentSolution {
   double total_cost;              // +inf when no alignment exists
   // Where the search ended when no alignment exists: the largest number of leading shallow units
   // that can be matched, and the largest number of leading deep units that can be used up by it.
+  // All of them when one exists.
   std::int64_t reached_shallow;
   std::int64_t reached_deep;
 };

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clafusion import AlignmentError, InputError, align_layers, align_layers_batch
+from clafusion import AlignmentError, InputError, _core, align_layers, align_layers_batch
 
 
 def brute_force_ref(cost, skip, pin_first=False, pin_last=False):
@@ -137,3 +137,123 @@ def test_the_error_names_the_unit_without_a_partner():
         align_layers(cost)
     with pytest.raises(AlignmentError, match="deep unit 3 can neither be matched nor skipped"):
         align_layers([[1.0, 1], [1, 1], [1, 1], [np.inf, np.inf]], skip=[0, 0, 0, np.inf])
+
+
+@pytest.mark.parametrize("mode", ["layer", "segment"])
+@pytest.mark.parametrize("pins", [(False, False), (True, True)])
+def test_one_array_of_problems_equals_them_one_by_one(mode, pins):
+    rng = np.random.default_rng(0)
+    costs = rng.random((200, 17, 9))
+    costs[rng.random(costs.shape) < 0.02] = np.inf
+    costs[:, [0, -1], [0, -1]] = 0.5
+    skips = rng.choice([0.0, 0.3], (200, 17))
+    settings = {"mode": mode, "pin_first": pins[0], "pin_last": pins[1]}
+    batch = align_layers_batch(costs, skips=skips, **settings)
+    assert batch.deep_to_shallow.shape == (200, 17)
+    assert len(batch) == 200
+    for found, cost, skip in zip(batch, costs, skips, strict=True):
+        alone = align_layers(cost, skip=skip, **settings)
+        assert found.deep_to_shallow == alone.deep_to_shallow
+        assert found.total_cost == pytest.approx(alone.total_cost)
+        assert found.forced == alone.forced
+    assert [one.pairs for one in batch[-2:]] == [batch[198].pairs, batch[-1].pairs]
+
+
+@pytest.mark.parametrize("mode", ["chain", "random"])
+def test_baselines_take_one_array_too(mode):
+    costs = np.random.default_rng(0).random((5, 6, 3))
+    batch = align_layers_batch(costs, mode=mode)
+    assert [one.pairs for one in batch] == [
+        one.pairs for one in align_layers_batch(list(costs), mode=mode)
+    ]
+    assert len(align_layers_batch([])) == 0
+    assert len(align_layers_batch(np.empty((0, 3, 2)))) == 0
+
+
+def test_other_memory_and_types_give_the_same():
+    costs = np.random.default_rng(0).integers(0, 9, (30, 8, 4))
+    expected = align_layers_batch(costs.astype(np.float64)).deep_to_shallow
+    readonly = costs.astype(np.float64)
+    readonly.flags.writeable = False
+    for same in (
+        costs,
+        costs.astype(np.float32),
+        np.asfortranarray(costs),
+        np.repeat(costs, 2, axis=0)[::2],
+        readonly,
+    ):
+        np.testing.assert_array_equal(align_layers_batch(same).deep_to_shallow, expected)
+
+
+def test_one_array_is_refused_by_name():
+    costs = np.ones((3, 4, 2))
+    for position, value in [((1, 2, 0), np.nan), ((2, 0, 1), -np.inf)]:
+        bad = costs.copy()
+        bad[position] = value
+        with pytest.raises(InputError, match=rf"costs\[{position[0]}\] holds {value}"):
+            align_layers_batch(bad)
+        with pytest.raises(InputError, match=rf"costs\[{position[0]}\] holds {value}"):
+            align_layers_batch(bad, pin_first=True, pin_last=True, mode="segment")
+    with pytest.raises(InputError, match=r"skips\[1\] holds nan"):
+        align_layers_batch(costs, skips=np.array([[0.0] * 4, [0, 0, np.nan, 0], [0] * 4]))
+    with pytest.raises(InputError, match=r"skips must .* shape \(3, 4\); got shape \(3, 2\)"):
+        align_layers_batch(costs, skips=np.zeros((3, 2)))
+    with pytest.raises(InputError, match="one entry per problem: 3, got 2"):
+        align_layers_batch(costs, skips=np.zeros((2, 4)))
+    with pytest.raises(InputError, match="2 deep but 4 shallow"):
+        align_layers_batch(costs.transpose(0, 2, 1))
+    with pytest.raises(InputError, match=r"costs\[0\] must be a matrix"):
+        align_layers_batch(np.empty((2, 0, 3)))
+    with pytest.raises(InputError, match="array of real numbers"):
+        align_layers_batch(costs.astype(str) + "x")
+    with pytest.raises(InputError, match=r"costs\[2\] is so large that sums overflow"):
+        align_layers_batch(np.concatenate([costs[:2], np.full((1, 4, 2), 1.7e308)]))
+    blocked = costs.copy()
+    blocked[1, :, 1] = np.inf
+    with pytest.raises(AlignmentError, match="in problem 1: shallow unit 1 finds no partner"):
+        align_layers_batch(blocked)
+
+
+def compiled(costs, skips, shapes, mode=0, solution=None, totals=None, reached=None):
+    count = len(shapes)
+    _core.align_layers(
+        costs,
+        skips,
+        np.asarray(shapes, dtype=np.int64),
+        mode,
+        False,
+        False,
+        np.empty(skips.size, dtype=np.int64) if solution is None else solution,
+        np.empty(count) if totals is None else totals,
+        np.empty((count, 2), dtype=np.int64) if reached is None else reached,
+    )
+
+
+def test_the_compiled_door_refuses_too():
+    costs, skips = np.ones(8), np.zeros(4)
+    readonly = np.empty(4, dtype=np.int64)
+    readonly.flags.writeable = False
+    huge = 2**62
+    for arguments, message in [
+        ((costs, skips, [4, 2]), "shapes must have shape"),
+        ((costs, skips, [[4, 2]], 2), "mode must be 0"),
+        ((costs, skips, [[4, 3]]), "costs ends before the last problem"),
+        ((costs, skips, [[huge, 8]]), "costs ends before the last problem"),
+        ((costs, skips, [[4, huge]]), "costs ends before the last problem"),
+        ((costs, skips, [[2, 2]]), "costs has more entries"),
+        ((costs, skips[:3].copy(), [[4, 2]]), "skips must have one entry a deep unit"),
+        ((costs, skips, [[0, 2]]), "shapes must be positive"),
+        ((costs, skips, [[-4, -2]]), "shapes must be positive"),
+        ((costs, skips, [[4, 2]], 0, np.empty(3, dtype=np.int64)), "deep_to_shallow must have"),
+        ((costs, skips, [[4, 2]], 0, readonly), "not writeable"),
+        ((costs, skips, [[4, 2]], 0, None, np.empty(2)), "total_costs must have shape"),
+        ((costs * np.nan, skips, [[4, 2]]), "NaN or -inf in problem 0"),
+        ((costs, skips - np.inf, [[4, 2]]), "NaN or -inf in problem 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            compiled(*arguments)
+    with pytest.raises(ValueError, match="reached must have shape"):
+        compiled(costs, skips, [[4, 2]], reached=np.empty(2, dtype=np.int64)[:1].copy())
+    for wrong in (costs.astype(np.float32), costs.astype(">f8"), np.ones(16)[::2], None):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            compiled(wrong, skips, [[4, 2]])

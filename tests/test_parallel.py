@@ -2,12 +2,21 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from clafusion import _core, _native, align_layers_batch, num_threads, set_num_threads
+from clafusion import (
+    InputError,
+    _core,
+    align_layers_batch,
+    build_info,
+    num_threads,
+    set_num_threads,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +95,32 @@ def test_a_forked_child_has_threads_of_its_own():
 
 @pytest.mark.parametrize("count", [-1, 1_000_000])
 def test_an_absurd_number_of_threads_is_refused(count):
-    with pytest.raises(ValueError, match=rf"count must be 0 .* got {count}"):
+    with pytest.raises(InputError, match=rf"count must be from 0 .* got {count}"):
         set_num_threads(count)
-    assert _native.num_threads() >= 1
+    with pytest.raises(ValueError, match=rf"count must be 0 .* got {count}"):
+        _core.set_num_threads(count)
+    with pytest.raises(InputError, match="count must be a whole number"):
+        set_num_threads(1.5)
+    assert num_threads() >= 1
+
+
+def test_the_environment_sets_the_number_of_threads():
+    def run(value):
+        return subprocess.run(
+            [sys.executable, "-c", "import clafusion; print(clafusion.num_threads())"],
+            env={**os.environ, "CLAFUSION_NUM_THREADS": value},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert run("3").stdout == "3\n"
+    assert "CLAFUSION_NUM_THREADS must be a positive whole number; got 'many'" in run("many").stderr
+
+
+def test_build_info_tells_what_is_used():
+    set_num_threads(3)
+    info = build_info()
+    assert info["simd"] in {"avx512", "avx2", "baseline"}
+    assert info["threads"] == 3
+    assert info["compiler"]

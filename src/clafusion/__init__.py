@@ -1,6 +1,6 @@
 """Fuse trained PyTorch networks of different depth and width into one, without training."""
 
-from clafusion._native import num_threads, set_num_threads
+from clafusion._native import build_info, num_threads, set_num_threads
 from clafusion.depth import Lifting, lift
 from clafusion.errors import (
     AlignmentError,
@@ -12,7 +12,12 @@ from clafusion.errors import (
     UnsupportedOpError,
 )
 from clafusion.graph import ChannelClass, ModelGraph, Slot, Unit
-from clafusion.layer_alignment import LayerAlignment, align_layers, align_layers_batch
+from clafusion.layer_alignment import (
+    LayerAlignment,
+    LayerAlignmentBatch,
+    align_layers,
+    align_layers_batch,
+)
 from clafusion.pipeline import AlignedPair, FusionConfig, FusionResult, align, fuse, profile
 from clafusion.signatures import Signature
 from clafusion.trace import trace
@@ -29,6 +34,7 @@ __all__ = [
     "GraphVerificationError",
     "InputError",
     "LayerAlignment",
+    "LayerAlignmentBatch",
     "Lifting",
     "ModelGraph",
     "Signature",
@@ -39,6 +45,7 @@ __all__ = [
     "align",
     "align_layers",
     "align_layers_batch",
+    "build_info",
     "fuse",
     "lift",
     "num_threads",

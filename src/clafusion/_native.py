@@ -7,7 +7,9 @@ results nor see torch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +19,58 @@ from torch import Tensor
 from clafusion import _core
 from clafusion.errors import InputError
 
-__all__ = ["align_layers", "gram", "hsic_all_pairs", "num_threads", "set_num_threads"]
+__all__ = [
+    "align_equal_layers",
+    "align_layers",
+    "build_info",
+    "gram",
+    "hsic_all_pairs",
+    "num_threads",
+    "set_num_threads",
+]
 
-num_threads = _core.num_threads
-set_num_threads = _core.set_num_threads
+_threads = os.environ.get("CLAFUSION_NUM_THREADS", "1")
+if not (_threads.isdecimal() and int(_threads) > 0):
+    raise InputError(f"CLAFUSION_NUM_THREADS must be a positive whole number; got {_threads!r}")
+
+
+def build_info() -> dict[str, Any]:
+    """Return what the compiled module is and what it uses on this machine.
+
+    Returns
+    -------
+    dict
+        ``compiler``; ``simd``: the instruction set chosen at run time (``"avx512"``, ``"avx2"``
+        or ``"baseline"``); ``threads``: how many a kernel may use now; ``cuda``: whether CUDA
+        kernels are built in; ``sanitized``: whether AddressSanitizer is.
+    """
+    return _core.build_info()
+
+
+def num_threads() -> int:
+    """Return how many threads a kernel may use.
+
+    It is what :func:`set_num_threads` said, else the environment variable
+    ``CLAFUSION_NUM_THREADS`` at the first call, else the number of processors allowed to this
+    process. Results do not depend on it.
+    """
+    return _core.num_threads()
+
+
+def set_num_threads(count: int) -> None:
+    """Set how many threads a kernel may use in this process; 0 returns to the default.
+
+    Raises
+    ------
+    InputError
+        ``count`` is not a whole number from 0 to 1024.
+    """
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
+        raise InputError(f"count must be a whole number from 0 to 1024; got {count!r}")
+    if not 0 <= count <= 1024:
+        raise InputError(f"count must be from 0 (the default) to 1024; got {count}")
+    _core.set_num_threads(int(count))
+
 
 _ALIGNMENT_MODES = {"layer": 0, "segment": 1}
 
@@ -41,21 +91,49 @@ def align_layers(
     shapes = np.array([cost.shape for cost in costs], dtype=np.int64).reshape(len(costs), 2)
     flat_costs = np.concatenate([np.ravel(cost) for cost in costs]).astype(np.float64, copy=False)
     flat_skips = np.concatenate(list(skips)).astype(np.float64, copy=False)
-    deep_to_shallow = np.empty(flat_skips.size, dtype=np.int64)
-    totals = np.empty(len(costs), dtype=np.float64)
-    reached = np.empty((len(costs), 2), dtype=np.int64)
-    _core.align_layers(
-        flat_costs,
-        flat_skips,
-        shapes,
-        _ALIGNMENT_MODES[mode],
-        pin_first,
-        pin_last,
-        deep_to_shallow,
-        totals,
-        reached,
+    solutions, totals, reached = _align_flat(
+        flat_costs, flat_skips, shapes, mode, pin_first, pin_last
     )
-    return np.split(deep_to_shallow, np.cumsum(shapes[:-1, 0])), totals, reached
+    return np.split(solutions, np.cumsum(shapes[:-1, 0])), totals, reached
+
+
+def align_equal_layers(
+    costs: NDArray[np.float64],
+    skips: NDArray[np.float64],
+    *,
+    mode: str,
+    pin_first: bool,
+    pin_last: bool,
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+    """Solve alignment problems of one shape: ``costs`` ``(count, m, n)``, ``skips`` ``(count, m)``.
+
+    As :func:`align_layers`, with ``deep_to_shallow`` as one array ``(count, m)``. Raises
+    ValueError for NaN or ``-inf``.
+    """
+    count, deep, shallow = costs.shape
+    shapes = np.tile(np.array([deep, shallow], dtype=np.int64), (count, 1))
+    solutions, totals, reached = _align_flat(
+        costs.reshape(-1), skips.reshape(-1), shapes, mode, pin_first, pin_last
+    )
+    return solutions.reshape(count, deep), totals, reached
+
+
+def _align_flat(
+    costs: NDArray[np.float64],
+    skips: NDArray[np.float64],
+    shapes: NDArray[np.int64],
+    mode: str,
+    pin_first: bool,
+    pin_last: bool,
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+    deep_to_shallow = np.empty(skips.size, dtype=np.int64)
+    totals = np.empty(len(shapes), dtype=np.float64)
+    reached = np.empty((len(shapes), 2), dtype=np.int64)
+    mode_number = _ALIGNMENT_MODES[mode]
+    _core.align_layers(
+        costs, skips, shapes, mode_number, pin_first, pin_last, deep_to_shallow, totals, reached
+    )
+    return deep_to_shallow, totals, reached
 
 
 def gram(x: Tensor) -> NDArray[np.float64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, get_args, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,7 +13,13 @@ from numpy.typing import ArrayLike, NDArray
 from clafusion import _native
 from clafusion.errors import AlignmentError, InputError
 
-__all__ = ["AlignmentMode", "LayerAlignment", "align_layers", "align_layers_batch"]
+__all__ = [
+    "AlignmentMode",
+    "LayerAlignment",
+    "LayerAlignmentBatch",
+    "align_layers",
+    "align_layers_batch",
+]
 
 AlignmentMode = Literal["layer", "segment", "chain", "random"]
 
@@ -70,6 +76,50 @@ class LayerAlignment:
             self.pin_last,
         )
         return bool(np.array_equal(lowest, highest))
+
+
+@dataclass(frozen=True)
+class LayerAlignmentBatch(Sequence[LayerAlignment]):
+    """The alignments of many problems, as arrays; each :class:`LayerAlignment` is made when asked.
+
+    Attributes
+    ----------
+    deep_to_shallow
+        ``(count, m)`` for problems of one shape given as one array, else one array ``(m,)`` for
+        each problem; -1 where a deep unit matches none.
+    total_costs
+        ``(count,)``.
+    costs, skips, mode, pin_first, pin_last
+        The problems. One array of costs is not copied: leave it as it is while this lives.
+    """
+
+    deep_to_shallow: NDArray[np.int64] | tuple[NDArray[np.int64], ...]
+    total_costs: NDArray[np.float64]
+    costs: NDArray[np.float64] | tuple[NDArray[np.float64], ...]
+    skips: NDArray[np.float64] | tuple[NDArray[np.float64], ...]
+    mode: AlignmentMode
+    pin_first: bool
+    pin_last: bool
+
+    def __len__(self) -> int:
+        return len(self.total_costs)
+
+    @overload
+    def __getitem__(self, index: int) -> LayerAlignment: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[LayerAlignment, ...]: ...
+    def __getitem__(self, index: int | slice) -> LayerAlignment | tuple[LayerAlignment, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        return LayerAlignment(
+            tuple(self.deep_to_shallow[index].tolist()),
+            float(self.total_costs[index]),
+            self.costs[index],
+            self.skips[index],
+            self.mode,
+            self.pin_first,
+            self.pin_last,
+        )
 
 
 def align_layers(
@@ -130,30 +180,34 @@ def align_layers(
 
 
 def align_layers_batch(
-    costs: Sequence[ArrayLike],
+    costs: Sequence[ArrayLike] | NDArray[np.floating],
     *,
-    skips: Sequence[ArrayLike] | None = None,
+    skips: Sequence[ArrayLike] | NDArray[np.floating] | None = None,
     mode: AlignmentMode = "layer",
     pin_first: bool = False,
     pin_last: bool = False,
     seed: int = 0,
-) -> list[LayerAlignment]:
-    """Solve many problems of :func:`align_layers`, each of its own shape, in one call.
+) -> LayerAlignmentBatch:
+    """Solve many problems of :func:`align_layers` in one call, on all threads.
 
-    Parameters and errors are those of :func:`align_layers`; ``costs`` and ``skips`` hold one
-    array per problem.
+    Parameters and errors are those of :func:`align_layers`. ``costs`` and ``skips`` hold one array
+    per problem, each of its own shape; or they are one array ``(count, m, n)`` and one
+    ``(count, m)``, which is fastest.
     """
     if mode not in get_args(AlignmentMode):
         raise InputError(f"mode must be one of {get_args(AlignmentMode)}; got {mode!r}")
     if skips is not None and len(skips) != len(costs):
         raise InputError(f"skips must have one entry per problem: {len(costs)}, got {len(skips)}")
+    if isinstance(costs, np.ndarray) and costs.ndim == 3 and costs.size and mode in _EXACT:
+        return _align_equal(costs, skips, mode, pin_first, pin_last)
     if len(costs) == 0:
-        return []
+        return LayerAlignmentBatch((), np.empty(0), (), (), mode, pin_first, pin_last)
     cost_arrays = [_checked_cost(cost, i, len(costs)) for i, cost in enumerate(costs)]
     skip_arrays = [
         _checked_skip(None if skips is None else skips[i], len(cost), i, len(costs))
         for i, cost in enumerate(cost_arrays)
     ]
+    solutions: list[NDArray[np.int64]] = []
     if mode == "random":
         rng = np.random.default_rng(seed)
         solutions = [
@@ -169,18 +223,59 @@ def align_layers_batch(
         solutions = _solve(earliest, free, "layer", pin_first, pin_last)[0]
     else:
         solutions = _solve(cost_arrays, skip_arrays, mode, pin_first, pin_last)[0]
-    return [
-        LayerAlignment(
-            tuple(int(k) for k in deep_to_shallow),
-            _total_cost(cost, skip, deep_to_shallow),
-            cost,
-            skip,
-            mode,
-            pin_first,
-            pin_last,
-        )
+    totals = [
+        _total_cost(cost, skip, deep_to_shallow)
         for cost, skip, deep_to_shallow in zip(cost_arrays, skip_arrays, solutions, strict=True)
     ]
+    return LayerAlignmentBatch(
+        tuple(solutions),
+        np.array(totals, dtype=np.float64),
+        tuple(cost_arrays),
+        tuple(skip_arrays),
+        mode,
+        pin_first,
+        pin_last,
+    )
+
+
+_EXACT = ("layer", "segment")
+
+
+def _align_equal(
+    costs: NDArray[np.floating],
+    skips: Sequence[ArrayLike] | NDArray[np.floating] | None,
+    mode: AlignmentMode,
+    pin_first: bool,
+    pin_last: bool,
+) -> LayerAlignmentBatch:
+    """Solve problems of one shape without touching them one by one in Python."""
+    count, deep = costs.shape[:2]
+    _checked_cost(costs[0], 0, count)  # the shape and type, for all
+    array = np.ascontiguousarray(costs, dtype=np.float64)
+    try:
+        skip_array = (
+            np.zeros((count, deep))
+            if skips is None
+            else np.ascontiguousarray(skips, dtype=np.float64)
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"skips must be an array of real numbers: {error}") from error
+    if skip_array.shape != (count, deep):
+        raise InputError(
+            "skips must have one entry per problem and deep unit, shape "
+            f"({count}, {deep}); got shape {skip_array.shape}"
+        )
+    try:
+        solutions, totals, reached = _native.align_equal_layers(
+            array, skip_array, mode=mode, pin_first=pin_first, pin_last=pin_last
+        )
+    except ValueError:  # the kernel met a bad number; say which
+        for i in range(count):
+            _checked_cost(array[i], i, count)
+            _checked_skip(skip_array[i], deep, i, count)
+        raise
+    _check_found(array, totals, reached)
+    return LayerAlignmentBatch(solutions, totals, array, skip_array, mode, pin_first, pin_last)
 
 
 def _solve(
@@ -194,11 +289,22 @@ def _solve(
     solutions, totals, reached = _native.align_layers(
         costs, skips, mode=mode, pin_first=pin_first, pin_last=pin_last
     )
-    for i in np.flatnonzero(np.isinf(totals)):
-        deep, shallow = (int(count) for count in reached[i])
-        message = _infeasible(costs[i], deep, shallow, int(i), len(costs))
-        raise AlignmentError(message, deep, shallow)
+    _check_found(costs, totals, reached)
     return solutions, totals
+
+
+def _check_found(
+    costs: Sequence[NDArray[np.float64]] | NDArray[np.float64],
+    totals: NDArray[np.float64],
+    reached: NDArray[np.int64],
+) -> None:
+    """Raise for the first problem that has no alignment."""
+    for i in map(int, np.flatnonzero(np.isinf(totals))):
+        deep, shallow = (int(count) for count in reached[i])
+        if (deep, shallow) == costs[i].shape:
+            raise InputError(f"{_name('cost', i, len(costs))} is so large that sums overflow")
+        message = _infeasible(costs[i], deep, shallow, i, len(costs))
+        raise AlignmentError(message, deep, shallow)
 
 
 def _total_cost(
