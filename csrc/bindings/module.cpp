@@ -43,4 +43,5 @@ PYBIND11_MODULE(_core, module) {
   clafusion::register_gram(module);
   clafusion::register_layer_alignment(module);
   clafusion::register_layer_costs(module);
+  clafusion::register_sinkhorn(module);
 }

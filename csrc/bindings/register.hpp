@@ -8,5 +8,6 @@ namespace clafusion {
 void register_gram(pybind11::module_& module);
 void register_layer_alignment(pybind11::module_& module);
 void register_layer_costs(pybind11::module_& module);
+void register_sinkhorn(pybind11::module_& module);
 
 }  // namespace clafusion

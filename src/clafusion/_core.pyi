@@ -27,3 +27,20 @@ def align_layers(
     total_costs: NDArray[float64],
     reached: NDArray[int64],
 ) -> None: ...
+def sinkhorn(
+    costs: list[NDArray[float32]],
+    source_weights: NDArray[float64],
+    target_weights: NDArray[float64],
+    initial_potential: NDArray[float64] | None,
+    epsilon: float,
+    tolerance: float,
+    max_iterations: int,
+    marginal_relaxation: float,
+    plans: list[NDArray[float32]],
+    source_potentials: NDArray[float64],
+    target_potentials: NDArray[float64],
+    totals: NDArray[float64],
+    errors: NDArray[float64],
+    iterations: NDArray[int64],
+    converged: NDArray[int64],
+) -> None: ...

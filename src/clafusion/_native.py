@@ -27,6 +27,7 @@ __all__ = [
     "hsic_all_pairs",
     "num_threads",
     "set_num_threads",
+    "sinkhorn",
 ]
 
 _threads = os.environ.get("CLAFUSION_NUM_THREADS", "1")
@@ -188,3 +189,60 @@ def hsic_all_pairs(
     norms_a, norms_b = np.empty(len(grams_a)), np.empty(len(grams_b))
     _core.hsic_all_pairs(list(grams_a), list(grams_b), unbiased, products, norms_a, norms_b)
     return products, norms_a, norms_b
+
+
+def sinkhorn(
+    costs: Sequence[NDArray[np.float32]],
+    source_weights: NDArray[np.float64],
+    target_weights: NDArray[np.float64],
+    initial_potential: NDArray[np.float64] | None,
+    *,
+    epsilon: float,
+    tolerance: float,
+    max_iterations: int,
+    marginal_relaxation: float,
+) -> tuple[
+    list[NDArray[np.float32]],
+    NDArray[np.float64],
+    NDArray[np.float64],
+    NDArray[np.float64],
+    NDArray[np.float64],
+    NDArray[np.int64],
+    NDArray[np.bool_],
+]:
+    """Solve a ragged batch of entropic transport problems.
+
+    Weights and potentials of the problems lie one behind the other. Returns one plan per
+    problem, the source and target potentials, and per problem the cost, the marginal error, the
+    iterations and whether they converged. Plans of equal shapes share one array, in order.
+    """
+    costs = list(costs)
+    count = len(costs)
+    plans: list[NDArray[np.float32]]
+    if len({cost.shape for cost in costs}) == 1:
+        plans = list(np.empty((count, *costs[0].shape), dtype=np.float32))
+    else:
+        plans = [np.empty(cost.shape, dtype=np.float32) for cost in costs]
+    source_potentials = np.empty(source_weights.size)
+    target_potentials = np.empty(target_weights.size)
+    totals, errors = np.empty(count), np.empty(count)
+    iterations, converged = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
+    _core.sinkhorn(
+        costs,
+        source_weights,
+        target_weights,
+        initial_potential,
+        epsilon,
+        tolerance,
+        max_iterations,
+        marginal_relaxation,
+        plans,
+        source_potentials,
+        target_potentials,
+        totals,
+        errors,
+        iterations,
+        converged,
+    )
+    converged_ = converged.astype(np.bool_)
+    return plans, source_potentials, target_potentials, totals, errors, iterations, converged_
