@@ -123,6 +123,57 @@ def test_the_ends_of_the_weight_are_the_parents(name, calibration):
         assert_same_function(at_one.model, second, inputs, calibration)
 
 
+def transformer(kind: str, layers: int, seed: int) -> nn.Module:
+    """Return a small model that nobody here wrote, with random weights."""
+    import transformers
+
+    torch.manual_seed(seed)
+    if kind == "ViT":
+        config = transformers.ViTConfig(
+            hidden_size=16,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            intermediate_size=20,
+            image_size=16,
+            patch_size=8,
+            num_labels=5,
+        )
+        return transformers.ViTForImageClassification(config).eval()
+    if kind == "GPT-2":
+        config = transformers.GPT2Config(
+            vocab_size=50,
+            n_positions=16,
+            n_embd=16,
+            n_layer=layers,
+            n_head=2,
+            use_cache=False,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        return transformers.GPT2LMHeadModel(config).eval()
+    config = transformers.ConvNextConfig(
+        hidden_sizes=[8, 12],
+        depths=[layers, 1],
+        num_stages=2,
+        patch_size=2,
+        num_labels=5,
+        layer_scale_init_value=0.5,
+    )
+    return transformers.ConvNextForImageClassification(config).eval()
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("kind", ["ViT", "GPT-2", "ConvNeXt"])
+def test_model_classes_that_nobody_here_wrote_fuse_across_depths(kind, calibration):
+    deep, shallow = transformer(kind, 3, seed=0), transformer(kind, 2, seed=1)
+    inputs = torch.randint(0, 50, (60, 9)) if kind == "GPT-2" else IMAGES[:60]
+    for weight, parent in ((0.0, deep), (1.0, shallow)):
+        fused = fuse(deep, shallow, inputs, weight=weight, calibration=calibration).model
+        with torch.no_grad():
+            found, wanted = fused(inputs).logits, parent(inputs).logits
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_order_of_the_models_does_not_matter(name):
     deep, shallow, inputs = PAIRS[name]

@@ -38,15 +38,15 @@ _CHUNK = 125  # inputs whose patches are held at once
 
 @dataclass
 class _NormalEquations:
-    """Sums over rows: inputs with inputs, inputs with targets."""
+    """Sums over rows: inputs with inputs, inputs with what is left to be explained."""
 
     inputs: Tensor
-    targets: Tensor
+    residuals: Tensor
     rows: int = 0
 
-    def add(self, x: Tensor, t: Tensor) -> None:
+    def add(self, x: Tensor, residual: Tensor) -> None:
         self.inputs += (x.T @ x).double()
-        self.targets += (x.T @ t).double()
+        self.residuals += (x.T @ residual).double()
         self.rows += len(x)
 
 
@@ -216,9 +216,11 @@ class _Walks:
     ) -> None:
         """Regress one layer and put its new weights into the state."""
         weight, bias = _effective(place, self.state)
+        start = weight.T
+        if has_bias := place.site.bias is not None:
+            start = torch.cat([start, bias[None]])
         equations: _NormalEquations | None = None
         chosen: Tensor | None = None
-        has_bias = place.site.bias is not None
         for fused, deep, shallow in zip(self.fused, self.deep, self.shallow, strict=True):
             x = fused.reach(place.incoming)
             goal = self._goal(place, deep, shallow, plans, deep_weight)
@@ -240,10 +242,10 @@ class _Walks:
                     torch.zeros(size, size, dtype=torch.float64, device=rows.device),
                     torch.zeros(size, goals.size(1), dtype=torch.float64, device=rows.device),
                 )
-            equations.add(rows, goals)
+            # Where the parents agree nothing is left, and the weights stay exactly as they are.
+            equations.add(rows, goals - rows @ start.to(rows))
         assert equations is not None
-        start = torch.cat([weight.T, bias[None]]) if has_bias else weight.T
-        _store(place, self.state, start + _solve(equations, start, ridge), equations)
+        _store(place, self.state, start + _solve(equations, ridge), equations)
         self._release(place)
 
     def _goal(
@@ -354,12 +356,10 @@ def _store(
     put(place.norm["bias"], bias + mean)
 
 
-def _solve(equations: _NormalEquations, start: Tensor, ridge: float) -> Tensor:
+def _solve(equations: _NormalEquations, ridge: float) -> Tensor:
     """Return the change of the weights ``(num_features, num_channels)``."""
-    residual = equations.targets - equations.inputs @ start
     penalty = ridge * equations.inputs.diagonal().mean()
-    system = equations.inputs + penalty * torch.eye(
-        len(start), dtype=start.dtype, device=start.device
-    )
-    change: Tensor = torch.linalg.solve(system, residual)
+    size = len(equations.inputs)
+    identity = torch.eye(size, dtype=torch.float64, device=equations.inputs.device)
+    change: Tensor = torch.linalg.solve(equations.inputs + penalty * identity, equations.residuals)
     return change

@@ -394,19 +394,22 @@ class _Cutter:
 
     def _join_of(self, node: fx.Node, layer: fx.Node) -> tuple[str | None, str | None]:
         """Return the addition that takes a layer's output, and its other operand."""
-        users = list(node.users)
-        if len(users) != 1 or op_name(users[0]) != "add":
+        value = node
+        while len(value.users) == 1 and op_name(next(iter(value.users))) in _SAME_VALUES:
+            (value,) = value.users
+        if len(value.users) != 1:
             return None, None
-        others = [one for one in self._operands(users[0]) if one is not node]
-        shape = self.channels.shapes[node.name]
+        (join,) = value.users
+        others = [one for one in self._operands(join) if one is not value]
         if (
-            len(others) != 1
-            or bound_operands(users[0]).get("alpha", 1) != 1
-            or self.channels.shapes[others[0].name] != shape
+            op_name(join) != "add"
+            or bound_operands(join).get("alpha", 1) != 1
+            or len(others) != 1
+            or self.channels.shapes[others[0].name] != self.channels.shapes[node.name]
             or self.order[others[0]] > self.order[layer]
         ):
             return None, None
-        return users[0].name, others[0].name
+        return join.name, others[0].name
 
     # --- insertion -----------------------------------------------------------------------------
 
@@ -482,12 +485,12 @@ class _Cutter:
         while True:
             parameters = self._parameters(node)
             name = op_name(node)
-            if parameters and (self._is_weighted(node) or name in _NORMS):
-                return tuple(
-                    parameter
-                    for parameter, role in zip(parameters, _roles(node), strict=False)
-                    if role in ("weight", "bias")
-                )
+            if parameters and self._is_weighted(node):
+                return tuple(parameters)
+            if parameters and name in _NORMS:
+                bound = bound_operands(node)
+                affine = (bound.get(role) for role in ("weight", "bias"))
+                return tuple(self.sources[one] for one in affine if one in self.sources)
             operands = self._operands(node)
             if name == "mul" and parameters:
                 return tuple(parameters)
@@ -504,15 +507,6 @@ class _Cutter:
             and draft.entry in operands
             and bound_operands(node).get("alpha", 1) == 1
         )
-
-
-def _roles(node: fx.Node) -> list[str]:
-    """Return the names of a node's operands, in the order of ``all_input_nodes``, input first."""
-    return [
-        name
-        for name, value in bound_operands(node).items()
-        if _is_node(value) and name not in ("input", "self", "mat1")
-    ]
 
 
 def _is_node(value: Any) -> bool:
