@@ -98,6 +98,7 @@ def test_the_compiled_door_refuses_too():
     x = np.ones((4, 6), dtype=np.float32)
     result = np.empty((4, 4))
     unaligned = np.zeros(4 * 6 * 4 + 1, dtype=np.uint8)[1:].view(np.float32).reshape(4, 6)
+    unaligned_result = np.zeros(4 * 4 * 8 + 1, dtype=np.uint8)[1:].view(np.float64).reshape(4, 4)
     read_only = np.empty((4, 4))
     read_only.flags.writeable = False
     for bad, target, level, message in [
@@ -105,6 +106,7 @@ def test_the_compiled_door_refuses_too():
         (x[0], result, 0, "x must have shape"),
         (x.T, np.empty((6, 6)), 0, "features of a sample one behind the other"),
         (unaligned, result, 0, "x must be aligned"),
+        (x, unaligned_result, 0, "result must be aligned"),
         (x, np.empty((4, 3)), 0, "result must have shape"),
         (x, read_only, 0, "not writeable"),
         (x, result, 4, "level 4 is not available"),

@@ -2,6 +2,7 @@
 
 #include <pybind11/numpy.h>
 
+#include "bindings/aligned.hpp"
 #include "bindings/register.hpp"
 
 namespace py = pybind11;
@@ -18,9 +19,9 @@ void gram_of_array(const py::array& x, Doubles result, int level) {
   if (x.size() > 0 && x.shape(1) > 1 && x.strides(1) != kSize) {
     throw py::value_error("x must hold the features of a sample one behind the other");
   }
-  if (x.strides(0) % kSize != 0 || reinterpret_cast<std::uintptr_t>(x.data()) % kSize != 0) {
-    throw py::value_error("x must be aligned");
-  }
+  require_aligned(x, "x");
+  require_aligned(result, "result");
+  if (x.strides(0) % kSize != 0) throw py::value_error("x must be aligned");
   const std::int64_t samples = x.shape(0);
   if (result.ndim() != 2 || result.shape(0) != samples || result.shape(1) != samples) {
     throw py::value_error("result must have shape (num_samples, num_samples)");

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "bindings/aligned.hpp"
 #include "bindings/register.hpp"
 
 namespace py = pybind11;
@@ -19,6 +20,12 @@ using Integers = py::array_t<std::int64_t, py::array::c_style>;
 void align_layers_ragged(const Doubles& costs, const Doubles& skips, const Integers& shapes,
                          int mode, bool pin_first, bool pin_last, Integers deep_to_shallow,
                          Doubles total_costs, Integers reached) {
+  require_aligned(costs, "costs");
+  require_aligned(skips, "skips");
+  require_aligned(shapes, "shapes");
+  require_aligned(deep_to_shallow, "deep_to_shallow");
+  require_aligned(total_costs, "total_costs");
+  require_aligned(reached, "reached");
   if (shapes.ndim() != 2 || shapes.shape(1) != 2) {
     throw py::value_error("shapes must have shape (count, 2)");
   }

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "bindings/aligned.hpp"
 #include "bindings/register.hpp"
 
 namespace py = pybind11;
@@ -20,6 +21,7 @@ std::vector<const double*> pointers(const std::vector<Doubles>& grams, std::int6
     if (gram.ndim() != 2 || gram.shape(0) != samples || gram.shape(1) != samples) {
       throw py::value_error("the Gram matrices must be square and of one size");
     }
+    require_aligned(gram, "every Gram matrix");
     result.push_back(gram.data());
   }
   return result;
@@ -41,6 +43,9 @@ void hsic_of_arrays(const std::vector<Doubles>& grams_a, const std::vector<Doubl
   if (norms_a.size() != count_a || norms_b.size() != count_b) {
     throw py::value_error("norms_a and norms_b must have one entry a matrix");
   }
+  require_aligned(products, "products");
+  require_aligned(norms_a, "norms_a");
+  require_aligned(norms_b, "norms_b");
   double* const out = products.mutable_data();
   double* const out_a = norms_a.mutable_data();
   double* const out_b = norms_b.mutable_data();

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Builds the kernels with AddressSanitizer and UndefinedBehaviorSanitizer, apart from any other
+# build, and runs the kernels' tests on them: tests/sanitize.sh [arguments of pytest]
+# Needs GCC and the environment in which the tests run; PYTHON names another interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+
+site=build/sanitize/site
+rm -rf "$site"
+isolation=()
+if "$python" -c 'import scikit_build_core, pybind11' 2>/dev/null; then
+  isolation=(--no-build-isolation)
+fi
+CXXFLAGS="-g1 ${CXXFLAGS:-}" "$python" -m pip install --quiet --disable-pip-version-check --no-deps "${isolation[@]}" \
+  --target "$site" -C build-dir=build/sanitize/build -C cmake.build-type=Release \
+  -C cmake.define.CLAFUSION_SANITIZE=ON .
+
+# The runtime must be there before Python. Python itself leaks at exit, so leaks are not looked for.
+LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libstdc++.so)" \
+ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  "$python" - "$site" "$@" <<'PY'
+import sys
+from pathlib import Path
+
+site = Path(sys.argv[1]).resolve()
+# An editable installation would answer for the package before the path is searched.
+sys.meta_path = [one for one in sys.meta_path if "ScikitBuild" not in type(one).__name__]
+sys.path.insert(0, str(site))
+import pytest
+
+from clafusion import _core
+
+assert Path(_core.__file__).is_relative_to(site), _core.__file__
+assert b"__asan_init" in Path(_core.__file__).read_bytes()
+kernels = ["gram", "layer_alignment", "layer_costs", "parallel", "sinkhorn", "transport", "fuzz"]
+files = [path for name in kernels if (path := Path(f"tests/test_{name}.py")).exists()]
+sys.exit(
+    pytest.main(
+        [*map(str, files), "-q", "-p", "no:cacheprovider", "--hypothesis-profile=ci"]
+        + sys.argv[2:]
+    )
+)
+PY
