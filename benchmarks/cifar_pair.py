@@ -7,10 +7,10 @@ Shows that lifting is exact, then the test accuracy of every way to average them
 
 import argparse
 
-from benchmarks.baselines import naive_average
 from benchmarks.datasets import accuracy, checkpoint_pair, cifar10, logits
 from benchmarks.results import write_results
 from clafusion import fuse, lift
+from clafusion.baselines import naive_average
 from clafusion.blending import aligned_state
 from clafusion.calibration import reset_batchnorm
 from clafusion.depth import with_state

@@ -14,10 +14,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from benchmarks.baselines import naive_average
 from benchmarks.datasets import accuracy, mnist
 from benchmarks.results import write_results
 from clafusion import fuse
+from clafusion.baselines import naive_average
 
 DEEP = (784, 400, 200, 100, 50, 25, 10)
 SHALLOW = (784, 400, 200, 100, 10)

@@ -1,11 +1,15 @@
 """Averaging without matching: what fusion has to beat."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor, nn
 
-from clafusion import FusionResult
 from clafusion.blending import blend
 from clafusion.depth import with_state
+from clafusion.pipeline import FusionResult
+
+__all__ = ["index_plan", "naive_average"]
 
 
 def index_plan(num_source: int, num_target: int) -> Tensor:
