@@ -484,6 +484,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning
             code = app(arguments, prog_name="clafusion", standalone_mode=False)
             sys.stdout.flush()
+        if code == 130:  # typer turns an interruption into this exit code
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
         return _refuse("interrupted; no output was written", 130, debug)

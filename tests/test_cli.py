@@ -1,0 +1,205 @@
+"""The command line as a person uses it: good input, bad input, and what is left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clafusion.checkpoints import save_model
+from clafusion.cli import main
+from tests import networks
+
+FACTORY = """
+from torch import nn
+
+def deep():
+    return nn.Sequential(
+        nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(),
+        nn.Linear(7, 5),
+    )
+
+def shallow():
+    return nn.Sequential(nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 5))
+
+def tanh():
+    return nn.Sequential(nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 5))
+"""
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models.py").write_text(FACTORY)
+    save_model(networks.mlp(12, 9, 8, 7, 5), "deep.safetensors")
+    shallow = networks.mlp(12, 6, 5, seed=1)
+    wrapped = {f"module.{name}": tensor for name, tensor in shallow.state_dict().items()}
+    torch.save({"state_dict": wrapped, "epoch": 3}, "shallow.th")
+    np.save("data.npy", np.random.default_rng(0).normal(size=(300, 12)).astype(np.float32))
+    return tmp_path
+
+
+FUSE = [
+    "fuse",
+    "deep.safetensors",
+    "shallow.th",
+    "--arch=models.py:deep",
+    "--arch-b=models.py:shallow",
+    "--data=data.npy",
+    "--out=fused.safetensors",
+]
+
+
+def replaced(option, value):
+    return [f"{option}={value}" if one.startswith(f"{option}=") else one for one in FUSE]
+
+
+def test_fuse_writes_weights_that_load_and_a_picture(files, capsys):
+    assert main([*FUSE, "--plot=alignment.png", "--calibration=least_squares"]) == 0
+    shown = capsys.readouterr()
+    assert "(inserted)" in shown.out
+    assert "fused.safetensors" in shown.out
+    assert shown.err == ""  # no progress bar where nobody watches
+    model = networks.mlp(12, 9, 8, 7, 5)
+    model.load_state_dict(load_file("fused.safetensors"))
+    assert (files / "alignment.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(one.name for one in files.iterdir() if one.name.startswith(".")) == []
+
+
+@pytest.mark.usefixtures("files")
+def test_json_is_one_object(capsys):
+    assert main([*FUSE, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["deep_to_shallow"][0] == 0
+    assert facts["deep_to_shallow"][-1] == 1
+    assert facts["config"]["weight"] == 0.5
+    assert facts["seconds"].keys() >= {"trace", "profile", "align", "match", "blend", "calibrate"}
+
+
+@pytest.mark.usefixtures("files")
+def test_align_and_inspect(capsys):
+    assert main(["align", *FUSE[1:-1]]) == 0
+    assert "cost" in capsys.readouterr().out
+    assert main(["inspect", "deep.safetensors", "--arch=models.py:deep", "--data=data.npy"]) == 0
+    assert "0.weight" in capsys.readouterr().out
+    assert main(["inspect", "--arch=models.py:deep", "--input-shape=12", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [unit["insertable"] for unit in facts["units"]] == [None, "identity", "identity", None]
+
+
+BAD = {
+    "no weights": (["fuse", "none.pt", *FUSE[2:]], "'none.pt' does not exist"),
+    "no factory": (replaced("--arch", "models.py:missing"), "missing"),
+    "no module": (replaced("--arch", "nowhere.module:deep"), "nowhere"),
+    "unfitting weights": (replaced("--arch-b", "models.py:deep"), "does not fit"),
+    "no data": (replaced("--data", "none.npy"), "none.npy"),
+    "no directory": (replaced("--out", "none/fused.safetensors"), "does not exist"),
+    "unknown ending": (replaced("--out", "fused.weights"), "must end with one of"),
+    "unknown picture": ([*FUSE, "--plot=a.gif"], "must end with one of"),
+    "weight": ([*FUSE, "--weight=2"], "--weight must be in"),
+    "solver": ([*FUSE, "--solver=magic"], "--solver must be one of"),
+    "calibration": ([*FUSE, "--calibration=training"], "--calibration must be one of"),
+    "device": ([*FUSE, "--device=nowhere"], "--device 'nowhere'"),
+    "no number": ([*FUSE, "--limit=many"], "--limit"),
+    "unknown option": ([*FUSE, "--colour=red"], "--colour"),
+    "other structure": (replaced("--arch-b", "models.py:tanh"), "no counterpart"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(files, capsys, name):
+    arguments, message = BAD[name]
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert message in shown.err
+    assert shown.err.count("\n") == 1
+    assert not (files / "fused.safetensors").exists()
+
+
+def test_a_corrupt_file_is_refused(files, capsys):
+    for name, content in (("a.safetensors", b"\xff" * 50), ("a.pt", b"PK\x03\x04broken")):
+        (files / name).write_bytes(content)
+        assert main(["fuse", name, *FUSE[2:]]) == 2
+        assert name in capsys.readouterr().err
+    (files / "data.npy").write_bytes(b"\x93NUMPY broken")
+    assert main(FUSE) == 2
+    assert "data.npy" in capsys.readouterr().err
+
+
+def test_pickled_code_in_a_checkpoint_does_not_run(files, capsys):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch ran",)
+
+    torch.save({"state_dict": Evil()}, "evil.pt")
+    assert main(["fuse", "evil.pt", *FUSE[2:]]) == 2
+    assert "evil.pt" in capsys.readouterr().err
+    assert not (files / "ran").exists()
+
+
+def test_a_full_disk_leaves_the_old_output_whole(files, capsys, monkeypatch):
+    (files / "fused.safetensors").write_bytes(b"the old one")
+
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(FUSE) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert (files / "fused.safetensors").read_bytes() == b"the old one"
+    assert not [one for one in files.iterdir() if one.name.endswith(".tmp")]
+
+
+SLOW_SAVE = textwrap.dedent(
+    """
+    import sys, time
+    import clafusion.output as output
+    from clafusion.cli import main
+
+    real = output.os.replace
+    def slow(*arguments):
+        print("about to rename", flush=True)
+        time.sleep(60)
+        real(*arguments)
+    output.os.replace = slow
+    sys.exit(main(sys.argv[1:]))
+    """
+)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_process_leaves_the_old_output_whole(files, kind):
+    (files / "fused.safetensors").write_bytes(b"the old one")
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_SAVE, *FUSE],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "about to rename\n"
+    process.send_signal(kind)
+    _, errors = process.communicate(timeout=30)
+    assert (files / "fused.safetensors").read_bytes() == b"the old one"
+    if kind == signal.SIGINT:
+        assert process.returncode == 130
+        assert errors == "clafusion: interrupted; no output was written\n"
+        assert not [one for one in files.iterdir() if one.name.endswith(".tmp")]
+
+
+def test_the_demo_tells_its_story(tmp_path, capsys):
+    assert main(["demo", f"--out-dir={tmp_path}", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (tmp_path / "alignment.png").exists()
+    assert (tmp_path / "fused.safetensors").exists()
+    found = facts["accuracies"]
+    fused = found["fused: matched, least squares"]
+    assert fused > found["fused: averaged without matching"] + 0.3
+    assert fused > 0.85
