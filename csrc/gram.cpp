@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <limits>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -13,16 +16,32 @@
 namespace clafusion {
 namespace {
 
-// Long enough to hide the float64 sums, short enough for 400 samples to stay in a core's cache and
-// for float32 sums to lose little.
-constexpr std::int64_t kBlock = 512;
+// Features packed at a time: two blocks of 400 samples and their tiles stay in a core's cache.
+constexpr std::int64_t kBlock = 128;
+// Features summed in float32, block by block, before they are added in float64.
+constexpr std::int64_t kMostChunk = 4096;
+
+// A block of features on its way to panels of samples, square by square.
+struct Packing {
+  const float* x;  // the first feature of the block
+  std::int64_t samples;
+  std::int64_t count;  // features in the block; 0: nothing to pack
+  std::int64_t row_stride;
+  float* packed;
+  std::int64_t panel;  // where the next square is
+  std::int64_t k;
+};
 
 struct Kernel {
   std::int64_t width;
   std::int64_t rows;
-  void (*pack)(const float* x, long samples, long count, long row_stride, float* packed);
-  void (*multiply)(const float* packed, long samples, long count, double* sums);
+  void (*pack)(Packing& block);
+  void (*multiply)(const float* packed, std::int64_t samples, std::int64_t count, float* sums,
+                   Packing& next);
 };
+
+// How many squares ahead memory is asked for: about the time that a call's tiles take.
+constexpr std::int64_t kAhead = 2;
 
 #if defined(__GNUC__) || defined(__clang__)
 
@@ -43,7 +62,7 @@ constexpr int kWidth = 8, kRows = 4, kVectors = 3;
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4")
 namespace avx512 {
-constexpr int kWidth = 16, kRows = 8, kVectors = 3;
+constexpr int kWidth = 16, kRows = 8, kVectors = 2;
 #include "gram_block.inl"
 }  // namespace avx512
 #pragma GCC pop_options
@@ -53,17 +72,21 @@ constexpr int kWidth = 16, kRows = 8, kVectors = 3;
 
 namespace baseline {
 constexpr int kWidth = 1, kRows = 1;
-void pack(const float* x, long samples, long count, long row_stride, float* packed) {
-  for (long i = 0; i < samples; ++i) std::copy_n(x + i * row_stride, count, packed + i * count);
+void pack(Packing& p) {
+  for (std::int64_t i = 0; i < p.samples; ++i) {
+    std::copy_n(p.x + i * p.row_stride, p.count, p.packed + i * p.count);
+  }
 }
-void multiply(const float* packed, long samples, long count, double* sums) {
-  for (long i = 0; i < samples; ++i) {
-    for (long j = 0; j <= i; ++j, ++sums) {
+void multiply(const float* packed, std::int64_t samples, std::int64_t count, float* sums,
+              Packing& next) {
+  for (std::int64_t i = 0; i < samples; ++i) {
+    for (std::int64_t j = 0; j <= i; ++j, ++sums) {
       float sum = 0.0f;
-      for (long k = 0; k < count; ++k) sum += packed[i * count + k] * packed[j * count + k];
+      for (std::int64_t k = 0; k < count; ++k) sum += packed[i * count + k] * packed[j * count + k];
       *sums += sum;
     }
   }
+  pack(next);
 }
 }  // namespace baseline
 
@@ -86,12 +109,45 @@ Kernel kernel(SimdLevel level) {
   return {baseline::kWidth, baseline::kRows, baseline::pack, baseline::multiply};
 }
 
-// How many parts the features are split into, each with its own sums: as many as threads can use,
-// while their sums stay small. A function of the shape only, so that the bytes are.
-std::int64_t num_parts(std::int64_t blocks, std::int64_t sums_size) {
-  constexpr std::int64_t kMostParts = 16;
-  constexpr std::int64_t kMostSums = std::int64_t{1} << 25;  // 256 MB
-  return std::clamp<std::int64_t>(kMostSums / sums_size, 1, std::min(kMostParts, blocks));
+struct AlignedDelete {
+  void operator()(float* data) const { ::operator delete[](data, std::align_val_t{64}); }
+};
+using Floats = std::unique_ptr<float[], AlignedDelete>;
+
+Floats allocate(std::int64_t count) {
+  return Floats(new (std::align_val_t{64}) float[static_cast<std::size_t>(count)]);
+}
+
+// gram += the chunks, in order, tile by tile, for the row blocks [begin, end); both triangles.
+void add_tiles(const Kernel& k, const float* sums, std::int64_t chunks, std::int64_t sums_size,
+               std::int64_t samples, std::int64_t begin, std::int64_t end, double* gram) {
+  const std::int64_t tile = k.rows * k.width;
+  const std::int64_t blocks_in_panel = k.width / k.rows;
+  std::vector<double> total(static_cast<std::size_t>(tile));
+  for (std::int64_t i = begin; i < end; ++i) {
+    const std::int64_t panel = i / blocks_in_panel;
+    const std::int64_t before =
+        blocks_in_panel * panel * (panel + 1) / 2 + i % blocks_in_panel * (panel + 1);
+    for (std::int64_t c = 0; c <= panel; ++c) {
+      const auto visit = [&](auto body) {
+        for (std::int64_t r = 0; r < k.rows && i * k.rows + r < samples; ++r) {
+          const std::int64_t row = i * k.rows + r;
+          const std::int64_t stop = std::min(k.width, row - c * k.width + 1);
+          for (std::int64_t s = 0; s < stop; ++s) body(r * k.width + s, row, c * k.width + s);
+        }
+      };
+      visit([&](std::int64_t e, std::int64_t row, std::int64_t column) {
+        total[e] = gram[row * samples + column];
+      });
+      const float* one = sums + (before + c) * tile;
+      for (std::int64_t chunk = 0; chunk < chunks; ++chunk, one += sums_size) {
+        for (std::int64_t e = 0; e < tile; ++e) total[e] += static_cast<double>(one[e]);
+      }
+      visit([&](std::int64_t e, std::int64_t row, std::int64_t column) {
+        gram[row * samples + column] = gram[column * samples + row] = total[e];
+      });
+    }
+  }
 }
 
 }  // namespace
@@ -113,49 +169,47 @@ void gram(const float* x, std::int64_t num_samples, std::int64_t num_features,
     std::fill_n(gram, num_samples * num_samples, 0.0);
     return;
   }
+  std::fill_n(gram, num_samples * num_samples, 0.0);
   const std::int64_t panels = (num_samples + k.width - 1) / k.width;
   const std::int64_t sums_size = panels * (panels + 1) / 2 * k.width * k.width;
   const std::int64_t blocks = (num_features + kBlock - 1) / kBlock;
-  const std::int64_t parts = num_parts(blocks, sums_size);
-  std::vector<std::unique_ptr<double[]>> sums(static_cast<std::size_t>(parts));
+  // Some 16 chunks, so that threads share them evenly; a function of the shape only.
+  const std::int64_t blocks_a_chunk =
+      std::clamp<std::int64_t>(blocks / 16, 1024 / kBlock, kMostChunk / kBlock);
+  const std::int64_t chunks = (blocks + blocks_a_chunk - 1) / blocks_a_chunk;
+  // As many chunks at once as 64 MB hold: they are added in order, whatever their number.
+  constexpr std::int64_t kRoom = (std::int64_t{1} << 26) / sizeof(float);
+  const std::int64_t most = std::max<std::int64_t>(kRoom / sums_size, 2 * num_threads());
+  const std::int64_t round = std::min(chunks, most);
+  const std::int64_t buffer = panels * k.width * kBlock;
+  const Floats sums = allocate(round * sums_size);
 
-  parallel_for(parts, 1, [&](std::int64_t begin, std::int64_t end) {
-    const std::unique_ptr<float[]> packed(new float[panels * k.width * kBlock]);
-    for (std::int64_t part = begin; part < end; ++part) {
-      sums[part] = std::make_unique<double[]>(static_cast<std::size_t>(sums_size));
-      for (std::int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; ++b) {
-        const std::int64_t first = b * kBlock;
-        const std::int64_t count = std::min(kBlock, num_features - first);
-        k.pack(x + first, num_samples, count, row_stride, packed.get());
-        k.multiply(packed.get(), num_samples, count, sums[part].get());
+  for (std::int64_t first_chunk = 0; first_chunk < chunks; first_chunk += round) {
+    const std::int64_t count = std::min(round, chunks - first_chunk);
+    parallel_for(count, 1, [&](std::int64_t begin, std::int64_t end) {
+      const Floats packed = allocate(2 * buffer);
+      const std::int64_t first = (first_chunk + begin) * blocks_a_chunk;
+      const std::int64_t stop = std::min((first_chunk + end) * blocks_a_chunk, blocks);
+      const auto block = [&](std::int64_t b) {
+        const std::int64_t start = b * kBlock;
+        const std::int64_t size = b < stop ? std::min(kBlock, num_features - start) : 0;
+        return Packing{x + (size > 0 ? start : 0), size > 0 ? num_samples : 0, size, row_stride,
+                       packed.get() + (b - first) % 2 * buffer, 0, 0};
+      };
+      Packing current = block(first);
+      k.pack(current);
+      for (std::int64_t b = first; b < stop; ++b) {
+        float* target = sums.get() + (b / blocks_a_chunk - first_chunk) * sums_size;
+        if (b % blocks_a_chunk == 0) std::fill_n(target, sums_size, 0.0f);
+        Packing next = block(b + 1);
+        k.multiply(current.packed, num_samples, current.count, target, next);
+        current = next;
       }
-    }
-  });
-
-  // The parts in order, tile by tile, to both triangles.
-  const std::int64_t tile = k.rows * k.width;
-  const std::int64_t blocks_in_panel = k.width / k.rows;
-  parallel_for(panels, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t i = begin * blocks_in_panel; i < end * blocks_in_panel; ++i) {
-      const std::int64_t panel = i / blocks_in_panel;
-      const std::int64_t before =
-          blocks_in_panel * panel * (panel + 1) / 2 + i % blocks_in_panel * (panel + 1);
-      for (std::int64_t c = 0; c <= panel; ++c) {
-        double* const total = sums[0].get() + (before + c) * tile;
-        for (std::int64_t part = 1; part < parts; ++part) {
-          const double* const one = sums[part].get() + (before + c) * tile;
-          for (std::int64_t e = 0; e < tile; ++e) total[e] += one[e];
-        }
-        for (std::int64_t e = 0; e < tile; ++e) {
-          const std::int64_t row = i * k.rows + e / k.width;
-          const std::int64_t column = c * k.width + e % k.width;
-          if (row >= num_samples || column > row) continue;
-          gram[row * num_samples + column] = total[e];
-          gram[column * num_samples + row] = total[e];
-        }
-      }
-    }
-  });
+    });
+    parallel_for(panels * (k.width / k.rows), 4, [&](std::int64_t begin, std::int64_t end) {
+      add_tiles(k, sums.get(), count, sums_size, num_samples, begin, end, gram);
+    });
+  }
   for (std::int64_t i = 0; i < num_samples; ++i) {
     if (!std::isfinite(gram[i * num_samples + i])) {
       throw std::invalid_argument("x[" + std::to_string(i) +

@@ -13,8 +13,10 @@ SimdLevel best_simd_level();
 // Writes X X^T, symmetric, (num_samples, num_samples), to `gram`. Sample i's features lie one
 // behind the other from x + i * row_stride (in elements, of either sign).
 //
-// Products are summed in float32 within a block of features and in float64 across blocks, in an
-// order that depends on the shape and the level only: not on the number of threads.
+// Products are summed in float32 within runs of 128 features, the runs in float32 within chunks of
+// at most 4096, and the chunks in float64, in an order that depends on the shape and the level only:
+// not on the number of threads. So an entry's error is below 160 * 2^-24 of the sum of its products'
+// magnitudes.
 //
 // Throws std::invalid_argument when a size is negative, when the level is not available, and when
 // a sample's squared norm is not finite, since it holds NaN or infinity or numbers that are too

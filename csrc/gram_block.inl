@@ -1,4 +1,4 @@
-// One block of features: packing and multiplication, written once and compiled for each
+// Blocks of features: packing and multiplication, written once and compiled for each
 // instruction set. gram.cpp includes this file inside a namespace, after it has set the target and
 // the constants kWidth (floats in a vector), kRows and kVectors (a tile in registers: kRows
 // samples by kVectors vectors of samples). No header may be included here.
@@ -42,44 +42,72 @@ CLAFUSION_INLINE void transpose(Vector* rows) {
   }
 }
 
-// Packs `count` features of every sample: panels of kWidth samples, and in a panel the kWidth
-// numbers of one feature beside each other. Samples that the last panel lacks are zero.
-void pack(const float* x, long samples, long count, long row_stride, float* packed) {
-  for (long first = 0; first < samples; first += kWidth, packed += count * kWidth) {
-    const float* source = x + first * row_stride;
-    const int rows = samples - first < kWidth ? static_cast<int>(samples - first) : kWidth;
-    long k = 0;
-    if (rows == kWidth) {
-      for (; k + kWidth <= count; k += kWidth) {
-        Vector block[kWidth];
+// Asks for the cache lines of the square at (panel, k).
+CLAFUSION_INLINE void prefetch_square(const Packing& p, std::int64_t panel, std::int64_t k) {
+  const std::int64_t first = panel * kWidth;
+  const std::int64_t rows = p.samples - first < kWidth ? p.samples - first : kWidth;
+  const float* source = p.x + first * p.row_stride + k;
+  for (std::int64_t r = 0; r < rows; ++r) __builtin_prefetch(source + r * p.row_stride, 0, 3);
+}
+
+// Packs the next square of kWidth samples by kWidth features. Samples that the last panel lacks
+// are zero.
+CLAFUSION_INLINE void pack_square(Packing& p) {
+  const std::int64_t first = p.panel * kWidth;
+  const std::int64_t rows = p.samples - first < kWidth ? p.samples - first : kWidth;
+  const std::int64_t columns = p.count - p.k < kWidth ? p.count - p.k : kWidth;
+  const float* source = p.x + first * p.row_stride + p.k;
+  float* target = p.packed + (p.panel * p.count + p.k) * kWidth;
+  if (rows == kWidth && columns == kWidth) {
+    Vector block[kWidth];
 #pragma GCC unroll 16
-        for (int r = 0; r < kWidth; ++r) {
-          block[r] = *reinterpret_cast<const LooseVector*>(source + r * row_stride + k);
-        }
-        transpose(block);
+    for (int r = 0; r < kWidth; ++r) {
+      block[r] = *reinterpret_cast<const LooseVector*>(source + r * p.row_stride);
+    }
+    transpose(block);
 #pragma GCC unroll 16
-        for (int r = 0; r < kWidth; ++r) {
-          *reinterpret_cast<LooseVector*>(packed + (k + r) * kWidth) = block[r];
-        }
-      }
+    for (int r = 0; r < kWidth; ++r) {
+      *reinterpret_cast<LooseVector*>(target + r * kWidth) = block[r];
     }
-    for (; k < count; ++k) {
-      for (int r = 0; r < rows; ++r) packed[k * kWidth + r] = source[r * row_stride + k];
-      for (int r = rows; r < kWidth; ++r) packed[k * kWidth + r] = 0.0f;
+  } else {
+    for (std::int64_t k = 0; k < columns; ++k) {
+      for (std::int64_t r = 0; r < rows; ++r) target[k * kWidth + r] = source[r * p.row_stride + k];
+      for (std::int64_t r = rows; r < kWidth; ++r) target[k * kWidth + r] = 0.0f;
     }
+  }
+  p.k += kWidth;
+  if (p.k >= p.count) {
+    p.k = 0;
+    ++p.panel;
   }
 }
 
+// Packs up to `squares` squares, and asks for the lines of the ones after them.
+CLAFUSION_INLINE void pack_some(Packing& p, std::int64_t squares) {
+  const std::int64_t panels = (p.samples + kWidth - 1) / kWidth;
+  for (; squares > 0 && p.panel < panels; --squares) {
+    const std::int64_t ahead = p.k + kAhead * kWidth;
+    if (ahead < p.count) {
+      prefetch_square(p, p.panel, ahead);
+    } else if (p.panel + 1 < panels && ahead - p.count < p.count) {
+      prefetch_square(p, p.panel + 1, ahead - p.count);
+    }
+    pack_square(p);
+  }
+}
+
+void pack(Packing& p) { pack_some(p, std::numeric_limits<std::int64_t>::max()); }
+
 // Adds kRows samples (from `a` on, in a panel) times N panels (from `b` on) to N tiles.
 template <int N>
-CLAFUSION_INLINE void tile(const float* a, const float* b, long count, double* sums) {
+CLAFUSION_INLINE void tile(const float* a, const float* b, std::int64_t count, float* sums) {
   Vector acc[kRows][N];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3
     for (int c = 0; c < N; ++c) acc[r][c] = Vector{};
   }
-  for (long k = 0; k < count; ++k) {
+  for (std::int64_t k = 0; k < count; ++k) {
     Vector columns[N];
 #pragma GCC unroll 3
     for (int c = 0; c < N; ++c) {
@@ -96,28 +124,32 @@ CLAFUSION_INLINE void tile(const float* a, const float* b, long count, double* s
   for (int c = 0; c < N; ++c) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      double* sum = sums + (c * kRows + r) * kWidth;
-      float line[kWidth];
-      *reinterpret_cast<LooseVector*>(line) = acc[r][c];
-      for (int s = 0; s < kWidth; ++s) sum[s] += static_cast<double>(line[s]);
+      *reinterpret_cast<LooseVector*>(sums + (c * kRows + r) * kWidth) += acc[r][c];
     }
   }
 }
 
-// Adds the packed features' products to the lower triangle's tiles, which lie row by row. Rows are
-// the inner loop, so that the panels of the columns stay in the cache.
-void multiply(const float* packed, long samples, long count, double* sums) {
-  const long panels = (samples + kWidth - 1) / kWidth;
-  const long row_blocks = (samples + kRows - 1) / kRows;
-  for (long column = 0; column < panels; column += kVectors) {
+// Adds the packed features' products to the lower triangle's tiles, which lie row by row, and
+// packs the next block meanwhile: reading x for the first time waits for memory, and a little of it
+// between two tiles does not. Rows are the inner loop, so that the panels of the columns stay in
+// the cache.
+void multiply(const float* packed, std::int64_t samples, std::int64_t count, float* sums,
+              Packing& next) {
+  constexpr std::int64_t kBlocksInPanel = kWidth / kRows;
+  const std::int64_t panels = (samples + kWidth - 1) / kWidth;
+  const std::int64_t row_blocks = (samples + kRows - 1) / kRows;
+  const std::int64_t tiles = kBlocksInPanel * panels * (panels + 1) / 2;
+  const std::int64_t squares = panels * ((next.count + kWidth - 1) / kWidth);
+  const std::int64_t squares_a_call = kVectors * squares / tiles + 1;
+  for (std::int64_t column = 0; column < panels; column += kVectors) {
     const float* b = packed + column * count * kWidth;
-    for (long i = column * kWidth / kRows; i < row_blocks; ++i) {
-      constexpr long kBlocksInPanel = kWidth / kRows;
-      const long panel = i / kBlocksInPanel;  // also the last column panel that row i needs
+    for (std::int64_t i = column * kWidth / kRows; i < row_blocks; ++i) {
+      const std::int64_t panel = i / kBlocksInPanel;  // also the last column panel of row i
       const float* a = packed + panel * count * kWidth + i % kBlocksInPanel * kRows;
-      const long tiles_before =
+      const std::int64_t tiles_before =
           kBlocksInPanel * panel * (panel + 1) / 2 + i % kBlocksInPanel * (panel + 1);
-      double* target = sums + (tiles_before + column) * kRows * kWidth;
+      float* target = sums + (tiles_before + column) * kRows * kWidth;
+      pack_some(next, squares_a_call);
       switch (panel + 1 - column) {
         case 1: tile<1>(a, b, count, target); break;
         case 2: tile<2>(a, b, count, target); break;
@@ -125,4 +157,5 @@ void multiply(const float* packed, long samples, long count, double* sums) {
       }
     }
   }
+  pack(next);
 }
