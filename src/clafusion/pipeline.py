@@ -212,7 +212,8 @@ def fuse(
     weight
         The second model's share, in [0, 1].
     layer_cost
-        The cost of matching two units: ``"cka"`` is one minus linear CKA of their outputs.
+        The cost of matching two units: ``"cka"`` is one minus linear CKA of their outputs. For
+        the others see :func:`clafusion.layer_costs.layer_costs`.
     alignment
         ``"layer"`` (exact), or the baselines ``"chain"`` and ``"random"``.
     neuron_cost
