@@ -17,7 +17,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Columns are padded to a multiple of kLanes, rows to one of kGroup: the loops have no remainder.
 constexpr std::int64_t kLanes = 32;
-constexpr std::int64_t kGroup = 8;
+constexpr std::int64_t kGroup = 16;
 // Rows whose column sums are added up apart. Fixed, so that sums do not depend on the threads.
 constexpr std::int64_t kBlockRows = 128;
 // Entries below which a loop over the blocks is not worth a second thread.
@@ -40,7 +40,19 @@ constexpr std::int64_t padded(std::int64_t size, std::int64_t multiple) {
 struct Update {
   float relaxation;  // over-relaxation; 1 for plain Sinkhorn
   float exponent;    // of the unbalanced update; 1 for balanced
+
+  bool plain() const { return relaxation == 1.0f && exponent == 1.0f; }
 };
+
+// Loops of constant length, so that they become a few instructions.
+CLAFUSION_INLINE float lane_sum(const float* lanes) {
+  static_assert(kLanes == 32);
+  float sixteen[16], eight[8], four[4];
+  for (int l = 0; l < 16; ++l) sixteen[l] = lanes[l] + lanes[l + 16];
+  for (int l = 0; l < 8; ++l) eight[l] = sixteen[l] + sixteen[l + 8];
+  for (int l = 0; l < 4; ++l) four[l] = eight[l] + eight[l + 4];
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
 
 // dots[r] = sum_j kernel[r, j] v[j], four rows
 CLAFUSION_INLINE void row_dots(const float* kernel, std::int64_t stride, const float* v,
@@ -59,27 +71,19 @@ CLAFUSION_INLINE void row_dots(const float* kernel, std::int64_t stride, const f
       s3[l] += k3[j + l] * x;
     }
   }
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) {
-      s0[l] += s0[l + half];
-      s1[l] += s1[l + half];
-      s2[l] += s2[l + half];
-      s3[l] += s3[l + half];
-    }
-  }
-  dots[0] = s0[0];
-  dots[1] = s1[0];
-  dots[2] = s2[0];
-  dots[3] = s3[0];
+  dots[0] = lane_sum(s0);
+  dots[1] = lane_sum(s1);
+  dots[2] = lane_sum(s2);
+  dots[3] = lane_sum(s3);
 }
 
-// The new scaling where `sum` times it should be `weight`; `plain` is the one without relaxation.
+// The new scaling where `sum` times it should be `weight`; `goal` is the one without relaxation.
 CLAFUSION_INLINE float updated(float weight, float sum, float old, float offset, Update update,
-                               float* plain) {
+                               float* goal) {
   float target = weight / sum;
   if (update.exponent != 1.0f) target = simd::exp(update.exponent * simd::log(target)) * offset;
   target = weight > 0.0f ? target : 0.0f;
-  *plain = target;
+  *goal = target;
   if (update.relaxation == 1.0f) return target;
   // By the ratio: its logarithm is small near the solution, so that nothing is lost.
   const float relaxed = old * simd::exp(update.relaxation * simd::log(target / old));
@@ -92,21 +96,29 @@ CLAFUSION_MULTIVERSION
 double scale_rows(const float* kernel, std::int64_t rows, std::int64_t stride, const float* v,
                   const float* weights, const float* offsets, Update update, float* u,
                   float* __restrict sums) {
-  double moved = 0.0;
+  const bool plain = update.plain();
+  float excess[kGroup] = {};
   for (std::int64_t j = 0; j < stride; ++j) sums[j] = 0.0f;
   for (std::int64_t i = 0; i < rows; i += kGroup) {
     const float* group = kernel + i * stride;
-    float dots[kGroup], excess[kGroup];
+    float dots[kGroup];
     row_dots(group, stride, v, dots);
     row_dots(group + 4 * stride, stride, v, dots + 4);
-    for (int r = 0; r < kGroup; ++r) {
-      float plain;
-      const float scaling =
-          updated(weights[i + r], dots[r], u[i + r], offsets[i + r], update, &plain);
-      excess[r] = dots[r] * std::abs(scaling - plain);
-      u[i + r] = scaling;
+    row_dots(group + 8 * stride, stride, v, dots + 8);
+    row_dots(group + 12 * stride, stride, v, dots + 12);
+    if (plain) {
+      for (int r = 0; r < kGroup; ++r) {
+        u[i + r] = weights[i + r] > 0.0f ? weights[i + r] / dots[r] : 0.0f;
+      }
+    } else {
+      for (int r = 0; r < kGroup; ++r) {
+        float goal;
+        const float scaling =
+            updated(weights[i + r], dots[r], u[i + r], offsets[i + r], update, &goal);
+        excess[r] += dots[r] * std::abs(scaling - goal);
+        u[i + r] = scaling;
+      }
     }
-    for (int r = 0; r < kGroup; ++r) moved += static_cast<double>(excess[r]);
     for (int half = 0; half < kGroup; half += 4) {
       const float* k = group + half * stride;
       const float u0 = u[i + half], u1 = u[i + half + 1];
@@ -116,6 +128,8 @@ double scale_rows(const float* kernel, std::int64_t rows, std::int64_t stride, c
       }
     }
   }
+  double moved = 0.0;
+  for (const float part : excess) moved += static_cast<double>(part);
   return moved;
 }
 
@@ -130,9 +144,9 @@ double scale_columns(const float* sums, std::int64_t stride, const float* weight
     for (int l = 0; l < kLanes; ++l) {
       const float weight = weights[j + l];
       const float old = v[j + l];
-      float plain;
-      const float scaling = updated(weight, sums[j + l], old, offsets[j + l], update, &plain);
-      moved[l] += weight > 0.0f ? sums[j + l] * std::abs(old - plain) : 0.0f;
+      float goal;
+      const float scaling = updated(weight, sums[j + l], old, offsets[j + l], update, &goal);
+      moved[l] += weight > 0.0f ? sums[j + l] * std::abs(old - goal) : 0.0f;
       const float seen = weight > 0.0f ? scaling : 1.0f;
       low[l] = seen < low[l] ? seen : low[l];
       high[l] = seen > high[l] ? seen : high[l];

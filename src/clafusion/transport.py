@@ -180,14 +180,6 @@ def sinkhorn(
     _check_memory(problems)
     if not problems:
         return []
-    finite = _finite(costs) if isinstance(costs, Tensor) else all(map(_finite, problems))
-    if not finite:
-        name, cost = next(
-            ("costs" if single else f"costs[{i}]", cost)
-            for i, cost in enumerate(problems)
-            if not _finite(cost)
-        )
-        raise InputError(_not_finite(name, cost))
     counts = [tuple(cost.shape) for cost in problems]
     sources = _weights(source_weights, "source_weights", [n for n, _ in counts], single, batched)
     targets = _weights(target_weights, "target_weights", [m for _, m in counts], single, batched)
@@ -205,16 +197,25 @@ def sinkhorn(
                 "initial_potential must be finite where the target weight is positive; "
                 "leave it out to start afresh"
             )
-    plans, f, g, totals, errors, iterations, converged = _native.sinkhorn(
-        [np.ascontiguousarray(cost.detach().numpy(), dtype=np.float32) for cost in problems],
-        np.concatenate(sources),
-        np.concatenate(targets),
-        start,
-        epsilon=epsilon,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
-        marginal_relaxation=math.inf if marginal_relaxation is None else marginal_relaxation,
-    )
+    with np.errstate(over="ignore"):  # the kernel refuses what became infinite
+        arrays = [np.ascontiguousarray(cost.detach().numpy(), np.float32) for cost in problems]
+    try:
+        plans, f, g, totals, errors, iterations, converged = _native.sinkhorn(
+            arrays,
+            np.concatenate(sources),
+            np.concatenate(targets),
+            start,
+            epsilon=epsilon,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            marginal_relaxation=math.inf if marginal_relaxation is None else marginal_relaxation,
+        )
+    except ValueError as error:  # looking at every cost beforehand would take as long again
+        for i, cost in enumerate(problems):
+            if not _finite(cost):
+                name = "costs" if single else f"costs[{i}]"
+                raise InputError(_not_finite(name, cost)) from error
+        raise
     advice = _advise(converged, errors, tolerance, max_iterations)
     dtypes = [cost.dtype for cost in problems]
 
