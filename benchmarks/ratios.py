@@ -14,11 +14,11 @@ from dataclasses import asdict
 import torch
 
 import clafusion
-from benchmarks import layer_rows
+from benchmarks import layer_rows, transport_rows
 from benchmarks.results import write_results
 from benchmarks.row import measure
 
-MAKERS = [*layer_rows.MAKERS]
+MAKERS = [*layer_rows.MAKERS, *transport_rows.MAKERS]
 
 
 def main(wanted: list[str]) -> None:
