@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -55,13 +56,14 @@ def replacing(path: str | os.PathLike[str], argument: str) -> Iterator[Path]:
     target = Path(path).resolve()  # through a link, so that the link stays one
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        # Created here, not by the writer: a new file then has the permissions the user's umask
-        # gives, and an old one keeps its own.
-        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+        # Created here, so that a new file has the permissions that the user's umask gives. Some
+        # writers put a file of their own in its place: the permissions are set again below.
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
         yield temporary
         with temporary.open("rb+") as written:
             os.fsync(written.fileno())
+        temporary.chmod(mode)
         os.replace(temporary, target)
         _sync_directory(target.parent)
     except OSError as error:

@@ -149,7 +149,7 @@ def _read_numpy(path: Path, key: str | None) -> Tensor:
             f"{' '.join(str(error).split())}"
         ) from error
     try:
-        return torch.from_numpy(np.ascontiguousarray(stored))
+        return torch.from_numpy(np.asarray(stored, stored.dtype.newbyteorder("="), order="C"))
     except TypeError as error:
         raise InputError(
             f"data file {str(path)!r} holds {stored.dtype}; numbers are needed"
