@@ -57,6 +57,20 @@ def align_call(rng, out):
     return [costs, skips, shapes, *flags, *outputs]
 
 
+def sinkhorn_call(rng, out):
+    shapes = rng.integers(1, 40, size=(rng.integers(1, 4), 2))
+    costs = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    sources, targets = shapes.sum(0)
+    a = np.concatenate([np.full(n, 1 / n) for n in shapes[:, 0]])
+    b = np.concatenate([np.full(m, 1 / m) for m in shapes[:, 1]])
+    start = rng.normal(size=targets) if rng.integers(2) else None
+    relaxation = [np.inf, 0.5][rng.integers(2)]
+    count = len(shapes)
+    outputs = [[out(*shape, dtype=np.float32) for shape in shapes], out(sources), out(targets)]
+    facts = [out(count), out(count), out(count, dtype=np.int64), out(count, dtype=np.int64)]
+    return [costs, a, b, start, 0.1, 1e-3, 50, relaxation, *outputs, *facts]
+
+
 def damaged(value, rng):
     """Return the value, changed as a careless or hostile caller might."""
     if isinstance(value, list):
@@ -109,6 +123,7 @@ def damaged(value, rng):
         (_core.gram, gram_call),
         (_core.hsic_all_pairs, hsic_call),
         (_core.align_layers, align_call),
+        (_core.sinkhorn, sinkhorn_call),
     ],
     ids=lambda one: one.__name__,
 )
