@@ -5,6 +5,7 @@
 
 namespace clafusion {
 
+void register_assignment(pybind11::module_& module);
 void register_gram(pybind11::module_& module);
 void register_layer_alignment(pybind11::module_& module);
 void register_layer_costs(pybind11::module_& module);

@@ -22,6 +22,7 @@ from clafusion.errors import InputError
 __all__ = [
     "align_equal_layers",
     "align_layers",
+    "assign",
     "build_info",
     "gram",
     "hsic_all_pairs",
@@ -135,6 +136,34 @@ def _align_flat(
         costs, skips, shapes, mode_number, pin_first, pin_last, deep_to_shallow, totals, reached
     )
     return deep_to_shallow, totals, reached
+
+
+def assign(
+    costs: Sequence[NDArray[np.float64]],
+) -> tuple[
+    list[NDArray[np.int64]],
+    list[NDArray[np.float64]],
+    list[NDArray[np.float64]],
+    NDArray[np.float64],
+]:
+    """Solve linear assignment problems exactly, each of its own size ``(n, n)``, in parallel.
+
+    Returns per problem the column of each row, the source and the target potentials (``f_i + g_j
+    <= C_ij``, with equality where i is matched with j, to rounding), and the total costs. Costs
+    are finite, at most 1e200 in magnitude.
+    """
+    matrices = [np.ascontiguousarray(cost, dtype=np.float64) for cost in costs]
+    ends = np.cumsum([len(matrix) for matrix in matrices], dtype=np.int64)
+    rows = int(ends[-1]) if len(ends) else 0
+    targets, totals = np.empty(rows, dtype=np.int64), np.empty(len(matrices))
+    source_potentials, target_potentials = np.empty(rows), np.empty(rows)
+    _core.assign(matrices, targets, source_potentials, target_potentials, totals)
+    return (
+        np.split(targets, ends)[:-1],
+        np.split(source_potentials, ends)[:-1],
+        np.split(target_potentials, ends)[:-1],
+        totals,
+    )
 
 
 def gram(x: Tensor) -> NDArray[np.float64]:
