@@ -57,6 +57,13 @@ def align_call(rng, out):
     return [costs, skips, shapes, *flags, *outputs]
 
 
+def assign_call(rng, out):
+    sizes = rng.integers(1, 40, size=rng.integers(1, 4))
+    rows = int(sizes.sum())
+    outputs = [out(rows, dtype=np.int64), out(rows), out(rows), out(len(sizes))]
+    return [[rng.random((n, n)) for n in sizes], *outputs]
+
+
 def sinkhorn_call(rng, out):
     shapes = rng.integers(1, 40, size=(rng.integers(1, 4), 2))
     costs = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
@@ -123,6 +130,7 @@ def damaged(value, rng):
         (_core.gram, gram_call),
         (_core.hsic_all_pairs, hsic_call),
         (_core.align_layers, align_call),
+        (_core.assign, assign_call),
         (_core.sinkhorn, sinkhorn_call),
     ],
     ids=lambda one: one.__name__,

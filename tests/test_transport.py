@@ -302,6 +302,22 @@ def test_assignment_and_exact_agree_and_equal_pot():
         assert bool(((assigned.plan * 30).round() == assigned.plan * 30).all())
 
 
+def test_many_assignments_come_back_in_order_with_their_dual():
+    costs = [problem(n, n, n) for n in (40, 3, 70, 1)]
+    a = [torch.full((len(cost),), 2.0 / len(cost)) for cost in costs]
+    exact = [problem(5, 6)]
+    found = solve_transport([*costs, *exact], [*a, torch.ones(5) / 5], [*a, torch.ones(6) / 6])
+    for cost, solution in zip(costs, found, strict=False):
+        slack = cost - solution.source_potential[:, None] - solution.target_potential
+        # Feasible, and tight where mass moves: that proves the plan optimal.
+        assert float(slack.min()) > -1e-12
+        assert float((slack * solution.plan).sum()) == pytest.approx(0.0, abs=1e-12)
+        # The weights are float32.
+        assert float(solution.plan.sum()) == pytest.approx(2.0, abs=1e-6)
+        assert float((cost * solution.plan).sum()) == pytest.approx(float(solution.cost))
+    assert found[4].plan.shape == (5, 6)
+
+
 def test_the_exact_dual_certifies_the_plan():
     cost, a, b = problem(20, 35).double(), weights(20, 1), weights(35, 2)
     found = solve_transport([cost], [a], [b], solver="exact")[0]

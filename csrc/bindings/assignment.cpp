@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "bindings/aligned.hpp"
 #include "bindings/register.hpp"
 
 namespace py = pybind11;
@@ -18,6 +19,10 @@ using Integers = py::array_t<std::int64_t, py::array::c_style>;
 // Targets and potentials of the problems lie one behind the other in flat arrays.
 void assign_ragged(const std::vector<Doubles>& costs, Integers targets, Doubles source_potentials,
                    Doubles target_potentials, Doubles totals) {
+  require_aligned(targets, "targets");
+  require_aligned(source_potentials, "source_potentials");
+  require_aligned(target_potentials, "target_potentials");
+  require_aligned(totals, "totals");
   const auto count = static_cast<std::int64_t>(costs.size());
   if (totals.size() != count) throw py::value_error("totals must have one entry a problem");
   std::int64_t rows = 0;
@@ -25,6 +30,7 @@ void assign_ragged(const std::vector<Doubles>& costs, Integers targets, Doubles 
     if (cost.ndim() != 2 || cost.shape(0) != cost.shape(1)) {
       throw py::value_error("costs must be square matrices");
     }
+    require_aligned(cost, "costs");
     rows += cost.shape(0);
   }
   for (const auto size : {targets.size(), source_potentials.size(), target_potentials.size()}) {

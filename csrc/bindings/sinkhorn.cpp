@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "bindings/aligned.hpp"
 #include "bindings/register.hpp"
 
 namespace py = pybind11;
@@ -69,6 +70,16 @@ void sinkhorn_ragged(const std::vector<Floats>& costs, const Doubles& source_wei
                      double marginal_relaxation, std::vector<Floats> plans,
                      Doubles source_potentials, Doubles target_potentials, Doubles totals,
                      Doubles errors, Integers iterations, Integers converged) {
+  require_aligned(source_weights, "source_weights");
+  require_aligned(target_weights, "target_weights");
+  require_aligned(source_potentials, "source_potentials");
+  require_aligned(target_potentials, "target_potentials");
+  require_aligned(totals, "totals");
+  require_aligned(errors, "errors");
+  require_aligned(iterations, "iterations");
+  require_aligned(converged, "converged");
+  for (const Floats& cost : costs) require_aligned(cost, "costs");
+  for (const Floats& plan : plans) require_aligned(plan, "plans");
   const auto count = static_cast<std::int64_t>(costs.size());
   if (plans.size() != costs.size()) throw py::value_error("plans must have one entry a problem");
   for (const auto size : {totals.size(), errors.size(), iterations.size(), converged.size()}) {
@@ -100,6 +111,7 @@ void sinkhorn_ragged(const std::vector<Floats>& costs, const Doubles& source_wei
       throw py::type_error("initial_potential must be None or a contiguous float64 array");
     }
     initial = py::reinterpret_borrow<Doubles>(initial_potential);
+    require_aligned(initial, "initial_potential");
     if (initial.size() != targets) {
       throw py::value_error("initial_potential must have one entry a column");
     }

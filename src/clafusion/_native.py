@@ -139,7 +139,7 @@ def _align_flat(
 
 
 def assign(
-    costs: Sequence[NDArray[np.float64]],
+    costs: Sequence[NDArray[np.floating]],
 ) -> tuple[
     list[NDArray[np.int64]],
     list[NDArray[np.float64]],

@@ -13,7 +13,6 @@ import numpy as np
 import ot
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from clafusion import _native
@@ -40,8 +39,8 @@ class TransportSolution:
     source_potential, target_potential
         ``(num_source,)`` and ``(num_target,)``, float64. Sinkhorn: ``f`` and ``g`` with
         ``plan = exp((f[:, None] + g - cost) / epsilon)``, in units of the cost, ``-inf`` where
-        a weight is 0. Exact: the dual solution, ``f[:, None] + g <= cost`` with equality where
-        mass moves. None for ``"assignment"``.
+        a weight is 0. Assignment and exact: the dual solution, ``f[:, None] + g <= cost`` with
+        equality where mass moves.
     cost
         ``sum(plan * cost)``, float64.
     marginal_error
@@ -55,8 +54,8 @@ class TransportSolution:
     """
 
     plan: Tensor
-    source_potential: Tensor | None
-    target_potential: Tensor | None
+    source_potential: Tensor
+    target_potential: Tensor
     cost: Tensor
     marginal_error: Tensor
     iterations: Tensor
@@ -266,7 +265,8 @@ def solve_transport(
         One ``(num_source,)`` and ``(num_target,)`` per problem; not negative, both with the same
         sum. Default: uniform with sum 1.
     solver
-        ``"assignment"``: one partner each; needs equal sizes and uniform weights.
+        ``"assignment"``: one partner each (Jonker and Volgenant, Computing 1987), all problems
+        in parallel; needs equal sizes and uniform weights.
         ``"exact"``: POT's network simplex, any sizes and weights.
         ``"sinkhorn"``: soft plans, see :func:`sinkhorn`.
         ``"unbalanced"``: Sinkhorn with soft marginals; the plan is scaled to the mass of the
@@ -326,15 +326,18 @@ def solve_transport(
         for i, solution in zip(soft, found, strict=True):
             plan = solution.plan
             solutions[i] = replace(solution, plan=plan * (sources[i].sum() / plan.sum()))
+    matched = [i for i, name in enumerate(chosen) if name == "assignment"]
+    for i in matched:
+        if not _assignable(problems[i], sources[i], targets[i]):
+            raise InputError(
+                f"solver 'assignment' needs equal sizes and uniform weights; costs[{i}] has "
+                f"shape {shapes[i]}: use solver='exact'"
+            )
+    assigned = _assign([problems[i] for i in matched], [sources[i].sum() for i in matched])
+    solutions.update(zip(matched, assigned, strict=True))
+    # One after another: POT holds the GIL.
     for i, name in enumerate(chosen):
-        if name == "assignment":
-            if not _assignable(problems[i], sources[i], targets[i]):
-                raise InputError(
-                    f"solver 'assignment' needs equal sizes and uniform weights; costs[{i}] has "
-                    f"shape {shapes[i]}: use solver='exact'"
-                )
-            solutions[i] = _assign(problems[i], float(sources[i].sum()))
-        elif name == "exact":
+        if name == "exact":
             solutions[i] = _transport_exactly(problems[i], sources[i], targets[i])
     return [solutions[i] for i in range(len(problems))]
 
@@ -353,13 +356,16 @@ def _assignable(cost: Tensor, source: NDArray[np.float64], target: NDArray[np.fl
     )
 
 
-def _assign(cost: Tensor, mass: float) -> TransportSolution:
-    n = cost.shape[0]
-    rows, columns = linear_sum_assignment(cost.numpy())
-    plan = torch.zeros(n, n, dtype=torch.float64)
-    plan[rows, columns] = mass / n
-    total = cost.double()[rows, columns].sum() * (mass / n)
-    return _optimal(plan, None, None, total, 0.0)
+def _assign(costs: list[Tensor], masses: list[float]) -> list[TransportSolution]:
+    found = _native.assign([cost.numpy() for cost in costs])
+    solutions = []
+    for target, f, g, total, mass in zip(*found, masses, strict=True):
+        n = len(target)
+        plan = torch.zeros(n, n, dtype=torch.float64)
+        plan[torch.arange(n), torch.from_numpy(target)] = mass / n
+        cost = torch.tensor(total * mass / n, dtype=torch.float64)
+        solutions.append(_optimal(plan, torch.from_numpy(f), torch.from_numpy(g), cost, 0.0))
+    return solutions
 
 
 def _transport_exactly(
@@ -385,9 +391,7 @@ def _transport_exactly(
     return replace(solution, converged=torch.tensor(False), status=status)
 
 
-def _optimal(
-    plan: Tensor, f: Tensor | None, g: Tensor | None, total: Tensor, error: float
-) -> TransportSolution:
+def _optimal(plan: Tensor, f: Tensor, g: Tensor, total: Tensor, error: float) -> TransportSolution:
     return TransportSolution(
         plan=plan,
         source_potential=f,
