@@ -80,7 +80,10 @@ Std = Annotated[
     typer.Option(help="Then divide: one number, or one for each channel.", metavar="X,X,..."),
 ]
 Weight = Annotated[float, typer.Option(help="The second model's share, from 0 to 1.")]
-LayerCostName = Annotated[str, typer.Option(help="The cost of matching two units: cka, cka_unbiased, cca, neurons, index.")]
+LayerCostName = Annotated[
+    str,
+    typer.Option(help="The cost of matching two units: cka, cka_unbiased, cca, neurons, index."),
+]
 AlignmentName = Annotated[str, typer.Option(help="layer (exact), or a baseline: chain, random.")]
 NeuronCostName = Annotated[
     str, typer.Option(help="The cost of matching two channels: correlation, euclidean.")
