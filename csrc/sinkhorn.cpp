@@ -270,20 +270,23 @@ class Solver {
       while (epsilon * kAnnealingFactor <= 0.5) epsilon *= kAnnealingFactor;
     }
     for (;; epsilon /= kAnnealingFactor) {
-      if (epsilon < last * 1.0001) epsilon = last;
-      const bool final = epsilon == last;
+      // The last iteration is kept for the epsilon that was asked for: a plan for another one is
+      // no answer, nor is its error.
+      const std::int64_t annealing = settings_.max_iterations - 1;
+      const bool final = epsilon < last * 1.0001 || stopped(solution, annealing);
+      if (final) epsilon = last;
       set_epsilon(epsilon);
       if (final && problem.target_potential != nullptr) start_from(problem.target_potential);
       iterate(final ? settings_.tolerance : std::max(settings_.tolerance, kAnnealingTolerance),
-              balanced, solution);
-      if (final || stopped(solution)) break;
+              final ? settings_.max_iterations : annealing, balanced, solution);
+      if (final) break;
     }
     write(solution);
   }
 
  private:
-  bool stopped(const SinkhornSolution& solution) const {
-    return solution.iterations >= settings_.max_iterations ||
+  bool stopped(const SinkhornSolution& solution, std::int64_t most) const {
+    return solution.iterations >= most ||
            (settings_.stop != nullptr && settings_.stop->load(std::memory_order_relaxed));
   }
 
@@ -418,6 +421,18 @@ class Solver {
     return true;
   }
 
+  // The marginal error where rebuild() has failed: too little reaches some column for its scaling
+  // to be a number. Not known for soft marginals, where rows too may be out of range.
+  double error_after_rebuild(bool balanced) const {
+    if (!balanced) return std::numeric_limits<double>::infinity();
+    double error = 0.0;
+    for (std::int64_t j = 0; j < m_; ++j) {
+      const float reached = target_weights_[j] > 0.0f ? sums_[j] : 0.0f;
+      error += std::abs(static_cast<double>(reached) - static_cast<double>(target_weights_[j]));
+    }
+    return error;
+  }
+
   double scale_all_rows(Update update) {
     for_blocks(rows_, [&](std::int64_t block, std::int64_t begin, std::int64_t end) {
       moved_[block] = scale_rows(kernel_.data() + begin * stride_, end - begin, stride_, v_.data(),
@@ -470,19 +485,23 @@ class Solver {
     }
   }
 
-  // Iterates at one epsilon until the marginal error is at most `tolerance`. Leaves the last
-  // scalings in place for write() and absorbs the columns' for the next epsilon.
-  void iterate(double tolerance, bool balanced, SinkhornSolution& solution) {
+  // Iterates at one epsilon until the marginal error is at most `tolerance`, or until the solution
+  // has had `most` iterations. Leaves the last scalings in place for write() and absorbs the
+  // columns' for the next epsilon.
+  void iterate(double tolerance, std::int64_t most, bool balanced, SinkhornSolution& solution) {
     Relaxation relaxation;
     bool fresh = true;  // the row update of this iteration is part of the kernel's rebuilding
     solution.converged = false;
-    while (!stopped(solution)) {
+    while (!stopped(solution, most)) {
       ++solution.iterations;
       const auto omega = static_cast<float>(relaxation.omega);
       double moved = 0.0;
       if (fresh) {
         while (!rebuild()) {
-          if (stopped(solution)) return;
+          if (stopped(solution, most)) {
+            solution.marginal_error = error_after_rebuild(balanced);
+            return;
+          }
           update_columns_in_log_domain();
           ++solution.iterations;
         }
@@ -496,7 +515,7 @@ class Solver {
                              {omega, exponent_}, v_.data(), &least, &largest);
       solution.marginal_error = balanced ? moved : moved / mass_;
       solution.converged = solution.marginal_error <= tolerance;
-      if (solution.converged || stopped(solution)) {
+      if (solution.converged || stopped(solution, most)) {
         v_.swap(before_);  // back to the plan whose error this is
         absorb();
         return;

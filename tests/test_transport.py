@@ -274,6 +274,25 @@ def test_no_convergence_warns_and_says_what_to_change():
     assert bool(torch.isfinite(found.plan).all())
 
 
+@pytest.mark.filterwarnings("ignore::clafusion.ConvergenceWarning")
+@pytest.mark.parametrize("epsilon", [1e-3, 0.05])
+def test_stopped_anywhere_the_plan_is_one_for_this_epsilon_and_its_error_is_told(epsilon):
+    cost = problem(40, 30)
+    for most in range(1, 60):
+        found = sinkhorn(cost, epsilon=epsilon, max_iterations=most)
+        plan = found.plan.double()
+        rows, columns = plan.sum(1) - 1 / 40, plan.sum(0) - 1 / 30
+        error = float(rows.abs().sum() + columns.abs().sum())
+        # float32 sums of 30 terms
+        assert float(found.marginal_error) == pytest.approx(error, rel=1e-3, abs=2e-6)
+        assert bool(found.converged) == (float(found.marginal_error) <= 1e-6)
+        assert int(found.iterations) <= most
+        exponent = found.source_potential[:, None] + found.target_potential - cost
+        again = torch.exp(exponent / (epsilon * float(cost.max())))
+        # float32 potentials in units of epsilon: 1e-7 / epsilon
+        assert float((plan - again).abs().sum()) < 1e-3
+
+
 def test_auto_is_assignment_exact_or_sinkhorn():
     square, wide = problem(12, 12), problem(12, 15)
     uniform = np.full(12, 1 / 12)
