@@ -393,6 +393,13 @@ def test_too_many_channels_are_refused_with_the_memory_they_would_take():
         fuse(wide, wide, VECTORS, verify=False)
 
 
+def test_a_dead_unit_is_refused_by_name():
+    dead = networks.mlp(12, 9, 8, 5)
+    dead[2].weight.data.zero_()
+    with pytest.raises(InputError, match="unit '2' of the deeper model puts out the same"):
+        fuse(dead, networks.mlp(12, 9, 5), VECTORS)
+
+
 def test_no_module_is_refused():
     with pytest.raises(InputError, match=r"must be a torch\.nn\.Module"):
         fuse("model.pt", networks.mlp(12, 9, 5), VECTORS)

@@ -59,9 +59,23 @@ def layer_costs(
             "deep and shallow must be profiled on the same inputs in the same order; profile both "
             "in one call, or from data that is not shuffled"
         )
+    for name, signature in (("deeper", deep), ("shallower", shallow)):
+        _check_alive(name, signature)
     if metric == "cca":
         return 1 - mean_cca(deep.grams, shallow.grams)
     return 1 - cka(deep.grams, shallow.grams, unbiased=metric == "cka_unbiased")
+
+
+def _check_alive(name: str, signature: Signature) -> None:
+    """Name the unit that tells inputs not apart: no similarity is defined for it."""
+    for unit, gram in zip(signature.graph.units, signature.grams, strict=True):
+        total = float(gram.trace())
+        spread = total - float(gram.sum()) / len(gram)
+        if not spread > 1e-12 * total:
+            raise InputError(
+                f"unit {unit.name!r} of the {name} model puts out the same for all inputs, so it "
+                "cannot be compared; check the model and the scale of the data"
+            )
 
 
 def cka(
