@@ -361,10 +361,11 @@ def _assign(costs: list[Tensor], masses: list[float]) -> list[TransportSolution]
     solutions = []
     for target, f, g, total, mass in zip(*found, masses, strict=True):
         n = len(target)
-        plan = torch.zeros(n, n, dtype=torch.float64)
-        plan[torch.arange(n), torch.from_numpy(target)] = mass / n
+        plan = np.zeros((n, n))  # memory that is 0 as it comes, where torch would write it
+        plan[np.arange(n), target] = mass / n
         cost = torch.tensor(total * mass / n, dtype=torch.float64)
-        solutions.append(_optimal(plan, torch.from_numpy(f), torch.from_numpy(g), cost, 0.0))
+        dual = torch.from_numpy(f), torch.from_numpy(g)
+        solutions.append(_optimal(torch.from_numpy(plan), *dual, cost, 0.0))
     return solutions
 
 
@@ -484,10 +485,14 @@ def _check_memory(problems: Sequence[Tensor]) -> None:
 
 
 def _finite(cost: Tensor) -> bool:
-    """Whether all entries are finite in float32. Two passes without a temporary."""
-    low, high = torch.aminmax(cost.detach())
-    limit = torch.finfo(torch.float32).max
-    return -limit <= float(low) and float(high) <= limit  # false for NaN
+    """Whether all entries are finite in float32. Two passes without a temporary.
+
+    By NumPy: torch's threads wait for each other at every call, on a busy machine for longer than
+    the work takes.
+    """
+    array = cost.detach().numpy()
+    limit = np.finfo(np.float32).max
+    return bool(-limit <= array.min() and array.max() <= limit)  # false for NaN
 
 
 def _not_finite(name: str, cost: Tensor) -> str:
