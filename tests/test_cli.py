@@ -159,8 +159,11 @@ def test_a_full_disk_leaves_the_old_output_whole(files, capsys, monkeypatch):
 
 SLOW_SAVE = textwrap.dedent(
     """
-    import sys, time
+    import signal, sys, time
     import clafusion.output as output
+
+    # A shell that started the tests in the background may have had the signal ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from clafusion.cli import main
 
     real = output.os.replace

@@ -509,12 +509,17 @@ def test_a_keyboard_interrupt_stops_a_long_run():
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGINT)
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    # Without the interrupt this runs for hours.
-    with pytest.raises(KeyboardInterrupt):
-        sinkhorn(costs, epsilon=1e-5, max_iterations=10**12)
-    thread.join()
+    # A shell that started the tests in the background may have had the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        # Without the interrupt this runs for hours.
+        with pytest.raises(KeyboardInterrupt):
+            sinkhorn(costs, epsilon=1e-5, max_iterations=10**12)
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert bool(sinkhorn(costs[0]).converged)
 
 
