@@ -1,13 +1,18 @@
 """Similarities of layers against their definitions, by known answers, and their refusals."""
 
+import copy
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
+import ot
 import pytest
 import torch
+from torch import nn
 
 from clafusion import InputError, _core, num_threads, set_num_threads
 from clafusion.layer_costs import cka, layer_costs, mean_cca
+from clafusion.pipeline import profile
 
 
 def layers(count, samples=30, seed=0):
@@ -105,25 +110,20 @@ def test_reads_lower_triangles_tensors_and_any_layout():
 
 
 def signature(units, key=1, samples=20):
-    """Build a stand-in with what layer_costs reads: units as (channels, seed)."""
+    """Build a stand-in with what these metrics read: units as (channels, seed), 3 positions."""
     rng = np.random.default_rng
     return SimpleNamespace(
         grams=tuple(
             torch.from_numpy(x @ x.T) for x in (rng(s).normal(size=(samples, 9)) for _, s in units)
         ),
-        features=tuple(9 for _ in units),
+        features=tuple(3 * channels for channels, _ in units),
         data_key=key,
-        graph=SimpleNamespace(
-            units=[
-                SimpleNamespace(read_points=[SimpleNamespace(classes=torch.zeros(c))] if c else [])
-                for c, _ in units
-            ]
-        ),
+        graph=SimpleNamespace(units=[SimpleNamespace(output_shape=(3,)) for _ in units]),
     )
 
 
 def test_layer_costs_by_metric():
-    deep = signature([(8, 0), (16, 1), (0, 2)])
+    deep = signature([(8, 0), (16, 1), (9, 2)])
     shallow = signature([(8, 0), (32, 2)])
     for metric in ("cka", "cka_unbiased", "cca"):
         costs = layer_costs(deep, shallow, metric=metric)
@@ -133,10 +133,80 @@ def test_layer_costs_by_metric():
     np.testing.assert_allclose(
         layer_costs(deep, shallow, metric="index"), [[0, 1 / 2], [1 / 3, 1 / 6], [2 / 3, 1 / 6]]
     )
-    # the last unit has no read point: its features count
     np.testing.assert_allclose(
         layer_costs(deep, shallow, metric="neurons"), [[0, 3 / 4], [1 / 2, 1 / 2], [1 / 9, 23 / 32]]
     )
+
+
+def network(*widths, image=False):
+    layers = []
+    for before, after in pairwise(widths):
+        one = nn.Conv2d(before, after, 3, padding=1) if image else nn.Linear(before, after)
+        layers += [one, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def read_correlations_ref(deep, i, shallow, k):
+    """Pre-activations of two chain units over the signatures' rows, by NumPy's own correlation."""
+    x, y = (s.rows[j, len(s.graph.units[j].read_points) - 1] for s, j in ((deep, i), (shallow, k)))
+    both = np.corrcoef(x.double().numpy().T, y.double().numpy().T)
+    return both[: x.size(1), x.size(1) :]
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_wasserstein_is_the_optimal_transport_of_correlations(image):
+    torch.manual_seed(0)
+    data = torch.randn(60, 5, 4, 4) if image else torch.randn(60, 5)
+    deep = profile(network(5, 8, 6, 7, 3, image=image), data)
+    shallow = profile(network(5, 6, 9, 3, image=image), data)
+    found = layer_costs(deep, shallow, metric="wasserstein")
+    entropic = layer_costs(deep, shallow, metric="wasserstein_entropic")
+    assert found.shape == (4, 3)
+    # the outputs have no channels to be matched: they agree with each other only
+    assert found[3, 2] == 0
+    assert np.isinf(found[3, :2]).all()
+    assert np.isinf(found[:3, 2]).all()
+    for i in range(3):
+        for k in range(2):
+            cost = 1 - read_correlations_ref(deep, i, shallow, k)
+            uniform = [np.full(size, 1 / size) for size in cost.shape]
+            assert found[i, k] == pytest.approx(ot.emd2(*uniform, cost), abs=1e-5)
+            # the entropy keeps the plan from the optimum by at most epsilon * log(n m)
+            assert found[i, k] - 1e-5 <= entropic[i, k] <= found[i, k] + 0.05 * 2 * np.log(72)
+
+
+def test_wasserstein_does_not_see_the_order_of_neurons():
+    torch.manual_seed(0)
+    model = network(5, 8, 6, 3)
+    other = copy.deepcopy(model)
+    order = torch.randperm(8)
+    with torch.no_grad():
+        other[0].weight.copy_(model[0].weight[order])
+        other[0].bias.copy_(model[0].bias[order])
+        other[2].weight.copy_(model[2].weight[:, order])
+    data = torch.randn(40, 5)
+    costs = layer_costs(profile(model, data), profile(other, data), metric="wasserstein")
+    np.testing.assert_allclose(np.diag(costs), 0, atol=1e-6)
+    assert costs[0, 1] > 0.1
+
+
+def test_wasserstein_sets_apart_what_cannot_be_compared():
+    torch.manual_seed(0)
+    data = torch.randn(20, 5, 4, 4)
+    pooled = nn.Sequential(
+        nn.Conv2d(5, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 6, 3, padding=1)
+    )
+    whole = network(5, 6, 6, image=True)
+    one = profile(nn.Sequential(pooled, nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)), data)
+    two = profile(nn.Sequential(whole, nn.ReLU(), nn.Flatten(), nn.Linear(96, 3)), data)
+    positions = [
+        [unit.read_points[-1].positions if unit.read_points else None for unit in s.graph.units]
+        for s in (one, two)
+    ]
+    assert len(set(positions[0] + positions[1])) > 1
+    costs = layer_costs(one, two, metric="wasserstein")
+    assert np.isinf(costs[1, 1])  # 2 x 2 and 4 x 4 positions
+    assert not np.isnan(costs).any()
 
 
 def test_refusals_of_layer_costs():

@@ -82,7 +82,10 @@ Std = Annotated[
 Weight = Annotated[float, typer.Option(help="The second model's share, from 0 to 1.")]
 LayerCostName = Annotated[
     str,
-    typer.Option(help="The cost of matching two units: cka, cka_unbiased, cca, neurons, index."),
+    typer.Option(
+        help="The cost of matching two units: cka, cka_unbiased, cca, wasserstein, "
+        "wasserstein_entropic, neurons, index."
+    ),
 ]
 AlignmentName = Annotated[str, typer.Option(help="layer (exact), or a baseline: chain, random.")]
 NeuronCostName = Annotated[

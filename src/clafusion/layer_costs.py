@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from clafusion import _native
 from clafusion.errors import InputError
 from clafusion.signatures import Signature
+from clafusion.transport import Solver, solve_transport
 
 __all__ = ["LayerCost", "cka", "layer_costs", "mean_cca"]
 
-LayerCost = Literal["cka", "cka_unbiased", "cca", "neurons", "index"]
+LayerCost = Literal[
+    "cka", "cka_unbiased", "cca", "wasserstein", "wasserstein_entropic", "neurons", "index"
+]
 
 _VARIANCE_KEPT = 0.99
 
@@ -32,6 +37,12 @@ def layer_costs(
     metric
         - ``"cka"``, ``"cka_unbiased"``: one minus :func:`cka` of the units' outputs;
         - ``"cca"``: one minus :func:`mean_cca` of them;
+        - ``"wasserstein"``, ``"wasserstein_entropic"``: the cost of the optimal transport between
+          the units' channels, all of one weight, at a cost of one minus their correlation, in
+          [0, 2]: half the squared 2-Wasserstein distance between the channels as points, each
+          with mean 0 and variance 1 over the signatures' rows. Exact, or by Sinkhorn's iteration
+          with epsilon 0.05. ``inf`` where the outputs have different numbers of positions, or
+          one has channels to be matched and the other has none; 0 where neither has.
         - ``"neurons"``: the relative difference of the channel counts, ``|a - b| / max(a, b)``;
         - ``"index"``: the distance on the way through the network, ``|l / m - k / n|``.
 
@@ -59,6 +70,8 @@ def layer_costs(
             "deep and shallow must be profiled on the same inputs in the same order; profile both "
             "in one call, or from data that is not shuffled"
         )
+    if metric in ("wasserstein", "wasserstein_entropic"):
+        return _wasserstein(deep, shallow, entropic=metric == "wasserstein_entropic")
     for name, signature in (("deeper", deep), ("shallower", shallow)):
         _check_alive(name, signature)
     if metric == "cca":
@@ -143,6 +156,46 @@ def mean_cca(
     return np.asarray(np.clip(similarity, 0.0, 1.0))
 
 
+def _wasserstein(deep: Signature, shallow: Signature, *, entropic: bool) -> NDArray[np.float64]:
+    sources, targets = _output_channels(deep), _output_channels(shallow)
+    costs = np.full((len(sources), len(targets)), np.inf)
+    for i, source in enumerate(sources):  # one by one, which bounds the memory
+        by_solver: dict[Solver, list[tuple[int, Tensor]]] = {}
+        for k, target in enumerate(targets):
+            if source is None and target is None:
+                costs[i, k] = 0.0
+            elif source is not None and target is not None and source[0] == target[0]:
+                x, y = source[1], target[1]
+                equal: Solver = "assignment" if x.size(1) == y.size(1) else "exact"
+                solver = "sinkhorn" if entropic else equal
+                by_solver.setdefault(solver, []).append((k, 1.0 - (x.T @ y).double() / len(x)))
+        for solver, problems in by_solver.items():
+            solutions = solve_transport([cost for _, cost in problems], solver=solver)
+            for (k, _), solution in zip(problems, solutions, strict=True):
+                costs[i, k] = max(0.0, float(solution.cost))  # below 0 only by rounding
+    return costs
+
+
+def _output_channels(signature: Signature) -> list[tuple[int, Tensor] | None]:
+    """Return for each unit how many positions its output has and its standardised channels.
+
+    ``(num_rows, num_channels)`` on the CPU, or None where the output has no channels to be matched.
+    """
+    found: list[tuple[int, Tensor] | None] = []
+    for unit in signature.graph.units:
+        last = len(unit.read_points) - 1
+        if last < 0 or unit.read_points[last].post != unit.output:
+            found.append(None)
+            continue
+        x = signature.rows[unit.index, last].cpu()
+        x = x - x.mean(0)
+        deviation = x.square().mean(0).sqrt()
+        # A constant channel becomes 0: it correlates with nothing.
+        x = torch.where(deviation > 0, x / deviation.clamp(min=1e-30), 0.0)
+        found.append((math.prod(unit.read_points[last].positions), x))
+    return found
+
+
 def _components(gram: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return an orthonormal basis ``(num_samples, p)`` of the principal components kept."""
     full = np.tril(gram) + np.tril(gram, -1).T
@@ -157,10 +210,9 @@ def _num_channels(signature: Signature) -> NDArray[np.float64]:
     """Return how many channels each unit's output has."""
     return np.array(
         [
-            unit.read_points[-1].classes.numel() if unit.read_points else features
+            features / math.prod(unit.output_shape)
             for unit, features in zip(signature.graph.units, signature.features, strict=True)
-        ],
-        dtype=np.float64,
+        ]
     )
 
 
