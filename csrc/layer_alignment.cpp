@@ -59,7 +59,7 @@ double fill(const AlignmentProblem* problem, bool segment, double* previous, dou
   for (std::int64_t k = 1; k <= n; ++k) previous[k] = kInfinity;
   for (std::int64_t l = 0; l < m; ++l) {
     const double* cost = problem->cost + l * n;
-    double skip = segment ? kInfinity : problem->skip[l];
+    double skip = segment ? kInfinity : problem->skip == nullptr ? 0.0 : problem->skip[l];
     bad |= skip > -kInfinity ? 0 : 1;
     const bool first = problem->pin_first && l == 0;
     const bool last = problem->pin_last && l == m - 1;
@@ -92,7 +92,7 @@ void find_obstacle(const AlignmentProblem& p, AlignmentSolution& s, bool segment
   for (std::int64_t l = 0; l < m; ++l) {
     const bool first = p.pin_first && l == 0;
     const bool last = p.pin_last && l == m - 1;
-    const bool free = !segment && !first && !last && p.skip[l] < kInfinity;
+    const bool free = !segment && !first && !last && (p.skip == nullptr || p.skip[l] < kInfinity);
     current[0] = previous[0] && free;
     for (std::int64_t k = 1; k <= n; ++k) {
       const bool pair = p.cost[l * n + k - 1] < kInfinity && (!first || k == 1) && (!last || k == n);

@@ -17,7 +17,8 @@ enum class AlignmentMode : std::int32_t {
 
 struct AlignmentProblem {
   const double* cost;        // (num_deep, num_shallow), row-major; +inf forbids a pair
-  const double* skip;        // (num_deep): what leaving a deep unit unmatched costs; layer mode
+  const double* skip;        // (num_deep): what leaving a deep unit unmatched costs, in layer mode;
+                             // null: nothing
   std::int64_t num_deep;
   std::int64_t num_shallow;
   bool pin_first;            // deep unit 0 must match shallow unit 0

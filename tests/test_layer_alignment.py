@@ -151,6 +151,10 @@ def test_one_array_of_problems_equals_them_one_by_one(mode, pins):
     batch = align_layers_batch(costs, skips=skips, **settings)
     assert batch.deep_to_shallow.shape == (200, 17)
     assert len(batch) == 200
+    free = align_layers_batch(costs, **settings)
+    for found, cost in zip(free, costs, strict=True):
+        assert found.deep_to_shallow == align_layers(cost, **settings).deep_to_shallow
+        assert found.skip.tolist() == [0.0] * 17
     for found, cost, skip in zip(batch, costs, skips, strict=True):
         alone = align_layers(cost, skip=skip, **settings)
         assert found.deep_to_shallow == alone.deep_to_shallow

@@ -16,7 +16,8 @@ namespace {
 using Doubles = py::array_t<double, py::array::c_style>;
 using Integers = py::array_t<std::int64_t, py::array::c_style>;
 
-// Ragged problems lie one behind the other in flat arrays; shapes tells where each one ends.
+// Ragged problems lie one behind the other in flat arrays; shapes tells where each one ends. Empty
+// skips: leaving a unit unmatched costs nothing.
 void align_layers_ragged(const Doubles& costs, const Doubles& skips, const Integers& shapes,
                          int mode, bool pin_first, bool pin_last, Integers deep_to_shallow,
                          Doubles total_costs, Integers reached) {
@@ -35,6 +36,7 @@ void align_layers_ragged(const Doubles& costs, const Doubles& skips, const Integ
   if (reached.size() != 2 * count) throw py::value_error("reached must have shape (count, 2)");
 
   const double* cost = costs.data();
+  const bool free = skips.size() == 0;
   const double* skip = skips.data();
   std::int64_t* assignment = deep_to_shallow.mutable_data();
   std::vector<AlignmentProblem> problems(static_cast<std::size_t>(count));
@@ -46,13 +48,13 @@ void align_layers_ragged(const Doubles& costs, const Doubles& skips, const Integ
     const std::int64_t n = shapes.at(i, 1);
     if (m < 1 || n < 1) throw py::value_error("shapes must be positive");
     if (m > (costs.size() - cells) / n) throw py::value_error("costs ends before the last problem");
-    problems[i] = {cost + cells, skip + units, m, n, pin_first, pin_last};
+    problems[i] = {cost + cells, free ? nullptr : skip + units, m, n, pin_first, pin_last};
     solutions[i].deep_to_shallow = assignment + units;
     cells += m * n;
     units += m;
   }
   if (cells != costs.size()) throw py::value_error("costs has more entries than shapes tells");
-  if (units != skips.size()) throw py::value_error("skips must have one entry a deep unit");
+  if (!free && units != skips.size()) throw py::value_error("skips must have one entry a deep unit");
   if (units != deep_to_shallow.size()) {
     throw py::value_error("deep_to_shallow must have one entry a deep unit");
   }

@@ -101,7 +101,7 @@ def align_layers(
 
 def align_equal_layers(
     costs: NDArray[np.float64],
-    skips: NDArray[np.float64],
+    skips: NDArray[np.float64] | None,
     *,
     mode: str,
     pin_first: bool,
@@ -109,13 +109,18 @@ def align_equal_layers(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
     """Solve alignment problems of one shape: ``costs`` ``(count, m, n)``, ``skips`` ``(count, m)``.
 
-    As :func:`align_layers`, with ``deep_to_shallow`` as one array ``(count, m)``. Raises
-    ValueError for NaN or ``-inf``.
+    Without ``skips`` leaving a unit unmatched costs nothing. As :func:`align_layers`, with
+    ``deep_to_shallow`` as one array ``(count, m)``. Raises ValueError for NaN or ``-inf``.
     """
     count, deep, shallow = costs.shape
     shapes = np.tile(np.array([deep, shallow], dtype=np.int64), (count, 1))
     solutions, totals, reached = _align_flat(
-        costs.reshape(-1), skips.reshape(-1), shapes, mode, pin_first, pin_last
+        costs.reshape(-1),
+        np.empty(0) if skips is None else skips.reshape(-1),
+        shapes,
+        mode,
+        pin_first,
+        pin_last,
     )
     return solutions.reshape(count, deep), totals, reached
 
@@ -128,7 +133,7 @@ def _align_flat(
     pin_first: bool,
     pin_last: bool,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    deep_to_shallow = np.empty(skips.size, dtype=np.int64)
+    deep_to_shallow = np.empty(shapes[:, 0].sum(), dtype=np.int64)
     totals = np.empty(len(shapes), dtype=np.float64)
     reached = np.empty((len(shapes), 2), dtype=np.int64)
     mode_number = _ALIGNMENT_MODES[mode]

@@ -254,7 +254,7 @@ def _align_equal(
     array = np.ascontiguousarray(costs, dtype=np.float64)
     try:
         skip_array = (
-            np.zeros((count, deep))
+            np.broadcast_to(0.0, (count, deep))
             if skips is None
             else np.ascontiguousarray(skips, dtype=np.float64)
         )
@@ -267,7 +267,11 @@ def _align_equal(
         )
     try:
         solutions, totals, reached = _native.align_equal_layers(
-            array, skip_array, mode=mode, pin_first=pin_first, pin_last=pin_last
+            array,
+            None if skips is None else skip_array,
+            mode=mode,
+            pin_first=pin_first,
+            pin_last=pin_last,
         )
     except ValueError:  # the kernel met a bad number; say which
         for i in range(count):
