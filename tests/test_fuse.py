@@ -246,6 +246,54 @@ def test_resetting_batchnorm_takes_the_statistics_of_the_data():
     assert not any(module.training for module in fused.modules())
 
 
+class ByKeyword(nn.Module):
+    """Takes its input by keyword only."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *, image):
+        return self.inner(image)
+
+
+def test_models_that_take_keywords_are_calibrated_by_every_way():
+    deep, shallow = ByKeyword(networks.vgg(2, 2)), ByKeyword(networks.vgg(1, 1, seed=1))
+    data = [{"image": IMAGES[:48]}, {"image": IMAGES[48:]}]
+    for calibration in ("batchnorm", *CALIBRATIONS):
+        fused = fuse(
+            deep, shallow, data, example_inputs={"image": IMAGES}, calibration=calibration
+        ).model
+        with torch.no_grad():
+            assert torch.isfinite(fused(image=IMAGES)).all()
+
+
+class ReadTwice(nn.Module):
+    """A convolution that a norm and something else read; another pads unevenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.even = nn.Conv2d(6, 6, 2, padding="same")
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        y = self.conv(x)
+        y = torch.relu(self.norm(y)) + torch.sigmoid(y)
+        return self.head(self.even(y).relu().mean((2, 3)))
+
+
+def test_least_squares_leaves_layers_that_it_cannot_rewrite_alone():
+    model, other = (networks.randomise(ReadTwice(), seed) for seed in (0, 1))
+    fused = fuse(model, model, IMAGES, calibration="least_squares").model
+    assert_same_function(fused, model, IMAGES, "least_squares")
+    mixed = fuse(model, other, IMAGES, calibration="least_squares").model
+    averaged = fuse(model, other, IMAGES, calibration="none").model
+    # The convolution that two read is regressed by itself, without the norm behind it.
+    for name in ("norm", "even"):
+        assert torch.equal(getattr(mixed, name).weight, getattr(averaged, name).weight)
+
+
 def test_a_lifted_model_tells_its_true_widths():
     deep, shallow = networks.vgg(2, 2), networks.vgg(1, 1, widths=(5, 20), seed=1)
     result = fuse(deep, shallow, IMAGES)

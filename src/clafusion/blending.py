@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from clafusion.depth import Lifting, axes_of, lifted_state, uses_of
+from clafusion.depth import Lifting, axes_of, lifted_state
 from clafusion.errors import StructureError
 from clafusion.graph import ChannelClass, Slot
 
@@ -126,7 +126,7 @@ def _transported(
 ) -> Tensor:
     """Bring one parameter into the deep network's frame."""
     deep = lifting.deep
-    uses = uses_of(deep, name)
+    uses = deep.uses_by_parameter.get(name, ())
     axes = axes_of(deep, name)
     if not axes:
         if source.shape != target.shape:
@@ -142,7 +142,7 @@ def _transported(
         carried = {axis: axes[place, axis] for place, axis in axes if place == i}
         if lifting.origins[name] == "matched":
             other_name = lifting.names[name]
-            other_use = uses_of(lifting.shallow, other_name)[i]
+            other_use = lifting.shallow.uses_by_parameter[other_name][i]
             other_axes = axes_of(lifting.shallow, other_name)
             moved = other_use.view(source)
             slots: Mapping[int, list[tuple[ChannelClass, Slot]]] = {

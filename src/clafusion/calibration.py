@@ -16,14 +16,19 @@ from torch import Tensor, fx, nn
 from clafusion.blending import transport_vector
 from clafusion.data import Data, batches
 from clafusion.depth import Lifting
-from clafusion.graph import ModelGraph, State
+from clafusion.graph import ModelGraph, State, call_model
 
 __all__ = ["repair", "reset_batchnorm"]
 
 _LARGEST_FACTOR = 1e3  # a channel that is all but constant carries nothing to restore
 
 
-def reset_batchnorm(model: nn.Module, data: Data, example_inputs: tuple[Tensor, ...]) -> None:
+def reset_batchnorm(
+    model: nn.Module,
+    data: Data,
+    example_inputs: tuple[Tensor, ...],
+    keywords: tuple[str, ...] = (),
+) -> None:
     """Re-estimate the running statistics of every BatchNorm, in place, from data.
 
     The mean over all batches of each batch's mean and (unbiased) variance, as PyTorch's
@@ -42,8 +47,8 @@ def reset_batchnorm(model: nn.Module, data: Data, example_inputs: tuple[Tensor, 
             norm.momentum = None
             norm.train()
         with torch.no_grad():
-            for inputs in batches(data, example_inputs):
-                model(*inputs)
+            for inputs in batches(data, example_inputs, keywords):
+                call_model(model, inputs, keywords)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

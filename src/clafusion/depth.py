@@ -22,14 +22,15 @@ from clafusion.errors import StructureError
 from clafusion.graph import (
     ChannelClass,
     ModelGraph,
-    ParameterUse,
     ReadPoint,
     Site,
     Slot,
     Unit,
+    call_model,
     flatten_tensors,
 )
 from clafusion.layer_alignment import LayerAlignment
+from clafusion.operations import bound_operands, op_name
 
 __all__ = [
     "Lifting",
@@ -132,7 +133,6 @@ def lifting(deep: ModelGraph, shallow: ModelGraph, alignment: LayerAlignment) ->
         if k >= 0:
             other = shallow.units[k]
             _match_parameters(unit, other, names)
-            origins.update(dict.fromkeys(unit.parameters, "matched"))
             for one, site in zip(unit.sites, other.sites, strict=True):
                 sites[one.node] = site
         else:
@@ -197,8 +197,8 @@ def _match_classes(
             )
 
     for name, other_name in names.items():
+        other_axes = axes_of(shallow, other_name)
         for (use, axis), one in axes_of(deep, name).items():
-            other_axes = axes_of(shallow, other_name)
             other = other_axes.get((use, axis), [])
             if len(one) != len(other):
                 raise StructureError(
@@ -207,9 +207,10 @@ def _match_classes(
                 )
             for (deep_class, _), (shallow_class, _) in zip(one, other, strict=True):
                 vote(deep_class.index, shallow_class.index, name)
+    state = deep.state()
     for unit, k in zip(deep.units, partner, strict=True):
         if k < 0 and unit.insertable == "identity":
-            weight = next(p for p in unit.parameters if deep.state()[p].dim() > 1)
+            weight = next(p for p in unit.parameters if state[p].dim() > 1)
             by_direction: dict[str, set[int]] = {"in": set(), "out": set()}
             for channel_class, slot in deep.slots_by_parameter.get(weight, ()):
                 by_direction[slot.direction].add(channel_class.index)
@@ -222,18 +223,13 @@ def axes_of(
     graph: ModelGraph, parameter: str
 ) -> dict[tuple[int, int], list[tuple[ChannelClass, Slot]]]:
     """Return a parameter's channel axes: ``(which use, axis)`` -> classes, by first position."""
-    uses = sorted({use.index for use in graph.uses if use.parameter == parameter})
+    uses = [use.index for use in graph.uses_by_parameter.get(parameter, ())]
     axes: dict[tuple[int, int], list[tuple[ChannelClass, Slot]]] = {}
     for channel_class, slot in graph.slots_by_parameter.get(parameter, ()):
         axes.setdefault((uses.index(slot.use.index), slot.axis), []).append((channel_class, slot))
     for carried in axes.values():
         carried.sort(key=lambda one: int(one[1].positions.min()))
     return axes
-
-
-def uses_of(graph: ModelGraph, parameter: str) -> list[ParameterUse]:
-    """Return a parameter's uses, in graph order."""
-    return [use for use in graph.uses if use.parameter == parameter]
 
 
 def _point_pairs(
@@ -320,7 +316,7 @@ def lifted_state(plan: Lifting) -> dict[str, Tensor]:
 def _shallow_shape(plan: Lifting, name: str, tensor: Tensor) -> tuple[int, ...]:
     """Return a deep parameter's shape with the shallow network's widths."""
     shape = list(tensor.shape)
-    for use in uses_of(plan.deep, name):
+    for use in plan.deep.uses_by_parameter.get(name, ()):
         if use.size == (tensor.numel(),) and tensor.dim() > 1:
             continue  # flattened elements: no axis of their own
         for channel_class, slot in plan.deep.slots_by_parameter.get(name, ()):
@@ -351,8 +347,8 @@ def _identity(plan: Lifting, name: str, shape: tuple[int, ...]) -> Tensor:
 
 def _epsilon(graph: ModelGraph, unit: Unit) -> float:
     for node in graph.module.graph.nodes:
-        if node.name in unit.nodes and "batch_norm" in str(node.target):
-            return float(node.args[7])
+        if node.name in unit.nodes and op_name(node) == "batch_norm":
+            return float(bound_operands(node)["eps"])
     return 0.0
 
 
@@ -368,13 +364,11 @@ def lift(deep: nn.Module, plan: Lifting) -> nn.Module:
         computes something else.
     """
     lifted = with_state(deep, lifted_state(plan), plan.deep)
-    inputs, keywords = plan.deep.example_inputs, plan.deep.keywords
-    arguments = () if keywords else inputs
+    inputs = plan.deep.example_inputs
     mode = lifted.training
     try:
         with torch.no_grad():
-            named = dict(zip(keywords, inputs, strict=True)) if keywords else {}
-            found = list(flatten_tensors(lifted.eval()(*arguments, **named)))
+            found = call_model(lifted.eval(), inputs, plan.deep.keywords)
     except RuntimeError as error:
         raise StructureError(
             f"the lifted model does not run: a width is fixed in the deep module's code ({error})"

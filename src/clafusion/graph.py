@@ -26,6 +26,7 @@ __all__ = [
     "State",
     "Unit",
     "Walk",
+    "call_model",
     "flatten_tensors",
 ]
 
@@ -286,6 +287,14 @@ class ModelGraph:
                 found.setdefault(slot.use.parameter, []).append((channel_class, slot))
         return {name: tuple(slots) for name, slots in found.items()}
 
+    @cached_property
+    def uses_by_parameter(self) -> Mapping[str, tuple[ParameterUse, ...]]:
+        """Every view of every parameter that is used, in graph order."""
+        found: dict[str, list[ParameterUse]] = {}
+        for use in self.uses:
+            found.setdefault(use.parameter, []).append(use)
+        return {name: tuple(uses) for name, uses in found.items()}
+
     def operand_names(self, node: fx.Node) -> dict[str, str]:
         """Return a node's operands that are state entries: operand name -> state name."""
         inputs = (one for one in self.module.graph.nodes if one.op == "placeholder")
@@ -398,6 +407,28 @@ class _Executor(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         return value if self._replace is None or n.op == "output" else self._replace(n, value)
+
+
+def call_model(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    keywords: tuple[str, ...] = (),
+    *,
+    state: State | None = None,
+) -> list[Tensor]:
+    """Run a module itself and return its output tensors, in order.
+
+    ``keywords`` names the inputs where the module takes them so; ``state`` stands in for its own
+    parameters and buffers.
+    """
+    arguments = () if keywords else inputs
+    named = dict(zip(keywords, inputs, strict=True)) if keywords else {}
+    if state is None:
+        return list(flatten_tensors(model(*arguments, **named)))
+    outputs = torch.func.functional_call(
+        model, dict(state), arguments, named, strict=False, tie_weights=True
+    )
+    return list(flatten_tensors(outputs))
 
 
 def flatten_tensors(value: Any) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["as_fixed", "collapse", "combine", "fixed_ids", "mix", "salt", "value_ids", "words_of"]
+__all__ = ["collapse", "combine", "fixed_ids", "mix", "salt", "sequence_ids", "value_ids"]
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -29,12 +29,12 @@ def salt(text: str) -> NDArray[np.uint64]:
     return mix(np.array([zlib.crc32(text.encode())], dtype=np.uint64))
 
 
-def words_of(ids: Tensor) -> NDArray[np.uint64]:
+def _words(ids: Tensor) -> NDArray[np.uint64]:
     """Return ids as the 64-bit words that :func:`mix` takes."""
-    return ids.numpy().view(np.uint64) if ids.is_contiguous() else words_of(ids.contiguous())
+    return ids.numpy().view(np.uint64) if ids.is_contiguous() else _words(ids.contiguous())
 
 
-def as_fixed(words: NDArray[np.uint64]) -> Tensor:
+def _as_fixed(words: NDArray[np.uint64]) -> Tensor:
     """Turn words into fixed ids: negative, and exact when held in a float64."""
     return -1 - torch.from_numpy((words >> np.uint64(14)).view(np.int64))
 
@@ -43,7 +43,7 @@ def fixed_ids(text: str, shape: Sequence[int]) -> Tensor:
     """Return a fixed id of its own for every element of ``shape``."""
     count = int(np.prod(shape, dtype=np.int64))
     words = mix(np.arange(count, dtype=np.uint64) + salt(text))
-    return as_fixed(words).reshape(tuple(shape))
+    return _as_fixed(words).reshape(tuple(shape))
 
 
 def value_ids(values: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def value_ids(values: Tensor) -> Tensor:
         parts = torch.view_as_real(values)
         return combine("complex", [value_ids(parts[..., 0]), value_ids(parts[..., 1])])
     words = values.detach().to("cpu", torch.float64).contiguous().numpy().view(np.uint64)
-    return as_fixed(mix(np.array(words, ndmin=1))).reshape(values.shape)
+    return _as_fixed(mix(np.array(words, ndmin=1))).reshape(values.shape)
 
 
 def combine(text: str, operands: Sequence[Tensor]) -> Tensor:
@@ -60,8 +60,14 @@ def combine(text: str, operands: Sequence[Tensor]) -> Tensor:
     broadcast = torch.broadcast_tensors(*operands)
     words = np.broadcast_to(salt(text), (broadcast[0].numel(),))
     for ids in broadcast:
-        words = mix(words ^ words_of(ids.reshape(-1)))
-    return as_fixed(words).reshape(broadcast[0].shape)
+        words = mix(words ^ _words(ids.reshape(-1)))
+    return _as_fixed(words).reshape(broadcast[0].shape)
+
+
+def sequence_ids(ids: Tensor) -> Tensor:
+    """Return one fixed id for each row ``(..., k)``, equal where the rows are equal."""
+    ranks = mix(np.arange(ids.size(-1), dtype=np.uint64))
+    return _as_fixed(mix(_words(ids) ^ ranks).sum(-1, dtype=np.uint64))
 
 
 def collapse(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
-from clafusion.label_ids import as_fixed, collapse, combine, fixed_ids, mix, value_ids, words_of
+from clafusion.label_ids import collapse, combine, fixed_ids, sequence_ids, value_ids
 from clafusion.labels import POINTWISE, Call, Label, LabelPropagation, ParameterView, rule
 
 # --- operations that move or copy elements ----------------------------------------------
@@ -108,10 +107,7 @@ def _same_memory(one: Any, other: Tensor) -> bool:
 )
 def _unchanged(_analysis: LabelPropagation, call: Call) -> Label:
     """Keep the labels: another dtype, layout or copy, or a dropout that does nothing here."""
-    first = call.tensors()[0][1]
-    label = call.label_of(first)
-    if isinstance(label, ParameterView) and not _same_memory(call.output, label.tensor):
-        return ParameterView(label.name, label.tensor)
+    label = call.label_of(call.tensors()[0][1])
     return (label, None) if isinstance(call.output, tuple) else label
 
 
@@ -137,17 +133,13 @@ def _elementwise(analysis: LabelPropagation, call: Call) -> Label:
 def _combined(
     analysis: LabelPropagation, text: str, operands: Sequence[tuple[Label, Tensor]]
 ) -> Label:
-    views = [
-        label
-        for label, _ in operands
-        if isinstance(label, ParameterView) and label.name not in analysis.buffers
-    ]
+    views = [label for label, _ in operands if analysis.is_trained(label)]
     if len(operands) == 1 and views:
         return views[0]  # a function of a parameter, element by element, moves as it does
     activations = [
         analysis.activation(label, value)
         for label, value in operands
-        if not (isinstance(label, ParameterView) and label.name not in analysis.buffers)
+        if not analysis.is_trained(label)
     ]
     shape = torch.broadcast_shapes(*(value.shape for _, value in operands))
     if not activations:
@@ -363,9 +355,8 @@ def _pooling(analysis: LabelPropagation, call: Call) -> Label:
     ids = analysis.activation(call.label_of(node), call.value_of(node))
     outputs = call.output if isinstance(call.output, tuple) else (call.output,)
     spatial = _spatial_axes(call.name, ids.dim())
-    (first,) = (_collapse_within(ids, spatial),)
-    if all(first.size(axis) == 1 for axis in spatial):
-        label = first
+    label = _collapse_within(ids, spatial)
+    if all(label.size(axis) == 1 for axis in spatial):
         if bool((label < 0).any()):
             label = torch.where(label >= 0, label, combine(call.node.name, [label.clamp(max=-1)]))
         label = label.expand(outputs[0].shape)
@@ -385,7 +376,7 @@ def _spatial_axes(name: str, dims: int) -> list[int]:
 
 def _weight(analysis: LabelPropagation, call: Call, name: str) -> ParameterView:
     label = call.label(name)
-    if not isinstance(label, ParameterView) or label.name in analysis.buffers:
+    if not analysis.is_trained(label):
         raise analysis.unsupported(
             call.node,
             f"its {name} is {'a constant' if label is None else 'computed from other values'}, "
@@ -519,18 +510,10 @@ def _matmul(analysis: LabelPropagation, call: Call) -> Label:
     }.get(call.name, ("self", "other"))
     first, second = (call.label(name) for name in names)
     result: Tensor
-    if (
-        isinstance(second, ParameterView)
-        and second.name not in analysis.buffers
-        and second.tensor.dim() == 2
-    ):
+    if analysis.is_trained(second) and second.tensor.dim() == 2:
         ids = analysis.activation(first, call.value(names[0]))
         result = _linear_labels(analysis, call, ids, second, (1, 0))
-    elif (
-        isinstance(first, ParameterView)
-        and first.name not in analysis.buffers
-        and first.tensor.dim() == 2
-    ):
+    elif analysis.is_trained(first) and first.tensor.dim() == 2:
         ids = analysis.activation(second, call.value(names[1]))
         if ids.dim() < 2:
             raise analysis.unsupported(call.node, "a matrix parameter times a vector")
@@ -566,11 +549,11 @@ def _contracted(analysis: LabelPropagation, text: str, left: Tensor, right: Tens
     if not moving[0]:
         if _constant_along(right, -2):
             # A fixed mixture of positions (attention): the channels of the right side stay.
-            weights = _sequence_ids(left)
+            weights = sequence_ids(left.flatten(-2))
             analysis.meet(right[..., 0, :], weights.unsqueeze(-1).expand(*batch, n))
             return right[..., :1, :].expand(*batch, m, n)
         if _constant_along(right, -1):
-            analysis.meet(right[..., 0], _sequence_ids(left.mT.unsqueeze(-1)))
+            analysis.meet(right[..., 0], sequence_ids(left.mT))
             return fixed_ids(text, (*batch, m, n))
         analysis.pin(right)
         return fixed_ids(text, (*batch, m, n))
@@ -591,13 +574,6 @@ def _contracted(analysis: LabelPropagation, text: str, left: Tensor, right: Tens
 
 def _constant_along(ids: Tensor, axis: int) -> bool:
     return _collapse_within(ids, [axis % ids.dim()]).size(axis) == 1
-
-
-def _sequence_ids(ids: Tensor) -> Tensor:
-    """Return one id for each matrix in ``(..., m, k)``, equal where the matrices are equal."""
-    rows = ids.reshape(*ids.shape[:-2], -1)
-    ranks = mix(np.arange(rows.size(-1), dtype=np.uint64))
-    return as_fixed(mix(words_of(rows.contiguous()) ^ ranks).sum(-1, dtype=np.uint64))
 
 
 @rule("scaled_dot_product_attention")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from clafusion.errors import UnsupportedOpError
 from clafusion.graph import State
-from clafusion.label_ids import as_fixed, collapse, fixed_ids, mix, salt, value_ids, words_of
+from clafusion.label_ids import collapse, fixed_ids, mix, salt, sequence_ids, value_ids
 from clafusion.operations import bound_operands, module_path, op_name
 
 __all__ = ["POINTWISE", "Call", "Label", "LabelPropagation", "ParameterView", "rule"]
@@ -233,6 +233,10 @@ class LabelPropagation:
             "Replace it by supported operations, or open an issue with the module's code"
         )
 
+    def is_trained(self, label: Label) -> TypeGuard[ParameterView]:
+        """Tell whether a value is a trained parameter, or a view of one."""
+        return isinstance(label, ParameterView) and label.name not in self.buffers
+
     def is_constant(self, label: Label) -> bool:
         """Tell whether a value depends neither on the input nor on a trained parameter."""
         return label is None or (isinstance(label, ParameterView) and label.name in self.buffers)
@@ -306,7 +310,7 @@ class LabelPropagation:
         """Return a label tensor, whatever the value is."""
         if isinstance(label, Tensor):
             return label
-        if isinstance(label, ParameterView) and label.name not in self.buffers:
+        if self.is_trained(label):
             return self.element_ids(label)
         return value_ids(value)
 
@@ -378,11 +382,8 @@ class LabelPropagation:
         chosen = rows.gather(0, moving.to(torch.uint8).argmax(0, keepdim=True)).squeeze(0)
         if bool(any_moving.all()):
             return chosen
-        ranks = mix(np.arange(rows.size(0), dtype=np.uint64))[:, None]
-        sequences = as_fixed(mix(words_of(rows) ^ ranks).sum(0, dtype=np.uint64))
-        return torch.where(
-            any_moving, chosen, torch.where((rows == first).all(0), first[0], sequences)
-        )
+        fixed = torch.where((rows == first).all(0), first[0], sequence_ids(rows.T))
+        return torch.where(any_moving, chosen, fixed)
 
 
 def _last_users(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

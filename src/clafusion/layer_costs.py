@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from clafusion import _native
 from clafusion.errors import InputError
-from clafusion.signatures import Signature
+from clafusion.signatures import Signature, check_same_inputs, standardised
 from clafusion.transport import Solver, solve_transport
 
 __all__ = ["LayerCost", "cka", "layer_costs", "mean_cca"]
@@ -65,11 +64,7 @@ def layer_costs(
     if metric == "neurons":
         source, target = _num_channels(deep)[:, None], _num_channels(shallow)
         return np.abs(source - target) / np.maximum(source, target)
-    if deep.data_key != shallow.data_key:
-        raise InputError(
-            "deep and shallow must be profiled on the same inputs in the same order; profile both "
-            "in one call, or from data that is not shuffled"
-        )
+    check_same_inputs(deep, shallow)
     if metric in ("wasserstein", "wasserstein_entropic"):
         return _wasserstein(deep, shallow, entropic=metric == "wasserstein_entropic")
     for name, signature in (("deeper", deep), ("shallower", shallow)):
@@ -187,11 +182,7 @@ def _output_channels(signature: Signature) -> list[tuple[int, Tensor] | None]:
         if last < 0 or unit.read_points[last].post != unit.output:
             found.append(None)
             continue
-        x = signature.rows[unit.index, last].cpu()
-        x = x - x.mean(0)
-        deviation = x.square().mean(0).sqrt()
-        # A constant channel becomes 0: it correlates with nothing.
-        x = torch.where(deviation > 0, x / deviation.clamp(min=1e-30), 0.0)
+        x = standardised(signature.rows[unit.index, last].cpu())
         found.append((math.prod(unit.read_points[last].positions), x))
     return found
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -28,7 +27,7 @@ from clafusion.blending import transport_vector
 from clafusion.data import Data, batches
 from clafusion.depth import Lifting
 from clafusion.graph import Site, State, Walk
-from clafusion.operations import bound_operands, op_name
+from clafusion.operations import bound_operands, convolution_geometry, op_name
 
 __all__ = ["regress"]
 
@@ -125,7 +124,11 @@ def _places(lifting: Lifting, state: State) -> list[_Place]:
             if site.layer is None:
                 continue
             layer = nodes[site.layer]
-            if not _is_solvable(layer):
+            names = lifting.deep.operand_names(layer)
+            if "weight" not in names:
+                continue
+            kernel_size = tuple(state[names["weight"]].shape[2:])
+            if not _is_solvable(layer, kernel_size):
                 continue
             other = lifting.sites.get(site.node)
             shallow_node = None if other is None else other.node
@@ -137,9 +140,6 @@ def _places(lifting: Lifting, state: State) -> list[_Place]:
                     other, shallow_node = stream, stream.node
                 elif other is not None:
                     shallow_node = other.join
-            names = lifting.deep.operand_names(layer)
-            if "weight" not in names:
-                continue
             norm, epsilon = None, 0.0
             if site.node != site.layer:
                 norm = lifting.deep.operand_names(nodes[site.node])
@@ -153,7 +153,7 @@ def _places(lifting: Lifting, state: State) -> list[_Place]:
                     bound_operands(layer)["input"].name,
                     names["weight"],
                     names.get("bias"),
-                    tuple(state[names["weight"]].shape[2:]),
+                    kernel_size,
                     norm,
                     epsilon,
                     deep,
@@ -165,11 +165,13 @@ def _places(lifting: Lifting, state: State) -> list[_Place]:
     return sorted(places, key=lambda place: order[place.layer.name])
 
 
-def _is_solvable(layer: fx.Node) -> bool:
+def _is_solvable(layer: fx.Node, kernel: Sequence[int]) -> bool:
     name = op_name(layer)
     if name == "linear":
         return True
-    return name in ("conv1d", "conv2d") and bound_operands(layer)["groups"] == 1
+    bound = bound_operands(layer)
+    uneven = bound["padding"] == "same" and any(size % 2 == 0 for size in kernel)
+    return name in ("conv1d", "conv2d") and bound["groups"] == 1 and not uneven
 
 
 def _limited(
@@ -291,24 +293,13 @@ def _patches(layer: fx.Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
     """Return a layer's inputs ``(num_inputs, num_positions, num_features)``."""
     if not kernel:
         return x.reshape(x.size(0), -1, x.size(-1))
-    bound = bound_operands(layer)
-    stride, dilation = (_numbers(bound[name], len(kernel)) for name in ("stride", "dilation"))
-    if bound["padding"] == "same":
-        padding = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)]
-    else:
-        padding = [0] if bound["padding"] == "valid" else bound["padding"]
-        padding = _numbers(padding, len(kernel))
-    sizes = list(kernel)
+    stride, padding, dilation = convolution_geometry(layer, kernel)
+    sizes = tuple(kernel)
     if len(sizes) == 1:  # an image of one row
         x = x.unsqueeze(2)
-        sizes, stride, dilation = [1, *sizes], [1, *stride], [1, *dilation]
-        padding = [0, *padding]
-    return F.unfold(x, tuple(sizes), tuple(dilation), tuple(padding), tuple(stride)).mT
-
-
-def _numbers(value: Any, count: int) -> list[int]:
-    values = [int(one) for one in value] if isinstance(value, (list, tuple)) else [int(value)]
-    return values * count if len(values) == 1 else values
+        sizes, stride, dilation = (1, *sizes), (1, *stride), (1, *dilation)
+        padding = (0, *padding)
+    return F.unfold(x, sizes, dilation, padding, stride).mT
 
 
 def _effective(place: _Place, state: State) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clafusion.depth import Lifting
 from clafusion.errors import InputError
-from clafusion.signatures import Signature
+from clafusion.signatures import Signature, check_same_inputs, standardised
 
 __all__ = ["MAX_CHANNELS", "NeuronCost", "neuron_costs"]
 
@@ -44,11 +44,7 @@ def neuron_costs(
     """
     if metric not in ("correlation", "euclidean"):
         raise InputError(f"neuron_cost must be 'correlation' or 'euclidean'; got {metric!r}")
-    if deep.data_key != shallow.data_key:
-        raise InputError(
-            "the signatures come from different inputs (a DataLoader that shuffles gives another "
-            "order each time): profile both models together, or use a fixed order"
-        )
+    check_same_inputs(deep, shallow)
     costs: list[Tensor | None] = []
     for one, other, pairs in zip(
         lifting.deep.classes, lifting.classes, lifting.points, strict=True
@@ -81,15 +77,8 @@ def neuron_costs(
 def _correlation_costs(views: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for x, y in views:
-        total = total + (_standardised(x).T @ _standardised(y)).double().cpu() / len(x)
+        total = total + (standardised(x).T @ standardised(y)).double().cpu() / len(x)
     return 1.0 - total / len(views)
-
-
-def _standardised(x: Tensor) -> Tensor:
-    """Return zero mean and unit variance; a constant channel becomes 0."""
-    x = x - x.mean(0)
-    deviation = x.square().mean(0).sqrt()
-    return torch.where(deviation > 0, x / deviation.clamp(min=1e-30), 0.0)
 
 
 def _euclidean_costs(views: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-__all__ = ["bound_operands", "module_path", "op_name"]
+__all__ = ["bound_operands", "convolution_geometry", "module_path", "op_name"]
 
 
 def op_name(node: fx.Node) -> str:
@@ -39,3 +40,27 @@ def bound_operands(node: fx.Node) -> dict[str, Any]:
         elif argument.has_default_value():
             bound[argument.name] = argument.default_value
     return bound
+
+
+def convolution_geometry(
+    node: fx.Node, kernel: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return a convolution's stride, padding and dilation, one number for each spatial axis.
+
+    Of a padding ``"same"`` that is uneven the smaller side is told.
+    """
+    bound = bound_operands(node)
+
+    def per_axis(value: Any) -> tuple[int, ...]:
+        values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        return tuple(int(one) for one in values) * (len(kernel) if len(values) == 1 else 1)
+
+    stride, dilation = per_axis(bound["stride"]), per_axis(bound["dilation"])
+    padding = bound["padding"]
+    if padding == "same":
+        return (
+            stride,
+            tuple(d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)),
+            dilation,
+        )
+    return stride, per_axis(0 if padding == "valid" else padding), dilation

@@ -403,7 +403,7 @@ def fuse_aligned(
             )
         model = with_state(deep.model, state, deep)
         if config.calibration == "batchnorm":
-            reset_batchnorm(model, data, deep.example_inputs)
+            reset_batchnorm(model, data, deep.example_inputs, deep.keywords)
     return FusionResult(model, pair, plan, tuple(plans), config, clock.seconds)
 
 

@@ -22,8 +22,9 @@ from clafusion import _native
 from clafusion.data import Data, batches
 from clafusion.errors import InputError
 from clafusion.graph import ModelGraph, ReadPoint
+from clafusion.label_ids import mix
 
-__all__ = ["Signature", "profile_graphs"]
+__all__ = ["Signature", "check_same_inputs", "profile_graphs", "standardised"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,26 @@ class Signature:
     num_samples: int
     num_inputs: int
     data_key: int
+
+
+def check_same_inputs(deep: Signature, shallow: Signature) -> None:
+    """Refuse to compare signatures of different inputs, or of the same in another order."""
+    if deep.data_key != shallow.data_key:
+        raise InputError(
+            "the signatures come from different inputs: profile both models on the same inputs in "
+            "the same order, together or from data that is not shuffled (a DataLoader that "
+            "shuffles gives another order each time)"
+        )
+
+
+def standardised(rows: Tensor) -> Tensor:
+    """Return channels ``(num_rows, num_channels)`` with zero mean and unit variance.
+
+    A constant channel becomes 0: it correlates with nothing.
+    """
+    rows = rows - rows.mean(0)
+    deviation = rows.square().mean(0).sqrt()
+    return torch.where(deviation > 0, rows / deviation.clamp(min=1e-30), 0.0)
 
 
 def profile_graphs(
@@ -247,11 +268,8 @@ class _Sampler:
 
 
 def _hash(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
-    """Scramble numbers (SplitMix64)."""
-    values = (values + np.uint64(seed + 1)) * np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    """Scramble numbers: another order for each seed."""
+    return mix((values + np.uint64(seed + 1)) * np.uint64(0x9E3779B97F4A7C15))
 
 
 def _gram(flat: Tensor) -> Tensor:

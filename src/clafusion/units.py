@@ -15,7 +15,7 @@ from torch import fx
 
 from clafusion.channels import Channels
 from clafusion.graph import ReadPoint, Site, State, Unit
-from clafusion.operations import bound_operands, module_path, op_name
+from clafusion.operations import bound_operands, convolution_geometry, module_path, op_name
 
 __all__ = ["find_units"]
 
@@ -83,6 +83,7 @@ class _Cutter:
         }
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self.flow = self._flow()
+        self.inside = frozenset(self.flow)
 
     def units(self) -> tuple[Unit, ...]:
         drafts = self._drafts()
@@ -124,21 +125,19 @@ class _Cutter:
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """Return the operands that carry activations."""
-        inside = set(self.flow)
-        return [one for one in node.all_input_nodes if one in inside]
+        return [one for one in node.all_input_nodes if one in self.inside]
 
     def _cut_nodes(self) -> set[fx.Node]:
         """Return the nodes through which every path passes, by counting paths exactly."""
-        inside = set(self.flow)
         (output,) = (node for node in self.graph.nodes if node.op == "output")
-        ends = {node for node in output.all_input_nodes if node in inside}
+        ends = {node for node in output.all_input_nodes if node in self.inside}
         before: dict[fx.Node, int] = {}
         for node in self.flow:
-            operands = [one for one in node.all_input_nodes if one in inside]
+            operands = self._operands(node)
             before[node] = sum(before[one] for one in operands) if operands else 1
         after: dict[fx.Node, int] = {}
         for node in reversed(self.flow):
-            after[node] = sum(after[one] for one in node.users if one in inside)
+            after[node] = sum(after[one] for one in node.users if one in self.inside)
             after[node] += node in ends
         total = sum(before[node] for node in ends)
         return {node for node in self.flow if before[node] * after[node] == total}
@@ -374,8 +373,8 @@ class _Cutter:
             layer: fx.Node | None = node
             if name == "batch_norm":
                 (layer,) = self._operands(node) or (None,)
-                if layer is not None and not self._is_weighted(layer):
-                    layer = None
+                if layer is not None and not (self._is_weighted(layer) and len(layer.users) == 1):
+                    layer = None  # whoever else reads the layer would see it rescaled
             join, shortcut = self._join_of(node, layer or node)
             sites.append(
                 Site(
@@ -454,19 +453,13 @@ class _Cutter:
         if len(before.members.unique()) != len(before.members):
             return False  # several positions for each channel, as after a flatten
         if op_name(layer) in ("conv1d", "conv2d", "conv3d"):
-            kernel, stride, padding, dilation, groups = self._settings(layer)
-            same = padding == "same" or all(
-                2 * p == d * (k - 1)
-                for k, p, d in zip(
-                    kernel,
-                    _repeated(padding, len(kernel)),
-                    _repeated(dilation, len(kernel)),
-                    strict=True,
-                )
+            kernel, *_, groups = self._settings(layer)
+            stride, padding, dilation = convolution_geometry(layer, kernel)
+            same = all(
+                2 * p == d * (k - 1) for k, p, d in zip(kernel, padding, dilation, strict=True)
             )
             odd = all(k % 2 == 1 for k in kernel)
-            unit_stride = all(s == 1 for s in _repeated(stride, len(kernel)))
-            if not (same and odd and unit_stride and groups == 1):
+            if not (same and odd and all(step == 1 for step in stride) and groups == 1):
                 return False
         elif op_name(layer) != "linear":
             return False
@@ -522,8 +515,3 @@ def _is_pointwise(node: fx.Node) -> bool:
 
 def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
-
-
-def _repeated(value: Any, count: int) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    return values * count if len(values) == 1 else values

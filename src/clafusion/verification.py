@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clafusion.errors import GraphVerificationError
-from clafusion.graph import ChannelClass, ModelGraph, State, flatten_tensors
+from clafusion.graph import ChannelClass, ModelGraph, State, call_model
 
 __all__ = ["permute_channels", "verify_graph"]
 
@@ -62,7 +62,7 @@ def verify_graph(graph: ModelGraph, inputs: tuple[Tensor, ...], *, seed: int = 0
     with torch.no_grad():
         plain = copy.deepcopy(graph.model).eval()
         traced = [one for one in graph.run(inputs) if isinstance(one, Tensor)]
-        fidelity = _difference(traced, _call(plain, {}, inputs, graph.keywords))
+        fidelity = _difference(traced, call_model(plain, inputs, graph.keywords))
         model, inputs = _widest(plain, inputs, graph.keywords)
     if not fidelity <= _TOLERANCE[torch.float32]:
         raise GraphVerificationError(
@@ -83,7 +83,7 @@ def verify_graph(graph: ModelGraph, inputs: tuple[Tensor, ...], *, seed: int = 0
     }
     for state in (own, _redrawn(model, own, generator)):
         with torch.no_grad():
-            expected = _call(model, _named(model, state, graph), inputs, graph.keywords)
+            expected = call_model(model, inputs, graph.keywords, state=_named(model, state, graph))
         for permutations in (cycles, swaps):
             _compare(graph, model, state, inputs, expected, permutations, bound)
 
@@ -100,7 +100,9 @@ def _compare(
     def difference(chosen: Sequence[ChannelClass]) -> float:
         permuted = permute_channels(state, chosen, [permutations[one.index] for one in chosen])
         with torch.no_grad():
-            outputs = _call(model, _named(model, permuted, graph), inputs, graph.keywords)
+            outputs = call_model(
+                model, inputs, graph.keywords, state=_named(model, permuted, graph)
+            )
         return _difference(outputs, expected)
 
     total = difference(graph.classes)
@@ -179,23 +181,12 @@ def _widest(
     try:
         double = copy.deepcopy(model).double()
         wide = tuple(one.double() if one.is_floating_point() else one for one in inputs)
-        outputs = _call(double, {}, wide, keywords)
+        outputs = call_model(double, wide, keywords)
         if all(one.dtype == torch.float64 for one in outputs if one.is_floating_point()):
             return double, wide
     except RuntimeError:  # a dtype is fixed somewhere inside
         pass
     return model, inputs
-
-
-def _call(
-    model: torch.nn.Module, state: State, inputs: tuple[Tensor, ...], keywords: tuple[str, ...]
-) -> list[Tensor]:
-    arguments = () if keywords else inputs
-    named = dict(zip(keywords, inputs, strict=True)) if keywords else {}
-    outputs = torch.func.functional_call(
-        model, dict(state), arguments, named, strict=False, tie_weights=True
-    )
-    return list(flatten_tensors(outputs))
 
 
 def _named(model: torch.nn.Module, state: State, graph: ModelGraph) -> dict[str, Tensor]:
