@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+_REST = 0.1  # seconds
+
 
 @dataclass(frozen=True)
 class Row:
@@ -53,7 +55,11 @@ class Ratio:
 
 
 def measure(row: Row, *, seconds: float = 6.0, least: int = 3, most: int = 30) -> Ratio:
-    """Check the answers, then time both in turns: what slows the machine down slows down both."""
+    """Check the answers, then time both in turns: what slows the machine down slows down both.
+
+    Before each run the machine rests: the threads of BLAS and OpenMP go on spinning for a while
+    after their last call and would take the next one's processors.
+    """
     started = time.perf_counter()
     row.check(row.peer(), row.ours())
     both = time.perf_counter() - started
@@ -61,6 +67,7 @@ def measure(row: Row, *, seconds: float = 6.0, least: int = 3, most: int = 30) -
     peer_times, our_times = [], []
     for _ in range(runs):
         for work, times in ((row.peer, peer_times), (row.ours, our_times)):
+            time.sleep(_REST)
             started = time.perf_counter()
             work()
             times.append(time.perf_counter() - started)

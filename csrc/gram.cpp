@@ -164,12 +164,7 @@ void gram(const float* x, std::int64_t num_samples, std::int64_t num_features,
           std::int64_t row_stride, double* gram, SimdLevel level) {
   const Kernel k = kernel(level);
   if (num_samples < 0 || num_features < 0) throw std::invalid_argument("x has a negative size");
-  if (num_samples == 0) return;
-  if (num_features == 0) {
-    std::fill_n(gram, num_samples * num_samples, 0.0);
-    return;
-  }
-  std::fill_n(gram, num_samples * num_samples, 0.0);
+  if (num_samples == 0 || num_features == 0) return;
   const std::int64_t panels = (num_samples + k.width - 1) / k.width;
   const std::int64_t sums_size = panels * (panels + 1) / 2 * k.width * k.width;
   const std::int64_t blocks = (num_features + kBlock - 1) / kBlock;

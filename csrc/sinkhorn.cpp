@@ -31,6 +31,9 @@ constexpr float kLeastSum = 1e-30f;
 // Epsilon annealing (Schmitzer, SIAM J. Sci. Comput. 2019): from the costs' own size down.
 constexpr double kAnnealingFactor = 4.0;
 constexpr double kAnnealingTolerance = 0.05;
+// At a large epsilon most problems are solved in less time than annealing takes: try that first.
+constexpr double kDirectEpsilon = 0.04;
+constexpr std::int64_t kDirectIterations = 12;
 
 constexpr std::int64_t padded(std::int64_t size, std::int64_t multiple) {
   return (size + multiple - 1) / multiple * multiple;
@@ -264,27 +267,37 @@ class Solver {
     solution.iterations = 0;
     solution.converged = false;
     solution.marginal_error = std::numeric_limits<double>::infinity();
-    const double last = settings_.epsilon;
-    double epsilon = last;
     if (problem.target_potential == nullptr) {
-      while (epsilon * kAnnealingFactor <= 0.5) epsilon *= kAnnealingFactor;
+      if (settings_.epsilon >= kDirectEpsilon) {
+        set_epsilon(settings_.epsilon);
+        iterate(settings_.tolerance, std::min(kDirectIterations, settings_.max_iterations),
+                balanced, solution);
+      }
+      if (!solution.converged) anneal(balanced, solution);
     }
-    for (;; epsilon /= kAnnealingFactor) {
-      // The last iteration is kept for the epsilon that was asked for: a plan for another one is
-      // no answer, nor is its error.
-      const std::int64_t annealing = settings_.max_iterations - 1;
-      const bool final = epsilon < last * 1.0001 || stopped(solution, annealing);
-      if (final) epsilon = last;
-      set_epsilon(epsilon);
-      if (final && problem.target_potential != nullptr) start_from(problem.target_potential);
-      iterate(final ? settings_.tolerance : std::max(settings_.tolerance, kAnnealingTolerance),
-              final ? settings_.max_iterations : annealing, balanced, solution);
-      if (final) break;
+    if (!solution.converged) {
+      set_epsilon(settings_.epsilon);
+      if (problem.target_potential != nullptr) start_from(problem.target_potential);
+      iterate(settings_.tolerance, settings_.max_iterations, balanced, solution);
     }
     write(solution);
   }
 
  private:
+  // Finds potentials for the settings' epsilon by way of larger ones. The last iteration is kept
+  // for that epsilon: a plan for another one is no answer, nor is its error.
+  void anneal(bool balanced, SinkhornSolution& solution) {
+    const std::int64_t most = settings_.max_iterations - 1;
+    double epsilon = settings_.epsilon;
+    while (epsilon * kAnnealingFactor <= 0.5) epsilon *= kAnnealingFactor;
+    for (; epsilon > settings_.epsilon * 1.0001; epsilon /= kAnnealingFactor) {
+      if (stopped(solution, most)) break;
+      set_epsilon(epsilon);
+      iterate(std::max(settings_.tolerance, kAnnealingTolerance), most, balanced, solution);
+    }
+    solution.converged = false;
+  }
+
   bool stopped(const SinkhornSolution& solution, std::int64_t most) const {
     return solution.iterations >= most ||
            (settings_.stop != nullptr && settings_.stop->load(std::memory_order_relaxed));

@@ -127,7 +127,7 @@ def damaged(value, rng):
 @pytest.mark.parametrize(
     ("door", "call"),
     [
-        (_core.gram, gram_call),
+        (_core.add_gram, gram_call),
         (_core.hsic_all_pairs, hsic_call),
         (_core.align_layers, align_call),
         (_core.assign, assign_call),

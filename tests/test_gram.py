@@ -43,16 +43,16 @@ def assert_close(found, x):
 )
 def test_equals_float64_for_every_instruction_set(level, samples, features):
     x = np.random.default_rng(0).normal(size=(samples, features)).astype(np.float32)
-    found = np.full((samples, samples), np.nan)
-    _core.gram(x, found, level)
+    found = np.zeros((samples, samples))
+    _core.add_gram(x, found, level)
     assert_close(found, x)
 
 
 @pytest.mark.parametrize("level", AVAILABLE)
 def test_small_integers_are_exact(level):
     x = np.random.default_rng(1).integers(-8, 9, size=(45, 3000)).astype(np.float32)
-    found = np.empty((45, 45))
-    _core.gram(x, found, level)
+    found = np.zeros((45, 45))
+    _core.add_gram(x, found, level)
     assert np.array_equal(found, gram_ref(x))
 
 
@@ -61,8 +61,8 @@ def test_reads_any_layout():
     for x in (whole[::2], whole[:, 5:300], whole[:, ::3], whole.T, whole[:1].expand(9, -1)):
         assert_close(_native.gram(x), x.numpy())
     reversed_rows = whole.numpy()[::-1]
-    found = np.empty((60, 60))
-    _core.gram(reversed_rows, found)
+    found = np.zeros((60, 60))
+    _core.add_gram(reversed_rows, found)
     assert_close(found, reversed_rows)
 
 
@@ -70,6 +70,18 @@ def test_reads_any_layout():
 def test_converts_other_precisions(dtype):
     x = torch.randn(20, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert_close(_native.gram(x), x.float().numpy())
+
+
+def test_features_may_come_block_by_block():
+    x = torch.randn(30, 5000, generator=torch.Generator().manual_seed(0))
+    found = _native.gram(x[:, :17])
+    assert _native.gram(x[:, 17:3000], out=found) is found
+    _native.gram(x[:, 3000:3000], out=found)
+    _native.gram(x[:, 3000:], out=found)
+    assert_close(found, x.numpy())
+    for out in (np.zeros((30, 31)), np.zeros((30, 30), dtype=np.float32), np.zeros((60, 60))[::2]):
+        with pytest.raises(InputError, match="out must be a contiguous, writeable float64 matrix"):
+            _native.gram(x, out=out)
 
 
 def test_no_features_and_no_samples():
@@ -101,7 +113,7 @@ def test_refuses_what_has_no_finite_square(bad):
     with pytest.raises(InputError, match=r"x\[17\] holds NaN, infinity or numbers too large"):
         _native.gram(x)
     with pytest.raises(ValueError, match=r"x\[17\]"):
-        _core.gram(x.numpy(), np.empty((20, 20)))
+        _core.add_gram(x.numpy(), np.zeros((20, 20)))
 
 
 @pytest.mark.parametrize("x", [torch.ones(3), torch.ones(2, 2, 2), torch.ones(2, 2).long()])
@@ -129,6 +141,6 @@ def test_the_compiled_door_refuses_too():
         (x, result, -1, "level -1 is not available"),
     ]:
         with pytest.raises(ValueError, match=message):
-            _core.gram(bad, target, level)
+            _core.add_gram(bad, target, level)
     with pytest.raises(TypeError):
-        _core.gram(x, result.astype(np.float32))
+        _core.add_gram(x, result.astype(np.float32))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from clafusion import InputError, _core, num_threads, set_num_threads
-from clafusion.layer_costs import cka, layer_costs, mean_cca
+from clafusion.layer_costs import cka, gram, layer_costs, linear_cka, mean_cca
 from clafusion.pipeline import profile
 
 
@@ -73,6 +73,40 @@ def test_only_unbiased_cka_sees_that_wide_layers_are_independent():
     assert cka(grams([a]), grams([b]))[0, 0] > 0.9
     # 60 * 57 / 2 independent entries: its standard deviation is 0.024
     assert abs(cka(grams([a]), grams([b]), unbiased=True)[0, 0]) < 0.1
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("features", [3, 40], ids=["by features", "by Gram matrices"])
+def test_cka_of_activations_is_that_of_their_gram_matrices(features, unbiased):
+    draw = torch.Generator().manual_seed(0)
+    common = torch.randn(60, features, generator=draw)
+    sides = [
+        [common * scale + torch.randn(60, features, generator=draw) for scale in scales]
+        for scales in ((0.5, 1.0, 2.0), (1.0, 0.1))
+    ]
+    sides[0].append(torch.randn(60, 2, 2, generator=draw) + 5)
+    grams_a, grams_b = ([gram(one.flatten(1)) for one in side] for side in sides)
+    expected = cka(grams_a, grams_b, unbiased=unbiased)
+    found = linear_cka(*sides, unbiased=unbiased)
+    # float32 Gram sums of centred values near 1, off by 2^-24 a product
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert found.shape == (4, 2)
+
+
+def test_cka_of_activations_refuses_by_name():
+    x = torch.randn(10, 3)
+    for a, b, message in [
+        ([x], [], "layers_b must be a list with at least one"),
+        (x, [x], "layers_a must be a list"),
+        ([x], [x, x.long()], r"layers_b\[1\] must be a floating-point tensor"),
+        ([x], [None], r"layers_b\[0\] must be .* got NoneType"),
+        ([x], [x[:5]], r"layers_b\[0\] is over 5 samples; all layers .* same"),
+        ([x[:1]], [x[:1]], "at least 2"),
+        ([x], [torch.ones(10, 3)], r"layers_b\[0\] is of a layer that is constant"),
+        ([x / 0.0], [x], r"layers_a\[0\] must hold finite numbers"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            linear_cka(a, b)
 
 
 def test_mean_cca_by_known_answers():

@@ -12,7 +12,7 @@ namespace {
 
 using Doubles = py::array_t<double, py::array::c_style>;
 
-void gram_of_array(const py::array& x, Doubles result, int level) {
+void add_gram(const py::array& x, Doubles result, int level) {
   constexpr auto kSize = static_cast<py::ssize_t>(sizeof(float));
   if (!py::isinstance<py::array_t<float>>(x)) throw py::value_error("x must be float32");
   if (x.ndim() != 2) throw py::value_error("x must have shape (num_samples, num_features)");
@@ -41,7 +41,7 @@ const char* simd_level() {
 }  // namespace
 
 void register_gram(py::module_& module) {
-  module.def("gram", &gram_of_array, py::arg("x").noconvert(), py::arg("result").noconvert(),
+  module.def("add_gram", &add_gram, py::arg("x").noconvert(), py::arg("result").noconvert(),
              py::arg("level") = 0);
   module.def("simd_level", &simd_level);
 }

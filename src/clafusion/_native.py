@@ -171,8 +171,8 @@ def assign(
     )
 
 
-def gram(x: Tensor) -> NDArray[np.float64]:
-    r"""Inner products between all pairs of samples, ``G = X X^T``.
+def gram(x: Tensor, *, out: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+    r"""Return the inner products between all pairs of samples, ``G = X X^T``.
 
     Products are summed in float32 over at most 4096 features, in runs of 128, and these sums in
     float64: an entry's error is below ``160 * 2**-24`` of the sum of its products' magnitudes. The
@@ -183,16 +183,20 @@ def gram(x: Tensor) -> NDArray[np.float64]:
     x
         ``(num_samples, num_features)``, floating point, on any device, in any layout; read in
         place if it is float32 on the CPU and a sample's features lie one behind the other.
+    out
+        A Gram matrix of the same samples, to which this one is added: features may come block by
+        block. If an error is raised it is of no use any more.
 
     Returns
     -------
-    ``(num_samples, num_samples)``, symmetric.
+    ndarray
+        ``(num_samples, num_samples)``, symmetric: ``out`` or a new one.
 
     Raises
     ------
     InputError
-        ``x`` is not a floating-point matrix, or a sample holds NaN, infinity or numbers whose
-        squares exceed float32.
+        ``x`` is not a floating-point matrix, a sample holds NaN, infinity or numbers whose
+        squares exceed float32, or ``out`` is not a contiguous float64 matrix of that shape.
     """
     if x.ndim != 2 or not x.is_floating_point():
         raise InputError(
@@ -202,12 +206,19 @@ def gram(x: Tensor) -> NDArray[np.float64]:
     rows = x.detach().to(device="cpu", dtype=torch.float32)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    result = np.empty((len(rows), len(rows)))
+    shape = (len(rows), len(rows))
+    if out is None:
+        out = np.zeros(shape)
+    elif out.dtype != np.float64 or out.shape != shape or not out.flags.carray:
+        raise InputError(
+            f"out must be a contiguous, writeable float64 matrix of shape {shape}; got "
+            f"{out.dtype} of shape {out.shape}"
+        )
     try:
-        _core.gram(rows.numpy(), result)
+        _core.add_gram(rows.numpy(), out)
     except ValueError as error:
         raise InputError(str(error)) from None
-    return result
+    return out
 
 
 def hsic_all_pairs(

@@ -11,11 +11,12 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from clafusion import _native
+from clafusion._native import gram
 from clafusion.errors import InputError
 from clafusion.signatures import Signature, check_same_inputs, standardised
 from clafusion.transport import Solver, solve_transport
 
-__all__ = ["LayerCost", "cka", "layer_costs", "mean_cca"]
+__all__ = ["LayerCost", "cka", "gram", "layer_costs", "linear_cka", "mean_cca"]
 
 LayerCost = Literal[
     "cka", "cka_unbiased", "cca", "wasserstein", "wasserstein_entropic", "neurons", "index"
@@ -76,9 +77,9 @@ def layer_costs(
 
 def _check_alive(name: str, signature: Signature) -> None:
     """Name the unit that tells inputs not apart: no similarity is defined for it."""
-    for unit, gram in zip(signature.graph.units, signature.grams, strict=True):
-        total = float(gram.trace())
-        spread = total - float(gram.sum()) / len(gram)
+    for unit, products in zip(signature.graph.units, signature.grams, strict=True):
+        total = float(products.trace())
+        spread = total - float(products.sum()) / len(products)
         if not spread > 1e-12 * total:
             raise InputError(
                 f"unit {unit.name!r} of the {name} model puts out the same for all inputs, so it "
@@ -120,12 +121,134 @@ def cka(
         A matrix is not square, not finite or not of the others' size, there are fewer than 2
         samples (unbiased: 4), or a layer is constant over the samples.
     """
-    a, b = _checked_grams(grams_a, grams_b, least=4 if unbiased else 2)
+    a, b = _checked_grams(grams_a, grams_b, least=_fewest_samples(unbiased))
     products, norms_a, norms_b = _native.hsic_all_pairs(a, b, unbiased=unbiased)
-    _check_norms("grams_a", a, norms_a)
-    _check_norms("grams_b", b, norms_b)
+    _check_norms("grams_a", [np.diagonal(one) for one in a], norms_a)
+    _check_norms("grams_b", [np.diagonal(one) for one in b], norms_b)
+    return _normalised(products, norms_a, norms_b, unbiased=unbiased)
+
+
+def linear_cka(
+    layers_a: Sequence[Tensor], layers_b: Sequence[Tensor], *, unbiased: bool = False
+) -> NDArray[np.float64]:
+    r"""Return the linear centred kernel alignment of all pairs of layers, given their activations.
+
+    It is :func:`cka` of the Gram matrices ``X X^T``, or the same from the products of features,
+
+    .. math:: \langle HKH, HLH \rangle = \|(HX)^T HY\|^2
+
+    (Kornblith et al., arXiv 1905.00414, section 3), whichever needs fewer multiplications: Gram
+    matrices unless the layers together have few features for their samples.
+
+    Parameters
+    ----------
+    layers_a, layers_b
+        Activations ``(num_samples, ...)`` of the same samples, floating point; what follows the
+        first dimension counts as features.
+    unbiased
+        As for :func:`cka`.
+
+    Returns
+    -------
+    ndarray
+        ``(len(layers_a), len(layers_b))``, in [0, 1] (unbiased: [-1, 1]).
+
+    Raises
+    ------
+    InputError
+        An entry is no floating-point tensor, not finite or not over the others' number of
+        samples, there are fewer than 2 samples (unbiased: 4), or a layer is constant over them.
+    """
+    a, b = _checked_layers(layers_a, layers_b, least=_fewest_samples(unbiased))
+    samples, (sizes_a, sizes_b) = len(a[0]), ([one.size(1) for one in side] for side in (a, b))
+    by_grams = samples * (sum(sizes_a) + sum(sizes_b) + len(a) * len(b)) / 2
+    by_features = sum(sizes_a) * sum(sizes_b) + sum(size**2 for size in (*sizes_a, *sizes_b))
+    if by_grams <= by_features:
+        return cka([gram(x) for x in a], [gram(x) for x in b], unbiased=unbiased)
+    return _cka_of_features(a, b, unbiased=unbiased)
+
+
+def _cka_of_features(
+    layers_a: Sequence[Tensor], layers_b: Sequence[Tensor], *, unbiased: bool
+) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore"):  # what is not finite shows in the norms
+        a, b = (
+            [x - x.mean(0) for x in (one.detach().cpu().double().numpy() for one in side)]
+            for side in (layers_a, layers_b)
+        )
+    lengths_a, lengths_b = ([np.square(x).sum(1) for x in side] for side in (a, b))
+    samples = len(a[0])
+
+    def hsic(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+        return float(np.square(x.T @ y).sum())
+
+    def corrected(product: float, x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+        # Song et al.'s estimate leaves out the diagonals, which hold the samples' squared lengths.
+        # As the features are centred, each row of K without its diagonal sums to minus that.
+        if not unbiased:
+            return product
+        return (
+            product
+            - (1 + 2 / (samples - 2)) * float(x @ y)
+            + float(x.sum() * y.sum()) / ((samples - 1) * (samples - 2))
+        )
+
+    products = np.array(
+        [
+            [corrected(hsic(x, y), p, q) for y, q in zip(b, lengths_b, strict=True)]
+            for x, p in zip(a, lengths_a, strict=True)
+        ]
+    )
+    norms_a, norms_b = (
+        np.array([corrected(hsic(x, x), p, p) for x, p in zip(side, lengths, strict=True)])
+        for side, lengths in ((a, lengths_a), (b, lengths_b))
+    )
+    _check_norms("layers_a", lengths_a, norms_a)
+    _check_norms("layers_b", lengths_b, norms_b)
+    return _normalised(products, norms_a, norms_b, unbiased=unbiased)
+
+
+def _fewest_samples(unbiased: bool) -> int:
+    return 4 if unbiased else 2
+
+
+def _normalised(
+    products: NDArray[np.float64],
+    norms_a: NDArray[np.float64],
+    norms_b: NDArray[np.float64],
+    *,
+    unbiased: bool,
+) -> NDArray[np.float64]:
     similarity = products / np.sqrt(norms_a[:, None]) / np.sqrt(norms_b)
     return np.clip(similarity, -1.0 if unbiased else 0.0, 1.0)
+
+
+def _checked_layers(
+    layers_a: Sequence[Tensor], layers_b: Sequence[Tensor], *, least: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    checked: list[list[Tensor]] = []
+    samples: int | None = None
+    for name, layers in (("layers_a", layers_a), ("layers_b", layers_b)):
+        if isinstance(layers, Tensor) or len(layers) == 0:
+            raise InputError(f"{name} must be a list with at least one tensor")
+        for i, one in enumerate(layers):
+            if not isinstance(one, Tensor) or not one.is_floating_point() or one.ndim < 2:
+                raise InputError(
+                    f"{name}[{i}] must be a floating-point tensor (num_samples, ...); got "
+                    + (
+                        f"{one.dtype} of shape {tuple(one.shape)}"
+                        if isinstance(one, Tensor)
+                        else type(one).__name__
+                    )
+                )
+            samples = len(one) if samples is None else samples
+            if len(one) != samples or samples < least:
+                raise InputError(
+                    f"{name}[{i}] is over {len(one)} samples; all layers must be over the same, "
+                    f"at least {least}"
+                )
+        checked.append([one.flatten(1) for one in layers])
+    return checked[0], checked[1]
 
 
 def mean_cca(
@@ -142,8 +265,8 @@ def mean_cca(
     """
     a, b = _checked_grams(grams_a, grams_b, least=2)
     _, norms_a, norms_b = _native.hsic_all_pairs(a, b, unbiased=False)
-    _check_norms("grams_a", a, norms_a)
-    _check_norms("grams_b", b, norms_b)
+    _check_norms("grams_a", [np.diagonal(one) for one in a], norms_a)
+    _check_norms("grams_b", [np.diagonal(one) for one in b], norms_b)
     bases_a, bases_b = [_components(gram) for gram in a], [_components(gram) for gram in b]
     similarity = [
         [np.sum((u.T @ v) ** 2) / min(u.shape[1], v.shape[1]) for v in bases_b] for u in bases_a
@@ -240,14 +363,17 @@ def _checked_grams(
 
 
 def _check_norms(
-    name: str, grams: list[NDArray[np.float64]], squared_norms: NDArray[np.float64]
+    name: str,
+    squared_lengths: Sequence[NDArray[np.float64]],
+    squared_norms: NDArray[np.float64],
 ) -> None:
-    for i, (gram, squared_norm) in enumerate(zip(grams, squared_norms, strict=True)):
+    """Refuse layers of which too little is left by centring, given the samples' lengths."""
+    for i, (lengths, squared_norm) in enumerate(zip(squared_lengths, squared_norms, strict=True)):
         if not np.isfinite(squared_norm):
             raise InputError(f"{name}[{i}] must hold finite numbers below 1e150")
         # What float64 sums of S numbers leave of a constant layer is rounding.
-        rounding = 1e-13 * len(gram) * np.abs(np.diagonal(gram)).max()
-        if np.sqrt(squared_norm) <= rounding:
+        rounding = 1e-13 * len(lengths) * np.abs(lengths).max()
+        if squared_norm <= rounding**2:
             raise InputError(
                 f"{name}[{i}] is of a layer that is constant over the samples, so that its "
                 "similarity is undefined; drop it or give inputs that differ more"

@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, overload
 
@@ -267,7 +268,7 @@ def solve_transport(
     solver
         ``"assignment"``: one partner each (Jonker and Volgenant, Computing 1987), all problems
         in parallel; needs equal sizes and uniform weights.
-        ``"exact"``: POT's network simplex, any sizes and weights.
+        ``"exact"``: POT's network simplex, any sizes and weights, all problems in parallel.
         ``"sinkhorn"``: soft plans, see :func:`sinkhorn`.
         ``"unbalanced"``: Sinkhorn with soft marginals; the plan is scaled to the mass of the
         source weights.
@@ -335,10 +336,9 @@ def solve_transport(
             )
     assigned = _assign([problems[i] for i in matched], [sources[i].sum() for i in matched])
     solutions.update(zip(matched, assigned, strict=True))
-    # One after another: POT holds the GIL.
-    for i, name in enumerate(chosen):
-        if name == "exact":
-            solutions[i] = _transport_exactly(problems[i], sources[i], targets[i])
+    exact = [i for i, name in enumerate(chosen) if name == "exact"]
+    found = _transport_exactly([(problems[i], sources[i], targets[i]) for i in exact])
+    solutions.update(zip(exact, found, strict=True))
     return [solutions[i] for i in range(len(problems))]
 
 
@@ -370,26 +370,40 @@ def _assign(costs: list[Tensor], masses: list[float]) -> list[TransportSolution]
 
 
 def _transport_exactly(
-    cost: Tensor, source: NDArray[np.float64], target: NDArray[np.float64]
-) -> TransportSolution:
-    exact = cost.double().numpy()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said below, as our own warning
-        found, log = ot.emd(source, target, exact, numItermax=10_000_000, log=True)
-    plan = torch.from_numpy(found)
-    error = np.abs(found.sum(1) - source).sum() + np.abs(found.sum(0) - target).sum()
-    solution = _optimal(
-        plan,
-        torch.from_numpy(np.asarray(log["u"])),
-        torch.from_numpy(np.asarray(log["v"])),
-        (plan * cost).sum(),
-        float(error / source.sum()),
-    )
-    if log["warning"] is None:
-        return solution
-    status = f"the network simplex stopped early ({log['warning']}); use solver='sinkhorn'"
-    warnings.warn(status, ConvergenceWarning, stacklevel=3)
-    return replace(solution, converged=torch.tensor(False), status=status)
+    problems: list[tuple[Tensor, NDArray[np.float64], NDArray[np.float64]]],
+) -> list[TransportSolution]:
+    def solve(
+        problem: tuple[Tensor, NDArray[np.float64], NDArray[np.float64]],
+    ) -> tuple[NDArray[np.float64], dict[str, Any]]:
+        cost, source, target = problem
+        answer: tuple[NDArray[np.float64], dict[str, Any]] = ot.emd(
+            source, target, cost.double().numpy(), numItermax=10_000_000, log=True
+        )
+        return answer
+
+    if not problems:
+        return []
+    # Threads: POT's network simplex runs without the GIL. Its warnings are said as our own.
+    with warnings.catch_warnings(), ThreadPoolExecutor(_native.num_threads()) as threads:
+        warnings.simplefilter("ignore")
+        answers = list(threads.map(solve, problems))
+    solutions = []
+    for (cost, source, target), (found, log) in zip(problems, answers, strict=True):
+        plan = torch.from_numpy(found)
+        error = np.abs(found.sum(1) - source).sum() + np.abs(found.sum(0) - target).sum()
+        solution = _optimal(
+            plan,
+            torch.from_numpy(np.asarray(log["u"])),
+            torch.from_numpy(np.asarray(log["v"])),
+            (plan * cost).sum(),
+            float(error / source.sum()),
+        )
+        if log["warning"] is not None:
+            status = f"the network simplex stopped early ({log['warning']}); use solver='sinkhorn'"
+            warnings.warn(status, ConvergenceWarning, stacklevel=3)
+            solution = replace(solution, converged=torch.tensor(False), status=status)
+        solutions.append(solution)
+    return solutions
 
 
 def _optimal(plan: Tensor, f: Tensor, g: Tensor, total: Tensor, error: float) -> TransportSolution:
