@@ -16,9 +16,13 @@ from torch import Tensor, fx, nn
 from clafusion.blending import transport_vector
 from clafusion.data import Data, batches
 from clafusion.depth import Lifting
+from clafusion.errors import InputError
 from clafusion.graph import ModelGraph, State, call_model
 
-__all__ = ["repair", "reset_batchnorm"]
+__all__ = ["BatchMoments", "observed_moments", "repair", "reset_batchnorm"]
+
+BatchMoments = Mapping[str, tuple[Tensor, Tensor]]
+"""Each site's node -> its channels' means and standard deviations on one batch, in float64."""
 
 _LARGEST_FACTOR = 1e3  # a channel that is all but constant carries nothing to restore
 
@@ -64,19 +68,30 @@ class _Moments:
     total: Tensor = field(default_factory=lambda: torch.zeros(()))
     squares: Tensor = field(default_factory=lambda: torch.zeros(()))
 
-    def add(self, value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """Add a batch; return its own mean and standard deviation."""
-        flat = value.movedim(axis, -1).reshape(-1, value.size(axis)).double()
-        mean = flat.mean(0)
-        squares = flat.square().mean(0)
-        self.count += len(flat)
-        self.total = self.total + mean * len(flat)
-        self.squares = self.squares + squares * len(flat)
-        return mean, _deviation(mean, squares)
+    def add(self, count: int, mean: Tensor, deviation: Tensor) -> None:
+        """Add a batch of ``count`` values a channel."""
+        self.count += count
+        self.total = self.total + mean * count
+        self.squares = self.squares + (deviation.square() + mean.square()) * count
 
     def result(self) -> tuple[Tensor, Tensor]:
         mean = self.total / self.count
         return mean, _deviation(mean, self.squares / self.count)
+
+
+def _moments(value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Return each channel's mean and standard deviation over all other axes, in float64."""
+    if value.dtype == torch.float32 and axis == 1 and value.dim() > 2:
+        # Image by image in float32, from there on in float64: forty times as fast as a copy in
+        # float64, and as exact, for the mean is taken off before squaring.
+        flat = value.flatten(2)
+        count = flat.size(0) * flat.size(2)
+        mean = flat.sum(2).double().sum(0) / count
+        off = torch.linalg.vector_norm(flat - mean.float()[:, None], dim=2)
+        return mean, (off.double().square().sum(0) / count).sqrt()
+    flat = value.movedim(axis, -1).reshape(-1, value.size(axis)).double()
+    mean = flat.mean(0)
+    return mean, _deviation(mean, flat.square().mean(0))
 
 
 def _deviation(mean: Tensor, squares: Tensor) -> Tensor:
@@ -90,6 +105,7 @@ def repair(
     data: Data,
     *,
     deep_weight: float,
+    observed: tuple[Sequence[BatchMoments], Sequence[BatchMoments]] | None = None,
     device: torch.device | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> dict[str, Tensor]:
@@ -120,15 +136,17 @@ def repair(
         for site in unit.sites
         if lifting.origins[site.weight] == "silent"
     }
+    axes = {node: site.axis for node, site in sites.items()}
+    shallow_axes = {site.node: site.axis for site in lifting.sites.values()}
     deep_moments = {node: _Moments() for node in sites}
-    shallow_moments = {site.node: _Moments() for site in lifting.sites.values()}
+    shallow_moments = {node: _Moments() for node in shallow_axes}
     fused_moments = {node: _Moments() for node in sites}
     target = device or next((one.device for one in fused.values()), torch.device("cpu"))
 
     def goal(
         node: str,
-        of_deep: Mapping[str, tuple[Tensor, Tensor]],
-        of_shallow: Mapping[str, tuple[Tensor, Tensor]],
+        of_deep: BatchMoments,
+        of_shallow: BatchMoments,
     ) -> tuple[Tensor, Tensor]:
         """Return the mean and deviation that the fused network should have at a site."""
         site = sites[node]
@@ -151,20 +169,35 @@ def repair(
 
     seen = 0
     with torch.no_grad():
-        for inputs in batches(data, deep.example_inputs, deep.keywords, device=target):
-            of_deep = _observed(deep, inputs, sites.values(), deep_moments)
-            of_shallow = _observed(shallow, inputs, lifting.sites.values(), shallow_moments)
+        for i, inputs in enumerate(
+            batches(data, deep.example_inputs, deep.keywords, device=target)
+        ):
+            if observed is None:
+                of_deep: BatchMoments = _observed(deep, inputs, axes)
+                of_shallow: BatchMoments = _observed(shallow, inputs, shallow_axes)
+            elif i < min(map(len, observed)):
+                of_deep, of_shallow = observed[0][i], observed[1][i]
+            else:
+                raise InputError(
+                    f"observed has {len(observed[0])} and {len(observed[1])} batches, data more: "
+                    "observe both networks on the same data"
+                )
+            for found, moments in ((of_deep, deep_moments), (of_shallow, shallow_moments)):
+                for node, one in moments.items():
+                    one.add(inputs[0].size(0), *found[node])
 
             def correct(
                 node: fx.Node,
                 value: Any,
-                of_deep: Mapping[str, tuple[Tensor, Tensor]] = of_deep,
-                of_shallow: Mapping[str, tuple[Tensor, Tensor]] = of_shallow,
+                of_deep: BatchMoments = of_deep,
+                of_shallow: BatchMoments = of_shallow,
+                size: int = inputs[0].size(0),
             ) -> Any:
                 if node.name not in sites:
                     return value
                 site = sites[node.name]
-                measured = fused_moments[node.name].add(value, site.axis)
+                measured = _moments(value, site.axis)
+                fused_moments[node.name].add(size, *measured)
                 scale, shift = _correction(
                     measured, goal(node.name, of_deep, of_shallow), site.bias is not None
                 )
@@ -192,19 +225,33 @@ def repair(
     return repaired
 
 
+def observed_moments(graph: ModelGraph, data: Data) -> list[BatchMoments]:
+    """Return for each batch the moments of all values that :func:`repair` may ask of a network.
+
+    Raises
+    ------
+    InputError
+        ``data`` is empty or does not fit the model.
+    """
+    axes = {point.post: point.axis for unit in graph.units for point in unit.read_points}
+    axes |= {site.node: site.axis for unit in graph.units for site in unit.sites}
+    device = next((one.device for one in graph.model.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        return [
+            _observed(graph, inputs, axes)
+            for inputs in batches(data, graph.example_inputs, graph.keywords, device=device)
+        ]
+
+
 def _observed(
-    graph: ModelGraph,
-    inputs: tuple[Tensor, ...],
-    sites: Any,
-    moments: Mapping[str, _Moments],
+    graph: ModelGraph, inputs: tuple[Tensor, ...], axes: Mapping[str, int]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Run a network and return each site's mean and deviation on this batch."""
-    axes = {site.node: site.axis for site in sites}
+    """Run a network and return the nodes' means and deviations on this batch."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def observe(node: fx.Node, value: Any) -> Any:
         if node.name in axes:
-            found[node.name] = moments[node.name].add(value, axes[node.name])
+            found[node.name] = _moments(value, axes[node.name])
         return value
 
     graph.run(inputs, replace=observe)

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clafusion.blending import blend
-from clafusion.calibration import repair, reset_batchnorm
+from clafusion.calibration import BatchMoments, repair, reset_batchnorm
 from clafusion.data import Data, first_batch
 from clafusion.depth import Lifting, allowed_pairs, lifting, skip_costs, with_state
 from clafusion.errors import AlignmentError, InputError, StructureError
@@ -305,32 +305,55 @@ def align(
         example_inputs = _to(example_inputs, target)
     with clock.stage("trace"):
         graphs = [
-            _traced(name, model, example_inputs, config)
+            traced_to_fuse(name, model, example_inputs, config)
             for name, model in (("first", first), ("second", second))
         ]
-    _check_outputs(*graphs)
-    deep_is_first = len(graphs[0].units) >= len(graphs[1].units)
-    deep, shallow = graphs if deep_is_first else reversed(graphs)
-    allowed = allowed_pairs(deep, shallow)
-    _check_feasible(deep, shallow, allowed)
+    deep_is_first = _deep_is_first(*graphs)
     with clock.stage("profile"):
         signatures = profile_graphs(
-            [deep, shallow],
+            graphs,
             data,
             alignment_samples=config.alignment_samples,
             matching_rows=config.matching_rows,
             seed=config.seed,
             progress=progress,
         )
+    return _aligned(signatures[0], signatures[1], deep_is_first, config, clock)
+
+
+def align_signatures(
+    first: Signature,
+    second: Signature,
+    *,
+    config: FusionConfig | None = None,
+    timings: Mapping[str, float] | None = None,
+) -> AlignedPair:
+    """Align two models that are traced and profiled already; ``timings`` are those of before.
+
+    Raises
+    ------
+    InputError
+        The signatures come from different inputs.
+    StructureError, AlignmentError
+        The two models cannot be brought to one structure.
+    """
+    deep_is_first = _deep_is_first(first.graph, second.graph)
+    return _aligned(first, second, deep_is_first, config or FusionConfig(), _Clock(timings))
+
+
+def _aligned(
+    first: Signature, second: Signature, deep_is_first: bool, config: FusionConfig, clock: _Clock
+) -> AlignedPair:
+    deep, shallow = (first, second) if deep_is_first else (second, first)
     with clock.stage("align"):
-        costs = layer_costs(*signatures, metric=config.layer_cost)
+        costs = layer_costs(deep, shallow, metric=config.layer_cost)
         alignment = align_layers(
-            np.where(allowed, costs, np.inf),
-            skip=skip_costs(deep),
+            np.where(allowed_pairs(deep.graph, shallow.graph), costs, np.inf),
+            skip=skip_costs(deep.graph),
             mode=config.alignment,
             seed=config.seed,
         )
-    return AlignedPair(signatures[0], signatures[1], deep_is_first, costs, alignment, clock.seconds)
+    return AlignedPair(deep, shallow, deep_is_first, costs, alignment, clock.seconds)
 
 
 def profile(
@@ -367,9 +390,14 @@ def fuse_aligned(
     data: Data,
     *,
     config: FusionConfig | None = None,
+    observed: tuple[Sequence[BatchMoments], Sequence[BatchMoments]] | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
-    """Do the second half of :func:`fuse`: match channels, average and calibrate."""
+    """Do the second half of :func:`fuse`: match channels, average and calibrate.
+
+    ``observed`` is passed to :func:`clafusion.calibration.repair`: the deep and the shallow
+    network's moments, where they are known already.
+    """
     config = config or FusionConfig()
     clock = _Clock(pair.timings)
     deep_weight = 1.0 - config.weight if pair.deep_is_first else config.weight
@@ -390,7 +418,15 @@ def fuse_aligned(
         state = blend(plan, plans, deep_weight)
     with clock.stage("calibrate"):
         if config.calibration == "repair":
-            state = repair(plan, plans, state, data, deep_weight=deep_weight, progress=progress)
+            state = repair(
+                plan,
+                plans,
+                state,
+                data,
+                deep_weight=deep_weight,
+                observed=observed,
+                progress=progress,
+            )
         elif config.calibration == "least_squares":
             state = regress(
                 plan,
@@ -433,12 +469,13 @@ def _to(
     return tuple(value.to(device) for value in inputs)
 
 
-def _traced(
+def traced_to_fuse(
     name: str,
     model: nn.Module,
     example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
     config: FusionConfig,
 ) -> ModelGraph:
+    """Trace a model and refuse what no pair could use; errors call it the ``name`` model."""
     try:
         graph = trace(model, example_inputs, verify=config.verify, seed=config.seed)
     except InputError as error:
@@ -454,6 +491,15 @@ def _traced(
     if not graph.units:
         raise StructureError(f"the {name} model has no layer with weights")
     return graph
+
+
+def _deep_is_first(first: ModelGraph, second: ModelGraph) -> bool:
+    """Say which of two models is the deep one, after checking that they can be fused at all."""
+    _check_outputs(first, second)
+    deep_is_first = len(first.units) >= len(second.units)
+    deep, shallow = (first, second) if deep_is_first else (second, first)
+    _check_feasible(deep, shallow, allowed_pairs(deep, shallow))
+    return deep_is_first
 
 
 def _check_outputs(first: ModelGraph, second: ModelGraph) -> None:
