@@ -1,6 +1,7 @@
 """Fuse trained PyTorch networks of different depth and width into one, without training."""
 
 from clafusion._native import build_info, num_threads, set_num_threads
+from clafusion.checkpoints import ModelFile
 from clafusion.depth import Lifting, lift
 from clafusion.errors import (
     AlignmentError,
@@ -18,6 +19,7 @@ from clafusion.layer_alignment import (
     align_layers,
     align_layers_batch,
 )
+from clafusion.many import PairResult, fuse_many
 from clafusion.pipeline import AlignedPair, FusionConfig, FusionResult, align, fuse, profile
 from clafusion.signatures import Signature
 from clafusion.trace import trace
@@ -36,7 +38,9 @@ __all__ = [
     "LayerAlignment",
     "LayerAlignmentBatch",
     "Lifting",
+    "ModelFile",
     "ModelGraph",
+    "PairResult",
     "Signature",
     "Slot",
     "StructureError",
@@ -47,6 +51,7 @@ __all__ = [
     "align_layers_batch",
     "build_info",
     "fuse",
+    "fuse_many",
     "lift",
     "num_threads",
     "permute_channels",

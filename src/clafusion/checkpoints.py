@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib
 import importlib.util
 import os
@@ -11,6 +12,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from clafusion.errors import InputError
 from clafusion.output import check_output, replacing
 
-__all__ = ["WRITABLE", "build_model", "load_model", "load_state", "save_model"]
+__all__ = ["WRITABLE", "ModelFile", "build_model", "load_model", "load_state", "save_model"]
 
 _TORCH_ENDINGS = (".pt", ".pth", ".th", ".bin")
 _READABLE = (".safetensors", *_TORCH_ENDINGS)
@@ -148,6 +150,55 @@ def load_model(factory: str, path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
+@dataclass(frozen=True)
+class ModelFile:
+    """A model that is loaded when it is needed.
+
+    Attributes
+    ----------
+    factory
+        What makes the model, as for :func:`build_model`.
+    path
+        Its weights, as for :func:`load_state`.
+    """
+
+    factory: str
+    path: str | os.PathLike[str]
+
+    def load(self) -> nn.Module:
+        """Return the model with its weights, in eval mode; errors are :func:`load_model`'s."""
+        return load_model(self.factory, self.path)
+
+    def build(self) -> nn.Module:
+        """Return the model, in eval mode, with the weights that the factory gives it."""
+        return build_model(self.factory)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the file, the factory's text and, where it is one, its file.
+
+        Raises
+        ------
+        InputError
+            The file is missing or may not be read.
+        """
+        digest = hashlib.sha256(self.factory.encode())
+        digest.update(file_digest(check_input(self.path, _READABLE, "checkpoint")).encode())
+        matched = _SPEC.fullmatch(self.factory.strip())
+        code = Path(matched["module"]) if matched is not None else None
+        if code is not None and code.suffix == ".py" and code.is_file():
+            digest.update(code.read_bytes())
+        return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model's state dict to a ``.safetensors``, ``.pt`` or ``.pth`` file.
 
@@ -159,12 +210,22 @@ def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
     InputError
         The ending is unknown, or the file cannot be written, for example on a full disk.
     """
-    check_output(path, WRITABLE, "path")
-    tensors = {
-        name: value.detach().cpu().contiguous()
+    save_state(tensors_of(model), path)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors in a model's state dict, detached."""
+    return {
+        name: value.detach()
         for name, value in model.state_dict().items()
         if isinstance(value, Tensor)
     }
+
+
+def save_state(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write a state dict, as :func:`save_model` does."""
+    check_output(path, WRITABLE, "path")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     storages: set[int] = set()
     for name, tensor in tensors.items():  # safetensors refuses memory that two names share
         if tensor.untyped_storage().data_ptr() in storages:

@@ -1,0 +1,797 @@
+"""Many pairs: every model made ready once, results written one by one, work shipped by executors.
+
+Nothing here schedules, ships or retries across processes: that is the executor's. What a worker
+gets and gives back is bytes, so that any executor can carry it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import re
+import threading
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clafusion._native import set_num_threads
+from clafusion.checkpoints import ModelFile, file_digest, load_state, save_state, tensors_of
+from clafusion.data import Data, first_batch
+from clafusion.errors import ClafusionError, ConvergenceWarning, InputError
+from clafusion.layer_alignment import AlignmentMode, LayerAlignment
+from clafusion.layer_costs import LayerCost
+from clafusion.neuron_costs import NeuronCost
+from clafusion.output import replacing
+from clafusion.pipeline import Calibration, FusionConfig, align_signatures, fuse_aligned
+from clafusion.prepared import (
+    PreparedModel,
+    data_digest,
+    digest_of,
+    prepare,
+    tensors_digest,
+    versions,
+)
+from clafusion.transport import Solver
+
+__all__ = ["PairResult", "fuse_many"]
+
+Model = nn.Module | ModelFile
+Pair = tuple[str, str]
+
+RESULTS = "results.jsonl"
+CACHE = "signatures"
+
+_PAIRS_A_TASK = 4
+_MODELS_AT_HAND = 8  # for which the tasks are put in order
+_NAME = re.compile(r"[\w.,=@-]+")  # what is safe in a file's name
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """The outcome of one pair.
+
+    It holds what can be sent between processes and kept for hundreds of pairs: neither the
+    parents nor their signatures, as :class:`clafusion.FusionResult` does.
+
+    Attributes
+    ----------
+    first, second
+        The models' names.
+    error
+        Why the pair could not be fused; None where it was. The attributes below are None or
+        empty then.
+    deep
+        Name of the model that gives the architecture.
+    deep_units, shallow_units
+        Names of the units of both models.
+    alignment
+        Of the units, as in ``FusionResult.alignment``.
+    seconds
+        What each stage took. The stages that models share are counted in the pair for which they
+        were done.
+    warnings
+        What the solvers had to say.
+    path
+        Where the fused weights lie; None without ``out_dir``.
+    resumed
+        Whether an earlier run did the pair.
+    """
+
+    first: str
+    second: str
+    error: str | None
+    deep: str | None
+    deep_units: tuple[str, ...]
+    shallow_units: tuple[str, ...]
+    alignment: LayerAlignment | None
+    seconds: Mapping[str, float]
+    warnings: tuple[str, ...]
+    path: Path | None
+    resumed: bool
+    _state: Mapping[str, Tensor] | None
+    _architecture: Model | None
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """The fused weights, read from ``path`` where there is one.
+
+        Raises
+        ------
+        InputError
+            The pair failed, or the file is gone.
+        """
+        if self._state is not None:
+            return self._state
+        if self.path is None:
+            raise InputError(f"{self.first!r} and {self.second!r} were not fused: {self.error}")
+        return load_state(self.path)
+
+    @property
+    def model(self) -> nn.Module:
+        """The fused model, built anew: the deep model's architecture with the fused weights.
+
+        Raises
+        ------
+        InputError
+            The pair failed, or the file is gone.
+        """
+        state = self.state
+        kind = self._architecture
+        assert kind is not None, "a fused pair has an architecture"
+        built = kind.build() if isinstance(kind, ModelFile) else copy.deepcopy(kind)
+        built.load_state_dict(state, strict=False)
+        return built
+
+
+def fuse_many(
+    models: Mapping[str, Model],
+    data: Data,
+    pairs: Iterable[Pair] | Literal["all"] = "all",
+    *,
+    executor: Executor | int | None = None,
+    out_dir: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
+    memory_limit: int | None = None,
+    example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor] | None = None,
+    weight: float = 0.5,
+    layer_cost: LayerCost = "cka",
+    alignment: AlignmentMode = "layer",
+    neuron_cost: NeuronCost = "correlation",
+    solver: Solver = "auto",
+    epsilon: float = 0.05,
+    calibration: Calibration = "repair",
+    alignment_samples: int = 400,
+    matching_rows: int = 8192,
+    verify: bool = True,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[PairResult]:
+    """Fuse many pairs of models; each gives the bytes that :func:`clafusion.fuse` gives for it.
+
+    Every model is loaded, traced, proved and profiled once in each process, not once a pair. A
+    pair that fails is reported as such, and the others go on.
+
+    Parameters
+    ----------
+    models
+        Name -> module, or :class:`clafusion.ModelFile` for one that is loaded when it is needed.
+        Names become file names: letters, digits and ``_.,=@-``.
+    data
+        Unlabelled inputs, the same for all models. An iterable must give the same batches each
+        time.
+    pairs
+        Names of the first and second model of each pair, or ``"all"``: every two models, in the
+        order of ``models``.
+    executor
+        None or 1: here, one after another. A number: so many processes of this machine, the cores
+        shared among them. Any :class:`concurrent.futures.Executor`: that one, for example
+        ``Client(...).get_executor()`` of Dask. The models' classes must be importable there; a
+        :class:`clafusion.ModelFile`'s file must be readable there.
+    out_dir
+        Where results go, one by one: the fused weights of a pair as ``FIRST+SECOND.safetensors``
+        and one line for it in ``results.jsonl``. Default: results are kept in memory alone.
+    resume
+        Keep pairs in ``out_dir`` that were made from the same models, data and settings and are
+        whole. Failed, stale and corrupt ones are done again. False: do all pairs again.
+    cache_dir
+        Where models' signatures are kept between runs; default ``out_dir/signatures``.
+    memory_limit
+        Bytes that models made ready may take in one process: weights, signatures and moments. The
+        two of one pair must fit. With ``out_dir``, pairs are then done in an order that loads
+        few models again; results come in the order of ``pairs`` all the same.
+    progress
+        Called with the numbers of pairs that are done and that there are.
+    example_inputs, weight, layer_cost, alignment, neuron_cost, solver, epsilon, calibration, \
+alignment_samples, matching_rows, verify, seed, device
+        As for :func:`clafusion.fuse`.
+
+    Returns
+    -------
+    iterator of PairResult
+        In the order of ``pairs``. Work goes on as results are taken.
+
+    Raises
+    ------
+    InputError
+        An argument is not as said above. This is raised at once, before any result is taken.
+    ClafusionError
+        A worker process died; what is done is kept in ``out_dir``.
+
+    Examples
+    --------
+    >>> models = {f.stem: ModelFile("nets.py:make", f) for f in paths}  # doctest: +SKIP
+    >>> for result in fuse_many(models, images, out_dir="fused", executor=4):  # doctest: +SKIP
+    ...     print(result.first, result.second, result.error or result.alignment.total_cost)
+    """
+    config = FusionConfig(
+        weight=weight,
+        layer_cost=layer_cost,
+        alignment=alignment,
+        neuron_cost=neuron_cost,
+        solver=solver,
+        epsilon=epsilon,
+        calibration=calibration,
+        alignment_samples=alignment_samples,
+        matching_rows=matching_rows,
+        verify=verify,
+        seed=seed,
+    )
+    models = _checked_models(models)
+    wanted = _checked_pairs(pairs, models)
+    if isinstance(executor, bool) or not isinstance(executor, (int, Executor, type(None))):
+        raise InputError(
+            "executor must be None, a number of processes or a concurrent.futures.Executor; got "
+            f"{type(executor).__name__}"
+        )
+    if isinstance(executor, int) and executor < 1:
+        raise InputError(f"executor must be at least 1 process; got {executor}")
+    if memory_limit is not None and (
+        isinstance(memory_limit, bool) or not isinstance(memory_limit, int) or memory_limit < 1
+    ):
+        raise InputError(f"memory_limit must be a positive number of bytes; got {memory_limit!r}")
+    if example_inputs is None:
+        example_inputs = first_batch(data)
+    folder = None
+    if out_dir is not None:
+        folder = _made(out_dir, "out_dir")
+        cache_dir = folder / CACHE if cache_dir is None else cache_dir
+    job = _Job(
+        data,
+        example_inputs,
+        config,
+        None if device is None else str(device),
+        None if cache_dir is None else str(_made(cache_dir, "cache_dir").resolve()),
+        memory_limit,
+        data_digest(data),
+    )
+    return _Run(models, wanted, job, folder, resume, executor, progress).results()
+
+
+def _made(path: str | os.PathLike[str], argument: str) -> Path:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{argument} {str(path)!r} cannot be made a directory: {error.strerror or error}"
+        ) from error
+    return Path(path)
+
+
+def _checked_models(models: Mapping[str, Model]) -> dict[str, Model]:
+    if not isinstance(models, Mapping):
+        raise InputError(
+            f"models must be a mapping of names to models; got {type(models).__name__}"
+        )
+    for name, model in models.items():
+        if not (isinstance(name, str) and _NAME.fullmatch(name)):
+            raise InputError(
+                f"models: the name {name!r} is not possible, as it becomes a file's name; use "
+                "letters, digits and _.,=@-"
+            )
+        if not isinstance(model, (nn.Module, ModelFile)):
+            raise InputError(
+                f"models[{name!r}] must be a torch.nn.Module or a clafusion.ModelFile; got "
+                f"{type(model).__name__}"
+            )
+    return dict(models)
+
+
+def _checked_pairs(
+    pairs: Iterable[Pair] | Literal["all"], models: Mapping[str, Model]
+) -> list[Pair]:
+    if isinstance(pairs, str):
+        if pairs != "all":
+            raise InputError(f"pairs must be 'all' or a list of pairs of names; got {pairs!r}")
+        names = list(models)
+        return [(one, other) for i, one in enumerate(names) for other in names[i + 1 :]]
+    wanted: list[Pair] = []
+    for i, pair in enumerate(pairs):
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise InputError(f"pairs[{i}] must be two names; got {pair!r}")
+        unknown = [name for name in pair if name not in models]
+        if unknown:
+            raise InputError(f"pairs[{i}] names {unknown[0]!r}, which models does not have")
+        wanted.append((pair[0], pair[1]))
+    if len(set(wanted)) != len(wanted):
+        twice = next(pair for pair in wanted if wanted.count(pair) > 1)
+        raise InputError(f"pairs must be different ones; {twice} is there twice")
+    return wanted
+
+
+# --- one process --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What all pairs share; picklable if the data is."""
+
+    data: Data
+    example_inputs: Any
+    config: FusionConfig
+    device: str | None
+    cache_dir: str | None
+    memory_limit: int | None
+    data_hash: str
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a worker gives back for a pair: facts for JSON, and weights."""
+
+    facts: dict[str, Any]
+    state: dict[str, Tensor] | None
+
+
+class _ModelError(Exception):
+    """A model that no pair can use; the message tells why."""
+
+
+class _Workshop:
+    """Makes models ready when a pair needs them, and frees them within the memory limit."""
+
+    def __init__(self, job: _Job) -> None:
+        self.job = job
+        self.ready: OrderedDict[str, PreparedModel] = OrderedDict()  # the oldest first
+        self.failed: dict[str, str] = {}
+        self.largest = 0
+
+    def fuse(self, pair: Pair, source: Callable[[str], Model]) -> _Outcome:
+        """Fuse a pair; what goes wrong is an outcome, too."""
+        facts: dict[str, Any] = {"first": pair[0], "second": pair[1], "error": None}
+        model = None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ConvergenceWarning)
+            try:
+                model = self._fuse(pair, source, facts)
+            except _ModelError as error:
+                facts["error"] = str(error)
+            except Exception as error:  # the other pairs go on
+                facts["error"] = _described(error)
+        facts["warnings"] = []
+        for one in caught:
+            if issubclass(one.category, ConvergenceWarning):
+                facts["warnings"].append(" ".join(str(one.message).split()))
+            else:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        state = None
+        if model is not None:
+            state = tensors_of(model)
+        return _Outcome(facts, state)
+
+    def _fuse(self, pair: Pair, source: Callable[[str], Model], facts: dict[str, Any]) -> nn.Module:
+        started = time.perf_counter()
+        first, second = (self._prepared(name, pair, source) for name in pair)
+        before = {"prepare": time.perf_counter() - started}
+        config = self.job.config
+        aligned = align_signatures(first.signature, second.signature, config=config, timings=before)
+        deep, shallow = (first, second) if aligned.deep_is_first else (second, first)
+        observed = None
+        if deep.observed is not None and shallow.observed is not None:
+            observed = deep.observed, shallow.observed
+        result = fuse_aligned(aligned, self.job.data, config=config, observed=observed)
+        facts["deep"] = pair[0] if aligned.deep_is_first else pair[1]
+        facts["deep_units"] = [unit.name for unit in aligned.deep.graph.units]
+        facts["shallow_units"] = [unit.name for unit in aligned.shallow.graph.units]
+        facts["alignment"] = _alignment_facts(aligned.alignment)
+        facts["seconds"] = dict(result.timings)
+        return result.model
+
+    def _prepared(self, name: str, pair: Pair, source: Callable[[str], Model]) -> PreparedModel:
+        if name in self.failed:
+            raise _ModelError(self.failed[name])
+        if name not in self.ready:
+            self._make_room(pair, self.largest)
+            job = self.job
+            try:
+                kind = source(name)
+                model = kind.load() if isinstance(kind, ModelFile) else kind
+                example = job.example_inputs
+                if job.device is not None:
+                    model = copy.deepcopy(model).to(job.device)
+                    example = torch.utils._pytree.tree_map(lambda x: x.to(job.device), example)
+                made = prepare(
+                    repr(name),
+                    model,
+                    job.data,
+                    example,
+                    job.config,
+                    data_hash=job.data_hash,
+                    cache_dir=None if job.cache_dir is None else Path(job.cache_dir),
+                )
+            except Exception as error:
+                self.failed[name] = f"model {name!r}: {_described(error)}"
+                raise _ModelError(self.failed[name]) from error
+            self.ready[name] = made
+            self.largest = max(self.largest, made.num_bytes)
+            self._make_room(pair, 0)
+            self._check_limit(pair)
+        return self.ready[name]
+
+    def _make_room(self, pair: Pair, coming: int) -> None:
+        """Free the newest models first: the oldest are the core that meets all others."""
+        limit = self.job.memory_limit
+        if limit is None:
+            return
+        for name in reversed(list(self.ready)):
+            if self._taken() + coming <= limit:
+                return
+            if name not in pair:
+                del self.ready[name]
+
+    def _check_limit(self, pair: Pair) -> None:
+        limit = self.job.memory_limit
+        if limit is not None and self._taken() > limit:
+            taken = self._taken()
+            for name in pair:
+                self.ready.pop(name, None)
+            raise InputError(
+                f"memory_limit is {limit:,} bytes, but the models of this pair take {taken:,}; "
+                "raise it, or lower alignment_samples or matching_rows"
+            )
+
+    def _taken(self) -> int:
+        return sum(one.num_bytes for one in self.ready.values())
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
+def _alignment_facts(alignment: LayerAlignment) -> dict[str, Any]:
+    def finite(values: list[Any]) -> list[Any]:
+        return [
+            finite(one) if isinstance(one, list) else one if math.isfinite(one) else None
+            for one in values
+        ]
+
+    return {
+        "deep_to_shallow": list(alignment.deep_to_shallow),
+        "total_cost": alignment.total_cost,
+        "cost": finite(alignment.cost.tolist()),
+        "skip": finite(alignment.skip.tolist()),
+        "mode": alignment.mode,
+        "pin_first": alignment.pin_first,
+        "pin_last": alignment.pin_last,
+    }
+
+
+def _alignment_of(facts: Mapping[str, Any]) -> LayerAlignment:
+    def array(values: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+        found = np.array(values, dtype=np.float64)  # None becomes NaN
+        return np.where(np.isnan(found), np.inf, found)
+
+    return LayerAlignment(
+        tuple(facts["deep_to_shallow"]),
+        facts["total_cost"],
+        array(facts["cost"]),
+        array(facts["skip"]),
+        facts["mode"],
+        facts["pin_first"],
+        facts["pin_last"],
+    )
+
+
+# --- the order of the pairs ---------------------------------------------------------------------
+
+
+class _Agenda:
+    """Chooses the next pair, so that few models need to be made ready again."""
+
+    def __init__(self, pairs: Iterable[Pair]) -> None:
+        self.left = dict.fromkeys(pairs)
+        self.of: dict[str, dict[Pair, None]] = {}
+        for pair in self.left:
+            for name in pair:
+                self.of.setdefault(name, {})[pair] = None
+
+    def next(self, ready: Iterable[str]) -> Pair:
+        """Return a pair of models at hand, else one that brings in the most useful model."""
+        at_hand = dict.fromkeys(ready)
+        for name in at_hand:
+            for pair in self.of.get(name, ()):
+                if pair[0] in at_hand and pair[1] in at_hand:
+                    return pair
+        for name in at_hand:  # the oldest has met the most others
+            others = {pair[0] if pair[1] == name else pair[1]: pair for pair in self.of[name]}
+            if others:
+                best = max(others, key=lambda other: self._meets(other, at_hand))
+                return others[best]
+        return next(iter(self.left))
+
+    def _meets(self, name: str, at_hand: Mapping[str, None]) -> int:
+        return sum(one[0] in at_hand or one[1] in at_hand for one in self.of[name])
+
+    def done(self, pair: Pair) -> list[str]:
+        """Strike a pair; return the models that no pair needs any more."""
+        del self.left[pair]
+        for name in pair:
+            self.of[name].pop(pair, None)
+        return [name for name in pair if not self.of[name]]
+
+
+def _tasks(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Split pairs into tasks, those of one task and of neighbours with few models between them."""
+    agenda = _Agenda(pairs)
+    ready: OrderedDict[str, None] = OrderedDict()
+    order: list[Pair] = []
+    while agenda.left:
+        pair = agenda.next(ready)
+        for name in pair:
+            if name not in ready and len(ready) >= _MODELS_AT_HAND:
+                del ready[next(one for one in reversed(ready) if one not in pair)]
+            ready[name] = None
+        order.append(pair)
+        for name in agenda.done(pair):
+            ready.pop(name, None)
+    return [order[i : i + _PAIRS_A_TASK] for i in range(0, len(order), _PAIRS_A_TASK)]
+
+
+# --- other processes ----------------------------------------------------------------------------
+
+_of_thread = threading.local()  # an executor of threads has one workshop in each
+
+
+def _limit_threads(count: int) -> None:
+    torch.set_num_threads(count)
+    set_num_threads(count)
+
+
+def _work(job: bytes, key: str, models: Mapping[str, bytes], pairs: Sequence[Pair]) -> bytes:
+    """Fuse some pairs in a worker, which keeps what it has made ready for its next task."""
+    if getattr(_of_thread, "key", None) != key:
+        _of_thread.key, _of_thread.workshop = key, _Workshop(pickle.loads(job))
+    workshop = _of_thread.workshop
+    outcomes = []
+    for pair in pairs:
+        outcome = workshop.fuse(pair, lambda name: pickle.loads(models[name]))
+        state = outcome.state
+        if state is not None:
+            state = {name: one.cpu() for name, one in state.items()}
+        outcomes.append(_Outcome(outcome.facts, state))
+    return pickle.dumps(outcomes)
+
+
+# --- the run ------------------------------------------------------------------------------------
+
+
+class _Run:
+    """One call of :func:`fuse_many`."""
+
+    def __init__(
+        self,
+        models: dict[str, Model],
+        pairs: list[Pair],
+        job: _Job,
+        folder: Path | None,
+        resume: bool,
+        executor: Executor | int | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.models = models
+        self.pairs = pairs
+        self.job = job
+        self.folder = folder
+        self.executor = executor
+        self.progress = progress
+        self.digests: dict[str, str] = {}
+        self.finished: dict[Pair, PairResult] = {}
+        if folder is not None:
+            self._take_up(folder, resume)
+        self.count = len(self.finished)
+
+    def results(self) -> Iterator[PairResult]:
+        left = [pair for pair in self.pairs if pair not in self.finished]
+        self._tell()
+        several = self.executor is not None and self.executor != 1
+        with closing(self._elsewhere(left) if several else self._here(left)) as work:
+            for pair in self.pairs:
+                while pair not in self.finished:
+                    next(work)
+                yield self.finished.pop(pair)
+
+    def _here(self, left: list[Pair]) -> Generator[None, None, None]:
+        workshop = _Workshop(self.job)
+        agenda = _Agenda(left)
+        reorder = self.job.memory_limit is not None and self.folder is not None
+        while agenda.left:
+            pair = agenda.next(workshop.ready) if reorder else next(iter(agenda.left))
+            outcome = workshop.fuse(pair, self.models.__getitem__)
+            for name in agenda.done(pair):
+                workshop.ready.pop(name, None)
+            self._finish(pair, outcome)
+            yield
+
+    def _elsewhere(self, left: list[Pair]) -> Generator[None, None, None]:
+        job = pickle.dumps(_portable(self.job))
+        key = hashlib.sha256(job).hexdigest()
+        packed: dict[str, bytes] = {}
+        with ExitStack() as stack:
+            executor = self.executor
+            if isinstance(executor, int):
+                executor = stack.enter_context(_processes(executor))
+            assert executor is not None, "without one the pairs are fused here"
+            waiting: dict[Future[bytes], list[Pair]] = {}
+            stack.callback(lambda: [future.cancel() for future in waiting])
+            for task in _tasks(left):
+                names = dict.fromkeys(name for pair in task for name in pair)
+                for name in names:
+                    if name not in packed:
+                        packed[name] = _packed(name, self.models[name])
+                given = {name: packed[name] for name in names}
+                waiting[executor.submit(_work, job, key, given, task)] = task
+            while waiting:
+                ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    task = waiting.pop(future)
+                    try:
+                        outcomes = pickle.loads(future.result())
+                    except BrokenExecutor as error:
+                        raise ClafusionError(
+                            "a worker process died, perhaps for lack of memory; "
+                            f"{self.count} of {len(self.pairs)} pairs are done. Call again to go on"
+                            + ("" if self.folder else " (with out_dir, what is done is kept)")
+                        ) from error
+                    for pair, outcome in zip(task, outcomes, strict=True):
+                        self._finish(pair, outcome)
+                        yield
+
+    def _finish(self, pair: Pair, outcome: _Outcome) -> None:
+        """Write a pair's result down, and keep it until its turn comes."""
+        facts, state = dict(outcome.facts), outcome.state
+        if self.folder is not None:
+            facts["key"] = self._key(pair)
+            if state is not None:
+                path = self.folder / _file_name(pair)
+                save_state(state, path)
+                facts["file"], facts["sha256"] = path.name, file_digest(path)
+            with (self.folder / RESULTS).open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(facts, allow_nan=False) + "\n")
+                lines.flush()
+                os.fsync(lines.fileno())
+        self.finished[pair] = self._result(facts, state if self.folder is None else None, False)
+        for text in facts["warnings"]:
+            warnings.warn(f"{pair[0]!r} and {pair[1]!r}: {text}", ConvergenceWarning, stacklevel=4)
+        self.count += 1
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.progress is not None:
+            self.progress(self.count, len(self.pairs))
+
+    def _result(
+        self, facts: Mapping[str, Any], state: Mapping[str, Tensor] | None, resumed: bool
+    ) -> PairResult:
+        fused = facts["error"] is None
+        return PairResult(
+            first=facts["first"],
+            second=facts["second"],
+            error=facts["error"],
+            deep=facts.get("deep"),
+            deep_units=tuple(facts.get("deep_units", ())),
+            shallow_units=tuple(facts.get("shallow_units", ())),
+            alignment=_alignment_of(facts["alignment"]) if fused else None,
+            seconds=facts.get("seconds", {}),
+            warnings=tuple(facts["warnings"]),
+            path=self.folder / facts["file"] if fused and self.folder is not None else None,
+            resumed=resumed,
+            _state=state,
+            _architecture=self.models[facts["deep"]] if fused else None,
+        )
+
+    # --- what an earlier run has left ---
+
+    def _take_up(self, folder: Path, resume: bool) -> None:
+        """Take over the pairs that are whole, and leave only their lines in the file.
+
+        Lines of pairs that are not asked for stay as they are.
+        """
+        path = folder / RESULTS
+        if not path.exists():
+            return
+        wanted = set(self.pairs)
+        kept: dict[Pair, str] = {}
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                facts = json.loads(line)
+                pair = facts["first"], facts["second"]
+                if pair in wanted:
+                    kept.pop(pair, None)
+                    self.finished.pop(pair, None)
+                    if not (resume and self._is_whole(folder, pair, facts)):
+                        continue
+                    self.finished[pair] = self._result(facts, None, True)
+                kept[pair] = line
+            except (ValueError, KeyError, TypeError):
+                continue  # a line that was cut short, or is none of ours
+        with replacing(path, "out_dir") as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
+
+    def _is_whole(self, folder: Path, pair: Pair, facts: Mapping[str, Any]) -> bool:
+        if facts["error"] is not None or facts["key"] != self._key(pair):
+            return False
+        path = folder / _file_name(pair)
+        return path.is_file() and file_digest(path) == facts["sha256"]
+
+    def _key(self, pair: Pair) -> str:
+        """Return the hash of all that a pair's result depends on."""
+        example = self.job.example_inputs
+        leaves = torch.utils._pytree.tree_leaves(example)
+        return digest_of(
+            {
+                **versions(),
+                "models": [self._digest(name) for name in pair],
+                "data": self.job.data_hash,
+                "example": tensors_digest({str(i): one for i, one in enumerate(leaves)}),
+                "settings": asdict(self.job.config),
+                "device": None if self.job.device is None else torch.device(self.job.device).type,
+            }
+        )
+
+    def _digest(self, name: str) -> str:
+        if name not in self.digests:
+            model = self.models[name]
+            try:
+                self.digests[name] = (
+                    model.digest()
+                    if isinstance(model, ModelFile)
+                    else digest_of([repr(model), tensors_digest(tensors_of(model))])
+                )
+            except InputError as error:  # the pair itself will say so
+                self.digests[name] = _described(error)
+        return self.digests[name]
+
+
+def _file_name(pair: Pair) -> str:
+    return f"{pair[0]}+{pair[1]}.safetensors"
+
+
+def _portable(job: _Job) -> _Job:
+    """Return a job whose data can be sent: the batches of a DataLoader instead of itself."""
+    if isinstance(job.data, Tensor):
+        return job
+    return replace(job, data=list(job.data))
+
+
+def _packed(name: str, model: Model) -> bytes:
+    try:
+        return pickle.dumps(model)
+    except Exception as error:
+        raise InputError(
+            f"models[{name!r}] cannot be sent to other processes ({_described(error)}): give a "
+            "clafusion.ModelFile, which is loaded there"
+        ) from error
+
+
+def _processes(count: int) -> ProcessPoolExecutor:
+    """Return so many processes, started afresh: forked ones inherit locks of running threads."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ProcessPoolExecutor(
+        count,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_limit_threads,
+        initargs=(max(1, (cores or 1) // count),),
+    )

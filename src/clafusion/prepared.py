@@ -1,0 +1,263 @@
+"""A model made ready for any number of pairs: traced, proved and profiled once, kept on disk.
+
+An entry of the cache is one safetensors file. Its name is the hash of all that its contents depend
+on, and it carries a hash of its contents: what is stale is not found, what is corrupt is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from clafusion.calibration import BatchMoments, observed_moments
+from clafusion.data import Data
+from clafusion.graph import ModelGraph
+from clafusion.output import replacing
+from clafusion.pipeline import FusionConfig, traced_to_fuse
+from clafusion.signatures import Signature, profile_graphs
+from clafusion.verification import verify_graph
+
+__all__ = [
+    "PreparedModel",
+    "data_digest",
+    "digest_of",
+    "prepare",
+    "tensors_digest",
+]
+
+_LOG = logging.getLogger("clafusion")
+
+_TRACING = threading.Lock()  # torch.export changes settings of the whole process
+
+_PROFILED_BY = ("alignment_samples", "matching_rows", "seed", "verify")
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """What every pair of a model shares.
+
+    Attributes
+    ----------
+    signature
+        Of the traced and proved model.
+    observed
+        The batches' moments for REPAIR; None where the calibration needs none.
+    num_bytes
+        Memory that the weights, the signature and the moments take.
+    from_cache
+        Whether the signature came from the disk, and with it that the model was proved.
+    """
+
+    signature: Signature
+    observed: Sequence[BatchMoments] | None
+    num_bytes: int
+    from_cache: bool
+
+
+def prepare(
+    name: str,
+    model: nn.Module,
+    data: Data,
+    example_inputs: Any,
+    config: FusionConfig,
+    *,
+    data_hash: str,
+    cache_dir: Path | None = None,
+) -> PreparedModel:
+    """Trace a model; prove and profile it, or take that from the cache.
+
+    The signature depends on the model, the data and the settings only, so that it is the same
+    whichever models are profiled together.
+
+    Parameters
+    ----------
+    name
+        What errors call the model.
+    data_hash
+        :func:`data_digest` of ``data``.
+    cache_dir
+        Where entries are kept; None for no cache on disk.
+
+    Raises
+    ------
+    InputError, UnsupportedOpError, GraphVerificationError, StructureError
+        As for :func:`clafusion.fuse`.
+    """
+    with _TRACING:
+        graph = traced_to_fuse(name, model, example_inputs, replace(config, verify=False))
+    entry = None
+    found = None
+    if cache_dir is not None:
+        key = _entry_key(graph, config, data_hash)
+        entry = cache_dir / f"{key[:40]}.safetensors"
+        found = _read_entry(entry, key, graph)
+    from_cache = found is not None
+    if found is None:
+        if config.verify:
+            verify_graph(graph, graph.example_inputs, seed=config.seed)
+        (signature,) = profile_graphs(
+            [graph],
+            data,
+            alignment_samples=config.alignment_samples,
+            matching_rows=config.matching_rows,
+            seed=config.seed,
+        )
+        observed = observed_moments(graph, data) if config.calibration == "repair" else None
+        if entry is not None:
+            _write_entry(entry, key, signature, observed)
+    else:
+        signature, observed = found
+    rows = {id(one): one for one in signature.rows.values()}.values()
+    moments = [one for batch in observed or () for pair in batch.values() for one in pair]
+    tensors = [*graph.state().values(), *signature.grams, *rows, *moments]
+    size = sum(one.numel() * one.element_size() for one in tensors)
+    return PreparedModel(signature, observed, size, from_cache)
+
+
+# --- hashes -------------------------------------------------------------------------------------
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        _add(digest, name, tensors[name])
+    return digest.hexdigest()
+
+
+def data_digest(data: Data) -> str:
+    """Return the SHA-256 of all batches, in order."""
+    digest = hashlib.sha256()
+    for batch in [data] if isinstance(data, Tensor) else data:
+        parts: Iterable[tuple[Any, Any]] = (
+            [("", batch)]
+            if isinstance(batch, Tensor)
+            else sorted(batch.items())
+            if isinstance(batch, Mapping)
+            else enumerate(batch)
+        )
+        digest.update(b"batch")
+        for name, one in parts:
+            if isinstance(one, Tensor):
+                _add(digest, str(name), one)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, tensor: Tensor) -> None:
+    values = tensor.detach().cpu().contiguous()
+    digest.update(f"{name}:{values.dtype}:{tuple(values.shape)}:".encode())
+    if values.numel():
+        digest.update(values.flatten().view(torch.uint8).numpy())
+
+
+def versions() -> dict[str, str]:
+    """Return the releases on which the bytes of a result may depend."""
+    return {"clafusion": version("clafusion"), "torch": torch.__version__}
+
+
+def _entry_key(graph: ModelGraph, config: FusionConfig, data_hash: str) -> str:
+    settings = asdict(config)
+    device = next((one.device.type for one in graph.model.parameters()), "cpu")
+    return digest_of(
+        {
+            **versions(),
+            "weights": tensors_digest(graph.state()),
+            "code": hashlib.sha256(str(graph.module.graph).encode()).hexdigest(),
+            "data": data_hash,
+            "example": tensors_digest({str(i): x for i, x in enumerate(graph.example_inputs)}),
+            "settings": {name: settings[name] for name in _PROFILED_BY},
+            "moments": config.calibration == "repair",
+            "device": device,
+        }
+    )
+
+
+# --- entries on disk ----------------------------------------------------------------------------
+
+
+def _write_entry(
+    path: Path, key: str, signature: Signature, observed: Sequence[BatchMoments] | None
+) -> None:
+    tensors = {f"gram.{i}": one for i, one in enumerate(signature.grams)}
+    names: dict[int, str] = {}
+    places = []
+    for place, one in signature.rows.items():
+        name = names.setdefault(id(one), f"rows.{len(names)}")
+        tensors[name] = one
+        places.append([*place, name])
+    if observed:
+        for node in observed[0]:  # (batches, 2, channels)
+            pairs = [torch.stack(batch[node]) for batch in observed]
+            tensors[f"moments.{node}"] = torch.stack(pairs)
+    tensors = {name: one.detach().cpu().contiguous() for name, one in tensors.items()}
+    facts = {
+        "key": key,
+        "features": list(signature.features),
+        "places": places,
+        "num_samples": signature.num_samples,
+        "num_inputs": signature.num_inputs,
+        "data_key": signature.data_key,
+        "moments": observed is not None,
+    }
+    facts["digest"] = digest_of([facts, tensors_digest(tensors)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, "cache entry") as temporary:
+        save_file(tensors, temporary, metadata={"clafusion": json.dumps(facts)})
+
+
+def _read_entry(
+    path: Path, key: str, graph: ModelGraph
+) -> tuple[Signature, list[BatchMoments] | None] | None:
+    """Return what an entry holds, or None where there is none that is whole."""
+    if not path.exists():
+        return None
+    try:
+        device = next((one.device for one in graph.model.parameters()), torch.device("cpu"))
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["clafusion"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        digest = facts.pop("digest")
+        if facts["key"] != key or digest != digest_of([facts, tensors_digest(tensors)]):
+            raise ValueError("its contents do not have the hash that it states")
+        rows = {(unit, i): tensors[name].to(device) for unit, i, name in facts["places"]}
+        signature = Signature(
+            graph,
+            tuple(tensors[f"gram.{i}"] for i in range(len(graph.units))),
+            tuple(facts["features"]),
+            rows,
+            facts["num_samples"],
+            facts["num_inputs"],
+            facts["data_key"],
+        )
+        if not facts["moments"]:
+            return signature, None
+        moments = {
+            name.removeprefix("moments."): one.to(device)
+            for name, one in tensors.items()
+            if name.startswith("moments.")
+        }
+        count = max((len(one) for one in moments.values()), default=0)
+        observed: list[BatchMoments] = [
+            {node: (one[i, 0], one[i, 1]) for node, one in moments.items()} for i in range(count)
+        ]
+    except Exception as error:  # whatever is wrong with it, it can be made again
+        _LOG.warning("cache entry %s is corrupt and is made again: %s", path, error)
+        return None
+    return signature, observed
