@@ -124,3 +124,4 @@ def test_build_info_tells_what_is_used():
     assert info["simd"] in {"avx512", "avx2", "baseline"}
     assert info["threads"] == 3
     assert info["compiler"]
+    assert bool(info["cuda_architectures"]) == bool(info["cuda_runtime"]) == info["cuda"]

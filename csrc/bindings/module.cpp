@@ -29,8 +29,7 @@ pybind11::dict build_info() {
   const bool sanitized = false;
 #endif
   return pybind11::dict("compiler"_a = compiler(), "simd"_a = clafusion::simd::level(),
-                        "threads"_a = clafusion::num_threads(), "cuda"_a = false,
-                        "sanitized"_a = sanitized);
+                        "threads"_a = clafusion::num_threads(), "sanitized"_a = sanitized);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""The only importer of the compiled module: checks, allocates the outputs, calls.
+"""The only importer of the compiled modules: checks, allocates the outputs, calls.
 
 A function here takes what Python has (arrays, tensors), makes it what the kernel needs
 (dtype, contiguity), allocates every output and returns it. The kernels neither allocate
@@ -7,9 +7,10 @@ results nor see torch.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,16 +25,31 @@ __all__ = [
     "align_layers",
     "assign",
     "build_info",
+    "cuda_devices",
     "gram",
     "hsic_all_pairs",
     "num_threads",
     "set_num_threads",
     "sinkhorn",
+    "sinkhorn_on_device",
 ]
 
 _threads = os.environ.get("CLAFUSION_NUM_THREADS", "1")
 if not (_threads.isdecimal() and int(_threads) > 0):
     raise InputError(f"CLAFUSION_NUM_THREADS must be a positive whole number; got {_threads!r}")
+
+
+def _load_cuda() -> tuple[Any, str]:
+    try:
+        return importlib.import_module("clafusion._cuda"), ""
+    except ModuleNotFoundError:
+        reason = "this build of clafusion has no CUDA kernels: install it where nvcc is found"
+    except ImportError as error:
+        reason = f"the CUDA kernels of this build do not load: {error}"
+    return None, reason
+
+
+_cuda, _no_cuda = _load_cuda()
 
 
 def build_info() -> dict[str, Any]:
@@ -43,10 +59,27 @@ def build_info() -> dict[str, Any]:
     -------
     dict
         ``compiler``; ``simd``: the instruction set chosen at run time (``"avx512"``, ``"avx2"``
-        or ``"baseline"``); ``threads``: how many a kernel may use now; ``cuda``: whether CUDA
-        kernels are built in; ``sanitized``: whether AddressSanitizer is.
+        or ``"baseline"``); ``threads``: how many a kernel may use now; ``sanitized``: whether
+        AddressSanitizer is built in; ``cuda``: whether CUDA kernels are; ``cuda_architectures``:
+        the compute capabilities there is machine code for (``"80, 90"``), others get it from the
+        driver; ``cuda_runtime``: the version of the CUDA runtime in it (``"13.0"``). Both are
+        empty without CUDA kernels.
     """
-    return _core.build_info()
+    info = _core.build_info()
+    info.update(cuda=_cuda is not None, cuda_architectures="", cuda_runtime="")
+    if _cuda is not None:
+        built = _cuda.build_info()
+        major, minor = built["runtime"] // 1000, built["runtime"] % 1000 // 10
+        info.update(cuda_architectures=built["architectures"], cuda_runtime=f"{major}.{minor}")
+    return info
+
+
+def cuda_devices() -> tuple[list[str], str]:
+    """Return the names of the GPUs that our CUDA kernels can use, and why none if none."""
+    if _cuda is None:
+        return [], _no_cuda
+    names, reason = _cuda.devices()
+    return names, reason if reason or names else "no GPU was found"
 
 
 def num_threads() -> int:
@@ -292,3 +325,113 @@ def sinkhorn(
     )
     converged_ = converged.astype(np.bool_)
     return plans, source_potentials, target_potentials, totals, errors, iterations, converged_
+
+
+CONVERGED, NOT_FINITE = 1, 2
+"""What a problem's status may be, beside 0: not converged."""
+
+
+class DeviceSinkhorn(NamedTuple):
+    """What :func:`sinkhorn_on_device` returns, all on the device; potentials as weights."""
+
+    plans: Tensor | list[Tensor]
+    source_potentials: Tensor
+    target_potentials: Tensor
+    totals: Tensor
+    errors: Tensor
+    iterations: Tensor
+    status: Tensor
+
+
+def sinkhorn_on_device(
+    costs: Sequence[Tensor],
+    source_weights: Tensor,
+    target_weights: Tensor,
+    initial_potential: Tensor | None,
+    *,
+    epsilon: float,
+    tolerance: float,
+    max_iterations: int,
+    marginal_relaxation: float,
+) -> DeviceSinkhorn:
+    """Solve a ragged batch of entropic transport problems on a GPU, on the current stream.
+
+    Weights and potentials are float64 and lie one behind the other. Plans of equal shapes share
+    one tensor, in order. Problems beyond a block's or cluster's shared memory make the host wait.
+
+    Raises
+    ------
+    InputError
+        There are no CUDA kernels, a tensor is on another device, of another type or not
+        contiguous, or the device's memory is too small.
+    RuntimeError
+        CUDA failed; the message names the kernel.
+    """
+    if _cuda is None:
+        raise InputError(f"costs are on {costs[0].device}, but {_no_cuda}; or call .cpu()")
+    device = costs[0].device
+    rows = sum(cost.size(0) for cost in costs)
+    columns = sum(cost.size(1) for cost in costs)
+    for i, cost in enumerate(costs):
+        _check_on_device(f"costs[{i}]", cost, device, torch.float32, cost.numel())
+    _check_on_device("source_weights", source_weights, device, torch.float64, rows)
+    _check_on_device("target_weights", target_weights, device, torch.float64, columns)
+    if initial_potential is not None:
+        _check_on_device("initial_potential", initial_potential, device, torch.float64, columns)
+    shapes = np.array([tuple(cost.shape) for cost in costs], dtype=np.int64)
+    count = len(costs)
+    with torch.cuda.device(device):
+        need = 4 * int(shapes.prod(1).sum())
+        try:
+            size = _cuda.sinkhorn_workspace(shapes, device.index)
+            need += size + 16 * (rows + columns)
+            plans: Tensor | list[Tensor]
+            if (shapes == shapes[0]).all():
+                plans = costs[0].new_empty((count, *costs[0].shape))
+            else:
+                plans = [torch.empty_like(cost) for cost in costs]
+            # The allocator's addresses are multiples of 512.
+            workspace = torch.empty(size, dtype=torch.uint8, device=device)
+            potentials = torch.empty_like(source_weights), torch.empty_like(target_weights)
+            totals, errors = source_weights.new_empty((2, count))
+            iterations, status = torch.empty((2, count), dtype=torch.int64, device=device)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"costs need {need / 2**30:.2f} GiB more on {device} for plans and workspace, "
+                "which are not free: solve fewer or smaller problems at a time"
+            ) from error
+        _cuda.sinkhorn(
+            shapes,
+            np.array([cost.data_ptr() for cost in costs], dtype=np.int64),
+            np.array([plan.data_ptr() for plan in plans], dtype=np.int64),
+            source_weights.data_ptr(),
+            target_weights.data_ptr(),
+            0 if initial_potential is None else initial_potential.data_ptr(),
+            potentials[0].data_ptr(),
+            potentials[1].data_ptr(),
+            totals.data_ptr(),
+            errors.data_ptr(),
+            iterations.data_ptr(),
+            status.data_ptr(),
+            epsilon,
+            tolerance,
+            max_iterations,
+            marginal_relaxation,
+            workspace.data_ptr(),
+            size,
+            device.index,
+            torch.cuda.current_stream(device).cuda_stream,
+        )
+    return DeviceSinkhorn(plans, *potentials, totals, errors, iterations, status)
+
+
+def _check_on_device(
+    name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype, size: int
+) -> None:
+    if tensor.device != device:
+        raise InputError(f"{name} is on {tensor.device} but costs[0] on {device}: move one of them")
+    if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.numel() != size:
+        raise InputError(
+            f"{name} must be contiguous, {dtype}, with {size} entries; got {tensor.dtype}, "
+            f"{tensor.numel()} entries, strides {tensor.stride()}"
+        )

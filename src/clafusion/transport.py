@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import numpy as np
 import ot
@@ -103,7 +103,7 @@ def sinkhorn(
     marginal_relaxation: float | None = None,
     initial_potential: Tensor | Sequence[Tensor] | None = None,
 ) -> TransportSolution | list[TransportSolution]:
-    r"""Solve entropic optimal transport problems on the CPU, many at once.
+    r"""Solve entropic optimal transport problems, many at once, on the CPU or a GPU.
 
     With ``a`` and ``b`` the weights and ``e = epsilon * max|C|``,
 
@@ -123,7 +123,9 @@ def sinkhorn(
     ----------
     costs
         One problem ``(num_source, num_target)``, a batch ``(count, num_source, num_target)`` or
-        a list of problems of any shapes; float32 or float64, finite, on the CPU.
+        a list of problems of any shapes; float32 or float64, finite, all on the CPU or all on one
+        CUDA device. There the work is queued on the current stream, results stay on the device,
+        and only weights, and whether problems converged, are looked at on the host.
     source_weights, target_weights
         ``(num_source,)`` and ``(num_target,)``, with the batch's dimension in front for a batch
         and a list for a list; not negative, 0 allowed, both with the same sum. Default: uniform
@@ -147,12 +149,16 @@ def sinkhorn(
     -------
     TransportSolution
         For one problem or a batch; a list of solutions for a list. Plans have the costs' dtype.
-        The same problem gives the same bytes in any batch and on any number of threads.
+        The same problem gives the same bytes in any batch and on any number of threads; on a GPU
+        others than on the CPU, with plans that both meet the tolerance.
 
     Raises
     ------
     InputError
-        An argument is not as said above, or the plans would not fit into memory.
+        An argument is not as said above, the plans would not fit into memory, or tensors are on
+        a GPU and this build has no CUDA kernels.
+    RuntimeError
+        CUDA failed; the message names the kernel.
 
     Warns
     -----
@@ -177,9 +183,11 @@ def sinkhorn(
             if not isinstance(cost, Tensor) or cost.ndim != 2:
                 raise InputError(f"costs[{i}] must be a tensor (num_source, num_target)")
             _check_cost(cost, f"costs[{i}]")
-    _check_memory(problems)
     if not problems:
         return []
+    on_cpu = _common_device(problems).type == "cpu"
+    if on_cpu:
+        _check_memory(problems)
     counts = [tuple(cost.shape) for cost in problems]
     sources = _weights(source_weights, "source_weights", [n for n, _ in counts], single, batched)
     targets = _weights(target_weights, "target_weights", [m for _, m in counts], single, batched)
@@ -197,53 +205,114 @@ def sinkhorn(
                 "initial_potential must be finite where the target weight is positive; "
                 "leave it out to start afresh"
             )
-    with np.errstate(over="ignore"):  # the kernel refuses what became infinite
-        arrays = [np.ascontiguousarray(cost.detach().numpy(), np.float32) for cost in problems]
-    try:
-        plans, f, g, totals, errors, iterations, converged = _native.sinkhorn(
-            arrays,
-            np.concatenate(sources),
-            np.concatenate(targets),
-            start,
-            epsilon=epsilon,
-            tolerance=tolerance,
-            max_iterations=max_iterations,
-            marginal_relaxation=math.inf if marginal_relaxation is None else marginal_relaxation,
-        )
-    except ValueError as error:  # looking at every cost beforehand would take as long again
-        for i, cost in enumerate(problems):
-            if not _finite(cost):
-                name = "costs" if single else f"costs[{i}]"
-                raise InputError(_not_finite(name, cost)) from error
-        raise
-    advice = _advise(converged, errors, tolerance, max_iterations)
+    found = (_solve_on_cpu if on_cpu else _solve_on_gpu)(
+        problems,
+        np.concatenate(sources),
+        np.concatenate(targets),
+        start,
+        epsilon=epsilon,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        marginal_relaxation=math.inf if marginal_relaxation is None else marginal_relaxation,
+    )
+    if found is None:  # looking at every cost beforehand would take as long again
+        i = next(i for i, cost in enumerate(problems) if not _finite(cost))
+        raise InputError(_not_finite("costs" if single else f"costs[{i}]", problems[i]))
+    converged = found.converged.cpu().numpy()
+    status = "converged"
+    if not converged.all():
+        errors = found.marginal_errors.cpu().numpy()
+        status = _advise(converged, errors, tolerance, max_iterations)
     dtypes = [cost.dtype for cost in problems]
 
     def solution(index: Any, plan: Tensor, f: Tensor, g: Tensor) -> TransportSolution:
-        done = torch.from_numpy(converged)[index]
         return TransportSolution(
             plan=plan,
             source_potential=f,
             target_potential=g,
-            cost=torch.from_numpy(totals)[index],
-            marginal_error=torch.from_numpy(errors)[index],
-            iterations=torch.from_numpy(iterations)[index],
-            converged=done,
-            status="converged" if bool(done.all()) else advice,
+            cost=found.costs[index],
+            marginal_error=found.marginal_errors[index],
+            iterations=found.iterations[index],
+            converged=found.converged[index],
+            status="converged" if bool(converged[index].all()) else status,
         )
 
-    if isinstance(costs, Tensor) and not single:
-        plan = torch.from_numpy(plans[0].base).to(costs.dtype)
+    f, g = found.source_potentials, found.target_potentials
+    if isinstance(found.plans, Tensor) and isinstance(costs, Tensor) and not single:
         count = len(problems)
-        f_batch, g_batch = torch.from_numpy(f), torch.from_numpy(g)
-        return solution(slice(None), plan, f_batch.view(count, -1), g_batch.view(count, -1))
-    f_parts = torch.from_numpy(f).split([n for n, _ in counts])
-    g_parts = torch.from_numpy(g).split([m for _, m in counts])
+        plan = found.plans.to(costs.dtype)
+        return solution(slice(None), plan, f.view(count, -1), g.view(count, -1))
+    f_parts, g_parts = f.split([n for n, _ in counts]), g.split([m for _, m in counts])
     solutions = [
-        solution(i, torch.from_numpy(plans[i]).to(dtypes[i]), f_parts[i], g_parts[i])
+        solution(i, found.plans[i].to(dtypes[i]), f_parts[i], g_parts[i])
         for i in range(len(problems))
     ]
     return solutions[0] if single else solutions
+
+
+class _Found(NamedTuple):
+    """Solutions, where they were found: plans of one shape in one tensor, potentials in a row."""
+
+    plans: Tensor | list[Tensor]
+    source_potentials: Tensor
+    target_potentials: Tensor
+    costs: Tensor
+    marginal_errors: Tensor
+    iterations: Tensor
+    converged: Tensor
+
+
+def _solve_on_cpu(
+    costs: list[Tensor],
+    sources: NDArray[np.float64],
+    targets: NDArray[np.float64],
+    start: NDArray[np.float64] | None,
+    **settings: Any,
+) -> _Found | None:
+    """Solve, or return None where a cost is not finite in float32."""
+    with np.errstate(over="ignore"):  # the kernel refuses what became infinite
+        arrays = [np.ascontiguousarray(cost.detach().numpy(), np.float32) for cost in costs]
+    try:
+        plans, *others = _native.sinkhorn(arrays, sources, targets, start, **settings)
+    except ValueError:
+        if all(_finite(cost) for cost in costs):
+            raise
+        return None
+    base = plans[0].base
+    whole = [torch.from_numpy(plan) for plan in plans] if base is None else torch.from_numpy(base)
+    return _Found(whole, *(torch.from_numpy(one) for one in others))
+
+
+def _solve_on_gpu(
+    costs: list[Tensor],
+    sources: NDArray[np.float64],
+    targets: NDArray[np.float64],
+    start: NDArray[np.float64] | None,
+    **settings: Any,
+) -> _Found | None:
+    """Solve, or return None where a cost is not finite in float32."""
+    device = costs[0].device
+    plans, f, g, totals, errors, iterations, status = _native.sinkhorn_on_device(
+        [cost.detach().to(torch.float32).contiguous() for cost in costs],
+        torch.from_numpy(sources).to(device),
+        torch.from_numpy(targets).to(device),
+        None if start is None else torch.from_numpy(start).to(device),
+        **settings,
+    )
+    if bool((status == _native.NOT_FINITE).any()):
+        return None
+    return _Found(plans, f, g, totals, errors, iterations, status == _native.CONVERGED)
+
+
+def _common_device(costs: Sequence[Tensor]) -> torch.device:
+    device = costs[0].device
+    for i, cost in enumerate(costs):
+        if cost.device != device:
+            raise InputError(
+                f"costs must be on one device; costs[0] is on {device} but costs[{i}] on "
+                f"{cost.device}: move them with .to(device)"
+            )
+    return device
 
 
 def solve_transport(
@@ -478,8 +547,10 @@ def _listed(values: object, name: str) -> list[Tensor]:
 def _check_cost(cost: Tensor, name: str, *, any_device: bool = False) -> None:
     if cost.dtype not in (torch.float32, torch.float64):
         raise InputError(f"{name} must be float32 or float64; got {cost.dtype}: call .float()")
-    if cost.device.type != "cpu" and not any_device:
-        raise InputError(f"{name} must be on the CPU; got {cost.device}: call .cpu()")
+    if cost.device.type not in ("cpu", "cuda") and not any_device:
+        raise InputError(
+            f"{name} must be on the CPU or a CUDA device; got {cost.device}: call .cpu()"
+        )
     if cost.numel() == 0:
         raise InputError(
             f"{name} must have at least one source and one target; got shape {tuple(cost.shape)}"
@@ -504,6 +575,8 @@ def _finite(cost: Tensor) -> bool:
     By NumPy: torch's threads wait for each other at every call, on a busy machine for longer than
     the work takes.
     """
+    if cost.device.type != "cpu":
+        return bool(torch.isfinite(cost.detach().float()).all())
     array = cost.detach().numpy()
     limit = np.finfo(np.float32).max
     return bool(-limit <= array.min() and array.max() <= limit)  # false for NaN

@@ -1,0 +1,220 @@
+// The CUDA kernels of Sinkhorn's iteration: teams made of threads, around the inner loops.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include "sinkhorn_resident.hpp"
+#include "sinkhorn_stream.hpp"
+
+namespace clafusion::kernels {
+
+inline constexpr unsigned kFull = 0xffffffffu;
+inline constexpr int kMostValues = 4;  // put together at once
+inline constexpr int kMostWarps = 32;
+inline constexpr int kScratchDoubles = 2 * kMostValues * kMostWarps;
+
+struct Sum {
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+
+struct Max {
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
+};
+
+// Each step pairs numbers the same way on both sides, so that all lanes end with the same bits.
+template <class T, int N, class Combine>
+__device__ __forceinline__ void combine_in_warp(T (&values)[N], const Combine& combine) {
+  CLAFUSION_UNROLL
+  for (int distance = 16; distance > 0; distance /= 2) {
+    CLAFUSION_UNROLL
+    for (int k = 0; k < N; ++k) {
+      values[k] = combine(values[k], __shfl_xor_sync(kFull, values[k], distance));
+    }
+  }
+}
+
+struct WarpLanes {
+  __device__ int rank() const { return static_cast<int>(threadIdx.x) % 32; }
+  __device__ int size() const { return 32; }
+  template <class T, int N>
+  __device__ void sum(T (&values)[N]) {
+    combine_in_warp(values, Sum{});
+  }
+  template <class T, int N>
+  __device__ void max(T (&values)[N]) {
+    combine_in_warp(values, Max{});
+  }
+};
+
+// All threads of the block.
+class BlockTeam {
+ public:
+  __device__ explicit BlockTeam(double* scratch) : scratch_(scratch) {}
+  __device__ int rank() const { return static_cast<int>(threadIdx.x); }
+  __device__ int size() const { return static_cast<int>(blockDim.x); }
+  __device__ void barrier() const { __syncthreads(); }
+  template <class T, int N>
+  __device__ void sum(T (&values)[N]) {
+    combine(values, Sum{});
+  }
+  template <class T, int N>
+  __device__ void max(T (&values)[N]) {
+    combine(values, Max{});
+  }
+
+ private:
+  // Two buffers in turns: who writes one has seen all threads leave it, at the barrier between.
+  template <class T, int N, class Combine>
+  __device__ void combine(T (&values)[N], const Combine& combine) {
+    static_assert(N <= kMostValues);
+    combine_in_warp(values, combine);
+    T* const buffer = reinterpret_cast<T*>(scratch_ + turn_ * kMostValues * kMostWarps);
+    turn_ ^= 1;
+    const int warp = rank() / 32;
+    if (rank() % 32 == 0) {
+      CLAFUSION_UNROLL
+      for (int k = 0; k < N; ++k) buffer[k * kMostWarps + warp] = values[k];
+    }
+    __syncthreads();
+    const int warps = size() / 32;
+    CLAFUSION_UNROLL
+    for (int k = 0; k < N; ++k) {
+      T result = buffer[k * kMostWarps];
+      for (int w = 1; w < warps; ++w) result = combine(result, buffer[k * kMostWarps + w]);
+      values[k] = result;
+    }
+  }
+
+  double* scratch_;
+  int turn_ = 0;
+};
+
+// A block whose warps take a row each, and, with others, a cluster.
+class ResidentTeam : public BlockTeam {
+ public:
+  __device__ ResidentTeam(double* scratch, int peers)
+      : BlockTeam(scratch), peers_(peers), peer_(static_cast<int>(blockIdx.x) % peers) {}
+  __device__ int group() const { return rank() / 32; }
+  __device__ int groups() const { return size() / 32; }
+  __device__ WarpLanes& lanes() { return lanes_; }
+  __device__ int peer() const { return peer_; }
+  __device__ int peers() const { return peers_; }
+  __device__ void exchange() const {
+#if __CUDA_ARCH__ >= 900
+    if (peers_ > 1) {
+      cooperative_groups::this_cluster().sync();
+      return;
+    }
+#endif
+    __syncthreads();
+  }
+  template <class T>
+  __device__ T* at_peer(T* pointer, int peer) const {
+#if __CUDA_ARCH__ >= 900
+    if (peers_ > 1) return cooperative_groups::this_cluster().map_shared_rank(pointer, peer);
+#endif
+    return pointer;
+  }
+
+ private:
+  WarpLanes lanes_;
+  int peers_, peer_;
+};
+
+// A block all of whose threads share each row.
+class StreamTeam : public BlockTeam {
+ public:
+  using BlockTeam::BlockTeam;
+  __device__ StreamTeam& lanes() { return *this; }
+};
+
+// Blocks `peers` apart solve a problem together; a cluster's blocks have numbers in a row.
+template <int kRows, int kColumns>
+__global__ void __launch_bounds__(512)
+    sinkhorn_resident(const SinkhornTask* tasks, SinkhornLimits limits, int peers) {
+  extern __shared__ double memory[];
+  __shared__ double scratch[kScratchDoubles];
+  ResidentTeam team(scratch, peers);
+  block::solve_resident<kRows, kColumns>(team, tasks[static_cast<int>(blockIdx.x) / peers], limits,
+                                         memory);
+}
+
+// A problem of the streaming kernels.
+struct StreamTask {
+  SinkhornTask task;
+  void* memory;
+};
+
+__device__ inline block::StreamMemory memory_of(const StreamTask& one) {
+  return block::lay_out_stream(one.memory, one.task.num_source, one.task.num_target);
+}
+
+// In the kernels below `parts` is the largest number of stripes or tiles of a problem.
+__global__ void sinkhorn_look(const StreamTask* tasks, int parts) {
+  __shared__ double scratch[kScratchDoubles];
+  StreamTeam team(scratch);
+  const StreamTask& one = tasks[static_cast<int>(blockIdx.x) / parts];
+  const int stripe = static_cast<int>(blockIdx.x) % parts;
+  if (stripe >= block::num_stripes(one.task.num_source)) return;
+  block::stream_look(team, one.task, memory_of(one), stripe);
+}
+
+__global__ void sinkhorn_start(const StreamTask* tasks, SinkhornLimits limits, int* pending) {
+  __shared__ double scratch[kScratchDoubles];
+  StreamTeam team(scratch);
+  const StreamTask& one = tasks[blockIdx.x];
+  const bool done = block::stream_start(team, one.task, limits, memory_of(one));
+  if (done && team.rank() == 0) atomicSub(pending, 1);
+}
+
+template <int kRows, int kColumns, bool kWide>
+__global__ void __launch_bounds__(512, 2) sinkhorn_stripe(const StreamTask* tasks, int parts) {
+  __shared__ double scratch[kScratchDoubles];
+  StreamTeam team(scratch);
+  const StreamTask& one = tasks[static_cast<int>(blockIdx.x) / parts];
+  const int stripe = static_cast<int>(blockIdx.x) % parts;
+  if (stripe >= block::num_stripes(one.task.num_source)) return;
+  block::stream_stripe<kRows, kColumns, kWide>(team, one.task, memory_of(one), stripe);
+}
+
+__global__ void __launch_bounds__(256) sinkhorn_tile(const StreamTask* tasks, int parts) {
+  __shared__ double scratch[kScratchDoubles];
+  __shared__ float columns[256];
+  StreamTeam team(scratch);
+  const StreamTask& one = tasks[static_cast<int>(blockIdx.x) / parts];
+  const int tile = static_cast<int>(blockIdx.x) % parts;
+  if (tile >= block::num_tiles(one.task.num_target)) return;
+  block::stream_tile(team, one.task, memory_of(one), tile, columns);
+}
+
+__global__ void sinkhorn_judge(const StreamTask* tasks, SinkhornLimits limits, int* pending) {
+  __shared__ double scratch[kScratchDoubles];
+  StreamTeam team(scratch);
+  const StreamTask& one = tasks[blockIdx.x];
+  const bool done = block::stream_judge(team, one.task, limits, memory_of(one));
+  if (done && team.rank() == 0) atomicSub(pending, 1);
+}
+
+__global__ void sinkhorn_write(const StreamTask* tasks, SinkhornLimits limits, int parts) {
+  __shared__ double scratch[kScratchDoubles];
+  StreamTeam team(scratch);
+  const StreamTask& one = tasks[static_cast<int>(blockIdx.x) / parts];
+  const int stripe = static_cast<int>(blockIdx.x) % parts;
+  if (stripe >= block::num_stripes(one.task.num_source)) return;
+  block::stream_write(team, one.task, limits, memory_of(one), stripe);
+}
+
+__global__ void sinkhorn_finish(const StreamTask* tasks) {
+  __shared__ double scratch[kScratchDoubles];
+  StreamTeam team(scratch);
+  const StreamTask& one = tasks[blockIdx.x];
+  block::stream_finish(team, one.task, memory_of(one));
+}
+
+}  // namespace clafusion::kernels
