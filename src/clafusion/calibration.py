@@ -24,6 +24,7 @@ __all__ = ["BatchMoments", "observed_moments", "repair", "reset_batchnorm"]
 BatchMoments = Mapping[str, tuple[Tensor, Tensor]]
 """Each site's node -> its channels' means and standard deviations on one batch, in float64."""
 
+_IN_CACHE = 1 << 17  # float32 numbers that a core keeps close
 _LARGEST_FACTOR = 1e3  # a channel that is all but constant carries nothing to restore
 
 
@@ -87,8 +88,14 @@ def _moments(value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         flat = value.flatten(2)
         count = flat.size(0) * flat.size(2)
         mean = flat.sum(2).double().sum(0) / count
-        off = torch.linalg.vector_norm(flat - mean.float()[:, None], dim=2)
-        return mean, (off.double().square().sum(0) / count).sqrt()
+        centre = mean.float()[:, None]
+        images = flat.split(max(_IN_CACHE // flat[0].numel(), 1))
+        scratch = torch.empty_like(images[0])
+        squares = torch.zeros_like(mean)
+        for some in images:
+            off = torch.sub(some, centre, out=scratch[: len(some)])
+            squares += torch.linalg.vector_norm(off, dim=2).double().square().sum(0)
+        return mean, (squares / count).sqrt()
     flat = value.movedim(axis, -1).reshape(-1, value.size(axis)).double()
     mean = flat.mean(0)
     return mean, _deviation(mean, flat.square().mean(0))
@@ -202,7 +209,9 @@ def repair(
                     measured, goal(node.name, of_deep, of_shallow), site.bias is not None
                 )
                 shape = [-1 if axis == site.axis else 1 for axis in range(value.dim())]
-                return value * scale.to(value).view(shape) + shift.to(value).view(shape)
+                # In place: a site's output is the layer's own, and new memory takes longer to get
+                # than to fill.
+                return value.mul_(scale.to(value).view(shape)).add_(shift.to(value).view(shape))
 
             deep.run(inputs, state=fused, replace=correct)
             seen += inputs[0].size(0)

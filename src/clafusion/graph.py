@@ -295,6 +295,13 @@ class ModelGraph:
             found.setdefault(use.parameter, []).append(use)
         return {name: tuple(uses) for name, uses in found.items()}
 
+    @cached_property
+    def outputs(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shape without the batch axis, and type, of every output."""
+        with torch.no_grad():
+            found = flatten_tensors(list(self.run(self.example_inputs)))
+            return tuple((tuple(one.shape[1:]), one.dtype) for one in found)
+
     def operand_names(self, node: fx.Node) -> dict[str, str]:
         """Return a node's operands that are state entries: operand name -> state name."""
         inputs = (one for one in self.module.graph.nodes if one.op == "placeholder")
