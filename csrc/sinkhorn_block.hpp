@@ -14,8 +14,9 @@
 //   group(), groups(), lanes()                          threads that share a row
 //   peer(), peers(), exchange(), at_peer(pointer, peer) teams that share a problem; exchange() waits
 //                                                       for all, at_peer() finds another's memory
-// lanes() offers rank(), size(), sum(array), max(array). All results are the same on all threads that
-// take part, and come about in a fixed order.
+// lanes() offers rank(), size(), sum(array), max(array), and meet(): what a lane has read before, another
+// may then overwrite. All results are the same on all threads that take part, and come about in
+// a fixed order.
 #pragma once
 
 #include <cmath>
@@ -121,6 +122,35 @@ struct Columns {
   int count;
 };
 
+struct RowState {
+  float source;
+  float u;
+};
+
+// The row update in the log domain, for one row.
+template <class Lanes>
+CLAFUSION_TEAM RowState row_afresh(Lanes& lanes, const float* cost, const Columns& columns,
+                                   const RowUpdate& update, float weight) {
+  float top[1] = {-infinity()};
+  for (int j = lanes.rank(); j < columns.count; j += lanes.size()) {
+    if (!(columns.v[j] > 0.0f)) continue;
+    const float x = multiply_add(-update.scale, cost[j], columns.target[j]);
+    top[0] = x > top[0] ? x : top[0];
+  }
+  lanes.max(top);
+  const float source = -top[0];
+  float sum[1] = {0.0f};
+  for (int j = lanes.rank(); j < columns.count; j += lanes.size()) {
+    const float v = columns.v[j];
+    if (v > 0.0f) sum[0] += entry(cost[j], update.scale, source, columns.target[j]) * v;
+  }
+  lanes.sum(sum);
+  // Where u would be no number to work with, it becomes part of the potential.
+  const float log = log_goal(weight, sum[0], source, update.exponent);
+  if (!(std::fabs(log) < 100.0f)) return {source + log, 1.0f};
+  return {source, goal(weight, sum[0], source, update.exponent)};
+}
+
 // Updates u for up to kRows rows that lie one behind the other, and adds u_i times their entries to
 // the columns' sums: to `kept`, where lane l's k-th number is column k * lanes + l's, or, if kWide
 // (more columns than that holds), to `sums`. Returns the mass that the plain update would still
@@ -133,7 +163,7 @@ CLAFUSION_TEAM float scale_rows(Lanes& lanes, const float* cost, int rows, const
   const int step = width * kColumns;
   float w[kRows][kColumns];
   float dot[kRows] = {};
-  // What lane 0 writes below is read here: before the lanes meet in a sum.
+  // What lane 0 writes below is read here, before the lanes meet.
   float shift[kRows];
   float factor[kRows];
   CLAFUSION_UNROLL
@@ -171,68 +201,50 @@ CLAFUSION_TEAM float scale_rows(Lanes& lanes, const float* cost, int rows, const
   }
 
   float moved = 0.0f;
+  unsigned afresh = 0;  // a bit for each row whose sum is no number to work with
   CLAFUSION_UNROLL
   for (int r = 0; r < kRows; ++r) {
     const float weight = r < rows ? weights[r] : 0.0f;
     const float before = factor[r];
     factor[r] = 0.0f;
-    if (weight > 0.0f) {
-      const float fresh = update.afresh ? 0.0f : goal(weight, dot[r], shift[r], update.exponent);
-      if (within(dot[r], kLeastDot, kLargestDot) && within(fresh, kLeastFactor, kMostFactor)) {
-        factor[r] = fresh;
-        if (update.omega != 1.0f) {
-          // By the ratio: its logarithm is small near the solution, so that nothing is lost.
-          factor[r] = before * exp2_of(update.omega * log2_of(fresh / before));
-          moved += dot[r] * std::fabs(factor[r] - fresh);
-        }
-      } else {
-        const float* row = cost + static_cast<std::int64_t>(r) * columns.count;
-        float top[1] = {-infinity()};
-        for (int j = lanes.rank(); j < columns.count; j += width) {
-          if (!(columns.v[j] > 0.0f)) continue;
-          const float x = multiply_add(-update.scale, row[j], columns.target[j]);
-          top[0] = x > top[0] ? x : top[0];
-        }
-        lanes.max(top);
-        shift[r] = -top[0];
-        // The second round, where u would be no number to work with: it becomes part of the potential.
-        for (int round = 0; round < 2; ++round) {
-          float sum[1] = {0.0f};
-          for (int first = 0; first < columns.count; first += step) {
-            CLAFUSION_UNROLL
-            for (int c = 0; c < kColumns; ++c) {
-              const int j = first + c * width + lanes.rank();
-              const float v = j < columns.count ? columns.v[j] : 0.0f;
-              w[r][c] = v > 0.0f
-                            ? entry(row[j], update.scale, shift[r], columns.target[j]) * v
-                            : 0.0f;
-              sum[0] += w[r][c];
-            }
-            if constexpr (!kWide) break;
-          }
-          factor[r] = 1.0f;
-          if (round == 1) break;
-          lanes.sum(sum);
-          const float log = log_goal(weight, sum[0], shift[r], update.exponent);
-          if (std::fabs(log) < 100.0f) {
-            factor[r] = goal(weight, sum[0], shift[r], update.exponent);
-            break;
-          }
-          shift[r] += log;
-        }
-        if (lanes.rank() == 0) source[r] = shift[r];
+    if (!(weight > 0.0f)) continue;
+    const float fresh = update.afresh ? 0.0f : goal(weight, dot[r], shift[r], update.exponent);
+    if (within(dot[r], kLeastDot, kLargestDot) && within(fresh, kLeastFactor, kMostFactor)) {
+      factor[r] = fresh;
+      if (update.omega != 1.0f) {
+        // By the ratio: its logarithm is small near the solution, so that nothing is lost.
+        factor[r] = before * exp2_of(update.omega * log2_of(fresh / before));
+        moved += dot[r] * std::fabs(factor[r] - fresh);
       }
+    } else {
+      afresh |= 1u << r;
     }
   }
+  const bool refill = kWide || afresh != 0;
+  for (int r = 0; afresh != 0; ++r, afresh >>= 1) {
+    if ((afresh & 1u) == 0) continue;
+    const RowState found = row_afresh(lanes, cost + static_cast<std::int64_t>(r) * columns.count,
+                                      columns, update, weights[r]);
+    CLAFUSION_UNROLL
+    for (int q = 0; q < kRows; ++q) {  // registers have no index
+      if (q != r) continue;
+      shift[q] = found.source;
+      factor[q] = found.u;
+    }
+  }
+
+  lanes.meet();
   if (lanes.rank() == 0) {
     CLAFUSION_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      if (r < rows) u[r] = factor[r];
+      if (r >= rows) break;
+      source[r] = shift[r];
+      u[r] = factor[r];
     }
   }
 
   for (int first = 0; first < columns.count; first += step) {
-    if constexpr (kWide) fill_all(first);
+    if (refill) fill_all(first);
     CLAFUSION_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       float mass = 0.0f;

@@ -11,14 +11,12 @@
 namespace clafusion {
 namespace {
 
+using kernels::kSmallBlock;
 using kernels::StreamTask;
 
 // Iterations between two looks at whether all problems are done.
 constexpr int kRounds = 16;
 constexpr std::int64_t kAlignment = 256;
-constexpr int kSmallBlock = 256;  // of the kernels that do little
-constexpr int kStreamRows = 4;    // rows that wait in registers, and their columns a thread
-constexpr int kStreamColumns = 8;
 
 using ResidentKernel = void (*)(const SinkhornTask*, SinkhornLimits, int);
 
@@ -30,6 +28,16 @@ ResidentKernel resident_kernel(int columns) {
     case 16: return kernels::sinkhorn_resident<2, 16>;
     default: return kernels::sinkhorn_resident<1, 32>;
   }
+}
+
+using StripeKernel = void (*)(const StreamTask*, int);
+
+StripeKernel stripe_kernel(const SinkhornLaunch& launch) {
+  constexpr int kColumns = kStreamColumns;
+  if (launch.columns == 0) return kernels::sinkhorn_stripe<kStreamThreads, 2, kColumns, true>;
+  return launch.threads == kFewStreamThreads
+             ? kernels::sinkhorn_stripe<kFewStreamThreads, 2, kColumns, false>
+             : kernels::sinkhorn_stripe<kStreamThreads, 2, kColumns, false>;
 }
 
 std::int64_t aligned(std::int64_t bytes) {
@@ -101,11 +109,7 @@ struct Stream {
 
 void iterate_once(const Stream& one, const SinkhornLimits& limits, int* pending,
                   cudaStream_t stream) {
-  const bool wide = one.group.launch.columns == 0;
-  const auto stripe_kernel = wide ? kernels::sinkhorn_stripe<kStreamRows, kStreamColumns, true>
-                                  : kernels::sinkhorn_stripe<kStreamRows, kStreamColumns, false>;
-  cuda::launch("sinkhorn_stripe", stripe_kernel,
-               {one.group.count * one.stripes, one.group.launch.threads}, stream, one.tasks,
+  cuda::launch("sinkhorn_stripe", stripe_kernel(one.group.launch), {one.group.count * one.stripes, one.group.launch.threads}, stream, one.tasks,
                one.stripes);
   cuda::launch("sinkhorn_tile", kernels::sinkhorn_tile,
                {one.group.count * one.tiles, kSmallBlock}, stream, one.tasks, one.tiles);

@@ -11,6 +11,7 @@ namespace clafusion::kernels {
 inline constexpr unsigned kFull = 0xffffffffu;
 inline constexpr int kMostValues = 4;  // put together at once
 inline constexpr int kMostWarps = 32;
+inline constexpr int kSmallBlock = 256;  // threads of the kernels that do little
 inline constexpr int kScratchDoubles = 2 * kMostValues * kMostWarps;
 
 struct Sum {
@@ -18,6 +19,7 @@ struct Sum {
   __device__ T operator()(T a, T b) const {
     return a + b;
   }
+  __device__ float neutral() const { return 0.0f; }
 };
 
 struct Max {
@@ -25,6 +27,7 @@ struct Max {
   __device__ T operator()(T a, T b) const {
     return a > b ? a : b;
   }
+  __device__ float neutral() const { return -block::infinity(); }
 };
 
 // Each step pairs numbers the same way on both sides, so that all lanes end with the same bits.
@@ -50,14 +53,16 @@ struct WarpLanes {
   __device__ void max(T (&values)[N]) {
     combine_in_warp(values, Max{});
   }
+  __device__ void meet() const { __syncwarp(); }
 };
 
-// All threads of the block.
+// All threads of the block. Known beforehand, their number makes addresses constant offsets.
+template <int kThreads = 0>
 class BlockTeam {
  public:
   __device__ explicit BlockTeam(double* scratch) : scratch_(scratch) {}
   __device__ int rank() const { return static_cast<int>(threadIdx.x); }
-  __device__ int size() const { return static_cast<int>(blockDim.x); }
+  __device__ int size() const { return kThreads > 0 ? kThreads : static_cast<int>(blockDim.x); }
   __device__ void barrier() const { __syncthreads(); }
   template <class T, int N>
   __device__ void sum(T (&values)[N]) {
@@ -82,13 +87,13 @@ class BlockTeam {
       for (int k = 0; k < N; ++k) buffer[k * kMostWarps + warp] = values[k];
     }
     __syncthreads();
-    const int warps = size() / 32;
+    const int lane = rank() % 32;
     CLAFUSION_UNROLL
     for (int k = 0; k < N; ++k) {
-      T result = buffer[k * kMostWarps];
-      for (int w = 1; w < warps; ++w) result = combine(result, buffer[k * kMostWarps + w]);
-      values[k] = result;
+      values[k] = lane < size() / 32 ? buffer[k * kMostWarps + lane]
+                                     : static_cast<T>(combine.neutral());
     }
+    combine_in_warp(values, combine);
   }
 
   double* scratch_;
@@ -96,7 +101,7 @@ class BlockTeam {
 };
 
 // A block whose warps take a row each, and, with others, a cluster.
-class ResidentTeam : public BlockTeam {
+class ResidentTeam : public BlockTeam<> {
  public:
   __device__ ResidentTeam(double* scratch, int peers)
       : BlockTeam(scratch), peers_(peers), peer_(static_cast<int>(blockIdx.x) % peers) {}
@@ -128,10 +133,12 @@ class ResidentTeam : public BlockTeam {
 };
 
 // A block all of whose threads share each row.
-class StreamTeam : public BlockTeam {
+template <int kThreads>
+class StreamTeam : public BlockTeam<kThreads> {
  public:
-  using BlockTeam::BlockTeam;
+  using BlockTeam<kThreads>::BlockTeam;
   __device__ StreamTeam& lanes() { return *this; }
+  __device__ void meet() const {}  // its sums have barriers
 };
 
 // Blocks `peers` apart solve a problem together; a cluster's blocks have numbers in a row.
@@ -156,63 +163,70 @@ __device__ inline block::StreamMemory memory_of(const StreamTask& one) {
 }
 
 // In the kernels below `parts` is the largest number of stripes or tiles of a problem.
-__global__ void sinkhorn_look(const StreamTask* tasks, int parts) {
+__global__ void __launch_bounds__(kSmallBlock)
+    sinkhorn_look(const StreamTask* tasks, int parts) {
   __shared__ double scratch[kScratchDoubles];
-  StreamTeam team(scratch);
+  StreamTeam<kSmallBlock> team(scratch);
   const StreamTask& one = tasks[static_cast<int>(blockIdx.x) / parts];
   const int stripe = static_cast<int>(blockIdx.x) % parts;
   if (stripe >= block::num_stripes(one.task.num_source)) return;
   block::stream_look(team, one.task, memory_of(one), stripe);
 }
 
-__global__ void sinkhorn_start(const StreamTask* tasks, SinkhornLimits limits, int* pending) {
+__global__ void __launch_bounds__(kSmallBlock)
+    sinkhorn_start(const StreamTask* tasks, SinkhornLimits limits, int* pending) {
   __shared__ double scratch[kScratchDoubles];
-  StreamTeam team(scratch);
+  StreamTeam<kSmallBlock> team(scratch);
   const StreamTask& one = tasks[blockIdx.x];
   const bool done = block::stream_start(team, one.task, limits, memory_of(one));
   if (done && team.rank() == 0) atomicSub(pending, 1);
 }
 
-template <int kRows, int kColumns, bool kWide>
-__global__ void __launch_bounds__(512, 2) sinkhorn_stripe(const StreamTask* tasks, int parts) {
+template <int kThreads, int kRows, int kColumns, bool kWide>
+__global__ void __launch_bounds__(kThreads, 1024 / kThreads)
+    sinkhorn_stripe(const StreamTask* tasks, int parts) {
   __shared__ double scratch[kScratchDoubles];
-  StreamTeam team(scratch);
+  StreamTeam<kThreads> team(scratch);
   const StreamTask& one = tasks[static_cast<int>(blockIdx.x) / parts];
   const int stripe = static_cast<int>(blockIdx.x) % parts;
   if (stripe >= block::num_stripes(one.task.num_source)) return;
   block::stream_stripe<kRows, kColumns, kWide>(team, one.task, memory_of(one), stripe);
 }
 
-__global__ void __launch_bounds__(256) sinkhorn_tile(const StreamTask* tasks, int parts) {
+__global__ void __launch_bounds__(kSmallBlock)
+    sinkhorn_tile(const StreamTask* tasks, int parts) {
   __shared__ double scratch[kScratchDoubles];
-  __shared__ float columns[256];
-  StreamTeam team(scratch);
+  __shared__ float columns[kSmallBlock];
+  StreamTeam<kSmallBlock> team(scratch);
   const StreamTask& one = tasks[static_cast<int>(blockIdx.x) / parts];
   const int tile = static_cast<int>(blockIdx.x) % parts;
   if (tile >= block::num_tiles(one.task.num_target)) return;
   block::stream_tile(team, one.task, memory_of(one), tile, columns);
 }
 
-__global__ void sinkhorn_judge(const StreamTask* tasks, SinkhornLimits limits, int* pending) {
+__global__ void __launch_bounds__(kSmallBlock)
+    sinkhorn_judge(const StreamTask* tasks, SinkhornLimits limits, int* pending) {
   __shared__ double scratch[kScratchDoubles];
-  StreamTeam team(scratch);
+  StreamTeam<kSmallBlock> team(scratch);
   const StreamTask& one = tasks[blockIdx.x];
   const bool done = block::stream_judge(team, one.task, limits, memory_of(one));
   if (done && team.rank() == 0) atomicSub(pending, 1);
 }
 
-__global__ void sinkhorn_write(const StreamTask* tasks, SinkhornLimits limits, int parts) {
+__global__ void __launch_bounds__(kSmallBlock)
+    sinkhorn_write(const StreamTask* tasks, SinkhornLimits limits, int parts) {
   __shared__ double scratch[kScratchDoubles];
-  StreamTeam team(scratch);
+  StreamTeam<kSmallBlock> team(scratch);
   const StreamTask& one = tasks[static_cast<int>(blockIdx.x) / parts];
   const int stripe = static_cast<int>(blockIdx.x) % parts;
   if (stripe >= block::num_stripes(one.task.num_source)) return;
   block::stream_write(team, one.task, limits, memory_of(one), stripe);
 }
 
-__global__ void sinkhorn_finish(const StreamTask* tasks) {
+__global__ void __launch_bounds__(kSmallBlock)
+    sinkhorn_finish(const StreamTask* tasks) {
   __shared__ double scratch[kScratchDoubles];
-  StreamTeam team(scratch);
+  StreamTeam<kSmallBlock> team(scratch);
   const StreamTask& one = tasks[blockIdx.x];
   block::stream_finish(team, one.task, memory_of(one));
 }

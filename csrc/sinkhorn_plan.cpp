@@ -11,8 +11,6 @@ namespace {
 
 constexpr std::int64_t kLargestSide = (std::int64_t{1} << 31) - (std::int64_t{1} << 20);
 constexpr int kWarp = 32;
-// Of the streaming kernel: columns a thread.
-constexpr int kStreamColumns = 8;
 
 // Few warps where two blocks or more fit a multiprocessor together, many where one fills it.
 int resident_threads(std::int64_t entries) {
@@ -47,9 +45,9 @@ SinkhornLaunch plan_launch(std::int64_t num_source, std::int64_t num_target,
       if (fits(num_source, num_target, peers, device, columns, &launch)) return launch;
     }
   }
-  int threads = 256;
-  while (threads < 512 && threads * kStreamColumns < num_target) threads *= 2;
-  const bool wide = threads * kStreamColumns < num_target;
+  const bool few = num_target <= kFewStreamThreads * kStreamColumns;
+  const int threads = few ? kFewStreamThreads : kStreamThreads;
+  const bool wide = num_target > threads * kStreamColumns;
   return {SinkhornKernel::stream, wide ? 0 : kStreamColumns, 1, threads, 0,
           block::stream_bytes(num_source, num_target)};
 }

@@ -19,6 +19,11 @@ enum class SinkhornKernel : std::int32_t {
   stream = 1,    // three launches an iteration
 };
 
+// Of the streaming kernel: threads a block, for few columns and for more, and columns a thread.
+inline constexpr int kFewStreamThreads = 128;
+inline constexpr int kStreamThreads = 512;
+inline constexpr int kStreamColumns = 8;
+
 // How one problem is solved. Problems with equal kernel, columns, peers and threads share launches.
 struct SinkhornLaunch {
   SinkhornKernel kernel;

@@ -51,6 +51,7 @@ class HostLanes {
   HostLanes(Circle& circle, int rank, int size) : circle_(circle), rank_(rank), size_(size) {}
   int rank() const { return rank_; }
   int size() const { return size_; }
+  void meet() { circle_.wait(); }
   template <class T, int N>
   void sum(T (&values)[N]) {
     circle_.combine(rank_, values, [](T a, T b) { return a + b; });
