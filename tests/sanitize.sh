@@ -42,3 +42,9 @@ sys.exit(
     )
 )
 PY
+
+echo "--- the GPU's inner loops, their teams' threads under ThreadSanitizer"
+CXXFLAGS="-g1 -fsanitize=thread ${CXXFLAGS:-}" TSAN_OPTIONS="halt_on_error=1 exitcode=66" \
+LD_PRELOAD="$(${CXX:-g++} -print-file-name=libtsan.so)" \
+  setarch -R "$python" -m pytest -q -p no:cacheprovider tests/test_sinkhorn_block.py \
+  -k "bytes_each_time or stopped_anywhere or warm_start or not_finite" "$@"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from clafusion import cli
 from clafusion.checkpoints import save_model
 from clafusion.cli import main
 from tests import networks
@@ -206,3 +207,25 @@ def test_the_demo_tells_its_story(tmp_path, capsys):
     fused = found["fused: matched, least squares"]
     assert fused > found["fused: averaged without matching"] + 0.3
     assert fused > 0.85
+
+
+def test_doctor_tells_why_a_gpu_is_used_or_not(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "cuda_devices", lambda: (["a GPU"], ""))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "GPUs         a GPU\n" in shown
+    assert "device=cuda  works\n" in shown
+    monkeypatch.setattr(cli, "cuda_devices", lambda: ([], "no CUDA kernels in this build"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "PyTorch finds no GPU" in shown
+    assert "clafusion's kernels: no CUDA kernels in this build" in shown
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert not facts["cuda_usable"]
+    assert facts["cuda_reasons"][0].startswith("PyTorch is built without CUDA")
+    assert facts["torch"] == torch.__version__

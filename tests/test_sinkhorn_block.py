@@ -21,6 +21,7 @@ def compiled(tmp_path_factory):
     library = tmp_path_factory.mktemp("block") / "block.so"
     compiler = os.environ.get("CXX", "c++")
     flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
+    flags += os.environ.get("CXXFLAGS", "").split()
     subprocess.run([compiler, *flags, f"-I{CSRC}", "-o", library, *SOURCES], check=True)
     found = ctypes.CDLL(str(library))
     found.solve.restype = found.plan.restype = ctypes.c_bool

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import sys
 import traceback
 import warnings
@@ -20,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
+from clafusion._native import build_info, cuda_devices
 from clafusion.checkpoints import WRITABLE, build_model, load_model, save_model
 from clafusion.errors import ClafusionError, ConvergenceWarning, InputError
 from clafusion.graph import ModelGraph
@@ -295,6 +298,28 @@ def _demo(
         print(outcome.summary())
 
 
+@app.command("doctor")
+def _doctor(as_json: AsJson = False) -> None:
+    """Tell what is installed, and whether and why a GPU is used or not."""
+    facts = _installation()
+    if as_json:
+        _print_json(facts)
+        return
+    cuda = "none in this build"
+    if facts["cuda"]:
+        cuda = f"for GPUs {facts['cuda_architectures']}, CUDA runtime {facts['cuda_runtime']}"
+    lines = {
+        "clafusion": f"{facts['clafusion']}, Python {facts['python']}",
+        "PyTorch": f"{facts['torch']}, CUDA {facts['torch_cuda'] or 'not built in'}",
+        "CPU kernels": f"{facts['compiler']}, {facts['simd']}, threads {facts['threads']}",
+        "CUDA kernels": cuda,
+        "GPUs": ", ".join(facts["gpus"]) or "none usable",
+        "device=cuda": "works" if facts["cuda_usable"] else "; ".join(facts["cuda_reasons"]),
+    }
+    for name, value in lines.items():
+        print(f"{name:<12} {value}")
+
+
 # --- checks before anything takes long ----------------------------------------------------------
 
 
@@ -406,6 +431,27 @@ def _say(line: str) -> None:
 def _print_plot(plot: Path | None) -> None:
     if plot is not None:
         print(f"{'picture':<12} {plot}")
+
+
+def _installation() -> dict[str, Any]:
+    gpus, reason = cuda_devices()
+    reasons = []
+    if torch.version.cuda is None:
+        reasons.append("PyTorch is built without CUDA: install a build with it")
+    elif not torch.cuda.is_available():
+        reasons.append("PyTorch finds no GPU: check the driver with nvidia-smi")
+    if reason:
+        reasons.append(f"clafusion's kernels: {reason}")
+    return {
+        "clafusion": importlib.metadata.version("clafusion"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        **build_info(),
+        "gpus": gpus,
+        "cuda_usable": not reasons,
+        "cuda_reasons": reasons,
+    }
 
 
 def _print_json(facts: Any) -> None:
