@@ -8,7 +8,9 @@ import json
 import math
 import os
 import platform
+import re
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,16 +21,31 @@ from typing import Annotated, Any, cast
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor, nn
 
 from clafusion._native import build_info, cuda_devices
 from clafusion.checkpoints import WRITABLE, build_model, load_model, save_model
 from clafusion.errors import ClafusionError, ConvergenceWarning, InputError
 from clafusion.graph import ModelGraph
+from clafusion.manifest import Manifest, read_manifest
+from clafusion.many import fuse_many
 from clafusion.output import check_output
 from clafusion.pipeline import AlignedPair, FusionConfig, FusionResult, align, fuse_aligned
-from clafusion.report import alignment_summary, fusion_summary, model_summary
+from clafusion.report import (
+    alignment_summary,
+    fusion_summary,
+    many_summary,
+    model_summary,
+    total_seconds,
+)
 from clafusion.samples import load_samples
 from clafusion.trace import trace
 
@@ -183,6 +200,97 @@ def _fuse(
     deep_arch = archs[0 if pair.deep_is_first else 1]
     print(f"{fusion_summary(result)}\n{'written':<12} {out}, weights of {deep_arch}")
     _print_plot(plot)
+
+
+@app.command("fuse-many")
+def _fuse_many(
+    manifest: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML or JSON: models, factory, pairs, data, settings, out. Paths in it are "
+            "relative to it."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory for the results; default: the manifest's.", metavar="DIR"),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="How many processes work on it.")] = 1,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="What models at hand may take in each process, for example 2GB or 500MB.",
+            metavar="SIZE",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Keep pairs that are done already.")
+    ] = True,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where to write the HTML report; default: report.html beside the results.",
+            metavar="FILE",
+        ),
+    ] = None,
+    chosen: Annotated[
+        str | None,
+        typer.Option(help="The pair whose alignment the report shows.", metavar="FIRST,SECOND"),
+    ] = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Fuse many pairs of models. Exit code 1 if some failed, the others are done all the same."""
+    from clafusion.report_page import write_report
+
+    given = read_manifest(manifest)
+    folder = out or given.out
+    if folder is None:
+        raise InputError(f"give --out DIR, or an entry out in {str(manifest)!r}")
+    limit = None if memory_limit is None else _bytes("--memory-limit", memory_limit)
+    if jobs < 1:
+        raise InputError(f"--jobs must be at least 1; got {jobs}")
+    _check_device(device)
+    if report is not None:
+        check_output(report, (".html",), "--report")
+    pair = None if chosen is None else _chosen(chosen, given)
+    settings = {**given.data}
+    samples = load_samples(settings.pop("file"), **settings)
+    with _pair_progress() as tell:
+        results = list(
+            fuse_many(
+                given.models,
+                samples,
+                given.pairs,
+                executor=None if jobs == 1 else jobs,
+                out_dir=folder,
+                resume=resume,
+                memory_limit=limit,
+                device=None if device == "cpu" else device,
+                progress=tell,
+                **asdict(given.config),
+            )
+        )
+    page = report or folder / "report.html"
+    if any((one.first, one.second) == pair and one.error is not None for one in results):
+        pair = None
+    write_report(results, page, chosen=pair)
+    failed = sum(one.error is not None for one in results)
+    if as_json:
+        _print_json(
+            {
+                "out": str(folder),
+                "report": str(page),
+                "pairs": len(results),
+                "failed": failed,
+                "resumed": sum(one.resumed for one in results),
+                "seconds": total_seconds(results),
+            }
+        )
+    else:
+        print(f"{many_summary(results)}\n{'written':<12} {folder}\n{'report':<12} {page}")
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command("align")
@@ -376,6 +484,25 @@ def _numbers(option: str, text: str | None, kind: type[int] | type[float]) -> li
         raise InputError(f"{option} takes {what} between commas; got {text!r}") from error
 
 
+def _chosen(text: str, manifest: Manifest) -> tuple[str, str]:
+    first, _, second = text.partition(",")
+    names = list(manifest.models)
+    if manifest.pairs == "all":
+        known = first in names and second in names[names.index(first) + 1 :]
+    else:
+        known = (first, second) in manifest.pairs
+    if not known:
+        raise InputError(f"--chosen {text!r} is none of the manifest's pairs FIRST,SECOND")
+    return first, second
+
+
+def _bytes(option: str, text: str) -> int:
+    matched = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMG]?)B?", text.strip())
+    if matched is None:
+        raise InputError(f"{option} takes a size such as 500MB or 2GB; got {text!r}")
+    return int(float(matched[1]) * 1000 ** " kMG".index(matched[2].replace("K", "k") or " "))
+
+
 def _try_models(models: Sequence[nn.Module], samples: Tensor) -> None:
     """Run each model once, so that unfitting data shows before anything takes long."""
     names = ["the model"] if len(models) == 1 else ["the first model", "the second model"]
@@ -420,6 +547,38 @@ def _progress(total: int) -> Iterator[Any]:
                 bar.update(task, description=following.get(stage, stage), total=None)
 
         yield report
+
+
+@contextlib.contextmanager
+def _pair_progress() -> Iterator[Any]:
+    """Show on stderr how many pairs are done, how fast it goes and how long it will take."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    started = time.monotonic()
+    before: list[int] = []  # what an earlier run had done says nothing of the speed
+    with bar:
+        task = bar.add_task("fusing", total=None, rate="")
+
+        def tell(done: int, total: int) -> None:
+            if not before:
+                before.append(done)
+            rate = (done - before[0]) / max(time.monotonic() - started, 1e-9)
+            shown = f"{rate:.2f} pairs/s" if done > before[0] else ""
+            bar.update(task, completed=done, total=total, rate=shown)
+
+        yield tell
 
 
 def _say(line: str) -> None:
@@ -524,13 +683,16 @@ def _model_facts(graph: ModelGraph) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 2 after bad input, 130 after an interruption.
+    """Run the command line; return 0, 1 if some of many pairs failed, 2 after bad input.
+
+    After an interruption it is 130.
 
     Every refusal is one line on stderr.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     arguments = [one for one in given if one != "--debug"] or ["--help"]
+    kept = "finished pairs are kept" if "fuse-many" in given else "no output was written"
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -540,9 +702,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except KeyboardInterrupt:
-        return _refuse("interrupted; no output was written", 130, debug)
+        return _refuse(f"interrupted; {kept}", 130, debug)
     except typer.Abort:
-        return _refuse("interrupted; no output was written", 130, debug)
+        return _refuse(f"interrupted; {kept}", 130, debug)
     except BrokenPipeError:  # the reader has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -30,7 +30,7 @@ from concurrent.futures import (
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ class PairResult:
 def fuse_many(
     models: Mapping[str, Model],
     data: Data,
-    pairs: Iterable[Pair] | Literal["all"] = "all",
+    pairs: Iterable[Pair] | str = "all",
     *,
     executor: Executor | int | None = None,
     out_dir: str | os.PathLike[str] | None = None,
@@ -300,9 +300,7 @@ def _checked_models(models: Mapping[str, Model]) -> dict[str, Model]:
     return dict(models)
 
 
-def _checked_pairs(
-    pairs: Iterable[Pair] | Literal["all"], models: Mapping[str, Model]
-) -> list[Pair]:
+def _checked_pairs(pairs: Iterable[Pair] | str, models: Mapping[str, Model]) -> list[Pair]:
     if isinstance(pairs, str):
         if pairs != "all":
             raise InputError(f"pairs must be 'all' or a list of pairs of names; got {pairs!r}")

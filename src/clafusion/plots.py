@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,9 +17,10 @@ from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
 from clafusion.output import check_output, replacing
 
 if TYPE_CHECKING:
+    from clafusion.layer_alignment import LayerAlignment
     from clafusion.pipeline import AlignedPair
 
-__all__ = ["ENDINGS", "plot_alignment"]
+__all__ = ["ENDINGS", "alignment_figure", "plot_alignment", "stages_figure", "values_figure"]
 
 ENDINGS = (".png", ".svg", ".pdf")
 
@@ -52,8 +54,23 @@ def plot_alignment(pair: AlignedPair, path: str | os.PathLike[str]) -> None:
 
 
 def _figure(pair: AlignedPair) -> Figure:
-    deep = [_shortened(unit.name) for unit in pair.deep.graph.units]
-    shallow = [_shortened(unit.name) for unit in pair.shallow.graph.units]
+    return alignment_figure(
+        [unit.name for unit in pair.deep.graph.units],
+        [unit.name for unit in pair.shallow.graph.units],
+        pair.alignment,
+        deep_is_first=pair.deep_is_first,
+    )
+
+
+def alignment_figure(
+    deep_units: Sequence[str],
+    shallow_units: Sequence[str],
+    alignment: LayerAlignment,
+    *,
+    deep_is_first: bool,
+) -> Figure:
+    """Draw what :func:`plot_alignment` draws, from the units' names."""
+    deep, shallow = (list(map(_shortened, names)) for names in (deep_units, shallow_units))
     m, n = len(deep), len(shallow)
     letter = 0.07  # inches, at the size of the names
     longest = max(map(len, deep)), max(map(len, shallow))
@@ -71,18 +88,19 @@ def _figure(pair: AlignedPair) -> Figure:
     def axes(left: float, wide: float) -> Axes:
         return figure.add_axes((left / width, bottom / height, wide / width, body / height))
 
-    norm = _norm(pair)
-    _draw_costs(axes(names, matrix), pair, deep, shallow, norm, cell)
+    norm = _norm(alignment)
+    _draw_costs(axes(names, matrix), alignment, deep_is_first, deep, shallow, norm, cell)
     colours = ScalarMappable(norm, "viridis_r")
     bar_axes = axes(names + matrix + 0.12, 0.16)
     figure.colorbar(colours, cax=bar_axes).set_label("cost (smaller is closer)", fontsize=8)
     bar_axes.tick_params(labelsize=7)
-    _draw_units(axes(names + matrix + bar + gap, boxes), pair, deep, shallow, norm, box / boxes)
-    forced = "forced by structure" if pair.alignment.forced else "chosen by cost"
+    units = axes(names + matrix + bar + gap, boxes)
+    _draw_units(units, alignment, deep_is_first, deep, shallow, norm, box / boxes)
+    forced = "forced by structure" if alignment.forced else "chosen by cost"
     figure.text(
         0.5,
         1 - 0.28 / height,
-        f"Alignment of {m} and {n} units ({forced}), total cost {pair.alignment.total_cost:.3f}",
+        f"Alignment of {m} and {n} units ({forced}), total cost {alignment.total_cost:.3f}",
         ha="center",
         va="center",
         fontsize=11,
@@ -91,8 +109,8 @@ def _figure(pair: AlignedPair) -> Figure:
     return figure
 
 
-def _norm(pair: AlignedPair) -> Normalize:
-    cost = pair.alignment.cost
+def _norm(alignment: LayerAlignment) -> Normalize:
+    cost = alignment.cost
     finite = cost[np.isfinite(cost)]
     low, high = float(finite.min()), float(finite.max())
     return Normalize(low, max(high, low + 0.01))  # of one value, too, the bar can be read
@@ -100,14 +118,15 @@ def _norm(pair: AlignedPair) -> Normalize:
 
 def _draw_costs(
     axes: Axes,
-    pair: AlignedPair,
+    alignment: LayerAlignment,
+    deep_is_first: bool,
     deep: list[str],
     shallow: list[str],
     norm: Normalize,
     cell: float,
 ) -> None:
     """Draw the matrix: forbidden pairs hatched, chosen pairs joined by a path."""
-    cost = pair.alignment.cost
+    cost = alignment.cost
     colours = colormaps["viridis_r"]
     forbidden = ~np.isfinite(cost)
     axes.set_facecolor(_FORBIDDEN)
@@ -139,7 +158,7 @@ def _draw_costs(
                 color=_readable(colours(norm(cost[row, k]))),
                 zorder=4,
             )
-    pairs = np.array(pair.alignment.pairs)
+    pairs = np.array(alignment.pairs)
     axes.plot(pairs[:, 1], pairs[:, 0], color=_PATH, linewidth=1.2, alpha=0.8, zorder=2)
     for row, k in pairs:
         axes.add_patch(
@@ -159,8 +178,8 @@ def _draw_costs(
     axes.tick_params(length=2)
     axes.set_xlim(-0.5, len(shallow) - 0.5)
     axes.set_ylim(len(deep) - 0.5, -0.5)
-    axes.set_xlabel(f"units of the shallow model ({_which(pair, deep=False)})", fontsize=9)
-    axes.set_ylabel(f"units of the deep model ({_which(pair, deep=True)})", fontsize=9)
+    axes.set_xlabel(f"units of the shallow model ({_which(deep_is_first, deep=False)})", fontsize=9)
+    axes.set_ylabel(f"units of the deep model ({_which(deep_is_first, deep=True)})", fontsize=9)
     axes.set_title("Cost of matching two units", fontsize=10, pad=8)
     marks = [Patch(fill=False, edgecolor=_PATH, linewidth=1.5, label="matched")]
     if forbidden.any():
@@ -174,14 +193,14 @@ def _draw_costs(
 
 def _draw_units(
     axes: Axes,
-    pair: AlignedPair,
+    alignment: LayerAlignment,
+    deep_is_first: bool,
     deep: list[str],
     shallow: list[str],
     norm: Normalize,
     box: float,
 ) -> None:
     """Draw both networks from top to bottom, each unit beside its partner."""
-    alignment = pair.alignment
     colours = colormaps["viridis_r"]
     heights: dict[int, list[int]] = {}
     for row, k in enumerate(alignment.deep_to_shallow):
@@ -245,7 +264,7 @@ def _draw_units(
     axes.set_title("Matched units and their cost", fontsize=10, pad=22)
     for x, which in ((box / 2, True), (1 - box / 2, False)):
         axes.annotate(
-            f"{'deep' if which else 'shallow'} ({_which(pair, deep=which)})",
+            f"{'deep' if which else 'shallow'} ({_which(deep_is_first, deep=which)})",
             (x, 1),
             xycoords="axes fraction",
             xytext=(0, 7),
@@ -256,8 +275,69 @@ def _draw_units(
         )
 
 
-def _which(pair: AlignedPair, *, deep: bool) -> str:
-    return "first" if pair.deep_is_first == deep else "second"
+def values_figure(
+    names: Sequence[str], values: Mapping[tuple[str, str], float], label: str
+) -> Figure:
+    """Draw one number for each pair of models: rows the first, columns the second ones.
+
+    Pairs without a number are left blank.
+    """
+    places = {name: i for i, name in enumerate(names)}
+    grid = np.full((len(names), len(names)), np.nan)
+    for (first, second), value in values.items():
+        grid[places[first], places[second]] = value
+    shown = list(map(_shortened, names))
+    cell = float(np.clip(0.42, 2.6 / len(names), max(12 / len(names), 0.02)))
+    side, margin = max(cell * len(names), 2.2), 0.07 * max(map(len, shown)) + 0.6
+    width, height = side + margin + 1.3, side + margin + 0.3
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes(
+        (margin / width, margin / height, side / width, side / height), facecolor=_FORBIDDEN
+    )
+    finite = grid[np.isfinite(grid)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    norm = Normalize(low, max(high, low + 1e-9))
+    axes.imshow(np.ma.masked_invalid(grid), cmap="viridis_r", norm=norm, aspect="auto")
+    if finite.size <= _MOST_NUMBERS:
+        for row, column in np.argwhere(np.isfinite(grid)):
+            axes.text(
+                column,
+                row,
+                f"{grid[row, column]:.2f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=_readable(colormaps["viridis_r"](norm(grid[row, column]))),
+            )
+    size = 8 if cell >= 0.16 else 4
+    axes.set_xticks(range(len(shown)), shown, rotation=90, fontsize=size, parse_math=False)
+    axes.set_yticks(range(len(shown)), shown, fontsize=size, parse_math=False)
+    axes.set_xlabel("second model", fontsize=9)
+    axes.set_ylabel("first model", fontsize=9)
+    bar = figure.add_axes(
+        ((margin + side + 0.12) / width, margin / height, 0.16 / width, side / height)
+    )
+    figure.colorbar(ScalarMappable(norm, "viridis_r"), cax=bar).set_label(label, fontsize=8)
+    bar.tick_params(labelsize=7)
+    return figure
+
+
+def stages_figure(seconds: Mapping[str, float]) -> Figure:
+    """Draw how long each stage took in all."""
+    height = 0.32 * len(seconds) + 0.9
+    figure = Figure(figsize=(6.5, height), layout="constrained")
+    axes = figure.add_subplot()
+    bars = axes.barh(list(seconds), list(seconds.values()), color="#4c5a73")
+    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("seconds, all pairs", fontsize=9)
+    axes.tick_params(labelsize=8)
+    return figure
+
+
+def _which(deep_is_first: bool, *, deep: bool) -> str:
+    return "first" if deep_is_first == deep else "second"
 
 
 def _readable(colour: tuple[float, float, float, float]) -> str:

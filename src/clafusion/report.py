@@ -9,9 +9,18 @@ from typing import TYPE_CHECKING
 from clafusion.graph import ModelGraph
 
 if TYPE_CHECKING:
+    from clafusion.many import PairResult
     from clafusion.pipeline import AlignedPair, FusionResult
 
-__all__ = ["alignment_summary", "fusion_summary", "model_summary", "plain_table"]
+__all__ = [
+    "alignment_summary",
+    "cost_text",
+    "fusion_summary",
+    "many_summary",
+    "model_summary",
+    "plain_table",
+    "total_seconds",
+]
 
 INSERTED = "(inserted)"
 
@@ -79,6 +88,43 @@ def fusion_summary(result: FusionResult) -> str:
         "seconds": _seconds(result.timings),
     }
     return f"{alignment_summary(result.pair)}\n{_facts(facts)}"
+
+
+def many_summary(results: Sequence[PairResult]) -> str:
+    """Return a table of all pairs, and below it what became of them and how long it took."""
+    rows = [
+        [
+            one.first,
+            one.second,
+            one.deep or "",
+            cost_text(one),
+            f"{math.fsum(one.seconds.values()):.2f}",
+            "fused before" if one.resumed else "fused" if one.error is None else one.error,
+        ]
+        for one in results
+    ]
+    failed = sum(one.error is not None for one in results)
+    facts = {
+        "pairs": f"{len(results)}, {failed} failed, "
+        f"{sum(one.resumed for one in results)} taken over from an earlier run",
+        "seconds": _seconds(total_seconds(results)),
+    }
+    table = plain_table(["first", "second", "deep", "cost", "seconds", "outcome"], rows, [3, 4])
+    return f"{table}\n\n{_facts(facts)}"
+
+
+def cost_text(result: PairResult) -> str:
+    """Return the total cost of a pair's alignment, as it is shown."""
+    return "" if result.alignment is None else f"{result.alignment.total_cost:.4f}"
+
+
+def total_seconds(results: Sequence[PairResult]) -> dict[str, float]:
+    """Return the seconds of each stage over all pairs."""
+    total: dict[str, float] = {}
+    for one in results:
+        for stage, seconds in one.seconds.items():
+            total[stage] = total.get(stage, 0.0) + seconds
+    return total
 
 
 def model_summary(graph: ModelGraph) -> str:

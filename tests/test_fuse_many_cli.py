@@ -1,0 +1,175 @@
+"""`clafusion fuse-many`: manifests good and bad, the table, the exit code and the report."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+from clafusion import InputError, fuse, fuse_many
+from clafusion.checkpoints import load_state, save_model
+from clafusion.cli import main
+from clafusion.report_page import write_report
+from tests import networks
+from tests.test_many import FACTORY, WIDTHS, modules
+
+MANIFEST = """
+factory: nets.py:mlp(12, 9, 5)
+models:
+  a: weights/a.safetensors
+  b: {factory: "nets.py:mlp(12, 9, 8, 5)", weights: weights/b.safetensors}
+  c: {factory: "nets.py:mlp(12, 7, 8, 6, 5)", weights: weights/c.safetensors}
+  d: {factory: "nets.py:mlp(12, 9, 8, 7, 6, 5)", weights: weights/d.safetensors}
+data: {file: data.npy, limit: 200}
+settings: {alignment_samples: 100, matching_rows: 200, epsilon: 1e-2}
+out: fused
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The manifest's directory, which is not the current one."""
+    root = tmp_path / "project"
+    (root / "weights").mkdir(parents=True)
+    (root / "nets.py").write_text(FACTORY)
+    for name, model in modules().items():
+        save_model(model, root / "weights" / f"{name}.safetensors")
+    np.save(root / "data.npy", np.random.default_rng(0).normal(size=(300, 12)).astype(np.float32))
+    (root / "many.yaml").write_text(MANIFEST)
+    monkeypatch.chdir(tmp_path)
+    return root
+
+
+def run(folder, *more):
+    return main(["fuse-many", str(folder / "many.yaml"), *more])
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [(tag, value) for name, value in attrs if name in ("src", "href", "srcset")]
+
+
+def test_all_pairs_of_a_manifest(folder, capsys):
+    assert run(folder) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "6, 0 failed, 0 taken over" in shown.out
+    data = torch.from_numpy(np.load(folder / "data.npy")[:200])
+    settings = {"alignment_samples": 100, "matching_rows": 200, "epsilon": 1e-2}
+    wanted = fuse(*(modules()[name] for name in "bc"), data, **settings).model.state_dict()
+    found = load_state(folder / "fused" / "b+c.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert run(folder, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["pairs"], facts["failed"], facts["resumed"]) == (6, 0, 6)
+
+
+def test_the_report_is_one_file_without_links(folder):
+    assert run(folder, "--chosen=a,d", "--report=page.html") == 0
+    page = (folder.parent / "page.html").read_text()
+    links = Links()
+    links.feed(page)
+    assert [tag for tag, _ in links.found] == ["img"] * 3
+    assert all(value.startswith("data:image/svg+xml;base64,") for _, value in links.found)
+    assert "Alignment of a and d" in page
+    assert not (folder / "fused" / "report.html").exists()
+    assert run(folder) == 0
+    assert "Alignment cost of every pair" in (folder / "fused" / "report.html").read_text()
+
+
+def test_the_report_shows_other_values_and_escapes(tmp_path):
+    models = {"a": networks.mlp(12, 9, 5), "b": networks.mlp(12, 8, 5, seed=1)}
+    results = list(fuse_many(models, torch.randn(100, 12)))
+    path = tmp_path / "page.html"
+    write_report(results, path, values={("a", "b"): 0.93}, label="accuracy <%>")
+    assert "Accuracy &lt;%&gt; of every pair" in path.read_text()
+    first = path.read_bytes()
+    write_report(results, path, values={("a", "b"): 0.93}, label="accuracy <%>")
+    assert path.read_bytes() == first
+    for wrong in ({"chosen": ("b", "a")}, {"values": {("a", "c"): 1.0}}):
+        with pytest.raises(InputError, match="the report has no fused pair"):
+            write_report(results, path, **wrong)
+    with pytest.raises(InputError, match=r"must end with one of \.html"):
+        write_report(results, tmp_path / "page.pdf")
+
+
+def test_a_failed_pair_gives_exit_code_1_and_the_rest_is_done(folder, capsys):
+    (folder / "weights" / "c.safetensors").write_bytes(b"broken")
+    assert run(folder) == 1
+    shown = capsys.readouterr().out
+    assert "6, 3 failed" in shown
+    assert "is corrupt" in shown
+    assert len(list((folder / "fused").glob("*.safetensors"))) == 3
+    assert "is corrupt" in (folder / "fused" / "report.html").read_text()
+    save_model(networks.mlp(*WIDTHS["c"], seed=2), folder / "weights" / "c.safetensors")
+    assert run(folder, "--jobs=2", "--memory-limit=1GB") == 0
+    assert "6, 0 failed, 3 taken over" in capsys.readouterr().out
+
+
+def test_pairs_with_a_base_and_json(folder, capsys):
+    text = {
+        "models": {
+            name: {
+                "factory": f"nets.py:mlp{WIDTHS[name]}",
+                "weights": f"weights/{name}.safetensors",
+            }
+            for name in "abc"
+        },
+        "pairs": {"base": "c"},
+        "data": "data.npy",
+    }
+    (folder / "many.json").write_text(json.dumps(text))
+    assert main(["fuse-many", str(folder / "many.json"), "--out=here"]) == 0
+    capsys.readouterr()
+    names = sorted(one.name for one in (folder.parent / "here").glob("*.safetensors"))
+    assert names == ["c+a.safetensors", "c+b.safetensors"]
+
+
+BAD = {
+    "no file": ("gone.yaml", None, [], "'gone.yaml' does not exist"),
+    "no yaml": (None, "models: [", [], "cannot be read"),
+    "no mapping": (None, "- a", [], "it must be a mapping"),
+    "no models": (None, "data: data.npy", [], "models must map"),
+    "unknown": (None, MANIFEST + "colour: red", [], "unknown entry 'colour'"),
+    "setting": (None, MANIFEST.replace("epsilon", "epsilom"), [], "unknown entry 'epsilom'"),
+    "value": (None, MANIFEST.replace("1e-2", "-1"), [], "epsilon must be a positive"),
+    "text": (None, MANIFEST.replace("1e-2", "much"), [], "epsilon must be a number"),
+    "data": (None, MANIFEST.replace("{file: data.npy, limit: 200}", "3"), [], "data must be a"),
+    "limit": (None, MANIFEST.replace("200}\n", "few}\n", 1), [], "data, limit is not possible"),
+    "mean": (None, MANIFEST.replace("limit: 200", "mean: [a]"), [], "data, mean must be a list"),
+    "pairs": (None, MANIFEST + "pairs: some", [], "pairs must be all"),
+    "base": (None, MANIFEST + "pairs: {base: z}", [], "pairs, base names 'z'"),
+    "pair": (None, MANIFEST + "pairs: [[a, z]]", [], "names 'z', which models does not have"),
+    "factory": (
+        None,
+        MANIFEST.replace("factory: nets.py:mlp(12, 9, 5)", ""),
+        [],
+        "models, a: fact",
+    ),
+    "weights": (None, MANIFEST.replace("weights: weights/b.safetensors", ""), [], "models, b: wei"),
+    "no out": (None, MANIFEST.replace("out: fused", ""), [], "give --out DIR"),
+    "jobs": (None, MANIFEST, ["--jobs=0"], "--jobs must be at least 1"),
+    "memory": (None, MANIFEST, ["--memory-limit=lots"], "--memory-limit takes a size"),
+    "chosen": (None, MANIFEST, ["--chosen=b,a"], "--chosen 'b,a' is none"),
+    "report": (None, MANIFEST, ["--report=a.pdf"], "--report 'a.pdf' must end with"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, name):
+    path, text, more, message = BAD[name]
+    if text is not None:
+        path = folder / "many.yaml"
+        path.write_text(text)
+    assert main(["fuse-many", str(path), *more]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.search(re.escape(message), shown.err), shown.err
+    assert shown.err.count("\n") == 1
+    assert not list(folder.glob("fused/*.safetensors"))
