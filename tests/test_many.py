@@ -414,22 +414,22 @@ def test_a_model_that_cannot_be_sent_is_refused():
         list(fuse_many(models, DATA, executor=executor, **SETTINGS))
 
 
-def _kill_once(flag, *arguments):
-    if not flag.exists():
+def _kill_once(flag, function, *arguments):
+    if function is many_module._work and not flag.exists():
         flag.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return many_module._work(*arguments)
+    return function(*arguments)
 
 
 class _Killing(ProcessPoolExecutor):
-    """Its first task ends by the death of its worker."""
+    """Its first pairs end by the death of its worker."""
 
     def __init__(self, flag):
         super().__init__(1, mp_context=get_context("spawn"))
         self.flag = flag
 
-    def submit(self, function, *arguments):  # noqa: ARG002
-        return super().submit(_kill_once, self.flag, *arguments)
+    def submit(self, function, *arguments):
+        return super().submit(_kill_once, self.flag, function, *arguments)
 
 
 def test_a_worker_that_dies_is_told_and_the_next_run_goes_on(files, expected, tmp_path):

@@ -27,9 +27,11 @@ from concurrent.futures import (
     ProcessPoolExecutor,
     wait,
 )
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -172,8 +174,8 @@ def fuse_many(
 ) -> Iterator[PairResult]:
     """Fuse many pairs of models; each gives the bytes that :func:`clafusion.fuse` gives for it.
 
-    Every model is loaded, traced, proved and profiled once in each process, not once a pair. A
-    pair that fails is reported as such, and the others go on.
+    Every model is proved and profiled once, and loaded and traced once in each process, not once a
+    pair. A pair that fails is reported as such, and the others go on.
 
     Parameters
     ----------
@@ -198,7 +200,9 @@ def fuse_many(
         Keep pairs in ``out_dir`` that were made from the same models, data and settings and are
         whole. Failed, stale and corrupt ones are done again. False: do all pairs again.
     cache_dir
-        Where models' signatures are kept between runs; default ``out_dir/signatures``.
+        Where models' signatures are kept between runs, and shared by the processes of one; default
+        ``out_dir/signatures``. Without one, each worker of an ``executor`` of yours profiles the
+        models that it needs.
     memory_limit
         Bytes that models made ready may take in one process: weights, signatures and moments. The
         two of one pair must fit. With ``out_dir``, pairs are then done in an order that loads
@@ -380,6 +384,11 @@ class _Workshop:
             state = tensors_of(model)
         return _Outcome(facts, state)
 
+    def prepare(self, name: str, source: Callable[[str], Model]) -> None:
+        """Make a model ready; what goes wrong is told when a pair needs it."""
+        with suppress(_ModelError, InputError):
+            self._prepared(name, (name, name), source)
+
     def _fuse(self, pair: Pair, source: Callable[[str], Model], facts: dict[str, Any]) -> nn.Module:
         started = time.perf_counter()
         first, second = (self._prepared(name, pair, source) for name in pair)
@@ -558,11 +567,22 @@ def _limit_threads(count: int) -> None:
     set_num_threads(count)
 
 
-def _work(job: bytes, key: str, models: Mapping[str, bytes], pairs: Sequence[Pair]) -> bytes:
-    """Fuse some pairs in a worker, which keeps what it has made ready for its next task."""
+def _workshop(job: bytes, key: str) -> _Workshop:
+    """Return this worker's workshop, which keeps what it has made ready for the next task."""
     if getattr(_of_thread, "key", None) != key:
         _of_thread.key, _of_thread.workshop = key, _Workshop(pickle.loads(job))
-    workshop = _of_thread.workshop
+    found: _Workshop = _of_thread.workshop
+    return found
+
+
+def _get_ready(job: bytes, key: str, name: str, model: bytes) -> None:
+    """Make a model ready in a worker, for the cache that all workers share."""
+    _workshop(job, key).prepare(name, lambda _: pickle.loads(model))
+
+
+def _work(job: bytes, key: str, models: Mapping[str, bytes], pairs: Sequence[Pair]) -> bytes:
+    """Fuse some pairs in a worker."""
+    workshop = _workshop(job, key)
     outcomes = []
     for pair in pairs:
         outcome = workshop.fuse(pair, lambda name: pickle.loads(models[name]))
@@ -624,38 +644,51 @@ class _Run:
             yield
 
     def _elsewhere(self, left: list[Pair]) -> Generator[None, None, None]:
-        job = pickle.dumps(_portable(self.job))
-        key = hashlib.sha256(job).hexdigest()
-        packed: dict[str, bytes] = {}
+        packed = {
+            name: _packed(name, self.models[name])
+            for name in dict.fromkeys(chain.from_iterable(left))
+        }
+        tasks = _tasks(left)
         with ExitStack() as stack:
-            executor = self.executor
+            job, executor = _portable(self.job), self.executor
             if isinstance(executor, int):
+                if job.cache_dir is None:
+                    scratch = stack.enter_context(TemporaryDirectory(prefix="clafusion-"))
+                    job = replace(job, cache_dir=scratch)
                 executor = stack.enter_context(_processes(executor))
             assert executor is not None, "without one the pairs are fused here"
-            waiting: dict[Future[bytes], list[Pair]] = {}
-            stack.callback(lambda: [future.cancel() for future in waiting])
-            for task in _tasks(left):
-                names = dict.fromkeys(name for pair in task for name in pair)
-                for name in names:
-                    if name not in packed:
-                        packed[name] = _packed(name, self.models[name])
-                given = {name: packed[name] for name in names}
-                waiting[executor.submit(_work, job, key, given, task)] = task
-            while waiting:
-                ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    task = waiting.pop(future)
-                    try:
-                        outcomes = pickle.loads(future.result())
-                    except BrokenExecutor as error:
-                        raise ClafusionError(
-                            "a worker process died, perhaps for lack of memory; "
-                            f"{self.count} of {len(self.pairs)} pairs are done. Call again to go on"
-                            + ("" if self.folder else " (with out_dir, what is done is kept)")
-                        ) from error
-                    for pair, outcome in zip(task, outcomes, strict=True):
-                        self._finish(pair, outcome)
-                        yield
+            given = pickle.dumps(job)
+            key = hashlib.sha256(given).hexdigest()
+            futures: dict[Future[Any], list[Pair]] = {}
+            stack.callback(lambda: [future.cancel() for future in futures])
+            if job.cache_dir is not None:  # no worker need profile what another one has
+                for name, model in packed.items():
+                    futures[executor.submit(_get_ready, given, key, name, model)] = []
+                for _ in self._ended(futures):
+                    pass
+            for task in tasks:
+                models = {name: packed[name] for name in chain.from_iterable(task)}
+                futures[executor.submit(_work, given, key, models, task)] = task
+            for task, found in self._ended(futures):
+                for pair, outcome in zip(task, pickle.loads(found), strict=True):
+                    self._finish(pair, outcome)
+                    yield
+
+    def _ended(self, futures: dict[Future[Any], list[Pair]]) -> Iterator[tuple[list[Pair], Any]]:
+        """Yield what ends, as it ends."""
+        while futures:
+            ended, _ = wait(futures, return_when=FIRST_COMPLETED)
+            for future in ended:
+                task = futures.pop(future)
+                try:
+                    found = future.result()
+                except BrokenExecutor as error:
+                    raise ClafusionError(
+                        "a worker process died, perhaps for lack of memory; "
+                        f"{self.count} of {len(self.pairs)} pairs are done. Call again to go on"
+                        + ("" if self.folder else " (with out_dir, what is done is kept)")
+                    ) from error
+                yield task, found
 
     def _finish(self, pair: Pair, outcome: _Outcome) -> None:
         """Write a pair's result down, and keep it until its turn comes."""
