@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from clafusion import InputError, _core, num_threads, set_num_threads
-from clafusion.layer_costs import cka, gram, layer_costs, linear_cka, mean_cca
+from clafusion import InputError, _core, _native, num_threads, set_num_threads
+from clafusion.layer_costs import _hsic_all_pairs, cka, gram, layer_costs, linear_cka, mean_cca
 from clafusion.pipeline import profile
 
 
@@ -288,3 +288,16 @@ def test_the_compiled_door_refuses_too():
             _core.hsic_all_pairs(*arguments)
     with pytest.raises(TypeError):
         _core.hsic_all_pairs([np.eye(5, dtype=np.float32)], good, False, products, a, b)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_what_a_gpu_centres_and_multiplies_equals_the_compiled_call(unbiased):
+    rng = np.random.default_rng(0)
+    layers = [rng.normal(size=(50, width)) for width in (3, 20, 200)]
+    grams = [torch.from_numpy(np.tril(x @ x.T)) for x in layers]  # the lower triangle counts
+    arrays = [one.numpy() for one in grams]
+    expected = _native.hsic_all_pairs(arrays, arrays[:2], unbiased=unbiased)
+    found = _hsic_all_pairs(grams, grams[:2], unbiased=unbiased)
+    for one, other in zip(found, expected, strict=True):
+        # Sums of 2500 float64 numbers that cancel against a mean of their own size.
+        np.testing.assert_allclose(one, other, rtol=1e-10)

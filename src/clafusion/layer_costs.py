@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from clafusion import _native
 from clafusion._native import gram
 from clafusion.errors import InputError
-from clafusion.signatures import Signature, check_same_inputs, standardised
+from clafusion.signatures import Signature, check_same_inputs, gram_matrix, standardised
 from clafusion.transport import Solver, solve_transport
 
 __all__ = ["LayerCost", "cka", "gram", "layer_costs", "linear_cka", "mean_cca"]
@@ -120,11 +121,15 @@ def cka(
     InputError
         A matrix is not square, not finite or not of the others' size, there are fewer than 2
         samples (unbiased: 4), or a layer is constant over the samples.
+
+    Notes
+    -----
+    Tensors that are all on one GPU are centred and multiplied there.
     """
     a, b = _checked_grams(grams_a, grams_b, least=_fewest_samples(unbiased))
-    products, norms_a, norms_b = _native.hsic_all_pairs(a, b, unbiased=unbiased)
-    _check_norms("grams_a", [np.diagonal(one) for one in a], norms_a)
-    _check_norms("grams_b", [np.diagonal(one) for one in b], norms_b)
+    products, norms_a, norms_b = _hsic_all_pairs(a, b, unbiased=unbiased)
+    _check_norms("grams_a", _diagonals(a), norms_a)
+    _check_norms("grams_b", _diagonals(b), norms_b)
     return _normalised(products, norms_a, norms_b, unbiased=unbiased)
 
 
@@ -160,6 +165,9 @@ def linear_cka(
         samples, there are fewer than 2 samples (unbiased: 4), or a layer is constant over them.
     """
     a, b = _checked_layers(layers_a, layers_b, least=_fewest_samples(unbiased))
+    if all(one.device.type == "cuda" for one in (*a, *b)):
+        grams_a, grams_b = ([gram_matrix(x) for x in side] for side in (a, b))
+        return cka(grams_a, grams_b, unbiased=unbiased)
     samples, (sizes_a, sizes_b) = len(a[0]), ([one.size(1) for one in side] for side in (a, b))
     by_grams = samples * (sum(sizes_a) + sum(sizes_b) + len(a) * len(b)) / 2
     by_features = sum(sizes_a) * sum(sizes_b) + sum(size**2 for size in (*sizes_a, *sizes_b))
@@ -264,14 +272,62 @@ def mean_cca(
     Parameters, the shape of the result and errors are those of :func:`cka`.
     """
     a, b = _checked_grams(grams_a, grams_b, least=2)
-    _, norms_a, norms_b = _native.hsic_all_pairs(a, b, unbiased=False)
-    _check_norms("grams_a", [np.diagonal(one) for one in a], norms_a)
-    _check_norms("grams_b", [np.diagonal(one) for one in b], norms_b)
-    bases_a, bases_b = [_components(gram) for gram in a], [_components(gram) for gram in b]
+    _, norms_a, norms_b = _hsic_all_pairs(a, b, unbiased=False)
+    _check_norms("grams_a", _diagonals(a), norms_a)
+    _check_norms("grams_b", _diagonals(b), norms_b)
+    bases_a, bases_b = ([_components(_on_host(one)) for one in side] for side in (a, b))
     similarity = [
         [np.sum((u.T @ v) ** 2) / min(u.shape[1], v.shape[1]) for v in bases_b] for u in bases_a
     ]
     return np.asarray(np.clip(similarity, 0.0, 1.0))
+
+
+_Gram = NDArray[np.float64] | Tensor
+
+
+def _hsic_all_pairs(
+    a: list[_Gram], b: list[_Gram], *, unbiased: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    if not isinstance(a[0], Tensor):
+        return _native.hsic_all_pairs(
+            cast("list[NDArray[np.float64]]", a),
+            cast("list[NDArray[np.float64]]", b),
+            unbiased=unbiased,
+        )
+    packed_a, packed_b = (
+        torch.stack([_centred(cast(Tensor, one), unbiased=unbiased) for one in side])
+        for side in (a, b)
+    )
+    products = packed_a @ packed_b.T
+    norms = packed_a.square().sum(1), packed_b.square().sum(1)
+    return products.cpu().numpy(), norms[0].cpu().numpy(), norms[1].cpu().numpy()
+
+
+def _centred(gram_: Tensor, *, unbiased: bool) -> Tensor:
+    """Centre a Gram matrix where it is, as hsic_all_pairs does, and lay it out in one row.
+
+    ``H K H``; unbiased the U-centred matrix with a zero diagonal (Song et al., JMLR 2012).
+    """
+    full = gram_.tril() + gram_.tril(-1).T
+    samples = len(full)
+    if not unbiased:
+        mean = full.mean(0)
+        return (full - mean - mean[:, None] + mean.mean()).flatten()
+    full.fill_diagonal_(0.0)
+    sums = full.sum(0)
+    shares = sums / (samples - 2)
+    full = full - shares - shares[:, None] + sums.sum() / ((samples - 1) * (samples - 2))
+    return full.fill_diagonal_(0.0).flatten()
+
+
+def _on_host(one: _Gram) -> NDArray[np.float64]:
+    return one.cpu().numpy() if isinstance(one, Tensor) else one
+
+
+def _diagonals(grams: Sequence[_Gram]) -> list[NDArray[np.float64]]:
+    return [
+        _on_host(one.diagonal()) if isinstance(one, Tensor) else np.diagonal(one) for one in grams
+    ]
 
 
 def _wasserstein(deep: Signature, shallow: Signature, *, entropic: bool) -> NDArray[np.float64]:
@@ -297,7 +353,7 @@ def _wasserstein(deep: Signature, shallow: Signature, *, entropic: bool) -> NDAr
 def _output_channels(signature: Signature) -> list[tuple[int, Tensor] | None]:
     """Return for each unit how many positions its output has and its standardised channels.
 
-    ``(num_rows, num_channels)`` on the CPU, or None where the output has no channels to be matched.
+    ``(num_rows, num_channels)``, or None where the output has no channels to be matched.
     """
     found: list[tuple[int, Tensor] | None] = []
     for unit in signature.graph.units:
@@ -305,7 +361,7 @@ def _output_channels(signature: Signature) -> list[tuple[int, Tensor] | None]:
         if last < 0 or unit.read_points[last].post != unit.output:
             found.append(None)
             continue
-        x = standardised(signature.rows[unit.index, last].cpu())
+        x = standardised(signature.rows[unit.index, last])
         found.append((math.prod(unit.read_points[last].positions), x))
     return found
 
@@ -332,30 +388,38 @@ def _num_channels(signature: Signature) -> NDArray[np.float64]:
 
 def _checked_grams(
     grams_a: Sequence[ArrayLike | Tensor], grams_b: Sequence[ArrayLike | Tensor], *, least: int
-) -> tuple[list[NDArray[np.float64]], list[NDArray[np.float64]]]:
+) -> tuple[list[_Gram], list[_Gram]]:
+    every = [*grams_a, *grams_b]
+    devices = {one.device if isinstance(one, Tensor) else None for one in every}
+    on_gpu = len(devices) == 1 and all(one is not None and one.type == "cuda" for one in devices)
     first: tuple[int, ...] | None = None
     checked = []
     for name, grams in (("grams_a", grams_a), ("grams_b", grams_b)):
         if len(grams) == 0:
             raise InputError(f"{name} must hold at least one matrix")
-        arrays = []
+        arrays: list[_Gram] = []
         for i, one in enumerate(grams):
+            array: _Gram
             try:
-                values = one.detach().cpu().numpy() if isinstance(one, Tensor) else one
-                array = np.ascontiguousarray(values, dtype=np.float64)
+                if on_gpu and isinstance(one, Tensor):
+                    array = one.detach().double()
+                else:
+                    values = one.detach().cpu().numpy() if isinstance(one, Tensor) else one
+                    array = np.ascontiguousarray(values, dtype=np.float64)
             except (TypeError, ValueError) as error:
                 raise InputError(f"{name}[{i}] must hold real numbers: {error}") from error
-            if array.ndim != 2 or array.shape[0] != array.shape[1]:
-                raise InputError(f"{name}[{i}] must be a square matrix; got shape {array.shape}")
+            shape = tuple(array.shape)
+            if len(shape) != 2 or shape[0] != shape[1]:
+                raise InputError(f"{name}[{i}] must be a square matrix; got shape {shape}")
             if len(array) < least:
                 raise InputError(
                     f"{name}[{i}] is over {len(array)} samples; at least {least} are needed"
                 )
-            first = first or array.shape
-            if array.shape != first:
+            first = first or shape
+            if shape != first:
                 raise InputError(
                     f"all matrices must be over the same samples; grams_a[0] has shape {first} "
-                    f"but {name}[{i}] {array.shape}"
+                    f"but {name}[{i}] {shape}"
                 )
             arrays.append(array)
         checked.append(arrays)

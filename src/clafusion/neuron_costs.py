@@ -77,7 +77,7 @@ def neuron_costs(
 def _correlation_costs(views: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for x, y in views:
-        total = total + (standardised(x).T @ standardised(y)).double().cpu() / len(x)
+        total = total + (standardised(x).T @ standardised(y)).double() / len(x)
     return 1.0 - total / len(views)
 
 
@@ -87,6 +87,6 @@ def _euclidean_costs(views: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     for x, y in views:
         x, y = x.double(), y.double()
         squares = x.square().sum(0)[:, None] + y.square().sum(0)[None] - 2 * (x.T @ y)
-        total = total + squares.clamp(min=0).cpu()
+        total = total + squares.clamp(min=0)
         rows += len(x)
     return (total / rows).sqrt()

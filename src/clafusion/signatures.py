@@ -24,7 +24,9 @@ from clafusion.errors import InputError
 from clafusion.graph import ModelGraph, ReadPoint
 from clafusion.label_ids import mix
 
-__all__ = ["Signature", "check_same_inputs", "profile_graphs", "standardised"]
+__all__ = ["Signature", "check_same_inputs", "gram_matrix", "profile_graphs", "standardised"]
+
+_BLOCK_FEATURES = 4096
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Signature:
         The model.
     grams
         For each unit ``(num_samples, num_samples)``: the inner products ``X X^T`` of its true
-        output, flattened, between the first samples.
+        output, flattened, between the first samples. Where the model was run.
     features
         For each unit the length of a flattened output.
     rows
@@ -192,7 +194,7 @@ class _Recorder:
                 if start == 0 and node.name in self.units:
                     flat = value.detach()[: self.alignment_samples].flatten(1)
                     unit = self.units[node.name]
-                    self.grams[unit] = _gram(flat)
+                    self.grams[unit] = gram_matrix(flat)
                     self.features[unit] = flat.size(1)
                 if node.name in self.points:
                     self._sample(node.name, value, start, size)
@@ -272,11 +274,20 @@ def _hash(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
     return mix((values + np.uint64(seed + 1)) * np.uint64(0x9E3779B97F4A7C15))
 
 
-def _gram(flat: Tensor) -> Tensor:
+def gram_matrix(flat: Tensor) -> Tensor:
+    """Return ``X X^T`` of samples ``(num_samples, num_features)`` in float64, where they are.
+
+    On the CPU by :func:`clafusion._native.gram`. Elsewhere PyTorch multiplies blocks of features in
+    float32 and adds them up in float64; it is for PyTorch's settings to say whether TF32 may stand
+    in for float32.
+    """
     if flat.device.type == "cpu":
         return torch.from_numpy(_native.gram(flat))
-    flat = flat.float()
-    return (flat @ flat.T).double().cpu()
+    total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
+    for block in flat.split(_BLOCK_FEATURES, dim=1):
+        block = block.float()
+        total += block @ block.T
+    return total
 
 
 def _data_key(key: int, inputs: tuple[Tensor, ...]) -> int:

@@ -330,7 +330,7 @@ def solve_transport(
     ----------
     costs
         One ``(num_source, num_target)`` per problem, float32 or float64, finite. They are moved
-        to the CPU.
+        to the CPU, but Sinkhorn runs on a GPU where costs are on one that our kernels can use.
     source_weights, target_weights
         One ``(num_source,)`` and ``(num_target,)`` per problem; not negative, both with the same
         sum. Default: uniform with sum 1.
@@ -349,7 +349,7 @@ def solve_transport(
     Returns
     -------
     list of TransportSolution
-        Plans in float64.
+        On the CPU, plans in float64.
 
     Raises
     ------
@@ -370,7 +370,8 @@ def solve_transport(
             raise InputError(f"costs[{i}] must be a tensor (num_source, num_target)")
         _check_cost(cost, f"costs[{i}]", any_device=True)
     _check_memory(problems)
-    problems = [cost.detach().cpu() for cost in problems]
+    given = [cost.detach() for cost in problems]
+    problems = [cost.cpu() for cost in given]
     for i, cost in enumerate(problems):
         if not _finite(cost):
             raise InputError(_not_finite(f"costs[{i}]", cost))
@@ -386,16 +387,22 @@ def solve_transport(
     solutions: dict[int, TransportSolution] = {}
     soft = [i for i, name in enumerate(chosen) if name in ("sinkhorn", "unbalanced")]
     if soft:
+        gpu = next((one.device for one in given if one.device.type == "cuda"), None)
+        use_gpu = gpu is not None and bool(_native.cuda_devices()[0])
         found = sinkhorn(
-            [problems[i].double() for i in soft],
+            [given[i].to(gpu) if use_gpu else problems[i].double() for i in soft],
             [torch.from_numpy(sources[i]) for i in soft],
             [torch.from_numpy(targets[i]) for i in soft],
             epsilon=epsilon,
             marginal_relaxation=marginal_relaxation if solver == "unbalanced" else None,
         )
         for i, solution in zip(soft, found, strict=True):
-            plan = solution.plan
-            solutions[i] = replace(solution, plan=plan * (sources[i].sum() / plan.sum()))
+            tensors: dict[str, Any] = {
+                k: v.cpu() for k, v in vars(solution).items() if isinstance(v, Tensor)
+            }
+            plan = tensors["plan"].double()
+            tensors["plan"] = plan * (sources[i].sum() / plan.sum())
+            solutions[i] = replace(solution, **tensors)
     matched = [i for i, name in enumerate(chosen) if name == "assignment"]
     for i in matched:
         if not _assignable(problems[i], sources[i], targets[i]):
