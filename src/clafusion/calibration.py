@@ -43,6 +43,7 @@ def reset_batchnorm(
     norms = [one for one in norms if one.running_mean is not None]
     if not norms:
         return
+    device = next((one.device for one in model.parameters()), None)
     modes = {one: one.training for one in model.modules()}
     momenta = [one.momentum for one in norms]
     model.eval()
@@ -52,7 +53,7 @@ def reset_batchnorm(
             norm.momentum = None
             norm.train()
         with torch.no_grad():
-            for inputs in batches(data, example_inputs, keywords):
+            for inputs in batches(data, example_inputs, keywords, device=device):
                 call_model(model, inputs, keywords)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):

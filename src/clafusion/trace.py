@@ -64,6 +64,10 @@ def trace(
         raise InputError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     _check_weights(model)
     arguments, keywords = _example(example_inputs)
+    device = next((one.device for one in model.parameters()), None)
+    if device is not None:
+        arguments = tuple(one.to(device) for one in arguments)
+        keywords = {name: one.to(device) for name, one in keywords.items()}
     with _quiet_export():
         program = _export(copy.deepcopy(model).eval(), arguments, keywords)
     module = program.graph_module

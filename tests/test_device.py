@@ -1,0 +1,117 @@
+"""From profile to calibration on another device: no tensor is where it must not be."""
+
+import copy
+
+import pytest
+import torch
+
+from clafusion import fuse, pipeline, trace
+from clafusion.depth import with_state
+from clafusion.signatures import profile_graphs
+from tests import networks
+from tests.simulated_gpu import FarTensor, move, simulated_gpu
+
+PAIRS = {
+    "mlp": (lambda: (networks.mlp(12, 9, 8, 7, 5), networks.mlp(12, 6, 5, seed=1)), (12,)),
+    "vgg": (lambda: (networks.vgg(2, 2), networks.vgg(1, 1, seed=1)), (3, 8, 8)),
+    "resnet": (lambda: (networks.resnet(2, 2), networks.resnet(1, 1, seed=1)), (3, 8, 8)),
+}
+
+
+def near(tensor):
+    return tensor.near if isinstance(tensor, FarTensor) else tensor
+
+
+def run(graphs, data, config):
+    signatures = profile_graphs(graphs, data, alignment_samples=30, matching_rows=100)
+    pair = pipeline.align_signatures(*signatures, config=config)
+    return pipeline.fuse_aligned(pair, data, config=config).model.state_dict()
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("calibrated", ["repair", "least_squares", "batchnorm", "none"])
+@pytest.mark.parametrize(
+    ("layer_cost", "neuron_cost", "solver"),
+    [("cka", "correlation", "auto"), ("wasserstein", "euclidean", "sinkhorn")],
+)
+def test_no_devices_are_mixed(pair, calibrated, layer_cost, neuron_cost, solver, monkeypatch):
+    make, shape = PAIRS[pair]
+    models = [model.eval() for model in make()]
+    data = torch.randn(40, *shape, generator=torch.Generator().manual_seed(0))
+    config = pipeline.FusionConfig(
+        calibration=calibrated, layer_cost=layer_cost, neuron_cost=neuron_cost, solver=solver
+    )
+    graphs = [trace(copy.deepcopy(model), data[:4], verify=False) for model in models]
+    expected = run(graphs, data, config)
+    originals = {id(graph.model): copy.deepcopy(graph.model) for graph in graphs}
+    for graph in graphs:
+        move(graph.model)
+        vars(graph)["example_inputs"] = tuple(FarTensor(one) for one in graph.example_inputs)
+        vars(graph)["constants"] = {k: FarTensor(v) for k, v in graph.constants.items()}
+
+    def far_with_state(module, state, graph):  # it sets .data
+        assert all(isinstance(one, FarTensor) for one in state.values())
+        values = {name: near(one) for name, one in state.items()}
+        built = with_state(originals[id(module)], values, graph)
+        move(built)
+        return built
+
+    monkeypatch.setattr(pipeline, "with_state", far_with_state)
+    with simulated_gpu():
+        found = run(graphs, data, config)
+    for name, one in expected.items():
+        assert isinstance(found[name], FarTensor)
+        # Gram matrices are added up in another order than by the compiled kernels.
+        torch.testing.assert_close(near(found[name]), one, rtol=1e-4, atol=1e-5)
+
+
+def test_the_simulation_refuses_what_a_gpu_refuses():
+    with simulated_gpu() as gpu:
+        far = torch.ones(3, 4).to(gpu)
+        with pytest.raises(RuntimeError, match="same device"):
+            far @ torch.ones(4, 2)
+        with pytest.raises(RuntimeError, match="same device"):
+            far[torch.tensor([0])] = torch.zeros(4)
+        with pytest.raises(RuntimeError, match="numpy"):
+            far.numpy()
+        assert (far * torch.tensor(2.0)).device == far[torch.tensor([0])].device == gpu
+        assert type(far.cpu()) is torch.Tensor
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("calibrated", ["repair", "least_squares", "batchnorm"])
+def test_a_gpu_fuses_as_the_cpu_does(pair, calibrated):
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU, or this PyTorch has no CUDA")
+    make, shape = PAIRS[pair]
+    first, second = make()
+    data = torch.randn(200, *shape, generator=torch.Generator().manual_seed(0))
+    expected = fuse(first, second, data, calibration=calibrated)
+    far = fuse(first, second, data, calibration=calibrated, device="cuda")
+    there = fuse(first.cuda(), second.cuda(), data, calibration=calibrated)
+    for found in (far, there):
+        assert {one.device.type for one in found.model.parameters()} == {"cuda"}
+        with torch.no_grad():
+            ours, theirs = expected.model(data), found.model(data.cuda()).cpu()
+        # Convolutions may round their factors to TF32's 10 bits, through a few layers.
+        assert float((ours - theirs).norm() / ours.norm()) < 2e-2
+
+
+@pytest.mark.cuda
+def test_a_gpus_gram_matrices_and_cka_equal_the_cpus():
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU, or this PyTorch has no CUDA")
+    from clafusion.layer_costs import linear_cka
+
+    layers = [
+        torch.randn(100, size, generator=torch.Generator().manual_seed(size))
+        for size in (30, 5000, 20_000)
+    ]
+    for unbiased in (False, True):
+        expected = linear_cka(layers, layers[:2], unbiased=unbiased)
+        found = linear_cka(
+            [x.cuda() for x in layers], [x.cuda() for x in layers[:2]], unbiased=unbiased
+        )
+        # Float32 sums over 4096 features: 4096 * 2^-24 of the products' magnitudes at worst.
+        assert abs(expected - found).max() < 3e-4
