@@ -54,7 +54,21 @@ class Ratio:
     note: str
 
 
-def measure(row: Row, *, seconds: float = 6.0, least: int = 3, most: int = 30) -> Ratio:
+def wall_clock(work: Callable[[], Any]) -> float:
+    """Run once and return the seconds."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def measure(
+    row: Row,
+    *,
+    seconds: float = 6.0,
+    least: int = 3,
+    most: int = 30,
+    clock: Callable[[Callable[[], Any]], float] = wall_clock,
+) -> Ratio:
     """Check the answers, then time both in turns: what slows the machine down slows down both.
 
     Before each run the machine rests: the threads of BLAS and OpenMP go on spinning for a while
@@ -68,9 +82,7 @@ def measure(row: Row, *, seconds: float = 6.0, least: int = 3, most: int = 30) -
     for _ in range(runs):
         for work, times in ((row.peer, peer_times), (row.ours, our_times)):
             time.sleep(_REST)
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
+            times.append(clock(work))
     peer = statistics.median(peer_times) / row.peer_share
     ours = statistics.median(our_times)
     note = "" if row.note is None else row.note(ours)
