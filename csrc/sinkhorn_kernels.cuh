@@ -1,7 +1,9 @@
 // The CUDA kernels of Sinkhorn's iteration: teams made of threads, around the inner loops.
 #pragma once
 
+#if defined(__CUDACC__)
 #include <cooperative_groups.h>
+#endif
 
 #include "sinkhorn_resident.hpp"
 #include "sinkhorn_stream.hpp"
@@ -120,7 +122,7 @@ class ResidentTeam : public BlockTeam<> {
     __syncthreads();
   }
   template <class T>
-  __device__ T* at_peer(T* pointer, int peer) const {
+  __device__ T* at_peer(T* pointer, [[maybe_unused]] int peer) const {
 #if __CUDA_ARCH__ >= 900
     if (peers_ > 1) return cooperative_groups::this_cluster().map_shared_rank(pointer, peer);
 #endif
@@ -141,15 +143,23 @@ class StreamTeam : public BlockTeam<kThreads> {
   __device__ void meet() const {}  // its sums have barriers
 };
 
+#if defined(__CUDACC__)
+__device__ inline double* dynamic_memory() {
+  extern __shared__ double memory[];
+  return memory;
+}
+#else
+double* dynamic_memory();  // of the tests, which run these kernels on the host
+#endif
+
 // Blocks `peers` apart solve a problem together; a cluster's blocks have numbers in a row.
 template <int kRows, int kColumns>
 __global__ void __launch_bounds__(512)
     sinkhorn_resident(const SinkhornTask* tasks, SinkhornLimits limits, int peers) {
-  extern __shared__ double memory[];
   __shared__ double scratch[kScratchDoubles];
   ResidentTeam team(scratch, peers);
   block::solve_resident<kRows, kColumns>(team, tasks[static_cast<int>(blockIdx.x) / peers], limits,
-                                         memory);
+                                         dynamic_memory());
 }
 
 // A problem of the streaming kernels.
