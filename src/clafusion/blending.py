@@ -19,7 +19,14 @@ from clafusion.depth import Lifting, axes_of, lifted_state
 from clafusion.errors import StructureError
 from clafusion.graph import ChannelClass, Slot
 
-__all__ = ["aligned_state", "blend", "incoming_map", "outgoing_map", "transport_vector"]
+__all__ = [
+    "aligned_state",
+    "blend",
+    "incoming_map",
+    "outgoing_map",
+    "transport_vector",
+    "transported",
+]
 
 
 def outgoing_map(plan: Tensor) -> Tensor:
@@ -52,7 +59,7 @@ def aligned_state(lifting: Lifting, plans: Sequence[Tensor | None]) -> dict[str,
     source = lifted_state(lifting)
     target = lifting.deep.state()
     return {
-        name: _transported(lifting, plans, name, source[name], tensor)
+        name: transported(lifting, plans, name, source[name], tensor)
         for name, tensor in target.items()
         if lifting.origins[name] != "copied" and tensor.is_floating_point()
     }
@@ -117,7 +124,7 @@ def transport_vector(
     return result
 
 
-def _transported(
+def transported(
     lifting: Lifting,
     plans: Sequence[Tensor | None],
     name: str,

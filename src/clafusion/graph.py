@@ -386,8 +386,12 @@ class Walk:
         if node.op == "get_attr":
             self._values[node] = getattr(self._module, str(node.target))
             return
-        arguments, keywords = fx.map_arg((node.args, node.kwargs), self._value)
         target: Any = node.target
+        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+            for operand in node.all_input_nodes:  # an operation in place spares what is kept
+                if operand.name in self._keep:
+                    self._values[operand] = self._values[operand].clone()
+        arguments, keywords = fx.map_arg((node.args, node.kwargs), self._value)
         self._values[node] = target(*arguments, **keywords)
         for operand in node.all_input_nodes:
             self._pending[operand] -= 1

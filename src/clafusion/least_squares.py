@@ -5,17 +5,29 @@ together with the BatchNorm behind it, is an affine map of its input ``x``; it i
 one that comes closest to what the parents put out at the same place,
 
 .. math:: \min_{W, b} \sum \lVert W x + b - t \rVert^2 + \lambda \lVert W - W_0 \rVert^2,
-          \qquad t = (1-w)\, T_{out}^\top y_A + w\, y_B,
+          \qquad t = (1-v)\, T_{out}^\top y_A + v\, y_B,
 
-with ``W_0`` the averaged weights. The layer that a residual addition follows aims at the parents'
-*sums* minus the fused shortcut, so that each block corrects the error so far. The normal equations
-are in closed form: no labels and no gradient steps. Layer-wise regression onto the parents'
-features is the idea of RegMean (arXiv 2212.09849); here it crosses widths and depths, and layers
-see the fused network's own inputs.
+with ``W_0`` the averaged weights. Four things make it work across depths:
+
+- The layer that a residual addition follows aims at the parents' *sums* minus the fused shortcut,
+  so that each block corrects the error so far.
+- Before a ReLU the goal is the mean of the parents' *activations*: where that is positive the layer
+  should put it out, elsewhere anything below 0 will do (solved by majorisation, some rounds).
+- A hidden channel that one layer writes and one layer reads needs no partner. Of both networks'
+  channels side by side those are kept by which the reading layer's output is best told
+  (:mod:`clafusion.hidden_channels`).
+- Two networks that solve a task by different features have no good mean of them. So the interior
+  leans towards one parent, ``v`` between the weight ``w`` and 0 or 1, and only the network's
+  outputs aim at the weighted mean with ``w`` itself.
+
+The normal equations are in closed form: no labels and no gradient steps. Layer-wise regression onto
+the parents' features is the idea of RegMean (arXiv 2212.09849) and PLeaS (arXiv 2407.02447); here
+it crosses widths and depths, and layers see the fused network's own inputs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,30 +35,31 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from clafusion.blending import transport_vector
+from clafusion.blending import transport_vector, transported
 from clafusion.data import Data, batches
-from clafusion.depth import Lifting
-from clafusion.graph import Site, State, Walk
+from clafusion.depth import Lifting, lifted_state
+from clafusion.graph import Site, Slot, State, Walk
+from clafusion.hidden_channels import keep_channels
 from clafusion.operations import bound_operands, convolution_geometry, op_name
 
-__all__ = ["regress"]
+__all__ = ["interior_weight", "regress"]
 
-_ROWS = 200_000  # rows of each regression: many times the columns of common layers
+_ROWS = 100_000  # rows of each regression: many times the columns of common layers
+_CHOICE_ROWS = 30_000  # of choosing channels, in float64
+_LEAST_ROWS = 4  # for each column, at least
+_ENTRIES = 1 << 27  # a regression's inputs at the most: half a gigabyte
 _CHUNK = 125  # inputs whose patches are held at once
+_ROUNDS = 2  # of the majorisation of a ReLU
+_MOST_FEATURES = 4096  # of two networks side by side: beyond, choosing channels takes minutes
 
 
-@dataclass
-class _NormalEquations:
-    """Sums over rows: inputs with inputs, inputs with what is left to be explained."""
+def interior_weight(deep_weight: float, lean: float) -> float:
+    """Return the deep network's share inside the network, for its share of the outputs.
 
-    inputs: Tensor
-    residuals: Tensor
-    rows: int = 0
-
-    def add(self, x: Tensor, residual: Tensor) -> None:
-        self.inputs += (x.T @ x).double()
-        self.residuals += (x.T @ residual).double()
-        self.rows += len(x)
+    ``lean`` in [0, 1] is how far it goes from ``deep_weight`` to the parent that has more: the
+    deep network for 0.5.
+    """
+    return deep_weight + lean * ((1.0 if deep_weight >= 0.5 else 0.0) - deep_weight)
 
 
 def regress(
@@ -56,6 +69,7 @@ def regress(
     data: Data,
     *,
     deep_weight: float,
+    lean: float = 0.0,
     ridge: float = 1e-3,
     samples: int = 2000,
     seed: int = 0,
@@ -67,12 +81,14 @@ def regress(
     Parameters
     ----------
     lifting, plans, fused
-        What corresponds, the transport plans and the averaged state.
+        What corresponds, the transport plans and the state averaged with the interior's weight.
     data
         Unlabelled inputs; the first ``samples`` are used. The activations at the current layer
         are held for all of them, three networks at a time: this bounds the memory.
     deep_weight
-        The deep network's share ``w``.
+        The deep network's share ``w`` of the outputs.
+    lean
+        How far the interior leans towards one parent: see :func:`interior_weight`.
     ridge
         The penalty on changes, relative to the mean square of the layer's inputs.
     samples
@@ -87,14 +103,55 @@ def regress(
     state = {name: tensor.clone() for name, tensor in fused.items()}
     target = device or next(iter(state.values())).device
     places = _places(lifting, state)
-    walks = _Walks(lifting, state, list(_limited(data, lifting, target, samples)), places)
+    inputs = list(_limited(data, lifting, target, samples))
+    walks = _Walks(lifting, plans, state, inputs, places, ridge)
+    inside = interior_weight(deep_weight, lean)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for done, place in enumerate(places):
-            walks.solve(place, plans, deep_weight, ridge, generator)
+            is_output = bool((place.site.classes < 0).all())
+            walks.solve(place, deep_weight if is_output else inside, generator)
             if progress is not None:
                 progress("calibrate", done + 1)
     return state
+
+
+class _NormalEquations:
+    """A regression: sums over rows, and the rows themselves where a ReLU needs them again.
+
+    It is solved for the change of the weights, so that where the parents agree nothing is left and
+    the weights stay exactly as they are.
+    """
+
+    def __init__(self, start: Tensor) -> None:
+        self.start = start
+        self.inputs = start.new_zeros(len(start), len(start))
+        self.residuals = torch.zeros_like(start)
+        self.rows = 0
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, x: Tensor, goal: Tensor, active: Tensor | None) -> None:
+        """Add rows: inputs, what they should become, and what that should be after the ReLU."""
+        self.inputs += (x.T @ x).double()
+        self.residuals += (x.T @ (goal - x @ self.start.to(x))).double()
+        self.rows += len(x)
+        if active is not None:
+            self._kept.append((x, active))
+
+    def solved(self, ridge: float) -> Tensor:
+        """Return the weights ``(num_features (+ 1), num_channels)``."""
+        penalty = ridge * self.inputs.diagonal().mean().clamp(min=1e-30)
+        identity = torch.eye(len(self.inputs), dtype=torch.float64, device=self.inputs.device)
+        factor = torch.linalg.cholesky(self.inputs + penalty * identity)
+        weights = self.start + torch.cholesky_solve(self.residuals, factor)
+        for _ in range(_ROUNDS if self._kept else 0):
+            residuals = torch.zeros_like(weights)
+            for x, active in self._kept:
+                found = x @ weights.to(x)
+                goal = torch.where(active > 0, active, found.clamp(max=0))
+                residuals += (x.T @ (goal - found)).double()
+            weights = weights + torch.cholesky_solve(residuals, factor)
+        return weights
 
 
 @dataclass(frozen=True)
@@ -113,6 +170,34 @@ class _Place:
     shallow: Site | None
     shallow_node: str | None
     shortcut: str | None
+    rectified: bool
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """Channels that one layer writes and one layer reads, in both networks.
+
+    Attributes
+    ----------
+    index
+        Their class in the deep network.
+    reader
+        The layer that reads them.
+    shallow_layer
+        The shallow network's reading layer.
+    columns, shallow_columns
+        ``(num_channels, num_columns)``: where each channel stands among the layer's inputs.
+    channel_of, shallow_channel_of
+        For each member of the class the writing layer's channel.
+    """
+
+    index: int
+    reader: _Place
+    shallow_layer: fx.Node
+    columns: Tensor
+    shallow_columns: Tensor
+    channel_of: Tensor
+    shallow_channel_of: Tensor
 
 
 def _places(lifting: Lifting, state: State) -> list[_Place]:
@@ -160,9 +245,75 @@ def _places(lifting: Lifting, state: State) -> list[_Place]:
                     other,
                     shallow_node,
                     shortcut,
+                    deep == site.node and _is_rectified(nodes[site.node]),
                 )
             )
     return sorted(places, key=lambda place: order[place.layer.name])
+
+
+def _is_rectified(node: fx.Node) -> bool:
+    return bool(node.users) and all(op_name(user) == "relu" for user in node.users)
+
+
+def _hidden(lifting: Lifting, places: Sequence[_Place]) -> dict[str, _Hidden]:
+    """Find the hidden channels that can be chosen freely: writing layer -> channels."""
+    deep, shallow = lifting.deep, lifting.shallow
+    by_kernel = {place.kernel: place for place in places}
+    shallow_nodes = {node.name: node for node in shallow.module.graph.nodes}
+    found = {}
+    for place in places:
+        other = place.shallow
+        one = int(place.site.classes[0])
+        if one < 0 or place.shortcut is not None or other is None or other.layer is None:
+            continue
+        channel_class = deep.classes[one]
+        written = {place.kernel, place.kernel_bias, *(place.norm or {}).values()}
+        readers = [slot for slot in channel_class.slots if slot.direction == "in"]
+        writers = {slot.use.parameter for slot in channel_class.slots if slot.direction == "out"}
+        if not (
+            len(readers) == 1
+            and writers <= written
+            and len(place.site.classes) == channel_class.size
+            and bool((place.site.classes == one).all())
+        ):
+            continue
+        (slot,) = readers
+        reader = by_kernel.get(slot.use.parameter)
+        if reader is None or reader is place or reader.kernel not in lifting.names:
+            continue
+        reading = lifting.sites[reader.site.node].layer
+        shallow_class = shallow.classes[lifting.classes[one]]
+        partners = [
+            each
+            for each in shallow_class.slots
+            if each.direction == "in" and each.use.parameter == lifting.names[reader.kernel]
+        ]
+        if reading is None or len(partners) != 1:
+            continue
+        columns, others = (_columns(each, reader) for each in (slot, partners[0]))
+        features = [
+            graph.state()[each.use.parameter][0].numel()
+            for graph, each in ((deep, slot), (shallow, partners[0]))
+        ]
+        if [columns.numel(), others.numel()] != features or sum(features) > _MOST_FEATURES:
+            continue  # other channels are read along with them, or there are too many
+        found[place.layer.name] = _Hidden(
+            one,
+            reader,
+            shallow_nodes[reading],
+            columns,
+            others,
+            place.site.members.argsort(),
+            other.members.argsort(),
+        )
+    return found
+
+
+def _columns(slot: Slot, reader: _Place) -> Tensor:
+    """Return ``(num_channels, num_columns)``: each channel's features of a reading layer."""
+    kernel = math.prod(reader.kernel_size)
+    features = slot.positions[:, :, None] * kernel + torch.arange(kernel)
+    return features.flatten(1)
 
 
 def _is_solvable(layer: fx.Node, kernel: Sequence[int]) -> bool:
@@ -192,101 +343,247 @@ class _Walks:
     def __init__(
         self,
         lifting: Lifting,
+        plans: Sequence[Tensor | None],
         state: dict[str, Tensor],
         inputs: Sequence[tuple[Tensor, ...]],
         places: Sequence[_Place],
+        ridge: float,
     ) -> None:
         self.lifting = lifting
+        self.plans = plans
         self.state = state
-        self.uses = _counted(places)
+        self.ridge = ridge
+        self.hidden = _hidden(lifting, places)
+        self.starts: dict[str, Tensor] = {}  # weights that choosing channels has given to readers
         deep, shallow = lifting.deep, lifting.shallow
-        of_deep, of_shallow = deep.state(), shallow.state()
-        kept_deep = {place.deep for place in places}
-        kept_shallow = {place.shallow_node for place in places if place.shallow_node}
+        self.of_deep, self.of_shallow = deep.state(), shallow.state()
+        self.lifted = lifted_state(lifting)
+        self.uses: dict[tuple[bool, str], int] = {}
+        for place in places:
+            for key in self._reached(place):
+                self.uses[key] = self.uses.get(key, 0) + 1
+        kept = [{name for is_deep, name in self.uses if is_deep is side} for side in (True, False)]
         self.fused = [Walk(deep, one, state, set()) for one in inputs]
-        self.deep = [Walk(deep, one, of_deep, set(kept_deep)) for one in inputs]
-        self.shallow = [Walk(shallow, one, of_shallow, set(kept_shallow)) for one in inputs]
+        self.deep = [Walk(deep, one, self.of_deep, set(kept[0])) for one in inputs]
+        self.shallow = [Walk(shallow, one, self.of_shallow, set(kept[1])) for one in inputs]
         self.num_inputs = sum(one[0].size(0) for one in inputs)
 
-    def solve(
-        self,
-        place: _Place,
-        plans: Sequence[Tensor | None],
-        deep_weight: float,
-        ridge: float,
-        generator: torch.Generator,
-    ) -> None:
+    def _reached(self, place: _Place) -> Iterator[tuple[bool, str]]:
+        """Yield the parents' values that a regression asks for: of the deep one?, node."""
+        yield True, place.deep
+        if place.shallow_node is not None:
+            yield False, place.shallow_node
+        if hidden := self.hidden.get(place.layer.name):
+            yield True, hidden.reader.incoming
+            yield False, _incoming(hidden.shallow_layer)
+
+    def solve(self, place: _Place, deep_weight: float, generator: torch.Generator) -> None:
         """Regress one layer and put its new weights into the state."""
-        weight, bias = _effective(place, self.state)
-        start = weight.T
-        if has_bias := place.site.bias is not None:
-            start = torch.cat([start, bias[None]])
-        equations: _NormalEquations | None = None
+        hidden = self.hidden.get(place.layer.name)
+        if hidden is not None:
+            own, taken, start = self._choose(place, hidden, deep_weight, generator)
+        elif place.layer.name in self.starts:
+            start = self.starts.pop(place.layer.name)
+        else:
+            start = _stacked(place, self.state)
+        equations = _NormalEquations(start)
         chosen: Tensor | None = None
         for fused, deep, shallow in zip(self.fused, self.deep, self.shallow, strict=True):
-            x = fused.reach(place.incoming)
-            goal = self._goal(place, deep, shallow, plans, deep_weight)
+            if hidden is not None and place.shallow is not None:
+                goal = _value(deep, place.deep, place.site).clone()
+                theirs = _value(shallow, place.shallow.node, place.shallow)
+                into, out_of = hidden.channel_of[own], hidden.shallow_channel_of[taken]
+                goal[..., into] = theirs[..., out_of]
+                active = goal.relu() if place.rectified else None
+            else:
+                goal, active = self._goal(place, deep, shallow, deep_weight)
             if place.shortcut is not None:
-                goal = goal - fused.reach(place.shortcut)
-            goal = goal.movedim(place.site.axis, -1)
-            positions = goal[0, ..., 0].numel()
+                goal = goal - fused.reach(place.shortcut).movedim(place.site.axis, -1)
             if chosen is None:
-                count = min(positions, max(1, -(-_ROWS // self.num_inputs)))
-                chosen = torch.randperm(positions, generator=generator)[:count].sort().values
-                chosen = chosen.to(goal.device)
-            rows = _patches(place.layer, x, place.kernel_size)[:, chosen].flatten(0, 1)
-            goals = goal.flatten(1, -2)[:, chosen].flatten(0, 1) if goal.dim() > 2 else goal
-            if has_bias:
-                rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-            if equations is None:
-                size = rows.size(1)
-                equations = _NormalEquations(
-                    torch.zeros(size, size, dtype=torch.float64, device=rows.device),
-                    torch.zeros(size, goals.size(1), dtype=torch.float64, device=rows.device),
-                )
-            # Where the parents agree nothing is left, and the weights stay exactly as they are.
-            equations.add(rows, goals - rows @ start.to(rows))
-        assert equations is not None
-        _store(place, self.state, start + _solve(equations, ridge), equations)
-        self._release(place)
+                chosen = self._choice(goal, len(start), _ROWS, generator)
+            x = fused.reach(place.incoming)
+            equations.add(
+                _with_one(place, _patches(place.layer, x, place.kernel_size)[:, chosen]),
+                _rows(goal, chosen),
+                None if active is None else _rows(active, chosen),
+            )
+        _store(place, self.state, equations.solved(self.ridge), equations)
+        for key in self._reached(place):
+            self._release(key)
+
+    def _choice(
+        self, value: Tensor, num_columns: int, most: int, generator: torch.Generator
+    ) -> Tensor:
+        """Choose the positions of a value, channels last, of which rows are made."""
+        positions = value[0, ..., 0].numel()
+        rows = min(most, max(_ENTRIES // num_columns, _LEAST_ROWS * num_columns))
+        count = min(positions, max(1, -(-rows // self.num_inputs)))
+        chosen = torch.randperm(positions, generator=generator)[:count].sort().values
+        return chosen.to(value.device)
+
+    def _choose(
+        self, place: _Place, hidden: _Hidden, deep_weight: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose the channels that a layer writes.
+
+        Returns which members of the class become the shallow network's, which of its members
+        these are, and the weights from which to start. Those of the reading layer are kept for
+        its turn.
+        """
+        readout, importance = self._readouts(hidden, deep_weight)
+        reader, columns, others = hidden.reader, hidden.columns, hidden.shallow_columns
+        gram = torch.zeros(len(readout), len(readout), dtype=torch.float64, device=readout.device)
+        chosen: Tensor | None = None
+        for deep, shallow in zip(self.deep, self.shallow, strict=True):
+            sides = [
+                _patches(layer, walk.reach(_incoming(layer)), reader.kernel_size)
+                for layer, walk in ((hidden.shallow_layer, shallow), (reader.layer, deep))
+            ]
+            if chosen is None:
+                chosen = self._choice(sides[0], len(readout), _CHOICE_ROWS, generator)
+            x = _with_one(reader, torch.cat(sides, 2)[:, chosen]).double()
+            gram += x.T @ x
+        both = torch.cat([others, others.numel() + columns])
+        kept, readout = keep_channels(
+            gram,
+            readout,
+            both,
+            len(columns),
+            importance=importance,
+            kinship=self._kinship(hidden),
+        )
+        taken, stays = kept[kept < len(others)], kept[kept >= len(others)] - len(others)
+        free = torch.ones(len(columns), dtype=torch.bool, device=kept.device)
+        free[stays] = False
+        own = torch.nonzero(free).squeeze(1)
+        reader_start = readout[others.numel() :].clone()
+        reader_start[columns[own].flatten()] = readout[others[taken].flatten()]
+
+        into, out_of = hidden.channel_of[own], hidden.shallow_channel_of[taken]
+        start = self.starts.pop(place.layer.name, None)
+        if start is None:
+            start = _stacked(place, self.of_deep)
+            plan = torch.zeros(len(others), len(columns), dtype=torch.float64)
+            plan[taken, own] = 1.0
+            start[:, into] = _stacked(place, self._aligned(place, hidden.index, plan))[:, into]
+        else:  # this layer reads chosen channels itself
+            shallow_start, start = start.tensor_split([len(hidden.shallow_channel_of)], 1)
+            start = start.clone()
+            start[:, into] = shallow_start[:, out_of]
+        self.starts[reader.layer.name] = reader_start
+        return own, taken, start
+
+    def _kinship(self, hidden: _Hidden) -> Tensor:
+        """Return how alike both networks' channels, side by side, are by the transport plan.
+
+        Its eigenvalues are not negative: those of the plan, normalised by rows and columns, are
+        at most 1.
+        """
+        plan = self.plans[hidden.index]
+        assert plan is not None, "a matched layer writes a class without a partner"
+        scale = (plan.sum(1, keepdim=True) * plan.sum(0)).sqrt()
+        alike = plan / torch.where(scale > 0, scale, 1.0)
+        return torch.cat(
+            [
+                torch.cat([torch.eye(len(plan)).to(alike), alike], 1),
+                torch.cat([alike.T, torch.eye(plan.size(1)).to(alike)], 1),
+            ]
+        )
+
+    def _readouts(self, hidden: _Hidden, deep_weight: float) -> tuple[Tensor, Tensor]:
+        """Return how a layer reads both networks' channels side by side, the shallow one's first.
+
+        ``(num_features, num_outputs)`` and the outputs' importance. The outputs are the weighted
+        mean, or where the reading layer's own outputs are to be chosen the two networks' apart.
+        """
+        reader, lifting = hidden.reader, self.lifting
+        site = lifting.sites[reader.site.node]
+        names = [reader.kernel, reader.kernel_bias, *(reader.norm or {}).values()]
+        partners = {name: self.of_shallow[lifting.names[name]] for name in names if name}
+        deep, shallow = _stacked(reader, self.of_deep), _stacked(reader, partners)
+        if reader.layer.name in self.hidden:
+            first = F.pad(shallow, (0, deep.size(1)))
+            second = F.pad(deep, (shallow.size(1), 0))
+            importance = deep.new_tensor(
+                [1 - deep_weight] * shallow.size(1) + [deep_weight] * deep.size(1)
+            )
+        else:
+            moved = transport_vector(
+                shallow,
+                self.plans,
+                (reader.site.classes, reader.site.members),
+                (site.classes, site.members),
+                lifting.classes,
+            )
+            first, second = (1 - deep_weight) * moved, deep_weight * deep
+            importance = deep.new_ones(deep.size(1))
+        if reader.site.bias is None:
+            return torch.cat([first, second]), importance
+        return torch.cat([first[:-1], second[:-1], first[-1:] + second[-1:]]), importance
+
+    def _aligned(self, place: _Place, index: int, plan: Tensor) -> dict[str, Tensor]:
+        """Return a layer's parameters from the shallow network, with a plan of its own."""
+        plans = list(self.plans)
+        plans[index] = plan
+        names = [place.kernel, place.kernel_bias, *(place.norm or {}).values()]
+        return {
+            name: transported(self.lifting, plans, name, self.lifted[name], self.of_deep[name])
+            for name in names
+            if name
+        }
 
     def _goal(
-        self,
-        place: _Place,
-        deep: Walk,
-        shallow: Walk,
-        plans: Sequence[Tensor | None],
-        deep_weight: float,
-    ) -> Tensor:
-        value: Tensor = deep.reach(place.deep)
+        self, place: _Place, deep: Walk, shallow: Walk, deep_weight: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the goal of a layer and, before a ReLU, of what leaves that, channels last."""
+        value = _value(deep, place.deep, place.site)
+        active = value.relu() if place.rectified else None
         if place.shallow is None or place.shallow_node is None:
-            return value
+            return value, active
         site, other = place.site, place.shallow
-        moved = transport_vector(
-            shallow.reach(place.shallow_node).movedim(other.axis, -1),
-            plans,
-            (site.classes, site.members),
-            (other.classes, other.members),
-            self.lifting.classes,
-        ).movedim(-1, site.axis)
-        return torch.lerp(moved, value, deep_weight)
+        theirs = _value(shallow, place.shallow_node, other)
 
-    def _release(self, place: _Place) -> None:
-        for name, walks in ((place.deep, self.deep), (place.shallow_node, self.shallow)):
-            key = (name, walks is self.deep)
-            self.uses[key] = self.uses.get(key, 0) - 1
-            if name is not None and self.uses[key] == 0:
-                for walk in walks:
-                    walk.release(name)
+        def mean(one: Tensor, two: Tensor) -> Tensor:
+            moved = transport_vector(
+                two,
+                self.plans,
+                (site.classes, site.members),
+                (other.classes, other.members),
+                self.lifting.classes,
+            )
+            return torch.lerp(moved, one, deep_weight)
+
+        return mean(value, theirs), None if active is None else mean(active, theirs.relu())
+
+    def _release(self, key: tuple[bool, str]) -> None:
+        self.uses[key] -= 1
+        if self.uses[key] == 0:
+            is_deep, name = key
+            for walk in self.deep if is_deep else self.shallow:
+                walk.release(name)
 
 
-def _counted(places: Sequence[_Place]) -> dict[tuple[str | None, bool], int]:
-    """Count how many layers are regressed onto each node of the deep and the shallow network."""
-    counts: dict[tuple[str | None, bool], int] = {}
-    for place in places:
-        for key in ((place.deep, True), (place.shallow_node, False)):
-            counts[key] = counts.get(key, 0) + 1
-    return counts
+def _value(walk: Walk, node: str, site: Site) -> Tensor:
+    """Return a layer's output, channels last."""
+    value: Tensor = walk.reach(node)
+    return value.movedim(site.axis, -1)
+
+
+def _incoming(layer: fx.Node) -> str:
+    return str(bound_operands(layer)["input"].name)
+
+
+def _rows(value: Tensor, chosen: Tensor) -> Tensor:
+    """Return ``(num_rows, num_channels)``: a value, channels last, at some of its positions."""
+    return value.flatten(1, -2)[:, chosen].flatten(0, 1) if value.dim() > 2 else value
+
+
+def _with_one(place: _Place, inputs: Tensor) -> Tensor:
+    """Return rows of inputs, with a 1 behind each where the layer has a bias."""
+    rows = inputs.flatten(0, 1)
+    if place.site.bias is None:
+        return rows
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
 
 
 def _patches(layer: fx.Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
@@ -302,8 +599,11 @@ def _patches(layer: fx.Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
     return F.unfold(x, sizes, dilation, padding, stride).mT
 
 
-def _effective(place: _Place, state: State) -> tuple[Tensor, Tensor]:
-    """Return weight ``(num_channels, num_features)`` and bias of a layer with its BatchNorm."""
+def _stacked(place: _Place, state: State) -> Tensor:
+    """Return a layer with its BatchNorm as ``(num_features (+ 1), num_channels)``, in float64.
+
+    The last row is the bias, where there is one.
+    """
     weight = state[place.kernel].double().flatten(1)
     bias = weight.new_zeros(len(weight))
     if place.kernel_bias is not None:
@@ -313,7 +613,7 @@ def _effective(place: _Place, state: State) -> tuple[Tensor, Tensor]:
         factor = norm["weight"] / (norm["running_var"] + place.epsilon).sqrt()
         weight = weight * factor[:, None]
         bias = (bias - norm["running_mean"]) * factor + norm["bias"]
-    return weight, bias
+    return weight.T if place.site.bias is None else torch.cat([weight.T, bias[None]])
 
 
 def _store(
@@ -345,12 +645,3 @@ def _store(
     put(place.norm["running_var"], variance)
     put(place.norm["weight"], (variance + place.epsilon).sqrt())
     put(place.norm["bias"], bias + mean)
-
-
-def _solve(equations: _NormalEquations, ridge: float) -> Tensor:
-    """Return the change of the weights ``(num_features, num_channels)``."""
-    penalty = ridge * equations.inputs.diagonal().mean()
-    size = len(equations.inputs)
-    identity = torch.eye(size, dtype=torch.float64, device=equations.inputs.device)
-    change: Tensor = torch.linalg.solve(equations.inputs + penalty * identity, equations.residuals)
-    return change

@@ -24,7 +24,7 @@ from clafusion.errors import AlignmentError, InputError, StructureError
 from clafusion.graph import ModelGraph
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment, align_layers
 from clafusion.layer_costs import LayerCost, layer_costs
-from clafusion.least_squares import regress
+from clafusion.least_squares import interior_weight, regress
 from clafusion.neuron_costs import MAX_CHANNELS, NeuronCost, neuron_costs
 from clafusion.signatures import Signature, profile_graphs
 from clafusion.trace import trace
@@ -64,6 +64,7 @@ class FusionConfig:
     solver: Solver = "auto"
     epsilon: float = 0.05
     calibration: Calibration = "repair"
+    lean: float = 0.8
     alignment_samples: int = 400
     matching_rows: int = 8192
     verify: bool = True
@@ -74,6 +75,8 @@ class FusionConfig:
             raise InputError(
                 f"weight must be in [0, 1], the second model's share; got {self.weight!r}"
             )
+        if not (isinstance(self.lean, (int, float)) and 0.0 <= self.lean <= 1.0):
+            raise InputError(f"lean must be in [0, 1]; got {self.lean!r}")
         for name, choices in (
             ("layer_cost", get_args(LayerCost)),
             ("alignment", ("layer", "chain", "random")),
@@ -184,6 +187,7 @@ def fuse(
     solver: Solver = "auto",
     epsilon: float = 0.05,
     calibration: Calibration = "repair",
+    lean: float = 0.8,
     alignment_samples: int = 400,
     matching_rows: int = 8192,
     verify: bool = True,
@@ -227,6 +231,11 @@ def fuse(
         ``"repair"`` (match the statistics of every layer), ``"least_squares"`` (regress every
         layer onto the parents; slower and more accurate), ``"batchnorm"`` (re-estimate running
         statistics) or ``"none"``.
+    lean
+        Of ``"least_squares"``: how far the interior leans from ``weight`` towards the parent that
+        has more of it (of equals the deeper one), in [0, 1]. The outputs aim at the weighted mean
+        all the same. At 0 every layer does, too, which costs accuracy where the two networks have
+        few features in common.
     alignment_samples
         Inputs over which units are compared; held at once, so this bounds the memory.
     matching_rows
@@ -267,6 +276,7 @@ def fuse(
         solver=solver,
         epsilon=epsilon,
         calibration=calibration,
+        lean=lean,
         alignment_samples=alignment_samples,
         matching_rows=matching_rows,
         verify=verify,
@@ -415,7 +425,10 @@ def fuse_aligned(
         for i, solution in zip(wanted, solutions, strict=True):
             plans[i] = solution.plan
     with clock.stage("blend"):
-        state = blend(plan, plans, deep_weight)
+        inside = deep_weight
+        if config.calibration == "least_squares":
+            inside = interior_weight(deep_weight, config.lean)
+        state = blend(plan, plans, inside)
     with clock.stage("calibrate"):
         if config.calibration == "repair":
             state = repair(
@@ -434,6 +447,7 @@ def fuse_aligned(
                 state,
                 data,
                 deep_weight=deep_weight,
+                lean=config.lean,
                 seed=config.seed,
                 progress=progress,
             )
