@@ -2,10 +2,14 @@
 
     CLAFUSION_DATA=... python -m benchmarks.cifar_pair [--test 2000] [--images 2000]
 
-Shows that lifting is exact, then the test accuracy of every way to average them.
+Shows that lifting is exact, then the test accuracy of every way to average them, over the weight of
+ResNet-32.
 """
 
 import argparse
+from collections.abc import Callable
+
+from torch import nn
 
 from benchmarks.datasets import accuracy, checkpoint_pair, cifar10, logits
 from benchmarks.results import write_results
@@ -14,6 +18,9 @@ from clafusion.baselines import naive_average
 from clafusion.blending import aligned_state
 from clafusion.calibration import reset_batchnorm
 from clafusion.depth import with_state
+from clafusion.pipeline import Calibration
+
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def main() -> None:
@@ -25,11 +32,7 @@ def main() -> None:
     calibration, _ = cifar10("train", arguments.images)
     images, labels = cifar10("test", arguments.test)
 
-    fused = {
-        name: fuse(shallow, deep, calibration, calibration=name)
-        for name in ("none", "batchnorm", "repair", "least_squares")
-    }
-    result = fused["none"]
+    result = fuse(shallow, deep, calibration, calibration="none")
     lifted = lift(deep, result.lifting).eval()
     # The shallow network alone, moved into the deep one's frame.
     aligned = {**result.lifting.deep.state(), **aligned_state(result.lifting, result.plans)}
@@ -46,30 +49,44 @@ def main() -> None:
     differences["weight 1 against ResNet-32"] = float(
         (logits(kept, images) - logits(deep, images)).abs().max()
     )
-    naive, naive_reset = naive_average(result), naive_average(result)
-    reset_batchnorm(naive_reset, calibration, (calibration[:2],))
-    rows = {
-        "ResNet-20": shallow,
-        "ResNet-32": deep,
+    both = logits(shallow, images) + logits(deep, images)
+    parents = {
+        "ResNet-20": accuracy(shallow, images, labels),
+        "ResNet-32": accuracy(deep, images, labels),
+        "ensemble": float((both.argmax(1) == labels).double().mean()),
+    }
+
+    def naive(weight: float) -> nn.Module:
+        return naive_average(result, weight)
+
+    def naive_reset(weight: float) -> nn.Module:
+        model = naive(weight)
+        reset_batchnorm(model, calibration, (calibration[:2],))
+        return model
+
+    def fused(name: Calibration, lean: float = 0.8) -> Callable[[float], nn.Module]:
+        return lambda weight: (
+            fuse(shallow, deep, calibration, weight=weight, calibration=name, lean=lean).model
+        )
+
+    ways = {
         "naive average": naive,
         "naive average, BatchNorm reset": naive_reset,
-        "matched": fused["none"].model,
-        "matched, BatchNorm reset": fused["batchnorm"].model,
-        "matched, REPAIR": fused["repair"].model,
-        "matched, least squares": fused["least_squares"].model,
+        "matched": fused("none"),
+        "matched, BatchNorm reset": fused("batchnorm"),
+        "matched, REPAIR": fused("repair"),
+        "matched, least squares, lean 0": fused("least_squares", 0.0),
+        "matched, least squares": fused("least_squares"),
     }
-    accuracies = {name: accuracy(model.eval(), images, labels) for name, model in rows.items()}
-    for weight in (0.25, 0.75):
-        for name, calibration_name in (("REPAIR", "repair"), ("least squares", "least_squares")):
-            model = fuse(
-                shallow, deep, calibration, weight=weight, calibration=calibration_name
-            ).model
-            accuracies[f"matched, {name}, weight {weight}"] = accuracy(model, images, labels)
+    curves = {}
+    for name, way in ways.items():
+        curves[name] = [accuracy(way(weight).eval(), images, labels) for weight in WEIGHTS]
+        print(f"{name:32s}", *(f"{100 * one:6.2f}" for one in curves[name]), flush=True)
 
     print(result.alignment.deep_to_shallow, "forced" if result.alignment.forced else "chosen")
     for name, difference in differences.items():
         print(f"{name:50s} max difference {difference:.1e}")
-    for name, value in accuracies.items():
+    for name, value in parents.items():
         print(f"{name:50s} {100 * value:6.2f} %")
     write_results(
         "cifar_pair",
@@ -78,8 +95,9 @@ def main() -> None:
             "calibration_images": len(calibration),
             "alignment": result.alignment.deep_to_shallow,
             "differences": differences,
-            "accuracies": accuracies,
-            "seconds": {name: dict(one.timings) for name, one in fused.items()},
+            "parents": parents,
+            "weights": WEIGHTS,
+            "curves": curves,
         },
     )
 

@@ -48,7 +48,8 @@ def test_many_steps_leave_the_least_squares_readout():
     x[:, 12:] += 0.5 * x[:, :12]
     readout = torch.randn(24, 3, generator=torch.Generator().manual_seed(2)).double()
     kept, found = keep_channels(x.T @ x, readout, places(12, 2), 7)
-    assert len(kept) == 7 and bool((kept.diff() > 0).all())
+    assert len(kept) == 7
+    assert bool((kept.diff() > 0).all())
     left = places(12, 2)[kept].flatten()
     expected = torch.linalg.lstsq(x[:, left], x @ readout).solution
     torch.testing.assert_close(found[left], expected, rtol=0, atol=1e-4)
