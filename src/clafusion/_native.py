@@ -344,7 +344,7 @@ class DeviceSinkhorn(NamedTuple):
 
 
 def sinkhorn_on_device(
-    costs: Sequence[Tensor],
+    costs: Tensor | Sequence[Tensor],
     source_weights: Tensor,
     target_weights: Tensor,
     initial_potential: Tensor | None,
@@ -356,8 +356,9 @@ def sinkhorn_on_device(
 ) -> DeviceSinkhorn:
     """Solve a ragged batch of entropic transport problems on a GPU, on the current stream.
 
-    Weights and potentials are float64 and lie one behind the other. Plans of equal shapes share
-    one tensor, in order. Problems beyond a block's or cluster's shared memory make the host wait.
+    ``costs`` is a batch ``(count, num_source, num_target)``, or a list of problems. Weights and
+    potentials are float64 and lie one behind the other. Plans of equal shapes share one tensor, in
+    order. Problems beyond a block's or cluster's shared memory make the host wait.
 
     Raises
     ------
@@ -370,16 +371,21 @@ def sinkhorn_on_device(
     if _cuda is None:
         raise InputError(f"costs are on {costs[0].device}, but {_no_cuda}; or call .cpu()")
     device = costs[0].device
-    rows = sum(cost.size(0) for cost in costs)
-    columns = sum(cost.size(1) for cost in costs)
-    for i, cost in enumerate(costs):
-        _check_on_device(f"costs[{i}]", cost, device, torch.float32, cost.numel())
+    count = len(costs)
+    if isinstance(costs, Tensor):
+        _check_on_device("costs", costs, device, torch.float32, costs.numel())
+        shapes = np.tile(np.array(costs.shape[1:], dtype=np.int64), (count, 1))
+        addresses = costs.data_ptr() + 4 * costs[0].numel() * np.arange(count, dtype=np.int64)
+    else:
+        for i, cost in enumerate(costs):
+            _check_on_device(f"costs[{i}]", cost, device, torch.float32, cost.numel())
+        shapes = np.array([tuple(cost.shape) for cost in costs], dtype=np.int64)
+        addresses = np.array([cost.data_ptr() for cost in costs], dtype=np.int64)
+    rows, columns = (int(total) for total in shapes.sum(0))
     _check_on_device("source_weights", source_weights, device, torch.float64, rows)
     _check_on_device("target_weights", target_weights, device, torch.float64, columns)
     if initial_potential is not None:
         _check_on_device("initial_potential", initial_potential, device, torch.float64, columns)
-    shapes = np.array([tuple(cost.shape) for cost in costs], dtype=np.int64)
-    count = len(costs)
     with torch.cuda.device(device):
         need = 4 * int(shapes.prod(1).sum())
         try:
@@ -388,8 +394,11 @@ def sinkhorn_on_device(
             plans: Tensor | list[Tensor]
             if (shapes == shapes[0]).all():
                 plans = costs[0].new_empty((count, *costs[0].shape))
+                size_of_one = 4 * costs[0].numel()
+                plan_addresses = plans.data_ptr() + size_of_one * np.arange(count, dtype=np.int64)
             else:
                 plans = [torch.empty_like(cost) for cost in costs]
+                plan_addresses = np.array([plan.data_ptr() for plan in plans], dtype=np.int64)
             # The allocator's addresses are multiples of 512.
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
             potentials = torch.empty_like(source_weights), torch.empty_like(target_weights)
@@ -402,8 +411,8 @@ def sinkhorn_on_device(
             ) from error
         _cuda.sinkhorn(
             shapes,
-            np.array([cost.data_ptr() for cost in costs], dtype=np.int64),
-            np.array([plan.data_ptr() for plan in plans], dtype=np.int64),
+            addresses,
+            plan_addresses,
             source_weights.data_ptr(),
             target_weights.data_ptr(),
             0 if initial_potential is None else initial_potential.data_ptr(),

@@ -70,7 +70,7 @@ def keep_channels(
     inverse = torch.linalg.inv(gram + ridge * presumed)
     both = torch.cat([inverse, readout], 1)  # what is done to one is done to the other
     squared = readout.new_ones(readout.size(1)) if importance is None else importance.square()
-    alive = torch.arange(len(columns), device=gram.device)
+    alive = torch.arange(len(columns), device=columns.device)
     while len(alive) > count:
         features = columns[alive]
         blocks = both[features[:, :, None], features[:, None, :]]

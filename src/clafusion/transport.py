@@ -191,7 +191,8 @@ def sinkhorn(
     counts = [tuple(cost.shape) for cost in problems]
     sources = _weights(source_weights, "source_weights", [n for n, _ in counts], single, batched)
     targets = _weights(target_weights, "target_weights", [m for _, m in counts], single, batched)
-    if marginal_relaxation is None:
+    uniform = source_weights is None and target_weights is None
+    if marginal_relaxation is None and not uniform:
         _check_sums(sources, targets, single)
     start = None
     if initial_potential is not None:
@@ -206,7 +207,7 @@ def sinkhorn(
                 "leave it out to start afresh"
             )
     found = (_solve_on_cpu if on_cpu else _solve_on_gpu)(
-        problems,
+        costs if isinstance(costs, Tensor) and not single else problems,
         np.concatenate(sources),
         np.concatenate(targets),
         start,
@@ -263,7 +264,7 @@ class _Found(NamedTuple):
 
 
 def _solve_on_cpu(
-    costs: list[Tensor],
+    costs: Tensor | list[Tensor],
     sources: NDArray[np.float64],
     targets: NDArray[np.float64],
     start: NDArray[np.float64] | None,
@@ -284,7 +285,7 @@ def _solve_on_cpu(
 
 
 def _solve_on_gpu(
-    costs: list[Tensor],
+    costs: Tensor | list[Tensor],
     sources: NDArray[np.float64],
     targets: NDArray[np.float64],
     start: NDArray[np.float64] | None,
@@ -292,8 +293,13 @@ def _solve_on_gpu(
 ) -> _Found | None:
     """Solve, or return None where a cost is not finite in float32."""
     device = costs[0].device
+    given: Tensor | list[Tensor]
+    if isinstance(costs, Tensor):  # at once: a call a problem would take longer than solving them
+        given = costs.detach().to(torch.float32).contiguous()
+    else:
+        given = [cost.detach().to(torch.float32).contiguous() for cost in costs]
     plans, f, g, totals, errors, iterations, status = _native.sinkhorn_on_device(
-        [cost.detach().to(torch.float32).contiguous() for cost in costs],
+        given,
         torch.from_numpy(sources).to(device),
         torch.from_numpy(targets).to(device),
         None if start is None else torch.from_numpy(start).to(device),
@@ -637,7 +643,8 @@ def _weights(
     batched: bool,
 ) -> list[NDArray[np.float64]]:
     if weights is None:
-        return [np.full(size, 1 / size) for size in sizes]
+        uniform = {size: np.full(size, 1 / size) for size in set(sizes)}
+        return [uniform[size] for size in sizes]
     vectors = _vectors(weights, name, sizes, single, batched)
     for i, vector in enumerate(vectors):
         which = name if single else f"{name}[{i}]"
