@@ -1,0 +1,22 @@
+"""What an installed wheel must be able to do, outside the source tree: `python smoke.py`."""
+
+import torch
+from torch import nn
+
+import clafusion
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    deep = nn.Sequential(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 3))
+    shallow = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    data = torch.randn(200, 8)
+    result = clafusion.fuse(deep, shallow, data)
+    print(result.summary())
+    (one,) = clafusion.fuse_many({"deep": deep, "shallow": shallow}, data)
+    assert torch.equal(one.model(data), result.model(data))
+    print(clafusion.build_info())
+
+
+if __name__ == "__main__":
+    main()
