@@ -287,8 +287,8 @@ def main() -> None:
         if given.quick
         else {
             "throughput": lambda: throughput(10, 512, 12),
-            "processes": lambda: processes(10, 512, 3),
-            "memory": lambda: memory((10, 40), 256, 100_000_000),
+            "processes": lambda: processes(10, 512, 2),
+            "memory": lambda: memory((10, 40), 64, 100_000_000),
             "kills": lambda: kills(4, 64, 20),
         }
     )

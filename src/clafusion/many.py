@@ -28,7 +28,7 @@ from concurrent.futures import (
     wait,
 )
 from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -112,8 +112,8 @@ class PairResult:
     warnings: tuple[str, ...]
     path: Path | None
     resumed: bool
-    _state: Mapping[str, Tensor] | None
-    _architecture: Model | None
+    _state: Mapping[str, Tensor] | None = field(repr=False)
+    _architecture: Model | None = field(repr=False)
 
     @property
     def state(self) -> Mapping[str, Tensor]:
