@@ -90,7 +90,7 @@ class Solved:
         assert np.isfinite(self.g).all()
 
 
-RAGGED = [(20, 30), (5, 5), (40, 33), (3, 600), (9, 200), (1, 1)]
+RAGGED = [(20, 30), (5, 5), (40, 33), (3, 300), (9, 70), (1, 1)]
 
 
 @pytest.mark.parametrize("shared_bytes", [AMPERE, TINY])

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from clafusion import fuse, pipeline, trace
+from clafusion.channels import find_channels
 from clafusion.depth import with_state
 from clafusion.signatures import profile_graphs
 from tests import networks
@@ -63,6 +65,56 @@ def test_no_devices_are_mixed(pair, calibrated, layer_cost, neuron_cost, solver,
         assert isinstance(found[name], FarTensor)
         # Gram matrices are added up in another order than by the compiled kernels.
         torch.testing.assert_close(near(found[name]), one, rtol=1e-4, atol=1e-5)
+
+
+class Transposing(nn.Module):
+    """Its parameters are read through views."""
+
+    def __init__(self):
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.first = nn.Parameter(torch.randn(8, 12, generator=draw))
+        self.bias = nn.Parameter(torch.randn(8, generator=draw))
+        self.both = nn.Parameter(torch.randn(16, 8, generator=draw))
+        self.last = nn.Parameter(torch.randn(8, 3, generator=draw))
+
+    def forward(self, x):
+        h = torch.relu(x @ self.first.t() + self.bias)
+        left, right = self.both.chunk(2, 0)
+        return torch.relu(h @ left.t() + h @ right.transpose(0, 1)) @ self.last
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: networks.mlp(12, 9, 8, 5), (12,)),
+        (lambda: networks.resnet(2, 2), (3, 8, 8)),
+        (Transposing, (12,)),
+        (lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), (5, 16)),
+    ],
+)
+def test_the_analysis_finds_the_same_channels_there(make, shape):
+    data = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    graph = trace(make().eval(), data)
+    state = graph.state()
+    buffers = frozenset(state) - set(dict(graph.model.named_parameters()))
+
+    def find(state, inputs):
+        with torch.no_grad():
+            return find_channels(graph.module, graph.placeholders, state, buffers, inputs)
+
+    expected = find(state, graph.example_inputs)
+    with simulated_gpu():
+        found = find(
+            {name: FarTensor(one) for name, one in state.items()},
+            tuple(FarTensor(one) for one in graph.example_inputs),
+        )
+    assert len(expected.classes) > 0
+    for one, other in zip(found.classes, expected.classes, strict=True):
+        assert one.size == other.size
+        for slot, partner in zip(one.slots, other.slots, strict=True):
+            assert slot.direction == partner.direction
+            assert torch.equal(slot.positions, partner.positions)
 
 
 def test_the_simulation_refuses_what_a_gpu_refuses():

@@ -87,7 +87,9 @@ def _moved(call: Call, substitutes: Mapping[fx.Node, Tensor]) -> Label:
 
 def _with(call: Call, substitutes: Mapping[fx.Node, Any], arguments: Any) -> Any:
     def substitute(node: fx.Node) -> Any:
-        value = substitutes[node] if node in substitutes else call.value_of(node)
+        if node in substitutes:  # labels, or a view of a parameter, which a copy would not be
+            return substitutes[node]
+        value = call.value_of(node)
         return value.cpu() if isinstance(value, Tensor) else value
 
     return fx.map_arg(arguments, substitute)
