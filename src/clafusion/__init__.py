@@ -7,6 +7,7 @@ from clafusion.errors import (
     AlignmentError,
     ClafusionError,
     ConvergenceWarning,
+    DivergenceError,
     GraphVerificationError,
     InputError,
     StructureError,
@@ -23,6 +24,7 @@ from clafusion.many import PairResult, fuse_many
 from clafusion.pipeline import AlignedPair, FusionConfig, FusionResult, align, fuse, profile
 from clafusion.signatures import Signature
 from clafusion.trace import trace
+from clafusion.training import TrainingResult, distill, finetune
 from clafusion.verification import permute_channels, verify_graph
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "ChannelClass",
     "ClafusionError",
     "ConvergenceWarning",
+    "DivergenceError",
     "FusionConfig",
     "FusionResult",
     "GraphVerificationError",
@@ -44,12 +47,15 @@ __all__ = [
     "Signature",
     "Slot",
     "StructureError",
+    "TrainingResult",
     "Unit",
     "UnsupportedOpError",
     "align",
     "align_layers",
     "align_layers_batch",
     "build_info",
+    "distill",
+    "finetune",
     "fuse",
     "fuse_many",
     "lift",

@@ -7,6 +7,7 @@ __all__ = [
     "AlignmentError",
     "ClafusionError",
     "ConvergenceWarning",
+    "DivergenceError",
     "GraphVerificationError",
     "InputError",
     "StructureError",
@@ -47,6 +48,20 @@ class AlignmentError(ClafusionError, ValueError):
         super().__init__(message)
         self.reached_deep = reached_deep
         self.reached_shallow = reached_shallow
+
+
+class DivergenceError(ClafusionError, ArithmeticError):
+    """Training was stopped because the loss is no longer finite.
+
+    Attributes
+    ----------
+    step
+        The optimizer step (from 0) whose loss it was.
+    """
+
+    def __init__(self, message: str, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class ConvergenceWarning(UserWarning):
