@@ -205,7 +205,7 @@ def test_a_lifted_model_computes_the_same_whatever_the_alignment(deep, shallow, 
         mode="random",
         seed=seed,
     )
-    lifted = lift(deep, lifting(*graphs, alignment)).eval()
+    lifted = lift(deep, lifting(*graphs, alignment.deep_to_shallow)).eval()
     far = 10 * torch.randn_like(inputs)
     assert_same_function(lifted, shallow, inputs)
     assert_same_function(lifted, shallow, far)

@@ -72,12 +72,15 @@ def blend(
 
     Inside an inserted block the deep network's weights stay as they are and only the block's last
     write is scaled by ``w``: that fuses the functions, where averaging every weight with zero
-    would shrink the block once a layer.
+    would shrink the block once a layer. Of a unit that only stands in, the aligned weights are
+    taken.
     """
     aligned = aligned_state(lifting, plans)
     fused: dict[str, Tensor] = {}
     for name, tensor in lifting.deep.state().items():
-        if name in aligned:
+        if lifting.origins[name] == "taken" and name in aligned:
+            fused[name] = aligned[name]
+        elif name in aligned:
             fused[name] = torch.lerp(aligned[name].double(), tensor.double(), deep_weight).to(
                 tensor.dtype
             )
@@ -147,7 +150,7 @@ def transported(
     result = target.clone()
     for i, use in enumerate(uses):
         carried = {axis: axes[place, axis] for place, axis in axes if place == i}
-        if lifting.origins[name] == "matched":
+        if name in lifting.names:
             other_name = lifting.names[name]
             other_use = lifting.shallow.uses_by_parameter[other_name][i]
             other_axes = axes_of(lifting.shallow, other_name)

@@ -172,6 +172,8 @@ def repair(
             (other.classes, other.members),
             lifting.classes,
         )
+        if lifting.origins[site.weight] == "taken":
+            return moved[0], moved[1]
         share = 1.0 - deep_weight
         return share * moved[0] + deep_weight * mean, share * moved[1] + deep_weight * deviation
 

@@ -29,7 +29,6 @@ from clafusion.graph import (
     call_model,
     flatten_tensors,
 )
-from clafusion.layer_alignment import LayerAlignment
 from clafusion.operations import bound_operands, op_name
 
 __all__ = [
@@ -42,7 +41,7 @@ __all__ = [
     "skip_costs",
 ]
 
-Origin = Literal["matched", "identity", "silent", "copied"]
+Origin = Literal["matched", "taken", "identity", "silent", "copied"]
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,15 @@ class Lifting:
 
     Attributes
     ----------
-    deep, shallow, alignment
-        The networks and their units' alignment.
+    deep, shallow
+        The network that gives the structure and the one that is brought to it. (Where the deeper
+        network's units are merged, the first is the shallower one, and all its units are matched.)
+    partner
+        For each unit of the deep network the shallow network's, -1 where it has none.
     origins
         For each parameter and buffer of the deep network where the lifted one's comes from:
-        ``"matched"`` (the shallow network's parameter in ``names``), ``"identity"`` (part of an
+        ``"matched"`` (the shallow network's parameter in ``names``), ``"taken"`` (the same, and
+        the deep network has nothing of its own to be averaged with), ``"identity"`` (part of an
         inserted identity layer), ``"silent"`` (the last write of an inserted block: zero) or
         ``"copied"`` (inside an inserted block, where any value will do: the deep network's).
     names
@@ -87,7 +90,7 @@ class Lifting:
 
     deep: ModelGraph
     shallow: ModelGraph
-    alignment: LayerAlignment
+    partner: tuple[int, ...]
     origins: Mapping[str, Origin]
     names: Mapping[str, str]
     classes: tuple[int, ...]
@@ -115,8 +118,16 @@ def skip_costs(deep: ModelGraph) -> NDArray[np.float64]:
     return np.array([0.0 if unit.insertable else np.inf for unit in deep.units])
 
 
-def lifting(deep: ModelGraph, shallow: ModelGraph, alignment: LayerAlignment) -> Lifting:
+def lifting(
+    deep: ModelGraph,
+    shallow: ModelGraph,
+    partner: tuple[int, ...],
+    stand_ins: frozenset[int] = frozenset(),
+) -> Lifting:
     """Find what corresponds under an alignment.
+
+    ``partner`` is :attr:`LayerAlignment.deep_to_shallow`. ``stand_ins`` are units of the deep
+    network that write zero and hold nothing of their own.
 
     Raises
     ------
@@ -128,7 +139,6 @@ def lifting(deep: ModelGraph, shallow: ModelGraph, alignment: LayerAlignment) ->
     names: dict[str, str] = {}
     sites: dict[str, Site] = {}
     streams: dict[int, Site] = {}
-    partner = alignment.deep_to_shallow
     for unit, k in zip(deep.units, partner, strict=True):
         if k >= 0:
             other = shallow.units[k]
@@ -154,6 +164,9 @@ def lifting(deep: ModelGraph, shallow: ModelGraph, alignment: LayerAlignment) ->
     for unit, k in zip(deep.units, partner, strict=True):  # what a matched unit shares stays so
         if k >= 0:
             origins.update(dict.fromkeys(unit.parameters, "matched"))
+    for index in stand_ins:
+        inside = set(deep.units[index].parameters) - set(deep.units[index].last_write)
+        origins.update(dict.fromkeys(inside, "taken"))
     for name in deep.state():
         origins.setdefault(name, "copied")
     classes = _match_classes(deep, shallow, names, partner)
@@ -161,7 +174,7 @@ def lifting(deep: ModelGraph, shallow: ModelGraph, alignment: LayerAlignment) ->
         tuple(_point_pairs(deep, shallow, partner, one.index, classes[one.index]))
         for one in deep.classes
     )
-    return Lifting(deep, shallow, alignment, origins, names, classes, points, sites, streams)
+    return Lifting(deep, shallow, partner, origins, names, classes, points, sites, streams)
 
 
 def _flow_site(point: ReadPoint) -> Site:
@@ -196,9 +209,18 @@ def _match_classes(
                 f"{where!r}); the networks are wired differently"
             )
 
+    # What a layer reads has no partner where other units come before it in the other network.
+    apart = {
+        name
+        for unit, before in zip(deep.units[1:], partner, strict=False)
+        if before >= 0 and partner[unit.index] > before + 1
+        for name in unit.parameters
+    }
     for name, other_name in names.items():
         other_axes = axes_of(shallow, other_name)
         for (use, axis), one in axes_of(deep, name).items():
+            if name in apart and all(slot.direction == "in" for _, slot in one):
+                continue
             other = other_axes.get((use, axis), [])
             if len(one) != len(other):
                 raise StructureError(
@@ -299,7 +321,7 @@ def lifted_state(plan: Lifting) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, tensor in deep_state.items():
         origin = plan.origins[name]
-        if origin == "matched":
+        if name in plan.names:
             state[name] = shallow_state[plan.names[name]].clone()
             continue
         shape = _shallow_shape(plan, name, tensor)

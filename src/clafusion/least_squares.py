@@ -540,6 +540,8 @@ class _Walks:
         active = value.relu() if place.rectified else None
         if place.shallow is None or place.shallow_node is None:
             return value, active
+        if self.lifting.origins[place.site.weight] == "taken":
+            deep_weight = 0.0
         site, other = place.site, place.shallow
         theirs = _value(shallow, place.shallow_node, other)
 

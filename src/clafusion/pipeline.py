@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from clafusion.balance import Balance, Merge, Width, balance
 from clafusion.blending import blend
 from clafusion.calibration import BatchMoments, repair, reset_batchnorm
 from clafusion.data import Data, first_batch
@@ -65,6 +66,9 @@ class FusionConfig:
     epsilon: float = 0.05
     calibration: Calibration = "repair"
     lean: float = 0.8
+    balance: Balance = "add"
+    merge: Merge = "least_squares"
+    width: Width = "own"
     alignment_samples: int = 400
     matching_rows: int = 8192
     verify: bool = True
@@ -83,6 +87,9 @@ class FusionConfig:
             ("neuron_cost", get_args(NeuronCost)),
             ("solver", get_args(Solver)),
             ("calibration", get_args(Calibration)),
+            ("balance", get_args(Balance)),
+            ("merge", get_args(Merge)),
+            ("width", get_args(Width)),
         ):
             if getattr(self, name) not in choices:
                 raise InputError(
@@ -131,15 +138,16 @@ class FusionResult:
     Attributes
     ----------
     model
-        The fused network: the deeper model's architecture, in the same mode (train or eval),
-        trainable as that one is. Of two models equally deep the first gives the architecture.
+        The fused network: the deeper model's architecture (with ``balance="merge"`` the shallower
+        one's), in the same mode (train or eval), trainable as that one is. Of two models equally
+        deep the first gives the architecture.
     pair
         Signatures, layer costs and alignment.
     lifting
-        What corresponds in the two networks.
+        What corresponds in the two networks, or in what stands for them.
     plans
-        For each channel class of ``pair.deep.graph.classes`` its transport plan
-        ``(num_source, num_target)``, source: the shallow network; None inside inserted blocks.
+        For each channel class of ``lifting.deep.classes`` its transport plan
+        ``(num_source, num_target)``, source: ``lifting.shallow``; None inside inserted blocks.
     config
         The settings.
     timings
@@ -188,6 +196,9 @@ def fuse(
     epsilon: float = 0.05,
     calibration: Calibration = "repair",
     lean: float = 0.8,
+    balance: Balance = "add",
+    merge: Merge = "least_squares",
+    width: Width = "own",
     alignment_samples: int = 400,
     matching_rows: int = 8192,
     verify: bool = True,
@@ -236,6 +247,18 @@ def fuse(
         has more of it (of equals the deeper one), in [0, 1]. The outputs aim at the weighted mean
         all the same. At 0 every layer does, too, which costs accuracy where the two networks have
         few features in common.
+    balance
+        ``"add"``: the result is as deep as the deeper network, and the shallower one gets units
+        that change nothing. ``"merge"``: it is as deep as the shallower one (compression), and the
+        deeper one's unmatched units go; use it with ``calibration="least_squares"``, by which the
+        layers that are left make up for them.
+    merge
+        How they go: ``"least_squares"`` (left out), or for fully connected networks ``"sum"``,
+        ``"majority"`` and ``"average"``; see :func:`clafusion.balance.balance`.
+    width
+        The result's widths: of the network that gives the structure (``"own"``), of the
+        ``"first"`` or ``"second"`` network, or of the one with fewer (``"narrow"``) or more
+        channels (``"wide"``).
     alignment_samples
         Inputs over which units are compared; held at once, so this bounds the memory.
     matching_rows
@@ -277,6 +300,9 @@ def fuse(
         epsilon=epsilon,
         calibration=calibration,
         lean=lean,
+        balance=balance,
+        merge=merge,
+        width=width,
         alignment_samples=alignment_samples,
         matching_rows=matching_rows,
         verify=verify,
@@ -410,11 +436,24 @@ def fuse_aligned(
     """
     config = config or FusionConfig()
     clock = _Clock(pair.timings)
-    deep_weight = 1.0 - config.weight if pair.deep_is_first else config.weight
-    deep = pair.deep.graph
+    with clock.stage("balance"):
+        both = balance(
+            pair.deep,
+            pair.shallow,
+            pair.alignment,
+            data,
+            deep_is_first=pair.deep_is_first,
+            how=config.balance,
+            merge=config.merge,
+            width=config.width,
+            seed=config.seed,
+        )
+    target = both.target.graph
+    # The share of the network that gives the structure, which the stages below call the deep one.
+    deep_weight = config.weight if both.target_is_deep != pair.deep_is_first else 1 - config.weight
     with clock.stage("match"):
-        plan = lifting(deep, pair.shallow.graph, pair.alignment)
-        costs = neuron_costs(plan, pair.deep, pair.shallow, metric=config.neuron_cost)
+        plan = lifting(target, both.source.graph, both.partner, both.stand_ins)
+        costs = neuron_costs(plan, both.target, both.source, metric=config.neuron_cost)
         wanted = [i for i, cost in enumerate(costs) if cost is not None]
         solutions = solve_transport(
             [cost for cost in costs if cost is not None],
@@ -437,7 +476,7 @@ def fuse_aligned(
                 state,
                 data,
                 deep_weight=deep_weight,
-                observed=observed,
+                observed=observed if both.target is pair.deep else None,
                 progress=progress,
             )
         elif config.calibration == "least_squares":
@@ -451,9 +490,9 @@ def fuse_aligned(
                 seed=config.seed,
                 progress=progress,
             )
-        model = with_state(deep.model, state, deep)
+        model = with_state(target.model, state, target)
         if config.calibration == "batchnorm":
-            reset_batchnorm(model, data, deep.example_inputs, deep.keywords)
+            reset_batchnorm(model, data, target.example_inputs, target.keywords)
     return FusionResult(model, pair, plan, tuple(plans), config, clock.seconds)
 
 

@@ -213,6 +213,7 @@ def _write_entry(
         "places": places,
         "num_samples": signature.num_samples,
         "num_inputs": signature.num_inputs,
+        "seed": signature.seed,
         "data_key": signature.data_key,
         "moments": observed is not None,
     }
@@ -244,6 +245,7 @@ def _read_entry(
             rows,
             facts["num_samples"],
             facts["num_inputs"],
+            facts["seed"],
             facts["data_key"],
         )
         if not facts["moments"]:

@@ -47,6 +47,8 @@ class Signature:
         channels at the chosen pairs of input and position.
     num_samples, num_inputs
         How many inputs the Gram matrices are over, and how many were seen in all.
+    seed
+        Seed of the choice of rows.
     data_key
         Equal for signatures of the same inputs in the same order.
     """
@@ -57,6 +59,7 @@ class Signature:
     rows: Mapping[tuple[int, int], Tensor]
     num_samples: int
     num_inputs: int
+    seed: int
     data_key: int
 
 
@@ -233,6 +236,7 @@ class _Recorder:
             rows,
             min(num_inputs, self.alignment_samples),
             num_inputs,
+            self.seed,
             key,
         )
 
