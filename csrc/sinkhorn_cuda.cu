@@ -157,18 +157,18 @@ DeviceLimits cuda_device_limits(int device) {
               "asking the device for its shared memory");
   cuda::check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
               "asking the device for its compute capability");
-  DeviceLimits limits{bytes - kernels::kScratchDoubles * std::int64_t{sizeof(double)}, 1};
+  DeviceLimits limits{bytes - kernels::kScratchBytes, 1};
   if (major < 9) return limits;
   // A slice of a device may have too few multiprocessors side by side for the largest cluster.
   const ResidentKernel kernel = resident_kernel(32);
   cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(limits.shared_bytes)),
+                                   bytes),
               "preparing the CUDA kernel sinkhorn_resident");
   for (int peers = 8; peers > 1; peers /= 2) {
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(peers));
     config.blockDim = dim3(512);
-    config.dynamicSmemBytes = static_cast<std::size_t>(limits.shared_bytes);
+    config.dynamicSmemBytes = static_cast<std::size_t>(bytes);
     cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = static_cast<unsigned>(peers);
@@ -243,10 +243,12 @@ void sinkhorn_cuda(const SinkhornTask* tasks, std::int64_t count, const Sinkhorn
     if (launch.kernel == SinkhornKernel::resident) {
       const ResidentKernel kernel = resident_kernel(launch.columns);
       cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       static_cast<int>(device.shared_bytes)),
+                                       static_cast<int>(device.shared_bytes +
+                                                        kernels::kScratchBytes)),
                   "preparing the CUDA kernel sinkhorn_resident");
       cuda::launch("sinkhorn_resident", kernel,
-                   {group.count * launch.peers, launch.threads, launch.shared_bytes, launch.peers},
+                   {group.count * launch.peers, launch.threads,
+                    launch.shared_bytes + kernels::kScratchBytes, launch.peers},
                    stream, resident_at + group.first, limits, launch.peers);
       continue;
     }

@@ -15,6 +15,31 @@ inline constexpr int kMostValues = 4;  // put together at once
 inline constexpr int kMostWarps = 32;
 inline constexpr int kSmallBlock = 256;  // threads of the kernels that do little
 inline constexpr int kScratchDoubles = 2 * kMostValues * kMostWarps;
+inline constexpr std::int64_t kScratchBytes = kScratchDoubles * std::int64_t{sizeof(double)};
+
+#if defined(__CUDACC__)
+__device__ inline double* dynamic_memory() {
+  extern __shared__ double memory[];
+  return memory;
+}
+
+// Waits for all blocks of the cluster.
+__device__ inline void meet_cluster() {
+#if __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().sync();
+#endif
+}
+
+// Where the cluster's block of this rank has what `pointer` points to in this one's shared memory.
+template <class T>
+__device__ T* in_cluster(T* pointer, [[maybe_unused]] int rank) {
+#if __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().map_shared_rank(pointer, rank);
+#else
+  return pointer;
+#endif
+}
+#endif  // else the tests, which run these kernels on the host, have theirs
 
 struct Sum {
   template <class T>
@@ -113,20 +138,15 @@ class ResidentTeam : public BlockTeam<> {
   __device__ int peer() const { return peer_; }
   __device__ int peers() const { return peers_; }
   __device__ void exchange() const {
-#if __CUDA_ARCH__ >= 900
     if (peers_ > 1) {
-      cooperative_groups::this_cluster().sync();
-      return;
+      meet_cluster();
+    } else {
+      __syncthreads();
     }
-#endif
-    __syncthreads();
   }
   template <class T>
-  __device__ T* at_peer(T* pointer, [[maybe_unused]] int peer) const {
-#if __CUDA_ARCH__ >= 900
-    if (peers_ > 1) return cooperative_groups::this_cluster().map_shared_rank(pointer, peer);
-#endif
-    return pointer;
+  __device__ T* at_peer(T* pointer, int peer) const {
+    return peers_ > 1 ? in_cluster(pointer, peer) : pointer;
   }
 
  private:
@@ -143,23 +163,14 @@ class StreamTeam : public BlockTeam<kThreads> {
   __device__ void meet() const {}  // its sums have barriers
 };
 
-#if defined(__CUDACC__)
-__device__ inline double* dynamic_memory() {
-  extern __shared__ double memory[];
-  return memory;
-}
-#else
-double* dynamic_memory();  // of the tests, which run these kernels on the host
-#endif
-
 // Blocks `peers` apart solve a problem together; a cluster's blocks have numbers in a row.
 template <int kRows, int kColumns>
 __global__ void __launch_bounds__(512)
     sinkhorn_resident(const SinkhornTask* tasks, SinkhornLimits limits, int peers) {
-  __shared__ double scratch[kScratchDoubles];
-  ResidentTeam team(scratch, peers);
+  double* const memory = dynamic_memory();
+  ResidentTeam team(memory, peers);
   block::solve_resident<kRows, kColumns>(team, tasks[static_cast<int>(blockIdx.x) / peers], limits,
-                                         dynamic_memory());
+                                         memory + kScratchDoubles);
 }
 
 // A problem of the streaming kernels.

@@ -3,6 +3,14 @@
 
 namespace clafusion::kernels {
 double* dynamic_memory() { return host_cuda::block->shared.data(); }
+void meet_cluster() { host_cuda::wait(host_cuda::cluster->all); }
+template <class T>
+T* in_cluster(T* pointer, int rank) {
+  const auto own = reinterpret_cast<char*>(host_cuda::block->shared.data());
+  auto* const other = host_cuda::cluster->blocks[static_cast<std::size_t>(rank)].shared.data();
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(other) +
+                              (reinterpret_cast<char*>(pointer) - own));
+}
 }  // namespace clafusion::kernels
 
 #include "sinkhorn_cuda.cu"
@@ -11,12 +19,14 @@ double* dynamic_memory() { return host_cuda::block->shared.data(); }
 extern "C" int solve_on_host(std::int64_t count, const std::int64_t* shapes, const float* cost,
                              const double* a, const double* b, const double* initial,
                              double epsilon, double tolerance, std::int64_t max_iterations,
-                             double relaxation, int shared_bytes, int failing_launch, float* plan,
+                             double relaxation, int shared_bytes, int capability,
+                             int failing_launch, float* plan,
                              double* f, double* g, double* totals, double* errors,
                              std::int64_t* iterations, std::int64_t* status, int* launches,
                              char* message) {
   using namespace clafusion;
   host_cuda::shared_bytes = shared_bytes;
+  host_cuda::capability = capability;
   host_cuda::failing_launch = failing_launch;
   host_cuda::launches = 0;
   std::vector<SinkhornTask> tasks;

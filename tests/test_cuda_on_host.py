@@ -1,7 +1,7 @@
 """The CUDA source itself, run on the host: launches, shuffles and block sums as fibers.
 
 What this cannot show: races that only threads side by side have (test_sinkhorn_block.py looks for
-those under ThreadSanitizer), clusters, and what a GPU's arithmetic rounds.
+those under ThreadSanitizer), and what a GPU's arithmetic rounds.
 """
 
 import ctypes
@@ -66,6 +66,7 @@ class Solved:
             ctypes.c_int64(self.settings["max_iterations"]),
             ctypes.c_double(np.inf if relaxation is None else relaxation),
             options.get("shared_bytes", AMPERE),
+            options.get("capability", 8),
             options.get("failing_launch", -1),
             *map(address, (plan, self.f, self.g, self.totals, self.errors)),
             *map(address, (self.iterations, self.status)),
@@ -135,6 +136,17 @@ def test_a_warm_start_and_a_limit(library, shared_bytes):
     )
     assert short.status.tolist() == [0, 0]
     assert short.iterations.tolist() == [5, 5]
+
+
+@pytest.mark.parametrize("relaxation", [None, 0.5])
+def test_clusters_of_blocks(library, relaxation):
+    # 2 to 8 blocks of 16 kB, the last of which have a row less or none.
+    shapes = [(90, 40), (101, 50), (150, 70), (9, 250)]
+    options = {"relaxation": relaxation, "shared_bytes": 16_000, "capability": 9}
+    found = Solved(library, shapes, **options)
+    assert found.launches <= 4  # streaming takes more
+    found.assert_equal_to_the_cpu()
+    assert Solved(library, shapes[2:3], **options).plans[0].tobytes() == found.plans[2].tobytes()
 
 
 def test_an_empty_batch_launches_nothing(library):

@@ -49,16 +49,22 @@ struct Block {
   Barrier all;
   std::vector<double> shuffled;
   std::vector<double> shared;
+};
+
+// Blocks that run at the same time.
+struct Cluster {
+  std::vector<Block> blocks;
+  Barrier all;
   ucontext_t scheduler;
-  std::size_t current = 0;
   std::function<void()> body;
 };
 
-inline Block* block = nullptr;
+inline Cluster* cluster = nullptr;
+inline Block* block = nullptr;  // the one whose thread has its turn
 inline std::vector<std::unique_ptr<char[]>> stacks;
 
 inline void yield() {
-  swapcontext(&block->fibers[block->current].context, &block->scheduler);
+  swapcontext(&block->fibers[threadIdx.x].context, &cluster->scheduler);
 }
 
 inline void wait(Barrier& barrier) {
@@ -72,46 +78,51 @@ inline void wait(Barrier& barrier) {
 }
 
 inline void enter() {
-  block->body();
-  block->fibers[block->current].done = true;
+  cluster->body();
+  block->fibers[threadIdx.x].done = true;
   yield();
 }
 
-// Runs a block's threads, the last one first, until all have returned. The kernel must not leave
-// threads at a barrier: this would never end.
-inline void run_block(unsigned index, unsigned threads, std::size_t shared,
-                      const std::function<void()>& body) {
-  Block one;
-  block = &one;
-  blockIdx.x = index;
+// Runs the threads of `count` blocks from `first` on, the last one first, until all have returned.
+// A kernel must not leave threads at a barrier: this would never end.
+inline void run_cluster(unsigned first, unsigned count, unsigned threads, std::size_t shared,
+                        const std::function<void()>& body) {
+  Cluster whole;
+  cluster = &whole;
+  whole.body = body;
+  whole.all.size = static_cast<int>(count * threads);
+  whole.blocks.resize(count);
   blockDim.x = threads;
-  one.fibers.resize(threads);
-  one.warps.resize(threads / 32);
-  for (Barrier& warp : one.warps) warp.size = 32;
-  one.all.size = static_cast<int>(threads);
-  one.shuffled.resize(threads);
-  one.shared.assign(shared / 8 + 1, std::numeric_limits<double>::quiet_NaN());
-  one.body = body;
-  while (stacks.size() < threads) stacks.push_back(std::make_unique<char[]>(kStack));
-  for (std::size_t i = 0; i < threads; ++i) {
-    Fiber& fiber = one.fibers[i];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = stacks[i].get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, &enter, 0);
+  while (stacks.size() < count * threads) stacks.push_back(std::make_unique<char[]>(kStack));
+  std::size_t used = 0;
+  for (Block& one : whole.blocks) {
+    one.fibers.resize(threads);
+    one.warps.resize(threads / 32);
+    for (Barrier& warp : one.warps) warp.size = 32;
+    one.all.size = static_cast<int>(threads);
+    one.shuffled.resize(threads);
+    one.shared.assign(shared / 8 + 1, std::numeric_limits<double>::quiet_NaN());
+    for (Fiber& fiber : one.fibers) {
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = stacks[used++].get();
+      fiber.context.uc_stack.ss_size = kStack;
+      fiber.context.uc_link = nullptr;
+      makecontext(&fiber.context, &enter, 0);
+    }
   }
   for (bool left = true; left;) {
     left = false;
-    for (std::size_t i = threads; i-- > 0;) {
-      if (one.fibers[i].done) continue;
-      left = true;
-      one.current = i;
-      threadIdx.x = static_cast<unsigned>(i);
-      swapcontext(&one.scheduler, &one.fibers[i].context);
+    for (unsigned b = count; b-- > 0;) {
+      for (unsigned i = threads; i-- > 0;) {
+        block = &whole.blocks[b];
+        if (block->fibers[i].done) continue;
+        left = true;
+        blockIdx.x = first + b;
+        threadIdx.x = i;
+        swapcontext(&whole.scheduler, &block->fibers[i].context);
+      }
     }
   }
-  block = nullptr;
 }
 
 }  // namespace host_cuda
@@ -169,6 +180,7 @@ struct cudaDeviceProp {
 
 namespace host_cuda {
 inline int shared_bytes = 101'376;
+inline int capability = 8;
 inline int failing_launch = -1;  // the number of the launch that fails
 inline int launches = 0;
 }  // namespace host_cuda
@@ -186,7 +198,8 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 8 : host_cuda::shared_bytes;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? host_cuda::capability
+                                                           : host_cuda::shared_bytes;
   return cudaSuccess;
 }
 template <class Kernel>
@@ -195,7 +208,7 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel, const cudaLaunchConfig_t*) {
-  return *count = 0, cudaSuccess;
+  return *count = 1, cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
                                    cudaStream_t) {
@@ -207,9 +220,10 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   if (host_cuda::launches++ == host_cuda::failing_launch) return cudaErrorLaunchFailure;
-  for (unsigned i = config->gridDim.x; i-- > 0;) {
-    host_cuda::run_block(i, config->blockDim.x, config->dynamicSmemBytes,
-                         [&] { kernel(arguments...); });
+  const unsigned size = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
+  for (unsigned i = config->gridDim.x / size; i-- > 0;) {
+    host_cuda::run_cluster(i * size, size, config->blockDim.x, config->dynamicSmemBytes,
+                           [&] { kernel(arguments...); });
   }
   return cudaSuccess;
 }
