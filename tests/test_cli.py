@@ -229,3 +229,12 @@ def test_doctor_tells_why_a_gpu_is_used_or_not(capsys, monkeypatch):
     assert not facts["cuda_usable"]
     assert facts["cuda_reasons"][0].startswith("PyTorch is built without CUDA")
     assert facts["torch"] == torch.__version__
+
+
+def test_a_merged_and_narrow_model_is_written(files, capsys):
+    assert main([*FUSE, "--balance=merge", "--calibration=least_squares"]) == 0
+    assert "merged away" in capsys.readouterr().out
+    assert main([*FUSE, "--width=narrow"]) == 0
+    assert "written" in capsys.readouterr().out
+    assert main([*FUSE, "--width=other"]) == 2
+    assert "width must be one of" in capsys.readouterr().err

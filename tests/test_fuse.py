@@ -1,6 +1,8 @@
 """What must hold exactly when two networks are fused, and what must be refused."""
 
 import copy
+import inspect
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -8,7 +10,16 @@ import torch
 from torch import nn
 
 import clafusion
-from clafusion import InputError, StructureError, fuse, lift, permute_channels, trace
+from clafusion import (
+    FusionConfig,
+    InputError,
+    StructureError,
+    fuse,
+    fuse_many,
+    lift,
+    permute_channels,
+    trace,
+)
 from clafusion.depth import lifting
 from clafusion.layer_alignment import align_layers
 from tests import networks
@@ -451,3 +462,10 @@ def test_a_dead_unit_is_refused_by_name():
 def test_no_module_is_refused():
     with pytest.raises(InputError, match=r"must be a torch\.nn\.Module"):
         fuse("model.pt", networks.mlp(12, 9, 5), VECTORS)
+
+
+@pytest.mark.parametrize("function", [fuse, fuse_many])
+def test_every_setting_is_an_argument_with_the_same_default(function):
+    arguments = inspect.signature(function).parameters
+    for field in fields(FusionConfig):
+        assert arguments[field.name].default == field.default, field.name

@@ -116,6 +116,19 @@ SolverName = Annotated[
 ]
 Epsilon = Annotated[float, typer.Option(help="Regularisation of the solver sinkhorn.")]
 CalibrationName = Annotated[str, typer.Option(help="repair, least_squares, batchnorm or none.")]
+Lean = Annotated[
+    float,
+    typer.Option(help="How far least squares leans inside towards one parent, from 0 to 1."),
+]
+BalanceName = Annotated[
+    str, typer.Option(help="As deep as the deeper model (add) or as the shallower (merge).")
+]
+MergeName = Annotated[
+    str, typer.Option(help="How layers go: least_squares, or by signs: sum, majority, average.")
+]
+WidthName = Annotated[
+    str, typer.Option(help="Whose widths: own (of the depth), first, second, narrow, wide.")
+]
 AlignmentSamples = Annotated[
     int, typer.Option(help="Inputs over which units are compared; held in memory at once.")
 ]
@@ -159,6 +172,10 @@ def _fuse(
     solver: SolverName = _DEFAULTS.solver,
     epsilon: Epsilon = _DEFAULTS.epsilon,
     calibration: CalibrationName = _DEFAULTS.calibration,
+    lean: Lean = _DEFAULTS.lean,
+    balance: BalanceName = _DEFAULTS.balance,
+    merge: MergeName = _DEFAULTS.merge,
+    width: WidthName = _DEFAULTS.width,
     alignment_samples: AlignmentSamples = _DEFAULTS.alignment_samples,
     matching_rows: MatchingRows = _DEFAULTS.matching_rows,
     seed: Seed = _DEFAULTS.seed,
@@ -167,7 +184,10 @@ def _fuse(
     plot: Plot = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fuse two models; write the fused weights, which load into the deeper model's architecture."""
+    """Fuse two models; write the fused weights.
+
+    They load into the deeper model's architecture; with --balance merge into the shallower one's.
+    """
     config = _config(
         weight=weight,
         layer_cost=layer_cost,
@@ -176,6 +196,10 @@ def _fuse(
         solver=solver,
         epsilon=epsilon,
         calibration=calibration,
+        lean=lean,
+        balance=balance,
+        merge=merge,
+        width=width,
         alignment_samples=alignment_samples,
         matching_rows=matching_rows,
         verify=verify,
@@ -197,8 +221,7 @@ def _fuse(
     if as_json:
         _print_json(_fusion_facts(result, out, plot))
         return
-    deep_arch = archs[0 if pair.deep_is_first else 1]
-    print(f"{fusion_summary(result)}\n{'written':<12} {out}, weights of {deep_arch}")
+    print(f"{fusion_summary(result)}\n{'written':<12} {out}, weights of {_arch_of(result, archs)}")
     _print_plot(plot)
 
 
@@ -633,6 +656,19 @@ def _alignment_facts(pair: AlignedPair, plot: Path | None) -> dict[str, Any]:
         "samples": pair.deep.num_inputs,
         "plot": None if plot is None else str(plot),
     }
+
+
+def _arch_of(result: FusionResult, archs: tuple[str, str]) -> str:
+    """Say into which architecture the fused weights load."""
+    pair = result.pair
+    first = pair.deep if pair.deep_is_first else pair.shallow
+    second = pair.shallow if pair.deep_is_first else pair.deep
+    for signature, arch in zip((first, second), archs, strict=True):
+        if result.lifting.deep is signature.graph:
+            return arch
+    is_deep = result.config.balance == "add"
+    arch = archs[0 if pair.deep_is_first == is_deep else 1]
+    return f"{arch} with the other model's widths"
 
 
 def _fusion_facts(result: FusionResult, out: Path, plot: Path | None) -> dict[str, Any]:

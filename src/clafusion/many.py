@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from clafusion._native import set_num_threads
+from clafusion.balance import Balance, Merge, Width
 from clafusion.checkpoints import ModelFile, file_digest, load_state, save_state, tensors_of
 from clafusion.data import Data, first_batch
 from clafusion.errors import ClafusionError, ConvergenceWarning, InputError
@@ -165,6 +166,10 @@ def fuse_many(
     solver: Solver = "auto",
     epsilon: float = 0.05,
     calibration: Calibration = "repair",
+    lean: float = 0.8,
+    balance: Balance = "add",
+    merge: Merge = "least_squares",
+    width: Width = "own",
     alignment_samples: int = 400,
     matching_rows: int = 8192,
     verify: bool = True,
@@ -210,7 +215,7 @@ def fuse_many(
     progress
         Called with the numbers of pairs that are done and that there are.
     example_inputs, weight, layer_cost, alignment, neuron_cost, solver, epsilon, calibration, \
-alignment_samples, matching_rows, verify, seed, device
+lean, balance, merge, width, alignment_samples, matching_rows, verify, seed, device
         As for :func:`clafusion.fuse`.
 
     Returns
@@ -239,6 +244,10 @@ alignment_samples, matching_rows, verify, seed, device
         solver=solver,
         epsilon=epsilon,
         calibration=calibration,
+        lean=lean,
+        balance=balance,
+        merge=merge,
+        width=width,
         alignment_samples=alignment_samples,
         matching_rows=matching_rows,
         verify=verify,

@@ -41,14 +41,18 @@ def plain_table(
     return "\n".join([line(titles), line(["-" * width for width in widths]), *map(line, rows)])
 
 
-def alignment_summary(pair: AlignedPair) -> str:
-    """Return a table of the matched units, and below it what the alignment was free to choose."""
+def alignment_summary(pair: AlignedPair, *, merged: bool = False) -> str:
+    """Return a table of the matched units, and below it what the alignment was free to choose.
+
+    ``merged`` tells that the deep network's unmatched units go, where else the shallow one gets
+    their like.
+    """
     deep, shallow = pair.deep.graph.units, pair.shallow.graph.units
     alignment = pair.alignment
     rows = [
         [unit.name, shallow[k].name, f"{alignment.cost[unit.index, k]:.4f}"]
         if k >= 0
-        else [unit.name, INSERTED, ""]
+        else [unit.name, "(merged)" if merged else INSERTED, ""]
         for unit, k in zip(deep, alignment.deep_to_shallow, strict=True)
     ]
     rows.append(["total", "", f"{alignment.total_cost:.4f}"])
@@ -61,7 +65,8 @@ def alignment_summary(pair: AlignedPair) -> str:
     facts = {
         "models": f"the first is the {first} one, the second the {second} one",
         "units": f"{len(deep)} deep, {len(shallow)} shallow, "
-        f"{len(alignment.unmatched)} inserted into the shallow one",
+        f"{len(alignment.unmatched)} "
+        + ("merged away" if merged else "inserted into the shallow one"),
         "alignment": f"by {alignment.mode}; {choice}",
         "samples": f"{pair.deep.num_samples} compared, {pair.deep.num_inputs} seen",
     }
@@ -87,7 +92,8 @@ def fusion_summary(result: FusionResult) -> str:
         else "no, verify=False",
         "seconds": _seconds(result.timings),
     }
-    return f"{alignment_summary(result.pair)}\n{_facts(facts)}"
+    table = alignment_summary(result.pair, merged=config.balance == "merge")
+    return f"{table}\n{_facts(facts)}"
 
 
 def many_summary(results: Sequence[PairResult]) -> str:
