@@ -66,7 +66,7 @@ if(MSVC)
 else()
   target_compile_options(_cuda PRIVATE
     $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>
-    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
+    $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all -Xcompiler=-Wall,-Wextra>)
   if(CLAFUSION_WERROR)
     target_compile_options(_cuda PRIVATE
       $<$<COMPILE_LANGUAGE:CXX>:-Werror>
