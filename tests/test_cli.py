@@ -231,7 +231,8 @@ def test_doctor_tells_why_a_gpu_is_used_or_not(capsys, monkeypatch):
     assert facts["torch"] == torch.__version__
 
 
-def test_a_merged_and_narrow_model_is_written(files, capsys):
+@pytest.mark.usefixtures("files")
+def test_a_merged_and_narrow_model_is_written(capsys):
     assert main([*FUSE, "--balance=merge", "--calibration=least_squares"]) == 0
     assert "merged away" in capsys.readouterr().out
     assert main([*FUSE, "--width=narrow"]) == 0

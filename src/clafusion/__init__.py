@@ -22,6 +22,7 @@ from clafusion.layer_alignment import (
 )
 from clafusion.many import PairResult, fuse_many
 from clafusion.pipeline import AlignedPair, FusionConfig, FusionResult, align, fuse, profile
+from clafusion.several import ModelsResult, fuse_models
 from clafusion.signatures import Signature
 from clafusion.trace import trace
 from clafusion.training import TrainingResult, distill, finetune
@@ -43,6 +44,7 @@ __all__ = [
     "Lifting",
     "ModelFile",
     "ModelGraph",
+    "ModelsResult",
     "PairResult",
     "Signature",
     "Slot",
@@ -58,6 +60,7 @@ __all__ = [
     "finetune",
     "fuse",
     "fuse_many",
+    "fuse_models",
     "lift",
     "num_threads",
     "permute_channels",

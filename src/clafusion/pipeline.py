@@ -453,16 +453,7 @@ def fuse_aligned(
     deep_weight = config.weight if both.target_is_deep != pair.deep_is_first else 1 - config.weight
     with clock.stage("match"):
         plan = lifting(target, both.source.graph, both.partner, both.stand_ins)
-        costs = neuron_costs(plan, both.target, both.source, metric=config.neuron_cost)
-        wanted = [i for i, cost in enumerate(costs) if cost is not None]
-        solutions = solve_transport(
-            [cost for cost in costs if cost is not None],
-            solver=config.solver,
-            epsilon=config.epsilon,
-        )
-        plans: list[Tensor | None] = [None] * len(costs)
-        for i, solution in zip(wanted, solutions, strict=True):
-            plans[i] = solution.plan
+        plans = channel_plans(plan, both.target, both.source, config)
     with clock.stage("blend"):
         inside = deep_weight
         if config.calibration == "least_squares":
@@ -494,6 +485,21 @@ def fuse_aligned(
         if config.calibration == "batchnorm":
             reset_batchnorm(model, data, target.example_inputs, target.keywords)
     return FusionResult(model, pair, plan, tuple(plans), config, clock.seconds)
+
+
+def channel_plans(
+    plan: Lifting, target: Signature, source: Signature, config: FusionConfig
+) -> list[Tensor | None]:
+    """Match the channels of every class; None where the source has no such channels."""
+    costs = neuron_costs(plan, target, source, metric=config.neuron_cost)
+    solutions = iter(
+        solve_transport(
+            [cost for cost in costs if cost is not None],
+            solver=config.solver,
+            epsilon=config.epsilon,
+        )
+    )
+    return [None if cost is None else next(solutions).plan for cost in costs]
 
 
 @dataclass
