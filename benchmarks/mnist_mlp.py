@@ -65,7 +65,14 @@ def main() -> None:
         "matched, least squares": lambda *pair: (
             fuse(*pair, calibration, calibration="least_squares").model
         ),
+        "merged (shallow), least squares": lambda *pair: (
+            fuse(*pair, calibration, balance="merge", calibration="least_squares").model
+        ),
     }
+    for signs in ("sum", "majority", "average"):
+        ways[f"merged by signs ({signs}), REPAIR"] = lambda *pair, signs=signs: (
+            fuse(*pair, calibration, balance="merge", merge=signs).model
+        )
 
     scores: dict[str, list[float]] = {name: [] for name in ways}
     for seed in range(arguments.seeds):
@@ -79,7 +86,7 @@ def main() -> None:
         for name, values in scores.items()
     }
     for name, row in table.items():
-        print(f"{name:20s} {100 * row['mean']:6.2f} % +- {100 * row['stdev']:.2f}")
+        print(f"{name:34s} {100 * row['mean']:6.2f} % +- {100 * row['stdev']:.2f}")
     write_results("mnist_mlp", {"epochs": arguments.epochs, "accuracies": table})
 
 

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clafusion.blending import blend
 from clafusion.depth import with_state
 from clafusion.pipeline import FusionResult
+from clafusion.weight_matching import index_plan
 
-__all__ = ["index_plan", "naive_average"]
-
-
-def index_plan(num_source: int, num_target: int) -> Tensor:
-    """Return the plan ``(num_source, num_target)`` that keeps the channels' order.
-
-    Each channel is an interval of [0, 1]; the mass between two is how far they overlap. For equal
-    numbers that is the identity.
-    """
-    source = torch.arange(num_source + 1, dtype=torch.float64) / num_source
-    target = torch.arange(num_target + 1, dtype=torch.float64) / num_target
-    upper = torch.minimum(source[1:, None], target[None, 1:])
-    lower = torch.maximum(source[:-1, None], target[None, :-1])
-    return (upper - lower).clamp(min=0)
+__all__ = ["naive_average"]
 
 
 def naive_average(result: FusionResult, deep_weight: float = 0.5) -> nn.Module:

@@ -162,7 +162,7 @@ def transported(
             moved = source
             slots = {}
         for axis, pairs in carried.items():
-            moved = _along(plans, moved, axis, use.size[axis], pairs, slots.get(axis), name)
+            moved = along(plans, moved, axis, use.size[axis], pairs, slots.get(axis), name)
         view = use.view(result)
         if moved.shape != view.shape:
             raise StructureError(
@@ -173,7 +173,7 @@ def transported(
     return result
 
 
-def _along(
+def along(
     plans: Sequence[Tensor | None],
     tensor: Tensor,
     axis: int,

@@ -109,7 +109,8 @@ LayerCostName = Annotated[
 ]
 AlignmentName = Annotated[str, typer.Option(help="layer (exact), or a baseline: chain, random.")]
 NeuronCostName = Annotated[
-    str, typer.Option(help="The cost of matching two channels: correlation, euclidean.")
+    str,
+    typer.Option(help="The cost of matching two channels: correlation, euclidean, weight, dual."),
 ]
 SolverName = Annotated[
     str, typer.Option(help="How channels are matched: auto, assignment, exact, sinkhorn.")

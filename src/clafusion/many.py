@@ -45,9 +45,14 @@ from clafusion.data import Data, first_batch
 from clafusion.errors import ClafusionError, ConvergenceWarning, InputError
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment
 from clafusion.layer_costs import LayerCost
-from clafusion.neuron_costs import NeuronCost
 from clafusion.output import replacing
-from clafusion.pipeline import Calibration, FusionConfig, align_signatures, fuse_aligned
+from clafusion.pipeline import (
+    Calibration,
+    FusionConfig,
+    NeuronCost,
+    align_signatures,
+    fuse_aligned,
+)
 from clafusion.prepared import (
     PreparedModel,
     data_digest,

@@ -12,16 +12,16 @@ from clafusion.depth import Lifting
 from clafusion.errors import InputError
 from clafusion.signatures import Signature, check_same_inputs, standardised
 
-__all__ = ["MAX_CHANNELS", "NeuronCost", "neuron_costs"]
+__all__ = ["MAX_CHANNELS", "ActivationCost", "neuron_costs"]
 
-NeuronCost = Literal["correlation", "euclidean"]
+ActivationCost = Literal["correlation", "euclidean"]
 
 MAX_CHANNELS = 10_000
 """Largest class that is matched: cost and plan of 10,000 channels take 1.6 GB."""
 
 
 def neuron_costs(
-    lifting: Lifting, deep: Signature, shallow: Signature, *, metric: NeuronCost = "correlation"
+    lifting: Lifting, deep: Signature, shallow: Signature, *, metric: ActivationCost = "correlation"
 ) -> list[Tensor | None]:
     r"""Return for each channel class of the deep network the costs ``(num_source, num_target)``.
 

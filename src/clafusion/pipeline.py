@@ -26,16 +26,18 @@ from clafusion.graph import ModelGraph
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment, align_layers
 from clafusion.layer_costs import LayerCost, layer_costs
 from clafusion.least_squares import interior_weight, regress
-from clafusion.neuron_costs import MAX_CHANNELS, NeuronCost, neuron_costs
+from clafusion.neuron_costs import MAX_CHANNELS, neuron_costs
 from clafusion.signatures import Signature, profile_graphs
 from clafusion.trace import trace
 from clafusion.transport import Solver, solve_transport
+from clafusion.weight_matching import match_by_weights
 
 __all__ = [
     "AlignedPair",
     "Calibration",
     "FusionConfig",
     "FusionResult",
+    "NeuronCost",
     "Progress",
     "align",
     "fuse",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 Calibration = Literal["none", "batchnorm", "repair", "least_squares"]
+NeuronCost = Literal["correlation", "euclidean", "weight", "dual"]
 
 Progress = Callable[[str, int], None]
 """Called with the stage's name and how many of its inputs are done."""
@@ -233,7 +236,9 @@ def fuse(
         ``"layer"`` (exact), or the baselines ``"chain"`` and ``"random"``.
     neuron_cost
         The cost of matching two channels: ``"correlation"`` or ``"euclidean"``, both of their
-        pre-activations.
+        pre-activations; ``"weight"``, of their weights as the other channels are matched; or
+        ``"dual"``, of correlation and weights. See :func:`clafusion.neuron_costs.neuron_costs` and
+        :func:`clafusion.weight_matching.match_by_weights`.
     solver
         How channels are matched; see :func:`clafusion.transport.solve_transport`.
     epsilon
@@ -491,12 +496,16 @@ def channel_plans(
     plan: Lifting, target: Signature, source: Signature, config: FusionConfig
 ) -> list[Tensor | None]:
     """Match the channels of every class; None where the source has no such channels."""
-    costs = neuron_costs(plan, target, source, metric=config.neuron_cost)
+    solver, epsilon = config.solver, config.epsilon
+    if config.neuron_cost == "weight":
+        return match_by_weights(plan, solver=solver, epsilon=epsilon)
+    metric = "correlation" if config.neuron_cost == "dual" else config.neuron_cost
+    costs = neuron_costs(plan, target, source, metric=metric)
+    if config.neuron_cost == "dual":
+        return match_by_weights(plan, activation_costs=costs, solver=solver, epsilon=epsilon)
     solutions = iter(
         solve_transport(
-            [cost for cost in costs if cost is not None],
-            solver=config.solver,
-            epsilon=config.epsilon,
+            [cost for cost in costs if cost is not None], solver=solver, epsilon=epsilon
         )
     )
     return [None if cost is None else next(solutions).plan for cost in costs]

@@ -1,0 +1,143 @@
+r"""Match channels by their weights, class after class, until nothing improves.
+
+How alike two channels' weights are depends on how the channels on the weights' other side are
+matched. So each class is matched in turn while the plans of the others stand still (Git Re-Basin,
+Ainsworth et al., arXiv 2209.04836, algorithm 1: block coordinate descent). With the activations'
+costs added, both spaces decide (MuDSC, Xu et al., arXiv 2403.01753).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clafusion.blending import along
+from clafusion.depth import Lifting, axes_of
+from clafusion.errors import ConvergenceWarning
+from clafusion.graph import ChannelClass, State
+from clafusion.transport import Solver, solve_transport
+
+__all__ = ["index_plan", "match_by_weights"]
+
+
+def index_plan(num_source: int, num_target: int) -> Tensor:
+    """Return the plan ``(num_source, num_target)`` that keeps the channels' order.
+
+    Each channel is an interval of [0, 1]; the mass between two is how far they overlap. For equal
+    numbers that is the identity.
+    """
+    source = torch.arange(num_source + 1, dtype=torch.float64) / num_source
+    target = torch.arange(num_target + 1, dtype=torch.float64) / num_target
+    upper = torch.minimum(source[1:, None], target[None, 1:])
+    lower = torch.maximum(source[:-1, None], target[None, :-1])
+    return (upper - lower).clamp(min=0)
+
+
+def match_by_weights(
+    lifting: Lifting,
+    *,
+    activation_costs: Sequence[Tensor | None] | None = None,
+    solver: Solver = "auto",
+    epsilon: float = 0.05,
+    max_sweeps: int = 100,
+) -> list[Tensor | None]:
+    r"""Return a plan for each channel class of the deep network.
+
+    With ``a`` and ``b`` all weights of two channels, the shallow network's in the deep one's frame
+    by the other classes' plans, the cost is :math:`\lVert a - b \rVert^2`; with
+    ``activation_costs`` it is the mean of :math:`1 - \cos(a, b)` and those.
+
+    Parameters
+    ----------
+    lifting
+        What corresponds.
+    activation_costs
+        For each class ``(num_source, num_target)``, in [0, 2], or None: see
+        :func:`clafusion.neuron_costs.neuron_costs` with ``"correlation"``.
+    solver, epsilon
+        As for :func:`clafusion.transport.solve_transport`.
+    max_sweeps
+        How often at most all classes are matched.
+
+    Returns
+    -------
+    list
+        ``(num_source, num_target)``, or None where the shallow network has no such channels.
+
+    Warns
+    -----
+    ConvergenceWarning
+        The plans still changed in the last sweep. (They come to rest for equal widths, for then
+        every step lessens one sum of squares.)
+    """
+    states = lifting.deep.state(), lifting.shallow.state()
+    plans: list[Tensor | None] = [
+        None if other < 0 else index_plan(lifting.shallow.classes[other].size, one.size)
+        for one, other in zip(lifting.deep.classes, lifting.classes, strict=True)
+    ]
+    for _ in range(max_sweeps):
+        changed = False
+        for one in lifting.deep.classes:
+            before = plans[one.index]
+            if before is None:
+                continue
+            cost = _weight_costs(lifting, plans, one, states, activation_costs is not None)
+            if activation_costs is not None:
+                of_activations = activation_costs[one.index]
+                assert of_activations is not None
+                cost = (cost + of_activations.to(cost)) / 2
+            (solution,) = solve_transport([cost], solver=solver, epsilon=epsilon)
+            plan = solution.plan.to(before)
+            changed |= not torch.allclose(plan, before, rtol=1e-6, atol=1e-12)
+            plans[one.index] = plan
+        if not changed:
+            return plans
+    warnings.warn(
+        f"matching by weights still changed after {max_sweeps} sweeps; its last plans are taken",
+        ConvergenceWarning,
+        stacklevel=2,
+    )
+    return plans
+
+
+def _weight_costs(
+    lifting: Lifting,
+    plans: Sequence[Tensor | None],
+    channel_class: ChannelClass,
+    states: tuple[State, State],
+    normalised: bool,
+) -> Tensor:
+    source_size = lifting.shallow.classes[lifting.classes[channel_class.index]].size
+    device = next(iter(states[0].values())).device
+    shape = (source_size, channel_class.size)
+    cross = torch.zeros(shape, dtype=torch.float64, device=device)
+    of_source, of_target = cross.new_zeros(source_size, 1), cross.new_zeros(channel_class.size)
+    statistics = dict(lifting.deep.model.named_buffers())  # of activations: no weights
+    for slot in channel_class.slots:
+        name = slot.use.parameter
+        if name not in lifting.names or name in statistics:
+            continue
+        other_name = lifting.names[name]
+        place = [use.index for use in lifting.deep.uses_by_parameter[name]].index(slot.use.index)
+        other_use = lifting.shallow.uses_by_parameter[other_name][place]
+        axes, other_axes = axes_of(lifting.deep, name), axes_of(lifting.shallow, other_name)
+        target = slot.use.view(states[0][name]).double()
+        source = other_use.view(states[1][other_name]).double()
+        for (where, axis), pairs in axes.items():
+            if where == place and axis != slot.axis:
+                length = slot.use.size[axis]
+                source = along(plans, source, axis, length, pairs, other_axes[where, axis], name)
+        on_axis = zip(axes[place, slot.axis], other_axes[place, slot.axis], strict=True)
+        partner = next(other for (_, one), (_, other) in on_axis if one is slot)
+        a = source.movedim(slot.axis, 0)[partner.positions.reshape(-1)].reshape(source_size, -1)
+        b = target.movedim(slot.axis, 0)[slot.positions.reshape(-1)]
+        b = b.reshape(channel_class.size, -1)
+        cross += a @ b.T
+        of_source += a.square().sum(1, keepdim=True)
+        of_target += b.square().sum(1)
+    if normalised:
+        return 1 - cross / (of_source * of_target).sqrt().clamp(min=1e-30)
+    return (of_source + of_target - 2 * cross).clamp(min=0)

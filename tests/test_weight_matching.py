@@ -1,0 +1,77 @@
+"""Matching by weights: permutations are found again, and each step lessens the sum of squares."""
+
+import pytest
+import torch
+
+from clafusion import fuse, permute_channels, trace
+from clafusion.blending import aligned_state
+from clafusion.depth import lifting
+from clafusion.weight_matching import match_by_weights
+from tests.networks import mlp, resnet, vgg
+
+VECTORS = torch.randn(300, 12, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+MODELS = {
+    "mlp": (lambda seed=0: mlp(12, 20, 15, 5, seed=seed), VECTORS),
+    "vgg": (lambda seed=0: vgg(2, 1, seed=seed), IMAGES),
+    "resnet": (lambda seed=0: resnet(2, 2, seed=seed), IMAGES),
+}
+
+
+def output(model, inputs):
+    with torch.no_grad():
+        return model(inputs)
+
+
+def permuted(build, inputs):
+    model = build()
+    graph = trace(model, inputs)
+    draw = torch.Generator().manual_seed(3)
+    orders = [torch.randperm(one.size, generator=draw) for one in graph.classes]
+    other = build()
+    other.load_state_dict(permute_channels(graph.state(), graph.classes, orders))
+    return model, other
+
+
+@pytest.mark.parametrize("cost", ["weight", "dual"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_permuted_copy_fuses_to_the_original(name, cost):
+    build, inputs = MODELS[name]
+    model, other = permuted(build, inputs)
+    fused = fuse(model, other, inputs, neuron_cost=cost, calibration="none").model
+    torch.testing.assert_close(output(fused, inputs), output(model, inputs), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_swap_of_two_channels_lessens_the_sum_of_squares(name):
+    build, inputs = MODELS[name]
+    graphs = [trace(build(seed), inputs) for seed in (0, 1)]
+    partner = tuple(range(len(graphs[0].units)))
+    plan = lifting(*graphs, partner)
+    plans = match_by_weights(plan)
+    target = graphs[0].state()
+    weights = [one for one in target if "running" not in one and "num_batches" not in one]
+
+    def distance(some):
+        aligned = aligned_state(plan, some)
+        return sum(float((aligned[one] - target[one]).double().square().sum()) for one in weights)
+
+    least = distance(plans)
+    for one in graphs[0].classes:
+        # A class that both reads and writes a weight moves twice: no optimum of single steps.
+        squares = {(slot.use.parameter, slot.direction) for slot in one.slots}
+        if any((name, "out") in squares for name, way in squares if way == "in"):
+            continue
+        for i in range(one.size - 1):
+            order = torch.arange(one.size)
+            order[[i, i + 1]] = order[[i + 1, i]]
+            some = list(plans)
+            some[one.index] = plans[one.index][:, order]
+            assert distance(some) >= least * (1 - 1e-6)
+
+
+def test_widths_and_depths_may_differ():
+    deep, shallow = mlp(12, 20, 15, 18, 5), mlp(12, 10, 9, 5, seed=1)
+    for cost in ("weight", "dual"):
+        model = fuse(deep, shallow, VECTORS, neuron_cost=cost).model
+        assert torch.isfinite(output(model, VECTORS)).all()
