@@ -55,6 +55,13 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, found
 
 
+def both_seconds(work: Callable[[], Any]) -> tuple[np.ndarray, Any]:
+    """Return seconds on the clock and of the processor, which other work disturbs less."""
+    processor = time.process_time()
+    spent, found = seconds(work)
+    return np.array([spent, time.process_time() - processor]), found
+
+
 def same(state: Any, other: Any) -> bool:
     return state.keys() == other.keys() and all(
         torch.equal(tensor, other[name]) for name, tensor in state.items()
@@ -64,59 +71,65 @@ def same(state: Any, other: Any) -> bool:
 # --- beside fuse, and beside the paper's steps ---------------------------------------------------
 
 
-def throughput(count: int, inputs: int, peers: int) -> dict[str, Any]:
-    """Time all pairs at once, one by one, and by the paper's steps, in turns."""
+def throughput(count: int, inputs: int, fused: int, peers: int) -> dict[str, Any]:
+    """Time all pairs at once, one by one, and by the paper's steps, in turns.
+
+    Of the pairs, ``fused`` are fused one by one and ``peers`` taken through the paper's steps;
+    their mean stands for all. The pairs are drawn at random.
+    """
     models, data = resnets(count), images(inputs)
     pairs = list(combinations(models, 2))
+    chosen = random.Random(0).sample(pairs, min(fused, len(pairs)))
     clafusion.fuse(*list(models.values())[:2], data)  # the first trace takes long
-    many: list[float] = []
-    alone: list[float] = []
-    paper: list[float] = []
+    many, alone, paper = [], [], []
     results: dict[tuple[str, str], Any] = {}
 
     def at_once() -> None:
-        spent, found = seconds(lambda: list(clafusion.fuse_many(models, data)))
+        spent, found = both_seconds(lambda: list(clafusion.fuse_many(models, data)))
         many.append(spent)
         results.update({(one.first, one.second): one for one in found})
 
     at_once()
-    chosen = set(random.Random(0).sample(pairs, min(peers, len(pairs))))
-    for i, pair in enumerate(pairs):
-        if i == len(pairs) // 2:
-            at_once()
+    for i, pair in enumerate(chosen):
         first, second = (models[name] for name in pair)
-        spent, result = seconds(lambda: clafusion.fuse(first, second, data))  # noqa: B023
+        spent, result = both_seconds(lambda: clafusion.fuse(first, second, data))  # noqa: B023
         alone.append(spent)
         assert same(result.model.state_dict(), results[pair].state), pair
-        if pair in chosen:
-            spent, (_, costs, partners) = seconds(
+        if i < peers:
+            spent, (_, costs, partners) = both_seconds(
                 lambda: fuse_by_the_paper(first, second, data[:400])  # noqa: B023
             )
             paper.append(spent)
             check_alignment(result.alignment, costs, partners)
-        print(f"  {i + 1} of {len(pairs)}", end="\r", file=sys.stderr)
+        print(f"  {i + 1} of {len(chosen)}", end="\r", file=sys.stderr)
     at_once()
-    plain, _ = seconds(lambda: list(clafusion.fuse_many(models, data, calibration="none")))
-    ours = statistics.median(many)
+    plain, _ = both_seconds(lambda: list(clafusion.fuse_many(models, data, calibration="none")))
     stages: dict[str, float] = {}
     for one in results.values():
         for stage, spent in one.seconds.items():
             stages[stage] = stages.get(stage, 0.0) + spent
-    by_paper = statistics.mean(paper) * len(pairs)
-    return {
+    figures: dict[str, Any] = {
         "pairs": len(pairs),
         "images": inputs,
-        "fuse_many_seconds": ours,
-        "fuse_many_runs": many,
+        "threads": torch.get_num_threads(),
+        "pairs_fused_one_by_one": len(alone),
+        "pairs_by_the_paper": len(paper),
         "stages_of_the_last_run": stages,
-        "fuse_seconds": sum(alone),
-        "beside_fuse": sum(alone) / ours,
-        "paper_seconds": by_paper,
-        "paper_pairs_timed": len(paper),
-        "beside_paper": by_paper / ours,
-        "fuse_many_without_calibration_seconds": plain,
-        "beside_paper_without_calibration": by_paper / plain,
     }
+    for i, kind in enumerate(("clock", "processor")):
+        ours = statistics.mean(one[i] for one in many)
+        one_by_one = statistics.mean(one[i] for one in alone) * len(pairs)
+        by_paper = statistics.mean(one[i] for one in paper) * len(pairs)
+        figures[kind] = {
+            "fuse_many_seconds": ours,
+            "fuse_seconds": one_by_one,
+            "paper_seconds": by_paper,
+            "fuse_many_without_calibration_seconds": float(plain[i]),
+            "beside_fuse": one_by_one / ours,
+            "beside_paper": by_paper / ours,
+            "beside_paper_without_calibration": by_paper / float(plain[i]),
+        }
+    return figures
 
 
 def check_alignment(alignment: Any, costs: list[np.ndarray], partners: list[list[int]]) -> None:
@@ -270,6 +283,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", help="one of throughput, processes, memory, kills")
     parser.add_argument("--out", type=Path, help="write the figures there, too")
+    parser.add_argument("--fused", type=int, default=45, help="pairs fused one by one")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -279,14 +293,14 @@ def main() -> None:
         return
     work: dict[str, Callable[[], dict[str, Any]]] = (
         {
-            "throughput": lambda: throughput(4, 128, 2),
+            "throughput": lambda: throughput(4, 128, 3, 1),
             "processes": lambda: processes(4, 128, 1),
             "memory": lambda: memory((4, 8), 64, 60_000_000),
             "kills": lambda: kills(3, 64, 2),
         }
         if given.quick
         else {
-            "throughput": lambda: throughput(10, 512, 12),
+            "throughput": lambda: throughput(10, 400, given.fused, 12),
             "processes": lambda: processes(10, 512, 2),
             "memory": lambda: memory((10, 40), 64, 100_000_000),
             "kills": lambda: kills(4, 64, 20),
