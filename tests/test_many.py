@@ -142,6 +142,27 @@ def test_residual_networks_are_as_fused_one_by_one(calibration):
     assert found.model.training == wanted.model.training
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"balance": "merge", "calibration": "least_squares"},
+        {"width": "wide"},
+        {"balance": "merge", "width": "narrow"},
+        {"lean": 0.2, "calibration": "least_squares"},
+    ],
+)
+def test_other_depths_and_widths_are_as_fused_one_by_one(settings):
+    models = {"a": networks.mlp(12, 9, 8, 5), "b": networks.mlp(12, 30, 5, seed=1)}
+    wanted = fuse(models["a"], models["b"], DATA, **SETTINGS, **settings)
+    (found,) = fuse_many(models, DATA, **SETTINGS, **settings)
+    assert found.error is None
+    assert torch.equal(found.model(DATA), wanted.model(DATA))
+    assert found.structure == ("b" if "balance" in settings else "a")
+    assert [one.weight.shape for one in found.model if hasattr(one, "weight")] == [
+        one.weight.shape for one in wanted.model if hasattr(one, "weight")
+    ]
+
+
 def test_lazily_loaded_models_and_batches_of_data(files, expected, tmp_path):
     batches = [(x, 0) for x in DATA.split(256)]
     results = fuse_many(files, batches, out_dir=tmp_path / "out", **SETTINGS)

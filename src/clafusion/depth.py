@@ -409,15 +409,19 @@ def lift(deep: nn.Module, plan: Lifting) -> nn.Module:
 def with_state(module: nn.Module, state: Mapping[str, Tensor], graph: ModelGraph) -> nn.Module:
     """Return a copy of a module that holds ``state``, whatever the widths in it are."""
     built = copy.deepcopy(module)
-    full = {**state, **{alias: state[name] for alias, name in graph.aliases.items()}}
-    with torch.no_grad():
-        for kind in (built.named_parameters(), built.named_buffers()):
-            for name, tensor in list(kind):
-                if name in full:
-                    tensor.data = full[name].detach().to(tensor).clone()
-    for submodule in built.modules():
-        _set_widths(submodule)
+    fill(built, {**state, **{alias: state[name] for alias, name in graph.aliases.items()}})
     return built
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put ``state`` into a module in place, whatever the widths in it are."""
+    with torch.no_grad():
+        for kind in (module.named_parameters(), module.named_buffers()):
+            for name, tensor in list(kind):
+                if name in state:
+                    tensor.data = state[name].detach().to(tensor).clone()
+    for submodule in module.modules():
+        _set_widths(submodule)
 
 
 def _set_widths(module: nn.Module) -> None:

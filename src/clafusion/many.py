@@ -42,6 +42,7 @@ from clafusion._native import set_num_threads
 from clafusion.balance import Balance, Merge, Width
 from clafusion.checkpoints import ModelFile, file_digest, load_state, save_state, tensors_of
 from clafusion.data import Data, first_batch
+from clafusion.depth import fill
 from clafusion.errors import ClafusionError, ConvergenceWarning, InputError
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment
 from clafusion.layer_costs import LayerCost
@@ -91,7 +92,9 @@ class PairResult:
         Why the pair could not be fused; None where it was. The attributes below are None or
         empty then.
     deep
-        Name of the model that gives the architecture.
+        Name of the model with more units.
+    structure
+        Name of the model whose architecture the fused one has; its widths may be others.
     deep_units, shallow_units
         Names of the units of both models.
     alignment
@@ -111,6 +114,7 @@ class PairResult:
     second: str
     error: str | None
     deep: str | None
+    structure: str | None
     deep_units: tuple[str, ...]
     shallow_units: tuple[str, ...]
     alignment: LayerAlignment | None
@@ -138,7 +142,7 @@ class PairResult:
 
     @property
     def model(self) -> nn.Module:
-        """The fused model, built anew: the deep model's architecture with the fused weights.
+        """The fused model, built anew from ``structure``'s architecture and the fused weights.
 
         Raises
         ------
@@ -149,7 +153,7 @@ class PairResult:
         kind = self._architecture
         assert kind is not None, "a fused pair has an architecture"
         built = kind.build() if isinstance(kind, ModelFile) else copy.deepcopy(kind)
-        built.load_state_dict(state, strict=False)
+        fill(built, state)
         return built
 
 
@@ -415,6 +419,13 @@ class _Workshop:
             observed = deep.observed, shallow.observed
         result = fuse_aligned(aligned, self.job.data, config=config, observed=observed)
         facts["deep"] = pair[0] if aligned.deep_is_first else pair[1]
+        names = pair if aligned.deep_is_first else pair[::-1]
+        made = result.model.state_dict().keys()
+        facts["structure"] = next(
+            name
+            for name, one in zip(names, (deep, shallow), strict=True)
+            if one.signature.graph.model.state_dict().keys() == made
+        )
         facts["deep_units"] = [unit.name for unit in aligned.deep.graph.units]
         facts["shallow_units"] = [unit.name for unit in aligned.shallow.graph.units]
         facts["alignment"] = _alignment_facts(aligned.alignment)
@@ -736,6 +747,7 @@ class _Run:
             second=facts["second"],
             error=facts["error"],
             deep=facts.get("deep"),
+            structure=facts.get("structure"),
             deep_units=tuple(facts.get("deep_units", ())),
             shallow_units=tuple(facts.get("shallow_units", ())),
             alignment=_alignment_of(facts["alignment"]) if fused else None,
@@ -744,7 +756,7 @@ class _Run:
             path=self.folder / facts["file"] if fused and self.folder is not None else None,
             resumed=resumed,
             _state=state,
-            _architecture=self.models[facts["deep"]] if fused else None,
+            _architecture=self.models[facts["structure"]] if fused else None,
         )
 
     # --- what an earlier run has left ---

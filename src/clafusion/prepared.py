@@ -240,7 +240,7 @@ def _read_entry(
         rows = {(unit, i): tensors[name].to(device) for unit, i, name in facts["places"]}
         signature = Signature(
             graph,
-            tuple(tensors[f"gram.{i}"] for i in range(len(graph.units))),
+            tuple(tensors[f"gram.{i}"].to(device) for i in range(len(graph.units))),
             tuple(facts["features"]),
             rows,
             facts["num_samples"],
