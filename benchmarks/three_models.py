@@ -2,8 +2,9 @@
 
     CLAFUSION_DATA=... python -m benchmarks.three_models [--images 8000] [--epochs 4]
 
-ResNet-20 and ResNet-32 by others, and a ResNet-14 that is distilled from both here, briefly, so that
-it is the weakest. Zero-shot test accuracy of each way to fuse them, with 2,000 unlabelled images.
+ResNet-20 and ResNet-32 by others, and a ResNet-14 that is distilled from both here, briefly, so
+that it is the weakest. Zero-shot test accuracy of each way to fuse them, with 2,000 unlabelled
+images.
 """
 
 import argparse
