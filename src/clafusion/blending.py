@@ -11,6 +11,7 @@ agree. With a single normalisation, a width ratio r would scale every layer by 1
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from clafusion.errors import StructureError
 from clafusion.graph import ChannelClass, Slot
 
 __all__ = [
+    "Normalisation",
     "aligned_state",
     "blend",
     "incoming_map",
@@ -27,6 +29,9 @@ __all__ = [
     "transport_vector",
     "transported",
 ]
+
+
+Normalisation = Literal["two", "single"]
 
 
 def outgoing_map(plan: Tensor) -> Tensor:
@@ -41,12 +46,19 @@ def incoming_map(plan: Tensor) -> Tensor:
     return plan / torch.where(sums > 0, sums, 1.0)
 
 
-def aligned_state(lifting: Lifting, plans: Sequence[Tensor | None]) -> dict[str, Tensor]:
+def aligned_state(
+    lifting: Lifting,
+    plans: Sequence[Tensor | None],
+    normalisation: Normalisation = "two",
+) -> dict[str, Tensor]:
     r"""Return the lifted shallow network's parameters in the deep network's frame and widths.
 
     For a layer from class ``i`` to class ``o``
 
     .. math:: \tilde W_A = T_{out}[o]^\top W_A\, T_{in}[i].
+
+    With ``normalisation="single"`` it is ``T_out[i]`` instead of ``T_in[i]``, as in OTFusion
+    (arXiv 1910.05653, algorithm 1).
 
     Parameters inside an inserted block (origin ``"copied"``) are left out: there is nothing to
     align.
@@ -59,23 +71,36 @@ def aligned_state(lifting: Lifting, plans: Sequence[Tensor | None]) -> dict[str,
     source = lifted_state(lifting)
     target = lifting.deep.state()
     return {
-        name: transported(lifting, plans, name, source[name], tensor)
+        name: transported(lifting, plans, name, source[name], tensor, normalisation)
         for name, tensor in target.items()
         if lifting.origins[name] != "copied" and tensor.is_floating_point()
     }
 
 
 def blend(
-    lifting: Lifting, plans: Sequence[Tensor | None], deep_weight: float
+    lifting: Lifting,
+    plans: Sequence[Tensor | None],
+    deep_weight: float,
+    *,
+    normalisation: Normalisation = "two",
+    classifier: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return the fused state: ``(1 - w) * aligned shallow + w * deep`` with ``w = deep_weight``.
 
     Inside an inserted block the deep network's weights stay as they are and only the block's last
     write is scaled by ``w``: that fuses the functions, where averaging every weight with zero
     would shrink the block once a layer. Of a unit that only stands in, the aligned weights are
-    taken.
+    taken. ``classifier`` is a plan for the outputs of the last
+    layer, which are otherwise never moved.
     """
-    aligned = aligned_state(lifting, plans)
+    aligned = aligned_state(lifting, plans, normalisation)
+    if classifier is not None:
+        site = lifting.deep.units[-1].sites[-1]
+        for name in (site.weight, site.bias):
+            if name is not None:
+                rows = outgoing_map(classifier).T
+                values = aligned[name].to(rows)
+                aligned[name] = torch.tensordot(rows, values, dims=1).to(aligned[name])
     fused: dict[str, Tensor] = {}
     for name, tensor in lifting.deep.state().items():
         if lifting.origins[name] == "taken" and name in aligned:
@@ -133,6 +158,7 @@ def transported(
     name: str,
     source: Tensor,
     target: Tensor,
+    normalisation: Normalisation = "two",
 ) -> Tensor:
     """Bring one parameter into the deep network's frame."""
     deep = lifting.deep
@@ -162,7 +188,9 @@ def transported(
             moved = source
             slots = {}
         for axis, pairs in carried.items():
-            moved = along(plans, moved, axis, use.size[axis], pairs, slots.get(axis), name)
+            moved = along(
+                plans, moved, axis, use.size[axis], pairs, slots.get(axis), name, normalisation
+            )
         view = use.view(result)
         if moved.shape != view.shape:
             raise StructureError(
@@ -181,6 +209,7 @@ def along(
     pairs: Sequence[tuple[ChannelClass, Slot]],
     source_slots: Sequence[tuple[ChannelClass, Slot]] | None,
     name: str,
+    normalisation: Normalisation = "two",
 ) -> Tensor:
     """Apply the plans of the classes on one axis, and keep its fixed positions."""
     moved = tensor.movedim(axis, 0).double()
@@ -201,7 +230,8 @@ def along(
                 f"in axis {axis} of {name!r} a channel stands for {repeats} positions, in its "
                 f"partner for {positions.size(1)}; the inputs or strides differ"
             )
-        weights = outgoing_map(plan) if slot.direction == "out" else incoming_map(plan)
+        leaves = slot.direction == "out" or normalisation == "single"
+        weights = outgoing_map(plan) if leaves else incoming_map(plan)
         block = moved[positions.reshape(-1)].reshape(plan.size(0), -1)
         result[slot.positions.reshape(-1)] = (weights.T.to(block) @ block).reshape(-1, *rest)
         used_target.append(slot.positions.reshape(-1))

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from clafusion._native import set_num_threads
 from clafusion.balance import Balance, Merge, Width
+from clafusion.blending import Normalisation
 from clafusion.checkpoints import ModelFile, file_digest, load_state, save_state, tensors_of
 from clafusion.data import Data, first_batch
 from clafusion.depth import fill
@@ -62,6 +63,7 @@ from clafusion.prepared import (
     tensors_digest,
     versions,
 )
+from clafusion.signatures import LayerValues
 from clafusion.transport import Solver
 
 __all__ = ["PairResult", "fuse_many"]
@@ -183,6 +185,11 @@ def fuse_many(
     matching_rows: int = 8192,
     verify: bool = True,
     seed: int = 0,
+    layer_values: LayerValues = "output",
+    profile_inputs: int | None = None,
+    pin_ends: bool = False,
+    normalisation: Normalisation = "two",
+    match_classifier: bool = False,
     device: str | torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[PairResult]:
@@ -224,7 +231,8 @@ def fuse_many(
     progress
         Called with the numbers of pairs that are done and that there are.
     example_inputs, weight, layer_cost, alignment, neuron_cost, solver, epsilon, calibration, \
-lean, balance, merge, width, alignment_samples, matching_rows, verify, seed, device
+lean, balance, merge, width, alignment_samples, matching_rows, verify, seed, layer_values, \
+profile_inputs, pin_ends, normalisation, match_classifier, device
         As for :func:`clafusion.fuse`.
 
     Returns
@@ -261,6 +269,11 @@ lean, balance, merge, width, alignment_samples, matching_rows, verify, seed, dev
         matching_rows=matching_rows,
         verify=verify,
         seed=seed,
+        layer_values=layer_values,
+        profile_inputs=profile_inputs,
+        pin_ends=pin_ends,
+        normalisation=normalisation,
+        match_classifier=match_classifier,
     )
     models = _checked_models(models)
     wanted = _checked_pairs(pairs, models)

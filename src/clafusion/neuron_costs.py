@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clafusion.depth import Lifting
-from clafusion.errors import InputError
+from clafusion.depth import Lifting, PointPair
+from clafusion.errors import InputError, StructureError
 from clafusion.signatures import Signature, check_same_inputs, standardised
 
-__all__ = ["MAX_CHANNELS", "ActivationCost", "neuron_costs"]
+__all__ = ["MAX_CHANNELS", "ActivationCost", "classifier_costs", "neuron_costs"]
 
 ActivationCost = Literal["correlation", "euclidean"]
 
@@ -61,7 +61,10 @@ def neuron_costs(
                 f"{MAX_CHANNELS} channels are supported"
             )
         views = [
-            (shallow.rows[p.shallow][:, p.shallow_columns], deep.rows[p.deep][:, p.deep_columns])
+            (
+                shallow.rows[_flowing(lifting, shallow, p)][:, p.shallow_columns],
+                deep.rows[p.deep][:, p.deep_columns],
+            )
             for p in pairs
         ]
         views = [(x, y) for x, y in views if len(x) == len(y)]
@@ -72,6 +75,43 @@ def neuron_costs(
         else:
             costs.append(_euclidean_costs(views))
     return costs
+
+
+def classifier_costs(
+    deep: Signature, shallow: Signature, *, metric: ActivationCost = "correlation"
+) -> Tensor:
+    """Return the costs ``(num_classes, num_classes)`` of matching two classifiers' outputs.
+
+    Raises
+    ------
+    StructureError
+        A signature holds no outputs of a classifier: the model does not end with a layer whose
+        outputs are its own, or was not profiled with ``layer_values="preactivation"``.
+    """
+    views = []
+    for signature in (shallow, deep):
+        last = signature.graph.units[-1]
+        rows = signature.rows.get((last.index, len(last.read_points)))
+        if rows is None:
+            raise StructureError(
+                "match_classifier needs models that end with their classifier, and "
+                f"layer_values='preactivation'; {last.name!r} is the last layer here"
+            )
+        views.append(rows)
+    pair = [(views[0], views[1])]
+    return _correlation_costs(pair) if metric == "correlation" else _euclidean_costs(pair)
+
+
+def _flowing(lifting: Lifting, shallow: Signature, pair: PointPair) -> tuple[int, int]:
+    """Return the key of what the shallow network shows at a point.
+
+    What leaves an inserted identity layer has passed a nonlinearity already. The signature has
+    that value only if it was asked for; before the nonlinearity no channel is dead.
+    """
+    unit, index = pair.shallow
+    after = unit, ~index
+    inserted = lifting.partner[pair.deep[0]] < 0
+    return after if inserted and after in shallow.rows else pair.shallow
 
 
 def _correlation_costs(views: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clafusion.balance import Balance, Merge, Width, balance
-from clafusion.blending import blend
+from clafusion.blending import Normalisation, blend
 from clafusion.calibration import BatchMoments, repair, reset_batchnorm
 from clafusion.data import Data, first_batch
 from clafusion.depth import Lifting, allowed_pairs, lifting, skip_costs, with_state
@@ -26,8 +26,8 @@ from clafusion.graph import ModelGraph
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment, align_layers
 from clafusion.layer_costs import LayerCost, layer_costs
 from clafusion.least_squares import interior_weight, regress
-from clafusion.neuron_costs import MAX_CHANNELS, neuron_costs
-from clafusion.signatures import Signature, profile_graphs
+from clafusion.neuron_costs import MAX_CHANNELS, classifier_costs, neuron_costs
+from clafusion.signatures import LayerValues, Signature, profile_graphs
 from clafusion.trace import trace
 from clafusion.transport import Solver, solve_transport
 from clafusion.weight_matching import match_by_weights
@@ -76,6 +76,34 @@ class FusionConfig:
     matching_rows: int = 8192
     verify: bool = True
     seed: int = 0
+    layer_values: LayerValues = "output"
+    profile_inputs: int | None = None
+    pin_ends: bool = False
+    normalisation: Normalisation = "two"
+    match_classifier: bool = False
+
+    @classmethod
+    def paper(cls, *, match_classifier: bool = True) -> FusionConfig:
+        """Return the settings of CLAFusion as published (arXiv 2110.15538), step by step.
+
+        Signatures are pre-activations of the first 200 inputs; units are aligned by linear CKA
+        with the first and last pinned; channels are matched exactly by the Euclidean distance of
+        their pre-activations; plans are normalised once (OTFusion, arXiv 1910.05653, algorithm 1);
+        nothing is calibrated. The published code matches the classifier's outputs too, unless it
+        is told to skip the last layer. Fuse with ``**dataclasses.asdict(FusionConfig.paper())``.
+        """
+        return cls(
+            neuron_cost="euclidean",
+            solver="exact",
+            calibration="none",
+            alignment_samples=200,
+            matching_rows=1 << 18,  # all positions of 200 images of 32 by 32
+            layer_values="preactivation",
+            profile_inputs=200,
+            pin_ends=True,
+            normalisation="single",
+            match_classifier=match_classifier,
+        )
 
     def __post_init__(self) -> None:
         if not (isinstance(self.weight, (int, float)) and 0.0 <= self.weight <= 1.0):
@@ -93,14 +121,18 @@ class FusionConfig:
             ("balance", get_args(Balance)),
             ("merge", get_args(Merge)),
             ("width", get_args(Width)),
+            ("layer_values", get_args(LayerValues)),
+            ("normalisation", get_args(Normalisation)),
         ):
             if getattr(self, name) not in choices:
                 raise InputError(
                     f"{name} must be one of {', '.join(map(repr, choices))}; "
                     f"got {getattr(self, name)!r}"
                 )
-        for name in ("alignment_samples", "matching_rows"):
+        for name in ("alignment_samples", "matching_rows", "profile_inputs"):
             value = getattr(self, name)
+            if name == "profile_inputs" and value is None:
+                continue
             if not isinstance(value, int) or value < 2:
                 raise InputError(f"{name} must be a whole number of at least 2; got {value!r}")
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
@@ -206,6 +238,11 @@ def fuse(
     matching_rows: int = 8192,
     verify: bool = True,
     seed: int = 0,
+    layer_values: LayerValues = "output",
+    profile_inputs: int | None = None,
+    pin_ends: bool = False,
+    normalisation: Normalisation = "two",
+    match_classifier: bool = False,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
@@ -272,6 +309,19 @@ def fuse(
         Prove the analysis of each model by permuting a copy. See :func:`clafusion.trace`.
     seed
         Seed of every random choice. Same inputs and seed, same bytes.
+    layer_values
+        By what units are compared: their ``"output"``, or that before its nonlinearity
+        (``"preactivation"``); inserted layers' channels then by what flows through them.
+    profile_inputs
+        Profile on this many inputs only; None for all.
+    pin_ends
+        Whether the first units of both networks match each other, and the last ones.
+    normalisation
+        Of the plans: ``"two"``, one for what leaves a layer and one for what enters it, or the
+        published ``"single"``, which shrinks where widths differ.
+    match_classifier
+        Whether the outputs are matched, too, as if they were not labels. It needs
+        ``layer_values="preactivation"``.
     device
         Where to compute; default where the models are.
     progress
@@ -312,6 +362,11 @@ def fuse(
         matching_rows=matching_rows,
         verify=verify,
         seed=seed,
+        layer_values=layer_values,
+        profile_inputs=profile_inputs,
+        pin_ends=pin_ends,
+        normalisation=normalisation,
+        match_classifier=match_classifier,
     )
     pair = align(
         first,
@@ -356,6 +411,8 @@ def align(
             data,
             alignment_samples=config.alignment_samples,
             matching_rows=config.matching_rows,
+            layer_values=config.layer_values,
+            max_inputs=config.profile_inputs,
             seed=config.seed,
             progress=progress,
         )
@@ -392,6 +449,8 @@ def _aligned(
             np.where(allowed_pairs(deep.graph, shallow.graph), costs, np.inf),
             skip=skip_costs(deep.graph),
             mode=config.alignment,
+            pin_first=config.pin_ends,
+            pin_last=config.pin_ends,
             seed=config.seed,
         )
     return AlignedPair(deep, shallow, deep_is_first, costs, alignment, clock.seconds)
@@ -459,11 +518,22 @@ def fuse_aligned(
     with clock.stage("match"):
         plan = lifting(target, both.source.graph, both.partner, both.stand_ins)
         plans = channel_plans(plan, both.target, both.source, config)
+        classifier = None
+        if config.match_classifier:
+            cost = classifier_costs(
+                both.target,
+                both.source,
+                metric="euclidean" if config.neuron_cost == "euclidean" else "correlation",
+            )
+            (solution,) = solve_transport([cost], solver=config.solver, epsilon=config.epsilon)
+            classifier = solution.plan
     with clock.stage("blend"):
         inside = deep_weight
         if config.calibration == "least_squares":
             inside = interior_weight(deep_weight, config.lean)
-        state = blend(plan, plans, inside)
+        state = blend(
+            plan, plans, inside, normalisation=config.normalisation, classifier=classifier
+        )
     with clock.stage("calibrate"):
         if config.calibration == "repair":
             state = repair(

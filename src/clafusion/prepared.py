@@ -41,7 +41,14 @@ _LOG = logging.getLogger("clafusion")
 
 _TRACING = threading.Lock()  # torch.export changes settings of the whole process
 
-_PROFILED_BY = ("alignment_samples", "matching_rows", "seed", "verify")
+_PROFILED_BY = (
+    "alignment_samples",
+    "matching_rows",
+    "layer_values",
+    "profile_inputs",
+    "seed",
+    "verify",
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,8 @@ def prepare(
             data,
             alignment_samples=config.alignment_samples,
             matching_rows=config.matching_rows,
+            layer_values=config.layer_values,
+            max_inputs=config.profile_inputs,
             seed=config.seed,
         )
         observed = observed_moments(graph, data) if config.calibration == "repair" else None

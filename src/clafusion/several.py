@@ -127,7 +127,12 @@ def fuse_models(
         raise InputError(f"settings must be those of fuse: {error}") from None
     if method == "iterative":
         return _one_after_another(models, data, shares, example_inputs, settings)
-    for name, wanted in (("balance", "add"), ("width", "own")):
+    for name, wanted in (
+        ("balance", "add"),
+        ("width", "own"),
+        ("normalisation", "two"),
+        ("match_classifier", False),
+    ):
         if getattr(config, name) != wanted:
             raise InputError(f"{name}={getattr(config, name)!r} needs method='iterative'")
     if config.calibration == "least_squares":
@@ -228,6 +233,8 @@ def _profiled(graphs: Sequence[ModelGraph], data: Data, config: FusionConfig) ->
         data,
         alignment_samples=config.alignment_samples,
         matching_rows=config.matching_rows,
+        layer_values=config.layer_values,
+        max_inputs=config.profile_inputs,
         seed=config.seed,
     )
 

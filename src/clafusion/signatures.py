@@ -11,7 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,10 +21,19 @@ from torch import Tensor, fx
 from clafusion import _native
 from clafusion.data import Data, batches
 from clafusion.errors import InputError
-from clafusion.graph import ModelGraph, ReadPoint
+from clafusion.graph import ModelGraph, ReadPoint, Unit
 from clafusion.label_ids import mix
 
-__all__ = ["Signature", "check_same_inputs", "gram_matrix", "profile_graphs", "standardised"]
+__all__ = [
+    "LayerValues",
+    "Signature",
+    "check_same_inputs",
+    "gram_matrix",
+    "profile_graphs",
+    "standardised",
+]
+
+LayerValues = Literal["output", "preactivation"]
 
 _BLOCK_FEATURES = 4096
 
@@ -44,7 +53,9 @@ class Signature:
         For each unit the length of a flattened output.
     rows
         For each read point ``(unit, index)`` the values ``(num_rows, num_channels)`` of its
-        channels at the chosen pairs of input and position.
+        channels at the chosen pairs of input and position. With ``layer_values="preactivation"``
+        also, with the key ``(unit, ~index)``, the values after the nonlinearity, and for the last
+        unit, with the index after its last read point, the outputs of a classifier.
     num_samples, num_inputs
         How many inputs the Gram matrices are over, and how many were seen in all.
     seed
@@ -90,6 +101,8 @@ def profile_graphs(
     alignment_samples: int = 400,
     matching_rows: int = 8192,
     nonlinearity: bool = False,
+    layer_values: LayerValues = "output",
+    max_inputs: int | None = None,
     seed: int = 0,
     device: torch.device | None = None,
     progress: Callable[[str, int], None] | None = None,
@@ -114,6 +127,10 @@ def profile_graphs(
     nonlinearity
         Take the channels' values after the nonlinearity instead of before it. Before it, no
         channel is dead.
+    layer_values
+        What the Gram matrices are of: the units' outputs, or these before their nonlinearity.
+    max_inputs
+        Stop after this many inputs; None for all.
     seed
         Seed of the choice of pairs.
     device
@@ -130,7 +147,8 @@ def profile_graphs(
         if value < 2:
             raise InputError(f"{name} must be at least 2; got {value}")
     recorders = [
-        _Recorder(graph, alignment_samples, matching_rows, nonlinearity, seed) for graph in graphs
+        _Recorder(graph, alignment_samples, matching_rows, nonlinearity, layer_values, seed)
+        for graph in graphs
     ]
     waiting: list[tuple[Tensor, ...]] = []
     seen = 0
@@ -151,6 +169,11 @@ def profile_graphs(
     target = device if device is not None else _device(graph)
     with torch.no_grad():
         for inputs in batches(data, graph.example_inputs, graph.keywords, device=target):
+            if max_inputs is not None:
+                left = max_inputs - seen - sum(one[0].size(0) for one in waiting)
+                if left <= 0:
+                    break
+                inputs = tuple(one[:left] for one in inputs)
             key = _data_key(key, inputs)
             waiting.append(inputs)
             # The Gram matrices are over one batch; afterwards any size will do.
@@ -169,6 +192,7 @@ class _Recorder:
         alignment_samples: int,
         matching_rows: int,
         nonlinearity: bool,
+        layer_values: LayerValues,
         seed: int,
     ) -> None:
         self.graph = graph
@@ -176,16 +200,32 @@ class _Recorder:
         self.alignment_samples = alignment_samples
         self.matching_rows = matching_rows
         self.seed = seed
-        self.units = {unit.output: unit.index for unit in graph.units}
+        before = layer_values == "preactivation"
+        self.units = {
+            _preactivation(unit) if before else unit.output: unit.index for unit in graph.units
+        }
         self.points: dict[str, list[tuple[tuple[int, int], ReadPoint]]] = {}
         for unit in graph.units:
             for i, point in enumerate(unit.read_points):
                 node = point.post if nonlinearity else point.pre
                 self.points.setdefault(node, []).append(((unit.index, i), point))
+                if before:
+                    self.points.setdefault(point.post, []).append(((unit.index, ~i), point))
+        if before and graph.units:
+            self._add_classifier(graph.units[-1])
         self.grams: dict[int, Tensor] = {}
         self.features: dict[int, int] = {}
         self.samplers: dict[int, _Sampler] = {}
         self.rows: dict[str, Tensor] = {}
+
+    def _add_classifier(self, unit: Unit) -> None:
+        """Record the outputs of a last layer whose channels are never moved."""
+        site = unit.sites[-1] if unit.sites else None
+        if site is not None and site.node == unit.output and bool((site.classes < 0).all()):
+            axis, positions = site.axis, unit.output_shape
+            point = ReadPoint(site.node, site.node, axis, positions, site.classes, site.members)
+            place = unit.index, len(unit.read_points)
+            self.points.setdefault(site.node, []).append((place, point))
 
     def record(self, inputs: tuple[Tensor, ...], start: int) -> None:
         size = inputs[0].size(0)
@@ -271,6 +311,12 @@ class _Sampler:
         if len(both) > self.rows:
             self.keep = np.sort(np.argpartition(both, self.rows)[: self.rows])
         self.kept = both[self.keep]
+
+
+def _preactivation(unit: Unit) -> str:
+    """Return the node that holds a unit's output before its nonlinearity."""
+    last = unit.read_points[-1] if unit.read_points else None
+    return last.pre if last is not None and last.post == unit.output else unit.output
 
 
 def _hash(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
