@@ -18,6 +18,7 @@ from clafusion.baselines import naive_average
 from clafusion.blending import aligned_state
 from clafusion.calibration import reset_batchnorm
 from clafusion.depth import with_state
+from clafusion.least_squares import Lean
 from clafusion.pipeline import Calibration
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -64,7 +65,7 @@ def main() -> None:
         reset_batchnorm(model, calibration, (calibration[:2],))
         return model
 
-    def fused(name: Calibration, lean: float = 0.8) -> Callable[[float], nn.Module]:
+    def fused(name: Calibration, lean: Lean = "auto") -> Callable[[float], nn.Module]:
         return lambda weight: (
             fuse(shallow, deep, calibration, weight=weight, calibration=name, lean=lean).model
         )

@@ -126,6 +126,22 @@ def test_a_chain_takes_the_widths_of_either():
     assert max(max(shape) for shape in shapes(narrow)[1:]) == 12
 
 
+def test_images_of_one_channel_take_the_widths_of_either():
+    def net(*widths, seed):
+        layers = []
+        for into, out in zip((1, *widths), widths, strict=False):
+            layers += [nn.Conv2d(into, out, 3, padding=1), nn.ReLU()]
+        torch.manual_seed(seed)
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * widths[-1], 5)).eval()
+
+    images = torch.randn(80, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    deep, shallow = net(12, 12, 12, seed=0), net(4, 4, seed=1)
+    result = fuse(deep, shallow, images, width="narrow", weight=1.0, calibration="none")
+    assert result.model[0].out_channels == 4
+    assert result.model[0].groups == 1
+    torch.testing.assert_close(output(result.model, images), output(shallow, images))
+
+
 def test_equal_depths_swap_roles_for_the_other_width():
     first, second = mlp(20, 30, 5), mlp(20, 10, 5, seed=1)
     for width, like in [("own", first), ("second", second), ("narrow", second), ("wide", first)]:

@@ -35,6 +35,7 @@ from clafusion._native import build_info, cuda_devices
 from clafusion.checkpoints import WRITABLE, build_model, load_model, save_model
 from clafusion.errors import ClafusionError, ConvergenceWarning, InputError
 from clafusion.graph import ModelGraph
+from clafusion.least_squares import Lean
 from clafusion.manifest import Manifest, read_manifest
 from clafusion.many import fuse_many
 from clafusion.output import check_output
@@ -117,9 +118,9 @@ SolverName = Annotated[
 ]
 Epsilon = Annotated[float, typer.Option(help="Regularisation of the solver sinkhorn.")]
 CalibrationName = Annotated[str, typer.Option(help="repair, least_squares, batchnorm or none.")]
-Lean = Annotated[
-    float,
-    typer.Option(help="How far least squares leans inside towards one parent, from 0 to 1."),
+LeanText = Annotated[
+    str,
+    typer.Option(help="How far least squares leans inside towards one parent: 0 to 1, or auto."),
 ]
 BalanceName = Annotated[
     str, typer.Option(help="As deep as the deeper model (add) or as the shallower (merge).")
@@ -173,7 +174,7 @@ def _fuse(
     solver: SolverName = _DEFAULTS.solver,
     epsilon: Epsilon = _DEFAULTS.epsilon,
     calibration: CalibrationName = _DEFAULTS.calibration,
-    lean: Lean = _DEFAULTS.lean,
+    lean: LeanText = str(_DEFAULTS.lean),
     balance: BalanceName = _DEFAULTS.balance,
     merge: MergeName = _DEFAULTS.merge,
     width: WidthName = _DEFAULTS.width,
@@ -197,7 +198,7 @@ def _fuse(
         solver=solver,
         epsilon=epsilon,
         calibration=calibration,
-        lean=lean,
+        lean=_lean(lean),
         balance=balance,
         merge=merge,
         width=width,
@@ -657,6 +658,15 @@ def _alignment_facts(pair: AlignedPair, plot: Path | None) -> dict[str, Any]:
         "samples": pair.deep.num_inputs,
         "plot": None if plot is None else str(plot),
     }
+
+
+def _lean(text: str) -> Lean:
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--lean must be a number from 0 to 1, or auto; got {text!r}") from None
 
 
 def _arch_of(result: FusionResult, archs: tuple[str, str]) -> str:

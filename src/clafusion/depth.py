@@ -433,7 +433,7 @@ def _set_widths(module: nn.Module) -> None:
             into, out = out, into
             module.in_channels, module.out_channels = into, out * module.groups
         else:
-            if module.groups == module.in_channels and into == 1:
+            if module.groups == module.in_channels > 1 and into == 1:
                 module.groups = out * module.in_channels // module.out_channels
             module.in_channels, module.out_channels = into * module.groups, out
     elif isinstance(module, nn.Linear):

@@ -17,8 +17,10 @@ with ``W_0`` the averaged weights. Four things make it work across depths:
   channels side by side those are kept by which the reading layer's output is best told
   (:mod:`clafusion.hidden_channels`).
 - Two networks that solve a task by different features have no good mean of them. So the interior
-  leans towards one parent, ``v`` between the weight ``w`` and 0 or 1, and only the network's
-  outputs aim at the weighted mean with ``w`` itself.
+  may lean towards one parent, ``v`` between the weight ``w`` and 0 or 1, and only the network's
+  outputs aim at the weighted mean with ``w`` itself. Where the parents learnt different things it
+  should not lean. Which of the two it is shows without labels: how far the fused network's outputs
+  are from the weighted mean of the parents'.
 
 The normal equations are in closed form: no labels and no gradient steps. Layer-wise regression onto
 the parents' features is the idea of RegMean (arXiv 2212.09849) and PLeaS (arXiv 2407.02447); here
@@ -30,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -42,7 +45,11 @@ from clafusion.graph import Site, Slot, State, Walk
 from clafusion.hidden_channels import keep_channels
 from clafusion.operations import bound_operands, convolution_geometry, op_name
 
-__all__ = ["interior_weight", "regress"]
+__all__ = ["Lean", "interior_weight", "regress", "regress_leaning"]
+
+Lean = float | Literal["auto"]
+LEANS = (0.0, 0.8)
+"""What ``"auto"`` tries."""
 
 _ROWS = 100_000  # rows of each regression: many times the columns of common layers
 _CHOICE_ROWS = 30_000  # of choosing channels, in float64
@@ -152,6 +159,65 @@ class _NormalEquations:
                 residuals += (x.T @ (goal - found)).double()
             weights = weights + torch.cholesky_solve(residuals, factor)
         return weights
+
+
+def regress_leaning(
+    lifting: Lifting,
+    plans: Sequence[Tensor | None],
+    average: Callable[[float], State],
+    data: Data,
+    *,
+    deep_weight: float,
+    lean: Lean,
+    seed: int = 0,
+    progress: Callable[[str, int], None] | None = None,
+) -> tuple[dict[str, Tensor], float]:
+    """Average and regress with the interior leaning as it should; return the state and the lean.
+
+    ``average`` gives the averaged state for a share of the deep network. ``"auto"`` tries all of
+    ``LEANS`` and takes the one whose outputs come nearest to the parents' weighted mean.
+    """
+    if lean != "auto":
+        leans: tuple[float, ...] = (lean,)
+    else:
+        leans = LEANS if 0.0 < deep_weight < 1.0 else LEANS[:1]
+    best: tuple[dict[str, Tensor], float] | None = None
+    least = math.inf
+    for one in leans:
+        state = regress(
+            lifting,
+            plans,
+            average(interior_weight(deep_weight, one)),
+            data,
+            deep_weight=deep_weight,
+            lean=one,
+            seed=seed,
+            progress=progress,
+        )
+        distance = _distance(lifting, state, data, deep_weight) if len(leans) > 1 else 0.0
+        if best is None or distance < least:
+            best, least = (state, one), distance
+    assert best is not None
+    return best
+
+
+def _distance(
+    lifting: Lifting, state: State, data: Data, deep_weight: float, samples: int = 2000
+) -> float:
+    """Return the squared distance of a network's outputs from the parents' weighted mean."""
+    device = next(iter(state.values())).device
+    of_deep, of_shallow = lifting.deep.state(), lifting.shallow.state()
+    total = 0.0
+    with torch.no_grad():
+        for inputs in _limited(data, lifting, device, samples):
+            found = lifting.deep.run(inputs, state=state)
+            deep = lifting.deep.run(inputs, state=of_deep)
+            shallow = lifting.shallow.run(inputs, state=of_shallow)
+            for one, two, three in zip(found, deep, shallow, strict=True):
+                if isinstance(one, Tensor) and one.is_floating_point():
+                    goal = torch.lerp(three.double(), two.double(), deep_weight)
+                    total += float((one.double() - goal).square().sum())
+    return total
 
 
 @dataclass(frozen=True)

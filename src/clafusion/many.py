@@ -47,6 +47,7 @@ from clafusion.depth import fill
 from clafusion.errors import ClafusionError, ConvergenceWarning, InputError
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment
 from clafusion.layer_costs import LayerCost
+from clafusion.least_squares import Lean
 from clafusion.output import replacing
 from clafusion.pipeline import (
     Calibration,
@@ -177,7 +178,7 @@ def fuse_many(
     solver: Solver = "auto",
     epsilon: float = 0.05,
     calibration: Calibration = "repair",
-    lean: float = 0.8,
+    lean: Lean = "auto",
     balance: Balance = "add",
     merge: Merge = "least_squares",
     width: Width = "own",

@@ -25,7 +25,7 @@ from clafusion.errors import AlignmentError, InputError, StructureError
 from clafusion.graph import ModelGraph
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment, align_layers
 from clafusion.layer_costs import LayerCost, layer_costs
-from clafusion.least_squares import interior_weight, regress
+from clafusion.least_squares import Lean, regress_leaning
 from clafusion.neuron_costs import MAX_CHANNELS, classifier_costs, neuron_costs
 from clafusion.signatures import LayerValues, Signature, profile_graphs
 from clafusion.trace import trace
@@ -68,7 +68,7 @@ class FusionConfig:
     solver: Solver = "auto"
     epsilon: float = 0.05
     calibration: Calibration = "repair"
-    lean: float = 0.8
+    lean: Lean = "auto"
     balance: Balance = "add"
     merge: Merge = "least_squares"
     width: Width = "own"
@@ -110,8 +110,9 @@ class FusionConfig:
             raise InputError(
                 f"weight must be in [0, 1], the second model's share; got {self.weight!r}"
             )
-        if not (isinstance(self.lean, (int, float)) and 0.0 <= self.lean <= 1.0):
-            raise InputError(f"lean must be in [0, 1]; got {self.lean!r}")
+        is_number = isinstance(self.lean, (int, float)) and 0.0 <= self.lean <= 1.0
+        if not (is_number or self.lean == "auto"):
+            raise InputError(f"lean must be 'auto' or in [0, 1]; got {self.lean!r}")
         for name, choices in (
             ("layer_cost", get_args(LayerCost)),
             ("alignment", ("layer", "chain", "random")),
@@ -183,6 +184,8 @@ class FusionResult:
     plans
         For each channel class of ``lifting.deep.classes`` its transport plan
         ``(num_source, num_target)``, source: ``lifting.shallow``; None inside inserted blocks.
+    lean
+        How far the interior leans towards one parent; None but for least squares.
     config
         The settings.
     timings
@@ -193,6 +196,7 @@ class FusionResult:
     pair: AlignedPair
     lifting: Lifting
     plans: tuple[Tensor | None, ...]
+    lean: float | None
     config: FusionConfig
     timings: Mapping[str, float]
 
@@ -230,7 +234,7 @@ def fuse(
     solver: Solver = "auto",
     epsilon: float = 0.05,
     calibration: Calibration = "repair",
-    lean: float = 0.8,
+    lean: Lean = "auto",
     balance: Balance = "add",
     merge: Merge = "least_squares",
     width: Width = "own",
@@ -286,9 +290,10 @@ def fuse(
         statistics) or ``"none"``.
     lean
         Of ``"least_squares"``: how far the interior leans from ``weight`` towards the parent that
-        has more of it (of equals the deeper one), in [0, 1]. The outputs aim at the weighted mean
-        all the same. At 0 every layer does, too, which costs accuracy where the two networks have
-        few features in common.
+        has more of it (of equals the one that gives the architecture), in [0, 1]. The outputs aim
+        at the weighted mean all the same. ``"auto"`` tries 0 (best where the parents learnt
+        different things) and 0.8 (where they learnt the same with different features), at twice the
+        time, and takes what comes nearer to the parents' weighted mean outputs.
     balance
         ``"add"``: the result is as deep as the deeper network, and the shallower one gets units
         that change nothing. ``"merge"``: it is as deep as the shallower one (compression), and the
@@ -527,13 +532,13 @@ def fuse_aligned(
             )
             (solution,) = solve_transport([cost], solver=config.solver, epsilon=config.epsilon)
             classifier = solution.plan
+
+    def average(share: float) -> dict[str, Tensor]:
+        return blend(plan, plans, share, normalisation=config.normalisation, classifier=classifier)
+
     with clock.stage("blend"):
-        inside = deep_weight
-        if config.calibration == "least_squares":
-            inside = interior_weight(deep_weight, config.lean)
-        state = blend(
-            plan, plans, inside, normalisation=config.normalisation, classifier=classifier
-        )
+        state = average(deep_weight)
+    lean: float | None = None
     with clock.stage("calibrate"):
         if config.calibration == "repair":
             state = repair(
@@ -546,10 +551,10 @@ def fuse_aligned(
                 progress=progress,
             )
         elif config.calibration == "least_squares":
-            state = regress(
+            state, lean = regress_leaning(
                 plan,
                 plans,
-                state,
+                average,
                 data,
                 deep_weight=deep_weight,
                 lean=config.lean,
@@ -559,7 +564,7 @@ def fuse_aligned(
         model = with_state(target.model, state, target)
         if config.calibration == "batchnorm":
             reset_batchnorm(model, data, target.example_inputs, target.keywords)
-    return FusionResult(model, pair, plan, tuple(plans), config, clock.seconds)
+    return FusionResult(model, pair, plan, tuple(plans), lean, config, clock.seconds)
 
 
 def channel_plans(

@@ -86,7 +86,8 @@ def fusion_summary(result: FusionResult) -> str:
         f"{config.neuron_cost}, solver {config.solver}"
         + (f" (widths {shown}{', ...' if len(widths) > 6 else ''})" if widths else ""),
         "shares": f"deep {deep_share:.2f}, shallow {1 - deep_share:.2f}",
-        "calibration": config.calibration,
+        "calibration": config.calibration
+        + ("" if result.lean is None else f", lean {result.lean:g}"),
         "verified": "yes, by permuting copies of both models"
         if config.verify
         else "no, verify=False",
