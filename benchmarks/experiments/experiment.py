@@ -53,8 +53,9 @@ def run(
             write_results(name, {"settings": settings, "seeds": done, "table": _table(done)})
     table = _table(done)
     print(f"\n{title}, mean and standard deviation of {len(done)} seeds")
+    width = max(map(len, table))
     for row, figures in table.items():
-        print(f"{row:58s} {100 * figures['mean']:6.2f} % +- {100 * figures['stdev']:5.2f}")
+        print(f"{row:{width}s} {100 * figures['mean']:6.2f} % +- {100 * figures['stdev']:5.2f}")
     _plot(table, title, RESULTS / f"{name}.png")
     return {row: [one[row] for one in done.values()] for row in table}
 
