@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from clafusion import InputError, fuse, fuse_models, permute_channels, trace
+from clafusion import (
+    ConvergenceWarning,
+    InputError,
+    fuse,
+    fuse_models,
+    permute_channels,
+    trace,
+)
 from tests.networks import mlp, resnet
 
 VECTORS = torch.randn(400, 12, generator=torch.Generator().manual_seed(0))
@@ -97,3 +104,10 @@ def test_refusals_by_name():
         given = {"models": models, **arguments}
         with pytest.raises(InputError, match=message):
             fuse_models(given.pop("models"), VECTORS, **given)
+
+
+def test_a_barycentre_that_is_not_at_rest_says_so():
+    models = [mlp(12, 9, 9, 5), mlp(12, 9, 5, seed=1), mlp(12, 9, 5, seed=2)]
+    with pytest.warns(ConvergenceWarning, match="still changed after 1 rounds"):
+        result = fuse_models(models, VECTORS, method="barycentre", max_rounds=1)
+    assert not result.converged

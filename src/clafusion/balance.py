@@ -244,8 +244,13 @@ def _multiply(
             and tensors[matrices[0]].dim() == 2
             and len(matrices) + len(vectors) == len(unit.parameters) <= 2
         )
-        if len(matrices) != 1 or (merge != "least_squares" and not is_linear):
+        if merge != "least_squares" and not is_linear:
             raise StructureError(_not_linear(unit, merge))
+        if len(matrices) != 1:
+            raise StructureError(
+                f"unit {gone.name!r} cannot be merged into {into.name!r}: {unit.name!r} has "
+                f"{len(matrices)} weight matrices, and one is needed; use balance='add'"
+            )
         weights.append((matrices[0], vectors[0] if is_linear and vectors else None))
     (into_weight, into_bias), (gone_weight, gone_bias) = weights
     z = source.rows[gone.index, len(gone.read_points) - 1].double()

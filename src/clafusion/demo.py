@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from clafusion.baselines import naive_average
 from clafusion.checkpoints import save_model
 from clafusion.errors import InputError
+from clafusion.least_squares import one_thread
 from clafusion.pipeline import FusionResult, fuse
 from clafusion.report import alignment_summary, plain_table
 
@@ -90,23 +90,12 @@ def run_demo(
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out-dir {str(out_dir)!r} cannot be made: {error.strerror}") from error
-    with _one_thread():
+    with one_thread():  # layers this small lose more by waiting for other threads than they gain
         accuracies, result = _train_and_fuse(images, labels, seed, epochs, say)
     picture, weights = out_dir / "alignment.png", out_dir / "fused.safetensors"
     result.plot(picture)
     save_model(result.model, weights)
     return DemoOutcome(accuracies, result, picture, weights, time.perf_counter() - start)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Layers this small lose more by waiting for other threads than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _train_and_fuse(

@@ -152,9 +152,10 @@ def lifting(
             for parameter in unit.last_write:
                 origins[parameter] = "silent"
             if unit.insertable == "zero":
-                before = shallow.units[max(one for one in partner[: unit.index])]
-                if before.read_points:
-                    streams[unit.index] = _flow_site(before.read_points[-1])
+                before = [shallow.units[one] for one in partner[: unit.index] if one >= 0][-1:]
+                for last in before:
+                    if last.read_points and last.read_points[-1].post == last.output:
+                        streams[unit.index] = _flow_site(last.read_points[-1])
             if unit.insertable == "identity":
                 # What leaves an identity is what flows past it in the shallow network.
                 key = _shallow_point(shallow, partner, unit, len(unit.read_points) - 1)

@@ -344,7 +344,7 @@ class Walk:
     """A computation that can be followed node by node, while its parameters change.
 
     Each node runs once. Values are dropped when no later node needs them, except those named in
-    ``keep``, which stay until :meth:`release`.
+    ``keep``, which stay as they were made until :meth:`release`, whatever is done to them in place.
     """
 
     def __init__(
@@ -354,6 +354,7 @@ class Walk:
         self._state = state
         self._keep = keep
         self._values: dict[fx.Node, Any] = {}
+        self._spared: dict[str, Tensor] = {}
         self._parameters: dict[fx.Node, str] = {}
         self._by_name: dict[str, fx.Node] = {}
         nodes = list(graph.module.graph.nodes)
@@ -372,6 +373,8 @@ class Walk:
 
     def reach(self, name: str) -> Any:
         """Return a node's value, after running what comes before it."""
+        if name in self._spared:
+            return self._spared[name]
         wanted = self._by_name[name]
         while wanted not in self._values:
             self._step(next(self._rest))
@@ -380,6 +383,7 @@ class Walk:
     def release(self, name: str) -> None:
         """Drop a value that was kept, unless a later node needs it."""
         self._keep.discard(name)
+        self._spared.pop(name, None)
         self._drop(self._by_name[name])
 
     def _step(self, node: fx.Node) -> None:
@@ -388,14 +392,24 @@ class Walk:
             return
         target: Any = node.target
         if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-            for operand in node.all_input_nodes:  # an operation in place spares what is kept
-                if operand.name in self._keep:
-                    self._values[operand] = self._values[operand].clone()
+            self._spare(node)
         arguments, keywords = fx.map_arg((node.args, node.kwargs), self._value)
         self._values[node] = target(*arguments, **keywords)
         for operand in node.all_input_nodes:
             self._pending[operand] -= 1
             self._drop(operand)
+
+    def _spare(self, node: fx.Node) -> None:
+        """Copy what is kept before an operation changes its memory."""
+        touched = {
+            value.untyped_storage().data_ptr()
+            for operand in node.all_input_nodes
+            if isinstance(value := self._value(operand), Tensor)
+        }
+        for name in self._keep - self._spared.keys():
+            value = self._values.get(self._by_name[name])
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in touched:
+                self._spared[name] = value.clone()
 
     def _value(self, node: fx.Node) -> Any:
         name = self._parameters.get(node)

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,12 +41,12 @@ from torch.nn import functional as F
 
 from clafusion.blending import transport_vector, transported
 from clafusion.data import Data, batches
-from clafusion.depth import Lifting, lifted_state
+from clafusion.depth import Lifting, axes_of, lifted_state
 from clafusion.graph import Site, Slot, State, Walk
 from clafusion.hidden_channels import keep_channels
 from clafusion.operations import bound_operands, convolution_geometry, op_name
 
-__all__ = ["Lean", "interior_weight", "regress", "regress_leaning"]
+__all__ = ["Lean", "interior_weight", "one_thread", "regress", "regress_leaning"]
 
 Lean = float | Literal["auto"]
 LEANS = (0.0, 0.8)
@@ -161,6 +162,17 @@ class _NormalEquations:
         return weights
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread: its float64 sums depend on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def regress_leaning(
     lifting: Lifting,
     plans: Sequence[Tensor | None],
@@ -183,11 +195,18 @@ def regress_leaning(
         leans = LEANS if 0.0 < deep_weight < 1.0 else LEANS[:1]
     best: tuple[dict[str, Tensor], float] | None = None
     least = math.inf
+    plain = average(deep_weight)
+    slots = lifting.deep.slots_by_parameter
+    # Channels leave these in no class: the outputs' parameters, which do not lean.
+    outputs = {
+        name for name in plain if all(slot.direction == "in" for _, slot in slots.get(name, ()))
+    }
     for one in leans:
+        leaning = average(interior_weight(deep_weight, one))
         state = regress(
             lifting,
             plans,
-            average(interior_weight(deep_weight, one)),
+            {name: plain[name] if name in outputs else leaning[name] for name in plain},
             data,
             deep_weight=deep_weight,
             lean=one,
@@ -347,6 +366,8 @@ def _hidden(lifting: Lifting, places: Sequence[_Place]) -> dict[str, _Hidden]:
         reader = by_kernel.get(slot.use.parameter)
         if reader is None or reader is place or reader.kernel not in lifting.names:
             continue
+        if reader.incoming == place.deep:  # changed in place, under the same name
+            continue
         reading = lifting.sites[reader.site.node].layer
         shallow_class = shallow.classes[lifting.classes[one]]
         partners = [
@@ -473,7 +494,8 @@ class _Walks:
                 _rows(goal, chosen),
                 None if active is None else _rows(active, chosen),
             )
-        _store(place, self.state, equations.solved(self.ridge), equations)
+        with one_thread():
+            _store(place, self.state, equations.solved(self.ridge), equations)
         for key in self._reached(place):
             self._release(key)
 
@@ -508,16 +530,18 @@ class _Walks:
             if chosen is None:
                 chosen = self._choice(sides[0], len(readout), _CHOICE_ROWS, generator)
             x = _with_one(reader, torch.cat(sides, 2)[:, chosen]).double()
-            gram += x.T @ x
+            with one_thread():
+                gram += x.T @ x
         both = torch.cat([others, others.numel() + columns])
-        kept, readout = keep_channels(
-            gram,
-            readout,
-            both,
-            len(columns),
-            importance=importance,
-            kinship=self._kinship(hidden),
-        )
+        with one_thread():
+            kept, readout = keep_channels(
+                gram,
+                readout,
+                both,
+                len(columns),
+                importance=importance,
+                kinship=self._kinship(hidden),
+            )
         taken, stays = kept[kept < len(others)], kept[kept >= len(others)] - len(others)
         free = torch.ones(len(columns), dtype=torch.bool, device=kept.device)
         free[stays] = False
@@ -529,9 +553,11 @@ class _Walks:
         start = self.starts.pop(place.layer.name, None)
         if start is None:
             start = _stacked(place, self.of_deep)
-            plan = torch.zeros(len(others), len(columns), dtype=torch.float64)
-            plan[taken, own] = 1.0
-            start[:, into] = _stacked(place, self._aligned(place, hidden.index, plan))[:, into]
+            if _reads_partner(self.lifting, place.kernel):
+                plan = torch.zeros(len(others), len(columns), dtype=torch.float64)
+                plan[taken, own] = 1.0
+                aligned = self._aligned(place, hidden.index, plan)
+                start[:, into] = _stacked(place, aligned)[:, into]
         else:  # this layer reads chosen channels itself
             shallow_start, start = start.tensor_split([len(hidden.shallow_channel_of)], 1)
             start = start.clone()
@@ -605,6 +631,8 @@ class _Walks:
         value = _value(deep, place.deep, place.site)
         active = value.relu() if place.rectified else None
         if place.shallow is None or place.shallow_node is None:
+            if self.lifting.origins[place.site.weight] == "silent":
+                value = deep_weight * value  # the shallow network's part is zero
             return value, active
         if self.lifting.origins[place.site.weight] == "taken":
             deep_weight = 0.0
@@ -629,6 +657,20 @@ class _Walks:
             is_deep, name = key
             for walk in self.deep if is_deep else self.shallow:
                 walk.release(name)
+
+
+def _reads_partner(lifting: Lifting, parameter: str) -> bool:
+    """Say whether what a matched layer reads is matched, too.
+
+    It is not where units were left out before it.
+    """
+    other_axes = axes_of(lifting.shallow, lifting.names[parameter])
+    return all(
+        lifting.classes[one.index] == other.index
+        for key, pairs in axes_of(lifting.deep, parameter).items()
+        for (one, slot), (other, _) in zip(pairs, other_axes[key], strict=True)
+        if slot.direction == "in"
+    )
 
 
 def _value(walk: Walk, node: str, site: Site) -> Tensor:

@@ -136,7 +136,20 @@ class FusionConfig:
                 continue
             if not isinstance(value, int) or value < 2:
                 raise InputError(f"{name} must be a whole number of at least 2; got {value!r}")
-        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
+        if (
+            isinstance(self.seed, bool)
+            or not isinstance(self.seed, int)
+            or not (0 <= self.seed < 2**63)
+        ):
+            raise InputError(f"seed must be a whole number from 0 to 2**63 - 1; got {self.seed!r}")
+        for name in ("verify", "match_classifier"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be True or False; got {getattr(self, name)!r}")
+        if not (
+            isinstance(self.epsilon, (int, float))
+            and math.isfinite(self.epsilon)
+            and self.epsilon > 0
+        ):
             raise InputError(f"epsilon must be a positive number; got {self.epsilon!r}")
 
 

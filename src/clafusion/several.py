@@ -10,8 +10,10 @@ Math. Anal. 2011; for networks C2M3, arXiv 2405.17897).
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,12 +23,13 @@ from clafusion.blending import aligned_state, transport_vector
 from clafusion.calibration import BatchMoments, observed_moments, repair, reset_batchnorm
 from clafusion.data import Data, first_batch
 from clafusion.depth import Lifting, lifting, with_state
-from clafusion.errors import InputError
+from clafusion.errors import ConvergenceWarning, InputError
 from clafusion.graph import ModelGraph, State
 from clafusion.pipeline import (
     AlignedPair,
     FusionConfig,
     FusionResult,
+    Progress,
     align_signatures,
     channel_plans,
     fuse,
@@ -78,6 +81,8 @@ def fuse_models(
     method: SeveralMethod = "iterative",
     max_rounds: int = 10,
     example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor] | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
     **settings: Any,
 ) -> ModelsResult:
     """Fuse two or more trained networks of different depth and width into one.
@@ -95,7 +100,7 @@ def fuse_models(
         two models the first is :func:`clafusion.fuse`.
     max_rounds
         After how many frames a barycentre is taken as it is.
-    example_inputs
+    example_inputs, device, progress
         As for :func:`clafusion.fuse`.
     settings
         The other settings of :func:`clafusion.fuse`, but ``weight``. Calibration by least squares,
@@ -112,8 +117,11 @@ def fuse_models(
     --------
     >>> result = clafusion.fuse_models([resnet20, resnet32, resnet14], images)  # doctest: +SKIP
     """
-    if isinstance(models, nn.Module) or len(models) < 2:
+    if isinstance(models, nn.Module) or not isinstance(models, Sequence) or len(models) < 2:
         raise InputError("models must be a list of at least two networks")
+    for i, model in enumerate(models):
+        if not isinstance(model, nn.Module):
+            raise InputError(f"models[{i}] must be a torch.nn.Module; got {type(model).__name__}")
     shares = _shares(weights, len(models))
     if method not in get_args(SeveralMethod):
         raise InputError(f"method must be one of {get_args(SeveralMethod)}; got {method!r}")
@@ -121,12 +129,15 @@ def fuse_models(
         raise InputError(f"max_rounds must be a positive whole number; got {max_rounds!r}")
     if "weight" in settings:
         raise InputError("weight is for two models; give weights, one for each model")
-    try:
-        config = FusionConfig(**settings)
-    except TypeError as error:
-        raise InputError(f"settings must be those of fuse: {error}") from None
+    unknown = settings.keys() - {one.name for one in fields(FusionConfig)}
+    if unknown:
+        raise InputError(f"settings must be those of fuse; got {', '.join(sorted(unknown))}")
+    config = FusionConfig(**settings)
+    if device is not None:
+        models = [copy.deepcopy(model).to(device) for model in models]
     if method == "iterative":
-        return _one_after_another(models, data, shares, example_inputs, settings)
+        settings |= {"example_inputs": example_inputs, "progress": progress}
+        return _one_after_another(models, data, shares, settings)
     for name, wanted in (
         ("balance", "add"),
         ("width", "own"),
@@ -139,11 +150,14 @@ def fuse_models(
         raise InputError("calibration='least_squares' needs method='iterative'")
     rounds = max_rounds if method == "barycentre" else 1
     example = first_batch(data) if example_inputs is None else example_inputs
-    return _into_one_frame(models, data, shares, method, rounds, example, config)
+    return _into_one_frame(models, data, shares, method, rounds, example, config, progress)
 
 
 def _shares(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    given = [1.0] * count if weights is None else [float(one) for one in weights]
+    try:
+        given = [1.0] * count if weights is None else [float(one) for one in weights]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"weights must be numbers: {error}") from None
     if len(given) != count:
         raise InputError(f"weights must have one entry a model: {count}; got {len(given)}")
     total = sum(given)
@@ -156,7 +170,6 @@ def _one_after_another(
     models: Sequence[nn.Module],
     data: Data,
     shares: tuple[float, ...],
-    example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor] | None,
     settings: Mapping[str, Any],
 ) -> ModelsResult:
     fused, total = models[0], shares[0]
@@ -164,7 +177,7 @@ def _one_after_another(
     for model, share in zip(models[1:], shares[1:], strict=True):
         total += share
         weight = share / total if total > 0 else 0.5
-        step = fuse(fused, model, data, example_inputs=example_inputs, weight=weight, **settings)
+        step = fuse(fused, model, data, weight=weight, **settings)
         fused = step.model
         steps.append(step)
     return ModelsResult(
@@ -186,11 +199,12 @@ def _into_one_frame(
     max_rounds: int,
     example: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
     config: FusionConfig,
+    progress: Progress | None,
 ) -> ModelsResult:
     graphs = [
         traced_to_fuse(f"models[{i}]", model, example, config) for i, model in enumerate(models)
     ]
-    signatures = _profiled(graphs, data, config)
+    signatures = _profiled(graphs, data, config, progress)
     deepest = max(range(len(graphs)), key=lambda i: len(graphs[i].units))
     pairs = [align_signatures(signatures[deepest], one, config=config) for one in signatures]
     partners = [pair.alignment.deep_to_shallow for pair in pairs]
@@ -215,6 +229,13 @@ def _into_one_frame(
         if done + 1 < max_rounds:
             graph = traced_to_fuse("fused", model, example, config)
             frame = _profiled([graph], data, config)[0]
+    if method == "barycentre" and not converged:
+        warnings.warn(
+            f"the plans still changed after {max_rounds} rounds; the last mean is taken. Raise "
+            "max_rounds, or use method='many_to_one'",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
     others = [i for i in range(len(models)) if i != deepest]
     return ModelsResult(
         model,
@@ -223,11 +244,16 @@ def _into_one_frame(
         tuple(pairs[i] for i in others),
         tuple(plans[i] for i in others),
         done + (not converged),
-        converged or max_rounds == 1,
+        converged or method == "many_to_one",
     )
 
 
-def _profiled(graphs: Sequence[ModelGraph], data: Data, config: FusionConfig) -> list[Signature]:
+def _profiled(
+    graphs: Sequence[ModelGraph],
+    data: Data,
+    config: FusionConfig,
+    progress: Progress | None = None,
+) -> list[Signature]:
     return profile_graphs(
         graphs,
         data,
@@ -236,6 +262,7 @@ def _profiled(graphs: Sequence[ModelGraph], data: Data, config: FusionConfig) ->
         layer_values=config.layer_values,
         max_inputs=config.profile_inputs,
         seed=config.seed,
+        progress=progress,
     )
 
 

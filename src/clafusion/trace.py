@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from torch.export.graph_signature import InputKind
 from clafusion.channels import find_channels
 from clafusion.errors import InputError, UnsupportedOpError
 from clafusion.graph import ModelGraph
+from clafusion.operations import module_path, op_name
 from clafusion.units import find_units
 from clafusion.verification import verify_graph
 
@@ -69,7 +70,11 @@ def trace(
         arguments = tuple(one.to(device) for one in arguments)
         keywords = {name: one.to(device) for name, one in keywords.items()}
     with _quiet_export():
-        program = _export(copy.deepcopy(model).eval(), arguments, keywords)
+        program = _export(
+            copy.deepcopy(model).eval(),
+            tuple(one.clone() for one in arguments),
+            {name: one.clone() for name, one in keywords.items()},
+        )
     module = program.graph_module
     _inline_subgraphs(module)
 
@@ -98,6 +103,7 @@ def trace(
             constants[name] = found
         placeholders.append(name)
 
+    _refuse_changed_inputs(module, placeholders)
     inputs = (*arguments, *keywords.values())
     graph = ModelGraph(
         model=model,
@@ -126,6 +132,27 @@ def trace(
     if verify:
         verify_graph(graph, inputs, seed=seed)
     return graph
+
+
+def _refuse_changed_inputs(module: fx.GraphModule, placeholders: Sequence[str | None]) -> None:
+    """Refuse an operation in place on an input or on a view of one: it would change the data."""
+    nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
+    inputs = {node for node, name in zip(nodes, placeholders, strict=True) if name is None}
+    for node in module.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        schema = node.target._schema
+        first = node.args[0] if node.args else None
+        if first not in inputs:
+            continue
+        if schema.is_mutable:
+            raise UnsupportedOpError(
+                f"the model changes its input in place ({op_name(node)} in "
+                f"{module_path(node) or 'forward'}), which would change the data: write it without "
+                "the underscore or inplace=True"
+            )
+        if schema.returns and schema.returns[0].alias_info is not None:
+            inputs.add(node)
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -714,7 +714,7 @@ def _batches(
         inputs, labels = data
         order = torch.randperm(len(inputs)) if shuffle else torch.arange(len(inputs))
         for chosen in order.split(batch_size):
-            if shuffle and len(chosen) == 1 < len(order):
+            if shuffle and batch_size > 1 and len(chosen) == 1 < len(order):
                 return
             own = None if labels is None else labels[chosen.to(labels.device)].to(device)
             yield (inputs[chosen.to(inputs.device)].to(device),), {}, own
