@@ -102,6 +102,27 @@ def test_outputs_that_cannot_be_regressed_do_not_lean():
     assert float(output(fused, inputs).abs().max()) < 1e-5
 
 
+def test_a_weight_that_two_layers_share_stays_the_average():
+    class Shared(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.first, self.twice = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.last = nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = torch.relu(self.first(x))
+            return self.last(torch.relu(self.twice(torch.relu(self.twice(x)))))
+
+    models = [Shared(seed).eval() for seed in (0, 1)]
+    results = [
+        fuse(*models, VECTORS, calibration=calibration, lean=0.0).model
+        for calibration in ("none", "least_squares")
+    ]
+    assert torch.equal(results[0].twice.weight, results[1].twice.weight)
+    assert not torch.equal(results[0].last.weight, results[1].last.weight)
+
+
 def test_bytes_do_not_depend_on_torch_threads():
     deep, shallow = resnet(2, 1), resnet(1, 1, seed=1)
     before = torch.get_num_threads()

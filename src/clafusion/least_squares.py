@@ -30,6 +30,7 @@ it crosses widths and depths, and layers see the fused network's own inputs.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,17 @@ _ENTRIES = 1 << 27  # a regression's inputs at the most: half a gigabyte
 _CHUNK = 125  # inputs whose patches are held at once
 _ROUNDS = 2  # of the majorisation of a ReLU
 _MOST_FEATURES = 4096  # of two networks side by side: beyond, choosing channels takes minutes
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread: its float64 sums depend on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def interior_weight(deep_weight: float, lean: float) -> float:
@@ -122,55 +134,6 @@ def regress(
             if progress is not None:
                 progress("calibrate", done + 1)
     return state
-
-
-class _NormalEquations:
-    """A regression: sums over rows, and the rows themselves where a ReLU needs them again.
-
-    It is solved for the change of the weights, so that where the parents agree nothing is left and
-    the weights stay exactly as they are.
-    """
-
-    def __init__(self, start: Tensor) -> None:
-        self.start = start
-        self.inputs = start.new_zeros(len(start), len(start))
-        self.residuals = torch.zeros_like(start)
-        self.rows = 0
-        self._kept: list[tuple[Tensor, Tensor]] = []
-
-    def add(self, x: Tensor, goal: Tensor, active: Tensor | None) -> None:
-        """Add rows: inputs, what they should become, and what that should be after the ReLU."""
-        self.inputs += (x.T @ x).double()
-        self.residuals += (x.T @ (goal - x @ self.start.to(x))).double()
-        self.rows += len(x)
-        if active is not None:
-            self._kept.append((x, active))
-
-    def solved(self, ridge: float) -> Tensor:
-        """Return the weights ``(num_features (+ 1), num_channels)``."""
-        penalty = ridge * self.inputs.diagonal().mean().clamp(min=1e-30)
-        identity = torch.eye(len(self.inputs), dtype=torch.float64, device=self.inputs.device)
-        factor = torch.linalg.cholesky(self.inputs + penalty * identity)
-        weights = self.start + torch.cholesky_solve(self.residuals, factor)
-        for _ in range(_ROUNDS if self._kept else 0):
-            residuals = torch.zeros_like(weights)
-            for x, active in self._kept:
-                found = x @ weights.to(x)
-                goal = torch.where(active > 0, active, found.clamp(max=0))
-                residuals += (x.T @ (goal - found)).double()
-            weights = weights + torch.cholesky_solve(residuals, factor)
-        return weights
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute with one thread: its float64 sums depend on how many there are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def regress_leaning(
@@ -237,6 +200,44 @@ def _distance(
                     goal = torch.lerp(three.double(), two.double(), deep_weight)
                     total += float((one.double() - goal).square().sum())
     return total
+
+
+class _NormalEquations:
+    """A regression: sums over rows, and the rows themselves where a ReLU needs them again.
+
+    It is solved for the change of the weights, so that where the parents agree nothing is left and
+    the weights stay exactly as they are.
+    """
+
+    def __init__(self, start: Tensor) -> None:
+        self.start = start
+        self.inputs = start.new_zeros(len(start), len(start))
+        self.residuals = torch.zeros_like(start)
+        self.rows = 0
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, x: Tensor, goal: Tensor, active: Tensor | None) -> None:
+        """Add rows: inputs, what they should become, and what that should be after the ReLU."""
+        self.inputs += (x.T @ x).double()
+        self.residuals += (x.T @ (goal - x @ self.start.to(x))).double()
+        self.rows += len(x)
+        if active is not None:
+            self._kept.append((x, active))
+
+    def solved(self, ridge: float) -> Tensor:
+        """Return the weights ``(num_features (+ 1), num_channels)``."""
+        penalty = ridge * self.inputs.diagonal().mean().clamp(min=1e-30)
+        identity = torch.eye(len(self.inputs), dtype=torch.float64, device=self.inputs.device)
+        factor = torch.linalg.cholesky(self.inputs + penalty * identity)
+        weights = self.start + torch.cholesky_solve(self.residuals, factor)
+        for _ in range(_ROUNDS if self._kept else 0):
+            residuals = torch.zeros_like(weights)
+            for x, active in self._kept:
+                found = x @ weights.to(x)
+                goal = torch.where(active > 0, active, found.clamp(max=0))
+                residuals += (x.T @ (goal - found)).double()
+            weights = weights + torch.cholesky_solve(residuals, factor)
+        return weights
 
 
 @dataclass(frozen=True)
@@ -333,6 +334,8 @@ def _places(lifting: Lifting, state: State) -> list[_Place]:
                     deep == site.node and _is_rectified(nodes[site.node]),
                 )
             )
+    shared = Counter(place.kernel for place in places)  # by several layers: no one solution
+    places = [place for place in places if shared[place.kernel] == 1]
     return sorted(places, key=lambda place: order[place.layer.name])
 
 
