@@ -187,8 +187,9 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, mak
         {"seed": 1},
         {"learning_rate": 0.02},
         {"optimizer": lambda parameters: torch.optim.Adam(parameters)},
+        {"optimizer": lambda p: torch.optim.SGD([{"params": p, "lr": 0.3}], 0.01, 0.9, 0, 1e-4)},
     ],
-    ids=["model", "data", "seed", "learning rate", "optimizer"],
+    ids=["model", "data", "seed", "learning rate", "optimizer", "its groups"],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change):
     path = tmp_path / "run.pt"

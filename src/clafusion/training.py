@@ -776,10 +776,14 @@ def _run_key(
 ) -> str:
     """Return the hash of all that the run's result depends on."""
     pair = [one for one in data if one is not None] if _is_pair(data) else None
+    groups = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in solver.param_groups
+    ]
     return digest_of(
         {
             "settings": repr(settings),
-            "optimizer": f"{type(solver).__name__} {solver.defaults!r}",
+            "optimizer": f"{type(solver).__name__} {groups!r}",
             "model": tensors_digest(tensors_of(model)),
             "data": length if pair is None else data_digest([tuple(pair)]),
         }
