@@ -19,12 +19,14 @@ mpl.use("Agg")
 RESULTS = Path(__file__).parents[1] / "results"
 
 
-def arguments(description: str | None, *, seeds: int) -> argparse.Namespace:
+def arguments(description: str | None, *, seeds: int, **flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="the form for two cores, in minutes")
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fresh", action="store_true", help="do finished seeds again")
+    for flag, text in flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
     return parser.parse_args()
 
 
