@@ -33,7 +33,7 @@ if ((${#missing[@]})); then
   }
 fi
 CLAFUSION_CUDA=ON "$python" -m pip install --quiet --disable-pip-version-check \
-  --no-build-isolation --no-deps -C build-dir=build/gpu/build .
+  --no-build-isolation --no-deps --config-settings=build-dir=build/gpu/build .
 "$venv/bin/clafusion" doctor
 
 echo "--- the tests that need a GPU"

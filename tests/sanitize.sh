@@ -13,8 +13,8 @@ if "$python" -c 'import scikit_build_core, pybind11' 2>/dev/null; then
   isolation=(--no-build-isolation)
 fi
 CXXFLAGS="-g1 ${CXXFLAGS:-}" "$python" -m pip install --quiet --disable-pip-version-check --no-deps "${isolation[@]}" \
-  --target "$site" -C build-dir=build/sanitize/build -C cmake.build-type=Release \
-  -C cmake.define.CLAFUSION_SANITIZE=ON -C cmake.define.CLAFUSION_CUDA=OFF .
+  --target "$site" --config-settings=build-dir=build/sanitize/build --config-settings=cmake.build-type=Release \
+  --config-settings=cmake.define.CLAFUSION_SANITIZE=ON --config-settings=cmake.define.CLAFUSION_CUDA=OFF .
 
 # The runtime must be there before Python. Python itself leaks at exit, so leaks are not looked for.
 LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -print-file-name=libstdc++.so)" \
