@@ -158,3 +158,11 @@ def test_merging_refuses_by_name():
     for name in ("balance", "merge", "width"):
         with pytest.raises(InputError, match=f"{name} must be one of"):
             fuse(deep, shallow, IMAGES, **{name: "other"})
+
+
+def test_made_networks_are_profiled_by_the_settings_of_the_fusion():
+    deep, shallow = mlp(20, 30, 24, 28, 5), mlp(20, 10, 12, 5, seed=1)
+    for settings in ({"width": "narrow"}, {"balance": "merge"}):
+        result = fuse(deep, shallow, DIGITS, profile_inputs=200, calibration="none", **settings)
+        assert result.pair.deep.num_inputs == 200
+        assert torch.isfinite(output(result.model, DIGITS)).all()

@@ -7,7 +7,7 @@ network of that structure and those widths is made, and stands for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +20,7 @@ from clafusion.errors import InputError, StructureError
 from clafusion.graph import ModelGraph, Unit
 from clafusion.layer_alignment import LayerAlignment
 from clafusion.least_squares import regress
-from clafusion.signatures import Signature, profile_graphs
+from clafusion.signatures import Signature
 from clafusion.trace import trace
 
 __all__ = ["Balance", "Balanced", "Merge", "Width", "balance"]
@@ -65,6 +65,7 @@ def balance(
     how: Balance,
     merge: Merge,
     width: Width,
+    profile: Callable[[ModelGraph], Signature],
     seed: int,
 ) -> Balanced:
     r"""Bring two aligned networks to one structure.
@@ -89,6 +90,8 @@ def balance(
         ``"own"``: of the network that gives the structure; else of the first or second network,
         or of the one with fewer or more channels. Inside inserted blocks the deep network's
         stay.
+    profile
+        Profiles a made network as the two were.
     seed
         Seed of the choices that least squares makes.
 
@@ -106,7 +109,7 @@ def balance(
         partner = tuple(one for one, _ in alignment.pairs)
         gone = [deep.graph.units[one] for one in alignment.unmatched]
         if any(unit.insertable == "identity" for unit in gone):
-            source = _without_layers(target, source, partner, merge, data, seed)
+            source = profile(_without_layers(target, source, partner, merge, data, seed))
             partner = tuple(range(len(partner)))
         elif gone and merge != "least_squares":
             raise StructureError(_not_linear(gone[0], merge))
@@ -127,7 +130,8 @@ def balance(
     else:
         graph = _made(lifted_state(plan), target.graph)
         made, stand_ins = _made_up_for(graph, source.graph, partner, data, seed), frozenset()
-    return Balanced(_profiled(made, target, data), target, every, stand_ins, not target_is_deep)
+    signature = profile(_traced(made, target.graph))
+    return Balanced(signature, target, every, stand_ins, not target_is_deep)
 
 
 def _has_width(width: Width, plan: Lifting, *, target_is_first: bool) -> bool:
@@ -147,24 +151,14 @@ def _inputs(graph: ModelGraph) -> tuple[Tensor, ...] | dict[str, Tensor]:
     return dict(zip(names, example, strict=True)) if names else example
 
 
-def _profiled(model: nn.Module | ModelGraph, like: Signature, data: Data) -> Signature:
-    """Profile a made network as another one was."""
-    if isinstance(model, nn.Module):
-        model = trace(model, _inputs(like.graph), verify=False)
-    rows = next(iter(like.rows.values())).size(0) if like.rows else 2
-    return profile_graphs(
-        [model],
-        data,
-        alignment_samples=like.num_samples,
-        matching_rows=max(rows, 2),
-        seed=like.seed,
-    )[0]
+def _traced(model: nn.Module, like: ModelGraph) -> ModelGraph:
+    return trace(model, _inputs(like), verify=False)
 
 
 def _made(state: Mapping[str, Tensor], like: ModelGraph) -> ModelGraph:
     """Trace a network of the structure of another one, with weights of other widths."""
     try:
-        return trace(with_state(like.model, state, like), _inputs(like), verify=False)
+        return _traced(with_state(like.model, state, like), like)
     except InputError as error:
         raise StructureError(
             "the result cannot have the other network's widths: a width is fixed in the module's "
@@ -192,7 +186,7 @@ def _without_layers(
     merge: Merge,
     data: Data,
     seed: int,
-) -> Signature:
+) -> ModelGraph:
     """Return the deep network with its unmatched layers multiplied into the next matched ones."""
     of_source = source.graph.state()
     state = target.graph.state()
@@ -215,8 +209,8 @@ def _without_layers(
         )
     graph = _made(state, target.graph)
     if merge == "least_squares":
-        return _profiled(_made_up_for(graph, source.graph, partner, data, seed), source, data)
-    return _profiled(graph, source, data)
+        graph = _traced(_made_up_for(graph, source.graph, partner, data, seed), graph)
+    return graph
 
 
 def _not_linear(unit: Unit, merge: Merge) -> str:

@@ -258,6 +258,12 @@ class _Place:
     shortcut: str | None
     rectified: bool
 
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the layer's parameters and of its BatchNorm's."""
+        names = [self.kernel, self.kernel_bias, *(self.norm or {}).values()]
+        return [name for name in names if name is not None]
+
 
 @dataclass(frozen=True)
 class _Hidden:
@@ -343,7 +349,9 @@ def _is_rectified(node: fx.Node) -> bool:
     return bool(node.users) and all(op_name(user) == "relu" for user in node.users)
 
 
-def _hidden(lifting: Lifting, places: Sequence[_Place]) -> dict[str, _Hidden]:
+def _hidden(
+    lifting: Lifting, places: Sequence[_Place], of_deep: State, of_shallow: State
+) -> dict[str, _Hidden]:
     """Find the hidden channels that can be chosen freely: writing layer -> channels."""
     deep, shallow = lifting.deep, lifting.shallow
     by_kernel = {place.kernel: place for place in places}
@@ -355,12 +363,11 @@ def _hidden(lifting: Lifting, places: Sequence[_Place]) -> dict[str, _Hidden]:
         if one < 0 or place.shortcut is not None or other is None or other.layer is None:
             continue
         channel_class = deep.classes[one]
-        written = {place.kernel, place.kernel_bias, *(place.norm or {}).values()}
         readers = [slot for slot in channel_class.slots if slot.direction == "in"]
         writers = {slot.use.parameter for slot in channel_class.slots if slot.direction == "out"}
         if not (
             len(readers) == 1
-            and writers <= written
+            and writers <= set(place.parameters)
             and len(place.site.classes) == channel_class.size
             and bool((place.site.classes == one).all())
         ):
@@ -382,8 +389,8 @@ def _hidden(lifting: Lifting, places: Sequence[_Place]) -> dict[str, _Hidden]:
             continue
         columns, others = (_columns(each, reader) for each in (slot, partners[0]))
         features = [
-            graph.state()[each.use.parameter][0].numel()
-            for graph, each in ((deep, slot), (shallow, partners[0]))
+            state[each.use.parameter][0].numel()
+            for state, each in ((of_deep, slot), (of_shallow, partners[0]))
         ]
         if [columns.numel(), others.numel()] != features or sum(features) > _MOST_FEATURES:
             continue  # other channels are read along with them, or there are too many
@@ -443,10 +450,10 @@ class _Walks:
         self.plans = plans
         self.state = state
         self.ridge = ridge
-        self.hidden = _hidden(lifting, places)
         self.starts: dict[str, Tensor] = {}  # weights that choosing channels has given to readers
         deep, shallow = lifting.deep, lifting.shallow
         self.of_deep, self.of_shallow = deep.state(), shallow.state()
+        self.hidden = _hidden(lifting, places, self.of_deep, self.of_shallow)
         self.lifted = lifted_state(lifting)
         self.uses: dict[tuple[bool, str], int] = {}
         for place in places:
@@ -593,8 +600,7 @@ class _Walks:
         """
         reader, lifting = hidden.reader, self.lifting
         site = lifting.sites[reader.site.node]
-        names = [reader.kernel, reader.kernel_bias, *(reader.norm or {}).values()]
-        partners = {name: self.of_shallow[lifting.names[name]] for name in names if name}
+        partners = {name: self.of_shallow[lifting.names[name]] for name in reader.parameters}
         deep, shallow = _stacked(reader, self.of_deep), _stacked(reader, partners)
         if reader.layer.name in self.hidden:
             first = F.pad(shallow, (0, deep.size(1)))
@@ -620,11 +626,9 @@ class _Walks:
         """Return a layer's parameters from the shallow network, with a plan of its own."""
         plans = list(self.plans)
         plans[index] = plan
-        names = [place.kernel, place.kernel_bias, *(place.norm or {}).values()]
         return {
             name: transported(self.lifting, plans, name, self.lifted[name], self.of_deep[name])
-            for name in names
-            if name
+            for name in place.parameters
         }
 
     def _goal(

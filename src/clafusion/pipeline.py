@@ -424,16 +424,7 @@ def align(
         ]
     deep_is_first = _deep_is_first(*graphs)
     with clock.stage("profile"):
-        signatures = profile_graphs(
-            graphs,
-            data,
-            alignment_samples=config.alignment_samples,
-            matching_rows=config.matching_rows,
-            layer_values=config.layer_values,
-            max_inputs=config.profile_inputs,
-            seed=config.seed,
-            progress=progress,
-        )
+        signatures = profiled(graphs, data, config, progress)
     return _aligned(signatures[0], signatures[1], deep_is_first, config, clock)
 
 
@@ -503,6 +494,25 @@ def profile(
     )[0]
 
 
+def profiled(
+    graphs: Sequence[ModelGraph],
+    data: Data,
+    config: FusionConfig,
+    progress: Progress | None = None,
+) -> list[Signature]:
+    """Profile traced models together, by the settings of a fusion."""
+    return profile_graphs(
+        graphs,
+        data,
+        alignment_samples=config.alignment_samples,
+        matching_rows=config.matching_rows,
+        layer_values=config.layer_values,
+        max_inputs=config.profile_inputs,
+        seed=config.seed,
+        progress=progress,
+    )
+
+
 def fuse_aligned(
     pair: AlignedPair,
     data: Data,
@@ -528,6 +538,7 @@ def fuse_aligned(
             how=config.balance,
             merge=config.merge,
             width=config.width,
+            profile=lambda graph: profiled([graph], data, config)[0],
             seed=config.seed,
         )
     target = both.target.graph

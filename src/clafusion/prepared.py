@@ -25,8 +25,8 @@ from clafusion.calibration import BatchMoments, observed_moments
 from clafusion.data import Data
 from clafusion.graph import ModelGraph
 from clafusion.output import replacing
-from clafusion.pipeline import FusionConfig, traced_to_fuse
-from clafusion.signatures import Signature, profile_graphs
+from clafusion.pipeline import FusionConfig, profiled, traced_to_fuse
+from clafusion.signatures import Signature
 from clafusion.verification import verify_graph
 
 __all__ = [
@@ -114,15 +114,7 @@ def prepare(
     if found is None:
         if config.verify:
             verify_graph(graph, graph.example_inputs, seed=config.seed)
-        (signature,) = profile_graphs(
-            [graph],
-            data,
-            alignment_samples=config.alignment_samples,
-            matching_rows=config.matching_rows,
-            layer_values=config.layer_values,
-            max_inputs=config.profile_inputs,
-            seed=config.seed,
-        )
+        (signature,) = profiled([graph], data, config)
         observed = observed_moments(graph, data) if config.calibration == "repair" else None
         if entry is not None:
             _write_entry(entry, key, signature, observed)
@@ -222,7 +214,6 @@ def _write_entry(
         "places": places,
         "num_samples": signature.num_samples,
         "num_inputs": signature.num_inputs,
-        "seed": signature.seed,
         "data_key": signature.data_key,
         "moments": observed is not None,
     }
@@ -254,7 +245,6 @@ def _read_entry(
             rows,
             facts["num_samples"],
             facts["num_inputs"],
-            facts["seed"],
             facts["data_key"],
         )
         if not facts["moments"]:

@@ -24,7 +24,7 @@ from clafusion.calibration import BatchMoments, observed_moments, repair, reset_
 from clafusion.data import Data, first_batch
 from clafusion.depth import Lifting, lifting, with_state
 from clafusion.errors import ConvergenceWarning, InputError
-from clafusion.graph import ModelGraph, State
+from clafusion.graph import State
 from clafusion.pipeline import (
     AlignedPair,
     FusionConfig,
@@ -33,9 +33,9 @@ from clafusion.pipeline import (
     align_signatures,
     channel_plans,
     fuse,
+    profiled,
     traced_to_fuse,
 )
-from clafusion.signatures import Signature, profile_graphs
 
 __all__ = ["ModelsResult", "SeveralMethod", "fuse_models"]
 
@@ -204,7 +204,7 @@ def _into_one_frame(
     graphs = [
         traced_to_fuse(f"models[{i}]", model, example, config) for i, model in enumerate(models)
     ]
-    signatures = _profiled(graphs, data, config, progress)
+    signatures = profiled(graphs, data, config, progress)
     deepest = max(range(len(graphs)), key=lambda i: len(graphs[i].units))
     pairs = [align_signatures(signatures[deepest], one, config=config) for one in signatures]
     partners = [pair.alignment.deep_to_shallow for pair in pairs]
@@ -228,7 +228,7 @@ def _into_one_frame(
         model = _calibrated(liftings, plans, shares, state, moments, data, config)
         if done + 1 < max_rounds:
             graph = traced_to_fuse("fused", model, example, config)
-            frame = _profiled([graph], data, config)[0]
+            frame = profiled([graph], data, config)[0]
     if method == "barycentre" and not converged:
         warnings.warn(
             f"the plans still changed after {max_rounds} rounds; the last mean is taken. Raise "
@@ -245,24 +245,6 @@ def _into_one_frame(
         tuple(plans[i] for i in others),
         done + (not converged),
         converged or method == "many_to_one",
-    )
-
-
-def _profiled(
-    graphs: Sequence[ModelGraph],
-    data: Data,
-    config: FusionConfig,
-    progress: Progress | None = None,
-) -> list[Signature]:
-    return profile_graphs(
-        graphs,
-        data,
-        alignment_samples=config.alignment_samples,
-        matching_rows=config.matching_rows,
-        layer_values=config.layer_values,
-        max_inputs=config.profile_inputs,
-        seed=config.seed,
-        progress=progress,
     )
 
 

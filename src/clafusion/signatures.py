@@ -58,8 +58,6 @@ class Signature:
         unit, with the index after its last read point, the outputs of a classifier.
     num_samples, num_inputs
         How many inputs the Gram matrices are over, and how many were seen in all.
-    seed
-        Seed of the choice of rows.
     data_key
         Equal for signatures of the same inputs in the same order.
     """
@@ -70,7 +68,6 @@ class Signature:
     rows: Mapping[tuple[int, int], Tensor]
     num_samples: int
     num_inputs: int
-    seed: int
     data_key: int
 
 
@@ -276,7 +273,6 @@ class _Recorder:
             rows,
             min(num_inputs, self.alignment_samples),
             num_inputs,
-            self.seed,
             key,
         )
 
