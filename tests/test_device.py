@@ -9,7 +9,6 @@ from torch import nn
 from clafusion import fuse, pipeline, trace
 from clafusion.channels import find_channels
 from clafusion.depth import with_state
-from clafusion.signatures import profile_graphs
 from tests import networks
 from tests.simulated_gpu import FarTensor, move, simulated_gpu
 
@@ -25,7 +24,7 @@ def near(tensor):
 
 
 def run(graphs, data, config):
-    signatures = profile_graphs(graphs, data, alignment_samples=30, matching_rows=100)
+    signatures = pipeline.profiled(graphs, data, config)
     pair = pipeline.align_signatures(*signatures, config=config)
     return pipeline.fuse_aligned(pair, data, config=config).model.state_dict()
 
@@ -33,15 +32,29 @@ def run(graphs, data, config):
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("calibrated", ["repair", "least_squares", "batchnorm", "none"])
 @pytest.mark.parametrize(
-    ("layer_cost", "neuron_cost", "solver"),
-    [("cka", "correlation", "auto"), ("wasserstein", "euclidean", "sinkhorn")],
+    ("layer_cost", "neuron_cost", "solver", "importance"),
+    [
+        ("cka", "correlation", "auto", "uniform"),
+        ("wasserstein", "euclidean", "sinkhorn", "uniform"),
+        ("cka", "dual", "exact", "norm"),
+        ("cka", "correlation", "auto", "activation"),
+        ("cka", "correlation", "auto", "sensitivity"),
+    ],
 )
-def test_no_devices_are_mixed(pair, calibrated, layer_cost, neuron_cost, solver, monkeypatch):
+def test_no_devices_are_mixed(
+    pair, calibrated, layer_cost, neuron_cost, solver, importance, monkeypatch
+):
     make, shape = PAIRS[pair]
     models = [model.eval() for model in make()]
     data = torch.randn(40, *shape, generator=torch.Generator().manual_seed(0))
     config = pipeline.FusionConfig(
-        calibration=calibrated, layer_cost=layer_cost, neuron_cost=neuron_cost, solver=solver
+        calibration=calibrated,
+        layer_cost=layer_cost,
+        neuron_cost=neuron_cost,
+        solver=solver,
+        importance=importance,
+        alignment_samples=30,
+        matching_rows=100,
     )
     graphs = [trace(copy.deepcopy(model), data[:4], verify=False) for model in models]
     expected = run(graphs, data, config)

@@ -149,6 +149,7 @@ def test_residual_networks_are_as_fused_one_by_one(calibration):
         {"width": "wide"},
         {"balance": "merge", "width": "narrow"},
         {"lean": 0.2, "calibration": "least_squares"},
+        {"importance": "norm"},
     ],
 )
 def test_other_depths_and_widths_are_as_fused_one_by_one(settings):
@@ -320,6 +321,16 @@ def test_signatures_are_read_from_disk_and_corrupt_ones_made_again(
         assert entries[0].read_bytes() == whole
 
 
+def test_masses_are_kept_on_disk_with_the_signatures(tmp_path, monkeypatch):
+    models = {"a": networks.mlp(12, 9, 8, 5), "b": networks.mlp(12, 30, 5, seed=1)}
+    wanted = fuse(models["a"], models["b"], DATA, **SETTINGS, importance="sensitivity")
+    made = count_preparations(monkeypatch)
+    for _ in range(2):
+        (found,) = fuse_many(models, DATA, cache_dir=tmp_path, **SETTINGS, importance="sensitivity")
+        assert torch.equal(found.model(DATA), wanted.model(DATA))
+    assert [cached for _, cached in made] == [False] * 2 + [True] * 2
+
+
 def test_an_entry_under_another_ones_name_is_not_taken(expected, tmp_path, caplog):
     list(fuse_many(modules(), DATA, cache_dir=tmp_path, **SETTINGS))
     one, other = sorted(tmp_path.iterdir())[:2]
@@ -330,7 +341,13 @@ def test_an_entry_under_another_ones_name_is_not_taken(expected, tmp_path, caplo
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"matching_rows": 100}, {"alignment_samples": 50}, {"data": DATA[:200]}],
+    [
+        {"seed": 1},
+        {"matching_rows": 100},
+        {"alignment_samples": 50},
+        {"data": DATA[:200]},
+        {"importance": "norm"},
+    ],
 )
 def test_stale_signatures_are_not_taken(tmp_path, monkeypatch, change):
     made = count_preparations(monkeypatch)

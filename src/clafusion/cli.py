@@ -113,6 +113,12 @@ NeuronCostName = Annotated[
     str,
     typer.Option(help="The cost of matching two channels: correlation, euclidean, weight, dual."),
 ]
+ImportanceName = Annotated[
+    str,
+    typer.Option(
+        help="Each channel's mass in the matching: uniform, or by norm, activation, sensitivity."
+    ),
+]
 SolverName = Annotated[
     str, typer.Option(help="How channels are matched: auto, assignment, exact, sinkhorn.")
 ]
@@ -171,6 +177,7 @@ def _fuse(
     layer_cost: LayerCostName = _DEFAULTS.layer_cost,
     alignment: AlignmentName = _DEFAULTS.alignment,
     neuron_cost: NeuronCostName = _DEFAULTS.neuron_cost,
+    importance: ImportanceName = _DEFAULTS.importance,
     solver: SolverName = _DEFAULTS.solver,
     epsilon: Epsilon = _DEFAULTS.epsilon,
     calibration: CalibrationName = _DEFAULTS.calibration,
@@ -195,6 +202,7 @@ def _fuse(
         layer_cost=layer_cost,
         alignment=alignment,
         neuron_cost=neuron_cost,
+        importance=importance,
         solver=solver,
         epsilon=epsilon,
         calibration=calibration,

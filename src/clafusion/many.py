@@ -45,6 +45,7 @@ from clafusion.checkpoints import ModelFile, file_digest, load_state, save_state
 from clafusion.data import Data, first_batch
 from clafusion.depth import fill
 from clafusion.errors import ClafusionError, ConvergenceWarning, InputError
+from clafusion.importance import Importance
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment
 from clafusion.layer_costs import LayerCost
 from clafusion.least_squares import Lean
@@ -191,6 +192,7 @@ def fuse_many(
     pin_ends: bool = False,
     normalisation: Normalisation = "two",
     match_classifier: bool = False,
+    importance: Importance = "uniform",
     device: str | torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[PairResult]:
@@ -233,7 +235,7 @@ def fuse_many(
         Called with the numbers of pairs that are done and that there are.
     example_inputs, weight, layer_cost, alignment, neuron_cost, solver, epsilon, calibration, \
 lean, balance, merge, width, alignment_samples, matching_rows, verify, seed, layer_values, \
-profile_inputs, pin_ends, normalisation, match_classifier, device
+profile_inputs, pin_ends, normalisation, match_classifier, importance, device
         As for :func:`clafusion.fuse`.
 
     Returns
@@ -275,6 +277,7 @@ profile_inputs, pin_ends, normalisation, match_classifier, device
         pin_ends=pin_ends,
         normalisation=normalisation,
         match_classifier=match_classifier,
+        importance=importance,
     )
     models = _checked_models(models)
     wanted = _checked_pairs(pairs, models)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -23,6 +23,7 @@ from clafusion.data import Data, first_batch
 from clafusion.depth import Lifting, allowed_pairs, lifting, skip_costs, with_state
 from clafusion.errors import AlignmentError, InputError, StructureError
 from clafusion.graph import ModelGraph
+from clafusion.importance import Importance, channel_importance, marginals
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment, align_layers
 from clafusion.layer_costs import LayerCost, layer_costs
 from clafusion.least_squares import Lean, regress_leaning
@@ -81,6 +82,7 @@ class FusionConfig:
     pin_ends: bool = False
     normalisation: Normalisation = "two"
     match_classifier: bool = False
+    importance: Importance = "uniform"
 
     @classmethod
     def paper(cls, *, match_classifier: bool = True) -> FusionConfig:
@@ -124,12 +126,18 @@ class FusionConfig:
             ("width", get_args(Width)),
             ("layer_values", get_args(LayerValues)),
             ("normalisation", get_args(Normalisation)),
+            ("importance", get_args(Importance)),
         ):
             if getattr(self, name) not in choices:
                 raise InputError(
                     f"{name} must be one of {', '.join(map(repr, choices))}; "
                     f"got {getattr(self, name)!r}"
                 )
+        if self.importance != "uniform" and self.solver == "assignment":
+            raise InputError(
+                f"importance={self.importance!r} gives channels different masses, and solver "
+                "'assignment' moves equal ones: use solver='auto' or 'exact'"
+            )
         for name in ("alignment_samples", "matching_rows", "profile_inputs"):
             value = getattr(self, name)
             if name == "profile_inputs" and value is None:
@@ -260,6 +268,7 @@ def fuse(
     pin_ends: bool = False,
     normalisation: Normalisation = "two",
     match_classifier: bool = False,
+    importance: Importance = "uniform",
     device: str | torch.device | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
@@ -340,6 +349,11 @@ def fuse(
     match_classifier
         Whether the outputs are matched, too, as if they were not labels. It needs
         ``layer_values="preactivation"``.
+    importance
+        How much mass each channel has in the matching: equal masses (``"uniform"``), or by the
+        ``"norm"`` of its weights, its mean ``"activation"``, or the outputs' ``"sensitivity"`` to
+        its weights. Channels of little mass then take no partner away from those of much. Not with
+        the solver ``"assignment"``. See :func:`clafusion.importance.channel_importance`.
     device
         Where to compute; default where the models are.
     progress
@@ -385,6 +399,7 @@ def fuse(
         pin_ends=pin_ends,
         normalisation=normalisation,
         match_classifier=match_classifier,
+        importance=importance,
     )
     pair = align(
         first,
@@ -501,7 +516,7 @@ def profiled(
     progress: Progress | None = None,
 ) -> list[Signature]:
     """Profile traced models together, by the settings of a fusion."""
-    return profile_graphs(
+    signatures = profile_graphs(
         graphs,
         data,
         alignment_samples=config.alignment_samples,
@@ -511,6 +526,18 @@ def profiled(
         seed=config.seed,
         progress=progress,
     )
+    if config.importance == "uniform":
+        return signatures
+    kind, count = config.importance, config.profile_inputs
+    return [
+        replace(
+            one,
+            importance=channel_importance(
+                one.graph, data, kind, max_inputs=count, progress=progress
+            ),
+        )
+        for one in signatures
+    ]
 
 
 def fuse_aligned(
@@ -596,15 +623,25 @@ def channel_plans(
 ) -> list[Tensor | None]:
     """Match the channels of every class; None where the source has no such channels."""
     solver, epsilon = config.solver, config.epsilon
+    masses = None
+    if config.importance != "uniform":
+        masses = marginals(plan, target.importance, source.importance)
     if config.neuron_cost == "weight":
-        return match_by_weights(plan, solver=solver, epsilon=epsilon)
+        return match_by_weights(plan, masses=masses, solver=solver, epsilon=epsilon)
     metric = "correlation" if config.neuron_cost == "dual" else config.neuron_cost
     costs = neuron_costs(plan, target, source, metric=metric)
     if config.neuron_cost == "dual":
-        return match_by_weights(plan, activation_costs=costs, solver=solver, epsilon=epsilon)
+        return match_by_weights(
+            plan, activation_costs=costs, masses=masses, solver=solver, epsilon=epsilon
+        )
+    pairs = None if masses is None else [pair for pair in masses if pair is not None]
     solutions = iter(
         solve_transport(
-            [cost for cost in costs if cost is not None], solver=solver, epsilon=epsilon
+            [cost for cost in costs if cost is not None],
+            None if pairs is None else [of_source for of_source, _ in pairs],
+            None if pairs is None else [of_target for _, of_target in pairs],
+            solver=solver,
+            epsilon=epsilon,
         )
     )
     return [None if cost is None else next(solutions).plan for cost in costs]

@@ -46,6 +46,7 @@ _PROFILED_BY = (
     "matching_rows",
     "layer_values",
     "profile_inputs",
+    "importance",
     "seed",
     "verify",
 )
@@ -122,7 +123,13 @@ def prepare(
         signature, observed = found
     rows = {id(one): one for one in signature.rows.values()}.values()
     moments = [one for batch in observed or () for pair in batch.values() for one in pair]
-    tensors = [*graph.state().values(), *signature.grams, *rows, *moments]
+    tensors = [
+        *graph.state().values(),
+        *signature.grams,
+        *rows,
+        *signature.importance,
+        *moments,
+    ]
     size = sum(one.numel() * one.element_size() for one in tensors)
     return PreparedModel(signature, observed, size, from_cache)
 
@@ -197,6 +204,7 @@ def _write_entry(
     path: Path, key: str, signature: Signature, observed: Sequence[BatchMoments] | None
 ) -> None:
     tensors = {f"gram.{i}": one for i, one in enumerate(signature.grams)}
+    tensors |= {f"importance.{i}": one for i, one in enumerate(signature.importance)}
     names: dict[int, str] = {}
     places = []
     for place, one in signature.rows.items():
@@ -215,6 +223,7 @@ def _write_entry(
         "num_samples": signature.num_samples,
         "num_inputs": signature.num_inputs,
         "data_key": signature.data_key,
+        "importance": len(signature.importance),
         "moments": observed is not None,
     }
     facts["digest"] = digest_of([facts, tensors_digest(tensors)])
@@ -246,6 +255,7 @@ def _read_entry(
             facts["num_samples"],
             facts["num_inputs"],
             facts["data_key"],
+            tuple(tensors[f"importance.{i}"] for i in range(facts["importance"])),
         )
         if not facts["moments"]:
             return signature, None

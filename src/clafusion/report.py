@@ -84,6 +84,7 @@ def fusion_summary(result: FusionResult) -> str:
     facts = {
         "channels": f"{len(matched)} of {len(result.plans)} classes matched by "
         f"{config.neuron_cost}, solver {config.solver}"
+        + ("" if config.importance == "uniform" else f", masses by {config.importance}")
         + (f" (widths {shown}{', ...' if len(widths) > 6 else ''})" if widths else ""),
         "shares": f"deep {deep_share:.2f}, shallow {1 - deep_share:.2f}",
         "calibration": config.calibration

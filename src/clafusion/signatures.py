@@ -60,6 +60,9 @@ class Signature:
         How many inputs the Gram matrices are over, and how many were seen in all.
     data_key
         Equal for signatures of the same inputs in the same order.
+    importance
+        For each channel class its channels' masses, see
+        :func:`clafusion.importance.channel_importance`; empty where all count the same.
     """
 
     graph: ModelGraph
@@ -69,6 +72,7 @@ class Signature:
     num_samples: int
     num_inputs: int
     data_key: int
+    importance: tuple[Tensor, ...] = ()
 
 
 def check_same_inputs(deep: Signature, shallow: Signature) -> None:

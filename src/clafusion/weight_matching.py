@@ -42,6 +42,7 @@ def match_by_weights(
     lifting: Lifting,
     *,
     activation_costs: Sequence[Tensor | None] | None = None,
+    masses: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     solver: Solver = "auto",
     epsilon: float = 0.05,
     max_sweeps: int = 100,
@@ -59,6 +60,9 @@ def match_by_weights(
     activation_costs
         For each class ``(num_source, num_target)``, in [0, 2], or None: see
         :func:`clafusion.neuron_costs.neuron_costs` with ``"correlation"``.
+    masses
+        For each class those of its source and target channels; default equal ones. See
+        :func:`clafusion.importance.marginals`.
     solver, epsilon
         As for :func:`clafusion.transport.solve_transport`.
     max_sweeps
@@ -91,7 +95,9 @@ def match_by_weights(
                 of_activations = activation_costs[one.index]
                 assert of_activations is not None
                 cost = (cost + of_activations.to(cost)) / 2
-            (solution,) = solve_transport([cost], solver=solver, epsilon=epsilon)
+            pair = None if masses is None else masses[one.index]
+            weights = (None, None) if pair is None else ([pair[0]], [pair[1]])
+            (solution,) = solve_transport([cost], *weights, solver=solver, epsilon=epsilon)
             plan = solution.plan.to(before)
             moved = float((plan - before).abs().sum() / before.sum()) / 2
             changed |= moved > _AT_REST
