@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from clafusion import UnsupportedOpError, fuse, trace
-from clafusion.least_squares import interior_weight
+from clafusion.least_squares import interior_shares, weighted_mean
 from tests.networks import mlp, resnet
 
 VECTORS = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
@@ -151,14 +151,27 @@ def test_auto_takes_what_comes_nearer_to_the_mean():
     assert results[0].lean == (0.0, 0.8)[distances.index(min(distances))]
 
 
-def test_interior_weight_leans_to_the_larger_share():
-    assert interior_weight(0.5, 0.0) == 0.5
-    assert interior_weight(0.5, 1.0) == 1.0
-    assert interior_weight(0.4, 1.0) == 0.0
-    assert interior_weight(0.75, 0.5) == 0.875
-    for lean in (0.0, 0.3, 1.0):
-        assert interior_weight(0.0, lean) == 0.0
-        assert interior_weight(1.0, lean) == 1.0
+def test_the_interior_leans_to_the_largest_share():
+    assert interior_shares((0.5, 0.5), 0.0) == (0.5, 0.5)
+    assert interior_shares((0.5, 0.5), 1.0) == (0.0, 1.0)  # of equals to the last, the frame
+    assert interior_shares((0.6, 0.4), 1.0) == (1.0, 0.0)
+    assert interior_shares((0.25, 0.75), 0.5) == (0.125, 0.875)
+    assert interior_shares((0.25, 0.5, 0.25), 0.5) == (0.125, 0.75, 0.125)
+    for shares in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.1, 0.2, 0.3, 0.4), (1 / 3,) * 3):
+        for lean in (0.0, 0.3, 1.0):
+            found = interior_shares(shares, lean)
+            assert sum(found) == pytest.approx(1.0, abs=1e-15)
+            assert min(found) >= 0.0
+            if max(shares) == 1.0:
+                assert found == shares
+
+
+def test_the_weighted_mean_counts_shares_of_their_sum():
+    values = [torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([6.0])]
+    assert float(weighted_mean(values, [0.2, 0.2, 0.2])) == pytest.approx(3.0)
+    assert float(weighted_mean(values, [0.0, 0.1, 0.3])) == pytest.approx(5.0)
+    assert float(weighted_mean(values, [0.0, 0.5, 0.0])) == 2.0
+    assert float(weighted_mean(values, [0.0, 0.0, 0.0])) == 6.0
 
 
 def test_a_model_that_changes_its_input_is_refused():

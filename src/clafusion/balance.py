@@ -19,7 +19,7 @@ from clafusion.depth import Lifting, lift, lifted_state, lifting, with_state
 from clafusion.errors import InputError, StructureError
 from clafusion.graph import ModelGraph, Unit
 from clafusion.layer_alignment import LayerAlignment
-from clafusion.least_squares import regress
+from clafusion.least_squares import Parent, frame_as_parent, regress
 from clafusion.signatures import Signature
 from clafusion.trace import trace
 
@@ -175,7 +175,8 @@ def _made_up_for(
         None if other < 0 else torch.eye(one.size, dtype=torch.float64)
         for one, other in zip(graph.classes, plan.classes, strict=True)
     ]
-    state = regress(plan, plans, graph.state(), data, deep_weight=0.0, seed=seed)
+    parents = [Parent(plan, plans, 1.0), frame_as_parent(graph, 0.0)]
+    state = regress(parents, graph.state(), data, seed=seed)
     return with_state(graph.model, state, graph)
 
 

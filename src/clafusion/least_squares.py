@@ -5,22 +5,23 @@ together with the BatchNorm behind it, is an affine map of its input ``x``; it i
 one that comes closest to what the parents put out at the same place,
 
 .. math:: \min_{W, b} \sum \lVert W x + b - t \rVert^2 + \lambda \lVert W - W_0 \rVert^2,
-          \qquad t = (1-v)\, T_{out}^\top y_A + v\, y_B,
+          \qquad t = \sum_p v_p\, T_{out,p}^\top y_p,
 
-with ``W_0`` the averaged weights. Four things make it work across depths:
+with ``W_0`` the averaged weights and ``v_p`` the share of parent ``p``, of two or more. Four things
+make it work across depths:
 
 - The layer that a residual addition follows aims at the parents' *sums* minus the fused shortcut,
   so that each block corrects the error so far.
 - Before a ReLU the goal is the mean of the parents' *activations*: where that is positive the layer
   should put it out, elsewhere anything below 0 will do (solved by majorisation, some rounds).
-- A hidden channel that one layer writes and one layer reads needs no partner. Of both networks'
+- A hidden channel that one layer writes and one layer reads needs no partner. Of all parents'
   channels side by side those are kept by which the reading layer's output is best told
   (:mod:`clafusion.hidden_channels`).
-- Two networks that solve a task by different features have no good mean of them. So the interior
-  may lean towards one parent, ``v`` between the weight ``w`` and 0 or 1, and only the network's
-  outputs aim at the weighted mean with ``w`` itself. Where the parents learnt different things it
-  should not lean. Which of the two it is shows without labels: how far the fused network's outputs
-  are from the weighted mean of the parents'.
+- Networks that solve a task by different features have no good mean of them. So the interior may
+  lean towards one parent, ``v`` between the shares ``w`` and that parent alone, and only the
+  network's outputs aim at the weighted mean with ``w`` itself. Where the parents learnt different
+  things it should not lean. Which of the two it is shows without labels: how far the fused
+  network's outputs are from the weighted mean of the parents'.
 
 The normal equations are in closed form: no labels and no gradient steps. Layer-wise regression onto
 the parents' features is the idea of RegMean (arXiv 2212.09849) and PLeaS (arXiv 2407.02447); here
@@ -34,6 +35,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -42,12 +44,21 @@ from torch.nn import functional as F
 
 from clafusion.blending import transport_vector, transported
 from clafusion.data import Data, batches
-from clafusion.depth import Lifting, axes_of, lifted_state
-from clafusion.graph import Site, Slot, State, Walk
+from clafusion.depth import Lifting, axes_of, lifted_state, lifting
+from clafusion.graph import ModelGraph, Site, Slot, State, Unit, Walk
 from clafusion.hidden_channels import keep_channels
 from clafusion.operations import bound_operands, convolution_geometry, op_name
 
-__all__ = ["Lean", "interior_weight", "one_thread", "regress", "regress_leaning"]
+__all__ = [
+    "Lean",
+    "Parent",
+    "frame_as_parent",
+    "interior_shares",
+    "one_thread",
+    "regress",
+    "regress_leaning",
+    "weighted_mean",
+]
 
 Lean = float | Literal["auto"]
 LEANS = (0.0, 0.8)
@@ -59,7 +70,7 @@ _LEAST_ROWS = 4  # for each column, at least
 _ENTRIES = 1 << 27  # a regression's inputs at the most: half a gigabyte
 _CHUNK = 125  # inputs whose patches are held at once
 _ROUNDS = 2  # of the majorisation of a ReLU
-_MOST_FEATURES = 4096  # of two networks side by side: beyond, choosing channels takes minutes
+_MOST_FEATURES = 4096  # of all parents side by side: beyond, choosing channels takes minutes
 
 
 @contextmanager
@@ -73,22 +84,73 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def interior_weight(deep_weight: float, lean: float) -> float:
-    """Return the deep network's share inside the network, for its share of the outputs.
+@dataclass(frozen=True)
+class Parent:
+    """A network that is fused, and how it looks in the frame: the fused network's structure.
 
-    ``lean`` in [0, 1] is how far it goes from ``deep_weight`` to the parent that has more: the
-    deep network for 0.5.
+    Attributes
+    ----------
+    lifting
+        What corresponds; ``lifting.deep`` is the frame, ``lifting.shallow`` this network.
+    plans
+        For each channel class of the frame ``(num_source, num_target)``, or None.
+    share
+        Its share of the outputs.
     """
-    return deep_weight + lean * ((1.0 if deep_weight >= 0.5 else 0.0) - deep_weight)
+
+    lifting: Lifting
+    plans: Sequence[Tensor | None]
+    share: float
+
+    @property
+    def is_frame(self) -> bool:
+        """Whether this is the very network whose structure and channels are the frame."""
+        return self.lifting.shallow is self.lifting.deep
+
+    def moved(self, value: Tensor, site: Site, other: Site) -> Tensor:
+        """Bring a value, channels last, from this network's ``other`` to the frame's ``site``."""
+        if self.is_frame:
+            return value
+        return transport_vector(
+            value,
+            self.plans,
+            (site.classes, site.members),
+            (other.classes, other.members),
+            self.lifting.classes,
+        )
+
+
+def frame_as_parent(frame: ModelGraph, share: float) -> Parent:
+    """Return the network that gives the frame as one of those that are fused."""
+    own = lifting(frame, frame, tuple(range(len(frame.units))))
+    return Parent(own, [torch.eye(one.size, dtype=torch.float64) for one in frame.classes], share)
+
+
+def interior_shares(shares: Sequence[float], lean: float) -> tuple[float, ...]:
+    """Return the parents' shares inside the network, for their shares of the outputs.
+
+    ``lean`` in [0, 1] is how far they go from ``shares`` to the parent that has most; of equals it
+    is the last. They add up to 1.
+    """
+    most = max(range(len(shares)), key=lambda i: (shares[i], i))
+    leaning = [share + lean * (float(i == most) - share) for i, share in enumerate(shares)]
+    return (max(1.0 - sum(leaning[1:]), 0.0), *leaning[1:])
+
+
+def weighted_mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """Return the mean of tensors by their shares of all; the last one where no share is above 0."""
+    mean, total = values[0], shares[0]
+    for value, share in zip(values[1:], shares[1:], strict=True):
+        total += share
+        mean = torch.lerp(mean, value, share / total if total > 0 else 1.0)
+    return mean
 
 
 def regress(
-    lifting: Lifting,
-    plans: Sequence[Tensor | None],
+    parents: Sequence[Parent],
     fused: State,
     data: Data,
     *,
-    deep_weight: float,
     lean: float = 0.0,
     ridge: float = 1e-3,
     samples: int = 2000,
@@ -100,15 +162,16 @@ def regress(
 
     Parameters
     ----------
-    lifting, plans, fused
-        What corresponds, the transport plans and the state averaged with the interior's weight.
+    parents
+        The networks, in one frame, with shares that add up to 1. Of equals the interior leans
+        towards the last one: put the frame's own network there.
+    fused
+        The state averaged with the interior's shares.
     data
         Unlabelled inputs; the first ``samples`` are used. The activations at the current layer
-        are held for all of them, three networks at a time: this bounds the memory.
-    deep_weight
-        The deep network's share ``w`` of the outputs.
+        are held for all of them, of all parents and the fused network: this bounds the memory.
     lean
-        How far the interior leans towards one parent: see :func:`interior_weight`.
+        How far the interior leans towards one parent: see :func:`interior_shares`.
     ridge
         The penalty on changes, relative to the mean square of the layer's inputs.
     samples
@@ -122,82 +185,80 @@ def regress(
     """
     state = {name: tensor.clone() for name, tensor in fused.items()}
     target = device or next(iter(state.values())).device
-    places = _places(lifting, state)
-    inputs = list(_limited(data, lifting, target, samples))
-    walks = _Walks(lifting, plans, state, inputs, places, ridge)
-    inside = interior_weight(deep_weight, lean)
+    places = _places(parents, state)
+    inputs = list(_limited(data, parents[0].lifting.deep, target, samples))
+    walks = _Walks(parents, state, inputs, places, ridge)
+    shares = [one.share for one in parents]
+    inside = interior_shares(shares, lean)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for done, place in enumerate(places):
             is_output = bool((place.site.classes < 0).all())
-            walks.solve(place, deep_weight if is_output else inside, generator)
+            walks.solve(place, shares if is_output else inside, generator)
             if progress is not None:
                 progress("calibrate", done + 1)
     return state
 
 
 def regress_leaning(
-    lifting: Lifting,
-    plans: Sequence[Tensor | None],
-    average: Callable[[float], State],
+    parents: Sequence[Parent],
+    average: Callable[[Sequence[float]], State],
     data: Data,
     *,
-    deep_weight: float,
     lean: Lean,
     seed: int = 0,
     progress: Callable[[str, int], None] | None = None,
 ) -> tuple[dict[str, Tensor], float]:
     """Average and regress with the interior leaning as it should; return the state and the lean.
 
-    ``average`` gives the averaged state for a share of the deep network. ``"auto"`` tries all of
+    ``average`` gives the averaged state for shares of the parents. ``"auto"`` tries all of
     ``LEANS`` and takes the one whose outputs come nearest to the parents' weighted mean.
     """
+    shares = [one.share for one in parents]
     if lean != "auto":
         leans: tuple[float, ...] = (lean,)
     else:
-        leans = LEANS if 0.0 < deep_weight < 1.0 else LEANS[:1]
+        leans = LEANS if max(shares) < 1.0 else LEANS[:1]
     best: tuple[dict[str, Tensor], float] | None = None
     least = math.inf
-    plain = average(deep_weight)
-    slots = lifting.deep.slots_by_parameter
+    plain = average(shares)
+    slots = parents[0].lifting.deep.slots_by_parameter
     # Channels leave these in no class: the outputs' parameters, which do not lean.
     outputs = {
         name for name in plain if all(slot.direction == "in" for _, slot in slots.get(name, ()))
     }
     for one in leans:
-        leaning = average(interior_weight(deep_weight, one))
+        leaning = average(interior_shares(shares, one))
         state = regress(
-            lifting,
-            plans,
+            parents,
             {name: plain[name] if name in outputs else leaning[name] for name in plain},
             data,
-            deep_weight=deep_weight,
             lean=one,
             seed=seed,
             progress=progress,
         )
-        distance = _distance(lifting, state, data, deep_weight) if len(leans) > 1 else 0.0
+        distance = _distance(parents, state, data) if len(leans) > 1 else 0.0
         if best is None or distance < least:
             best, least = (state, one), distance
     assert best is not None
     return best
 
 
-def _distance(
-    lifting: Lifting, state: State, data: Data, deep_weight: float, samples: int = 2000
-) -> float:
+def _distance(parents: Sequence[Parent], state: State, data: Data, samples: int = 2000) -> float:
     """Return the squared distance of a network's outputs from the parents' weighted mean."""
+    frame, graphs = parents[0].lifting.deep, [one.lifting.shallow for one in parents]
     device = next(iter(state.values())).device
-    of_deep, of_shallow = lifting.deep.state(), lifting.shallow.state()
+    states = [one.state() for one in graphs]
     total = 0.0
     with torch.no_grad():
-        for inputs in _limited(data, lifting, device, samples):
-            found = lifting.deep.run(inputs, state=state)
-            deep = lifting.deep.run(inputs, state=of_deep)
-            shallow = lifting.shallow.run(inputs, state=of_shallow)
-            for one, two, three in zip(found, deep, shallow, strict=True):
+        for inputs in _limited(data, frame, device, samples):
+            found = frame.run(inputs, state=state)
+            wanted = [graph.run(inputs, state=of) for graph, of in zip(graphs, states, strict=True)]
+            for one, *goals in zip(found, *wanted, strict=True):
                 if isinstance(one, Tensor) and one.is_floating_point():
-                    goal = torch.lerp(three.double(), two.double(), deep_weight)
+                    goal = weighted_mean(
+                        [each.double() for each in goals], [p.share for p in parents]
+                    )
                     total += float((one.double() - goal).square().sum())
     return total
 
@@ -241,8 +302,20 @@ class _NormalEquations:
 
 
 @dataclass(frozen=True)
+class _View:
+    """Where a parent shows what a layer of the frame puts out: the channels and the node."""
+
+    site: Site
+    node: str
+
+
+@dataclass(frozen=True)
 class _Place:
-    """A layer of the deep structure, and the nodes of all networks that it is regressed by."""
+    """A layer of the frame, and the nodes of all networks that it is regressed by.
+
+    ``shortcut`` is what a residual addition adds to the layer's output, where the layer aims at
+    the parents' sums. ``views`` has an entry for each parent, None where that has no such layer.
+    """
 
     site: Site
     layer: fx.Node
@@ -252,11 +325,9 @@ class _Place:
     kernel_size: tuple[int, ...]
     norm: Mapping[str, str] | None
     epsilon: float
-    deep: str
-    shallow: Site | None
-    shallow_node: str | None
     shortcut: str | None
     rectified: bool
+    views: tuple[_View | None, ...]
 
     @property
     def parameters(self) -> list[str]:
@@ -266,63 +337,74 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class _Hidden:
-    """Channels that one layer writes and one layer reads, in both networks.
+class _Part:
+    """What one parent has of hidden channels.
 
     Attributes
     ----------
-    index
-        Their class in the deep network.
+    parent
+        Which parent.
     reader
-        The layer that reads them.
-    shallow_layer
-        The shallow network's reading layer.
-    columns, shallow_columns
+        Its layer that reads them.
+    columns
         ``(num_channels, num_columns)``: where each channel stands among the layer's inputs.
-    channel_of, shallow_channel_of
+    channel_of
         For each member of the class the writing layer's channel.
+    """
+
+    parent: int
+    reader: fx.Node
+    columns: Tensor
+    channel_of: Tensor
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Channels of one parent that are kept: which members of the frame's class they become."""
+
+    own: Tensor
+    taken: Tensor
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """Channels that one layer writes and one layer reads, in all parents that have them.
+
+    ``index`` is their class in the frame, ``reader`` the frame's layer that reads them; ``columns``
+    and ``channel_of`` are the frame's, as those of :class:`_Part`.
     """
 
     index: int
     reader: _Place
-    shallow_layer: fx.Node
     columns: Tensor
-    shallow_columns: Tensor
     channel_of: Tensor
-    shallow_channel_of: Tensor
+    parts: tuple[_Part, ...]
 
 
-def _places(lifting: Lifting, state: State) -> list[_Place]:
-    nodes = {node.name: node for node in lifting.deep.module.graph.nodes}
+def _places(parents: Sequence[Parent], state: State) -> list[_Place]:
+    frame = parents[0].lifting.deep
+    nodes = {node.name: node for node in frame.module.graph.nodes}
     order = {name: i for i, name in enumerate(nodes)}
     places = []
-    for unit in lifting.deep.units:
+    for unit in frame.units:
         for site in unit.sites:
             if site.layer is None:
                 continue
             layer = nodes[site.layer]
-            names = lifting.deep.operand_names(layer)
+            names = frame.operand_names(layer)
             if "weight" not in names:
                 continue
             kernel_size = tuple(state[names["weight"]].shape[2:])
             if not _is_solvable(layer, kernel_size):
                 continue
-            other = lifting.sites.get(site.node)
-            shallow_node = None if other is None else other.node
-            deep, shortcut = site.node, None
-            stream = lifting.streams.get(unit.index)
-            if site.join is not None and (stream is not None or (other and other.join)):
-                deep, shortcut = site.join, site.shortcut
-                if stream is not None:
-                    other, shallow_node = stream, stream.node
-                elif other is not None:
-                    shallow_node = other.join
             norm, epsilon = None, 0.0
             if site.node != site.layer:
-                norm = lifting.deep.operand_names(nodes[site.node])
+                norm = frame.operand_names(nodes[site.node])
                 epsilon = float(bound_operands(nodes[site.node])["eps"])
                 if set(norm) != {"weight", "bias", "running_mean", "running_var"}:
                     continue
+            liftings = [one.lifting for one in parents]
+            is_sum = site.join is not None and all(_has_sum(one, unit, site) for one in liftings)
             places.append(
                 _Place(
                     site,
@@ -333,11 +415,9 @@ def _places(lifting: Lifting, state: State) -> list[_Place]:
                     kernel_size,
                     norm,
                     epsilon,
-                    deep,
-                    other,
-                    shallow_node,
-                    shortcut,
-                    deep == site.node and _is_rectified(nodes[site.node]),
+                    site.shortcut if is_sum else None,
+                    not is_sum and _is_rectified(nodes[site.node]),
+                    tuple(_view(one, unit, site, is_sum) for one in liftings),
                 )
             )
     shared = Counter(place.kernel for place in places)  # by several layers: no one solution
@@ -345,24 +425,38 @@ def _places(lifting: Lifting, state: State) -> list[_Place]:
     return sorted(places, key=lambda place: order[place.layer.name])
 
 
+def _has_sum(lifting: Lifting, unit: Unit, site: Site) -> bool:
+    """Say whether a parent shows the sum of a residual addition, or what flows past it."""
+    other = lifting.sites.get(site.node)
+    return unit.index in lifting.streams or (other is not None and other.join is not None)
+
+
+def _view(lifting: Lifting, unit: Unit, site: Site, is_sum: bool) -> _View | None:
+    if is_sum and unit.index in lifting.streams:
+        stream = lifting.streams[unit.index]
+        return _View(stream, stream.node)
+    other = lifting.sites.get(site.node)
+    if other is None:
+        return None
+    return _View(other, other.join if is_sum and other.join is not None else other.node)
+
+
 def _is_rectified(node: fx.Node) -> bool:
     return bool(node.users) and all(op_name(user) == "relu" for user in node.users)
 
 
 def _hidden(
-    lifting: Lifting, places: Sequence[_Place], of_deep: State, of_shallow: State
+    parents: Sequence[Parent], places: Sequence[_Place], states: Sequence[State], of_frame: State
 ) -> dict[str, _Hidden]:
     """Find the hidden channels that can be chosen freely: writing layer -> channels."""
-    deep, shallow = lifting.deep, lifting.shallow
+    frame = parents[0].lifting.deep
     by_kernel = {place.kernel: place for place in places}
-    shallow_nodes = {node.name: node for node in shallow.module.graph.nodes}
     found = {}
     for place in places:
-        other = place.shallow
         one = int(place.site.classes[0])
-        if one < 0 or place.shortcut is not None or other is None or other.layer is None:
+        if one < 0 or place.shortcut is not None:
             continue
-        channel_class = deep.classes[one]
+        channel_class = frame.classes[one]
         readers = [slot for slot in channel_class.slots if slot.direction == "in"]
         writers = {slot.use.parameter for slot in channel_class.slots if slot.direction == "out"}
         if not (
@@ -374,36 +468,48 @@ def _hidden(
             continue
         (slot,) = readers
         reader = by_kernel.get(slot.use.parameter)
-        if reader is None or reader is place or reader.kernel not in lifting.names:
+        if reader is None or reader is place:
             continue
-        if reader.incoming == place.deep:  # changed in place, under the same name
+        if reader.incoming == place.site.node:  # changed in place, under the same name
             continue
-        reading = lifting.sites[reader.site.node].layer
-        shallow_class = shallow.classes[lifting.classes[one]]
-        partners = [
-            each
-            for each in shallow_class.slots
-            if each.direction == "in" and each.use.parameter == lifting.names[reader.kernel]
-        ]
-        if reading is None or len(partners) != 1:
-            continue
-        columns, others = (_columns(each, reader) for each in (slot, partners[0]))
-        features = [
-            state[each.use.parameter][0].numel()
-            for state, each in ((of_deep, slot), (of_shallow, partners[0]))
-        ]
-        if [columns.numel(), others.numel()] != features or sum(features) > _MOST_FEATURES:
-            continue  # other channels are read along with them, or there are too many
-        found[place.layer.name] = _Hidden(
-            one,
-            reader,
-            shallow_nodes[reading],
-            columns,
-            others,
-            place.site.members.argsort(),
-            other.members.argsort(),
-        )
+        columns = _columns(slot, reader)
+        if columns.numel() != of_frame[reader.kernel][0].numel():
+            continue  # other channels are read along with them
+        parts = []
+        for i, (parent, view) in enumerate(zip(parents, place.views, strict=True)):
+            if view is None and reader.kernel not in parent.lifting.names:
+                continue  # this parent lacks both layers
+            part = _part(i, parent.lifting, view, reader, one, states[i])
+            if part is None:
+                break
+            parts.append(part)
+        else:
+            features = sum(part.columns.numel() for part in parts)
+            if len(parts) > 1 and features <= _MOST_FEATURES:
+                members = place.site.members.argsort()
+                found[place.layer.name] = _Hidden(one, reader, columns, members, tuple(parts))
     return found
+
+
+def _part(
+    index: int, lifting: Lifting, view: _View | None, reader: _Place, one: int, state: State
+) -> _Part | None:
+    """Return what a parent has of hidden channels, None where it has them otherwise."""
+    if view is None or view.site.layer is None or reader.kernel not in lifting.names:
+        return None
+    kernel, reading = lifting.names[reader.kernel], lifting.sites[reader.site.node].layer
+    slots = [
+        slot
+        for slot in lifting.shallow.classes[lifting.classes[one]].slots
+        if slot.direction == "in" and slot.use.parameter == kernel
+    ]
+    if reading is None or len(slots) != 1:
+        return None
+    columns = _columns(slots[0], reader)
+    if columns.numel() != state[kernel][0].numel():
+        return None
+    layer = next(node for node in lifting.shallow.module.graph.nodes if node.name == reading)
+    return _Part(index, layer, columns, view.site.members.argsort())
 
 
 def _columns(slot: Slot, reader: _Place) -> Tensor:
@@ -423,10 +529,10 @@ def _is_solvable(layer: fx.Node, kernel: Sequence[int]) -> bool:
 
 
 def _limited(
-    data: Data, lifting: Lifting, device: torch.device, samples: int
+    data: Data, frame: ModelGraph, device: torch.device, samples: int
 ) -> Iterator[tuple[Tensor, ...]]:
     left = samples
-    for inputs in batches(data, lifting.deep.example_inputs, lifting.deep.keywords, device=device):
+    for inputs in batches(data, frame.example_inputs, frame.keywords, device=device):
         taken = tuple(one[:left] for one in inputs)
         left -= taken[0].size(0)
         yield from zip(*(one.split(_CHUNK) for one in taken), strict=True)
@@ -435,65 +541,63 @@ def _limited(
 
 
 class _Walks:
-    """Three networks, followed layer by layer on the same batches."""
+    """The fused network and all parents, followed layer by layer on the same batches."""
 
     def __init__(
         self,
-        lifting: Lifting,
-        plans: Sequence[Tensor | None],
+        parents: Sequence[Parent],
         state: dict[str, Tensor],
         inputs: Sequence[tuple[Tensor, ...]],
         places: Sequence[_Place],
         ridge: float,
     ) -> None:
-        self.lifting = lifting
-        self.plans = plans
+        self.parents = parents
         self.state = state
         self.ridge = ridge
         self.starts: dict[str, Tensor] = {}  # weights that choosing channels has given to readers
-        deep, shallow = lifting.deep, lifting.shallow
-        self.of_deep, self.of_shallow = deep.state(), shallow.state()
-        self.hidden = _hidden(lifting, places, self.of_deep, self.of_shallow)
-        self.lifted = lifted_state(lifting)
-        self.uses: dict[tuple[bool, str], int] = {}
-        for place in places:
-            for key in self._reached(place):
-                self.uses[key] = self.uses.get(key, 0) + 1
-        kept = [{name for is_deep, name in self.uses if is_deep is side} for side in (True, False)]
-        self.fused = [Walk(deep, one, state, set()) for one in inputs]
-        self.deep = [Walk(deep, one, self.of_deep, set(kept[0])) for one in inputs]
-        self.shallow = [Walk(shallow, one, self.of_shallow, set(kept[1])) for one in inputs]
+        frame, graphs = parents[0].lifting.deep, [one.lifting.shallow for one in parents]
+        self.of_frame = frame.state()
+        self.states = [one.state() for one in graphs]
+        self.lifted = [lifted_state(one.lifting) for one in parents]
+        self.hidden = _hidden(parents, places, self.states, self.of_frame)
+        self.uses = Counter(key for place in places for key in self._reached(place))
+        kept = [{name for i, name in self.uses if i == one} for one in range(len(parents))]
+        self.fused = [Walk(frame, one, state, set()) for one in inputs]
+        self.walks = [  # batch, parent
+            [
+                Walk(graph, one, of, set(names))
+                for graph, of, names in zip(graphs, self.states, kept, strict=True)
+            ]
+            for one in inputs
+        ]
         self.num_inputs = sum(one[0].size(0) for one in inputs)
 
-    def _reached(self, place: _Place) -> Iterator[tuple[bool, str]]:
-        """Yield the parents' values that a regression asks for: of the deep one?, node."""
-        yield True, place.deep
-        if place.shallow_node is not None:
-            yield False, place.shallow_node
+    def _reached(self, place: _Place) -> Iterator[tuple[int, str]]:
+        """Yield the parents' values that a regression asks for: parent, node."""
+        for i, view in enumerate(place.views):
+            if view is not None:
+                yield i, view.node
         if hidden := self.hidden.get(place.layer.name):
-            yield True, hidden.reader.incoming
-            yield False, _incoming(hidden.shallow_layer)
+            for part in hidden.parts:
+                yield part.parent, _incoming(part.reader)
 
-    def solve(self, place: _Place, deep_weight: float, generator: torch.Generator) -> None:
+    def solve(self, place: _Place, shares: Sequence[float], generator: torch.Generator) -> None:
         """Regress one layer and put its new weights into the state."""
         hidden = self.hidden.get(place.layer.name)
         if hidden is not None:
-            own, taken, start = self._choose(place, hidden, deep_weight, generator)
+            kept, start = self._choose(place, hidden, shares, generator)
         elif place.layer.name in self.starts:
             start = self.starts.pop(place.layer.name)
         else:
             start = _stacked(place, self.state)
         equations = _NormalEquations(start)
         chosen: Tensor | None = None
-        for fused, deep, shallow in zip(self.fused, self.deep, self.shallow, strict=True):
-            if hidden is not None and place.shallow is not None:
-                goal = _value(deep, place.deep, place.site).clone()
-                theirs = _value(shallow, place.shallow.node, place.shallow)
-                into, out_of = hidden.channel_of[own], hidden.shallow_channel_of[taken]
-                goal[..., into] = theirs[..., out_of]
+        for fused, walks in zip(self.fused, self.walks, strict=True):
+            if hidden is not None:
+                goal = _side_by_side(place, hidden, kept, walks)
                 active = goal.relu() if place.rectified else None
             else:
-                goal, active = self._goal(place, deep, shallow, deep_weight)
+                goal, active = self._goal(place, walks, shares)
             if place.shortcut is not None:
                 goal = goal - fused.reach(place.shortcut).movedim(place.site.axis, -1)
             if chosen is None:
@@ -520,150 +624,202 @@ class _Walks:
         return chosen.to(value.device)
 
     def _choose(
-        self, place: _Place, hidden: _Hidden, deep_weight: float, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, place: _Place, hidden: _Hidden, shares: Sequence[float], generator: torch.Generator
+    ) -> tuple[list[_Kept], Tensor]:
         """Choose the channels that a layer writes.
 
-        Returns which members of the class become the shallow network's, which of its members
-        these are, and the weights from which to start. Those of the reading layer are kept for
-        its turn.
+        Returns for each part what it gives, and the weights from which to start. Those of the
+        reading layer are kept for its turn.
         """
-        readout, importance = self._readouts(hidden, deep_weight)
-        reader, columns, others = hidden.reader, hidden.columns, hidden.shallow_columns
+        readout, importance = self._readouts(hidden, shares)
+        reader, parts = hidden.reader, hidden.parts
         gram = torch.zeros(len(readout), len(readout), dtype=torch.float64, device=readout.device)
         chosen: Tensor | None = None
-        for deep, shallow in zip(self.deep, self.shallow, strict=True):
+        for walks in self.walks:
             sides = [
-                _patches(layer, walk.reach(_incoming(layer)), reader.kernel_size)
-                for layer, walk in ((hidden.shallow_layer, shallow), (reader.layer, deep))
+                _patches(
+                    part.reader,
+                    walks[part.parent].reach(_incoming(part.reader)),
+                    reader.kernel_size,
+                )
+                for part in parts
             ]
             if chosen is None:
                 chosen = self._choice(sides[0], len(readout), _CHOICE_ROWS, generator)
             x = _with_one(reader, torch.cat(sides, 2)[:, chosen]).double()
             with one_thread():
                 gram += x.T @ x
-        both = torch.cat([others, others.numel() + columns])
+        firsts = [0, *accumulate(part.columns.numel() for part in parts)]
+        columns = [part.columns + first for part, first in zip(parts, firsts, strict=False)]
         with one_thread():
             kept, readout = keep_channels(
                 gram,
                 readout,
-                both,
-                len(columns),
+                torch.cat(columns),
+                len(hidden.columns),
                 importance=importance,
                 kinship=self._kinship(hidden),
             )
-        taken, stays = kept[kept < len(others)], kept[kept >= len(others)] - len(others)
-        free = torch.ones(len(columns), dtype=torch.bool, device=kept.device)
-        free[stays] = False
-        own = torch.nonzero(free).squeeze(1)
-        reader_start = readout[others.numel() :].clone()
-        reader_start[columns[own].flatten()] = readout[others[taken].flatten()]
+        given = self._given(hidden, kept)
 
-        into, out_of = hidden.channel_of[own], hidden.shallow_channel_of[taken]
+        reader_start = readout.new_zeros(hidden.columns.numel(), readout.size(1))
+        for one, theirs in zip(given, columns, strict=True):
+            reader_start[hidden.columns[one.own].flatten()] = readout[theirs[one.taken].flatten()]
+        self.starts[reader.layer.name] = torch.cat([reader_start, readout[firsts[-1] :]])
+
         start = self.starts.pop(place.layer.name, None)
-        if start is None:
-            start = _stacked(place, self.of_deep)
-            if _reads_partner(self.lifting, place.kernel):
-                plan = torch.zeros(len(others), len(columns), dtype=torch.float64)
-                plan[taken, own] = 1.0
-                aligned = self._aligned(place, hidden.index, plan)
-                start[:, into] = _stacked(place, aligned)[:, into]
-        else:  # this layer reads chosen channels itself
-            shallow_start, start = start.tensor_split([len(hidden.shallow_channel_of)], 1)
-            start = start.clone()
-            start[:, into] = shallow_start[:, out_of]
-        self.starts[reader.layer.name] = reader_start
-        return own, taken, start
+        if start is not None:  # this layer reads chosen channels itself
+            outputs = start.split([len(part.channel_of) for part in parts], 1)
+            start = start.new_zeros(len(start), len(hidden.channel_of))
+            for part, one, theirs in zip(parts, given, outputs, strict=True):
+                start[:, hidden.channel_of[one.own]] = theirs[:, part.channel_of[one.taken]]
+            return given, start
+        start = _stacked(place, self.of_frame)
+        for part, one in zip(parts, given, strict=True):
+            if _reads_partner(self.parents[part.parent].lifting, place.kernel):
+                into = hidden.channel_of[one.own]
+                start[:, into] = _stacked(place, self._aligned(place, hidden, part, one))[:, into]
+        return given, start
+
+    def _given(self, hidden: _Hidden, kept: Tensor) -> list[_Kept]:
+        """Find a place for every channel that is kept: the frame's own stay where they are."""
+        firsts = [0, *accumulate(len(part.columns) for part in hidden.parts)]
+        taken = [kept[(kept >= a) & (kept < b)] - a for a, b in pairwise(firsts)]
+        own = [self.parents[part.parent].is_frame for part in hidden.parts]
+        free = torch.ones(len(hidden.columns), dtype=torch.bool, device=kept.device)
+        for stays, channels in zip(own, taken, strict=True):
+            if stays:
+                free[channels] = False
+        places = torch.nonzero(free).squeeze(1)
+        given = []
+        for stays, channels in zip(own, taken, strict=True):
+            if stays:
+                given.append(_Kept(channels, channels))
+            else:
+                into, places = places.tensor_split([len(channels)])
+                given.append(_Kept(into, channels))
+        return given
 
     def _kinship(self, hidden: _Hidden) -> Tensor:
-        """Return how alike both networks' channels, side by side, are by the transport plan.
+        r"""Return how alike all parents' channels, side by side, are by the transport plans.
 
-        Its eigenvalues are not negative: those of the plan, normalised by rows and columns, are
-        at most 1.
+        With ``U`` a plan normalised by rows and columns, whose singular values are at most 1, two
+        parents' channels are alike by :math:`U_p U_q^\top`; no eigenvalue of all is negative.
         """
-        plan = self.plans[hidden.index]
-        assert plan is not None, "a matched layer writes a class without a partner"
-        scale = (plan.sum(1, keepdim=True) * plan.sum(0)).sqrt()
-        alike = plan / torch.where(scale > 0, scale, 1.0)
-        return torch.cat(
-            [
-                torch.cat([torch.eye(len(plan)).to(alike), alike], 1),
-                torch.cat([alike.T, torch.eye(plan.size(1)).to(alike)], 1),
-            ]
-        )
+        normalised = []
+        for part in hidden.parts:
+            plan = self.parents[part.parent].plans[hidden.index]
+            assert plan is not None, "a matched layer writes a class without a partner"
+            scale = (plan.sum(1, keepdim=True) * plan.sum(0)).sqrt()
+            normalised.append(plan / torch.where(scale > 0, scale, 1.0))
+        stacked = torch.cat(normalised)
+        alike = stacked @ stacked.T
+        first = 0
+        for one in normalised:  # within one parent each channel is like itself only
+            last = first + len(one)
+            alike[first:last, first:last] = torch.eye(len(one)).to(alike)
+            first = last
+        return alike
 
-    def _readouts(self, hidden: _Hidden, deep_weight: float) -> tuple[Tensor, Tensor]:
-        """Return how a layer reads both networks' channels side by side, the shallow one's first.
+    def _readouts(self, hidden: _Hidden, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Return how a layer reads all parents' channels side by side.
 
         ``(num_features, num_outputs)`` and the outputs' importance. The outputs are the weighted
-        mean, or where the reading layer's own outputs are to be chosen the two networks' apart.
+        mean, or where the reading layer's own outputs are to be chosen all parents' apart.
         """
-        reader, lifting = hidden.reader, self.lifting
-        site = lifting.sites[reader.site.node]
-        partners = {name: self.of_shallow[lifting.names[name]] for name in reader.parameters}
-        deep, shallow = _stacked(reader, self.of_deep), _stacked(reader, partners)
+        reader = hidden.reader
+        readouts, sites = [], []
+        for part in hidden.parts:
+            lifting, state = self.parents[part.parent].lifting, self.states[part.parent]
+            own = {name: state[lifting.names[name]] for name in reader.parameters}
+            readouts.append(_stacked(reader, own))
+            sites.append(lifting.sites[reader.site.node])
         if reader.layer.name in self.hidden:
-            first = F.pad(shallow, (0, deep.size(1)))
-            second = F.pad(deep, (shallow.size(1), 0))
-            importance = deep.new_tensor(
-                [1 - deep_weight] * shallow.size(1) + [deep_weight] * deep.size(1)
+            sizes = [one.size(1) for one in readouts]
+            before = [0, *accumulate(sizes)]
+            importance = torch.cat(
+                [
+                    one.new_full((size,), shares[part.parent])
+                    for part, one, size in zip(hidden.parts, readouts, sizes, strict=True)
+                ]
             )
+            readouts = [
+                F.pad(one, (first, before[-1] - first - one.size(1)))
+                for one, first in zip(readouts, before, strict=False)
+            ]
         else:
-            moved = transport_vector(
-                shallow,
-                self.plans,
-                (reader.site.classes, reader.site.members),
-                (site.classes, site.members),
-                lifting.classes,
-            )
-            first, second = (1 - deep_weight) * moved, deep_weight * deep
-            importance = deep.new_ones(deep.size(1))
+            readouts = [
+                shares[part.parent] * self.parents[part.parent].moved(one, reader.site, other)
+                for part, one, other in zip(hidden.parts, readouts, sites, strict=True)
+            ]
+            importance = readouts[0].new_ones(readouts[0].size(1))
         if reader.site.bias is None:
-            return torch.cat([first, second]), importance
-        return torch.cat([first[:-1], second[:-1], first[-1:] + second[-1:]]), importance
+            return torch.cat(readouts), importance
+        bias = torch.stack([one[-1] for one in readouts]).sum(0, keepdim=True)
+        return torch.cat([*(one[:-1] for one in readouts), bias]), importance
 
-    def _aligned(self, place: _Place, index: int, plan: Tensor) -> dict[str, Tensor]:
-        """Return a layer's parameters from the shallow network, with a plan of its own."""
-        plans = list(self.plans)
-        plans[index] = plan
+    def _aligned(
+        self, place: _Place, hidden: _Hidden, part: _Part, kept: _Kept
+    ) -> dict[str, Tensor]:
+        """Return a layer's parameters from a parent, with the channels that are kept of it."""
+        parent, lifted = self.parents[part.parent], self.lifted[part.parent]
+        plan = torch.zeros(len(part.columns), len(hidden.columns), dtype=torch.float64)
+        plan[kept.taken, kept.own] = 1.0
+        plans = list(parent.plans)
+        plans[hidden.index] = plan
         return {
-            name: transported(self.lifting, plans, name, self.lifted[name], self.of_deep[name])
+            name: transported(parent.lifting, plans, name, lifted[name], self.of_frame[name])
             for name in place.parameters
         }
 
     def _goal(
-        self, place: _Place, deep: Walk, shallow: Walk, deep_weight: float
+        self, place: _Place, walks: Sequence[Walk], shares: Sequence[float]
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the goal of a layer and, before a ReLU, of what leaves that, channels last."""
-        value = _value(deep, place.deep, place.site)
-        active = value.relu() if place.rectified else None
-        if place.shallow is None or place.shallow_node is None:
-            if self.lifting.origins[place.site.weight] == "silent":
-                value = deep_weight * value  # the shallow network's part is zero
-            return value, active
-        if self.lifting.origins[place.site.weight] == "taken":
-            deep_weight = 0.0
-        site, other = place.site, place.shallow
-        theirs = _value(shallow, place.shallow_node, other)
+        """Return the goal of a layer and, before a ReLU, of what leaves that, channels last.
 
-        def mean(one: Tensor, two: Tensor) -> Tensor:
-            moved = transport_vector(
-                two,
-                self.plans,
-                (site.classes, site.members),
-                (other.classes, other.members),
-                self.lifting.classes,
-            )
-            return torch.lerp(moved, one, deep_weight)
+        Inside a block that some parents lack only the others count; what the block adds to its
+        stream is zero for those.
+        """
+        origins = [one.lifting.origins[place.site.weight] for one in self.parents]
+        counted, values, actives, silent = [], [], [], 0.0
+        for parent, origin, view, walk, share in zip(
+            self.parents, origins, place.views, walks, shares, strict=True
+        ):
+            if view is None:
+                silent += share if origin == "silent" else 0.0
+            elif not (parent.is_frame and "taken" in origins):
+                value = _value(walk, view.node, view.site)
+                counted.append(share)
+                values.append(parent.moved(value, place.site, view.site))
+                if place.rectified:
+                    actives.append(parent.moved(value.relu(), place.site, view.site))
+        goal = weighted_mean(values, counted)
+        if silent > 0:
+            goal = sum(counted) / (sum(counted) + silent) * goal
+        return goal, weighted_mean(actives, counted) if place.rectified else None
 
-        return mean(value, theirs), None if active is None else mean(active, theirs.relu())
-
-    def _release(self, key: tuple[bool, str]) -> None:
+    def _release(self, key: tuple[int, str]) -> None:
         self.uses[key] -= 1
         if self.uses[key] == 0:
-            is_deep, name = key
-            for walk in self.deep if is_deep else self.shallow:
-                walk.release(name)
+            index, name = key
+            for walks in self.walks:
+                walks[index].release(name)
+
+
+def _side_by_side(
+    place: _Place, hidden: _Hidden, kept: Sequence[_Kept], walks: Sequence[Walk]
+) -> Tensor:
+    """Return a layer's goal, channels last: of every channel what the parent it is of puts out."""
+    goal: Tensor | None = None
+    for part, one in zip(hidden.parts, kept, strict=True):
+        view = place.views[part.parent]
+        assert view is not None
+        value = _value(walks[part.parent], view.node, view.site)
+        if goal is None:
+            goal = value.new_zeros(*value.shape[:-1], len(hidden.channel_of))
+        goal[..., hidden.channel_of[one.own]] = value[..., part.channel_of[one.taken]]
+    assert goal is not None
+    return goal
 
 
 def _reads_partner(lifting: Lifting, parameter: str) -> bool:

@@ -26,7 +26,7 @@ from clafusion.graph import ModelGraph
 from clafusion.importance import Importance, channel_importance, marginals
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment, align_layers
 from clafusion.layer_costs import LayerCost, layer_costs
-from clafusion.least_squares import Lean, regress_leaning
+from clafusion.least_squares import Lean, Parent, frame_as_parent, regress_leaning
 from clafusion.neuron_costs import MAX_CHANNELS, classifier_costs, neuron_costs
 from clafusion.signatures import LayerValues, Signature, profile_graphs
 from clafusion.trace import trace
@@ -603,11 +603,12 @@ def fuse_aligned(
             )
         elif config.calibration == "least_squares":
             state, lean = regress_leaning(
-                plan,
-                plans,
-                average,
+                [
+                    Parent(plan, plans, 1.0 - deep_weight),
+                    frame_as_parent(target, deep_weight),
+                ],
+                lambda shares: average(shares[-1]),
                 data,
-                deep_weight=deep_weight,
                 lean=config.lean,
                 seed=config.seed,
                 progress=progress,

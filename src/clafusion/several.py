@@ -13,18 +13,19 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from clafusion.blending import aligned_state, transport_vector
+from clafusion.blending import aligned_state, outgoing_map
 from clafusion.calibration import BatchMoments, observed_moments, repair, reset_batchnorm
 from clafusion.data import Data, first_batch
-from clafusion.depth import Lifting, lifting, with_state
+from clafusion.depth import lifting, with_state
 from clafusion.errors import ConvergenceWarning, InputError
 from clafusion.graph import State
+from clafusion.least_squares import Parent, frame_as_parent, regress_leaning
 from clafusion.pipeline import (
     AlignedPair,
     FusionConfig,
@@ -62,6 +63,9 @@ class ModelsResult:
         How many times all models were brought into a frame.
     converged
         Whether the plans stopped changing; True where there was nothing to repeat.
+    leans
+        How far the interior leans towards one model (see :func:`clafusion.fuse`), of each step for
+        ``"iterative"``; empty but for least squares.
     """
 
     model: nn.Module
@@ -71,6 +75,7 @@ class ModelsResult:
     plans: tuple[tuple[Tensor | None, ...], ...]
     rounds: int
     converged: bool
+    leans: tuple[float, ...] = ()
 
 
 def fuse_models(
@@ -103,8 +108,10 @@ def fuse_models(
     example_inputs, device, progress
         As for :func:`clafusion.fuse`.
     settings
-        The other settings of :func:`clafusion.fuse`, but ``weight``. Calibration by least squares,
-        merging and widths need ``"iterative"``.
+        The other settings of :func:`clafusion.fuse`, but ``weight``. Merging and widths need
+        ``"iterative"``. By least squares the interior leans towards the model with the largest
+        share, of equals towards the deepest; a barycentre's frames are repaired, and the last mean
+        is regressed.
 
     Raises
     ------
@@ -146,8 +153,6 @@ def fuse_models(
     ):
         if getattr(config, name) != wanted:
             raise InputError(f"{name}={getattr(config, name)!r} needs method='iterative'")
-    if config.calibration == "least_squares":
-        raise InputError("calibration='least_squares' needs method='iterative'")
     rounds = max_rounds if method == "barycentre" else 1
     example = first_batch(data) if example_inputs is None else example_inputs
     return _into_one_frame(models, data, shares, method, rounds, example, config, progress)
@@ -188,6 +193,7 @@ def _one_after_another(
         tuple(step.plans for step in steps),
         len(steps),
         True,
+        tuple(step.lean for step in steps if step.lean is not None),
     )
 
 
@@ -206,26 +212,29 @@ def _into_one_frame(
     ]
     signatures = profiled(graphs, data, config, progress)
     deepest = max(range(len(graphs)), key=lambda i: len(graphs[i].units))
+    others = [i for i in range(len(models)) if i != deepest]
+    order = [*others, deepest]  # as least squares wants them
     pairs = [align_signatures(signatures[deepest], one, config=config) for one in signatures]
-    partners = [pair.alignment.deep_to_shallow for pair in pairs]
-    moments = [observed_moments(graph, data) for graph in graphs]
+    moments = [observed_moments(graphs[i], data) for i in order]
+    # Least squares takes long and needs no good start: only the last mean is regressed.
+    last = config.calibration == "least_squares"
+    each = replace(config, calibration="repair") if last else config
     frame = signatures[deepest]
-    before: list[tuple[Tensor | None, ...]] | None = None
+    parents: list[Parent] = []
+    converged = False
     for done in range(max_rounds):
-        liftings = [
-            lifting(frame.graph, graph, partner)
-            for graph, partner in zip(graphs, partners, strict=True)
-        ]
-        plans = [
-            tuple(channel_plans(one, frame, signature, config))
-            for one, signature in zip(liftings, signatures, strict=True)
-        ]
-        converged = before is not None and _same(before, plans)
+        before, parents = parents, []
+        for i in order:
+            if graphs[i] is frame.graph:
+                parents.append(frame_as_parent(graphs[i], shares[i]))
+            else:
+                lifted = lifting(frame.graph, graphs[i], pairs[i].alignment.deep_to_shallow)
+                plans = tuple(channel_plans(lifted, frame, signatures[i], config))
+                parents.append(Parent(lifted, plans, shares[i]))
+        converged = _same(before, parents)
         if converged:
             break
-        before = plans
-        state = _average(liftings, plans, shares)
-        model = _calibrated(liftings, plans, shares, state, moments, data, config)
+        model = _calibrated(parents, moments, data, each)
         if done + 1 < max_rounds:
             graph = traced_to_fuse("fused", model, example, config)
             frame = profiled([graph], data, config)[0]
@@ -236,40 +245,53 @@ def _into_one_frame(
             ConvergenceWarning,
             stacklevel=3,
         )
-    others = [i for i in range(len(models)) if i != deepest]
+    leans: tuple[float, ...] = ()
+    if last:
+        state, lean = regress_leaning(
+            parents,
+            lambda interior: _average(parents, interior),
+            data,
+            lean=config.lean,
+            seed=config.seed,
+            progress=progress,
+        )
+        leans = (lean,)
+        graph = parents[0].lifting.deep
+        model = with_state(graph.model, state, graph)
     return ModelsResult(
         model,
         shares,
         method,
         tuple(pairs[i] for i in others),
-        tuple(plans[i] for i in others),
+        tuple(tuple(one.plans) for one in parents[:-1]),
         done + (not converged),
         converged or method == "many_to_one",
+        leans,
     )
 
 
-def _same(
-    before: Sequence[Sequence[Tensor | None]], after: Sequence[Sequence[Tensor | None]]
-) -> bool:
-    return all(
-        one is other or (one is not None and other is not None and torch.equal(one, other))
+def _same(before: Sequence[Parent], after: Sequence[Parent]) -> bool:
+    """Say whether no plan moves any channel otherwise."""
+    return len(before) == len(after) and all(
+        one is other
+        or (
+            one is not None
+            and other is not None
+            and torch.equal(outgoing_map(one), outgoing_map(other))
+        )
         for left, right in zip(before, after, strict=True)
-        for one, other in zip(left, right, strict=True)
+        for one, other in zip(left.plans, right.plans, strict=True)
     )
 
 
-def _average(
-    liftings: Sequence[Lifting],
-    plans: Sequence[Sequence[Tensor | None]],
-    shares: Sequence[float],
-) -> dict[str, Tensor]:
+def _average(parents: Sequence[Parent], shares: Sequence[float]) -> dict[str, Tensor]:
     """Return the weighted mean of all models in the frame.
 
     Inside a block that some models lack, only the others count; its last write is zero for those.
     """
-    aligned = [aligned_state(one, plan) for one, plan in zip(liftings, plans, strict=True)]
+    aligned = [aligned_state(one.lifting, one.plans) for one in parents]
     fused = {}
-    for name, tensor in liftings[0].deep.state().items():
+    for name, tensor in parents[0].lifting.deep.state().items():
         present = [
             (share, one[name]) for share, one in zip(shares, aligned, strict=True) if name in one
         ]
@@ -284,55 +306,41 @@ def _average(
 
 
 def _calibrated(
-    liftings: Sequence[Lifting],
-    plans: Sequence[Sequence[Tensor | None]],
-    shares: Sequence[float],
-    state: State,
+    parents: Sequence[Parent],
     moments: Sequence[Sequence[BatchMoments]],
     data: Data,
     config: FusionConfig,
 ) -> nn.Module:
-    graph = liftings[0].deep
+    """Average, and calibrate by statistics."""
+    graph = parents[0].lifting.deep
+    state: State = _average(parents, [one.share for one in parents])
     if config.calibration == "repair":
-        goals = [
-            _mean_moments(liftings, plans, shares, of_batch)
-            for of_batch in zip(*moments, strict=True)
-        ]
+        goals = [_mean_moments(parents, of_batch) for of_batch in zip(*moments, strict=True)]
         # All the weight on the frame, whose statistics are given as the models' mean.
-        own = lifting(graph, graph, tuple(range(len(graph.units))))
-        own_plans = [torch.eye(one.size, dtype=torch.float64) for one in graph.classes]
-        state = repair(own, own_plans, state, data, deep_weight=1.0, observed=(goals, goals))
+        own = frame_as_parent(graph, 1.0)
+        state = repair(
+            own.lifting, own.plans, state, data, deep_weight=1.0, observed=(goals, goals)
+        )
     model = with_state(graph.model, state, graph)
     if config.calibration == "batchnorm":
         reset_batchnorm(model, data, graph.example_inputs, graph.keywords)
     return model
 
 
-def _mean_moments(
-    liftings: Sequence[Lifting],
-    plans: Sequence[Sequence[Tensor | None]],
-    shares: Sequence[float],
-    of_batch: Sequence[BatchMoments],
-) -> BatchMoments:
+def _mean_moments(parents: Sequence[Parent], of_batch: Sequence[BatchMoments]) -> BatchMoments:
     """Return the weighted mean of the models' statistics at every site of the frame."""
     found = {}
-    for unit in liftings[0].deep.units:
+    for unit in parents[0].lifting.deep.units:
         for site in unit.sites:
             total, mean = 0.0, torch.zeros((), dtype=torch.float64)
-            for one, plan, share, moments in zip(liftings, plans, shares, of_batch, strict=True):
-                other = one.sites.get(site.node)
-                if one.origins[site.weight] == "silent":
-                    total += share
+            for one, moments in zip(parents, of_batch, strict=True):
+                other = one.lifting.sites.get(site.node)
+                if one.lifting.origins[site.weight] == "silent":
+                    total += one.share
                 elif other is not None:
-                    moved = transport_vector(
-                        torch.stack(moments[other.node]),
-                        plan,
-                        (site.classes, site.members),
-                        (other.classes, other.members),
-                        one.classes,
-                    )
-                    total += share
-                    mean = mean + share * moved
+                    moved = one.moved(torch.stack(moments[other.node]), site, other)
+                    total += one.share
+                    mean = mean + one.share * moved
             pair = (mean / total if total > 0 else mean).expand(2, len(site.classes))
             found[site.node] = (pair[0], pair[1])
     return found
