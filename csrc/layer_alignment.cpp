@@ -25,6 +25,11 @@ struct Workspace {
   std::vector<std::int64_t> matched;              // (num_deep, num_shallow + 1): the choice taken
 };
 
+// The choices: the deep unit goes unmatched, the two match, the shallow unit goes unmatched.
+constexpr std::int64_t kSkipDeep = 0;
+constexpr std::int64_t kMatch = 1;
+constexpr std::int64_t kSkipShallow = 2;
+
 // One row of the recursion. Every entry depends on the row before only, so that k is the axis for
 // vectors. Returns a number other than 0 when a cost is NaN or -inf.
 template <bool kSegment>
@@ -33,7 +38,7 @@ CLAFUSION_INLINE std::int64_t fill_row(const double* __restrict previous,
                                        double* __restrict current, std::int64_t* __restrict matched) {
   std::int64_t bad = 0;
   current[0] = previous[0] + (kSegment ? kInfinity : skip);
-  matched[0] = 0;
+  matched[0] = kSkipDeep;
   for (std::int64_t k = 0; k < n; ++k) {
     const double pair = cost[k];
     // Deep unit l is the (first) partner of shallow unit k,
@@ -42,8 +47,24 @@ CLAFUSION_INLINE std::int64_t fill_row(const double* __restrict previous,
     const double stay = previous[k + 1] + (kSegment ? pair : skip);
     const bool take = match < stay;
     current[k + 1] = take ? match : stay;
-    matched[k + 1] = take ? 1 : 0;
+    matched[k + 1] = take ? kMatch : kSkipDeep;
     bad |= pair > -kInfinity ? 0 : 1;
+  }
+  return bad;
+}
+
+// Lets shallow units go unmatched where that is cheaper. Here an entry depends on the one before it
+// in its own row, so that this is no work for vectors.
+std::int64_t skip_in_row(const double* skip_shallow, std::int64_t n, double* current,
+                         std::int64_t* matched) {
+  std::int64_t bad = 0;
+  for (std::int64_t k = 0; k < n; ++k) {
+    bad |= skip_shallow[k] > -kInfinity ? 0 : 1;
+    const double skipped = current[k] + skip_shallow[k];
+    if (skipped < current[k + 1]) {
+      current[k + 1] = skipped;
+      matched[k + 1] = kSkipShallow;
+    }
   }
   return bad;
 }
@@ -57,6 +78,9 @@ double fill(const AlignmentProblem* problem, bool segment, double* previous, dou
   std::int64_t bad = 0;
   previous[0] = 0.0;
   for (std::int64_t k = 1; k <= n; ++k) previous[k] = kInfinity;
+  const bool gaps = problem->skip_shallow != nullptr;
+  // The first row's choices are all the same: they need not be kept.
+  if (gaps && !problem->pin_first) bad |= skip_in_row(problem->skip_shallow, n, previous, matched);
   for (std::int64_t l = 0; l < m; ++l) {
     const double* cost = problem->cost + l * n;
     double skip = segment ? kInfinity : problem->skip == nullptr ? 0.0 : problem->skip[l];
@@ -75,6 +99,7 @@ double fill(const AlignmentProblem* problem, bool segment, double* previous, dou
     std::int64_t* row = matched + l * (n + 1);
     bad |= segment ? fill_row<true>(previous, cost, skip, n, current, row)
                    : fill_row<false>(previous, cost, skip, n, current, row);
+    if (gaps) bad |= skip_in_row(problem->skip_shallow, n, current, row);
     double* const done = current;
     current = previous;
     previous = done;
@@ -89,6 +114,12 @@ void find_obstacle(const AlignmentProblem& p, AlignmentSolution& s, bool segment
   std::vector<std::uint8_t> previous(static_cast<std::size_t>(n + 1), 0);
   std::vector<std::uint8_t> current(previous.size());
   previous[0] = 1;
+  const auto skip_shallow = [&](std::vector<std::uint8_t>& row) {
+    for (std::int64_t k = 1; p.skip_shallow != nullptr && k <= n; ++k) {
+      if (row[k - 1] && p.skip_shallow[k - 1] < kInfinity) row[k] = 1;
+    }
+  };
+  if (!p.pin_first) skip_shallow(previous);
   for (std::int64_t l = 0; l < m; ++l) {
     const bool first = p.pin_first && l == 0;
     const bool last = p.pin_last && l == m - 1;
@@ -98,6 +129,7 @@ void find_obstacle(const AlignmentProblem& p, AlignmentSolution& s, bool segment
       const bool pair = p.cost[l * n + k - 1] < kInfinity && (!first || k == 1) && (!last || k == n);
       current[k] = (previous[k - 1] && pair) || (previous[k] && (segment ? pair : free));
     }
+    skip_shallow(current);
     for (std::int64_t k = n; k >= s.reached_shallow; --k) {
       if (current[k]) {
         s.reached_shallow = k;
@@ -137,9 +169,11 @@ void solve(const AlignmentProblem& p, AlignmentSolution& s, std::int64_t index, 
   s.reached_deep = m;
   std::int64_t k = n;
   for (std::int64_t l = m - 1; l >= 0; --l) {
-    const std::int64_t take = w.matched[static_cast<std::size_t>(l * (n + 1) + k)];
-    s.deep_to_shallow[l] = segment || take ? k - 1 : -1;
-    k -= take;
+    const std::int64_t* row = w.matched.data() + l * (n + 1);
+    while (row[k] == kSkipShallow) --k;
+    const bool match = row[k] == kMatch;
+    s.deep_to_shallow[l] = segment || match ? k - 1 : -1;
+    k -= match ? 1 : 0;
   }
 }
 

@@ -9,6 +9,8 @@ enum class AlignmentMode : std::int32_t {
   // Every shallow unit matches one deep unit, in order; a deep unit may stay unmatched at its skip
   // cost (CLAFusion, arXiv 2110.15538, section 3.2):
   //   F[k, l] = min(F[k, l-1] + skip[l], F[k-1, l-1] + C[l, k]),  F[0, 0] = 0
+  // Where shallow units may stay unmatched too, at skip_shallow[k], there is a third choice:
+  //   F[k-1, l] + skip_shallow[k]
   layer = 0,
   // Consecutive deep units form segments, one for each shallow unit (arXiv 2501.00061):
   //   F[k, l] = min(F[k, l-1], F[k-1, l-1]) + C[l, k]
@@ -19,6 +21,7 @@ struct AlignmentProblem {
   const double* cost;        // (num_deep, num_shallow), row-major; +inf forbids a pair
   const double* skip;        // (num_deep): what leaving a deep unit unmatched costs, in layer mode;
                              // null: nothing
+  const double* skip_shallow;  // (num_shallow): the same of a shallow unit; null: forbidden
   std::int64_t num_deep;
   std::int64_t num_shallow;
   bool pin_first;            // deep unit 0 must match shallow unit 0

@@ -26,6 +26,25 @@ def brute_force_ref(cost, skip, pin_first=False, pin_last=False):
     return best, best_total
 
 
+def brute_force_gaps_ref(cost, skip, skip_shallow, pin_first=False, pin_last=False):
+    """The least total over every choice of equally many deep and shallow units, and its pairs."""
+    m, n = cost.shape
+    best, best_total = None, np.inf
+    for size in range(min(m, n) + 1):
+        for deep in combinations(range(m), size):
+            for shallow in combinations(range(n), size):
+                pairs = list(zip(deep, shallow, strict=True))
+                if (pin_first and (0, 0) not in pairs) or (
+                    pin_last and (m - 1, n - 1) not in pairs
+                ):
+                    continue
+                total = sum(cost[pair] for pair in pairs)
+                total += np.delete(skip, deep).sum() + np.delete(skip_shallow, shallow).sum()
+                if total < best_total:
+                    best, best_total = pairs, total
+    return best, best_total
+
+
 def brute_force_segments_ref(cost):
     m, n = cost.shape
     best_total = np.inf
@@ -45,6 +64,69 @@ def problems(draw):
     skips = st.sampled_from([0.0, 0.0, 3.0, np.inf])
     skip = np.array(draw(st.lists(skips, min_size=m, max_size=m)))
     return cost, skip, draw(st.booleans()), draw(st.booleans())
+
+
+@st.composite
+def problems_with_gaps(draw):
+    m, n = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    entries = st.one_of(st.integers(0, 50).map(float), st.just(np.inf))
+    cost = np.array(draw(st.lists(entries, min_size=m * n, max_size=m * n))).reshape(m, n)
+    skips = st.sampled_from([0.0, 3.0, 20.0, np.inf])
+    skip = np.array(draw(st.lists(skips, min_size=m, max_size=m)))
+    skip_shallow = np.array(draw(st.lists(skips, min_size=n, max_size=n)))
+    return cost, skip, skip_shallow, draw(st.booleans()), draw(st.booleans())
+
+
+@given(problems_with_gaps())
+def test_gaps_on_both_sides_equal_brute_force(problem):
+    cost, skip, skip_shallow, pin_first, pin_last = problem
+    pairs, total = brute_force_gaps_ref(*problem)
+    arguments = {"skip": skip, "skip_shallow": skip_shallow}
+    arguments |= {"pin_first": pin_first, "pin_last": pin_last}
+    if pairs is None:
+        with pytest.raises(AlignmentError, match="no alignment exists"):
+            align_layers(cost, **arguments)
+        return
+    found = align_layers(cost, **arguments)
+    assert found.total_cost == total
+    own = sum(cost[pair] for pair in found.pairs) + skip[list(found.unmatched)].sum()
+    assert own + skip_shallow[list(found.unmatched_shallow)].sum() == total
+    assert len(found.pairs) + len(found.unmatched_shallow) == cost.shape[1]
+
+
+def test_a_large_cost_leaves_as_few_shallow_units_alone_as_can_be():
+    cost = np.full((4, 4), np.inf)
+    # Stages of 1 + 3 and of 3 + 1 units: one pair in each.
+    cost[0, :3] = [0.9, 0.8, 0.7]
+    cost[1:, 3] = [0.3, 0.2, 0.1]
+    found = align_layers(cost, skip_shallow=np.full(4, 100.0))
+    assert found.deep_to_shallow == (2, -1, -1, 3)
+    assert found.unmatched == (1, 2)
+    assert found.unmatched_shallow == (0, 1)
+    assert not found.forced
+    cost[0, :2] = cost[1:3, 3] = np.inf
+    assert align_layers(cost, skip_shallow=np.full(4, 100.0)).forced
+    wide = np.array([[0.5, 0.1, 0.4]])
+    assert align_layers(wide, skip_shallow=np.ones(3)).deep_to_shallow == (1,)
+    assert align_layers(wide, skip_shallow=np.zeros(3)).deep_to_shallow == (-1,)
+    with pytest.raises(AlignmentError, match="shallow unit 2 finds no partner"):
+        align_layers(wide, skip_shallow=[np.inf, 1.0, np.inf])
+    batch = align_layers_batch([wide, cost], skips_shallow=[np.ones(3), np.full(4, 100.0)])
+    assert [one.deep_to_shallow for one in batch] == [(1,), (2, -1, -1, 3)]
+
+
+def test_refuses_bad_gaps():
+    cost = np.ones((2, 3))
+    with pytest.raises(InputError, match="has 2 deep but 3 shallow units.*give skip_shallow"):
+        align_layers(cost)
+    with pytest.raises(InputError, match=r"skip_shallow of problem 0 must have one entry per shal"):
+        align_layers(cost, skip_shallow=[1.0])
+    with pytest.raises(InputError, match=r"skip_shallow of problem 0 holds nan at \(1,\)"):
+        align_layers(cost, skip_shallow=[1.0, np.nan, 1.0])
+    with pytest.raises(InputError, match="skip_shallow needs mode='layer'; got mode='segment'"):
+        align_layers(cost, skip_shallow=np.ones(3), mode="segment")
+    with pytest.raises(InputError, match="skips_shallow must have one entry per problem: 2, got 1"):
+        align_layers_batch([cost, cost], skips_shallow=[np.ones(3)])
 
 
 @given(problems())
@@ -218,11 +300,14 @@ def test_one_array_is_refused_by_name():
         align_layers_batch(blocked)
 
 
-def compiled(costs, skips, shapes, mode=0, solution=None, totals=None, reached=None):
+def compiled(
+    costs, skips, shapes, mode=0, solution=None, totals=None, reached=None, skips_shallow=None
+):
     count = len(shapes)
     _core.align_layers(
         costs,
         skips,
+        np.empty(0) if skips_shallow is None else skips_shallow,
         np.asarray(shapes, dtype=np.int64),
         mode,
         False,
@@ -256,6 +341,14 @@ def test_the_compiled_door_refuses_too():
     ]:
         with pytest.raises(ValueError, match=message):
             compiled(*arguments)
+    for gaps, mode, message in [
+        (np.ones(3), 0, "skips_shallow must have one entry a shallow unit"),
+        (np.ones(1), 0, "skips_shallow must have one entry a shallow unit"),
+        (np.ones(2), 1, "skips_shallow needs mode 0"),
+        (np.array([0.0, np.nan]), 0, "NaN or -inf in problem 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            compiled(costs, skips, [[4, 2]], mode, skips_shallow=gaps)
     with pytest.raises(ValueError, match="reached must have shape"):
         compiled(costs, skips, [[4, 2]], reached=np.empty(2, dtype=np.int64)[:1].copy())
     for wrong in (costs.astype(np.float32), costs.astype(">f8"), np.ones(16)[::2], None):

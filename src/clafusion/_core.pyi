@@ -26,6 +26,7 @@ def hsic_all_pairs(
 def align_layers(
     costs: NDArray[float64],
     skips: NDArray[float64],
+    skips_shallow: NDArray[float64],
     shapes: NDArray[int64],
     mode: int,
     pin_first: bool,

@@ -113,6 +113,7 @@ _ALIGNMENT_MODES = {"layer": 0, "segment": 1}
 def align_layers(
     costs: Sequence[NDArray[np.float64]],
     skips: Sequence[NDArray[np.float64]],
+    skips_shallow: Sequence[NDArray[np.float64]] = (),
     *,
     mode: str,
     pin_first: bool,
@@ -120,14 +121,15 @@ def align_layers(
 ) -> tuple[list[NDArray[np.int64]], NDArray[np.float64], NDArray[np.int64]]:
     """Solve a ragged batch of alignment problems.
 
-    Returns one ``deep_to_shallow`` array per problem, the total costs ``(count,)`` and how far
+    Without ``skips_shallow`` no shallow unit may go unmatched. Returns one ``deep_to_shallow`` array per problem, the total costs ``(count,)`` and how far
     each search reached ``(count, 2)`` (deep, shallow), which explains an infinite total.
     """
     shapes = np.array([cost.shape for cost in costs], dtype=np.int64).reshape(len(costs), 2)
     flat_costs = np.concatenate([np.ravel(cost) for cost in costs]).astype(np.float64, copy=False)
     flat_skips = np.concatenate(list(skips)).astype(np.float64, copy=False)
+    flat_shallow = np.concatenate([np.empty(0), *skips_shallow])
     solutions, totals, reached = _align_flat(
-        flat_costs, flat_skips, shapes, mode, pin_first, pin_last
+        flat_costs, flat_skips, flat_shallow, shapes, mode, pin_first, pin_last
     )
     return np.split(solutions, np.cumsum(shapes[:-1, 0])), totals, reached
 
@@ -150,6 +152,7 @@ def align_equal_layers(
     solutions, totals, reached = _align_flat(
         costs.reshape(-1),
         np.empty(0) if skips is None else skips.reshape(-1),
+        np.empty(0),
         shapes,
         mode,
         pin_first,
@@ -161,6 +164,7 @@ def align_equal_layers(
 def _align_flat(
     costs: NDArray[np.float64],
     skips: NDArray[np.float64],
+    skips_shallow: NDArray[np.float64],
     shapes: NDArray[np.int64],
     mode: str,
     pin_first: bool,
@@ -171,7 +175,16 @@ def _align_flat(
     reached = np.empty((len(shapes), 2), dtype=np.int64)
     mode_number = _ALIGNMENT_MODES[mode]
     _core.align_layers(
-        costs, skips, shapes, mode_number, pin_first, pin_last, deep_to_shallow, totals, reached
+        costs,
+        skips,
+        skips_shallow,
+        shapes,
+        mode_number,
+        pin_first,
+        pin_last,
+        deep_to_shallow,
+        totals,
+        reached,
     )
     return deep_to_shallow, totals, reached
 

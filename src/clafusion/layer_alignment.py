@@ -35,8 +35,8 @@ class LayerAlignment:
         In mode ``"segment"`` several consecutive deep units share one shallow unit.
     total_cost
         The matched pairs' costs plus the skipped units' skip costs.
-    cost, skip, mode, pin_first, pin_last
-        The problem: costs ``(m, n)``, skip costs ``(m,)`` and how it was solved.
+    cost, skip, mode, pin_first, pin_last, skip_shallow
+        The problem: costs ``(m, n)``, skip costs ``(m,)`` and ``(n,)``, and how it was solved.
     """
 
     deep_to_shallow: tuple[int, ...]
@@ -46,6 +46,7 @@ class LayerAlignment:
     mode: AlignmentMode
     pin_first: bool
     pin_last: bool
+    skip_shallow: NDArray[np.float64] | None = None
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -57,25 +58,38 @@ class LayerAlignment:
         """The deep units without a partner."""
         return tuple(deep for deep, k in enumerate(self.deep_to_shallow) if k < 0)
 
+    @property
+    def unmatched_shallow(self) -> tuple[int, ...]:
+        """The shallow units without a partner; none but where ``skip_shallow`` allows it."""
+        matched = set(self.deep_to_shallow)
+        return tuple(k for k in range(self.cost.shape[1]) if k not in matched)
+
     @cached_property
     def forced(self) -> bool:
-        """True where the constraints admit one alignment only, so that no cost mattered.
+        """True where the constraints admit one alignment only, so that no pair's cost mattered.
 
-        The feasible alignments form a lattice: there is one, exactly if the lowest and the
-        highest are the same.
+        Another alignment lacks at least one of this one's pairs; so there is none, exactly if each
+        of them is needed. Where shallow units may go unmatched, an alignment that leaves more of
+        them so is no alternative.
         """
-        deep, shallow = np.indices(self.cost.shape)
-        segments = self.mode == "segment"
-        height = np.where(np.isfinite(self.cost), shallow if segments else deep, np.inf)
-        free = np.where(np.isfinite(self.skip), 0.0, np.inf)
-        (lowest, highest), _ = _solve(
-            [height, np.where(np.isinf(height), np.inf, -height)],
-            [free, free],
-            "segment" if segments else "layer",
-            self.pin_first,
-            self.pin_last,
-        )
-        return bool(np.array_equal(lowest, highest))
+        free = np.where(np.isfinite(self.cost), 0.0, np.inf)
+        skip = np.where(np.isfinite(self.skip), 0.0, np.inf)
+        gaps = [] if self.skip_shallow is None else [self.skip_shallow]
+        own = sum(float(one[list(self.unmatched_shallow)].sum()) for one in gaps)
+        for pair in self.pairs:
+            without = free.copy()
+            without[pair] = np.inf
+            _, (total,), _ = _native.align_layers(
+                [without],
+                [skip],
+                gaps,
+                mode="segment" if self.mode == "segment" else "layer",
+                pin_first=self.pin_first,
+                pin_last=self.pin_last,
+            )
+            if total <= own:
+                return False
+        return True
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,7 @@ class LayerAlignmentBatch(Sequence[LayerAlignment]):
         each problem; -1 where a deep unit matches none.
     total_costs
         ``(count,)``.
-    costs, skips, mode, pin_first, pin_last
+    costs, skips, mode, pin_first, pin_last, skips_shallow
         The problems. One array of costs is not copied: leave it as it is while this lives.
     """
 
@@ -100,6 +114,7 @@ class LayerAlignmentBatch(Sequence[LayerAlignment]):
     mode: AlignmentMode
     pin_first: bool
     pin_last: bool
+    skips_shallow: tuple[NDArray[np.float64], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.total_costs)
@@ -119,6 +134,7 @@ class LayerAlignmentBatch(Sequence[LayerAlignment]):
             self.mode,
             self.pin_first,
             self.pin_last,
+            None if self.skips_shallow is None else self.skips_shallow[index],
         )
 
 
@@ -126,6 +142,7 @@ def align_layers(
     cost: ArrayLike,
     *,
     skip: ArrayLike | None = None,
+    skip_shallow: ArrayLike | None = None,
     mode: AlignmentMode = "layer",
     pin_first: bool = False,
     pin_last: bool = False,
@@ -143,6 +160,10 @@ def align_layers(
 
     .. math:: F[k, l] = \min(F[k, l-1],\; F[k-1, l-1]) + C[l, k].
 
+    With ``skip_shallow`` mode ``"layer"`` has gaps on both sides (Needleman and Wunsch, J. Mol.
+    Biol. 1970): a third choice is ``F[k-1, l] + skip_shallow[k]``. Either network may then be the
+    deeper one, also one in one stage and the other in another.
+
     Mode ``"chain"`` takes the earliest feasible alignment and ``"random"`` a uniformly random
     feasible one; both look only at which costs are finite, and serve as baselines. Ties go to
     the earliest deep unit.
@@ -154,6 +175,9 @@ def align_layers(
     skip
         ``(m,)``: what leaving a deep unit unmatched costs; ``inf`` forbids it. Default 0.
         Mode ``"segment"`` skips no unit.
+    skip_shallow
+        ``(n,)``: what leaving a shallow unit unmatched costs; ``inf`` forbids it. Default: none
+        may. A cost of more than all pairs together leaves as few as possible.
     mode
         ``"layer"``, ``"segment"``, ``"chain"`` or ``"random"``.
     pin_first, pin_last
@@ -164,14 +188,16 @@ def align_layers(
     Raises
     ------
     InputError
-        ``cost`` or ``skip`` has a wrong shape, NaN or ``-inf``, or there are more shallow than
-        deep units.
+        ``cost``, ``skip`` or ``skip_shallow`` has a wrong shape, NaN or ``-inf``, there are more
+        shallow than deep units and none may go unmatched, or ``skip_shallow`` comes with another
+        mode than ``"layer"``.
     AlignmentError
         No alignment satisfies the constraints; the message names the unit that has no partner.
     """
     return align_layers_batch(
         [cost],
         skips=None if skip is None else [skip],
+        skips_shallow=None if skip_shallow is None else [skip_shallow],
         mode=mode,
         pin_first=pin_first,
         pin_last=pin_last,
@@ -183,6 +209,7 @@ def align_layers_batch(
     costs: Sequence[ArrayLike] | NDArray[np.floating],
     *,
     skips: Sequence[ArrayLike] | NDArray[np.floating] | None = None,
+    skips_shallow: Sequence[ArrayLike] | None = None,
     mode: AlignmentMode = "layer",
     pin_first: bool = False,
     pin_last: bool = False,
@@ -190,22 +217,36 @@ def align_layers_batch(
 ) -> LayerAlignmentBatch:
     """Solve many problems of :func:`align_layers` in one call, on all threads.
 
-    Parameters and errors are those of :func:`align_layers`. ``costs`` and ``skips`` hold one array
-    per problem, each of its own shape; or they are one array ``(count, m, n)`` and one
-    ``(count, m)``, which is fastest.
+    Parameters and errors are those of :func:`align_layers`. ``costs``, ``skips`` and
+    ``skips_shallow`` hold one array per problem, each of its own shape; or, without the last, they
+    are one array ``(count, m, n)`` and one ``(count, m)``, which is fastest.
     """
     if mode not in get_args(AlignmentMode):
         raise InputError(f"mode must be one of {get_args(AlignmentMode)}; got {mode!r}")
     if skips is not None and len(skips) != len(costs):
         raise InputError(f"skips must have one entry per problem: {len(costs)}, got {len(skips)}")
-    if isinstance(costs, np.ndarray) and costs.ndim == 3 and costs.size and mode in _EXACT:
+    if skips_shallow is not None:
+        if mode != "layer":
+            raise InputError(f"skip_shallow needs mode='layer'; got mode={mode!r}")
+        if len(skips_shallow) != len(costs):
+            raise InputError(
+                "skips_shallow must have one entry per problem: "
+                f"{len(costs)}, got {len(skips_shallow)}"
+            )
+    elif isinstance(costs, np.ndarray) and costs.ndim == 3 and costs.size and mode in _EXACT:
         return _align_equal(costs, skips, mode, pin_first, pin_last)
     if len(costs) == 0:
         return LayerAlignmentBatch((), np.empty(0), (), (), mode, pin_first, pin_last)
-    cost_arrays = [_checked_cost(cost, i, len(costs)) for i, cost in enumerate(costs)]
+    count, gaps = len(costs), skips_shallow is not None
+    cost_arrays = [_checked_cost(cost, i, count, tall=not gaps) for i, cost in enumerate(costs)]
     skip_arrays = [
-        _checked_skip(None if skips is None else skips[i], len(cost), i, len(costs))
+        _checked_skip(None if skips is None else skips[i], len(cost), i, count)
         for i, cost in enumerate(cost_arrays)
+    ]
+    shallow_arrays = [
+        _checked_skip(skips_shallow[i], cost.shape[1], i, count, side="shallow")
+        for i, cost in enumerate(cost_arrays)
+        if skips_shallow is not None
     ]
     solutions: list[NDArray[np.int64]] = []
     if mode == "random":
@@ -222,10 +263,10 @@ def align_layers_batch(
         free = [np.where(np.isfinite(skip), 0.0, np.inf) for skip in skip_arrays]
         solutions = _solve(earliest, free, "layer", pin_first, pin_last)[0]
     else:
-        solutions = _solve(cost_arrays, skip_arrays, mode, pin_first, pin_last)[0]
+        solutions = _solve(cost_arrays, skip_arrays, mode, pin_first, pin_last, shallow_arrays)[0]
     totals = [
-        _total_cost(cost, skip, deep_to_shallow)
-        for cost, skip, deep_to_shallow in zip(cost_arrays, skip_arrays, solutions, strict=True)
+        _total_cost(cost_arrays[i], skip_arrays[i], solution, *shallow_arrays[i : i + 1])
+        for i, solution in enumerate(solutions)
     ]
     return LayerAlignmentBatch(
         tuple(solutions),
@@ -235,6 +276,7 @@ def align_layers_batch(
         mode,
         pin_first,
         pin_last,
+        tuple(shallow_arrays) if gaps else None,
     )
 
 
@@ -288,10 +330,11 @@ def _solve(
     mode: str,
     pin_first: bool,
     pin_last: bool,
+    skips_shallow: Sequence[NDArray[np.float64]] = (),
 ) -> tuple[list[NDArray[np.int64]], NDArray[np.float64]]:
     """Solve by the compiled dynamic program; raise where no alignment exists."""
     solutions, totals, reached = _native.align_layers(
-        costs, skips, mode=mode, pin_first=pin_first, pin_last=pin_last
+        costs, skips, skips_shallow, mode=mode, pin_first=pin_first, pin_last=pin_last
     )
     _check_found(costs, totals, reached)
     return solutions, totals
@@ -312,10 +355,16 @@ def _check_found(
 
 
 def _total_cost(
-    cost: NDArray[np.float64], skip: NDArray[np.float64], deep_to_shallow: NDArray[np.int64]
+    cost: NDArray[np.float64],
+    skip: NDArray[np.float64],
+    deep_to_shallow: NDArray[np.int64],
+    skip_shallow: NDArray[np.float64] | None = None,
 ) -> float:
     matched = deep_to_shallow >= 0
-    return float(cost[matched, deep_to_shallow[matched]].sum() + skip[~matched].sum())
+    total = float(cost[matched, deep_to_shallow[matched]].sum() + skip[~matched].sum())
+    if skip_shallow is not None:
+        total += float(np.delete(skip_shallow, deep_to_shallow[matched]).sum())
+    return total
 
 
 def _random_alignment(
@@ -363,7 +412,9 @@ def _name(argument: str, index: int, count: int) -> str:
     return argument if count == 1 else f"{argument}s[{index}]"
 
 
-def _checked_cost(cost: ArrayLike, index: int, count: int) -> NDArray[np.float64]:
+def _checked_cost(
+    cost: ArrayLike, index: int, count: int, *, tall: bool = True
+) -> NDArray[np.float64]:
     name = _name("cost", index, count)
     array = _as_float64(cost, name)
     if array.ndim != 2 or 0 in array.shape:
@@ -371,25 +422,24 @@ def _checked_cost(cost: ArrayLike, index: int, count: int) -> NDArray[np.float64
             f"{name} must be a matrix (deep units, shallow units) with at least one of each; "
             f"got shape {array.shape}"
         )
-    if array.shape[0] < array.shape[1]:
+    if tall and array.shape[0] < array.shape[1]:
         raise InputError(
             f"{name} has {array.shape[0]} deep but {array.shape[1]} shallow units; rows are the "
-            "deep network's units, so transpose it or swap the networks"
+            "deep network's units, so transpose it, swap the networks or give skip_shallow"
         )
     return array
 
 
 def _checked_skip(
-    skip: ArrayLike | None, num_deep: int, index: int, count: int
+    skip: ArrayLike | None, units: int, index: int, count: int, side: str = "deep"
 ) -> NDArray[np.float64]:
     if skip is None:
-        return np.zeros(num_deep)
-    name = _name("skip", index, count)
+        return np.zeros(units)
+    name = _name("skip", index, count) if side == "deep" else f"skip_shallow of problem {index}"
     array = _as_float64(skip, name)
-    if array.shape != (num_deep,):
+    if array.shape != (units,):
         raise InputError(
-            f"{name} must have one entry per deep unit, shape ({num_deep},); "
-            f"got shape {array.shape}"
+            f"{name} must have one entry per {side} unit, shape ({units},); got shape {array.shape}"
         )
     return array
 
