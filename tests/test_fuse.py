@@ -396,8 +396,12 @@ def test_different_structures_are_refused_by_unit():
         )
     with pytest.raises(StructureError, match="no counterpart of its structure"):
         fuse(networks.mlp(12, 9, 9, 5), networks.mlp(12, 9, 5, activation=nn.GELU), VECTORS)
-    with pytest.raises(StructureError, match="cannot be brought to one structure"):
-        fuse(networks.resnet(3, 1), networks.resnet(1, 2), IMAGES)
+    with pytest.raises(StructureError, match="unit '2' of the shallower model could only match"):
+        fuse(  # nothing can stand in for an inner layer of these
+            networks.mlp(12, 9, 9, 5, activation=nn.Tanh),
+            nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 5)),
+            VECTORS,
+        )
 
 
 @pytest.mark.parametrize(

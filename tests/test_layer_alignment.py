@@ -117,7 +117,7 @@ def test_a_large_cost_leaves_as_few_shallow_units_alone_as_can_be():
 
 def test_refuses_bad_gaps():
     cost = np.ones((2, 3))
-    with pytest.raises(InputError, match="has 2 deep but 3 shallow units.*give skip_shallow"):
+    with pytest.raises(InputError, match=r"has 2 deep but 3 shallow units.*give skip_shallow"):
         align_layers(cost)
     with pytest.raises(InputError, match=r"skip_shallow of problem 0 must have one entry per shal"):
         align_layers(cost, skip_shallow=[1.0])

@@ -57,7 +57,9 @@ def refused_problem(costs, count):
     deep_to_shallow = np.empty(9 * count, dtype=np.int64)
     shapes = np.tile(np.array([9, 5]), (count, 1))
     rest = (deep_to_shallow, np.empty(count), np.empty((count, 2), dtype=np.int64))
-    _core.align_layers(costs.ravel(), np.zeros(9 * count), np.empty(0), shapes, 0, False, False, *rest)
+    _core.align_layers(
+        costs.ravel(), np.zeros(9 * count), np.empty(0), shapes, 0, False, False, *rest
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])

@@ -121,8 +121,9 @@ def align_layers(
 ) -> tuple[list[NDArray[np.int64]], NDArray[np.float64], NDArray[np.int64]]:
     """Solve a ragged batch of alignment problems.
 
-    Without ``skips_shallow`` no shallow unit may go unmatched. Returns one ``deep_to_shallow`` array per problem, the total costs ``(count,)`` and how far
-    each search reached ``(count, 2)`` (deep, shallow), which explains an infinite total.
+    Without ``skips_shallow`` no shallow unit may go unmatched. Returns one ``deep_to_shallow``
+    array per problem, the total costs ``(count,)`` and how far each search reached ``(count, 2)``
+    (deep, shallow), which explains an infinite total.
     """
     shapes = np.array([cost.shape for cost in costs], dtype=np.int64).reshape(len(costs), 2)
     flat_costs = np.concatenate([np.ravel(cost) for cost in costs]).astype(np.float64, copy=False)

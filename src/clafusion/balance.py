@@ -1,27 +1,30 @@
 r"""An aligned pair -> one structure: which network gives it, and what stands in it for the other.
 
 The deep network's units that have no partner are either *added* to the shallow network, as units
-that change nothing, or *merged* away. Where the result is to have the other network's widths, a
-network of that structure and those widths is made, and stands for it.
+that change nothing, or *merged* away. Where the result is to have the other network's widths, or
+another architecture than either's (a given one, or the union of both, where each is the deeper one
+somewhere), a network of that structure and those widths is made, and stands for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from clafusion.blending import aligned_state
 from clafusion.data import Data
-from clafusion.depth import Lifting, lift, lifted_state, lifting, with_state
+from clafusion.depth import Lifting, check_lifted, lift, lifted_state, lifting, with_state
 from clafusion.errors import InputError, StructureError
 from clafusion.graph import ModelGraph, Unit
 from clafusion.layer_alignment import LayerAlignment
-from clafusion.least_squares import Parent, frame_as_parent, regress
+from clafusion.least_squares import Parent, frame_as_parent, one_thread, regress
 from clafusion.signatures import Signature
-from clafusion.trace import trace
+from clafusion.trace import trace_like
+from clafusion.union import Item, placed, union_graph, union_items
 
 __all__ = ["Balance", "Balanced", "Merge", "Width", "balance"]
 
@@ -65,6 +68,7 @@ def balance(
     how: Balance,
     merge: Merge,
     width: Width,
+    into: ModelGraph | None,
     profile: Callable[[ModelGraph], Signature],
     seed: int,
 ) -> Balanced:
@@ -90,6 +94,9 @@ def balance(
         ``"own"``: of the network that gives the structure; else of the first or second network,
         or of the one with fewer or more channels. Inside inserted blocks the deep network's
         stay.
+    into
+        The architecture of the result, where it is neither network's. Without it, where each
+        network is the deeper one somewhere, it is their union, in the deep one's widths.
     profile
         Profiles a made network as the two were.
     seed
@@ -98,10 +105,21 @@ def balance(
     Raises
     ------
     StructureError
-        A width is fixed in a module's code, or layers to be merged by signs are not linear.
+        A width is fixed in a module's code, layers to be merged by signs are not linear, the union
+        cannot be built, or ``into`` has no place for a unit.
     InputError
         ``data`` come in another order every time, so that a made network cannot be compared.
     """
+    if into is not None or alignment.unmatched_shallow:
+        if how == "merge" or width != "own":
+            raise StructureError(
+                "each of the two networks has units that the other has no partner for, so that "
+                f"neither architecture can be the result's; balance={how!r} with width={width!r} "
+                "is for results of one of them. Give into=, a module of the wanted architecture"
+            )
+        items = union_items(deep.graph, shallow.graph, alignment)
+        template = into or union_graph(deep.graph, shallow.graph, alignment)
+        return _in_another(template, deep, shallow, items, data, profile, seed)
     if how == "add":
         target, source, partner = deep, shallow, alignment.deep_to_shallow
     else:
@@ -130,7 +148,7 @@ def balance(
     else:
         graph = _made(lifted_state(plan), target.graph)
         made, stand_ins = _made_up_for(graph, source.graph, partner, data, seed), frozenset()
-    signature = profile(_traced(made, target.graph))
+    signature = profile(trace_like(made, target.graph))
     return Balanced(signature, target, every, stand_ins, not target_is_deep)
 
 
@@ -146,19 +164,10 @@ def _has_width(width: Width, plan: Lifting, *, target_is_first: bool) -> bool:
     return width == "own" or grown == 0 or (grown > 0) == (width == "wide")
 
 
-def _inputs(graph: ModelGraph) -> tuple[Tensor, ...] | dict[str, Tensor]:
-    names, example = graph.keywords, graph.example_inputs
-    return dict(zip(names, example, strict=True)) if names else example
-
-
-def _traced(model: nn.Module, like: ModelGraph) -> ModelGraph:
-    return trace(model, _inputs(like), verify=False)
-
-
 def _made(state: Mapping[str, Tensor], like: ModelGraph) -> ModelGraph:
     """Trace a network of the structure of another one, with weights of other widths."""
     try:
-        return _traced(with_state(like.model, state, like), like)
+        return trace_like(with_state(like.model, state, like), like)
     except InputError as error:
         raise StructureError(
             "the result cannot have the other network's widths: a width is fixed in the module's "
@@ -167,17 +176,121 @@ def _made(state: Mapping[str, Tensor], like: ModelGraph) -> ModelGraph:
 
 
 def _made_up_for(
-    graph: ModelGraph, original: ModelGraph, partner: tuple[int, ...], data: Data, seed: int
+    graph: ModelGraph,
+    original: ModelGraph,
+    partner: tuple[int, ...],
+    data: Data,
+    seed: int,
+    plans: Sequence[Tensor | None] | None = None,
 ) -> nn.Module:
-    """Regress a network that lacks some units onto the one from which it was made."""
+    """Regress a network that lacks something onto the one from which it was made."""
     plan = lifting(graph, original, partner)
-    plans = [
-        None if other < 0 else torch.eye(one.size, dtype=torch.float64)
-        for one, other in zip(graph.classes, plan.classes, strict=True)
-    ]
+    if plans is None:
+        plans = [
+            None if other < 0 else torch.eye(one.size, dtype=torch.float64)
+            for one, other in zip(graph.classes, plan.classes, strict=True)
+        ]
     parents = [Parent(plan, plans, 1.0), frame_as_parent(graph, 0.0)]
     state = regress(parents, graph.state(), data, seed=seed)
     return with_state(graph.model, state, graph)
+
+
+# --- another architecture -----------------------------------------------------------------------
+
+
+def _in_another(
+    template: ModelGraph,
+    deep: Signature,
+    shallow: Signature,
+    items: Sequence[Item],
+    data: Data,
+    profile: Callable[[ModelGraph], Signature],
+    seed: int,
+) -> Balanced:
+    """Bring one network to another architecture, and say how the other one corresponds."""
+    both = placed(template, deep.graph, shallow.graph, items)
+    plans_of = [
+        lifting(template, one.graph, units)
+        for one, units in zip((deep, shallow), both, strict=True)
+    ]
+    # The frame is better left as it is: it comes from the network that has the wanted widths.
+    target_is_deep = _same_widths(plans_of[0]) or not _same_widths(plans_of[1])
+    target, source = (deep, shallow) if target_is_deep else (shallow, deep)
+    plan, _ = plans_of if target_is_deep else reversed(plans_of)
+    of_target, of_source = both if target_is_deep else reversed(both)
+    plans = [
+        None if other < 0 else _resizing(plan, one.index, target)
+        for one, other in zip(template.classes, plan.classes, strict=True)
+    ]
+    state = {**template.state(), **aligned_state(plan, plans)}
+    model = with_state(template.model, state, template)
+    left_out = set(range(len(target.graph.units))) - set(of_target)
+    narrower = any(one is not None and one.size(0) > one.size(1) for one in plans)
+    if left_out or narrower:
+        graph = trace_like(model, template)
+        model = _made_up_for(graph, target.graph, of_target, data, seed, plans)
+    else:
+        check_lifted(model, plan)
+    stand_ins = frozenset(
+        unit.index
+        for unit in template.units
+        if of_target[unit.index] < 0 <= of_source[unit.index] and unit.insertable == "zero"
+    )
+    signature = profile(trace_like(model, template))
+    return Balanced(signature, source, of_source, stand_ins, target_is_deep)
+
+
+def _same_widths(plan: Lifting) -> bool:
+    return all(
+        other < 0 or one.size == plan.shallow.classes[other].size
+        for one, other in zip(plan.deep.classes, plan.classes, strict=True)
+    )
+
+
+def _resizing(plan: Lifting, index: int, source: Signature) -> Tensor:
+    """Return a plan ``(num_source, num_target)`` that keeps or doubles channels of one network.
+
+    Those are kept, or doubled, that tell the most of all.
+    """
+    sizes = source.graph.classes[plan.classes[index]].size, plan.deep.classes[index].size
+    chosen = torch.arange(min(sizes))
+    if sizes[0] != sizes[1]:
+        rows = [source.rows[one.shallow][:, one.shallow_columns] for one in plan.points[index]]
+        order = _most_telling(torch.cat(rows)) if rows else torch.arange(sizes[0])
+        if sizes[0] > sizes[1]:
+            chosen = order[: sizes[1]].sort().values
+        else:
+            more = sizes[1] - sizes[0]
+            chosen = torch.cat([chosen, order.repeat(more // sizes[0] + 1)[:more]])
+    resizing = torch.zeros(sizes, dtype=torch.float64)
+    resizing[chosen, torch.arange(sizes[1])] = 1.0
+    return resizing
+
+
+def _most_telling(rows: Tensor) -> Tensor:
+    """Order channels so that each is the one of which those before it tell the least.
+
+    It is the order of the pivots of the covariance's Cholesky factor, as in column subset selection
+    by QR (Businger and Golub, Numer. Math. 1965).
+    """
+    with one_thread():
+        centred = rows.double().cpu()
+        centred = centred - centred.mean(0)
+        covariance = centred.T @ centred
+        left = covariance.diagonal().clone()
+        factor = torch.zeros_like(covariance)
+        order = []
+        for i in range(len(left)):
+            pivot = int(left.argmax())
+            order.append(pivot)
+            column = covariance[pivot] - factor[:, :i] @ factor[pivot, :i]
+            factor[:, i] = column / left[pivot].clamp(min=1e-300).sqrt()
+            left -= factor[:, i].square()
+            left[order] = -torch.inf
+    return torch.tensor(order)
+
+
+# --- layers merged away -------------------------------------------------------------------------
 
 
 def _without_layers(
@@ -210,7 +323,7 @@ def _without_layers(
         )
     graph = _made(state, target.graph)
     if merge == "least_squares":
-        graph = _traced(_made_up_for(graph, source.graph, partner, data, seed), graph)
+        graph = trace_like(_made_up_for(graph, source.graph, partner, data, seed), graph)
     return graph
 
 

@@ -33,13 +33,21 @@ from torch import Tensor, nn
 
 from clafusion._native import build_info, cuda_devices
 from clafusion.checkpoints import WRITABLE, build_model, load_model, save_model
-from clafusion.errors import ClafusionError, ConvergenceWarning, InputError
+from clafusion.data import first_batch
+from clafusion.errors import ClafusionError, ConvergenceWarning, InputError, StructureError
 from clafusion.graph import ModelGraph
 from clafusion.least_squares import Lean
 from clafusion.manifest import Manifest, read_manifest
 from clafusion.many import fuse_many
 from clafusion.output import check_output
-from clafusion.pipeline import AlignedPair, FusionConfig, FusionResult, align, fuse_aligned
+from clafusion.pipeline import (
+    AlignedPair,
+    FusionConfig,
+    FusionResult,
+    align,
+    fuse_aligned,
+    traced_template,
+)
 from clafusion.report import (
     alignment_summary,
     fusion_summary,
@@ -191,11 +199,20 @@ def _fuse(
     device: Device = "cpu",
     verify: Verify = True,
     plot: Plot = None,
+    into: Annotated[
+        str | None,
+        typer.Option(
+            help="What makes the module whose architecture the result is to have, as for --arch; "
+            "needed where each model is the deeper one somewhere.",
+            metavar="MODULE:FACTORY",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fuse two models; write the fused weights.
 
-    They load into the deeper model's architecture; with --balance merge into the shallower one's.
+    They load into the deeper model's architecture; with --balance merge into the shallower one's,
+    with --into into that.
     """
     config = _config(
         weight=weight,
@@ -222,16 +239,25 @@ def _fuse(
     models = [load_model(one, path) for one, path in zip(archs, (first, second), strict=True)]
     samples = _samples(data, data_key, limit, shape, scale, mean, std)
     _try_models(models, samples)
+    template = None
+    if into is not None:
+        template = traced_template(build_model(into), first_batch(samples), device)
     with _progress(len(samples)) as report:
         pair = align(models[0], models[1], samples, config=config, device=device, progress=report)
-        result = fuse_aligned(pair, samples, config=config, progress=report)
+        if template is None and pair.alignment.unmatched_shallow:
+            raise StructureError(
+                "each model is the deeper one somewhere, and so the weights load into neither's "
+                "architecture; give --into MODULE:FACTORY, which has the units of both"
+            )
+        result = fuse_aligned(pair, samples, config=config, into=template, progress=report)
     save_model(result.model, out)
     if plot is not None:
         result.plot(plot)
     if as_json:
         _print_json(_fusion_facts(result, out, plot))
         return
-    print(f"{fusion_summary(result)}\n{'written':<12} {out}, weights of {_arch_of(result, archs)}")
+    built_by = into or _arch_of(result, archs)
+    print(f"{fusion_summary(result)}\n{'written':<12} {out}, weights of {built_by}")
     _print_plot(plot)
 
 
@@ -661,7 +687,7 @@ def _alignment_facts(pair: AlignedPair, plot: Path | None) -> dict[str, Any]:
         "costs": [
             [float(cost) if math.isfinite(cost) else None for cost in row] for row in alignment.cost
         ],
-        "total_cost": alignment.total_cost,
+        "total_cost": alignment.matched_cost,
         "forced": alignment.forced,
         "samples": pair.deep.num_inputs,
         "plot": None if plot is None else str(plot),
@@ -697,7 +723,7 @@ def _fusion_facts(result: FusionResult, out: Path, plot: Path | None) -> dict[st
         "config": asdict(result.config),
         "classes": [
             {"name": one.name, "channels": None if plan is None else list(plan.shape)}
-            for one, plan in zip(result.pair.deep.graph.classes, result.plans, strict=True)
+            for one, plan in zip(result.lifting.deep.classes, result.plans, strict=True)
         ],
         "seconds": dict(result.timings),
     }

@@ -9,7 +9,7 @@ block whose last write is zero.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,8 +36,12 @@ __all__ = [
     "Origin",
     "PointPair",
     "allowed_pairs",
+    "check_lifted",
+    "fill",
+    "gap_costs",
     "lift",
     "lifting",
+    "resized_shape",
     "skip_costs",
 ]
 
@@ -116,6 +120,21 @@ def allowed_pairs(deep: ModelGraph, shallow: ModelGraph) -> NDArray[np.bool_]:
 def skip_costs(deep: ModelGraph) -> NDArray[np.float64]:
     """Return ``(m,)``: 0 where a unit that changes nothing can stand in, else ``inf``."""
     return np.array([0.0 if unit.insertable else np.inf for unit in deep.units])
+
+
+def gap_costs(
+    deep: ModelGraph, shallow: ModelGraph, costs: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return ``(n,)``: what leaving a shallow unit unmatched costs, where both networks have gaps.
+
+    More than all pairs together, so that as few as possible are; ``inf`` where no unit that changes
+    nothing can stand in for it, and where the deep network has none of its kind in any stage.
+    """
+    kinds = {unit.structure for unit in deep.units}
+    dear = 1.0 + 2.0 * float(np.abs(costs[np.isfinite(costs)]).sum())
+    return np.array(
+        [dear if unit.insertable and unit.structure in kinds else np.inf for unit in shallow.units]
+    )
 
 
 def lifting(
@@ -319,13 +338,18 @@ def _columns(point: ReadPoint, channel_class: int) -> Tensor:
 def lifted_state(plan: Lifting) -> dict[str, Tensor]:
     """Return the state of the lifted shallow network: deep structure, shallow widths."""
     deep_state, shallow_state = plan.deep.state(), plan.shallow.state()
+    sizes = {
+        one.index: plan.shallow.classes[other].size
+        for one, other in zip(plan.deep.classes, plan.classes, strict=True)
+        if other >= 0
+    }
     state: dict[str, Tensor] = {}
     for name, tensor in deep_state.items():
         origin = plan.origins[name]
         if name in plan.names:
             state[name] = shallow_state[plan.names[name]].clone()
             continue
-        shape = _shallow_shape(plan, name, tensor)
+        shape = resized_shape(plan.deep, name, tensor.shape, sizes)
         if origin == "silent" or shape != tuple(tensor.shape):
             # Any value will do inside a silent block; where the widths differ, zero is one.
             state[name] = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
@@ -336,18 +360,19 @@ def lifted_state(plan: Lifting) -> dict[str, Tensor]:
     return state
 
 
-def _shallow_shape(plan: Lifting, name: str, tensor: Tensor) -> tuple[int, ...]:
-    """Return a deep parameter's shape with the shallow network's widths."""
-    shape = list(tensor.shape)
-    for use in plan.deep.uses_by_parameter.get(name, ()):
-        if use.size == (tensor.numel(),) and tensor.dim() > 1:
+def resized_shape(
+    graph: ModelGraph, name: str, shape: Sequence[int], sizes: Mapping[int, int]
+) -> tuple[int, ...]:
+    """Return a parameter's shape where channel classes (by index) have other sizes."""
+    resized = list(shape)
+    for use in graph.uses_by_parameter.get(name, ()):
+        if use.size != tuple(shape):
             continue  # flattened elements: no axis of their own
-        for channel_class, slot in plan.deep.slots_by_parameter.get(name, ()):
-            shallow_class = plan.classes[channel_class.index]
-            if slot.use == use and shallow_class >= 0 and use.size == tuple(tensor.shape):
-                grown = plan.shallow.classes[shallow_class].size - channel_class.size
-                shape[slot.axis] += grown * slot.positions.size(1)
-    return tuple(shape)
+        for channel_class, slot in graph.slots_by_parameter.get(name, ()):
+            if slot.use == use and channel_class.index in sizes:
+                grown = sizes[channel_class.index] - channel_class.size
+                resized[slot.axis] += grown * slot.positions.size(1)
+    return tuple(resized)
 
 
 def _identity(plan: Lifting, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -387,6 +412,12 @@ def lift(deep: nn.Module, plan: Lifting) -> nn.Module:
         computes something else.
     """
     lifted = with_state(deep, lifted_state(plan), plan.deep)
+    check_lifted(lifted, plan)
+    return lifted
+
+
+def check_lifted(lifted: nn.Module, plan: Lifting) -> None:
+    """Raise StructureError unless a lifted network computes what the shallow one does."""
     inputs = plan.deep.example_inputs
     mode = lifted.training
     try:
@@ -396,6 +427,8 @@ def lift(deep: nn.Module, plan: Lifting) -> nn.Module:
         raise StructureError(
             f"the lifted model does not run: a width is fixed in the deep module's code ({error})"
         ) from error
+    finally:
+        lifted.train(mode)
     wanted = list(flatten_tensors(list(plan.shallow.run(inputs))))
     for one, other in zip(found, wanted, strict=True):
         gap = float((one - other).abs().max())
@@ -404,7 +437,6 @@ def lift(deep: nn.Module, plan: Lifting) -> nn.Module:
                 f"the lifted model's output differs from the shallow model's by {gap:.1e}: the "
                 "inserted units change it. The two networks differ in what lies between units"
             )
-    return lifted.train(mode)
 
 
 def with_state(module: nn.Module, state: Mapping[str, Tensor], graph: ModelGraph) -> nn.Module:

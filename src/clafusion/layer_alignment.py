@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,6 +64,23 @@ class LayerAlignment:
         """The shallow units without a partner; none but where ``skip_shallow`` allows it."""
         matched = set(self.deep_to_shallow)
         return tuple(k for k in range(self.cost.shape[1]) if k not in matched)
+
+    @property
+    def matched_cost(self) -> float:
+        """The matched pairs' costs, without what goes unmatched."""
+        return math.fsum(float(self.cost[pair]) for pair in self.pairs)
+
+    @property
+    def steps(self) -> tuple[tuple[int, int], ...]:
+        """All units of both networks in order: ``(deep, shallow)``, -1 where one has no partner."""
+        found: list[tuple[int, int]] = []
+        start = (0, 0)
+        for deep, shallow in (*self.pairs, self.cost.shape):
+            found += [(one, -1) for one in range(start[0], deep)]
+            found += [(-1, other) for other in range(start[1], shallow)]
+            found.append((deep, shallow))
+            start = (deep + 1, shallow + 1)
+        return tuple(found[:-1])
 
     @cached_property
     def forced(self) -> bool:

@@ -44,7 +44,7 @@ from clafusion.blending import Normalisation
 from clafusion.checkpoints import ModelFile, file_digest, load_state, save_state, tensors_of
 from clafusion.data import Data, first_batch
 from clafusion.depth import fill
-from clafusion.errors import ClafusionError, ConvergenceWarning, InputError
+from clafusion.errors import ClafusionError, ConvergenceWarning, InputError, StructureError
 from clafusion.importance import Importance
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment
 from clafusion.layer_costs import LayerCost
@@ -430,6 +430,11 @@ class _Workshop:
         before = {"prepare": time.perf_counter() - started}
         config = self.job.config
         aligned = align_signatures(first.signature, second.signature, config=config, timings=before)
+        if aligned.alignment.unmatched_shallow:
+            raise StructureError(
+                "each of the two is the deeper one somewhere, and their union would be a network "
+                "that neither's factory builds; fuse them alone, by clafusion.fuse or with --into"
+            )
         deep, shallow = (first, second) if aligned.deep_is_first else (second, first)
         observed = None
         if deep.observed is not None and shallow.observed is not None:

@@ -20,8 +20,15 @@ from clafusion.balance import Balance, Merge, Width, balance
 from clafusion.blending import Normalisation, blend
 from clafusion.calibration import BatchMoments, repair, reset_batchnorm
 from clafusion.data import Data, first_batch
-from clafusion.depth import Lifting, allowed_pairs, lifting, skip_costs, with_state
-from clafusion.errors import AlignmentError, InputError, StructureError
+from clafusion.depth import (
+    Lifting,
+    allowed_pairs,
+    gap_costs,
+    lifting,
+    skip_costs,
+    with_state,
+)
+from clafusion.errors import AlignmentError, ClafusionError, InputError, StructureError
 from clafusion.graph import ModelGraph
 from clafusion.importance import Importance, channel_importance, marginals
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment, align_layers
@@ -196,8 +203,9 @@ class FusionResult:
     ----------
     model
         The fused network: the deeper model's architecture (with ``balance="merge"`` the shallower
-        one's), in the same mode (train or eval), trainable as that one is. Of two models equally
-        deep the first gives the architecture.
+        one's, with ``into`` that one's, and where each model is the deeper one somewhere, the
+        deeper model's with the other's units put in), in the same mode (train or eval), trainable
+        as that one is. Of two models equally deep the first gives the architecture.
     pair
         Signatures, layer costs and alignment.
     lifting
@@ -269,6 +277,7 @@ def fuse(
     normalisation: Normalisation = "two",
     match_classifier: bool = False,
     importance: Importance = "uniform",
+    into: nn.Module | None = None,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
@@ -354,6 +363,12 @@ def fuse(
         ``"norm"`` of its weights, its mean ``"activation"``, or the outputs' ``"sensitivity"`` to
         its weights. Channels of little mass then take no partner away from those of much. Not with
         the solver ``"assignment"``. See :func:`clafusion.importance.channel_importance`.
+    into
+        A module of the architecture that the result is to have, of any depth and widths that can
+        hold both networks' units; its weights do not matter, and it is not modified. Default: the
+        deeper network's; where each is the deeper one somewhere, that with copies of the other's
+        unmatched units in its containers. Residual blocks for which ``into`` has no place are left
+        out, and channels too; least squares makes up for them.
     device
         Where to compute; default where the models are.
     progress
@@ -401,6 +416,14 @@ def fuse(
         match_classifier=match_classifier,
         importance=importance,
     )
+    if into is not None and not (isinstance(into, nn.Module) and config.balance == "add"):
+        raise InputError(
+            "into must be a module that has the wanted architecture, without balance='merge'; "
+            f"got {type(into).__name__} with balance={config.balance!r}"
+        )
+    if example_inputs is None:
+        example_inputs = first_batch(data)
+    template = None if into is None else traced_template(into, example_inputs, device)
     pair = align(
         first,
         second,
@@ -410,7 +433,7 @@ def fuse(
         device=device,
         progress=progress,
     )
-    return fuse_aligned(pair, data, config=config, progress=progress)
+    return fuse_aligned(pair, data, config=config, into=template, progress=progress)
 
 
 def align(
@@ -469,9 +492,19 @@ def _aligned(
     deep, shallow = (first, second) if deep_is_first else (second, first)
     with clock.stage("align"):
         costs = layer_costs(deep, shallow, metric=config.layer_cost)
+        allowed = allowed_pairs(deep.graph, shallow.graph)
+        skip_shallow = None
+        if _needs_gaps(deep.graph, shallow.graph, allowed):
+            if config.alignment != "layer":
+                raise StructureError(
+                    "each network is the deeper one somewhere, and so each needs gaps; they are "
+                    f"in alignment='layer' only, and this is alignment={config.alignment!r}"
+                )
+            skip_shallow = gap_costs(deep.graph, shallow.graph, np.where(allowed, costs, 0.0))
         alignment = align_layers(
-            np.where(allowed_pairs(deep.graph, shallow.graph), costs, np.inf),
+            np.where(allowed, costs, np.inf),
             skip=skip_costs(deep.graph),
+            skip_shallow=skip_shallow,
             mode=config.alignment,
             pin_first=config.pin_ends,
             pin_last=config.pin_ends,
@@ -545,17 +578,21 @@ def fuse_aligned(
     data: Data,
     *,
     config: FusionConfig | None = None,
+    into: ModelGraph | None = None,
     observed: tuple[Sequence[BatchMoments], Sequence[BatchMoments]] | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
     """Do the second half of :func:`fuse`: match channels, average and calibrate.
 
-    ``observed`` is passed to :func:`clafusion.calibration.repair`: the deep and the shallow
-    network's moments, where they are known already.
+    ``into`` is the traced module whose architecture the result is to have. ``observed`` is passed
+    to :func:`clafusion.calibration.repair`: the deep and the shallow network's moments, where they
+    are known already.
     """
     config = config or FusionConfig()
     clock = _Clock(pair.timings)
     with clock.stage("balance"):
+        if into is not None:
+            _check_outputs(pair.deep.graph, into)
         both = balance(
             pair.deep,
             pair.shallow,
@@ -565,6 +602,7 @@ def fuse_aligned(
             how=config.balance,
             merge=config.merge,
             width=config.width,
+            into=into,
             profile=lambda graph: profiled([graph], data, config)[0],
             seed=config.seed,
         )
@@ -698,12 +736,27 @@ def traced_to_fuse(
     return graph
 
 
+def traced_template(
+    into: nn.Module,
+    example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
+    device: str | torch.device | None = None,
+) -> ModelGraph:
+    """Trace a copy of the module that gives the result its architecture."""
+    module = copy.deepcopy(into)
+    if device is not None:
+        module, example_inputs = module.to(device), _to(example_inputs, torch.device(device))
+    try:
+        return trace(module, example_inputs, verify=False)
+    except ClafusionError as error:
+        raise type(error)(f"into: {error}") from error
+
+
 def _deep_is_first(first: ModelGraph, second: ModelGraph) -> bool:
     """Say which of two models is the deep one, after checking that they can be fused at all."""
     _check_outputs(first, second)
     deep_is_first = len(first.units) >= len(second.units)
     deep, shallow = (first, second) if deep_is_first else (second, first)
-    _check_feasible(deep, shallow, allowed_pairs(deep, shallow))
+    _needs_gaps(deep, shallow, allowed_pairs(deep, shallow))
     return deep_is_first
 
 
@@ -719,10 +772,21 @@ def _check_outputs(first: ModelGraph, second: ModelGraph) -> None:
         )
 
 
-def _check_feasible(deep: ModelGraph, shallow: ModelGraph, allowed: NDArray[np.bool_]) -> None:
-    """Say by name which units stand in the way, before anything takes long."""
+def _needs_gaps(deep: ModelGraph, shallow: ModelGraph, allowed: NDArray[np.bool_]) -> bool:
+    """Say whether units of both networks must go unmatched.
+
+    Where no alignment exists at all, say by name which units stand in the way, before anything
+    takes long.
+    """
+    costs, skip = np.where(allowed, 0.0, np.inf), skip_costs(deep)
     try:
-        align_layers(np.where(allowed, 0.0, np.inf), skip=skip_costs(deep))
+        align_layers(costs, skip=skip)
+        return False
+    except AlignmentError:
+        pass
+    try:
+        align_layers(costs, skip=skip, skip_shallow=gap_costs(deep, shallow, costs))
+        return True
     except AlignmentError as error:
         stuck, k = error.reached_deep, error.reached_shallow
         reasons = []

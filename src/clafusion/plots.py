@@ -81,7 +81,7 @@ def alignment_figure(
     box = letter * max(*longest, 10) + 0.3
     boxes = 2 * box + 1.6
     top, bottom = 0.95, letter * longest[1] + 0.85
-    body = max(cell * m, 2.2)
+    body = max(cell * len(alignment.steps), 2.2)
     width, height = names + matrix + bar + gap + boxes + 0.2, top + body + bottom
     figure = Figure(figsize=(width, height))
 
@@ -100,7 +100,7 @@ def alignment_figure(
     figure.text(
         0.5,
         1 - 0.28 / height,
-        f"Alignment of {m} and {n} units ({forced}), total cost {alignment.total_cost:.3f}",
+        f"Alignment of {m} and {n} units ({forced}), total cost {alignment.matched_cost:.3f}",
         ha="center",
         va="center",
         fontsize=11,
@@ -203,9 +203,10 @@ def _draw_units(
     """Draw both networks from top to bottom, each unit beside its partner."""
     colours = colormaps["viridis_r"]
     heights: dict[int, list[int]] = {}
-    for row, k in enumerate(alignment.deep_to_shallow):
-        heights.setdefault(k, []).append(row)
-    size = 8 if len(deep) <= 40 else 7
+    for row, (one, k) in enumerate(alignment.steps):
+        if one >= 0:
+            heights.setdefault(k, []).append(row)
+    size = 8 if len(alignment.steps) <= 40 else 7
 
     def draw_box(right: bool, y: float, text: str, dashed: bool = False) -> None:
         x = 1 - box if right else 0.0
@@ -234,16 +235,16 @@ def _draw_units(
             style="italic" if dashed else "normal",
         )
 
-    for row, k in enumerate(alignment.deep_to_shallow):
-        draw_box(False, row, deep[row])
-        if k < 0:
-            draw_box(True, row, "inserted", dashed=True)
+    for row, (one, k) in enumerate(alignment.steps):
+        draw_box(False, row, deep[one] if one >= 0 else "inserted", dashed=one < 0)
+        if one < 0 or k < 0:
+            draw_box(True, row, shallow[k] if k >= 0 else "inserted", dashed=k < 0)
             axes.plot(
                 [box, 1 - box], [row, row], color="#b0b0b0", linewidth=1, linestyle=(0, (3, 2))
             )
             continue
         y = float(np.mean(heights[k]))
-        cost = float(alignment.cost[row, k])
+        cost = float(alignment.cost[one, k])
         axes.plot([box, 1 - box], [row, y], color=colours(norm(cost)), linewidth=2.2)
         axes.text(
             0.5,
@@ -259,7 +260,7 @@ def _draw_units(
         if k >= 0:
             draw_box(True, float(np.mean(places)), shallow[k])
     axes.set_xlim(0, 1)
-    axes.set_ylim(len(deep) - 0.5, -0.5)
+    axes.set_ylim(len(alignment.steps) - 0.5, -0.5)
     axes.axis("off")
     axes.set_title("Matched units and their cost", fontsize=10, pad=22)
     for x, which in ((box / 2, True), (1 - box / 2, False)):

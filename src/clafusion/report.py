@@ -44,18 +44,21 @@ def plain_table(
 def alignment_summary(pair: AlignedPair, *, merged: bool = False) -> str:
     """Return a table of the matched units, and below it what the alignment was free to choose.
 
-    ``merged`` tells that the deep network's unmatched units go, where else the shallow one gets
-    their like.
+    ``merged`` tells that the deep network's unmatched units go, where else either network gets the
+    like of what only the other one has.
     """
     deep, shallow = pair.deep.graph.units, pair.shallow.graph.units
     alignment = pair.alignment
-    rows = [
-        [unit.name, shallow[k].name, f"{alignment.cost[unit.index, k]:.4f}"]
-        if k >= 0
-        else [unit.name, "(merged)" if merged else INSERTED, ""]
-        for unit, k in zip(deep, alignment.deep_to_shallow, strict=True)
-    ]
-    rows.append(["total", "", f"{alignment.total_cost:.4f}"])
+    rows = []
+    for one, other in alignment.steps:
+        if one < 0:
+            rows.append([INSERTED, shallow[other].name, ""])
+        elif other < 0:
+            rows.append([deep[one].name, "(merged)" if merged else INSERTED, ""])
+        else:
+            cost = f"{alignment.cost[one, other]:.4f}"
+            rows.append([deep[one].name, shallow[other].name, cost])
+    rows.append(["total", "", f"{alignment.matched_cost:.4f}"])
     first, second = ("deep", "shallow") if pair.deep_is_first else ("shallow", "deep")
     choice = (
         "forced: the structures admit one alignment only, so the costs did not matter"
@@ -66,7 +69,8 @@ def alignment_summary(pair: AlignedPair, *, merged: bool = False) -> str:
         "models": f"the first is the {first} one, the second the {second} one",
         "units": f"{len(deep)} deep, {len(shallow)} shallow, "
         f"{len(alignment.unmatched)} "
-        + ("merged away" if merged else "inserted into the shallow one"),
+        + ("merged away" if merged else "inserted into the shallow one")
+        + (f", {gaps} into the deep one" if (gaps := len(alignment.unmatched_shallow)) else ""),
         "alignment": f"by {alignment.mode}; {choice}",
         "samples": f"{pair.deep.num_samples} compared, {pair.deep.num_inputs} seen",
     }

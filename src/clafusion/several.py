@@ -23,7 +23,7 @@ from clafusion.blending import aligned_state, outgoing_map
 from clafusion.calibration import BatchMoments, observed_moments, repair, reset_batchnorm
 from clafusion.data import Data, first_batch
 from clafusion.depth import lifting, with_state
-from clafusion.errors import ConvergenceWarning, InputError
+from clafusion.errors import ConvergenceWarning, InputError, StructureError
 from clafusion.graph import State
 from clafusion.least_squares import Parent, frame_as_parent, regress_leaning
 from clafusion.pipeline import (
@@ -215,6 +215,12 @@ def _into_one_frame(
     others = [i for i in range(len(models)) if i != deepest]
     order = [*others, deepest]  # as least squares wants them
     pairs = [align_signatures(signatures[deepest], one, config=config) for one in signatures]
+    for i, pair in enumerate(pairs):
+        if pair.alignment.unmatched_shallow:
+            raise StructureError(
+                f"models[{i}] has units for which models[{deepest}], the deepest, has none; use "
+                "method='iterative'"
+            )
     moments = [observed_moments(graphs[i], data) for i in order]
     # Least squares takes long and needs no good start: only the last mean is regressed.
     last = config.calibration == "least_squares"

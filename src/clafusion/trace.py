@@ -21,7 +21,7 @@ from clafusion.operations import module_path, op_name
 from clafusion.units import find_units
 from clafusion.verification import verify_graph
 
-__all__ = ["trace"]
+__all__ = ["trace", "trace_like"]
 
 _EXAMPLE_ROWS = 3  # enough for a batch that is not special; labels are as large as activations
 
@@ -132,6 +132,13 @@ def trace(
     if verify:
         verify_graph(graph, inputs, seed=seed)
     return graph
+
+
+def trace_like(model: nn.Module, like: ModelGraph) -> ModelGraph:
+    """Trace a model with another one's example inputs; its analysis is not proven again."""
+    names, example = like.keywords, like.example_inputs
+    inputs = dict(zip(names, example, strict=True)) if names else example
+    return trace(model, inputs, verify=False)
 
 
 def _refuse_changed_inputs(module: fx.GraphModule, placeholders: Sequence[str | None]) -> None:

@@ -1,0 +1,304 @@
+"""Two aligned networks -> one architecture with a place for the units of both.
+
+Where either network is the deeper one in some stage, neither architecture can hold the other's
+units. The *union* can: the units of both in one order, matched ones once. It is the deep network's
+module with copies of the shallow one's unmatched units put into its containers (``nn.Sequential``,
+``nn.ModuleList``); or a given module takes the units in.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clafusion.depth import fill, lifting, resized_shape, skip_costs
+from clafusion.errors import AlignmentError, ClafusionError, StructureError
+from clafusion.graph import ModelGraph, Unit
+from clafusion.layer_alignment import LayerAlignment, align_layers
+from clafusion.operations import module_path
+from clafusion.trace import trace_like
+
+__all__ = ["Item", "placed", "union_graph", "union_items"]
+
+Item = tuple[int, int]
+"""The deep and the shallow unit at one place of the union; -1 where a network has none there."""
+
+_ADVICE = "give into=, a module that has a place for the units of both networks"
+
+
+def union_items(
+    deep: ModelGraph, shallow: ModelGraph, alignment: LayerAlignment
+) -> tuple[Item, ...]:
+    """Return the units of both networks in one order, matched ones together.
+
+    Between two matched pairs the unmatched units of both keep their order, and those of one stage
+    stand together.
+    """
+    items: list[Item] = []
+    start = (0, 0)
+    for pair in (*alignment.pairs, (len(deep.units), len(shallow.units))):
+        left, right = (list(range(a, b)) for a, b in zip(start, pair, strict=True))
+        while left or right:
+            here = _output_shape(deep, shallow, items[-1]) if items else None
+            deep_stages = [deep.units[i].output_shape for i in left]
+            shallow_stages = [shallow.units[k].output_shape for k in right]
+            if _deep_goes_first(deep_stages, shallow_stages, here):
+                items.append((left.pop(0), -1))
+            else:
+                items.append((-1, right.pop(0)))
+        items.append(pair)
+        start = (pair[0] + 1, pair[1] + 1)
+    return tuple(items[:-1])
+
+
+def _deep_goes_first(
+    left: Sequence[tuple[int, ...]],
+    right: Sequence[tuple[int, ...]],
+    here: tuple[int, ...] | None,
+) -> bool:
+    """Say which of two queues of stages is to go on, so that no stage is left too early."""
+    if not left or not right:
+        return bool(left)
+    if here in (left[0], right[0]):
+        return left[0] == here
+    return left[0] == right[0] or left[0] not in right
+
+
+def _unit(deep: ModelGraph, shallow: ModelGraph, item: Item) -> Unit:
+    return deep.units[item[0]] if item[0] >= 0 else shallow.units[item[1]]
+
+
+def _output_shape(deep: ModelGraph, shallow: ModelGraph, item: Item) -> tuple[int, ...]:
+    return _unit(deep, shallow, item).output_shape
+
+
+# --- building it --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Children:
+    """The children of a container that make up a unit: ``first`` to ``last``, both included."""
+
+    container: str
+    first: int
+    last: int
+
+
+def union_graph(deep: ModelGraph, shallow: ModelGraph, alignment: LayerAlignment) -> ModelGraph:
+    """Build and trace the union's module: the deep network's, with copies put in.
+
+    What weights the copies hold does not matter; where widths differ, they get the deep network's.
+
+    Raises
+    ------
+    StructureError
+        A unit's container is no ``nn.Sequential`` or ``nn.ModuleList``, or the module's code does
+        not run what is put into it.
+    """
+    items = union_items(deep, shallow, alignment)
+    module = copy.deepcopy(deep.model)
+    insertions: dict[str, list[tuple[int, list[nn.Module]]]] = {}
+    for place, (one, other) in enumerate(items):
+        if one >= 0:
+            continue
+        unit = shallow.units[other]
+        container, position = _anchor(deep, items, place, unit)
+        copies = _copies(deep, shallow, alignment, items[:place], unit)
+        insertions.setdefault(container, []).append((position, copies))
+    for path, inserted in insertions.items():
+        _insert(module.get_submodule(path), inserted)
+    try:
+        graph = trace_like(module, deep)
+    except (ClafusionError, RuntimeError) as error:
+        raise StructureError(
+            f"the union of the two networks does not run ({error}); {_ADVICE}"
+        ) from error
+    wanted = [_unit(deep, shallow, item).structure for item in items]
+    if [unit.structure for unit in graph.units] != wanted:
+        raise StructureError(
+            f"the module's code does not run what is put into it: {len(items)} units are wanted, "
+            f"and it has {len(graph.units)}, or others; {_ADVICE}"
+        )
+    return graph
+
+
+def _anchor(deep: ModelGraph, items: Sequence[Item], place: int, unit: Unit) -> tuple[str, int]:
+    """Return the container of the deep network, and before which of its children a unit goes."""
+    before = [one for one, _ in items[:place] if one >= 0][-1:]
+    after = [one for one, _ in items[place:] if one >= 0][:1]
+    candidates = []
+    for neighbour, is_before in ((one, True) for one in before):
+        other = deep.units[neighbour]
+        if other.output_shape == unit.output_shape:
+            candidates.append((other, is_before))
+    candidates += [(deep.units[neighbour], False) for neighbour in after]
+    candidates.sort(key=lambda one: one[0].kind != unit.kind)  # a block goes beside a block
+    for other, is_before in candidates:
+        children = _children(deep, other)
+        if children is not None:
+            return children.container, children.last + 1 if is_before else children.first
+    raise StructureError(
+        f"unit {unit.name!r} of the shallower network has no place in the deeper one: its "
+        f"neighbours there are in no nn.Sequential or nn.ModuleList; {_ADVICE}"
+    )
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Sequential, nn.ModuleList))
+
+
+def _children(graph: ModelGraph, unit: Unit) -> _Children | None:
+    """Find the children of a container that make up a unit; None where there are none."""
+    owners = {name.rpartition(".")[0].removesuffix(".") for name in unit.parameters}
+    common: list[str] = []
+    for parts in zip(*(one.split(".") for one in owners), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    path = ".".join(common)
+    if len(owners) > 1 and _is_container(graph.model.get_submodule(path)):
+        names = {one.removeprefix(path).lstrip(".").split(".")[0] for one in owners}
+    else:
+        while True:
+            if not path:
+                return None
+            path, _, child = path.rpartition(".")
+            if _is_container(graph.model.get_submodule(path)):
+                break
+        names = {child}
+    keys = list(graph.model.get_submodule(path)._modules)
+    prefix = f"{path}." if path else ""
+    places = [keys.index(name) for name in names]
+    first, last = min(places), max(places)
+    for key in keys[first : last + 1]:
+        inside = graph.model.get_submodule(prefix + key).named_parameters(prefix + key)
+        if not {graph.aliases.get(name, name) for name, _ in inside} <= set(unit.parameters):
+            return None
+    within = [module_path(one) for one in graph.module.graph.nodes if one.name in unit.nodes]
+    while last + 1 < len(keys):  # its activation
+        following = prefix + keys[last + 1]
+        runs = any(f"{one}.".startswith(f"{following}.") for one in within)
+        if not runs or any(True for _ in graph.model.get_submodule(following).parameters()):
+            break
+        last += 1
+    return _Children(path, first, last)
+
+
+def _copies(
+    deep: ModelGraph,
+    shallow: ModelGraph,
+    alignment: LayerAlignment,
+    before: Sequence[Item],
+    unit: Unit,
+) -> list[nn.Module]:
+    """Copy a unit of the shallow network and give it the deep network's widths."""
+    children = _children(shallow, unit)
+    if children is None:
+        raise StructureError(
+            f"unit {unit.name!r} of the shallower network cannot be copied: it is in no "
+            f"nn.Sequential or nn.ModuleList; {_ADVICE}"
+        )
+    sizes = _sizes(deep, shallow, alignment, before, unit)
+    state = shallow.state()
+    prefix = f"{children.container}." if children.container else ""
+    container = shallow.model.get_submodule(children.container)
+    copies = []
+    for key, child in list(container._modules.items())[children.first : children.last + 1]:
+        assert child is not None
+        made = copy.deepcopy(child)
+        changed: dict[str, Tensor] = {}
+        for name in unit.parameters:
+            if name.startswith(f"{prefix}{key}."):
+                shape = resized_shape(shallow, name, state[name].shape, sizes)
+                if shape != state[name].shape:
+                    changed[name.removeprefix(f"{prefix}{key}.")] = torch.ones(shape)
+        fill(made, changed)
+        copies.append(made)
+    return copies
+
+
+def _sizes(
+    deep: ModelGraph,
+    shallow: ModelGraph,
+    alignment: LayerAlignment,
+    before: Sequence[Item],
+    unit: Unit,
+) -> Mapping[int, int]:
+    """Return how many channels the shallow network's classes have in a unit's copy."""
+    if unit.insertable == "identity":  # as many go out as come in
+        flow = [deep.units[one].read_points[-1] for one, _ in before if one >= 0][-1]
+        size = deep.classes[int(flow.classes[0])].size
+        return {
+            channel_class.index: size
+            for name in unit.parameters
+            for channel_class, _ in shallow.slots_by_parameter.get(name, ())
+        }
+    classes = lifting(deep, shallow, alignment.deep_to_shallow).classes
+    return {other: one.size for one, other in zip(deep.classes, classes, strict=True) if other >= 0}
+
+
+def _insert(container: nn.Module, insertions: Sequence[tuple[int, list[nn.Module]]]) -> None:
+    """Put modules into a container, in place; what stands behind moves on."""
+    children: list[tuple[str, nn.Module | None]] = list(container._modules.items())
+    # From the last, so that positions hold; of several at one position the first stays first.
+    ordered = sorted(insertions, key=lambda one: one[0])
+    for position, modules in ordered[::-1]:
+        children[position:position] = [("", one) for one in modules]
+    numbered = all(not key or key.isdigit() for key, _ in children)
+    container._modules.clear()
+    for i, (key, child) in enumerate(children):
+        container._modules[str(i) if numbered else key or f"inserted_{i}"] = child
+
+
+# --- placing the units --------------------------------------------------------------------------
+
+
+def placed(
+    template: ModelGraph, deep: ModelGraph, shallow: ModelGraph, items: Sequence[Item]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Give every unit of a template the deep and the shallow unit that it stands for, or -1.
+
+    As few units as possible are left out, matched ones least of all; only residual blocks may be.
+
+    Raises
+    ------
+    StructureError
+        A unit has no place in the template, or one of the template's can be no unit's and cannot
+        be left unused.
+    """
+    units = [_unit(deep, shallow, item) for item in items]
+    cost = np.array(
+        [
+            [
+                0.0
+                if one.structure == other.structure and one.output_shape == other.output_shape
+                else np.inf
+                for other in units
+            ]
+            for one in template.units
+        ]
+    ).reshape(len(template.units), len(units))
+    leaving_out = [
+        (len(items) + 1.0 if min(item) >= 0 else 1.0) if unit.insertable == "zero" else np.inf
+        for unit, item in zip(units, items, strict=True)
+    ]
+    try:
+        found = align_layers(cost, skip=skip_costs(template), skip_shallow=leaving_out)
+    except AlignmentError as error:
+        stuck = template.units[error.reached_deep : error.reached_deep + 1]
+        left = units[error.reached_shallow : error.reached_shallow + 1]
+        reasons = [f"unit {one.name!r} of the networks finds no place in it" for one in left]
+        reasons += [
+            f"nothing can stand in for its unit {one.name!r}" for one in stuck if not one.insertable
+        ]
+        raise StructureError(
+            f"into= has {len(template.units)} units, and {'; '.join(reasons) or error}. It must "
+            "have the units of both networks, stage by stage; only residual blocks may be left out"
+        ) from error
+    both = [items[i] if i >= 0 else (-1, -1) for i in found.deep_to_shallow]
+    return tuple(one for one, _ in both), tuple(other for _, other in both)

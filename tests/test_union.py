@@ -1,0 +1,268 @@
+"""Networks of which each is the deeper one somewhere, and results of a given architecture."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from clafusion import InputError, StructureError, align, fuse, fuse_many, fuse_models, trace
+from clafusion.union import placed, union_graph, union_items
+from tests.networks import mlp, randomise, resnet, vgg, widened
+
+DIGITS = torch.randn(600, 20, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(300, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def output(model, inputs):
+    with torch.no_grad():
+        return model(inputs)
+
+
+def shapes(model):
+    return [tuple(one.shape) for one in model.parameters()]
+
+
+def residual(*stages, widths=(8, 16), seed=0):
+    return resnet(*stages, widths=widths, shortcut="conv", seed=seed)
+
+
+# --- the union ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("family", ["pad", "conv", "vgg", "no norm"])
+def test_the_union_computes_what_either_parent_does(family, calibration):
+    if family in ("pad", "conv"):
+        first, second = resnet(3, 1, shortcut=family), resnet(1, 3, shortcut=family, seed=1)
+        wanted = resnet(3, 3, shortcut=family)
+    else:
+        norm = family == "vgg"
+        first, second = vgg(3, 1, norm=norm), vgg(1, 3, norm=norm, seed=1)
+        wanted = vgg(3, 3, norm=norm)
+    for weight, parent in ((0.0, first), (1.0, second)):
+        result = fuse(first, second, IMAGES, weight=weight, calibration=calibration)
+        assert shapes(result.model) == shapes(wanted)
+        assert list(result.model.state_dict()) == list(wanted.state_dict())
+        torch.testing.assert_close(
+            output(result.model, IMAGES), output(parent, IMAGES), rtol=1e-4, atol=1e-4
+        )
+    assert (len(result.alignment.unmatched), len(result.alignment.unmatched_shallow)) == (2, 2)
+    middle = fuse(first, second, IMAGES, calibration=calibration).model
+    assert not torch.allclose(output(middle, IMAGES), output(first, IMAGES), atol=0.1)
+    assert not torch.allclose(output(middle, IMAGES), output(second, IMAGES), atol=0.1)
+
+
+def test_least_squares_brings_the_union_nearer_to_the_parents_mean():
+    first, second = residual(3, 1), residual(1, 3, widths=(6, 20), seed=1)
+    mean = (output(first, IMAGES) + output(second, IMAGES)) / 2
+
+    def error(calibration):
+        model = fuse(first, second, IMAGES, calibration=calibration).model
+        return float((output(model, IMAGES) - mean).square().mean())
+
+    assert error("least_squares") < 0.5 * error("repair")
+
+
+def test_the_union_has_the_deep_networks_widths():
+    result = fuse(vgg(3, 1), vgg(1, 3, widths=(10, 8), seed=1), IMAGES, calibration="none")
+    assert shapes(result.model) == shapes(vgg(3, 3))
+    assert [m.in_channels for m in result.model if isinstance(m, nn.Conv2d)] == [3, 8, 8, 8, 12, 12]
+    first = residual(3, 1)
+    result = fuse(first, residual(1, 3, widths=(6, 20), seed=1), IMAGES, weight=0.0)
+    torch.testing.assert_close(output(result.model, IMAGES), output(first, IMAGES))
+
+
+def test_a_unit_goes_behind_the_pooling_that_comes_before_it():
+    first, second = vgg(2, 1, 2, widths=(8, 8, 8)), vgg(2, 2, 1, widths=(8, 8, 8), seed=1)
+    result = fuse(first, second, IMAGES, weight=1.0)
+    assert shapes(result.model) == shapes(vgg(2, 2, 2, widths=(8, 8, 8)))
+    torch.testing.assert_close(
+        output(result.model, IMAGES), output(second, IMAGES), rtol=1e-4, atol=1e-4
+    )
+    kinds = [type(one).__name__ for one in result.model]
+    assert kinds == [type(one).__name__ for one in vgg(2, 2, 2, widths=(8, 8, 8))]
+
+
+def test_units_of_one_stage_stand_together_whatever_comes_first():
+    """The one network's gap is in the last stage, the other one's in the stage before."""
+    for stages in [((1, 3), (2, 1)), ((2, 1), (1, 3))]:
+        first, second = (vgg(*one, widths=(8, 8), seed=seed) for seed, one in enumerate(stages))
+        result = fuse(first, second, IMAGES, weight=1.0)
+        assert shapes(result.model) == shapes(vgg(2, 3, widths=(8, 8)))
+        torch.testing.assert_close(
+            output(result.model, IMAGES), output(second, IMAGES), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_neither_parent_is_touched_and_the_bytes_repeat():
+    first, second = residual(3, 1), residual(1, 3, seed=1)
+    before = [copy.deepcopy(one.state_dict()) for one in (first, second)]
+    once, again = (fuse(first, second, IMAGES).model.state_dict() for _ in range(2))
+    for one, state in zip((first, second), before, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
+    assert all(torch.equal(tensor, again[name]) for name, tensor in once.items())
+
+
+class Loop(nn.Module):
+    """Its code runs a number of blocks that it was told, not those that it holds."""
+
+    def __init__(self, *stages: int) -> None:
+        super().__init__()
+        self.inside = residual(*stages)
+        self.count = len(self.inside.blocks)
+
+    def forward(self, x):
+        x = self.inside.stem(x)
+        for i in range(self.count):
+            x = self.inside.blocks[i](x)
+        return self.inside.head(x.mean((2, 3)))
+
+
+class Named(nn.Module):
+    """Layers that are in no container."""
+
+    def __init__(self, deep: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.second = nn.Conv2d(6, 6, 3, padding=1) if deep else nn.Identity()
+        self.pool = nn.MaxPool2d(2)
+        self.third = nn.Conv2d(6, 6, 3, padding=1)
+        self.fourth = nn.Identity() if deep else nn.Conv2d(6, 6, 3, padding=1)
+        self.head = nn.Linear(6, 5)
+        self.deep = deep
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        x = torch.relu(self.second(x)) if self.deep else x
+        x = torch.relu(self.third(self.pool(x)))
+        x = x if self.deep else torch.relu(self.fourth(x))
+        return self.head(x.mean((2, 3)))
+
+
+def test_what_cannot_be_built_is_refused_with_advice():
+    with pytest.raises(StructureError, match=r"does not run what is put into it.*give into="):
+        fuse(randomise(Loop(3, 1)), randomise(Loop(1, 3), 1), IMAGES)
+    with pytest.raises(StructureError, match=r"in no nn.Sequential or nn.ModuleList; give into="):
+        fuse(randomise(Named(True)), randomise(Named(False), 1), IMAGES)
+    first, second = residual(3, 1), residual(1, 3, seed=1)
+    with pytest.raises(StructureError, match="balance='merge' with width='own' is for results of"):
+        fuse(first, second, IMAGES, balance="merge")
+    with pytest.raises(StructureError, match="width='wide' is for results of one of them"):
+        fuse(first, second, IMAGES, width="wide")
+    with pytest.raises(StructureError, match="each needs gaps; they are in alignment='layer' only"):
+        fuse(first, second, IMAGES, alignment="chain")
+    with pytest.raises(StructureError, match=r"models\[1\] has units for which models\[0\]"):
+        fuse_models([first, second], IMAGES, method="many_to_one")
+    (one,) = fuse_many({"a": first, "b": second}, IMAGES)
+    assert "StructureError: each of the two is the deeper one somewhere" in one.error
+
+
+def test_the_order_of_the_union():
+    first, second = residual(3, 1), residual(1, 3, seed=1)
+    pair = align(first, second, IMAGES)
+    deep, shallow = pair.deep.graph, pair.shallow.graph
+    items = union_items(deep, shallow, pair.alignment)
+    assert sorted(one for one, _ in items if one >= 0) == list(range(6))
+    assert sorted(other for _, other in items if other >= 0) == list(range(6))
+    union = union_graph(deep, shallow, pair.alignment)
+    of_deep, of_shallow = placed(union, deep, shallow, items)
+    assert list(zip(of_deep, of_shallow, strict=True)) == list(items)
+
+
+# --- a given architecture -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("widths", [(8, 16), (12, 40)])
+@pytest.mark.parametrize("stages", [(3, 3), (4, 5)])
+def test_a_larger_architecture_computes_what_the_frame_does(stages, widths):
+    first, second = residual(3, 1), residual(1, 3, seed=1)
+    into = residual(*stages, widths=widths, seed=2)
+    before = copy.deepcopy(into.state_dict())
+    result = fuse(first, second, IMAGES, into=into, weight=0.0)
+    assert shapes(result.model) == shapes(into)
+    torch.testing.assert_close(
+        output(result.model, IMAGES), output(first, IMAGES), rtol=1e-4, atol=1e-4
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in into.state_dict().items())
+    other = residual(*stages, widths=widths, seed=3)  # its weights do not matter
+    again = fuse(first, second, IMAGES, into=other, weight=0.0)
+    torch.testing.assert_close(
+        output(again.model, IMAGES), output(first, IMAGES), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_the_network_with_the_wanted_widths_gives_the_frame():
+    first, second = residual(3, 2), residual(2, 2, widths=(6, 12), seed=1)
+    result = fuse(first, second, IMAGES, into=residual(3, 3, widths=(6, 12)), weight=1.0)
+    torch.testing.assert_close(
+        output(result.model, IMAGES), output(second, IMAGES), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_chains_take_other_widths_and_depths():
+    first, second = mlp(20, 16, 16, 12, 5), mlp(20, 14, 5, seed=1)
+    into = mlp(20, 30, 30, 30, 30, 5)
+    result = fuse(first, second, DIGITS, into=into, weight=0.0)
+    assert shapes(result.model) == shapes(into)
+    torch.testing.assert_close(
+        output(result.model, DIGITS), output(first, DIGITS), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_smaller_architecture_keeps_what_tells_the_most():
+    """A network with every channel twice loses nothing when half of them go."""
+    small, wide = vgg(2, 2), widened(vgg(2, 2), 2)
+    result = fuse(wide, wide, IMAGES, into=vgg(2, 2, seed=2))
+    assert shapes(result.model) == shapes(small)
+    # Of other widths between the two, least squares makes the most.
+    more = vgg(2, 2, widths=(10, 14))
+    spared = fuse(wide, wide, IMAGES, into=more, calibration="least_squares")
+    for one in (result, spared):
+        gap = output(one.model, IMAGES) - output(small, IMAGES)
+        assert float(gap.abs().max()) < 1e-3 * float(output(small, IMAGES).abs().max())
+
+
+def test_blocks_without_a_place_are_left_out():
+    first, second = residual(3, 2), residual(1, 3, seed=1)
+    into = residual(2, 2, seed=2)
+    result = fuse(first, second, IMAGES, into=into, calibration="least_squares")
+    assert shapes(result.model) == shapes(into)
+    mean = (output(first, IMAGES) + output(second, IMAGES)) / 2
+    plain = fuse(first, second, IMAGES, into=into, calibration="none")
+    errors = [float((output(one.model, IMAGES) - mean).square().mean()) for one in (result, plain)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_refuses_what_cannot_hold_both():
+    first, second = vgg(3, 1), vgg(1, 3, seed=1)
+    with pytest.raises(StructureError, match="into= has 5 units, and unit '6' of the networks"):
+        fuse(first, second, IMAGES, into=vgg(2, 2))
+    with pytest.raises(StructureError, match="different outputs"):
+        fuse(mlp(20, 16, 16, 5), mlp(20, 16, 5), DIGITS, into=mlp(20, 16, 16, 16, 6))
+    with pytest.raises(InputError, match="into: the model does not run on the example inputs"):
+        fuse(mlp(20, 16, 16, 5), mlp(20, 16, 5), DIGITS, into=vgg(3, 3))
+    with pytest.raises(InputError, match="into must be a module that has the wanted architecture"):
+        fuse(first, second, IMAGES, into="vgg")
+    with pytest.raises(InputError, match="without balance='merge'"):
+        fuse(first, second, IMAGES, into=vgg(3, 3), balance="merge")
+    with pytest.raises(StructureError, match="width='wide' is for results of one of them"):
+        fuse(first, second, IMAGES, into=vgg(3, 3), width="wide")
+
+
+# --- what is shown ------------------------------------------------------------------------------
+
+
+def test_the_table_and_the_picture_show_gaps_on_both_sides(tmp_path):
+    result = fuse(residual(3, 1), residual(1, 3, seed=1), IMAGES)
+    lines = result.summary().splitlines()
+    table = lines[2 : lines.index("")]
+    assert len(table) == 8 + 1  # and the total
+    assert sum(line.startswith("(inserted)") for line in table) == 2
+    assert sum(line.endswith("(inserted)") for line in table) == 2
+    costs = [float(row.split()[-1]) for row in table if not row.endswith(")") and row[0] != "("]
+    assert costs[-1] == pytest.approx(sum(costs[:-1]), abs=1e-3)
+    assert "2 inserted into the shallow one, 2 into the deep one" in result.summary()
+    result.plot(tmp_path / "union.png")
+    assert (tmp_path / "union.png").stat().st_size > 10_000
+    assert trace(result.model, IMAGES[:3]).units[-1].name == "head"
