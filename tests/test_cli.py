@@ -57,6 +57,42 @@ FUSE = [
 ]
 
 
+STAGES = """
+from torch import nn
+
+def net(first, second):
+    layers, into = [], 3
+    for width, count in ((8, first), (12, second)):
+        for _ in range(count):
+            layers += [nn.Conv2d(into, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            into = width
+        layers.append(nn.MaxPool2d(2))
+    head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * into, 5)]
+    return nn.Sequential(*layers, *head)
+"""
+
+
+def test_two_models_go_into_a_third_ones_architecture(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(STAGES)
+    save_model(networks.vgg(3, 1), "left.safetensors")
+    save_model(networks.vgg(1, 3, seed=1), "right.safetensors")
+    np.save("data.npy", np.random.default_rng(0).normal(size=(200, 3, 8, 8)).astype(np.float32))
+    command = ["fuse", "left.safetensors", "right.safetensors", "--arch=nets.py:net(3, 1)"]
+    command += ["--arch-b=nets.py:net(1, 3)", "--data=data.npy", "--out=out.safetensors"]
+    assert main(command) == 2
+    assert "give --into MODULE:FACTORY" in capsys.readouterr().err
+    assert not os.path.exists("out.safetensors")
+    assert main([*command, "--into=nets.py:net(2, 3)"]) == 2
+    assert "into= has 6 units" in capsys.readouterr().err
+    assert main([*command, "--into=nets.py:net(3, 4)"]) == 0
+    assert "out.safetensors, weights of nets.py:net(3, 4)" in capsys.readouterr().out
+    networks.vgg(3, 4).load_state_dict(load_file("out.safetensors"))
+    assert main([*command, "--into=nets.py:net(3, 3)", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["deep_to_shallow"].count(None) == 2
+
+
 def replaced(option, value):
     return [f"{option}={value}" if one.startswith(f"{option}=") else one for one in FUSE]
 

@@ -154,6 +154,8 @@ def test_what_cannot_be_built_is_refused_with_advice():
         fuse(first, second, IMAGES, alignment="chain")
     with pytest.raises(StructureError, match=r"models\[1\] has units for which models\[0\]"):
         fuse_models([first, second], IMAGES, method="many_to_one")
+    with pytest.raises(InputError, match="into needs method='iterative'"):
+        fuse_models([first, second], IMAGES, method="barycentre", into=residual(3, 3))
     (one,) = fuse_many({"a": first, "b": second}, IMAGES)
     assert "StructureError: each of the two is the deeper one somewhere" in one.error
 
@@ -166,8 +168,16 @@ def test_the_order_of_the_union():
     assert sorted(one for one, _ in items if one >= 0) == list(range(6))
     assert sorted(other for _, other in items if other >= 0) == list(range(6))
     union = union_graph(deep, shallow, pair.alignment)
-    of_deep, of_shallow = placed(union, deep, shallow, items)
+    changes = [0.5] * 6, [0.5, 0.5, 0.5, 0.2, 0.3, 0.5]
+    of_deep, of_shallow = placed(union, deep, shallow, items, changes)
     assert list(zip(of_deep, of_shallow, strict=True)) == list(items)
+    # One place less: of the blocks that only one network has, that goes which does the least.
+    smaller = trace(residual(3, 2), IMAGES[:3])
+    of_deep, of_shallow = placed(smaller, deep, shallow, items, changes)
+    left = set(range(6)) - set(of_shallow)
+    only = {other for one, other in items if one < 0}
+    assert left == {min(only, key=lambda other: changes[1][other])}
+    assert set(of_deep) - {-1} == set(range(6))
 
 
 # --- a given architecture -----------------------------------------------------------------------
@@ -232,6 +242,22 @@ def test_blocks_without_a_place_are_left_out():
     plain = fuse(first, second, IMAGES, into=into, calibration="none")
     errors = [float((output(one.model, IMAGES) - mean).square().mean()) for one in (result, plain)]
     assert errors[0] < 0.5 * errors[1]
+
+
+def test_several_models_go_into_one_architecture():
+    models = [residual(3, 1), residual(1, 3, seed=1), residual(2, 2, seed=2)]
+    into = residual(3, 4)
+    result = fuse_models(models, IMAGES, weights=[0, 0, 1], into=into)
+    assert shapes(result.model) == shapes(into)
+    torch.testing.assert_close(
+        output(result.model, IMAGES), output(models[2], IMAGES), rtol=1e-4, atol=1e-4
+    )
+    # Without it the first two become their union, which the third then joins.
+    result = fuse_models(models, IMAGES, weights=[1, 0, 0])
+    assert shapes(result.model) == shapes(residual(3, 3))
+    torch.testing.assert_close(
+        output(result.model, IMAGES), output(models[0], IMAGES), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_refuses_what_cannot_hold_both():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from clafusion.depth import Lifting, check_lifted, lift, lifted_state, lifting, 
 from clafusion.errors import InputError, StructureError
 from clafusion.graph import ModelGraph, Unit
 from clafusion.layer_alignment import LayerAlignment
+from clafusion.layer_costs import layer_costs
 from clafusion.least_squares import Parent, frame_as_parent, one_thread, regress
 from clafusion.signatures import Signature
 from clafusion.trace import trace_like
@@ -208,7 +210,8 @@ def _in_another(
     seed: int,
 ) -> Balanced:
     """Bring one network to another architecture, and say how the other one corresponds."""
-    both = placed(template, deep.graph, shallow.graph, items)
+    changes = _changes(deep), _changes(shallow)
+    both = placed(template, deep.graph, shallow.graph, items, changes)
     plans_of = [
         lifting(template, one.graph, units)
         for one, units in zip((deep, shallow), both, strict=True)
@@ -238,6 +241,12 @@ def _in_another(
     )
     signature = profile(trace_like(model, template))
     return Balanced(signature, source, of_source, stand_ins, target_is_deep)
+
+
+def _changes(signature: Signature) -> list[float]:
+    """Return for every unit one minus the linear CKA of what goes in and what comes out."""
+    costs = layer_costs(signature, signature)
+    return [1.0, *(float(one) for one in np.clip(np.diagonal(costs, -1), 0.0, 1.0))]
 
 
 def _same_widths(plan: Lifting) -> bool:

@@ -85,6 +85,7 @@ def fuse_models(
     weights: Sequence[float] | None = None,
     method: SeveralMethod = "iterative",
     max_rounds: int = 10,
+    into: nn.Module | None = None,
     example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor] | None = None,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
@@ -105,6 +106,8 @@ def fuse_models(
         two models the first is :func:`clafusion.fuse`.
     max_rounds
         After how many frames a barycentre is taken as it is.
+    into
+        As for :func:`clafusion.fuse`, of every step; it needs ``"iterative"``.
     example_inputs, device, progress
         As for :func:`clafusion.fuse`.
     settings
@@ -143,7 +146,7 @@ def fuse_models(
     if device is not None:
         models = [copy.deepcopy(model).to(device) for model in models]
     if method == "iterative":
-        settings |= {"example_inputs": example_inputs, "progress": progress}
+        settings |= {"into": into, "example_inputs": example_inputs, "progress": progress}
         return _one_after_another(models, data, shares, settings)
     for name, wanted in (
         ("balance", "add"),
@@ -153,6 +156,8 @@ def fuse_models(
     ):
         if getattr(config, name) != wanted:
             raise InputError(f"{name}={getattr(config, name)!r} needs method='iterative'")
+    if into is not None:
+        raise InputError("into needs method='iterative'")
     rounds = max_rounds if method == "barycentre" else 1
     example = first_batch(data) if example_inputs is None else example_inputs
     return _into_one_frame(models, data, shares, method, rounds, example, config, progress)

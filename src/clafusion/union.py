@@ -259,11 +259,17 @@ def _insert(container: nn.Module, insertions: Sequence[tuple[int, list[nn.Module
 
 
 def placed(
-    template: ModelGraph, deep: ModelGraph, shallow: ModelGraph, items: Sequence[Item]
+    template: ModelGraph,
+    deep: ModelGraph,
+    shallow: ModelGraph,
+    items: Sequence[Item],
+    changes: tuple[Sequence[float], Sequence[float]],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Give every unit of a template the deep and the shallow unit that it stands for, or -1.
 
     As few units as possible are left out, matched ones least of all; only residual blocks may be.
+    Of those go that change least what they are given: ``changes`` says for each unit of both
+    networks how much, in [0, 1].
 
     Raises
     ------
@@ -283,10 +289,12 @@ def placed(
             for one in template.units
         ]
     ).reshape(len(template.units), len(units))
-    leaving_out = [
-        (len(items) + 1.0 if min(item) >= 0 else 1.0) if unit.insertable == "zero" else np.inf
-        for unit, item in zip(units, items, strict=True)
-    ]
+    leaving_out = np.full(len(items), np.inf)
+    for i, (unit, item) in enumerate(zip(units, items, strict=True)):
+        if unit.insertable == "zero":
+            change = max(one[k] for one, k in zip(changes, item, strict=True) if k >= 0)
+            # How many go counts for more than which do.
+            leaving_out[i] = (len(items) + 1 if min(item) >= 0 else 1) * (len(items) + 1) + change
     try:
         found = align_layers(cost, skip=skip_costs(template), skip_shallow=leaving_out)
     except AlignmentError as error:
