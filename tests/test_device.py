@@ -143,6 +143,27 @@ def test_the_simulation_refuses_what_a_gpu_refuses():
         assert type(far.cpu()) is torch.Tensor
 
 
+def test_the_stages_memory_is_measured_on_a_gpu_only(monkeypatch):
+    """The device's counters are stood in for: here is none."""
+    held = iter([300, 200])
+    calls = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: next(held))
+    clock = pipeline._Clock(torch.device("cuda", 0), {"trace": 1.5}, {"trace": 100})
+    for name in ("profile", "align"):
+        with clock.stage(name):
+            calls.append(name)
+    assert calls == ["reset", "profile", "wait", "reset", "align", "wait"]
+    assert clock.peak_memory == {"trace": 100, "profile": 300, "align": 200}
+    assert list(clock.seconds) == ["trace", "profile", "align"]
+    clock = pipeline._Clock(torch.device("cpu"))
+    with clock.stage("profile"):
+        pass
+    assert clock.peak_memory == {}
+    assert len(calls) == 6
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("calibrated", ["repair", "least_squares", "batchnorm"])
@@ -157,6 +178,8 @@ def test_a_gpu_fuses_as_the_cpu_does(pair, calibrated):
     there = fuse(first.cuda(), second.cuda(), data, calibration=calibrated)
     for found in (far, there):
         assert {one.device.type for one in found.model.parameters()} == {"cuda"}
+        assert found.peak_memory.keys() == found.timings.keys()
+        assert all(found.peak_memory.values())
         with torch.no_grad():
             ours, theirs = expected.model(data), found.model(data.cuda()).cpu()
         # Convolutions may round their factors to TF32's 10 bits, through a few layers.

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -185,6 +185,8 @@ class AlignedPair:
         The units' alignment. Its cost matrix is ``inf`` where structures differ.
     timings
         Seconds of each stage.
+    peak_memory
+        On a GPU: bytes that PyTorch held there at the most, in each stage. Else empty.
     """
 
     deep: Signature
@@ -193,6 +195,7 @@ class AlignedPair:
     costs: NDArray[np.float64]
     alignment: LayerAlignment
     timings: Mapping[str, float]
+    peak_memory: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,8 @@ class FusionResult:
         The settings.
     timings
         Seconds of each stage, in order.
+    peak_memory
+        On a GPU: bytes that PyTorch held there at the most, in each stage. Else empty.
     """
 
     model: nn.Module
@@ -228,6 +233,7 @@ class FusionResult:
     lean: float | None
     config: FusionConfig
     timings: Mapping[str, float]
+    peak_memory: Mapping[str, int]
 
     @property
     def alignment(self) -> LayerAlignment:
@@ -448,13 +454,13 @@ def align(
 ) -> AlignedPair:
     """Do the first half of :func:`fuse`: trace, profile and align, but fuse nothing."""
     config = config or FusionConfig()
-    clock = _Clock()
     if example_inputs is None:
         example_inputs = first_batch(data)
     if device is not None:
         target = torch.device(device)
         first, second = (copy.deepcopy(model).to(target) for model in (first, second))
         example_inputs = _to(example_inputs, target)
+    clock = _Clock(next((one.device for one in first.parameters()), None))
     with clock.stage("trace"):
         graphs = [
             traced_to_fuse(name, model, example_inputs, config)
@@ -483,7 +489,12 @@ def align_signatures(
         The two models cannot be brought to one structure.
     """
     deep_is_first = _deep_is_first(first.graph, second.graph)
-    return _aligned(first, second, deep_is_first, config or FusionConfig(), _Clock(timings))
+    clock = _Clock(_device(first), timings)
+    return _aligned(first, second, deep_is_first, config or FusionConfig(), clock)
+
+
+def _device(signature: Signature) -> torch.device:
+    return signature.graph.example_inputs[0].device
 
 
 def _aligned(
@@ -510,7 +521,9 @@ def _aligned(
             pin_last=config.pin_ends,
             seed=config.seed,
         )
-    return AlignedPair(deep, shallow, deep_is_first, costs, alignment, clock.seconds)
+    return AlignedPair(
+        deep, shallow, deep_is_first, costs, alignment, clock.seconds, clock.peak_memory
+    )
 
 
 def profile(
@@ -589,7 +602,7 @@ def fuse_aligned(
     are known already.
     """
     config = config or FusionConfig()
-    clock = _Clock(pair.timings)
+    clock = _Clock(_device(pair.deep), pair.timings, pair.peak_memory)
     with clock.stage("balance"):
         if into is not None:
             _check_outputs(pair.deep.graph, into)
@@ -654,7 +667,9 @@ def fuse_aligned(
         model = with_state(target.model, state, target)
         if config.calibration == "batchnorm":
             reset_batchnorm(model, data, target.example_inputs, target.keywords)
-    return FusionResult(model, pair, plan, tuple(plans), lean, config, clock.seconds)
+    return FusionResult(
+        model, pair, plan, tuple(plans), lean, config, clock.seconds, clock.peak_memory
+    )
 
 
 def channel_plans(
@@ -686,19 +701,28 @@ def channel_plans(
     return [None if cost is None else next(solutions).plan for cost in costs]
 
 
-@dataclass
 class _Clock:
-    """Measure the stages."""
+    """Measure the stages: seconds, and on a GPU how much memory PyTorch held there at the most."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def __init__(self, before: Mapping[str, float] | None = None) -> None:
-        self.seconds = dict(before or {})
+    def __init__(
+        self,
+        device: torch.device | None,
+        seconds: Mapping[str, float] | None = None,
+        peak_memory: Mapping[str, int] | None = None,
+    ) -> None:
+        self.seconds = dict(seconds or {})
+        self.peak_memory = dict(peak_memory or {})
+        self._gpu = device if device is not None and device.type == "cuda" else None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        if self._gpu is not None:
+            torch.cuda.reset_peak_memory_stats(self._gpu)
         start = time.perf_counter()
         yield
+        if self._gpu is not None:
+            torch.cuda.synchronize(self._gpu)  # what is queued belongs to this stage
+            self.peak_memory[name] = torch.cuda.max_memory_allocated(self._gpu)
         self.seconds[name] = time.perf_counter() - start
 
 

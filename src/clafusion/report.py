@@ -98,6 +98,9 @@ def fusion_summary(result: FusionResult) -> str:
         else "no, verify=False",
         "seconds": _seconds(result.timings),
     }
+    if result.peak_memory:
+        stage = max(result.peak_memory, key=result.peak_memory.__getitem__)
+        facts["GPU memory"] = f"{result.peak_memory[stage] / 1e6:.1f} MB at the most ({stage})"
     table = alignment_summary(result.pair, merged=config.balance == "merge")
     return f"{table}\n{_facts(facts)}"
 
