@@ -8,11 +8,13 @@ images.
 """
 
 import argparse
+from typing import get_args
 
 from benchmarks.cifar_resnet import CifarResNet
 from benchmarks.datasets import accuracy, checkpoint_pair, cifar10, logits
 from benchmarks.results import write_results
 from clafusion import distill, fuse_models
+from clafusion.several import SeveralMethod
 
 
 def main() -> None:
@@ -42,24 +44,24 @@ def main() -> None:
         "ensemble of the three": float((both.argmax(1) == test[1]).double().mean()),
     }
     for weights in ((1, 1, 1), (2, 2, 1)):
-        for method, way in (
-            ("iterative", "repair"),
-            ("iterative", "least_squares"),
-            ("many_to_one", "repair"),
-            ("barycentre", "repair"),
-        ):
-            result = fuse_models(
-                models, calibration, weights=weights, method=method, calibration=way
-            )
-            name = f"{method}, {way}, weights {weights}"
-            scores[name] = accuracy(result.model.eval(), *test)
-            print(f"{name:48s} {100 * scores[name]:6.2f} %  rounds {result.rounds}", flush=True)
+        for method in get_args(SeveralMethod):
+            for way in ("repair", "least_squares"):
+                result = fuse_models(
+                    models, calibration, weights=weights, method=method, calibration=way
+                )
+                name = f"{method}, {way}, weights {weights}"
+                scores[name] = accuracy(result.model.eval(), *test)
+                print(f"{name:48s} {100 * scores[name]:6.2f} %  leans {result.leans}", flush=True)
+                write_results(
+                    "three_models",
+                    {
+                        "images": arguments.images,
+                        "epochs": arguments.epochs,
+                        "accuracies": scores,
+                    },
+                )
     for name, value in scores.items():
         print(f"{name:48s} {100 * value:6.2f} %")
-    write_results(
-        "three_models",
-        {"images": arguments.images, "epochs": arguments.epochs, "accuracies": scores},
-    )
 
 
 if __name__ == "__main__":
