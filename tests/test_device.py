@@ -30,15 +30,22 @@ def run(graphs, data, config):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("calibrated", ["repair", "least_squares", "batchnorm", "none"])
 @pytest.mark.parametrize(
-    ("layer_cost", "neuron_cost", "solver", "importance"),
+    ("calibrated", "layer_cost", "neuron_cost", "solver", "importance"),
     [
-        ("cka", "correlation", "auto", "uniform"),
-        ("wasserstein", "euclidean", "sinkhorn", "uniform"),
-        ("cka", "dual", "exact", "norm"),
-        ("cka", "correlation", "auto", "activation"),
-        ("cka", "correlation", "auto", "sensitivity"),
+        ("repair", "cka", "correlation", "zip", "uniform"),
+        ("none", "cka", "correlation", "zip", "uniform"),
+        *(
+            (calibrated, *others)
+            for calibrated in ("repair", "least_squares", "batchnorm", "none")
+            for others in (
+                ("cka", "correlation", "auto", "uniform"),
+                ("wasserstein", "euclidean", "sinkhorn", "uniform"),
+            )
+        ),
+        ("repair", "cka", "correlation", "auto", "activation"),
+        ("repair", "cka", "correlation", "auto", "sensitivity"),
+        ("repair", "cka", "dual", "exact", "norm"),
     ],
 )
 def test_no_devices_are_mixed(

@@ -227,7 +227,7 @@ def test_what_has_no_masses_is_refused():
         channel_importance(graph, VECTORS, "size")
     with pytest.raises(InputError, match="importance must be one of"):
         FusionConfig(importance="size")
-    with pytest.raises(InputError, match="solver 'assignment' moves equal ones"):
+    with pytest.raises(InputError, match="importance must be 'uniform' with solver 'assignment'"):
         FusionConfig(importance="norm", solver="assignment")
     signature = profile(graph, VECTORS)
     pair = align_signatures(signature, signature)

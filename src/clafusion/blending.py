@@ -16,14 +16,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clafusion.depth import Lifting, axes_of, lifted_state
+from clafusion.depth import Lifting, axes_of, lifted_state, onto_itself
 from clafusion.errors import StructureError
-from clafusion.graph import ChannelClass, Slot
+from clafusion.graph import ChannelClass, ModelGraph, Slot
 
 __all__ = [
     "Normalisation",
     "aligned_state",
     "blend",
+    "deep_shares",
     "incoming_map",
     "outgoing_map",
     "transport_vector",
@@ -84,6 +85,7 @@ def blend(
     *,
     normalisation: Normalisation = "two",
     classifier: Tensor | None = None,
+    target_plans: Sequence[Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
     """Return the fused state: ``(1 - w) * aligned shallow + w * deep`` with ``w = deep_weight``.
 
@@ -92,6 +94,10 @@ def blend(
     would shrink the block once a layer. Of a unit that only stands in, the aligned weights are
     taken. ``classifier`` is a plan for the outputs of the last
     layer, which are otherwise never moved.
+
+    With ``target_plans``, for each class ``(num_target, num_target)``, the deep network moves as
+    well, and what leaves a channel is averaged by :func:`deep_shares`: a channel into which only
+    one network's channels move is that network's alone.
     """
     aligned = aligned_state(lifting, plans, normalisation)
     if classifier is not None:
@@ -101,17 +107,61 @@ def blend(
                 rows = outgoing_map(classifier).T
                 values = aligned[name].to(rows)
                 aligned[name] = torch.tensordot(rows, values, dims=1).to(aligned[name])
+    own = lifting.deep.state()
+    shares: list[Tensor] = []
+    if target_plans is not None:
+        own |= aligned_state(onto_itself(lifting.deep), target_plans)
+        shares = deep_shares(plans, target_plans, deep_weight)
     fused: dict[str, Tensor] = {}
-    for name, tensor in lifting.deep.state().items():
+    for name, tensor in own.items():
         if lifting.origins[name] == "taken" and name in aligned:
             fused[name] = aligned[name]
         elif name in aligned:
-            fused[name] = torch.lerp(aligned[name].double(), tensor.double(), deep_weight).to(
-                tensor.dtype
-            )
+            both = aligned[name].double(), tensor.double()
+            if target_plans is None:
+                mixed = torch.lerp(*both, deep_weight)
+            else:
+                mixed = torch.lerp(*both, _by_rows(lifting.deep, name, tensor, shares, deep_weight))
+            fused[name] = mixed.to(tensor.dtype)
         else:
             fused[name] = tensor.clone()
     return fused
+
+
+def deep_shares(
+    plans: Sequence[Tensor | None],
+    target_plans: Sequence[Tensor | None],
+    deep_weight: float,
+) -> list[Tensor]:
+    """Return for each class of the deep network its share ``(num_target,)`` of each channel.
+
+    That is ``deep_weight`` where channels of both networks move, 1 where only the deep one's do,
+    and 0 where only the shallow one's.
+    """
+    found = []
+    for plan, target_plan in zip(plans, target_plans, strict=True):
+        assert target_plan is not None, "the deep network has all of its classes"
+        shares = torch.full((target_plan.size(1),), deep_weight, dtype=torch.float64)
+        shares[target_plan.sum(0) == 0] = 0.0
+        if plan is None:
+            shares[:] = 1.0
+        else:
+            shares[plan.sum(0) == 0] = 1.0
+        found.append(shares)
+    return found
+
+
+def _by_rows(
+    graph: ModelGraph, name: str, tensor: Tensor, shares: Sequence[Tensor], deep_weight: float
+) -> Tensor:
+    """Return a parameter's weights: the share of the channel that each of its entries makes."""
+    weight = torch.full(tensor.shape, deep_weight, dtype=torch.float64)
+    for channel_class, slot in graph.slots_by_parameter.get(name, ()):
+        if slot.direction == "out":
+            rows = slot.use.view(weight).movedim(slot.axis, 0)
+            by_position = shares[channel_class.index].repeat_interleave(slot.positions.size(1))
+            rows[slot.positions.reshape(-1)] = by_position.view(-1, *[1] * (rows.dim() - 1))
+    return weight.to(tensor.device)
 
 
 def transport_vector(

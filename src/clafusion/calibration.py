@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from clafusion.blending import transport_vector
+from clafusion.blending import deep_shares, transport_vector
 from clafusion.data import Data, batches
 from clafusion.depth import Lifting
 from clafusion.errors import InputError
-from clafusion.graph import ModelGraph, State, call_model
+from clafusion.graph import ModelGraph, Site, State, call_model
 
 __all__ = ["BatchMoments", "observed_moments", "repair", "reset_batchnorm"]
 
@@ -113,6 +113,7 @@ def repair(
     data: Data,
     *,
     deep_weight: float,
+    target_plans: Sequence[Tensor | None] | None = None,
     observed: tuple[Sequence[BatchMoments], Sequence[BatchMoments]] | None = None,
     device: torch.device | None = None,
     progress: Callable[[str, int], None] | None = None,
@@ -130,6 +131,9 @@ def repair(
     those of the BatchNorm that follows it, so that networks without norm layers are served as
     well. All three networks run on every batch once; within a batch, each layer sees inputs that
     are repaired already.
+
+    With ``target_plans`` the deep network's channels move as well, and ``w`` is each channel's
+    :func:`clafusion.blending.deep_shares`.
 
     Returns
     -------
@@ -150,6 +154,23 @@ def repair(
     shallow_moments = {node: _Moments() for node in shallow_axes}
     fused_moments = {node: _Moments() for node in sites}
     target = device or next((one.device for one in fused.values()), torch.device("cpu"))
+    shares = None if target_plans is None else deep_shares(plans, target_plans, deep_weight)
+
+    def moved_deep(site: Site, of_deep: BatchMoments) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the deep network's mean, deviation and share of each channel of a site."""
+        mean, deviation = of_deep[site.node]
+        weight = torch.full_like(mean, deep_weight)
+        if target_plans is None or shares is None:
+            return mean, deviation, weight
+        where = site.classes, site.members
+        own = range(len(deep.classes))
+        mean, deviation = transport_vector(
+            torch.stack([mean, deviation]), target_plans, where, where, own
+        )
+        for one in site.classes[site.classes >= 0].unique().tolist():
+            places = torch.nonzero(site.classes == one).squeeze(1)
+            weight[places] = shares[one].to(weight)[site.members[places]]
+        return mean, deviation, weight
 
     def goal(
         node: str,
@@ -158,9 +179,9 @@ def repair(
     ) -> tuple[Tensor, Tensor]:
         """Return the mean and deviation that the fused network should have at a site."""
         site = sites[node]
-        mean, deviation = of_deep[node]
+        mean, deviation, weight = moved_deep(site, of_deep)
         if node in silent:
-            return deep_weight * mean, deep_weight * deviation
+            return weight * mean, weight * deviation
         other = lifting.sites.get(node)
         if other is None:
             return mean, deviation
@@ -174,8 +195,8 @@ def repair(
         )
         if lifting.origins[site.weight] == "taken":
             return moved[0], moved[1]
-        share = 1.0 - deep_weight
-        return share * moved[0] + deep_weight * mean, share * moved[1] + deep_weight * deviation
+        share = 1.0 - weight
+        return share * moved[0] + weight * mean, share * moved[1] + weight * deviation
 
     seen = 0
     with torch.no_grad():

@@ -128,7 +128,11 @@ ImportanceName = Annotated[
     ),
 ]
 SolverName = Annotated[
-    str, typer.Option(help="How channels are matched: auto, assignment, exact, sinkhorn.")
+    str, typer.Option(help="How channels are matched: auto, assignment, exact, sinkhorn, zip.")
+]
+ZipBudget = Annotated[
+    float,
+    typer.Option(help="Share of channels that the solver zip may merge within one model, 0 to 1."),
 ]
 Epsilon = Annotated[float, typer.Option(help="Regularisation of the solver sinkhorn.")]
 CalibrationName = Annotated[str, typer.Option(help="repair, least_squares, batchnorm or none.")]
@@ -187,6 +191,7 @@ def _fuse(
     neuron_cost: NeuronCostName = _DEFAULTS.neuron_cost,
     importance: ImportanceName = _DEFAULTS.importance,
     solver: SolverName = _DEFAULTS.solver,
+    zip_budget: ZipBudget = _DEFAULTS.zip_budget,
     epsilon: Epsilon = _DEFAULTS.epsilon,
     calibration: CalibrationName = _DEFAULTS.calibration,
     lean: LeanText = str(_DEFAULTS.lean),
@@ -221,6 +226,7 @@ def _fuse(
         neuron_cost=neuron_cost,
         importance=importance,
         solver=solver,
+        zip_budget=zip_budget,
         epsilon=epsilon,
         calibration=calibration,
         lean=_lean(lean),

@@ -41,6 +41,7 @@ __all__ = [
     "gap_costs",
     "lift",
     "lifting",
+    "onto_itself",
     "resized_shape",
     "skip_costs",
 ]
@@ -195,6 +196,11 @@ def lifting(
         for one in deep.classes
     )
     return Lifting(deep, shallow, partner, origins, names, classes, points, sites, streams)
+
+
+def onto_itself(graph: ModelGraph) -> Lifting:
+    """Return what corresponds in a network and itself."""
+    return lifting(graph, graph, tuple(range(len(graph.units))))
 
 
 def _flow_site(point: ReadPoint) -> Site:

@@ -44,7 +44,7 @@ from torch.nn import functional as F
 
 from clafusion.blending import transport_vector, transported
 from clafusion.data import Data, batches
-from clafusion.depth import Lifting, axes_of, lifted_state, lifting
+from clafusion.depth import Lifting, axes_of, lifted_state, onto_itself
 from clafusion.graph import ModelGraph, Site, Slot, State, Unit, Walk
 from clafusion.hidden_channels import keep_channels
 from clafusion.operations import bound_operands, convolution_geometry, op_name
@@ -122,8 +122,8 @@ class Parent:
 
 def frame_as_parent(frame: ModelGraph, share: float) -> Parent:
     """Return the network that gives the frame as one of those that are fused."""
-    own = lifting(frame, frame, tuple(range(len(frame.units))))
-    return Parent(own, [torch.eye(one.size, dtype=torch.float64) for one in frame.classes], share)
+    plans = [torch.eye(one.size, dtype=torch.float64) for one in frame.classes]
+    return Parent(onto_itself(frame), plans, share)
 
 
 def interior_shares(shares: Sequence[float], lean: float) -> tuple[float, ...]:

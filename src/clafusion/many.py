@@ -193,6 +193,7 @@ def fuse_many(
     normalisation: Normalisation = "two",
     match_classifier: bool = False,
     importance: Importance = "uniform",
+    zip_budget: float = 0.1,
     device: str | torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[PairResult]:
@@ -235,7 +236,7 @@ def fuse_many(
         Called with the numbers of pairs that are done and that there are.
     example_inputs, weight, layer_cost, alignment, neuron_cost, solver, epsilon, calibration, \
 lean, balance, merge, width, alignment_samples, matching_rows, verify, seed, layer_values, \
-profile_inputs, pin_ends, normalisation, match_classifier, importance, device
+profile_inputs, pin_ends, normalisation, match_classifier, importance, zip_budget, device
         As for :func:`clafusion.fuse`.
 
     Returns
@@ -278,6 +279,7 @@ profile_inputs, pin_ends, normalisation, match_classifier, importance, device
         normalisation=normalisation,
         match_classifier=match_classifier,
         importance=importance,
+        zip_budget=zip_budget,
     )
     models = _checked_models(models)
     wanted = _checked_pairs(pairs, models)

@@ -39,6 +39,7 @@ from clafusion.signatures import LayerValues, Signature, profile_graphs
 from clafusion.trace import trace
 from clafusion.transport import Solver, solve_transport
 from clafusion.weight_matching import match_by_weights
+from clafusion.zipping import zip_plans
 
 __all__ = [
     "AlignedPair",
@@ -90,6 +91,7 @@ class FusionConfig:
     normalisation: Normalisation = "two"
     match_classifier: bool = False
     importance: Importance = "uniform"
+    zip_budget: float = 0.1
 
     @classmethod
     def paper(cls, *, match_classifier: bool = True) -> FusionConfig:
@@ -142,9 +144,14 @@ class FusionConfig:
                 )
         if self.importance != "uniform" and self.solver == "assignment":
             raise InputError(
-                f"importance={self.importance!r} gives channels different masses, and solver "
-                "'assignment' moves equal ones: use solver='auto' or 'exact'"
+                "importance must be 'uniform' with solver 'assignment', which moves equal masses; "
+                f"got {self.importance!r}: use solver='auto' or 'exact'"
             )
+        is_share = isinstance(self.zip_budget, (int, float)) and 0.0 <= self.zip_budget <= 1.0
+        if isinstance(self.zip_budget, bool) or not is_share:
+            raise InputError(f"zip_budget must be in [0, 1]; got {self.zip_budget!r}")
+        if self.solver == "zip":
+            self._check_zip()
         for name in ("alignment_samples", "matching_rows", "profile_inputs"):
             value = getattr(self, name)
             if name == "profile_inputs" and value is None:
@@ -166,6 +173,21 @@ class FusionConfig:
             and self.epsilon > 0
         ):
             raise InputError(f"epsilon must be a positive number; got {self.epsilon!r}")
+
+    def _check_zip(self) -> None:
+        for name, needed, reason in (
+            ("neuron_cost", "correlation", "groups are made by correlation"),
+            ("importance", "uniform", "it moves no masses"),
+            ("normalisation", "two", "what leaves and what enters a group differ"),
+            ("match_classifier", False, "outputs are not merged"),
+        ):
+            if getattr(self, name) != needed:
+                raise InputError(f"solver 'zip' needs {name}={needed!r}, for {reason}")
+        if self.calibration == "least_squares":
+            raise InputError(
+                "solver 'zip' goes with the calibrations 'repair', 'batchnorm' and 'none'; "
+                "'least_squares' chooses from both networks' channels itself: use solver='auto'"
+            )
 
 
 @dataclass(frozen=True)
@@ -216,6 +238,9 @@ class FusionResult:
     plans
         For each channel class of ``lifting.deep.classes`` its transport plan
         ``(num_source, num_target)``, source: ``lifting.shallow``; None inside inserted blocks.
+    target_plans
+        By the solver ``"zip"`` the plans ``(num_target, num_target)`` of the other network, whose
+        channels then move, too; else None.
     lean
         How far the interior leans towards one parent; None but for least squares.
     config
@@ -234,6 +259,7 @@ class FusionResult:
     config: FusionConfig
     timings: Mapping[str, float]
     peak_memory: Mapping[str, int]
+    target_plans: tuple[Tensor | None, ...] | None = None
 
     @property
     def alignment(self) -> LayerAlignment:
@@ -283,6 +309,7 @@ def fuse(
     normalisation: Normalisation = "two",
     match_classifier: bool = False,
     importance: Importance = "uniform",
+    zip_budget: float = 0.1,
     into: nn.Module | None = None,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
@@ -318,7 +345,9 @@ def fuse(
         ``"dual"``, of correlation and weights. See :func:`clafusion.neuron_costs.neuron_costs` and
         :func:`clafusion.weight_matching.match_by_weights`.
     solver
-        How channels are matched; see :func:`clafusion.transport.solve_transport`.
+        How channels are matched; see :func:`clafusion.transport.solve_transport`. ``"zip"`` unites
+        similar channels across the networks and within each (ZipIt, arXiv 2305.03053), by
+        correlation: for networks that learnt different things. See :mod:`clafusion.zipping`.
     epsilon
         Entropic regularisation of the solver ``"sinkhorn"``, relative to the largest cost.
     calibration
@@ -368,7 +397,12 @@ def fuse(
         How much mass each channel has in the matching: equal masses (``"uniform"``), or by the
         ``"norm"`` of its weights, its mean ``"activation"``, or the outputs' ``"sensitivity"`` to
         its weights. Channels of little mass then take no partner away from those of much. Not with
-        the solver ``"assignment"``. See :func:`clafusion.importance.channel_importance`.
+        the solvers ``"assignment"`` and ``"zip"``. See
+        :func:`clafusion.importance.channel_importance`.
+    zip_budget
+        Of the solver ``"zip"``: the share of a layer's channels that may be merged within one
+        network, in [0, 1]. Above 0, weights 0 and 1 give back the parents only as far as the
+        merged channels are alike.
     into
         A module of the architecture that the result is to have, of any depth and widths that can
         hold both networks' units; its weights do not matter, and it is not modified. Default: the
@@ -421,6 +455,7 @@ def fuse(
         normalisation=normalisation,
         match_classifier=match_classifier,
         importance=importance,
+        zip_budget=zip_budget,
     )
     if into is not None and not (isinstance(into, nn.Module) and config.balance == "add"):
         raise InputError(
@@ -624,7 +659,13 @@ def fuse_aligned(
     deep_weight = config.weight if both.target_is_deep != pair.deep_is_first else 1 - config.weight
     with clock.stage("match"):
         plan = lifting(target, both.source.graph, both.partner, both.stand_ins)
-        plans = channel_plans(plan, both.target, both.source, config)
+        target_plans: list[Tensor | None] | None = None
+        if config.solver == "zip":
+            plans, target_plans = zip_plans(
+                plan, both.target, both.source, budget=config.zip_budget
+            )
+        else:
+            plans = channel_plans(plan, both.target, both.source, config)
         classifier = None
         if config.match_classifier:
             cost = classifier_costs(
@@ -636,7 +677,14 @@ def fuse_aligned(
             classifier = solution.plan
 
     def average(share: float) -> dict[str, Tensor]:
-        return blend(plan, plans, share, normalisation=config.normalisation, classifier=classifier)
+        return blend(
+            plan,
+            plans,
+            share,
+            normalisation=config.normalisation,
+            classifier=classifier,
+            target_plans=target_plans,
+        )
 
     with clock.stage("blend"):
         state = average(deep_weight)
@@ -649,6 +697,7 @@ def fuse_aligned(
                 state,
                 data,
                 deep_weight=deep_weight,
+                target_plans=target_plans,
                 observed=observed if both.target is pair.deep else None,
                 progress=progress,
             )
@@ -668,7 +717,15 @@ def fuse_aligned(
         if config.calibration == "batchnorm":
             reset_batchnorm(model, data, target.example_inputs, target.keywords)
     return FusionResult(
-        model, pair, plan, tuple(plans), lean, config, clock.seconds, clock.peak_memory
+        model,
+        pair,
+        plan,
+        tuple(plans),
+        lean,
+        config,
+        clock.seconds,
+        clock.peak_memory,
+        None if target_plans is None else tuple(target_plans),
     )
 
 

@@ -158,6 +158,8 @@ def fuse_models(
             raise InputError(f"{name}={getattr(config, name)!r} needs method='iterative'")
     if into is not None:
         raise InputError("into needs method='iterative'")
+    if config.solver == "zip":
+        raise InputError("solver='zip' needs method='iterative'")
     rounds = max_rounds if method == "barycentre" else 1
     example = first_batch(data) if example_inputs is None else example_inputs
     return _into_one_frame(models, data, shares, method, rounds, example, config, progress)

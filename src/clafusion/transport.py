@@ -21,7 +21,7 @@ from clafusion.errors import ConvergenceWarning, InputError
 
 __all__ = ["Solver", "TransportSolution", "sinkhorn", "solve_transport"]
 
-Solver = Literal["auto", "assignment", "exact", "sinkhorn", "unbalanced"]
+Solver = Literal["auto", "assignment", "exact", "sinkhorn", "unbalanced", "zip"]
 
 LARGEST_EXACT = 4096 * 4096
 """Entries of a cost matrix beyond which ``"auto"`` takes Sinkhorn: exact solvers need minutes."""
@@ -349,6 +349,7 @@ def solve_transport(
         source weights.
         ``"auto"``: ``"assignment"`` where it applies, else ``"exact"``, but ``"sinkhorn"`` for
         more than 4096 x 4096 entries.
+        (``"zip"`` moves both networks and is no transport problem: see :mod:`clafusion.zipping`.)
     epsilon, marginal_relaxation
         Of ``"sinkhorn"`` and ``"unbalanced"``, relative to the largest ``|cost|``.
 
@@ -369,6 +370,11 @@ def solve_transport(
     """
     if solver not in get_args(Solver):
         raise InputError(f"solver must be one of {get_args(Solver)}; got {solver!r}")
+    if solver == "zip":
+        raise InputError(
+            "solver 'zip' also compares the channels within each network, of which these costs "
+            "tell nothing; it is for clafusion.fuse, and for clafusion.zipping.zip_channels"
+        )
     _check_settings(epsilon, 1.0, 1, marginal_relaxation)
     problems = _listed(costs, "costs")
     for i, cost in enumerate(problems):
