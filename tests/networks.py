@@ -139,3 +139,12 @@ def widened(model: nn.Sequential, factor: int) -> nn.Sequential:
             else:
                 layer.num_features = layer.weight.size(0)
     return wide.eval()
+
+
+def output(model: nn.Module, inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(inputs)
+
+
+def shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(one.shape) for one in model.parameters()]

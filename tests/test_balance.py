@@ -7,19 +7,10 @@ import torch
 from torch import nn
 
 from clafusion import InputError, StructureError, fuse
-from tests.networks import mlp, resnet
+from tests.networks import mlp, output, resnet, shapes
 
 DIGITS = torch.randn(600, 20, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(300, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-def output(model, inputs):
-    with torch.no_grad():
-        return model(inputs)
-
-
-def shapes(model):
-    return [tuple(one.shape) for one in model.parameters()]
 
 
 @pytest.mark.parametrize("merge", ["sum", "majority", "average"])

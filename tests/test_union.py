@@ -8,19 +8,10 @@ from torch import nn
 
 from clafusion import InputError, StructureError, align, fuse, fuse_many, fuse_models, trace
 from clafusion.union import placed, union_graph, union_items
-from tests.networks import mlp, randomise, resnet, vgg, widened
+from tests.networks import mlp, output, randomise, resnet, shapes, vgg, widened
 
 DIGITS = torch.randn(600, 20, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(300, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-def output(model, inputs):
-    with torch.no_grad():
-        return model(inputs)
-
-
-def shapes(model):
-    return [tuple(one.shape) for one in model.parameters()]
 
 
 def residual(*stages, widths=(8, 16), seed=0):

@@ -53,16 +53,20 @@ def fresh(settings: dict[str, Any], depth: str, seed: int) -> nn.Module:
 def parents(
     settings: dict[str, Any], train: tuple[Tensor, Tensor], seed: int
 ) -> tuple[nn.Module, nn.Module]:
-    """Return a deep and a shallow network, trained from different starts on the same images."""
+    """Return a deep and a shallow network, trained from different starts.
+
+    They see the same images, or with the setting ``halves`` every other one each.
+    """
+    step = 2 if settings.get("halves") else 1
     deep, shallow = (
         trained(
             fresh(settings, depth, seed + offset).to(train[0].device),
-            *train,
+            *(one[start::step] for one in train),
             settings["epochs"],
             seed + offset,
             learning_rate=0.1,
             weight_decay=5e-4,
         )
-        for depth, offset in (("deep", 0), ("shallow", 1000))
+        for depth, offset, start in (("deep", 0, 0), ("shallow", 1000, step - 1))
     )
     return deep, shallow
