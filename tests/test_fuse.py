@@ -396,12 +396,13 @@ def test_different_structures_are_refused_by_unit():
         )
     with pytest.raises(StructureError, match="no counterpart of its structure"):
         fuse(networks.mlp(12, 9, 9, 5), networks.mlp(12, 9, 5, activation=nn.GELU), VECTORS)
-    with pytest.raises(StructureError, match="unit '2' of the shallower model could only match"):
-        fuse(  # nothing can stand in for an inner layer of these
-            networks.mlp(12, 9, 9, 5, activation=nn.Tanh),
-            nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 5)),
-            VECTORS,
-        )
+
+    def net(first, second):
+        layers = [nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 9), first(), nn.Linear(9, 9), second()]
+        return nn.Sequential(*layers, nn.Linear(9, 5))
+
+    with pytest.raises(StructureError, match="'2' of the shallower model could only match '4'"):
+        fuse(net(nn.Tanh, nn.Sigmoid), net(nn.Sigmoid, nn.Tanh), VECTORS)
 
 
 @pytest.mark.parametrize(

@@ -489,6 +489,11 @@ def align(
 ) -> AlignedPair:
     """Do the first half of :func:`fuse`: trace, profile and align, but fuse nothing."""
     config = config or FusionConfig()
+    for name, model in (("first", first), ("second", second)):
+        if not isinstance(model, nn.Module):
+            raise InputError(
+                f"the {name} model must be a torch.nn.Module; got {type(model).__name__}"
+            )
     if example_inputs is None:
         example_inputs = first_batch(data)
     if device is not None:
