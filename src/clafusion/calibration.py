@@ -6,6 +6,7 @@ not align; most of the accuracy that fusion loses is lost here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,14 +18,15 @@ from clafusion.blending import deep_shares, transport_vector
 from clafusion.data import Data, batches
 from clafusion.depth import Lifting
 from clafusion.errors import InputError
-from clafusion.graph import ModelGraph, Site, State, call_model
+from clafusion.graph import ModelGraph, Site, State, Walk, call_model
 
 __all__ = ["BatchMoments", "observed_moments", "repair", "reset_batchnorm"]
 
 BatchMoments = Mapping[str, tuple[Tensor, Tensor]]
 """Each site's node -> its channels' means and standard deviations on one batch, in float64."""
 
-_IN_CACHE = 1 << 17  # float32 numbers that a core keeps close
+_IN_CACHE = 1 << 19  # numbers of an activation that stay close to a core
+_FEWEST_INPUTS = 8  # that are worth an operation, and no batch of one, which is special
 _LARGEST_FACTOR = 1e3  # a channel that is all but constant carries nothing to restore
 
 
@@ -89,14 +91,8 @@ def _moments(value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         flat = value.flatten(2)
         count = flat.size(0) * flat.size(2)
         mean = flat.sum(2).double().sum(0) / count
-        centre = mean.float()[:, None]
-        images = flat.split(max(_IN_CACHE // flat[0].numel(), 1))
-        scratch = torch.empty_like(images[0])
-        squares = torch.zeros_like(mean)
-        for some in images:
-            off = torch.sub(some, centre, out=scratch[: len(some)])
-            squares += torch.linalg.vector_norm(off, dim=2).double().square().sum(0)
-        return mean, (squares / count).sqrt()
+        off = flat - mean.float()[:, None]
+        return mean, (torch.linalg.vector_norm(off, dim=2).double().square().sum(0) / count).sqrt()
     flat = value.movedim(axis, -1).reshape(-1, value.size(axis)).double()
     mean = flat.mean(0)
     return mean, _deviation(mean, flat.square().mean(0))
@@ -213,32 +209,29 @@ def repair(
                     f"observed has {len(observed[0])} and {len(observed[1])} batches, data more: "
                     "observe both networks on the same data"
                 )
+            size = inputs[0].size(0)
             for found, moments in ((of_deep, deep_moments), (of_shallow, shallow_moments)):
                 for node, one in moments.items():
-                    one.add(inputs[0].size(0), *found[node])
-
-            def correct(
-                node: fx.Node,
-                value: Any,
-                of_deep: BatchMoments = of_deep,
-                of_shallow: BatchMoments = of_shallow,
-                size: int = inputs[0].size(0),
-            ) -> Any:
-                if node.name not in sites:
-                    return value
-                site = sites[node.name]
-                measured = _moments(value, site.axis)
-                fused_moments[node.name].add(size, *measured)
-                scale, shift = _correction(
-                    measured, goal(node.name, of_deep, of_shallow), site.bias is not None
-                )
+                    one.add(size, *found[node])
+            walks = [Walk(deep, part, fused, set(sites)) for part in _parts(deep, inputs)]
+            before: tuple[str, Tensor, Tensor] | None = None
+            for node, site in sites.items():
+                measured = _Moments()
+                for walk in walks:
+                    if before is not None:
+                        _correct(walk, *before)
+                    value = walk.reach(node)
+                    measured.add(value.size(0), *_moments(value, site.axis))
+                fused_moments[node].add(size, *measured.result())
                 shape = [-1 if axis == site.axis else 1 for axis in range(value.dim())]
-                # In place: a site's output is the layer's own, and new memory takes longer to get
-                # than to fill.
-                return value.mul_(scale.to(value).view(shape)).add_(shift.to(value).view(shape))
-
-            deep.run(inputs, state=fused, replace=correct)
-            seen += inputs[0].size(0)
+                scale, shift = (
+                    one.to(value).view(shape)
+                    for one in _correction(
+                        measured.result(), goal(node, of_deep, of_shallow), site.bias is not None
+                    )
+                )
+                before = node, scale, shift
+            seen += size
             if progress is not None:
                 progress("calibrate", seen)
 
@@ -280,15 +273,38 @@ def _observed(
     graph: ModelGraph, inputs: tuple[Tensor, ...], axes: Mapping[str, int]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Run a network and return the nodes' means and deviations on this batch."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    found = {node: _Moments() for node in axes}
 
     def observe(node: fx.Node, value: Any) -> Any:
         if node.name in axes:
-            found[node.name] = _moments(value, axes[node.name])
+            found[node.name].add(value.size(0), *_moments(value, axes[node.name]))
         return value
 
-    graph.run(inputs, replace=observe)
-    return found
+    state = graph.state()
+    for part in _parts(graph, inputs):
+        graph.run(part, state=state, replace=observe)
+    return {node: moments.result() for node, moments in found.items()}
+
+
+def _parts(graph: ModelGraph, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """Split a batch so that activations stay in a core's cache, where memory is no bottleneck."""
+    size = inputs[0].size(0)
+    if graph.static_batch is not None or inputs[0].device.type != "cpu":
+        return [inputs]
+    largest = max(
+        math.prod(point.positions) * len(point.classes)
+        for unit in graph.units
+        for point in unit.read_points
+    )
+    fitting = max(_IN_CACHE // largest, _FEWEST_INPUTS)
+    pieces = [one.tensor_split(math.ceil(size / fitting)) for one in inputs]
+    return list(zip(*pieces, strict=True))
+
+
+def _correct(walk: Walk, node: str, scale: Tensor, shift: Tensor) -> None:
+    # In place: a site's output is the layer's own, and new memory takes longer to get than to fill.
+    walk.reach(node).mul_(scale).add_(shift)
+    walk.release(node)
 
 
 def _correction(
