@@ -133,8 +133,10 @@ def balance(
             partner = tuple(range(len(partner)))
         elif gone and merge != "least_squares":
             raise StructureError(_not_linear(gone[0], merge))
-    plan = lifting(target.graph, source.graph, partner)
     target_is_deep = how == "add"
+    if width == "own":
+        return Balanced(target, source, partner, frozenset(), target_is_deep)
+    plan = lifting(target.graph, source.graph, partner)
     if _has_width(width, plan, target_is_first=target_is_deep == deep_is_first):
         return Balanced(target, source, partner, frozenset(), target_is_deep)
     every = tuple(range(len(partner)))
@@ -163,7 +165,7 @@ def _has_width(width: Width, plan: Lifting, *, target_is_first: bool) -> bool:
         for one, other in zip(plan.deep.classes, plan.classes, strict=True)
         if other >= 0
     )
-    return width == "own" or grown == 0 or (grown > 0) == (width == "wide")
+    return grown == 0 or (grown > 0) == (width == "wide")
 
 
 def _made(state: Mapping[str, Tensor], like: ModelGraph) -> ModelGraph:

@@ -269,15 +269,9 @@ def _match_classes(
 
 def axes_of(
     graph: ModelGraph, parameter: str
-) -> dict[tuple[int, int], list[tuple[ChannelClass, Slot]]]:
+) -> Mapping[tuple[int, int], list[tuple[ChannelClass, Slot]]]:
     """Return a parameter's channel axes: ``(which use, axis)`` -> classes, by first position."""
-    uses = [use.index for use in graph.uses_by_parameter.get(parameter, ())]
-    axes: dict[tuple[int, int], list[tuple[ChannelClass, Slot]]] = {}
-    for channel_class, slot in graph.slots_by_parameter.get(parameter, ()):
-        axes.setdefault((uses.index(slot.use.index), slot.axis), []).append((channel_class, slot))
-    for carried in axes.values():
-        carried.sort(key=lambda one: int(one[1].positions.min()))
-    return axes
+    return graph.axes_by_parameter.get(parameter, {})
 
 
 def _point_pairs(

@@ -296,6 +296,22 @@ class ModelGraph:
         return {name: tuple(uses) for name, uses in found.items()}
 
     @cached_property
+    def axes_by_parameter(
+        self,
+    ) -> Mapping[str, Mapping[tuple[int, int], list[tuple[ChannelClass, Slot]]]]:
+        """Every parameter's channel axes: ``(which use, axis)`` -> classes, by first position."""
+        found: dict[str, dict[tuple[int, int], list[tuple[ChannelClass, Slot]]]] = {}
+        for parameter, slots in self.slots_by_parameter.items():
+            uses = [use.index for use in self.uses_by_parameter[parameter]]
+            axes = found.setdefault(parameter, {})
+            for channel_class, slot in slots:
+                place = uses.index(slot.use.index), slot.axis
+                axes.setdefault(place, []).append((channel_class, slot))
+            for carried in axes.values():
+                carried.sort(key=lambda one: int(one[1].positions.min()))
+        return found
+
+    @cached_property
     def outputs(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Shape without the batch axis, and type, of every output."""
         with torch.no_grad():

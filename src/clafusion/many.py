@@ -58,6 +58,7 @@ from clafusion.pipeline import (
     fuse_aligned,
 )
 from clafusion.prepared import (
+    Known,
     PreparedModel,
     data_digest,
     digest_of,
@@ -395,6 +396,7 @@ class _Workshop:
     def __init__(self, job: _Job) -> None:
         self.job = job
         self.ready: OrderedDict[str, PreparedModel] = OrderedDict()  # the oldest first
+        self.known: Known = {}
         self.failed: dict[str, str] = {}
         self.largest = 0
 
@@ -477,6 +479,7 @@ class _Workshop:
                     job.config,
                     data_hash=job.data_hash,
                     cache_dir=None if job.cache_dir is None else Path(job.cache_dir),
+                    known=self.known,
                 )
             except Exception as error:
                 self.failed[name] = f"model {name!r}: {_described(error)}"

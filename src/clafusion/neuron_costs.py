@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -45,7 +44,10 @@ def neuron_costs(
     if metric not in ("correlation", "euclidean"):
         raise InputError(f"neuron_cost must be 'correlation' or 'euclidean'; got {metric!r}")
     check_same_inputs(deep, shallow)
+    similarity = _correlations if metric == "correlation" else _squared_distances
     costs: list[Tensor | None] = []
+    # By points, for several classes may lie side by side in one.
+    points: dict[tuple[tuple[int, int], tuple[int, int]], list[tuple[int, PointPair]]] = {}
     for one, other, pairs in zip(
         lifting.deep.classes, lifting.classes, lifting.points, strict=True
     ):
@@ -60,21 +62,25 @@ def neuron_costs(
                 f"and plan would take {16 * source.size * one.size / 1e9:.1f} GB. Layers of up to "
                 f"{MAX_CHANNELS} channels are supported"
             )
-        views = [
-            (
-                shallow.rows[_flowing(lifting, shallow, p)][:, p.shallow_columns],
-                deep.rows[p.deep][:, p.deep_columns],
-            )
-            for p in pairs
-        ]
-        views = [(x, y) for x, y in views if len(x) == len(y)]
-        if not views:
-            costs.append(torch.zeros(source.size, one.size, dtype=torch.float64))
-        elif metric == "correlation":
-            costs.append(_correlation_costs(views))
-        else:
-            costs.append(_euclidean_costs(views))
-    return costs
+        costs.append(torch.zeros(source.size, one.size, dtype=torch.float64))
+        for pair in pairs:
+            key = _flowing(lifting, shallow, pair), pair.deep
+            points.setdefault(key, []).append((one.index, pair))
+    counts = [0] * len(costs)
+    for (source_point, target_point), members in points.items():
+        x, y = shallow.rows[source_point], deep.rows[target_point]
+        if len(x) != len(y):
+            continue
+        found = similarity(x, y)
+        for index, pair in members:
+            total = costs[index]
+            assert total is not None
+            total += found[pair.shallow_columns][:, pair.deep_columns].to(total)
+            counts[index] += 1 if metric == "correlation" else len(x)
+    return [
+        total if not count or total is None else _cost(total / count, metric)
+        for total, count in zip(costs, counts, strict=True)
+    ]
 
 
 def classifier_costs(
@@ -98,8 +104,9 @@ def classifier_costs(
                 f"layer_values='preactivation'; {last.name!r} is the last layer here"
             )
         views.append(rows)
-    pair = [(views[0], views[1])]
-    return _correlation_costs(pair) if metric == "correlation" else _euclidean_costs(pair)
+    similarity = _correlations if metric == "correlation" else _squared_distances
+    found = similarity(views[0], views[1]).double()
+    return _cost(found if metric == "correlation" else found / len(views[0]), metric)
 
 
 def _flowing(lifting: Lifting, shallow: Signature, pair: PointPair) -> tuple[int, int]:
@@ -114,19 +121,16 @@ def _flowing(lifting: Lifting, shallow: Signature, pair: PointPair) -> tuple[int
     return after if inserted and after in shallow.rows else pair.shallow
 
 
-def _correlation_costs(views: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64)
-    for x, y in views:
-        total = total + (standardised(x).T @ standardised(y)).double() / len(x)
-    return 1.0 - total / len(views)
+def _correlations(x: Tensor, y: Tensor) -> Tensor:
+    return standardised(x).T @ standardised(y) / len(x)
 
 
-def _euclidean_costs(views: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64)
-    rows = 0
-    for x, y in views:
-        x, y = x.double(), y.double()
-        squares = x.square().sum(0)[:, None] + y.square().sum(0)[None] - 2 * (x.T @ y)
-        total = total + squares.clamp(min=0)
-        rows += len(x)
-    return (total / rows).sqrt()
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Return the sum of ``(x - y)^2`` over the rows for every two channels."""
+    x, y = x.double(), y.double()
+    squares = x.square().sum(0)[:, None] + y.square().sum(0)[None] - 2 * (x.T @ y)
+    return squares.clamp(min=0)
+
+
+def _cost(mean: Tensor, metric: ActivationCost) -> Tensor:
+    return 1.0 - mean if metric == "correlation" else mean.sqrt()

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 from clafusion.calibration import BatchMoments, observed_moments
 from clafusion.data import Data
+from clafusion.errors import InputError
 from clafusion.graph import ModelGraph
 from clafusion.output import replacing
 from clafusion.pipeline import FusionConfig, profiled, traced_to_fuse
 from clafusion.signatures import Signature
+from clafusion.trace import Architecture, architecture, graph_like
 from clafusion.verification import verify_graph
 
 __all__ = [
@@ -40,6 +42,8 @@ __all__ = [
 _LOG = logging.getLogger("clafusion")
 
 _TRACING = threading.Lock()  # torch.export changes settings of the whole process
+
+Known: TypeAlias = "dict[Architecture, ModelGraph]"
 
 _PROFILED_BY = (
     "alignment_samples",
@@ -83,6 +87,7 @@ def prepare(
     *,
     data_hash: str,
     cache_dir: Path | None = None,
+    known: Known | None = None,
 ) -> PreparedModel:
     """Trace a model; prove and profile it, or take that from the cache.
 
@@ -97,14 +102,16 @@ def prepare(
         :func:`data_digest` of ``data``.
     cache_dir
         Where entries are kept; None for no cache on disk.
+    known
+        Graphs that were traced with the same example inputs; a new one is added. Models of one
+        architecture share one.
 
     Raises
     ------
     InputError, UnsupportedOpError, GraphVerificationError, StructureError
         As for :func:`clafusion.fuse`.
     """
-    with _TRACING:
-        graph = traced_to_fuse(name, model, example_inputs, replace(config, verify=False))
+    graph = _traced(name, model, example_inputs, config, {} if known is None else known)
     entry = None
     found = None
     if cache_dir is not None:
@@ -132,6 +139,22 @@ def prepare(
     ]
     size = sum(one.numel() * one.element_size() for one in tensors)
     return PreparedModel(signature, observed, size, from_cache)
+
+
+def _traced(
+    name: str, model: nn.Module, example_inputs: Any, config: FusionConfig, known: Known
+) -> ModelGraph:
+    kind = architecture(model)
+    with _TRACING:
+        if kind is None or kind not in known:
+            graph = traced_to_fuse(name, model, example_inputs, replace(config, verify=False))
+            if kind is not None:
+                known[kind] = replace(graph, model=nn.Module())  # without its weights
+            return graph
+    try:
+        return graph_like(known[kind], model)
+    except InputError as error:
+        raise InputError(f"the {name} model: {error}") from error
 
 
 # --- hashes -------------------------------------------------------------------------------------

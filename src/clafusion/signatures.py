@@ -92,7 +92,7 @@ def standardised(rows: Tensor) -> Tensor:
     """
     rows = rows - rows.mean(0)
     deviation = rows.square().mean(0).sqrt()
-    return torch.where(deviation > 0, rows / deviation.clamp(min=1e-30), 0.0)
+    return rows.mul_(torch.where(deviation > 0, 1.0 / deviation.clamp(min=1e-30), 0.0))
 
 
 def profile_graphs(

@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,8 +22,25 @@ from clafusion.operations import module_path, op_name
 from clafusion.units import find_units
 from clafusion.verification import verify_graph
 
-__all__ = ["trace", "trace_like"]
+__all__ = ["architecture", "graph_like", "trace", "trace_like"]
 
+Architecture: TypeAlias = tuple[Any, ...]
+
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type,
+    type(None),
+    FunctionType,
+    BuiltinFunctionType,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+)
 _EXAMPLE_ROWS = 3  # enough for a batch that is not special; labels are as large as activations
 
 
@@ -139,6 +157,70 @@ def trace_like(model: nn.Module, like: ModelGraph) -> ModelGraph:
     names, example = like.keywords, like.example_inputs
     inputs = dict(zip(names, example, strict=True)) if names else example
     return trace(model, inputs, verify=False)
+
+
+def graph_like(known: ModelGraph, model: nn.Module) -> ModelGraph:
+    """Return the graph of a model of the same :func:`architecture` as a traced one's.
+
+    It is not proved yet: that takes the model's own weights.
+    """
+    _check_weights(model)
+    return replace(known, model=model)
+
+
+def architecture(model: nn.Module) -> Architecture | None:
+    """Return all that an export can depend on; equal for models that export to the same graph.
+
+    That is every submodule's class and attributes, the parameters' and buffers' shapes, types and
+    ties, and the values of buffers, but for a norm's statistics. None where an attribute is not
+    plain, for then nobody can tell: a hook, a tensor, an object of a class of its own.
+    """
+    seen: dict[int, int] = {}
+
+    def tensor(name: str, value: Tensor | None, owner: nn.Module) -> Any:
+        if value is None:
+            return name, None
+        number = seen.setdefault(id(value), len(seen))
+        facts = type(value), value.shape, value.stride(), value.dtype, value.device
+        is_statistic = type(owner).__module__ == "torch.nn.modules.batchnorm"
+        if not isinstance(value, nn.Parameter) and not is_statistic:
+            values = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+            return name, number, facts, values.numpy().tobytes()
+        return name, number, facts, value.requires_grad
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, _PLAIN):
+            return type(value), value
+        if isinstance(value, (list, tuple)):
+            return type(value), tuple(plain(one) for one in value)
+        if isinstance(value, (set, frozenset)) and all(isinstance(one, str) for one in value):
+            return type(value), frozenset(value)
+        if isinstance(value, dict) and not value:
+            return type(value), ()
+        raise TypeError
+
+    found: list[Any] = []
+    try:
+        for path, module in model.named_modules(remove_duplicate=False):
+            own = dict(vars(module))
+            parameters, buffers, children = (
+                own.pop(kind) for kind in ("_parameters", "_buffers", "_modules")
+            )
+            found.append(
+                (
+                    path,
+                    type(module),
+                    seen.setdefault(id(module), len(seen)),
+                    tuple((name, child is None) for name, child in children.items()),
+                    tuple(tensor(name, one, module) for name, one in parameters.items()),
+                    tuple(tensor(name, one, module) for name, one in buffers.items()),
+                    tuple((name, plain(value)) for name, value in own.items()),
+                )
+            )
+        hash(tuple(found))
+    except (TypeError, AttributeError, RuntimeError):
+        return None
+    return tuple(found)
 
 
 def _refuse_changed_inputs(module: fx.GraphModule, placeholders: Sequence[str | None]) -> None:
