@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from clafusion import InputError, align
-from clafusion.calibration import _moments, observed_moments
+from clafusion.moments import channel_moments, observed_moments
 from clafusion.pipeline import fuse_aligned
 from tests import networks
 
@@ -18,7 +18,7 @@ def test_moments_are_those_of_float64(shape, axis, offset):
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(shape, generator=generator) * 0.1 + offset
     others = [one for one in range(len(shape)) if one != axis]
-    mean, deviation = _moments(value, axis)
+    mean, deviation = channel_moments(value, axis)
     expected = value.double()
     # Rounding of the float32 sums of an image, and of the mean that is taken off.
     assert torch.allclose(mean, expected.mean(others), rtol=1e-6, atol=1e-6)
@@ -27,7 +27,7 @@ def test_moments_are_those_of_float64(shape, axis, offset):
 
 
 def test_a_constant_channel_has_no_deviation():
-    _, deviation = _moments(torch.full((8, 3, 16, 16), 0.1), 1)
+    _, deviation = channel_moments(torch.full((8, 3, 16, 16), 0.1), 1)
     assert float(deviation.max()) < 1e-7
 
 

@@ -6,27 +6,20 @@ not align; most of the accuracy that fusion loses is lost here.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from clafusion.blending import deep_shares, transport_vector
 from clafusion.data import Data, batches
 from clafusion.depth import Lifting
 from clafusion.errors import InputError
-from clafusion.graph import ModelGraph, Site, State, Walk, call_model
+from clafusion.graph import Site, State, Walk, call_model
+from clafusion.moments import BatchMoments, Moments, batch_moments, joint_moments, parts
 
-__all__ = ["BatchMoments", "observed_moments", "repair", "reset_batchnorm"]
+__all__ = ["repair", "reset_batchnorm"]
 
-BatchMoments = Mapping[str, tuple[Tensor, Tensor]]
-"""Each site's node -> its channels' means and standard deviations on one batch, in float64."""
-
-_IN_CACHE = 1 << 19  # numbers of an activation that stay close to a core
-_FEWEST_INPUTS = 8  # that are worth an operation, and no batch of one, which is special
 _LARGEST_FACTOR = 1e3  # a channel that is all but constant carries nothing to restore
 
 
@@ -62,44 +55,6 @@ def reset_batchnorm(
             norm.momentum = momentum
         for one, mode in modes.items():
             one.training = mode
-
-
-@dataclass
-class _Moments:
-    """Streamed mean and standard deviation of each channel."""
-
-    count: int = 0
-    total: Tensor = field(default_factory=lambda: torch.zeros(()))
-    squares: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    def add(self, count: int, mean: Tensor, deviation: Tensor) -> None:
-        """Add a batch of ``count`` values a channel."""
-        self.count += count
-        self.total = self.total + mean * count
-        self.squares = self.squares + (deviation.square() + mean.square()) * count
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        mean = self.total / self.count
-        return mean, _deviation(mean, self.squares / self.count)
-
-
-def _moments(value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Return each channel's mean and standard deviation over all other axes, in float64."""
-    if value.dtype == torch.float32 and axis == 1 and value.dim() > 2:
-        # Image by image in float32, from there on in float64: forty times as fast as a copy in
-        # float64, and as exact, for the mean is taken off before squaring.
-        flat = value.flatten(2)
-        count = flat.size(0) * flat.size(2)
-        mean = flat.sum(2).double().sum(0) / count
-        off = flat - mean.float()[:, None]
-        return mean, (torch.linalg.vector_norm(off, dim=2).double().square().sum(0) / count).sqrt()
-    flat = value.movedim(axis, -1).reshape(-1, value.size(axis)).double()
-    mean = flat.mean(0)
-    return mean, _deviation(mean, flat.square().mean(0))
-
-
-def _deviation(mean: Tensor, squares: Tensor) -> Tensor:
-    return (squares - mean.square()).clamp(min=0).sqrt()
 
 
 def repair(
@@ -146,9 +101,9 @@ def repair(
     }
     axes = {node: site.axis for node, site in sites.items()}
     shallow_axes = {site.node: site.axis for site in lifting.sites.values()}
-    deep_moments = {node: _Moments() for node in sites}
-    shallow_moments = {node: _Moments() for node in shallow_axes}
-    fused_moments = {node: _Moments() for node in sites}
+    deep_moments = {node: Moments() for node in sites}
+    shallow_moments = {node: Moments() for node in shallow_axes}
+    fused_moments = {node: Moments() for node in sites}
     target = device or next((one.device for one in fused.values()), torch.device("cpu"))
     shares = None if target_plans is None else deep_shares(plans, target_plans, deep_weight)
 
@@ -200,8 +155,8 @@ def repair(
             batches(data, deep.example_inputs, deep.keywords, device=target)
         ):
             if observed is None:
-                of_deep: BatchMoments = _observed(deep, inputs, axes)
-                of_shallow: BatchMoments = _observed(shallow, inputs, shallow_axes)
+                of_deep: BatchMoments = batch_moments(deep, inputs, axes)
+                of_shallow: BatchMoments = batch_moments(shallow, inputs, shallow_axes)
             elif i < min(map(len, observed)):
                 of_deep, of_shallow = observed[0][i], observed[1][i]
             else:
@@ -213,21 +168,28 @@ def repair(
             for found, moments in ((of_deep, deep_moments), (of_shallow, shallow_moments)):
                 for node, one in moments.items():
                     one.add(size, *found[node])
-            walks = [Walk(deep, part, fused, set(sites)) for part in _parts(deep, inputs)]
+            walks = [Walk(deep, part, fused, set(sites)) for part in parts(deep, inputs)]
             before: tuple[str, Tensor, Tensor] | None = None
             for node, site in sites.items():
-                measured = _Moments()
-                for walk in walks:
+
+                def reached(
+                    walk: Walk,
+                    node: str = node,
+                    before: tuple[str, Tensor, Tensor] | None = before,
+                ) -> Tensor:
                     if before is not None:
                         _correct(walk, *before)
-                    value = walk.reach(node)
-                    measured.add(value.size(0), *_moments(value, site.axis))
-                fused_moments[node].add(size, *measured.result())
+                    value: Tensor = walk.reach(node)
+                    return value
+
+                measured = joint_moments(map(reached, walks), site.axis)
+                fused_moments[node].add(size, *measured)
+                value = walks[0].reach(node)
                 shape = [-1 if axis == site.axis else 1 for axis in range(value.dim())]
                 scale, shift = (
                     one.to(value).view(shape)
                     for one in _correction(
-                        measured.result(), goal(node, of_deep, of_shallow), site.bias is not None
+                        measured, goal(node, of_deep, of_shallow), site.bias is not None
                     )
                 )
                 before = node, scale, shift
@@ -249,56 +211,6 @@ def repair(
             bias = repaired[site.bias]
             repaired[site.bias] = (bias.double() * scale + shift).to(bias)
     return repaired
-
-
-def observed_moments(graph: ModelGraph, data: Data) -> list[BatchMoments]:
-    """Return for each batch the moments of all values that :func:`repair` may ask of a network.
-
-    Raises
-    ------
-    InputError
-        ``data`` is empty or does not fit the model.
-    """
-    axes = {point.post: point.axis for unit in graph.units for point in unit.read_points}
-    axes |= {site.node: site.axis for unit in graph.units for site in unit.sites}
-    device = next((one.device for one in graph.model.parameters()), torch.device("cpu"))
-    with torch.no_grad():
-        return [
-            _observed(graph, inputs, axes)
-            for inputs in batches(data, graph.example_inputs, graph.keywords, device=device)
-        ]
-
-
-def _observed(
-    graph: ModelGraph, inputs: tuple[Tensor, ...], axes: Mapping[str, int]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Run a network and return the nodes' means and deviations on this batch."""
-    found = {node: _Moments() for node in axes}
-
-    def observe(node: fx.Node, value: Any) -> Any:
-        if node.name in axes:
-            found[node.name].add(value.size(0), *_moments(value, axes[node.name]))
-        return value
-
-    state = graph.state()
-    for part in _parts(graph, inputs):
-        graph.run(part, state=state, replace=observe)
-    return {node: moments.result() for node, moments in found.items()}
-
-
-def _parts(graph: ModelGraph, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """Split a batch so that activations stay in a core's cache, where memory is no bottleneck."""
-    size = inputs[0].size(0)
-    if graph.static_batch is not None or inputs[0].device.type != "cpu":
-        return [inputs]
-    largest = max(
-        math.prod(point.positions) * len(point.classes)
-        for unit in graph.units
-        for point in unit.read_points
-    )
-    fitting = max(_IN_CACHE // largest, _FEWEST_INPUTS)
-    pieces = [one.tensor_split(math.ceil(size / fitting)) for one in inputs]
-    return list(zip(*pieces, strict=True))
 
 
 def _correct(walk: Walk, node: str, scale: Tensor, shift: Tensor) -> None:

@@ -78,6 +78,7 @@ RESULTS = "results.jsonl"
 CACHE = "signatures"
 
 _PAIRS_A_TASK = 4
+_LAST_PAIRS = 8  # which are tasks of their own, so that all workers end at about the same time
 _MODELS_AT_HAND = 8  # for which the tasks are put in order
 _NAME = re.compile(r"[\w.,=@-]+")  # what is safe in a file's name
 
@@ -439,18 +440,17 @@ class _Workshop:
                 "each of the two is the deeper one somewhere, and their union would be a network "
                 "that neither's factory builds; fuse them alone, by clafusion.fuse or with --into"
             )
-        deep, shallow = (first, second) if aligned.deep_is_first else (second, first)
         observed = None
-        if deep.observed is not None and shallow.observed is not None:
-            observed = deep.observed, shallow.observed
+        if aligned.deep.moments is not None and aligned.shallow.moments is not None:
+            observed = aligned.deep.moments, aligned.shallow.moments
         result = fuse_aligned(aligned, self.job.data, config=config, observed=observed)
         facts["deep"] = pair[0] if aligned.deep_is_first else pair[1]
         names = pair if aligned.deep_is_first else pair[::-1]
         made = result.model.state_dict().keys()
         facts["structure"] = next(
             name
-            for name, one in zip(names, (deep, shallow), strict=True)
-            if one.signature.graph.model.state_dict().keys() == made
+            for name, one in zip(names, (aligned.deep, aligned.shallow), strict=True)
+            if one.graph.model.state_dict().keys() == made
         )
         facts["deep_units"] = [unit.name for unit in aligned.deep.graph.units]
         facts["shallow_units"] = [unit.name for unit in aligned.shallow.graph.units]
@@ -606,7 +606,11 @@ def _tasks(pairs: Sequence[Pair]) -> list[list[Pair]]:
         order.append(pair)
         for name in agenda.done(pair):
             ready.pop(name, None)
-    return [order[i : i + _PAIRS_A_TASK] for i in range(0, len(order), _PAIRS_A_TASK)]
+    early = order[:-_LAST_PAIRS]
+    return [
+        *(early[i : i + _PAIRS_A_TASK] for i in range(0, len(early), _PAIRS_A_TASK)),
+        *([pair] for pair in order[-_LAST_PAIRS:]),
+    ]
 
 
 # --- other processes ----------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def neuron_costs(
         raise InputError(f"neuron_cost must be 'correlation' or 'euclidean'; got {metric!r}")
     check_same_inputs(deep, shallow)
     similarity = _correlations if metric == "correlation" else _squared_distances
+    device = next((rows.device for rows in deep.rows.values()), None)
     costs: list[Tensor | None] = []
     # By points, for several classes may lie side by side in one.
     points: dict[tuple[tuple[int, int], tuple[int, int]], list[tuple[int, PointPair]]] = {}
@@ -62,7 +63,7 @@ def neuron_costs(
                 f"and plan would take {16 * source.size * one.size / 1e9:.1f} GB. Layers of up to "
                 f"{MAX_CHANNELS} channels are supported"
             )
-        costs.append(torch.zeros(source.size, one.size, dtype=torch.float64))
+        costs.append(torch.zeros(source.size, one.size, dtype=torch.float64, device=device))
         for pair in pairs:
             key = _flowing(lifting, shallow, pair), pair.deep
             points.setdefault(key, []).append((one.index, pair))

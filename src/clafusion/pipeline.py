@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clafusion.balance import Balance, Merge, Width, balance
 from clafusion.blending import Normalisation, blend
-from clafusion.calibration import BatchMoments, repair, reset_batchnorm
+from clafusion.calibration import repair, reset_batchnorm
 from clafusion.data import Data, first_batch
 from clafusion.depth import (
     Lifting,
@@ -34,6 +34,7 @@ from clafusion.importance import Importance, channel_importance, marginals
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment, align_layers
 from clafusion.layer_costs import LayerCost, layer_costs
 from clafusion.least_squares import Lean, Parent, frame_as_parent, regress_leaning
+from clafusion.moments import BatchMoments
 from clafusion.neuron_costs import MAX_CHANNELS, classifier_costs, neuron_costs
 from clafusion.signatures import LayerValues, Signature, profile_graphs
 from clafusion.trace import trace
@@ -600,6 +601,8 @@ def profiled(
     data: Data,
     config: FusionConfig,
     progress: Progress | None = None,
+    *,
+    moments: bool = False,
 ) -> list[Signature]:
     """Profile traced models together, by the settings of a fusion."""
     signatures = profile_graphs(
@@ -609,6 +612,7 @@ def profiled(
         matching_rows=config.matching_rows,
         layer_values=config.layer_values,
         max_inputs=config.profile_inputs,
+        moments=moments,
         seed=config.seed,
         progress=progress,
     )

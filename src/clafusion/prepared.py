@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clafusion.calibration import BatchMoments, observed_moments
 from clafusion.data import Data
 from clafusion.errors import InputError
 from clafusion.graph import ModelGraph
+from clafusion.moments import observed_moments
 from clafusion.output import replacing
 from clafusion.pipeline import FusionConfig, profiled, traced_to_fuse
 from clafusion.signatures import Signature
@@ -63,9 +63,8 @@ class PreparedModel:
     Attributes
     ----------
     signature
-        Of the traced and proved model.
-    observed
-        The batches' moments for REPAIR; None where the calibration needs none.
+        Of the traced and proved model; with the moments for REPAIR where the calibration needs
+        them.
     num_bytes
         Memory that the weights, the signature and the moments take.
     from_cache
@@ -73,7 +72,6 @@ class PreparedModel:
     """
 
     signature: Signature
-    observed: Sequence[BatchMoments] | None
     num_bytes: int
     from_cache: bool
 
@@ -122,14 +120,17 @@ def prepare(
     if found is None:
         if config.verify:
             verify_graph(graph, graph.example_inputs, seed=config.seed)
-        (signature,) = profiled([graph], data, config)
-        observed = observed_moments(graph, data) if config.calibration == "repair" else None
+        is_repaired = config.calibration == "repair"
+        at_once = is_repaired and config.profile_inputs is None  # one pass sees all inputs
+        (signature,) = profiled([graph], data, config, moments=at_once)
+        if is_repaired and not at_once:
+            signature = replace(signature, moments=tuple(observed_moments(graph, data)))
         if entry is not None:
-            _write_entry(entry, key, signature, observed)
+            _write_entry(entry, key, signature)
     else:
-        signature, observed = found
+        signature = found
     rows = {id(one): one for one in signature.rows.values()}.values()
-    moments = [one for batch in observed or () for pair in batch.values() for one in pair]
+    moments = [one for batch in signature.moments or () for pair in batch.values() for one in pair]
     tensors = [
         *graph.state().values(),
         *signature.grams,
@@ -138,7 +139,7 @@ def prepare(
         *moments,
     ]
     size = sum(one.numel() * one.element_size() for one in tensors)
-    return PreparedModel(signature, observed, size, from_cache)
+    return PreparedModel(signature, size, from_cache)
 
 
 def _traced(
@@ -223,9 +224,8 @@ def _entry_key(graph: ModelGraph, config: FusionConfig, data_hash: str) -> str:
 # --- entries on disk ----------------------------------------------------------------------------
 
 
-def _write_entry(
-    path: Path, key: str, signature: Signature, observed: Sequence[BatchMoments] | None
-) -> None:
+def _write_entry(path: Path, key: str, signature: Signature) -> None:
+    observed = signature.moments
     tensors = {f"gram.{i}": one for i, one in enumerate(signature.grams)}
     tensors |= {f"importance.{i}": one for i, one in enumerate(signature.importance)}
     names: dict[int, str] = {}
@@ -255,9 +255,7 @@ def _write_entry(
         save_file(tensors, temporary, metadata={"clafusion": json.dumps(facts)})
 
 
-def _read_entry(
-    path: Path, key: str, graph: ModelGraph
-) -> tuple[Signature, list[BatchMoments] | None] | None:
+def _read_entry(path: Path, key: str, graph: ModelGraph) -> Signature | None:
     """Return what an entry holds, or None where there is none that is whole."""
     if not path.exists():
         return None
@@ -281,17 +279,17 @@ def _read_entry(
             tuple(tensors[f"importance.{i}"] for i in range(facts["importance"])),
         )
         if not facts["moments"]:
-            return signature, None
+            return signature
         moments = {
             name.removeprefix("moments."): one.to(device)
             for name, one in tensors.items()
             if name.startswith("moments.")
         }
         count = max((len(one) for one in moments.values()), default=0)
-        observed: list[BatchMoments] = [
+        observed = tuple(
             {node: (one[i, 0], one[i, 1]) for node, one in moments.items()} for i in range(count)
-        ]
+        )
     except Exception as error:  # whatever is wrong with it, it can be made again
         _LOG.warning("cache entry %s is corrupt and is made again: %s", path, error)
         return None
-    return signature, observed
+    return replace(signature, moments=observed)

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.blending import aligned_state, outgoing_map
-from clafusion.calibration import BatchMoments, observed_moments, repair, reset_batchnorm
+from clafusion.calibration import repair, reset_batchnorm
 from clafusion.data import Data, first_batch
 from clafusion.depth import lifting, with_state
 from clafusion.errors import ConvergenceWarning, InputError, StructureError
 from clafusion.graph import State
 from clafusion.least_squares import Parent, frame_as_parent, regress_leaning
+from clafusion.moments import BatchMoments, observed_moments
 from clafusion.pipeline import (
     AlignedPair,
     FusionConfig,

@@ -11,18 +11,20 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import chain
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx
+from torch import Tensor
 
 from clafusion import _native
 from clafusion.data import Data, batches
 from clafusion.errors import InputError
-from clafusion.graph import ModelGraph, ReadPoint, Unit
+from clafusion.graph import ModelGraph, ReadPoint, Unit, Walk
 from clafusion.label_ids import mix
+from clafusion.moments import BatchMoments, joint_moments, moment_axes, parts
 
 __all__ = [
     "LayerValues",
@@ -63,6 +65,8 @@ class Signature:
     importance
         For each channel class its channels' masses, see
         :func:`clafusion.importance.channel_importance`; empty where all count the same.
+    moments
+        What :func:`clafusion.moments.observed_moments` returns, where that was asked for.
     """
 
     graph: ModelGraph
@@ -73,6 +77,7 @@ class Signature:
     num_inputs: int
     data_key: int
     importance: tuple[Tensor, ...] = ()
+    moments: tuple[BatchMoments, ...] | None = None
 
 
 def check_same_inputs(deep: Signature, shallow: Signature) -> None:
@@ -104,6 +109,7 @@ def profile_graphs(
     nonlinearity: bool = False,
     layer_values: LayerValues = "output",
     max_inputs: int | None = None,
+    moments: bool = False,
     seed: int = 0,
     device: torch.device | None = None,
     progress: Callable[[str, int], None] | None = None,
@@ -132,6 +138,8 @@ def profile_graphs(
         What the Gram matrices are of: the units' outputs, or these before their nonlinearity.
     max_inputs
         Stop after this many inputs; None for all.
+    moments
+        Whether to take down each batch's moments, too.
     seed
         Seed of the choice of pairs.
     device
@@ -148,7 +156,9 @@ def profile_graphs(
         if value < 2:
             raise InputError(f"{name} must be at least 2; got {value}")
     recorders = [
-        _Recorder(graph, alignment_samples, matching_rows, nonlinearity, layer_values, seed)
+        _Recorder(
+            graph, alignment_samples, matching_rows, nonlinearity, layer_values, moments, seed
+        )
         for graph in graphs
     ]
     waiting: list[tuple[Tensor, ...]] = []
@@ -158,11 +168,10 @@ def profile_graphs(
     def flush() -> None:
         nonlocal seen
         if waiting:
-            inputs = tuple(torch.cat(parts) for parts in zip(*waiting, strict=True))
-            waiting.clear()
             for recorder in recorders:
-                recorder.record(inputs, seen)
-            seen += inputs[0].size(0)
+                recorder.record(waiting, seen)
+            seen += sum(one[0].size(0) for one in waiting)
+            waiting.clear()
             if progress is not None:
                 progress("profile", seen)
 
@@ -177,7 +186,7 @@ def profile_graphs(
                 inputs = tuple(one[:left] for one in inputs)
             key = _data_key(key, inputs)
             waiting.append(inputs)
-            # The Gram matrices are over one batch; afterwards any size will do.
+            # The Gram matrices are over inputs that run side by side.
             if seen or sum(one[0].size(0) for one in waiting) >= alignment_samples:
                 flush()
         flush()
@@ -194,6 +203,7 @@ class _Recorder:
         matching_rows: int,
         nonlinearity: bool,
         layer_values: LayerValues,
+        moments: bool,
         seed: int,
     ) -> None:
         self.graph = graph
@@ -218,6 +228,10 @@ class _Recorder:
         self.features: dict[int, int] = {}
         self.samplers: dict[int, _Sampler] = {}
         self.rows: dict[str, Tensor] = {}
+        self.axes = moment_axes(graph) if moments else {}
+        self.moments: list[BatchMoments] | None = [] if moments else None
+        watched = {*self.units, *self.points, *self.axes}
+        self.watched = [node.name for node in graph.module.graph.nodes if node.name in watched]
 
     def _add_classifier(self, unit: Unit) -> None:
         """Record the outputs of a last layer whose channels are never moved."""
@@ -228,41 +242,61 @@ class _Recorder:
             place = unit.index, len(unit.read_points)
             self.points.setdefault(site.node, []).append((place, point))
 
-    def record(self, inputs: tuple[Tensor, ...], start: int) -> None:
-        size = inputs[0].size(0)
+    def record(self, waiting: Sequence[tuple[Tensor, ...]], start: int) -> None:
+        """Run some batches side by side."""
+        size = sum(inputs[0].size(0) for inputs in waiting)
         for sampler in self.samplers.values():
             sampler.advance(start, size)
+        static = self.graph.static_batch
+        for inputs in waiting:
+            if static is not None and inputs[0].size(0) != static:
+                raise InputError(
+                    f"the model admits only batches of {static}, but one of {inputs[0].size(0)} "
+                    "is given; it fixes the batch size in its code"
+                )
+        walks = [
+            [
+                Walk(self.graph, part, self.state, set(self.watched))
+                for part in parts(self.graph, one)
+            ]
+            for one in waiting
+        ]
+        found: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in waiting]
+        for node in self.watched:
+            values = [[walk.reach(node) for walk in of_batch] for of_batch in walks]
+            if node in self.axes:
+                for moments, of_batch in zip(found, values, strict=True):
+                    moments[node] = joint_moments(of_batch, self.axes[node])
+            every = list(chain.from_iterable(values))
+            if start == 0 and node in self.units:
+                unit = self.units[node]
+                flat = torch.cat([one.flatten(1) for one in every])[: self.alignment_samples]
+                self.grams[unit] = gram_matrix(flat)
+                self.features[unit] = flat.size(1)
+            if node in self.points:
+                self._sample(node, every, start, size)
+            for walk in chain.from_iterable(walks):
+                walk.release(node)
+        if self.moments is not None:
+            self.moments += found
 
-        def observe(node: fx.Node, value: Any) -> Any:
-            if isinstance(value, Tensor):
-                if start == 0 and node.name in self.units:
-                    flat = value.detach()[: self.alignment_samples].flatten(1)
-                    unit = self.units[node.name]
-                    self.grams[unit] = gram_matrix(flat)
-                    self.features[unit] = flat.size(1)
-                if node.name in self.points:
-                    self._sample(node.name, value, start, size)
-            return value
-
-        if self.graph.static_batch is not None and size != self.graph.static_batch:
-            raise InputError(
-                f"the model admits only batches of {self.graph.static_batch}, but "
-                f"{size} inputs are needed at once; it fixes the batch size in its code"
-            )
-        self.graph.run(inputs, state=self.state, replace=observe)
-
-    def _sample(self, node: str, value: Tensor, start: int, size: int) -> None:
+    def _sample(self, node: str, values: Sequence[Tensor], start: int, size: int) -> None:
         (_, point), *_ = self.points[node]
-        channels_last = value.movedim(point.axis, -1)
-        positions = channels_last[0, ..., 0].numel()
+        channels_last = [one.movedim(point.axis, -1) for one in values]
+        positions = channels_last[0][0, ..., 0].numel()
         if positions not in self.samplers:
             self.samplers[positions] = _Sampler(positions, self.matching_rows, self.seed)
             self.samplers[positions].advance(start, size)
         sampler = self.samplers[positions]
-        index = np.unravel_index(sampler.candidates, channels_last.shape[:-1])
-        fresh = channels_last[tuple(torch.from_numpy(one) for one in index)].float()
+        ends = np.cumsum([len(one) * positions for one in values])
+        chosen = np.split(sampler.candidates, np.searchsorted(sampler.candidates, ends[:-1]))
+        fresh = []
+        for one, end, candidates in zip(channels_last, ends, chosen, strict=True):
+            places = candidates - (end - len(one) * positions)
+            index = np.unravel_index(places, one.shape[:-1])
+            fresh.append(one[tuple(torch.from_numpy(axis) for axis in index)].float())
         kept = self.rows.get(node)
-        both = fresh if kept is None else torch.cat([kept, fresh])
+        both = torch.cat(fresh if kept is None else [kept, *fresh])
         self.rows[node] = both[torch.from_numpy(sampler.keep).to(both.device)]
 
     def signature(self, num_inputs: int, key: int) -> Signature:
@@ -278,6 +312,7 @@ class _Recorder:
             min(num_inputs, self.alignment_samples),
             num_inputs,
             key,
+            moments=None if self.moments is None else tuple(self.moments),
         )
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args, overload
 
 import numpy as np
-import ot
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -460,6 +459,10 @@ def _assign(costs: list[Tensor], masses: list[float]) -> list[TransportSolution]
 def _transport_exactly(
     problems: list[tuple[Tensor, NDArray[np.float64], NDArray[np.float64]]],
 ) -> list[TransportSolution]:
+    if not problems:
+        return []
+    import ot  # here, for with all that it imports it takes as long as torch
+
     def solve(
         problem: tuple[Tensor, NDArray[np.float64], NDArray[np.float64]],
     ) -> tuple[NDArray[np.float64], dict[str, Any]]:
@@ -469,8 +472,6 @@ def _transport_exactly(
         )
         return answer
 
-    if not problems:
-        return []
     # Threads: POT's network simplex runs without the GIL. Its warnings are said as our own.
     with warnings.catch_warnings(), ThreadPoolExecutor(_native.num_threads()) as threads:
         warnings.simplefilter("ignore")
