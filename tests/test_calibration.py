@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from clafusion import InputError, align
+from clafusion import InputError, align, trace
 from clafusion.moments import channel_moments, observed_moments
 from clafusion.pipeline import fuse_aligned
+from clafusion.signatures import profile_graphs
 from tests import networks
 
 
@@ -53,6 +54,19 @@ def test_moments_taken_beforehand_give_the_same_bytes(name):
     assert plain.keys() == cached.keys()
     for key, tensor in plain.items():
         assert torch.equal(tensor, cached[key]), key
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_profiling_takes_the_same_moments(name):
+    data = inputs_for(name)
+    graph = trace(PAIRS[name]()[0], data)
+    (signature,) = profile_graphs([graph], data, moments=True)
+    observed = observed_moments(graph, data)
+    assert len(signature.moments) == len(observed) == 2
+    for one, other in zip(signature.moments, observed, strict=True):
+        assert one.keys() == other.keys()
+        for node, pair in one.items():
+            assert all(map(torch.equal, pair, other[node])), node
 
 
 def test_moments_of_fewer_batches_are_refused():

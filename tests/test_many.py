@@ -14,10 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clafusion import ClafusionError, InputError, ModelFile, fuse, fuse_many, profile
+from clafusion import (
+    ClafusionError,
+    GraphVerificationError,
+    InputError,
+    ModelFile,
+    fuse,
+    fuse_many,
+    pipeline,
+    profile,
+)
 from clafusion import many as many_module
+from clafusion import prepared as prepared_module
 from clafusion.checkpoints import save_model
 from clafusion.prepared import prepare
+from clafusion.trace import architecture
 from tests import networks
 
 FACTORY = """
@@ -175,6 +186,102 @@ def test_lazily_loaded_models_and_batches_of_data(files, expected, tmp_path):
             tmp_path / "alone.safetensors"
         ).read_bytes()
     assert [(one["first"], one["second"]) for one in lines(tmp_path / "out")] == list(expected)
+
+
+# --- one trace for all models of an architecture ------------------------------------------------
+
+
+def count_traces(monkeypatch):
+    made = []
+
+    def counted(name, *arguments):
+        made.append(name)
+        return pipeline.traced_to_fuse(name, *arguments)
+
+    monkeypatch.setattr(prepared_module, "traced_to_fuse", counted)
+    return made
+
+
+def test_models_of_one_architecture_share_a_trace(monkeypatch):
+    models = {
+        "a": networks.resnet(1, 2),
+        "b": networks.resnet(1, 2, seed=1),
+        "c": networks.resnet(2, 2, seed=2),
+        "d": networks.resnet(1, 2, seed=3),
+    }
+    models["d"].register_forward_hook(lambda *_: None)
+    data = torch.randn(100, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    made = count_traces(monkeypatch)
+    for one in fuse_many(models, data, **SETTINGS):
+        assert one.error is None
+        wanted = fuse(models[one.first], models[one.second], data, **SETTINGS).model.state_dict()
+        assert all(torch.equal(one.state[name], tensor) for name, tensor in wanted.items())
+    assert made == ["'a'", "'c'", "'d'"]
+
+
+def test_a_model_that_shares_a_trace_is_checked_on_its_own():
+    class Gated(torch.nn.Module):
+        """Its gate is a constant of the class, which no attribute of an instance tells."""
+
+        gate = 0.0
+
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = torch.nn.Linear(12, 9), torch.nn.Linear(9, 5)
+
+        def forward(self, x):
+            ramp = torch.arange(9.0) * type(self).gate
+            return self.two(torch.relu(self.one(x)) + ramp)
+
+    known = {}
+    settings = {"data_hash": "", "known": known}
+    config = pipeline.FusionConfig(alignment_samples=100, matching_rows=200)
+    prepare("first", Gated(), DATA, DATA, config, **settings)
+    assert len(known) == 1
+    Gated.gate = 1.0
+    with pytest.raises(GraphVerificationError, match="traced graph computes something else"):
+        prepare("second", Gated(), DATA, DATA, config, **settings)
+    broken = Gated()
+    with torch.no_grad():
+        broken.one.bias[0] = float("nan")
+    with pytest.raises(InputError, match=r"the third model: parameter 'one\.bias' holds 1 NaN"):
+        prepare("third", broken, DATA, DATA, config, **settings)
+    assert len(known) == 1
+
+
+class _Plain(torch.nn.Module):
+    def __init__(self, slope=1.0, mask=1.0, tied=False, function=torch.relu):
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+        self.norm = torch.nn.BatchNorm1d(6)
+        self.slope, self.function = slope, function
+        self.register_buffer("mask", torch.full((6,), mask))
+        if tied:
+            self.two.weight = self.one.weight
+
+
+def test_an_architecture_is_all_that_an_export_can_depend_on():
+    plain = architecture(_Plain())
+    assert plain is not None
+    other = _Plain()
+    with torch.no_grad():
+        other.one.weight.add_(1.0)
+        other.norm.running_mean.add_(1.0)
+    assert architecture(other) == plain
+    for change in (
+        {"slope": 2.0},
+        {"slope": 1},
+        {"mask": 0.0},
+        {"tied": True},
+        {"function": torch.tanh},
+    ):
+        assert architecture(_Plain(**change)) not in (plain, None)
+    assert architecture(_Plain().train(False)) != plain
+    assert architecture(_Plain().double()) != plain
+    hooked = _Plain()
+    hooked.one.register_forward_pre_hook(lambda *_: None)
+    for opaque in (hooked, _Plain(slope=object()), _Plain(slope=torch.ones(1))):
+        assert architecture(opaque) is None
 
 
 # --- failures -----------------------------------------------------------------------------------
