@@ -16,7 +16,7 @@ from clafusion.data import Data, batches
 from clafusion.depth import Lifting
 from clafusion.errors import InputError
 from clafusion.graph import Site, State, Walk, call_model
-from clafusion.moments import BatchMoments, Moments, batch_moments, joint_moments, parts
+from clafusion.moments import BatchMoments, Moments, batch_moments, channel_moments, parts
 
 __all__ = ["repair", "reset_batchnorm"]
 
@@ -92,7 +92,9 @@ def repair(
         The fused state with the repaired parameters.
     """
     deep, shallow = lifting.deep, lifting.shallow
-    sites = {site.node: site for unit in deep.units for site in unit.sites}
+    by_node = {site.node: site for unit in deep.units for site in unit.sites}
+    nodes = [one.name for one in deep.module.graph.nodes]
+    sites = {node: by_node[node] for node in nodes if node in by_node}  # as they are computed
     silent = {
         site.node
         for unit in deep.units
@@ -171,20 +173,14 @@ def repair(
             walks = [Walk(deep, part, fused, set(sites)) for part in parts(deep, inputs)]
             before: tuple[str, Tensor, Tensor] | None = None
             for node, site in sites.items():
-
-                def reached(
-                    walk: Walk,
-                    node: str = node,
-                    before: tuple[str, Tensor, Tensor] | None = before,
-                ) -> Tensor:
+                in_parts = Moments()
+                for walk in walks:
                     if before is not None:
                         _correct(walk, *before)
-                    value: Tensor = walk.reach(node)
-                    return value
-
-                measured = joint_moments(map(reached, walks), site.axis)
+                    value = walk.reach(node)
+                    in_parts.add(value.numel(), *channel_moments(value, site.axis))
+                measured = in_parts.result()
                 fused_moments[node].add(size, *measured)
-                value = walks[0].reach(node)
                 shape = [-1 if axis == site.axis else 1 for axis in range(value.dim())]
                 scale, shift = (
                     one.to(value).view(shape)

@@ -201,8 +201,9 @@ def fuse_many(
 ) -> Iterator[PairResult]:
     """Fuse many pairs of models; each gives the bytes that :func:`clafusion.fuse` gives for it.
 
-    Every model is proved and profiled once, and loaded and traced once in each process, not once a
-    pair. A pair that fails is reported as such, and the others go on.
+    Every model is proved and profiled once, and loaded once in each process, not once a pair;
+    models of one architecture share a trace. A pair that fails is reported as such, and the others
+    go on.
 
     Parameters
     ----------
