@@ -474,3 +474,63 @@ def test_every_setting_is_an_argument_with_the_same_default(function):
     arguments = inspect.signature(function).parameters
     for field in fields(FusionConfig):
         assert arguments[field.name].default == field.default, field.name
+
+
+class Gated(nn.Module):
+    """One layer writes two values that are multiplied: each channel stands in two places of it."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first, self.both = nn.Linear(12, width), nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        one, other = self.both(torch.relu(self.first(x))).chunk(2, -1)
+        return self.head(torch.nn.functional.silu(one) * other)
+
+
+class FusedAttention(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.embed, self.qkv = nn.Linear(6, width), nn.Linear(width, 3 * width)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        x = self.embed(x)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + torch.softmax(q @ k.transpose(1, 2) / 3, -1) @ v
+        return self.head(x.mean(1))
+
+
+class BatchSecond(nn.Module):
+    """Inside, the batch is the second axis."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, width), nn.Linear(width, 5)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.head((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
+
+
+@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("family", [Gated, FusedAttention, BatchSecond])
+def test_channels_that_stand_in_several_places_of_a_layer_move_together(family, calibration):
+    models = [networks.randomise(family(), seed) for seed in range(2)]
+    data = VECTORS[:120] if family is Gated else torch.randn(120, 7, 6)
+    result = fuse(*models, data, weight=1.0, calibration=calibration)
+    torch.testing.assert_close(
+        networks.output(result.model, data), networks.output(models[1], data), rtol=1e-4, atol=1e-4
+    )
+    if calibration != "least_squares":
+        zipped = fuse(
+            *models, data, weight=0.0, calibration=calibration, solver="zip", zip_budget=0
+        )
+        torch.testing.assert_close(
+            networks.output(zipped.model, data),
+            networks.output(models[0], data),
+            rtol=1e-4,
+            atol=1e-4,
+        )

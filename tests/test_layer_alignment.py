@@ -115,6 +115,14 @@ def test_a_large_cost_leaves_as_few_shallow_units_alone_as_can_be():
     assert [one.deep_to_shallow for one in batch] == [(1,), (2, -1, -1, 3)]
 
 
+def test_how_many_gaps_decide_is_counted_and_not_summed():
+    cost = np.full((3, 11), np.inf)
+    cost[0, 0] = cost[2, 10] = 0.1
+    cost[1, 5], cost[1, 6] = 0.3, 0.4
+    for dear in np.random.default_rng(0).uniform(1, 3, 20):  # sums of these depend on their order
+        assert not align_layers(cost, skip=[np.inf] * 3, skip_shallow=[dear] * 11).forced
+
+
 def test_refuses_bad_gaps():
     cost = np.ones((2, 3))
     with pytest.raises(InputError, match=r"has 2 deep but 3 shallow units.*give skip_shallow"):

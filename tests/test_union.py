@@ -1,6 +1,7 @@
 """Networks of which each is the deeper one somewhere, and results of a given architecture."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -263,7 +264,7 @@ def test_refuses_what_cannot_hold_both():
         fuse(first, second, IMAGES, into="vgg")
     with pytest.raises(InputError, match="without balance='merge'"):
         fuse(first, second, IMAGES, into=vgg(3, 3), balance="merge")
-    with pytest.raises(StructureError, match="width='wide' is for results of one of them"):
+    with pytest.raises(StructureError, match="leave balance and width, which are 'add' and 'wide'"):
         fuse(first, second, IMAGES, into=vgg(3, 3), width="wide")
 
 
@@ -283,3 +284,134 @@ def test_the_table_and_the_picture_show_gaps_on_both_sides(tmp_path):
     result.plot(tmp_path / "union.png")
     assert (tmp_path / "union.png").stat().st_size > 10_000
     assert trace(result.model, IMAGES[:3]).units[-1].name == "head"
+
+
+# --- architectures that are harder to put together ----------------------------------------------
+
+
+class Body(nn.Module):
+    """A residual block whose branch is itself a container."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class BodyInContainer(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def body_net(first, second, kind, seed=0):
+    def block(width):
+        return Body(width) if kind is Body else BodyInContainer(*Body(width).body)
+
+    layers = [nn.Conv2d(3, 6, 3, padding=1), *(block(6) for _ in range(first)), nn.ReLU()]
+    layers += [nn.Conv2d(6, 8, 3, 2, 1), *(block(8) for _ in range(second)), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
+    return randomise(nn.Sequential(*layers, *head), seed)
+
+
+def nested(root, inner, last, seed=0):
+    def stage(into, out, more):
+        layers = [nn.Conv2d(into, out, 3, padding=1), nn.ReLU(), nn.Dropout(0.2)]
+        for _ in range(more):
+            layers += [nn.Conv2d(out, out, 3, padding=1), nn.ReLU(), nn.Dropout(0.2)]
+        return layers
+
+    layers = stage(3, 6, root)
+    layers += [nn.MaxPool2d(2), nn.Sequential(*stage(6, 8, inner))]
+    layers += [nn.MaxPool2d(2), nn.Sequential(*stage(8, 8, last))]
+    return randomise(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 5)), seed)
+
+
+def both_ends(first, second, wanted, **settings):
+    for weight, parent in ((0.0, first), (1.0, second)):
+        result = fuse(first, second, IMAGES, weight=weight, **settings)
+        assert shapes(result.model) == shapes(wanted)
+        torch.testing.assert_close(
+            output(result.model, IMAGES), output(parent, IMAGES), rtol=1e-4, atol=1e-4
+        )
+    return result.model
+
+
+@pytest.mark.parametrize("kind", [Body, BodyInContainer])
+def test_blocks_whose_branch_is_a_container(kind):
+    both_ends(body_net(2, 1, kind), body_net(1, 2, kind, seed=1), body_net(2, 2, kind))
+
+
+def test_containers_in_containers_and_dropout():
+    model = both_ends(nested(0, 3, 0), nested(2, 0, 1, seed=1), nested(2, 3, 1))
+    assert sum(isinstance(one, nn.Dropout) for one in model.modules()) == 9
+    assert type(model[2]) is nn.Dropout
+    assert type(model[5]) is nn.Dropout
+
+
+@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+def test_a_stage_that_one_network_lacks(calibration):
+    first, second = (vgg(*one, widths=(8, 8, 8), seed=one[1]) for one in ((1, 0, 2), (1, 2, 0)))
+    into = vgg(1, 2, 2, widths=(8, 8, 8))
+    both_ends(first, second, into, into=into, calibration=calibration)
+
+
+def test_unions_of_unions_in_a_container_with_names():
+    def named(*stages, seed=0):
+        layers = list(vgg(*stages, widths=(8, 8, 8), seed=seed))
+        return nn.Sequential(OrderedDict((f"layer{i}", one) for i, one in enumerate(layers)))
+
+    models = [named(1, 1, 6), named(1, 2, 1, seed=1), named(4, 1, 1, seed=2)]
+    result = fuse_models(models, IMAGES, weights=[0, 0, 1])
+    assert shapes(result.model) == shapes(vgg(4, 2, 6, widths=(8, 8, 8)))
+    torch.testing.assert_close(
+        output(result.model, IMAGES), output(models[2], IMAGES), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_into_takes_the_models_type_and_mode():
+    first, second = (one.double().train() for one in (mlp(20, 16, 16, 5), mlp(20, 14, 5, seed=1)))
+    result = fuse(first, second, DIGITS.double(), into=mlp(20, 16, 16, 16, 5), weight=0.0)
+    assert next(result.model.parameters()).dtype == torch.float64
+    assert result.model.training
+    torch.testing.assert_close(
+        output(result.model, DIGITS.double()), output(first, DIGITS.double())
+    )
+    into = mlp(20, 16, 16, 16, 5).train()
+    assert not fuse(first.eval(), second.eval(), DIGITS.double(), into=into).model.training
+
+
+def test_the_union_is_as_trainable_as_the_deep_network():
+    first, second = residual(3, 1), residual(1, 3, seed=1).requires_grad_(False)
+    assert all(one.requires_grad for one in fuse(first, second, IMAGES).model.parameters())
+    result = fuse(first.requires_grad_(False), second.requires_grad_(), IMAGES)
+    assert not any(one.requires_grad for one in result.model.parameters())
+
+
+def averaging(model):
+    return nn.Sequential(*(nn.AvgPool2d(2) if type(m) is nn.MaxPool2d else m for m in model))
+
+
+def shared(times, seed=0):
+    layer = nn.Linear(8, 8)
+    middle = [one for _ in range(times) for one in (layer, nn.ReLU())]
+    return randomise(nn.Sequential(nn.Linear(20, 8), nn.ReLU(), *middle, nn.Linear(8, 5)), seed)
+
+
+def test_a_network_that_the_structure_changes_is_refused():
+    message = "a network's outputs change by .* differ in what lies between units"
+    with pytest.raises(StructureError, match=message):
+        fuse(vgg(3, 1), averaging(vgg(1, 3, seed=1)), IMAGES)
+    with pytest.raises(StructureError, match=message):
+        fuse(vgg(3, 3), averaging(vgg(1, 3, seed=1)), IMAGES)
+    with pytest.raises(StructureError, match="or share parameters among units"):
+        fuse(shared(3), shared(2, seed=1), DIGITS)
+    into = averaging(vgg(2, 1, widths=(7, 11)))
+    with pytest.raises(StructureError, match=message):
+        fuse(vgg(2, 1), vgg(1, 1, seed=1), IMAGES, into=into)

@@ -113,6 +113,11 @@ def balance(
         ``data`` come in another order every time, so that a made network cannot be compared.
     """
     if into is not None or alignment.unmatched_shallow:
+        if into is not None and (how == "merge" or width != "own"):
+            raise StructureError(
+                "into= gives the result's depth and widths; leave balance and width, which are "
+                f"{how!r} and {width!r}, as they are by default"
+            )
         if how == "merge" or width != "own":
             raise StructureError(
                 "each of the two networks has units that the other has no partner for, so that "
@@ -121,7 +126,8 @@ def balance(
             )
         items = union_items(deep.graph, shallow.graph, alignment)
         template = into or union_graph(deep.graph, shallow.graph, alignment)
-        return _in_another(template, deep, shallow, items, data, profile, seed)
+        name = "the union" if into is None else "into="
+        return _in_another(template, name, deep, shallow, items, data, profile, seed)
     if how == "add":
         target, source, partner = deep, shallow, alignment.deep_to_shallow
     else:
@@ -204,6 +210,7 @@ def _made_up_for(
 
 def _in_another(
     template: ModelGraph,
+    name: str,
     deep: Signature,
     shallow: Signature,
     items: Sequence[Item],
@@ -213,7 +220,7 @@ def _in_another(
 ) -> Balanced:
     """Bring one network to another architecture, and say how the other one corresponds."""
     changes = _changes(deep), _changes(shallow)
-    both = placed(template, deep.graph, shallow.graph, items, changes)
+    both = placed(template, deep.graph, shallow.graph, items, changes, name)
     plans_of = [
         lifting(template, one.graph, units)
         for one, units in zip((deep, shallow), both, strict=True)
@@ -227,6 +234,8 @@ def _in_another(
         None if other < 0 else _resizing(plan, one.index, target)
         for one, other in zip(template.classes, plan.classes, strict=True)
     ]
+    if set(of_target) >= set(range(len(target.graph.units))):
+        check_lifted(plan)
     state = {**template.state(), **aligned_state(plan, plans)}
     model = with_state(template.model, state, template)
     left_out = set(range(len(target.graph.units))) - set(of_target)
@@ -234,8 +243,6 @@ def _in_another(
     if left_out or narrower:
         graph = trace_like(model, template)
         model = _made_up_for(graph, target.graph, of_target, data, seed, plans)
-    else:
-        check_lifted(model, plan)
     stand_ins = frozenset(
         unit.index
         for unit in template.units

@@ -193,13 +193,27 @@ def transport_vector(
     for one in target_classes[target_classes >= 0].unique().tolist():
         plan = plans[one]
         assert plan is not None
+        weights = outgoing_map(plan).to(vector)
         into = torch.nonzero(target_classes == one).squeeze(1)
         out_of = torch.nonzero(source_classes == classes[one]).squeeze(1)
-        by_member = vector.new_zeros(*vector.shape[:-1], plan.size(0))
-        by_member[..., source_members[out_of]] = vector[..., out_of]
-        moved = by_member @ outgoing_map(plan).to(vector)
-        result[..., into] = moved[..., target_members[into]]
+        # A member may stand in several places, as in a projection to queries and keys at once.
+        into_turns = _earlier_equals(target_members[into])
+        out_of_turns = _earlier_equals(source_members[out_of])
+        for turn in into_turns.unique().tolist():
+            to, of = into[into_turns == turn], out_of[out_of_turns == turn]
+            by_member = vector.new_zeros(*vector.shape[:-1], plan.size(0))
+            by_member[..., source_members[of]] = vector[..., of]
+            result[..., to] = (by_member @ weights)[..., target_members[to]]
     return result
+
+
+def _earlier_equals(members: Tensor) -> Tensor:
+    """Return for each entry how many equal ones come before it."""
+    order = members.argsort(stable=True)
+    ordered = members[order]
+    earlier = torch.empty_like(members)
+    earlier[order] = torch.arange(len(members)) - torch.searchsorted(ordered, ordered)
+    return earlier
 
 
 def transported(

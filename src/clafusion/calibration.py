@@ -92,7 +92,13 @@ def repair(
         The fused state with the repaired parameters.
     """
     deep, shallow = lifting.deep, lifting.shallow
-    by_node = {site.node: site for unit in deep.units for site in unit.sites}
+    # What flows past an inserted layer does not always show: then its statistics stay as they are.
+    by_node = {
+        site.node: site
+        for unit in deep.units
+        for site in unit.sites
+        if site.node in lifting.sites or lifting.origins[site.weight] != "identity"
+    }
     nodes = [one.name for one in deep.module.graph.nodes]
     sites = {node: by_node[node] for node in nodes if node in by_node}  # as they are computed
     silent = {

@@ -247,7 +247,7 @@ def _fuse(
     _try_models(models, samples)
     template = None
     if into is not None:
-        template = traced_template(build_model(into), first_batch(samples), device)
+        template = traced_template(build_model(into), models[0], first_batch(samples), device)
     with _progress(len(samples)) as report:
         pair = align(models[0], models[1], samples, config=config, device=device, progress=report)
         if template is None and pair.alignment.unmatched_shallow:

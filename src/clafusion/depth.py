@@ -412,30 +412,49 @@ def lift(deep: nn.Module, plan: Lifting) -> nn.Module:
         computes something else.
     """
     lifted = with_state(deep, lifted_state(plan), plan.deep)
-    check_lifted(lifted, plan)
-    return lifted
-
-
-def check_lifted(lifted: nn.Module, plan: Lifting) -> None:
-    """Raise StructureError unless a lifted network computes what the shallow one does."""
-    inputs = plan.deep.example_inputs
-    mode = lifted.training
     try:
-        with torch.no_grad():
-            found = call_model(lifted.eval(), inputs, plan.deep.keywords)
+        found = _outputs_of(lifted, plan)
     except RuntimeError as error:
         raise StructureError(
             f"the lifted model does not run: a width is fixed in the deep module's code ({error})"
         ) from error
+    _compare(found, plan)
+    return lifted
+
+
+def check_lifted(plan: Lifting) -> None:
+    """Raise StructureError where the lifted network does not compute what the shallow one does.
+
+    What does not run, since a width is fixed in the deep module's code, is not refused: the result
+    has the deep network's widths.
+    """
+    lifted = with_state(plan.deep.model, lifted_state(plan), plan.deep)
+    try:
+        found = _outputs_of(lifted, plan)
+    except RuntimeError:
+        return
+    _compare(found, plan)
+
+
+def _outputs_of(lifted: nn.Module, plan: Lifting) -> list[Tensor]:
+    mode = lifted.training
+    try:
+        with torch.no_grad():
+            return call_model(lifted.eval(), plan.deep.example_inputs, plan.deep.keywords)
     finally:
         lifted.train(mode)
-    wanted = list(flatten_tensors(list(plan.shallow.run(inputs))))
+
+
+def _compare(found: Sequence[Tensor], plan: Lifting) -> None:
+    with torch.no_grad():
+        wanted = list(flatten_tensors(list(plan.shallow.run(plan.deep.example_inputs))))
     for one, other in zip(found, wanted, strict=True):
-        gap = float((one - other).abs().max())
+        gap = float((one.double() - other.double()).abs().max())
         if not gap <= 1e-3 * max(float(other.abs().max()), 1e-30):
             raise StructureError(
-                f"the lifted model's output differs from the shallow model's by {gap:.1e}: the "
-                "inserted units change it. The two networks differ in what lies between units"
+                f"brought to the other's depth, a network's outputs change by {gap:.1e}: the "
+                "inserted units change them. The two networks differ in what lies between units "
+                "(poolings, activations), or share parameters among units"
             )
 
 

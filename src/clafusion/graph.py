@@ -139,6 +139,8 @@ class ReadPoint:
         ``(num_channels,)``: the class of each channel, -1 for a fixed channel.
     members
         ``(num_channels,)``: the position of each channel within its class.
+    batch
+        The axis of the inputs; None where positions are folded into the first axis.
     """
 
     post: str
@@ -147,6 +149,7 @@ class ReadPoint:
     positions: tuple[int, ...]
     classes: Tensor
     members: Tensor
+    batch: int | None = 0
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,10 @@ class LayerAlignment:
         """
         free = np.where(np.isfinite(self.cost), 0.0, np.inf)
         skip = np.where(np.isfinite(self.skip), 0.0, np.inf)
-        gaps = [] if self.skip_shallow is None else [self.skip_shallow]
-        own = sum(float(one[list(self.unmatched_shallow)].sum()) for one in gaps)
+        gaps = []
+        if self.skip_shallow is not None:
+            gaps.append(np.where(np.isfinite(self.skip_shallow), 1.0, np.inf))
+        own = len(self.unmatched_shallow)
         for pair in self.pairs:
             without = free.copy()
             without[pair] = np.inf

@@ -404,6 +404,11 @@ def _places(parents: Sequence[Parent], state: State) -> list[_Place]:
                 if set(norm) != {"weight", "bias", "running_mean", "running_var"}:
                     continue
             liftings = [one.lifting for one in parents]
+            if any(
+                one.origins[site.weight] == "identity" and site.node not in one.sites
+                for one in liftings
+            ):
+                continue  # what flows past an inserted layer does not show: there is no goal
             is_sum = site.join is not None and all(_has_sum(one, unit, site) for one in liftings)
             places.append(
                 _Place(

@@ -122,13 +122,12 @@ def batch_moments(
 def parts(graph: ModelGraph, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     """Split a batch so that activations stay in a core's cache, where memory is no bottleneck."""
     size = inputs[0].size(0)
+    points = [point for unit in graph.units for point in unit.read_points]
     if graph.static_batch is not None or inputs[0].device.type != "cpu":
         return [inputs]
-    sizes = [
-        math.prod(point.positions) * len(point.classes)
-        for unit in graph.units
-        for point in unit.read_points
-    ]
+    if any(point.batch is None for point in points):  # the order of inputs and positions is unknown
+        return [inputs]
+    sizes = [math.prod(point.positions) * len(point.classes) for point in points]
     fitting = max(_IN_CACHE // max(sizes, default=1), _FEWEST_INPUTS)
     pieces = [one.tensor_split(math.ceil(size / fitting)) for one in inputs]
     return list(zip(*pieces, strict=True))

@@ -23,6 +23,7 @@ from clafusion.data import Data, first_batch
 from clafusion.depth import (
     Lifting,
     allowed_pairs,
+    check_lifted,
     gap_costs,
     lifting,
     skip_costs,
@@ -463,9 +464,10 @@ def fuse(
             "into must be a module that has the wanted architecture, without balance='merge'; "
             f"got {type(into).__name__} with balance={config.balance!r}"
         )
+    _check_modules(first, second)
     if example_inputs is None:
         example_inputs = first_batch(data)
-    template = None if into is None else traced_template(into, example_inputs, device)
+    template = None if into is None else traced_template(into, first, example_inputs, device)
     pair = align(
         first,
         second,
@@ -490,11 +492,7 @@ def align(
 ) -> AlignedPair:
     """Do the first half of :func:`fuse`: trace, profile and align, but fuse nothing."""
     config = config or FusionConfig()
-    for name, model in (("first", first), ("second", second)):
-        if not isinstance(model, nn.Module):
-            raise InputError(
-                f"the {name} model must be a torch.nn.Module; got {type(model).__name__}"
-            )
+    _check_modules(first, second)
     if example_inputs is None:
         example_inputs = first_batch(data)
     if device is not None:
@@ -511,6 +509,14 @@ def align(
     with clock.stage("profile"):
         signatures = profiled(graphs, data, config, progress)
     return _aligned(signatures[0], signatures[1], deep_is_first, config, clock)
+
+
+def _check_modules(first: object, second: object) -> None:
+    for name, model in (("first", first), ("second", second)):
+        if not isinstance(model, nn.Module):
+            raise InputError(
+                f"the {name} model must be a torch.nn.Module; got {type(model).__name__}"
+            )
 
 
 def align_signatures(
@@ -668,6 +674,8 @@ def fuse_aligned(
     deep_weight = config.weight if both.target_is_deep != pair.deep_is_first else 1 - config.weight
     with clock.stage("match"):
         plan = lifting(target, both.source.graph, both.partner, both.stand_ins)
+        if set(both.partner) >= set(range(len(plan.shallow.units))):
+            check_lifted(plan)
         target_plans: list[Tensor | None] | None = None
         if config.solver == "zip":
             plans, target_plans = zip_plans(
@@ -828,15 +836,20 @@ def traced_to_fuse(
 
 def traced_template(
     into: nn.Module,
+    like: nn.Module,
     example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
     device: str | torch.device | None = None,
 ) -> ModelGraph:
-    """Trace a copy of the module that gives the result its architecture."""
-    module = copy.deepcopy(into)
+    """Trace a copy of the module that gives the result its architecture.
+
+    It gets the type, the place and the mode (train or eval) of ``like``, one of those to be fused.
+    """
+    known = next((one for one in like.parameters() if one.is_floating_point()), torch.empty(0))
+    module = copy.deepcopy(into).to(known.device if device is None else device, known.dtype)
     if device is not None:
-        module, example_inputs = module.to(device), _to(example_inputs, torch.device(device))
+        example_inputs = _to(example_inputs, torch.device(device))
     try:
-        return trace(module, example_inputs, verify=False)
+        return trace(module.train(like.training), example_inputs)
     except ClafusionError as error:
         raise type(error)(f"into: {error}") from error
 

@@ -261,6 +261,7 @@ class _Recorder:
             ]
             for one in waiting
         ]
+        counts = [part[0].size(0) for one in waiting for part in parts(self.graph, one)]
         found: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in waiting]
         for node in self.watched:
             values = [[walk.reach(node) for walk in of_batch] for of_batch in walks]
@@ -274,21 +275,30 @@ class _Recorder:
                 self.grams[unit] = gram_matrix(flat)
                 self.features[unit] = flat.size(1)
             if node in self.points:
-                self._sample(node, every, start, size)
+                self._sample(node, every, counts, start)
             for walk in chain.from_iterable(walks):
                 walk.release(node)
         if self.moments is not None:
             self.moments += found
 
-    def _sample(self, node: str, values: Sequence[Tensor], start: int, size: int) -> None:
+    def _sample(
+        self, node: str, values: Sequence[Tensor], counts: Sequence[int], start: int
+    ) -> None:
+        """Keep the chosen rows of values, of ``counts`` inputs each."""
         (_, point), *_ = self.points[node]
-        channels_last = [one.movedim(point.axis, -1) for one in values]
+        axes = (point.batch or 0, point.axis)
+        channels_last = [one.movedim(axes, (0, -1)) for one in values]
+        if point.batch is None:
+            channels_last = [
+                one.unflatten(0, (count, -1)) if len(one) % count == 0 else one
+                for one, count in zip(channels_last, counts, strict=True)
+            ]
         positions = channels_last[0][0, ..., 0].numel()
         if positions not in self.samplers:
             self.samplers[positions] = _Sampler(positions, self.matching_rows, self.seed)
-            self.samplers[positions].advance(start, size)
+            self.samplers[positions].advance(start, sum(counts))
         sampler = self.samplers[positions]
-        ends = np.cumsum([len(one) * positions for one in values])
+        ends = np.cumsum([len(one) * positions for one in channels_last])
         chosen = np.split(sampler.candidates, np.searchsorted(sampler.candidates, ends[:-1]))
         fresh = []
         for one, end, candidates in zip(channels_last, ends, chosen, strict=True):

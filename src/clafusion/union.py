@@ -9,8 +9,10 @@ module with copies of the shallow one's unmatched units put into its containers 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 import torch
@@ -66,7 +68,9 @@ def _deep_goes_first(
         return bool(left)
     if here in (left[0], right[0]):
         return left[0] == here
-    return left[0] == right[0] or left[0] not in right
+    if left[0] == right[0] or left[0] in right or right[0] in left:
+        return left[0] not in right[1:]
+    return math.prod(left[0]) >= math.prod(right[0])  # most networks get narrower as they go on
 
 
 def _unit(deep: ModelGraph, shallow: ModelGraph, item: Item) -> Unit:
@@ -107,11 +111,13 @@ def union_graph(deep: ModelGraph, shallow: ModelGraph, alignment: LayerAlignment
         if one >= 0:
             continue
         unit = shallow.units[other]
-        container, position = _anchor(deep, items, place, unit)
+        path, position = _anchor(deep, items, place, unit)
         copies = _copies(deep, shallow, alignment, items[:place], unit)
-        insertions.setdefault(container, []).append((position, copies))
-    for path, inserted in insertions.items():
-        _insert(module.get_submodule(path), inserted)
+        insertions.setdefault(path, []).append((position, copies))
+    # Found before anything moves: a container may lie in another one.
+    containers = [(module.get_submodule(path), inserted) for path, inserted in insertions.items()]
+    for container, inserted in containers:
+        _insert(container, inserted)
     try:
         graph = trace_like(module, deep)
     except (ClafusionError, RuntimeError) as error:
@@ -148,42 +154,54 @@ def _anchor(deep: ModelGraph, items: Sequence[Item], place: int, unit: Unit) -> 
     )
 
 
+_DROPOUT = nn.modules.dropout._DropoutNd
+
+
+def _submodule(graph: ModelGraph, path: str) -> nn.Module:
+    return graph.model.get_submodule(path)
+
+
 def _is_container(module: nn.Module) -> bool:
     return isinstance(module, (nn.Sequential, nn.ModuleList))
 
 
 def _children(graph: ModelGraph, unit: Unit) -> _Children | None:
     """Find the children of a container that make up a unit; None where there are none."""
-    owners = {name.rpartition(".")[0].removesuffix(".") for name in unit.parameters}
+    paths = {name.rpartition(".")[0] for name in unit.parameters}
+    joins = {site.join for site in unit.sites}
+    nodes = graph.module.graph.nodes
+    paths |= {module_path(one) for one in nodes if one.name in joins}  # which module adds
     common: list[str] = []
-    for parts in zip(*(one.split(".") for one in owners), strict=False):
+    for parts in zip(*(one.split(".") if one else [] for one in paths), strict=False):
         if len(set(parts)) > 1:
             break
         common.append(parts[0])
     path = ".".join(common)
-    if len(owners) > 1 and _is_container(graph.model.get_submodule(path)):
-        names = {one.removeprefix(path).lstrip(".").split(".")[0] for one in owners}
+    is_stretch = len(paths) > 1 and path not in paths and _is_container(_submodule(graph, path))
+    if is_stretch:  # several layers one behind the other
+        names = {one.removeprefix(path).lstrip(".").split(".")[0] for one in paths}
     else:
         while True:
             if not path:
                 return None
             path, _, child = path.rpartition(".")
-            if _is_container(graph.model.get_submodule(path)):
+            if _is_container(_submodule(graph, path)):
                 break
         names = {child}
-    keys = list(graph.model.get_submodule(path)._modules)
+    keys = list(_submodule(graph, path)._modules)
     prefix = f"{path}." if path else ""
     places = [keys.index(name) for name in names]
     first, last = min(places), max(places)
     for key in keys[first : last + 1]:
-        inside = graph.model.get_submodule(prefix + key).named_parameters(prefix + key)
+        inside = _submodule(graph, prefix + key).named_parameters(prefix + key)
         if not {graph.aliases.get(name, name) for name, _ in inside} <= set(unit.parameters):
             return None
-    within = [module_path(one) for one in graph.module.graph.nodes if one.name in unit.nodes]
-    while last + 1 < len(keys):  # its activation
+    within = [module_path(one) for one in nodes if one.name in unit.nodes]
+    while last + 1 < len(keys):  # its activation and dropout
         following = prefix + keys[last + 1]
+        module = _submodule(graph, following)
         runs = any(f"{one}.".startswith(f"{following}.") for one in within)
-        if not runs or any(True for _ in graph.model.get_submodule(following).parameters()):
+        if any(True for _ in module.parameters()) or not (runs or isinstance(module, _DROPOUT)):
             break
         last += 1
     return _Children(path, first, last)
@@ -204,6 +222,7 @@ def _copies(
             f"nn.Sequential or nn.ModuleList; {_ADVICE}"
         )
     sizes = _sizes(deep, shallow, alignment, before, unit)
+    trainable = any(one.requires_grad for one in deep.model.parameters())
     state = shallow.state()
     prefix = f"{children.container}." if children.container else ""
     container = shallow.model.get_submodule(children.container)
@@ -218,7 +237,7 @@ def _copies(
                 if shape != state[name].shape:
                     changed[name.removeprefix(f"{prefix}{key}.")] = torch.ones(shape)
         fill(made, changed)
-        copies.append(made)
+        copies.append(made.requires_grad_(trainable))
     return copies
 
 
@@ -250,9 +269,11 @@ def _insert(container: nn.Module, insertions: Sequence[tuple[int, list[nn.Module
     for position, modules in ordered[::-1]:
         children[position:position] = [("", one) for one in modules]
     numbered = all(not key or key.isdigit() for key, _ in children)
+    taken = set(container._modules)
+    names = (name for i in count() if (name := f"inserted_{i}") not in taken)
     container._modules.clear()
     for i, (key, child) in enumerate(children):
-        container._modules[str(i) if numbered else key or f"inserted_{i}"] = child
+        container._modules[str(i) if numbered else key or next(names)] = child
 
 
 # --- placing the units --------------------------------------------------------------------------
@@ -264,12 +285,13 @@ def placed(
     shallow: ModelGraph,
     items: Sequence[Item],
     changes: tuple[Sequence[float], Sequence[float]],
+    name: str = "into=",
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Give every unit of a template the deep and the shallow unit that it stands for, or -1.
 
     As few units as possible are left out, matched ones least of all; only residual blocks may be.
     Of those go that change least what they are given: ``changes`` says for each unit of both
-    networks how much, in [0, 1].
+    networks how much, in [0, 1]. Errors call the template by its ``name``.
 
     Raises
     ------
@@ -305,7 +327,7 @@ def placed(
             f"nothing can stand in for its unit {one.name!r}" for one in stuck if not one.insertable
         ]
         raise StructureError(
-            f"into= has {len(template.units)} units, and {'; '.join(reasons) or error}. It must "
+            f"{name} has {len(template.units)} units, and {'; '.join(reasons) or error}. It must "
             "have the units of both networks, stage by stage; only residual blocks may be left out"
         ) from error
     both = [items[i] if i >= 0 else (-1, -1) for i in found.deep_to_shallow]

@@ -323,13 +323,17 @@ class _Cutter:
     def _read_point(self, node: fx.Node) -> ReadPoint | None:
         """Walk from a layer's operand back to the activation that it reads.
 
-        The walk ends where channels have an axis of their own, and before it would change how
-        many positions there are.
+        The walk ends where channels and inputs have axes of their own, and before it would change
+        how many positions there are.
         """
         while (
             self._is_glue(node)
             and len(self._operands(node)) == 1
-            and (self.channels.nodes[node.name].axis is None or op_name(node) in _SAME_VALUES)
+            and (
+                self.channels.nodes[node.name].axis is None
+                or op_name(node) in _SAME_VALUES
+                or _batch_axis(node) is None
+            )
         ):
             node = self._operands(node)[0]
         channels = self.channels.nodes[node.name]
@@ -342,13 +346,15 @@ class _Cutter:
             if same.axis == channels.axis and torch.equal(same.classes, channels.classes):
                 pre = before[0]
         shape = self.channels.shapes[node.name]
+        batch = _batch_axis(node)
         return ReadPoint(
             node.name,
             pre.name,
             channels.axis,
-            tuple(size for axis, size in enumerate(shape) if axis not in (0, channels.axis)),
+            tuple(size for axis, size in enumerate(shape) if axis not in (batch, channels.axis)),
             channels.classes,
             channels.members,
+            batch,
         )
 
     def _sites(self, draft: _Draft) -> list[Site]:
@@ -500,6 +506,15 @@ class _Cutter:
             and draft.entry in operands
             and bound_operands(node).get("alpha", 1) == 1
         )
+
+
+def _batch_axis(node: fx.Node) -> int | None:
+    """Return the axis of the inputs; None where positions are folded into it."""
+    shape = node.meta["val"].shape
+    free = [axis for axis, size in enumerate(shape) if not isinstance(size, int)]
+    if not free:  # the model admits one batch size only
+        return 0
+    return free[0] if shape[free[0]].node.expr.is_Symbol else None
 
 
 def _is_node(value: Any) -> bool:
