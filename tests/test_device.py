@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from clafusion import fuse, pipeline, trace
+from clafusion import depth, fuse, pipeline, trace
 from clafusion.channels import find_channels
 from clafusion.depth import with_state
 from tests import networks
@@ -78,7 +78,8 @@ def test_no_devices_are_mixed(
         move(built)
         return built
 
-    monkeypatch.setattr(pipeline, "with_state", far_with_state)
+    for place in (pipeline, depth):
+        monkeypatch.setattr(place, "with_state", far_with_state)
     with simulated_gpu():
         found = run(graphs, data, config)
     for name, one in expected.items():
