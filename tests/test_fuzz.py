@@ -52,9 +52,11 @@ def align_call(rng, out):
     cells, units = int(shapes.prod(1).sum()), int(shapes[:, 0].sum())
     costs, skips = rng.random(cells), rng.random(units)
     costs[rng.random(cells) < 0.2] = np.inf
+    gaps = rng.random(int(shapes[:, 1].sum()) if rng.integers(2) else 0)
     outputs = [out(units, dtype=np.int64), out(len(shapes)), out(len(shapes), 2, dtype=np.int64)]
-    flags = [int(rng.integers(2)), bool(rng.integers(2)), bool(rng.integers(2))]
-    return [costs, skips, shapes, *flags, *outputs]
+    mode = 0 if len(gaps) else int(rng.integers(2))
+    flags = [mode, bool(rng.integers(2)), bool(rng.integers(2))]
+    return [costs, skips, gaps, shapes, *flags, *outputs]
 
 
 def assign_call(rng, out):
