@@ -234,11 +234,11 @@ def _in_another(
         None if other < 0 else _resizing(plan, one.index, target)
         for one, other in zip(template.classes, plan.classes, strict=True)
     ]
-    if set(of_target) >= set(range(len(target.graph.units))):
+    left_out = set(range(len(target.graph.units))) - set(of_target)
+    if not left_out:
         check_lifted(plan)
     state = {**template.state(), **aligned_state(plan, plans)}
     model = with_state(template.model, state, template)
-    left_out = set(range(len(target.graph.units))) - set(of_target)
     narrower = any(one is not None and one.size(0) > one.size(1) for one in plans)
     if left_out or narrower:
         graph = trace_like(model, template)

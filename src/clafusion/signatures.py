@@ -254,14 +254,12 @@ class _Recorder:
                     f"the model admits only batches of {static}, but one of {inputs[0].size(0)} "
                     "is given; it fixes the batch size in its code"
                 )
+        in_parts = [parts(self.graph, one) for one in waiting]
         walks = [
-            [
-                Walk(self.graph, part, self.state, set(self.watched))
-                for part in parts(self.graph, one)
-            ]
-            for one in waiting
+            [Walk(self.graph, part, self.state, set(self.watched)) for part in of_batch]
+            for of_batch in in_parts
         ]
-        counts = [part[0].size(0) for one in waiting for part in parts(self.graph, one)]
+        counts = [part[0].size(0) for of_batch in in_parts for part in of_batch]
         found: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in waiting]
         for node in self.watched:
             values = [[walk.reach(node) for walk in of_batch] for of_batch in walks]
