@@ -1,6 +1,6 @@
 """Many pairs: throughput beside `fuse` in a loop and the paper's steps, processes, memory, kills.
 
-python -m benchmarks.many            # all, about a quarter of an hour on two quiet cores
+python -m benchmarks.many            # all, about twenty minutes on two quiet cores
 python -m benchmarks.many --quick    # the same code on less, a minute; writes nothing
 """
 
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import combinations
 from multiprocessing import get_context
@@ -81,7 +81,7 @@ def throughput(count: int, inputs: int, fused: int, peers: int) -> dict[str, Any
     pairs = list(combinations(models, 2))
     chosen = random.Random(0).sample(pairs, min(fused, len(pairs)))
     clafusion.fuse(*list(models.values())[:2], data)  # the first trace takes long
-    many, alone, paper = [], [], []
+    many, alone, paper, bare = [], [], [], []
     results: dict[tuple[str, str], Any] = {}
 
     def at_once() -> None:
@@ -95,6 +95,8 @@ def throughput(count: int, inputs: int, fused: int, peers: int) -> dict[str, Any
         spent, result = both_seconds(lambda: clafusion.fuse(first, second, data))  # noqa: B023
         alone.append(spent)
         assert same(result.model.state_dict(), results[pair].state), pair
+        spent, _ = both_seconds(lambda: forward(result.model, data))  # noqa: B023
+        bare.append(spent)
         if i < peers:
             spent, (_, costs, partners) = both_seconds(
                 lambda: fuse_by_the_paper(first, second, data[:400])  # noqa: B023
@@ -104,6 +106,8 @@ def throughput(count: int, inputs: int, fused: int, peers: int) -> dict[str, Any
         print(f"  {i + 1} of {len(chosen)}", end="\r", file=sys.stderr)
     at_once()
     plain, _ = both_seconds(lambda: list(clafusion.fuse_many(models, data, calibration="none")))
+    first = {name.split("-")[0]: model for name, model in models.items()}
+    exported, _ = both_seconds(lambda: [export(model, data) for model in first.values()])
     stages: dict[str, float] = {}
     for one in results.values():
         for stage, spent in one.seconds.items():
@@ -125,11 +129,25 @@ def throughput(count: int, inputs: int, fused: int, peers: int) -> dict[str, Any
             "fuse_seconds": one_by_one,
             "paper_seconds": by_paper,
             "fuse_many_without_calibration_seconds": float(plain[i]),
+            # What no way to fuse them goes without: each architecture exported once, and for a
+            # calibration each fused network run once.
+            "torch_export_seconds": float(exported[i]),
+            "fused_networks_forward_seconds": statistics.mean(one[i] for one in bare) * len(pairs),
             "beside_fuse": one_by_one / ours,
             "beside_paper": by_paper / ours,
             "beside_paper_without_calibration": by_paper / float(plain[i]),
         }
     return figures
+
+
+@torch.no_grad()
+def forward(model: nn.Module, data: torch.Tensor) -> None:
+    for part in data.split(32):  # which stays in the cache
+        model(part)
+
+
+def export(model: nn.Module, data: torch.Tensor) -> None:
+    torch.export.export(model, (data[:2],), strict=False)
 
 
 def check_alignment(alignment: Any, costs: list[np.ndarray], partners: list[list[int]]) -> None:
@@ -149,7 +167,12 @@ def check_alignment(alignment: Any, costs: list[np.ndarray], partners: list[list
 # --- processes -----------------------------------------------------------------------------------
 
 
-def processes(count: int, inputs: int, runs: int) -> dict[str, Any]:
+def processes(count: int, inputs: Sequence[int], runs: int) -> dict[str, Any]:
+    """Time two processes and one on few and on many images: they start and trace alike for both."""
+    return {f"{one}_images": two_beside_one(count, one, runs) for one in inputs}
+
+
+def two_beside_one(count: int, inputs: int, runs: int) -> dict[str, Any]:
     """Time two processes and one, each on one core and from its start, in turns."""
     models, data = resnets(count), images(inputs)
     spent: dict[int, list[float]] = {1: [], 2: []}
@@ -294,14 +317,14 @@ def main() -> None:
     work: dict[str, Callable[[], dict[str, Any]]] = (
         {
             "throughput": lambda: throughput(4, 128, 3, 1),
-            "processes": lambda: processes(4, 128, 1),
+            "processes": lambda: processes(4, (128,), 1),
             "memory": lambda: memory((4, 8), 64, 60_000_000),
             "kills": lambda: kills(3, 64, 2),
         }
         if given.quick
         else {
             "throughput": lambda: throughput(10, 400, given.fused, 12),
-            "processes": lambda: processes(10, 512, 2),
+            "processes": lambda: processes(10, (512, 2000), 2),
             "memory": lambda: memory((10, 40), 64, 100_000_000),
             "kills": lambda: kills(4, 64, 20),
         }
