@@ -9,6 +9,7 @@ from torch import nn
 from clafusion import (
     ConvergenceWarning,
     InputError,
+    StructureError,
     fuse,
     fuse_models,
     permute_channels,
@@ -35,6 +36,19 @@ def permuted(model, inputs, seed):
     copy = mlp(12, 10, 9, 5)
     copy.load_state_dict(state)
     return copy
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_models_that_differ_between_their_units_are_refused(method):
+    def chain(pooling, count):
+        layers = [nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()]
+        for _ in range(count):
+            layers += [nn.Conv2d(6, 6, 3, padding=1), nn.ReLU()]
+        return nn.Sequential(*layers, pooling, nn.Flatten(), nn.Linear(96, 5)).eval()
+
+    models = [chain(nn.MaxPool2d(2), 2), chain(nn.AvgPool2d(2), 1)]
+    with pytest.raises(StructureError, match="differ in what lies between units"):
+        fuse_models(models, IMAGES, method=method)
 
 
 def test_two_models_are_what_fuse_makes_of_them():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from clafusion.blending import aligned_state, outgoing_map
 from clafusion.calibration import repair, reset_batchnorm
 from clafusion.data import Data, first_batch
-from clafusion.depth import lifting, with_state
+from clafusion.depth import check_lifted, lifting, with_state
 from clafusion.errors import ConvergenceWarning, InputError, StructureError
 from clafusion.graph import State
 from clafusion.least_squares import Parent, frame_as_parent, regress_leaning
@@ -243,6 +243,8 @@ def _into_one_frame(
                 parents.append(frame_as_parent(graphs[i], shares[i]))
             else:
                 lifted = lifting(frame.graph, graphs[i], pairs[i].alignment.deep_to_shallow)
+                if done == 0:  # every frame has the same architecture
+                    check_lifted(lifted)
                 plans = tuple(channel_plans(lifted, frame, signatures[i], config))
                 parents.append(Parent(lifted, plans, shares[i]))
         converged = _same(before, parents)
