@@ -30,6 +30,12 @@ def classifier(seed=0, dropout=0.0, norm=False):
     ).eval()
 
 
+def half_frozen():
+    model = classifier()
+    model[0].requires_grad_(False)
+    return model
+
+
 def state(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -183,13 +189,26 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, mak
     "change",
     [
         {"model": classifier(1)},
+        {"model": half_frozen()},
         {"data": (X[1:65], Y[1:65])},
+        {"validation": DATA},
+        {"validation": [DATA, DATA]},
         {"seed": 1},
         {"learning_rate": 0.02},
         {"optimizer": lambda parameters: torch.optim.Adam(parameters)},
         {"optimizer": lambda p: torch.optim.SGD([{"params": p, "lr": 0.3}], 0.01, 0.9, 0, 1e-4)},
     ],
-    ids=["model", "data", "seed", "learning rate", "optimizer", "its groups"],
+    ids=[
+        "model",
+        "frozen",
+        "data",
+        "validation",
+        "validation batches",
+        "seed",
+        "learning rate",
+        "optimizer",
+        "its groups",
+    ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change):
     path = tmp_path / "run.pt"

@@ -139,8 +139,8 @@ def finetune(
     checkpoint
         A ``.pt`` file to which all is written after each epoch. If it exists, the run goes on from
         there, and ends with the same bytes; a finished run is returned at once. A file of other
-        settings, another model or other data (of a DataLoader only the number of batches is
-        compared) is refused.
+        settings, another model (or other parameters that need a gradient), other data or other
+        validation (of a DataLoader only the number of batches is compared) is refused.
     mixed_precision
         Compute in bfloat16 where PyTorch holds that to be safe; on a GPU only.
     device
@@ -473,7 +473,7 @@ def _train(
     solver = _optimizer(optimizer, trained, settings)
     rates = [group["lr"] for group in solver.param_groups]
     run = _Run()
-    key = "" if path is None else _run_key(model, data, length, solver, settings)
+    key = "" if path is None else _run_key(model, data, validation, solver, settings)
     if path is not None and path.exists():
         run = _resume(path, key, trained, solver)
 
@@ -770,12 +770,17 @@ def _device_of(model: nn.Module) -> torch.device:
 def _run_key(
     model: nn.Module,
     data: Any,
-    length: int | None,
+    validation: Any,
     solver: torch.optim.Optimizer,
     settings: _Settings,
 ) -> str:
     """Return the hash of all that the run's result depends on."""
-    pair = [one for one in data if one is not None] if _is_pair(data) else None
+
+    def content(data: Any) -> str | int | None:
+        if _is_pair(data):
+            return data_digest([tuple(one for one in data if one is not None)])
+        return _num_batches(data, settings.batch_size)
+
     groups = [
         {name: value for name, value in group.items() if name != "params"}
         for group in solver.param_groups
@@ -785,7 +790,9 @@ def _run_key(
             "settings": repr(settings),
             "optimizer": f"{type(solver).__name__} {groups!r}",
             "model": tensors_digest(tensors_of(model)),
-            "data": length if pair is None else data_digest([tuple(pair)]),
+            "trained": [name for name, one in model.named_parameters() if one.requires_grad],
+            "data": content(data),
+            "validation": None if validation is None else [content(validation)],
         }
     )
 
