@@ -337,12 +337,21 @@ def test_many_assignments_come_back_in_order_with_their_dual():
     assert found[4].plan.shape == (5, 6)
 
 
-def test_the_exact_dual_certifies_the_plan():
-    cost, a, b = problem(20, 35).double(), weights(20, 1), weights(35, 2)
+@pytest.mark.parametrize("shift", [-0.5, 0.0, 1.0])
+@pytest.mark.parametrize("unit", [1e-15, 1.0, 1e15])
+def test_the_exact_dual_certifies_the_plan_in_any_unit(unit, shift):
+    cost, a, b = (problem(20, 35).double() + shift) * unit, weights(20, 1), weights(35, 2)
     found = solve_transport([cost], [a], [b], solver="exact")[0]
-    slack = cost - found.source_potential[:, None] - found.target_potential
+    slack = (cost - found.source_potential[:, None] - found.target_potential) / unit
     assert float(slack.min()) > -1e-12
     assert float((slack * found.plan).sum()) == pytest.approx(0.0, abs=1e-12)
+    assert float(found.cost) == pytest.approx(float((cost * found.plan).sum()))
+
+
+def test_equal_costs_are_solved_exactly():
+    found = solve_transport([torch.full((3, 5), 2.0)], solver="exact")[0]
+    assert float(found.cost) == pytest.approx(2.0)
+    assert float(found.source_potential[0] + found.target_potential[0]) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("solver", ["assignment", "exact", "sinkhorn", "unbalanced"])

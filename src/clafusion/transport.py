@@ -467,9 +467,16 @@ def _transport_exactly(
         problem: tuple[Tensor, NDArray[np.float64], NDArray[np.float64]],
     ) -> tuple[NDArray[np.float64], dict[str, Any]]:
         cost, source, target = problem
+        values = cost.double().numpy()
+        # POT has absolute tolerances: bring costs to [0, 1), by a power of two, to round none.
+        low = values.min()
+        exponent = int(np.frexp(values.max() - low)[1])
+        scaled = np.ldexp(values - low, -exponent)
         answer: tuple[NDArray[np.float64], dict[str, Any]] = ot.emd(
-            source, target, cost.double().numpy(), numItermax=10_000_000, log=True
+            source, target, scaled, numItermax=10_000_000, log=True
         )
+        for name in ("u", "v"):  # centred, so that each takes half of the shift
+            answer[1][name] = np.ldexp(np.asarray(answer[1][name]), exponent) + low / 2
         return answer
 
     # Threads: POT's network simplex runs without the GIL. Its warnings are said as our own.
@@ -482,8 +489,8 @@ def _transport_exactly(
         error = np.abs(found.sum(1) - source).sum() + np.abs(found.sum(0) - target).sum()
         solution = _optimal(
             plan,
-            torch.from_numpy(np.asarray(log["u"])),
-            torch.from_numpy(np.asarray(log["v"])),
+            torch.from_numpy(log["u"]),
+            torch.from_numpy(log["v"]),
             (plan * cost).sum(),
             float(error / source.sum()),
         )
