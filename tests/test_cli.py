@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,6 +159,17 @@ def test_bad_input_is_one_line_and_exit_code_2(files, capsys, name):
     assert message in shown.err
     assert shown.err.count("\n") == 1
     assert not (files / "fused.safetensors").exists()
+
+
+@pytest.mark.parametrize("taken", ["deep.safetensors", "./deep.safetensors", "link.pt"])
+def test_an_input_is_not_written_over(files, capsys, taken):
+    (files / "link.pt").symlink_to("shallow.th")
+    before = {one: one.read_bytes() for one in files.iterdir() if one.is_file()}
+    assert main(replaced("--out", taken)) == 2
+    shown = capsys.readouterr()
+    assert f"--out {str(Path(taken))!r} is an input" in shown.err
+    assert shown.err.count("\n") == 1
+    assert all(one.read_bytes() == content for one, content in before.items())
 
 
 def test_a_corrupt_file_is_refused(files, capsys):

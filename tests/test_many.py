@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
 import torch
@@ -351,6 +353,15 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
 
 
 # --- resuming -----------------------------------------------------------------------------------
+
+
+def test_results_are_not_written_over_a_models_file(files, tmp_path):
+    taken = tmp_path / "b+c.safetensors"
+    taken.write_bytes(Path(files["a"].path).read_bytes())
+    models = {**files, "a": replace(files["a"], path=taken)}
+    with pytest.raises(InputError, match=r"models\['a'\].* would be written over"):
+        list(fuse_many(models, DATA, out_dir=tmp_path))
+    assert taken.read_bytes() == Path(files["a"].path).read_bytes()
 
 
 def test_what_is_whole_is_kept_and_what_is_not_is_done_again(expected, tmp_path, monkeypatch):

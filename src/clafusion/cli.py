@@ -239,7 +239,7 @@ def _fuse(
         seed=seed,
     )
     _check_device(device)
-    check_output(out, WRITABLE, "--out")
+    check_output(out, WRITABLE, "--out", (first, second, data))
     _check_plot(plot)
     archs = (arch, arch if arch_b is None else arch_b)
     models = [load_model(one, path) for one, path in zip(archs, (first, second), strict=True)]

@@ -302,6 +302,13 @@ profile_inputs, pin_ends, normalisation, match_classifier, importance, zip_budge
     folder = None
     if out_dir is not None:
         folder = _made(out_dir, "out_dir")
+        results = {folder.resolve() / _file_name(pair) for pair in wanted}
+        for name, model in models.items():
+            if isinstance(model, ModelFile) and Path(model.path).resolve() in results:
+                raise InputError(
+                    f"models[{name!r}]: {str(model.path)!r} would be written over by a pair's "
+                    "result: choose another out_dir"
+                )
         cache_dir = folder / CACHE if cache_dir is None else cache_dir
     job = _Job(
         data,

@@ -14,14 +14,19 @@ from clafusion.errors import InputError
 __all__ = ["check_output", "replacing"]
 
 
-def check_output(path: str | os.PathLike[str], endings: Sequence[str], argument: str) -> Path:
-    """Return ``path`` if a file of one of these kinds can be written there.
+def check_output(
+    path: str | os.PathLike[str],
+    endings: Sequence[str],
+    argument: str,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+) -> Path:
+    """Return ``path`` if a file of one of these kinds can be written there, and is no input.
 
     Raises
     ------
     InputError
         The ending is unknown, the directory does not exist or may not be written to, or
-        something other than a file is in the way. The message names ``argument``.
+        an input or something other than a file is in the way. The message names ``argument``.
     """
     path = Path(path)
     if path.suffix.lower() not in endings:
@@ -31,6 +36,10 @@ def check_output(path: str | os.PathLike[str], endings: Sequence[str], argument:
         )
     if path.exists() and not path.is_file():
         raise InputError(f"{argument} {str(path)!r} exists and is no file: choose another name")
+    if path.exists() and any(os.path.exists(one) and path.samefile(one) for one in inputs):
+        raise InputError(
+            f"{argument} {str(path)!r} is an input, which would be lost: choose another name"
+        )
     directory = path.resolve().parent
     if not directory.is_dir():
         raise InputError(
