@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from dataclasses import fields
 
 import numpy as np
@@ -409,6 +410,8 @@ def test_different_structures_are_refused_by_unit():
     ("data", "message"),
     [
         (VECTORS[:, :11], "does not run on the example inputs"),
+        (VECTORS.double(), r"inputs \(3, 12\) torch.float64, with parameters of torch.float32"),
+        (VECTORS.long(), r"inputs \(3, 12\) torch.int64, with parameters of torch.float32"),
         ([VECTORS, VECTORS[:, :11]], r"batch 1 has shape \(400, 11\)"),
         ([VECTORS, VECTORS.double()], r"batch 1 has dtype torch.float64"),
         ([VECTORS, VECTORS * torch.nan], "batch 1 holds 4800 NaN or infinite"),
@@ -422,6 +425,48 @@ def test_different_structures_are_refused_by_unit():
 def test_bad_data_is_refused(data, message):
     with pytest.raises(InputError, match=message):
         fuse(networks.mlp(12, 9, 5), networks.mlp(12, 8, 5), data)
+
+
+def weights_computed(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(model[0])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (nn.Module.double, "second model: .* with parameters of torch.float64"),
+        (nn.DataParallel, "wrapped in DataParallel: give its .module"),
+        (torch.jit.script, "compiled by torch.jit"),
+        (weights_computed, r"cannot be copied .* Take off what computes a weight"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_models_that_cannot_be_traced_are_refused(change, message):
+    model = networks.mlp(12, 9, 5)
+    other = change(networks.mlp(12, 8, 5))
+    with pytest.raises(InputError, match=message):
+        fuse(model, other, VECTORS)
+    if change is weights_computed:
+        with pytest.raises(InputError, match=message):
+            fuse(model, other, VECTORS, device="cpu")
+
+
+def test_what_inference_mode_would_make_untrainable_is_refused():
+    models = [networks.mlp(12, 9, 9, 5), networks.mlp(12, 9, 5, seed=1)]
+    pair = [trace(model, VECTORS) for model in models]
+    plan = lifting(*pair, (0, -1, 1))
+    with torch.inference_mode():
+        with pytest.raises(InputError, match="cannot be trained"):
+            fuse(*models, VECTORS)
+        lifted = lift(models[0], plan)
+        made_here = networks.mlp(12, 9, 5)
+    lifted(VECTORS).sum().backward()
+    assert all(one.grad is not None for one in lifted.parameters())
+    with pytest.raises(InputError, match=r"second model: parameter '0.weight' was made in"):
+        fuse(models[0], made_here, VECTORS)
 
 
 def test_bad_weights_are_refused_by_name():

@@ -467,6 +467,11 @@ def test_wrong_inputs_of_distillation_are_refused(change, message):
         )
 
 
+def test_training_in_inference_mode_is_refused():
+    with torch.inference_mode(), pytest.raises(InputError, match="keeps no gradients"):
+        finetune(classifier(), DATA, epochs=1)
+
+
 def test_models_that_cannot_be_trained_are_refused():
     with pytest.raises(InputError, match="no parameter that can be trained"):
         finetune(classifier().requires_grad_(False), DATA, epochs=1)

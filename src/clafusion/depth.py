@@ -460,8 +460,9 @@ def _compare(found: Sequence[Tensor], plan: Lifting) -> None:
 
 def with_state(module: nn.Module, state: Mapping[str, Tensor], graph: ModelGraph) -> nn.Module:
     """Return a copy of a module that holds ``state``, whatever the widths in it are."""
-    built = copy.deepcopy(module)
-    fill(built, {**state, **{alias: state[name] for alias, name in graph.aliases.items()}})
+    with torch.inference_mode(False):  # in which nothing is made that can be trained
+        built = copy.deepcopy(module)
+        fill(built, {**state, **{alias: state[name] for alias, name in graph.aliases.items()}})
     return built
 
 

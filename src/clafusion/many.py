@@ -67,6 +67,7 @@ from clafusion.prepared import (
     versions,
 )
 from clafusion.signatures import LayerValues
+from clafusion.trace import copied
 from clafusion.transport import Solver
 
 __all__ = ["PairResult", "fuse_many"]
@@ -477,7 +478,7 @@ class _Workshop:
                 model = kind.load() if isinstance(kind, ModelFile) else kind
                 example = job.example_inputs
                 if job.device is not None:
-                    model = copy.deepcopy(model).to(job.device)
+                    model = copied(model).to(job.device)
                     example = torch.utils._pytree.tree_map(lambda x: x.to(job.device), example)
                 made = prepare(
                     repr(name),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import time
@@ -38,7 +37,7 @@ from clafusion.least_squares import Lean, Parent, frame_as_parent, regress_leani
 from clafusion.moments import BatchMoments
 from clafusion.neuron_costs import MAX_CHANNELS, classifier_costs, neuron_costs
 from clafusion.signatures import LayerValues, Signature, profile_graphs
-from clafusion.trace import trace
+from clafusion.trace import copied, trace
 from clafusion.transport import Solver, solve_transport
 from clafusion.weight_matching import match_by_weights
 from clafusion.zipping import zip_plans
@@ -497,7 +496,7 @@ def align(
         example_inputs = first_batch(data)
     if device is not None:
         target = torch.device(device)
-        first, second = (copy.deepcopy(model).to(target) for model in (first, second))
+        first, second = (copied(model).to(target) for model in (first, second))
         example_inputs = _to(example_inputs, target)
     clock = _Clock(next((one.device for one in first.parameters()), None))
     with clock.stage("trace"):
@@ -845,10 +844,10 @@ def traced_template(
     It gets the type, the place and the mode (train or eval) of ``like``, one of those to be fused.
     """
     known = next((one for one in like.parameters() if one.is_floating_point()), torch.empty(0))
-    module = copy.deepcopy(into).to(known.device if device is None else device, known.dtype)
     if device is not None:
         example_inputs = _to(example_inputs, torch.device(device))
     try:
+        module = copied(into).to(known.device if device is None else device, known.dtype)
         return trace(module.train(like.training), example_inputs)
     except ClafusionError as error:
         raise type(error)(f"into: {error}") from error

@@ -10,7 +10,6 @@ Math. Anal. 2011; for networks C2M3, arXiv 2405.17897).
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -38,6 +37,7 @@ from clafusion.pipeline import (
     profiled,
     traced_to_fuse,
 )
+from clafusion.trace import copied
 
 __all__ = ["ModelsResult", "SeveralMethod", "fuse_models"]
 
@@ -145,7 +145,7 @@ def fuse_models(
         raise InputError(f"settings must be those of fuse; got {', '.join(sorted(unknown))}")
     config = FusionConfig(**settings)
     if device is not None:
-        models = [copy.deepcopy(model).to(device) for model in models]
+        models = [copied(model).to(device) for model in models]
     if method == "iterative":
         settings |= {"into": into, "example_inputs": example_inputs, "progress": progress}
         return _one_after_another(models, data, shares, settings)

@@ -73,15 +73,14 @@ def trace(
     Raises
     ------
     InputError
-        The model is no module, has NaN or infinite weights, or the inputs are not tensors.
+        The model is no module or one that cannot be copied, has NaN or infinite weights, or does
+        not run on the inputs; or this is ``torch.inference_mode``.
     UnsupportedOpError
         The model cannot be exported, or the analysis has no rule for one of its operations.
     GraphVerificationError
         A permutation changed the output.
     """
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    _check_weights(model)
+    _check_model(model)
     arguments, keywords = _example(example_inputs)
     device = next((one.device for one in model.parameters()), None)
     if device is not None:
@@ -89,7 +88,7 @@ def trace(
         keywords = {name: one.to(device) for name, one in keywords.items()}
     with _quiet_export():
         program = _export(
-            copy.deepcopy(model).eval(),
+            copied(model).eval(),
             tuple(one.clone() for one in arguments),
             {name: one.clone() for name, one in keywords.items()},
         )
@@ -164,8 +163,20 @@ def graph_like(known: ModelGraph, model: nn.Module) -> ModelGraph:
 
     It is not proved yet: that takes the model's own weights.
     """
-    _check_weights(model)
+    _check_model(model)
     return replace(known, model=model)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a module, or say why there can be none."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} cannot be copied ({_first_line(error)}). Take off what "
+            "computes a weight from others (remove_weight_norm, remove_spectral_norm, "
+            "torch.nn.utils.prune.remove) or keeps a result of forward"
+        ) from error
 
 
 def architecture(model: nn.Module) -> Architecture | None:
@@ -244,8 +255,24 @@ def _refuse_changed_inputs(module: fx.GraphModule, placeholders: Sequence[str | 
             inputs.add(node)
 
 
-def _check_weights(model: nn.Module) -> None:
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InputError(f"model is wrapped in {type(model).__name__}: give its .module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError("model is compiled by torch.jit: give the module that it was made from")
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "in torch.inference_mode() a model would be made that cannot be trained: leave it, or "
+            "use torch.no_grad()"
+        )
     for name, tensor in model.named_parameters():
+        if tensor.is_inference():
+            raise InputError(
+                f"parameter {name!r} was made in torch.inference_mode() and cannot be trained: "
+                "build and load the model outside of it"
+            )
         if tensor.is_meta:
             raise InputError(f"parameter {name!r} is on the meta device: load its values first")
         bad = int((~torch.isfinite(tensor)).sum())
@@ -324,24 +351,34 @@ def _export(
         else:
             by_name[name] = auto
     shapes: Any = by_name if keywords else tuple(by_name.values())
+    failure: Exception | None = None
     try:
-        return torch.export.export(
+        program = torch.export.export(
             model, arguments, dict(keywords), dynamic_shapes=shapes, strict=False
         )
     except Exception as error:
-        try:  # tell a model that cannot run on these inputs from one that cannot be exported
-            with torch.no_grad():
-                model(*arguments, **keywords)
-        except Exception as cause:
-            shown = [tuple(one.shape) for one in (*arguments, *keywords.values())]
-            raise InputError(
-                f"the model does not run on the example inputs of shape {shown}: {cause}"
-            ) from cause
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        failure = error
+    try:  # a model that cannot run on these inputs may be exported, and the other way round
+        with torch.no_grad():
+            model(*arguments, **keywords)
+    except Exception as cause:
+        inputs = (*arguments, *keywords.values())
+        shown = ", ".join(f"{tuple(one.shape)} {one.dtype}" for one in inputs)
+        types = ", ".join(sorted({str(one.dtype) for one in model.parameters()}))
+        raise InputError(
+            f"the model does not run on the example inputs {shown}, with parameters of "
+            f"{types or 'no type'}: {cause}"
+        ) from cause
+    if failure is not None:
         raise UnsupportedOpError(
-            f"torch.export cannot export {type(model).__name__}: {first}. Rewrite data-dependent "
-            "control flow, or fuse the part of the model that can be exported"
-        ) from error
+            f"torch.export cannot export {type(model).__name__}: {_first_line(failure)}. Rewrite "
+            "data-dependent control flow, or fuse the part of the model that can be exported"
+        ) from failure
+    return program
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), repr(error))
 
 
 def _inline_subgraphs(module: fx.GraphModule) -> None:

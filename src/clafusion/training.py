@@ -413,6 +413,8 @@ def _check_model(name: str, model: Any) -> None:
         raise InputError(
             f"{name} has no parameter that can be trained: set requires_grad of those that should"
         )
+    if torch.is_inference_mode_enabled():
+        raise InputError("torch.inference_mode() keeps no gradients: leave it to train")
 
 
 # --- the loop -----------------------------------------------------------------------------------
