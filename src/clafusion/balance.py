@@ -23,6 +23,7 @@ from clafusion.errors import InputError, StructureError
 from clafusion.graph import ModelGraph, Unit
 from clafusion.layer_alignment import LayerAlignment
 from clafusion.layer_costs import layer_costs
+from clafusion.layer_weights import LayerShares
 from clafusion.least_squares import Parent, frame_as_parent, one_thread, regress
 from clafusion.signatures import Signature
 from clafusion.trace import trace_like
@@ -200,7 +201,7 @@ def _made_up_for(
             None if other < 0 else torch.eye(one.size, dtype=torch.float64)
             for one, other in zip(graph.classes, plan.classes, strict=True)
         ]
-    parents = [Parent(plan, plans, 1.0), frame_as_parent(graph, 0.0)]
+    parents = [Parent(plan, plans, LayerShares(1.0)), frame_as_parent(graph, LayerShares(0.0))]
     state = regress(parents, graph.state(), data, seed=seed)
     return with_state(graph.model, state, graph)
 

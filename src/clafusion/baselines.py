@@ -6,6 +6,7 @@ from torch import nn
 
 from clafusion.blending import blend
 from clafusion.depth import with_state
+from clafusion.layer_weights import LayerShares
 from clafusion.pipeline import FusionResult
 from clafusion.weight_matching import index_plan
 
@@ -19,4 +20,5 @@ def naive_average(result: FusionResult, deep_weight: float = 0.5) -> nn.Module:
         None if other < 0 else index_plan(shallow.classes[other].size, one.size)
         for one, other in zip(deep.classes, result.lifting.classes, strict=True)
     ]
-    return with_state(deep.model, blend(result.lifting, plans, deep_weight), deep)
+    state = blend(result.lifting, plans, LayerShares(deep_weight))
+    return with_state(deep.model, state, deep)

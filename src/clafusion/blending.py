@@ -19,12 +19,13 @@ from torch import Tensor
 from clafusion.depth import Lifting, axes_of, lifted_state, onto_itself
 from clafusion.errors import StructureError
 from clafusion.graph import ChannelClass, ModelGraph, Slot
+from clafusion.layer_weights import LayerShares
 
 __all__ = [
     "Normalisation",
     "aligned_state",
     "blend",
-    "deep_shares",
+    "channel_shares",
     "incoming_map",
     "outgoing_map",
     "transport_vector",
@@ -81,23 +82,23 @@ def aligned_state(
 def blend(
     lifting: Lifting,
     plans: Sequence[Tensor | None],
-    deep_weight: float,
+    deep_shares: LayerShares,
     *,
     normalisation: Normalisation = "two",
     classifier: Tensor | None = None,
     target_plans: Sequence[Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
-    """Return the fused state: ``(1 - w) * aligned shallow + w * deep`` with ``w = deep_weight``.
+    """Return the fused state: ``(1 - w) * aligned shallow + w * deep``.
 
-    Inside an inserted block the deep network's weights stay as they are and only the block's last
-    write is scaled by ``w``: that fuses the functions, where averaging every weight with zero
-    would shrink the block once a layer. Of a unit that only stands in, the aligned weights are
-    taken. ``classifier`` is a plan for the outputs of the last
-    layer, which are otherwise never moved.
+    ``w`` is the deep network's share of the layer. Inside an inserted block the deep network's
+    weights stay as they are and only the block's last write is scaled by ``w``: that fuses the
+    functions, where averaging every weight with zero would shrink the block once a layer. Of a unit
+    that only stands in, the aligned weights are taken. ``classifier`` is a plan for the outputs of
+    the last layer, which are otherwise never moved.
 
     With ``target_plans``, for each class ``(num_target, num_target)``, the deep network moves as
-    well, and what leaves a channel is averaged by :func:`deep_shares`: a channel into which only
-    one network's channels move is that network's alone.
+    well, and what leaves a channel is averaged by :func:`channel_shares`: a channel into which only
+    one network's channels move is that network's alone, and layers have no shares of their own.
     """
     aligned = aligned_state(lifting, plans, normalisation)
     if classifier is not None:
@@ -111,7 +112,7 @@ def blend(
     shares: list[Tensor] = []
     if target_plans is not None:
         own |= aligned_state(onto_itself(lifting.deep), target_plans)
-        shares = deep_shares(plans, target_plans, deep_weight)
+        shares = channel_shares(plans, target_plans, deep_shares.overall)
     fused: dict[str, Tensor] = {}
     for name, tensor in own.items():
         if lifting.origins[name] == "taken" and name in aligned:
@@ -119,16 +120,17 @@ def blend(
         elif name in aligned:
             both = aligned[name].double(), tensor.double()
             if target_plans is None:
-                mixed = torch.lerp(*both, deep_weight)
+                mixed = torch.lerp(*both, deep_shares.of(name))
             else:
-                mixed = torch.lerp(*both, _by_rows(lifting.deep, name, tensor, shares, deep_weight))
+                by_rows = _by_rows(lifting.deep, name, tensor, shares, deep_shares.overall)
+                mixed = torch.lerp(*both, by_rows)
             fused[name] = mixed.to(tensor.dtype)
         else:
             fused[name] = tensor.clone()
     return fused
 
 
-def deep_shares(
+def channel_shares(
     plans: Sequence[Tensor | None],
     target_plans: Sequence[Tensor | None],
     deep_weight: float,

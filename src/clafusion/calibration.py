@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from clafusion.blending import deep_shares, transport_vector
+from clafusion.blending import channel_shares, transport_vector
 from clafusion.data import Data, batches
 from clafusion.depth import Lifting
 from clafusion.errors import InputError
 from clafusion.graph import Site, State, Walk, call_model
+from clafusion.layer_weights import LayerShares
 from clafusion.moments import BatchMoments, Moments, batch_moments, channel_moments, parts
 
 __all__ = ["repair", "reset_batchnorm"]
@@ -63,7 +64,7 @@ def repair(
     fused: State,
     data: Data,
     *,
-    deep_weight: float,
+    deep_shares: LayerShares,
     target_plans: Sequence[Tensor | None] | None = None,
     observed: tuple[Sequence[BatchMoments], Sequence[BatchMoments]] | None = None,
     device: torch.device | None = None,
@@ -72,7 +73,8 @@ def repair(
     r"""Rescale and shift every layer's outputs to the endpoints' statistics (REPAIR).
 
     With :math:`\mu, \sigma` a channel's mean and standard deviation over inputs and positions,
-    and ``w`` the deep network's weight, the fused network's pre-activations ``y`` become
+    and ``w`` the deep network's share of the layer, the fused network's pre-activations ``y``
+    become
 
     .. math:: \frac{y - \mu_y}{\sigma_y}\,\bigl((1-w)\,\tilde\sigma_A + w\,\sigma_B\bigr)
               + (1-w)\,\tilde\mu_A + w\,\mu_B
@@ -84,7 +86,7 @@ def repair(
     are repaired already.
 
     With ``target_plans`` the deep network's channels move as well, and ``w`` is each channel's
-    :func:`clafusion.blending.deep_shares`.
+    :func:`clafusion.blending.channel_shares`.
 
     Returns
     -------
@@ -113,12 +115,14 @@ def repair(
     shallow_moments = {node: Moments() for node in shallow_axes}
     fused_moments = {node: Moments() for node in sites}
     target = device or next((one.device for one in fused.values()), torch.device("cpu"))
-    shares = None if target_plans is None else deep_shares(plans, target_plans, deep_weight)
+    shares = None
+    if target_plans is not None:
+        shares = channel_shares(plans, target_plans, deep_shares.overall)
 
     def moved_deep(site: Site, of_deep: BatchMoments) -> tuple[Tensor, Tensor, Tensor]:
         """Return the deep network's mean, deviation and share of each channel of a site."""
         mean, deviation = of_deep[site.node]
-        weight = torch.full_like(mean, deep_weight)
+        weight = torch.full_like(mean, deep_shares.of(site.weight))
         if target_plans is None or shares is None:
             return mean, deviation, weight
         where = site.classes, site.members

@@ -127,6 +127,13 @@ ImportanceName = Annotated[
         help="Each channel's mass in the matching: uniform, or by norm, activation, sensitivity."
     ),
 ]
+LayerWeightsName = Annotated[
+    str,
+    typer.Option(
+        help="Whether every layer has the weight (uniform), or each matched unit a share of its "
+        "own, by the outputs' sensitivity to it (sensitivity)."
+    ),
+]
 SolverName = Annotated[
     str, typer.Option(help="How channels are matched: auto, assignment, exact, sinkhorn, zip.")
 ]
@@ -186,6 +193,7 @@ def _fuse(
     mean: Mean = None,
     std: Std = None,
     weight: Weight = _DEFAULTS.weight,
+    layer_weights: LayerWeightsName = _DEFAULTS.layer_weights,
     layer_cost: LayerCostName = _DEFAULTS.layer_cost,
     alignment: AlignmentName = _DEFAULTS.alignment,
     neuron_cost: NeuronCostName = _DEFAULTS.neuron_cost,
@@ -221,6 +229,7 @@ def _fuse(
     """
     config = _config(
         weight=weight,
+        layer_weights=layer_weights,
         layer_cost=layer_cost,
         alignment=alignment,
         neuron_cost=neuron_cost,
@@ -730,6 +739,10 @@ def _fusion_facts(result: FusionResult, out: Path, plot: Path | None) -> dict[st
         "classes": [
             {"name": one.name, "channels": None if plan is None else list(plan.shape)}
             for one, plan in zip(result.lifting.deep.classes, result.plans, strict=True)
+        ],
+        "shares": [
+            {"unit": unit.name, "share": share}
+            for unit, share in zip(result.lifting.deep.units, result.shares, strict=True)
         ],
         "seconds": dict(result.timings),
     }

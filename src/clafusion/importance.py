@@ -7,6 +7,7 @@ mixed from; what reads a source channel goes to its partners whole, however litt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -19,7 +20,13 @@ from clafusion.errors import InputError
 from clafusion.graph import ModelGraph
 from clafusion.least_squares import one_thread
 
-__all__ = ["Importance", "channel_importance", "marginals"]
+__all__ = [
+    "Importance",
+    "channel_importance",
+    "marginals",
+    "sensitivities",
+    "unit_sensitivities",
+]
 
 Importance = Literal["uniform", "norm", "activation", "sensitivity"]
 
@@ -34,6 +41,7 @@ def channel_importance(
     *,
     max_inputs: int | None = None,
     progress: Callable[[str, int], None] | None = None,
+    products: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     r"""Return each channel class's masses ``(num_channels,)``, float64, with sum 1.
 
@@ -46,11 +54,7 @@ def channel_importance(
       where a dead channel shows.
     - ``"sensitivity"``: the sum of :math:`|\theta\, \partial L / \partial \theta|` over all
       parameters that make or read the channel: to first order what setting each to 0 would change
-      (Sens-Merging, Liu et al., arXiv 2502.12420, which has labels). Here
-      :math:`L = \sum_x \lVert f(x) \rVert^2` over all inputs and outputs, which needs no
-      labels (Aljundi et al., Memory aware synapses, ECCV 2018). It serves models that are no
-      classifiers as well, and does not vanish where a classifier is certain, as its likelihood
-      does.
+      (:func:`sensitivities`).
 
     Where all scores of a class are 0, its masses are equal.
 
@@ -66,6 +70,8 @@ def channel_importance(
         Read this many inputs only; None for all.
     progress
         Called with a text and the number of inputs done.
+    products
+        The model's :func:`sensitivities`, where they are known already.
 
     Raises
     ------
@@ -82,7 +88,8 @@ def channel_importance(
         elif kind == "activation":
             scores = _activations(graph, _limited(graph, data, max_inputs, progress))
         elif kind == "sensitivity":
-            products = _sensitivities(graph, _limited(graph, data, max_inputs, progress))
+            if products is None:
+                products = sensitivities(graph, data, max_inputs=max_inputs, progress=progress)
             scores = _over_slots(graph, products, ("out", "in"))
         else:
             raise InputError(
@@ -92,6 +99,72 @@ def channel_importance(
         return tuple(
             _masses(score, one.name, kind) for score, one in zip(scores, graph.classes, strict=True)
         )
+
+
+def sensitivities(
+    graph: ModelGraph,
+    data: Data,
+    *,
+    max_inputs: int | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> dict[str, Tensor]:
+    r"""Return :math:`|\theta\, \partial L / \partial \theta|` of each parameter, in its shape.
+
+    To first order this is what setting each to 0 would change (Sens-Merging, Liu et al., arXiv
+    2502.12420, which has labels). Here :math:`L = \sum_x \lVert f(x) \rVert^2` over all inputs
+    and outputs, which needs no labels (Aljundi et al., Memory aware synapses, ECCV 2018). It serves
+    models that are no classifiers as well, and does not vanish where a classifier is certain, as
+    its likelihood does. Signs are kept until all inputs are seen, so that it does not matter how
+    they are batched. Parameters on which no output depends are left out.
+
+    Raises
+    ------
+    InputError
+        No output depends on the weights in a way that has a gradient.
+    """
+    state = graph.state()
+    leaves = {name: one.clone().requires_grad_() for name, one in _parameters(graph).items()}
+    with one_thread(), torch.enable_grad():
+        for some in _limited(graph, data, max_inputs, progress):
+            outputs = [
+                one
+                for one in graph.run(some, state={**state, **leaves})
+                if isinstance(one, Tensor) and one.requires_grad
+            ]
+            if not outputs:
+                raise InputError(
+                    "importance='sensitivity' and layer_weights='sensitivity' need an output with "
+                    "a gradient; this model has none: use importance='norm' or 'activation', and "
+                    "layer_weights='uniform'"
+                )
+            torch.stack([one.square().sum() for one in outputs]).sum().backward()
+    return {
+        name: (one.detach() * one.grad).abs()
+        for name, one in leaves.items()
+        if one.grad is not None
+    }
+
+
+def unit_sensitivities(graph: ModelGraph, products: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of each unit's :func:`sensitivities` ``(num_units,)``, float64.
+
+    Raises
+    ------
+    InputError
+        A sum is not finite.
+    """
+    with one_thread():
+        sums = {name: float(one.double().sum()) for name, one in products.items()}
+    found = [
+        math.fsum(sums[name] for name in dict.fromkeys(unit.parameters) if name in sums)
+        for unit in graph.units
+    ]
+    for unit, one in zip(graph.units, found, strict=True):
+        if not math.isfinite(one):
+            raise InputError(
+                f"layer_weights='sensitivity' is not finite for unit {unit.name!r}; use 'uniform'"
+            )
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def marginals(
@@ -221,30 +294,3 @@ def _activations(graph: ModelGraph, inputs: Iterator[tuple[Tensor, ...]]) -> lis
             shown.index_add_(0, members, torch.ones(len(members), dtype=torch.float64))
         scores.append(total / shown.clamp(min=1))
     return scores
-
-
-def _sensitivities(graph: ModelGraph, inputs: Iterator[tuple[Tensor, ...]]) -> dict[str, Tensor]:
-    """Return the magnitude of each parameter times its gradient.
-
-    Signs are kept until all inputs are seen, so that it does not matter how they are batched.
-    """
-    state = graph.state()
-    leaves = {name: one.clone().requires_grad_() for name, one in _parameters(graph).items()}
-    with torch.enable_grad():
-        for some in inputs:
-            outputs = [
-                one
-                for one in graph.run(some, state={**state, **leaves})
-                if isinstance(one, Tensor) and one.requires_grad
-            ]
-            if not outputs:
-                raise InputError(
-                    "importance='sensitivity' needs an output with a gradient; this model has "
-                    "none: use 'norm' or 'activation'"
-                )
-            torch.stack([one.square().sum() for one in outputs]).sum().backward()
-    return {
-        name: (one.detach() * one.grad).abs()
-        for name, one in leaves.items()
-        if one.grad is not None
-    }

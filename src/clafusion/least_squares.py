@@ -47,6 +47,7 @@ from clafusion.data import Data, batches
 from clafusion.depth import Lifting, axes_of, lifted_state, onto_itself
 from clafusion.graph import ModelGraph, Site, Slot, State, Unit, Walk
 from clafusion.hidden_channels import keep_channels
+from clafusion.layer_weights import LayerShares
 from clafusion.operations import bound_operands, convolution_geometry, op_name
 
 __all__ = [
@@ -94,13 +95,13 @@ class Parent:
         What corresponds; ``lifting.deep`` is the frame, ``lifting.shallow`` this network.
     plans
         For each channel class of the frame ``(num_source, num_target)``, or None.
-    share
-        Its share of the outputs.
+    shares
+        Its share of each layer, and of the outputs.
     """
 
     lifting: Lifting
     plans: Sequence[Tensor | None]
-    share: float
+    shares: LayerShares
 
     @property
     def is_frame(self) -> bool:
@@ -120,21 +121,31 @@ class Parent:
         )
 
 
-def frame_as_parent(frame: ModelGraph, share: float) -> Parent:
+def frame_as_parent(frame: ModelGraph, shares: LayerShares) -> Parent:
     """Return the network that gives the frame as one of those that are fused."""
     plans = [torch.eye(one.size, dtype=torch.float64) for one in frame.classes]
-    return Parent(onto_itself(frame), plans, share)
+    return Parent(onto_itself(frame), plans, shares)
 
 
-def interior_shares(shares: Sequence[float], lean: float) -> tuple[float, ...]:
-    """Return the parents' shares inside the network, for their shares of the outputs.
+def interior_shares(shares: Sequence[LayerShares], lean: float) -> list[LayerShares]:
+    """Return the parents' shares inside the network.
 
-    ``lean`` in [0, 1] is how far they go from ``shares`` to the parent that has most; of equals it
-    is the last. They add up to 1.
+    ``lean`` in [0, 1] is how far they go from ``shares`` to the parent that has most of the
+    outputs; of equals it is the last. Those of each layer add up to 1.
     """
-    most = max(range(len(shares)), key=lambda i: (shares[i], i))
-    leaning = [share + lean * (float(i == most) - share) for i, share in enumerate(shares)]
-    return (max(1.0 - sum(leaning[1:]), 0.0), *leaning[1:])
+    most = max(range(len(shares)), key=lambda i: (shares[i].overall, i))
+
+    def leaning(given: Sequence[float]) -> tuple[float, ...]:
+        found = [share + lean * (float(i == most) - share) for i, share in enumerate(given)]
+        return (max(1.0 - sum(found[1:]), 0.0), *found[1:])
+
+    overall = leaning([one.overall for one in shares])
+    names = dict.fromkeys(name for one in shares for name in one.own)
+    own = {name: leaning([one.of(name) for one in shares]) for name in names}
+    return [
+        LayerShares(share, {name: of_layer[i] for name, of_layer in own.items()})
+        for i, share in enumerate(overall)
+    ]
 
 
 def weighted_mean(values: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
@@ -188,13 +199,14 @@ def regress(
     places = _places(parents, state)
     inputs = list(_limited(data, parents[0].lifting.deep, target, samples))
     walks = _Walks(parents, state, inputs, places, ridge)
-    shares = [one.share for one in parents]
+    shares = [one.shares for one in parents]
     inside = interior_shares(shares, lean)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for done, place in enumerate(places):
             is_output = bool((place.site.classes < 0).all())
-            walks.solve(place, shares if is_output else inside, generator)
+            of_layer = [one.of(place.site.weight) for one in (shares if is_output else inside)]
+            walks.solve(place, of_layer, generator)
             if progress is not None:
                 progress("calibrate", done + 1)
     return state
@@ -202,7 +214,7 @@ def regress(
 
 def regress_leaning(
     parents: Sequence[Parent],
-    average: Callable[[Sequence[float]], State],
+    average: Callable[[Sequence[LayerShares]], State],
     data: Data,
     *,
     lean: Lean,
@@ -214,11 +226,11 @@ def regress_leaning(
     ``average`` gives the averaged state for shares of the parents. ``"auto"`` tries all of
     ``LEANS`` and takes the one whose outputs come nearest to the parents' weighted mean.
     """
-    shares = [one.share for one in parents]
+    shares = [one.shares for one in parents]
     if lean != "auto":
         leans: tuple[float, ...] = (lean,)
     else:
-        leans = LEANS if max(shares) < 1.0 else LEANS[:1]
+        leans = LEANS if max(one.overall for one in shares) < 1.0 else LEANS[:1]
     best: tuple[dict[str, Tensor], float] | None = None
     least = math.inf
     plain = average(shares)
@@ -257,7 +269,7 @@ def _distance(parents: Sequence[Parent], state: State, data: Data, samples: int 
             for one, *goals in zip(found, *wanted, strict=True):
                 if isinstance(one, Tensor) and one.is_floating_point():
                     goal = weighted_mean(
-                        [each.double() for each in goals], [p.share for p in parents]
+                        [each.double() for each in goals], [p.shares.overall for p in parents]
                     )
                     total += float((one.double() - goal).square().sum())
     return total

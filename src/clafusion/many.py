@@ -48,6 +48,7 @@ from clafusion.errors import ClafusionError, ConvergenceWarning, InputError, Str
 from clafusion.importance import Importance
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment
 from clafusion.layer_costs import LayerCost
+from clafusion.layer_weights import LayerWeights
 from clafusion.least_squares import Lean
 from clafusion.output import replacing
 from clafusion.pipeline import (
@@ -197,6 +198,7 @@ def fuse_many(
     match_classifier: bool = False,
     importance: Importance = "uniform",
     zip_budget: float = 0.1,
+    layer_weights: LayerWeights = "uniform",
     device: str | torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[PairResult]:
@@ -240,7 +242,8 @@ def fuse_many(
         Called with the numbers of pairs that are done and that there are.
     example_inputs, weight, layer_cost, alignment, neuron_cost, solver, epsilon, calibration, \
 lean, balance, merge, width, alignment_samples, matching_rows, verify, seed, layer_values, \
-profile_inputs, pin_ends, normalisation, match_classifier, importance, zip_budget, device
+profile_inputs, pin_ends, normalisation, match_classifier, importance, zip_budget, layer_weights, \
+device
         As for :func:`clafusion.fuse`.
 
     Returns
@@ -284,6 +287,7 @@ profile_inputs, pin_ends, normalisation, match_classifier, importance, zip_budge
         match_classifier=match_classifier,
         importance=importance,
         zip_budget=zip_budget,
+        layer_weights=layer_weights,
     )
     models = _checked_models(models)
     wanted = _checked_pairs(pairs, models)

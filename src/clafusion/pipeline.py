@@ -30,9 +30,16 @@ from clafusion.depth import (
 )
 from clafusion.errors import AlignmentError, ClafusionError, InputError, StructureError
 from clafusion.graph import ModelGraph
-from clafusion.importance import Importance, channel_importance, marginals
+from clafusion.importance import (
+    Importance,
+    channel_importance,
+    marginals,
+    sensitivities,
+    unit_sensitivities,
+)
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment, align_layers
 from clafusion.layer_costs import LayerCost, layer_costs
+from clafusion.layer_weights import LayerShares, LayerWeights, layer_shares
 from clafusion.least_squares import Lean, Parent, frame_as_parent, regress_leaning
 from clafusion.moments import BatchMoments
 from clafusion.neuron_costs import MAX_CHANNELS, classifier_costs, neuron_costs
@@ -93,6 +100,7 @@ class FusionConfig:
     match_classifier: bool = False
     importance: Importance = "uniform"
     zip_budget: float = 0.1
+    layer_weights: LayerWeights = "uniform"
 
     @classmethod
     def paper(cls, *, match_classifier: bool = True) -> FusionConfig:
@@ -137,6 +145,7 @@ class FusionConfig:
             ("layer_values", get_args(LayerValues)),
             ("normalisation", get_args(Normalisation)),
             ("importance", get_args(Importance)),
+            ("layer_weights", get_args(LayerWeights)),
         ):
             if getattr(self, name) not in choices:
                 raise InputError(
@@ -179,6 +188,7 @@ class FusionConfig:
         for name, needed, reason in (
             ("neuron_cost", "correlation", "groups are made by correlation"),
             ("importance", "uniform", "it moves no masses"),
+            ("layer_weights", "uniform", "each channel has its own share already"),
             ("normalisation", "two", "what leaves and what enters a group differ"),
             ("match_classifier", False, "outputs are not merged"),
         ):
@@ -242,6 +252,9 @@ class FusionResult:
     target_plans
         By the solver ``"zip"`` the plans ``(num_target, num_target)`` of the other network, whose
         channels then move, too; else None.
+    shares
+        For each unit of ``lifting.deep`` how much of it is that network's; the rest is
+        ``lifting.shallow``'s. All the same but for ``layer_weights="sensitivity"``.
     lean
         How far the interior leans towards one parent; None but for least squares.
     config
@@ -261,6 +274,7 @@ class FusionResult:
     timings: Mapping[str, float]
     peak_memory: Mapping[str, int]
     target_plans: tuple[Tensor | None, ...] | None = None
+    shares: tuple[float, ...] = ()
 
     @property
     def alignment(self) -> LayerAlignment:
@@ -311,6 +325,7 @@ def fuse(
     match_classifier: bool = False,
     importance: Importance = "uniform",
     zip_budget: float = 0.1,
+    layer_weights: LayerWeights = "uniform",
     into: nn.Module | None = None,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
@@ -404,6 +419,11 @@ def fuse(
         Of the solver ``"zip"``: the share of a layer's channels that may be merged within one
         network, in [0, 1]. Above 0, weights 0 and 1 give back the parents only as far as the
         merged channels are alike.
+    layer_weights
+        Whether every layer has ``weight`` (``"uniform"``), or each matched unit a share of its own,
+        by how sensitive each network's outputs are to it, with ``weight`` for the outputs
+        (``"sensitivity"``). Not with the solver ``"zip"``. See
+        :func:`clafusion.layer_weights.layer_shares`.
     into
         A module of the architecture that the result is to have, of any depth and widths that can
         hold both networks' units; its weights do not matter, and it is not modified. Default: the
@@ -457,6 +477,7 @@ def fuse(
         match_classifier=match_classifier,
         importance=importance,
         zip_budget=zip_budget,
+        layer_weights=layer_weights,
     )
     if into is not None and not (isinstance(into, nn.Module) and config.balance == "add"):
         raise InputError(
@@ -621,18 +642,24 @@ def profiled(
         seed=config.seed,
         progress=progress,
     )
-    if config.importance == "uniform":
+    if config.importance == config.layer_weights == "uniform":
         return signatures
-    kind, count = config.importance, config.profile_inputs
-    return [
-        replace(
-            one,
-            importance=channel_importance(
-                one.graph, data, kind, max_inputs=count, progress=progress
-            ),
-        )
-        for one in signatures
-    ]
+    return [_with_importance(one, data, config, progress) for one in signatures]
+
+
+def _with_importance(
+    signature: Signature, data: Data, config: FusionConfig, progress: Progress | None
+) -> Signature:
+    graph, count = signature.graph, config.profile_inputs
+    products = sensitivity = None
+    if "sensitivity" in (config.importance, config.layer_weights):
+        products = sensitivities(graph, data, max_inputs=count, progress=progress)
+        if config.layer_weights == "sensitivity":
+            sensitivity = unit_sensitivities(graph, products)
+    importance = channel_importance(
+        graph, data, config.importance, max_inputs=count, progress=progress, products=products
+    )
+    return replace(signature, importance=importance, sensitivity=sensitivity)
 
 
 def fuse_aligned(
@@ -692,18 +719,24 @@ def fuse_aligned(
             (solution,) = solve_transport([cost], solver=config.solver, epsilon=config.epsilon)
             classifier = solution.plan
 
-    def average(share: float) -> dict[str, Tensor]:
+    deep_shares = LayerShares(deep_weight)
+    if config.layer_weights == "sensitivity":
+        deep_shares = layer_shares(
+            plan, deep_weight, both.target.sensitivity, both.source.sensitivity
+        )
+
+    def average(shares: LayerShares) -> dict[str, Tensor]:
         return blend(
             plan,
             plans,
-            share,
+            shares,
             normalisation=config.normalisation,
             classifier=classifier,
             target_plans=target_plans,
         )
 
     with clock.stage("blend"):
-        state = average(deep_weight)
+        state = average(deep_shares)
     lean: float | None = None
     with clock.stage("calibrate"):
         if config.calibration == "repair":
@@ -712,7 +745,7 @@ def fuse_aligned(
                 plans,
                 state,
                 data,
-                deep_weight=deep_weight,
+                deep_shares=deep_shares,
                 target_plans=target_plans,
                 observed=observed if both.target is pair.deep else None,
                 progress=progress,
@@ -720,8 +753,8 @@ def fuse_aligned(
         elif config.calibration == "least_squares":
             state, lean = regress_leaning(
                 [
-                    Parent(plan, plans, 1.0 - deep_weight),
-                    frame_as_parent(target, deep_weight),
+                    Parent(plan, plans, deep_shares.rest()),
+                    frame_as_parent(target, deep_shares),
                 ],
                 lambda shares: average(shares[-1]),
                 data,
@@ -742,6 +775,7 @@ def fuse_aligned(
         clock.seconds,
         clock.peak_memory,
         None if target_plans is None else tuple(target_plans),
+        deep_shares.of_units(plan),
     )
 
 

@@ -51,6 +51,7 @@ _PROFILED_BY = (
     "layer_values",
     "profile_inputs",
     "importance",
+    "layer_weights",
     "seed",
     "verify",
 )
@@ -136,6 +137,7 @@ def prepare(
         *signature.grams,
         *rows,
         *signature.importance,
+        *([] if signature.sensitivity is None else [signature.sensitivity]),
         *moments,
     ]
     size = sum(one.numel() * one.element_size() for one in tensors)
@@ -228,6 +230,8 @@ def _write_entry(path: Path, key: str, signature: Signature) -> None:
     observed = signature.moments
     tensors = {f"gram.{i}": one for i, one in enumerate(signature.grams)}
     tensors |= {f"importance.{i}": one for i, one in enumerate(signature.importance)}
+    if signature.sensitivity is not None:
+        tensors["sensitivity"] = signature.sensitivity
     names: dict[int, str] = {}
     places = []
     for place, one in signature.rows.items():
@@ -277,6 +281,7 @@ def _read_entry(path: Path, key: str, graph: ModelGraph) -> Signature | None:
             facts["num_inputs"],
             facts["data_key"],
             tuple(tensors[f"importance.{i}"] for i in range(facts["importance"])),
+            sensitivity=tensors.get("sensitivity"),
         )
         if not facts["moments"]:
             return signature

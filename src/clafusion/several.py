@@ -24,6 +24,7 @@ from clafusion.data import Data, first_batch
 from clafusion.depth import check_lifted, lifting, with_state
 from clafusion.errors import ConvergenceWarning, InputError, StructureError
 from clafusion.graph import State
+from clafusion.layer_weights import LayerShares
 from clafusion.least_squares import Parent, frame_as_parent, regress_leaning
 from clafusion.moments import BatchMoments, observed_moments
 from clafusion.pipeline import (
@@ -112,10 +113,10 @@ def fuse_models(
     example_inputs, device, progress
         As for :func:`clafusion.fuse`.
     settings
-        The other settings of :func:`clafusion.fuse`, but ``weight``. Merging and widths need
-        ``"iterative"``. By least squares the interior leans towards the model with the largest
-        share, of equals towards the deepest; a barycentre's frames are repaired, and the last mean
-        is regressed.
+        The other settings of :func:`clafusion.fuse`, but ``weight``. Merging, widths and layer
+        weights need ``"iterative"``. By least squares the interior leans towards the model with the
+        largest share, of equals towards the deepest; a barycentre's frames are repaired, and the
+        last mean is regressed.
 
     Raises
     ------
@@ -154,6 +155,7 @@ def fuse_models(
         ("width", "own"),
         ("normalisation", "two"),
         ("match_classifier", False),
+        ("layer_weights", "uniform"),
     ):
         if getattr(config, name) != wanted:
             raise InputError(f"{name}={getattr(config, name)!r} needs method='iterative'")
@@ -240,13 +242,13 @@ def _into_one_frame(
         before, parents = parents, []
         for i in order:
             if graphs[i] is frame.graph:
-                parents.append(frame_as_parent(graphs[i], shares[i]))
+                parents.append(frame_as_parent(graphs[i], LayerShares(shares[i])))
             else:
                 lifted = lifting(frame.graph, graphs[i], pairs[i].alignment.deep_to_shallow)
                 if done == 0:  # every frame has the same architecture
                     check_lifted(lifted)
                 plans = tuple(channel_plans(lifted, frame, signatures[i], config))
-                parents.append(Parent(lifted, plans, shares[i]))
+                parents.append(Parent(lifted, plans, LayerShares(shares[i])))
         converged = _same(before, parents)
         if converged:
             break
@@ -265,7 +267,7 @@ def _into_one_frame(
     if last:
         state, lean = regress_leaning(
             parents,
-            lambda interior: _average(parents, interior),
+            lambda interior: _average(parents, [one.overall for one in interior]),
             data,
             lean=config.lean,
             seed=config.seed,
@@ -329,13 +331,13 @@ def _calibrated(
 ) -> nn.Module:
     """Average, and calibrate by statistics."""
     graph = parents[0].lifting.deep
-    state: State = _average(parents, [one.share for one in parents])
+    state: State = _average(parents, [one.shares.overall for one in parents])
     if config.calibration == "repair":
         goals = [_mean_moments(parents, of_batch) for of_batch in zip(*moments, strict=True)]
         # All the weight on the frame, whose statistics are given as the models' mean.
-        own = frame_as_parent(graph, 1.0)
+        own = frame_as_parent(graph, LayerShares(1.0))
         state = repair(
-            own.lifting, own.plans, state, data, deep_weight=1.0, observed=(goals, goals)
+            own.lifting, own.plans, state, data, deep_shares=own.shares, observed=(goals, goals)
         )
     model = with_state(graph.model, state, graph)
     if config.calibration == "batchnorm":
@@ -352,11 +354,11 @@ def _mean_moments(parents: Sequence[Parent], of_batch: Sequence[BatchMoments]) -
             for one, moments in zip(parents, of_batch, strict=True):
                 other = one.lifting.sites.get(site.node)
                 if one.lifting.origins[site.weight] == "silent":
-                    total += one.share
+                    total += one.shares.overall
                 elif other is not None:
                     moved = one.moved(torch.stack(moments[other.node]), site, other)
-                    total += one.share
-                    mean = mean + one.share * moved
+                    total += one.shares.overall
+                    mean = mean + one.shares.overall * moved
             pair = (mean / total if total > 0 else mean).expand(2, len(site.classes))
             found[site.node] = (pair[0], pair[1])
     return found

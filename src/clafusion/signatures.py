@@ -65,6 +65,8 @@ class Signature:
     importance
         For each channel class its channels' masses, see
         :func:`clafusion.importance.channel_importance`; empty where all count the same.
+    sensitivity
+        :func:`clafusion.importance.unit_sensitivities`, where layers are weighted by it.
     moments
         What :func:`clafusion.moments.observed_moments` returns, where that was asked for.
     """
@@ -78,6 +80,7 @@ class Signature:
     data_key: int
     importance: tuple[Tensor, ...] = ()
     moments: tuple[BatchMoments, ...] | None = None
+    sensitivity: Tensor | None = None
 
 
 def check_same_inputs(deep: Signature, shallow: Signature) -> None:

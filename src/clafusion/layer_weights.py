@@ -1,0 +1,121 @@
+r"""Layer weights: each layer of the fused network its own share of the two networks.
+
+Sens-Merging (Liu et al., arXiv 2502.12420) scales each fine-tuned copy of a model, layer by layer,
+by how much its loss changes, to first order, with the layer's parameters, set against the other
+copies' by a softmax. Here networks have no common origin, other depths and no labels: sensitivities
+are those of :func:`clafusion.importance.sensitivities`, and of matched units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from clafusion.depth import Lifting
+from clafusion.errors import InputError
+
+__all__ = ["LayerShares", "LayerWeights", "layer_shares"]
+
+LayerWeights = Literal["uniform", "sensitivity"]
+
+
+@dataclass(frozen=True)
+class LayerShares:
+    """A network's share of each layer of the fused network.
+
+    Attributes
+    ----------
+    overall
+        Its share of the outputs, and of every layer that has no share of its own.
+    own
+        Parameter (or buffer) of the fused network -> its share.
+    """
+
+    overall: float
+    own: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, parameter: str) -> float:
+        """Return the network's share of a parameter, and of the layer that it belongs to."""
+        return self.own.get(parameter, self.overall)
+
+    def rest(self) -> LayerShares:
+        """Return what is left for the other one of two networks."""
+        return LayerShares(1.0 - self.overall, {name: 1.0 - one for name, one in self.own.items()})
+
+    def of_units(self, plan: Lifting) -> tuple[float, ...]:
+        """Return the network's share of each unit of ``plan.deep``."""
+        return tuple(
+            next((self.own[name] for name in unit.parameters if name in self.own), self.overall)
+            for unit in plan.deep.units
+        )
+
+
+def layer_shares(
+    plan: Lifting, weight: float, deep: Tensor | None, shallow: Tensor | None
+) -> LayerShares:
+    r"""Return the deep network's share of each layer, by the units' sensitivities.
+
+    With :math:`a_u` the sensitivity of unit ``u`` of the deep network and :math:`b_u` that of its
+    partner, each divided by its network's sum over all such units, and ``w`` the weight, the deep
+    network's share is
+
+    .. math:: w_u = \frac{w\, a_u}{(1 - w)\, b_u + w\, a_u} :
+
+    the weight's odds times the ratio of the sensitivities, which is a softmax of their logarithms.
+    So equal ones, as of equal networks, give ``w`` itself, a unit to which one network's outputs
+    are not sensitive is the other's alone, and the weights 0 and 1 stay as they are.
+
+    Units that only one network has keep ``w``, and so does the unit that puts out the outputs, for
+    those are what the weight is about; parameters that several units share keep it, too.
+
+    Parameters
+    ----------
+    plan
+        What corresponds in the two networks.
+    weight
+        The deep network's share of the outputs, in [0, 1].
+    deep, shallow
+        The networks' :func:`clafusion.importance.unit_sensitivities`, ``(num_units,)``.
+
+    Raises
+    ------
+    InputError
+        A network's sensitivities are missing.
+    """
+    for graph, given in ((plan.deep, deep), (plan.shallow, shallow)):
+        if given is None or len(given) != len(graph.units):
+            raise InputError(
+                "layer_weights='sensitivity' needs the sensitivity of each of the "
+                f"{len(graph.units)} units; the signature has "
+                f"{'none' if given is None else len(given)}: profile the model by the same settings"
+            )
+    assert deep is not None
+    assert shallow is not None
+    if not 0.0 < weight < 1.0:
+        return LayerShares(weight)
+    both = [
+        unit
+        for unit in plan.deep.units
+        if plan.partner[unit.index] >= 0
+        and not any(plan.origins[name] == "taken" for name in unit.parameters)
+        and not any(bool((site.classes < 0).all()) for site in unit.sites)
+    ]
+    of_deep = _normalised([float(deep[unit.index]) for unit in both])
+    of_shallow = _normalised([float(shallow[plan.partner[unit.index]]) for unit in both])
+    uses = Counter(name for unit in plan.deep.units for name in set(unit.parameters))
+    own = {}
+    for unit, a, b in zip(both, of_deep, of_shallow, strict=True):
+        share = weight if a == b else weight * a / ((1.0 - weight) * b + weight * a)
+        own.update({name: share for name in unit.parameters if uses[name] == 1})
+    return LayerShares(weight, own)
+
+
+def _normalised(values: Sequence[float]) -> list[float]:
+    """Return values divided by their sum, all the same where that is 0."""
+    total = math.fsum(values)
+    return [one / total if total > 0 else 1.0 / len(values) for one in values]
