@@ -233,7 +233,7 @@ def test_what_has_no_masses_is_refused():
     pair = align_signatures(signature, signature)
     with pytest.raises(InputError, match="profile the model by the same settings"):
         fuse_aligned(pair, VECTORS, config=FusionConfig(importance="norm"))
-    with pytest.raises(InputError, match="needs an output with a gradient"):
+    with pytest.raises(InputError, match="need an output with a gradient"):
         channel_importance(trace(Labels(), VECTORS), VECTORS, "sensitivity")
     model[2].weight.data.mul_(1e30)
     with pytest.raises(InputError, match="'sensitivity' is not finite for the channels of '0"):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from clafusion import UnsupportedOpError, fuse, trace
+from clafusion.layer_weights import LayerShares
 from clafusion.least_squares import interior_shares, weighted_mean
 from tests.networks import mlp, resnet
 
@@ -152,18 +153,28 @@ def test_auto_takes_what_comes_nearer_to_the_mean():
 
 
 def test_the_interior_leans_to_the_largest_share():
-    assert interior_shares((0.5, 0.5), 0.0) == (0.5, 0.5)
-    assert interior_shares((0.5, 0.5), 1.0) == (0.0, 1.0)  # of equals to the last, the frame
-    assert interior_shares((0.6, 0.4), 1.0) == (1.0, 0.0)
-    assert interior_shares((0.25, 0.75), 0.5) == (0.125, 0.875)
-    assert interior_shares((0.25, 0.5, 0.25), 0.5) == (0.125, 0.75, 0.125)
+    def inside(shares, lean):
+        return tuple(one.overall for one in interior_shares([*map(LayerShares, shares)], lean))
+
+    assert inside((0.5, 0.5), 0.0) == (0.5, 0.5)
+    assert inside((0.5, 0.5), 1.0) == (0.0, 1.0)  # of equals to the last, the frame
+    assert inside((0.6, 0.4), 1.0) == (1.0, 0.0)
+    assert inside((0.25, 0.75), 0.5) == (0.125, 0.875)
+    assert inside((0.25, 0.5, 0.25), 0.5) == (0.125, 0.75, 0.125)
     for shares in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.1, 0.2, 0.3, 0.4), (1 / 3,) * 3):
         for lean in (0.0, 0.3, 1.0):
-            found = interior_shares(shares, lean)
+            found = inside(shares, lean)
             assert sum(found) == pytest.approx(1.0, abs=1e-15)
             assert min(found) >= 0.0
             if max(shares) == 1.0:
                 assert found == shares
+
+
+def test_a_layers_own_shares_lean_to_the_same_network_as_the_outputs():
+    shares = LayerShares(0.6, {"a": 0.25, "b": 1.0})
+    first, second = interior_shares([shares, shares.rest()], 0.5)
+    assert (first.overall, first.of("a"), first.of("b")) == (0.8, 0.625, 1.0)
+    assert (second.overall, second.of("a"), second.of("b")) == pytest.approx((0.2, 0.375, 0.0))
 
 
 def test_the_weighted_mean_counts_shares_of_their_sum():

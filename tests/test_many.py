@@ -163,6 +163,8 @@ def test_residual_networks_are_as_fused_one_by_one(calibration):
         {"balance": "merge", "width": "narrow"},
         {"lean": 0.2, "calibration": "least_squares"},
         {"importance": "norm"},
+        {"layer_weights": "sensitivity", "calibration": "least_squares"},
+        {"layer_weights": "sensitivity", "width": "wide"},
     ],
 )
 def test_other_depths_and_widths_are_as_fused_one_by_one(settings):
@@ -439,12 +441,20 @@ def test_signatures_are_read_from_disk_and_corrupt_ones_made_again(
         assert entries[0].read_bytes() == whole
 
 
-def test_masses_are_kept_on_disk_with_the_signatures(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"importance": "sensitivity"},
+        {"layer_weights": "sensitivity"},
+        {"importance": "norm", "layer_weights": "sensitivity"},
+    ],
+)
+def test_masses_and_sensitivities_are_kept_on_disk(tmp_path, monkeypatch, settings):
     models = {"a": networks.mlp(12, 9, 8, 5), "b": networks.mlp(12, 30, 5, seed=1)}
-    wanted = fuse(models["a"], models["b"], DATA, **SETTINGS, importance="sensitivity")
+    wanted = fuse(models["a"], models["b"], DATA, **SETTINGS, **settings)
     made = count_preparations(monkeypatch)
     for _ in range(2):
-        (found,) = fuse_many(models, DATA, cache_dir=tmp_path, **SETTINGS, importance="sensitivity")
+        (found,) = fuse_many(models, DATA, cache_dir=tmp_path, **SETTINGS, **settings)
         assert torch.equal(found.model(DATA), wanted.model(DATA))
     assert [cached for _, cached in made] == [False] * 2 + [True] * 2
 
@@ -465,6 +475,7 @@ def test_an_entry_under_another_ones_name_is_not_taken(expected, tmp_path, caplo
         {"alignment_samples": 50},
         {"data": DATA[:200]},
         {"importance": "norm"},
+        {"layer_weights": "sensitivity"},
     ],
 )
 def test_stale_signatures_are_not_taken(tmp_path, monkeypatch, change):

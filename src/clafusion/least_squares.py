@@ -175,7 +175,8 @@ def regress(
     ----------
     parents
         The networks, in one frame, with shares that add up to 1. Of equals the interior leans
-        towards the last one: put the frame's own network there.
+        towards the last one: put the frame's own network there. Sums on a residual stream aim at
+        the mean by the overall shares, inner layers at that by the shares of their own.
     fused
         The state averaged with the interior's shares.
     data
@@ -205,7 +206,10 @@ def regress(
     with torch.no_grad():
         for done, place in enumerate(places):
             is_output = bool((place.site.classes < 0).all())
-            of_layer = [one.of(place.site.weight) for one in (shares if is_output else inside)]
+            given = shares if is_output else inside
+            # The sums on a stream are the work of all its units: no unit's own share is theirs.
+            is_sum = place.shortcut is not None
+            of_layer = [one.overall if is_sum else one.of(place.site.weight) for one in given]
             walks.solve(place, of_layer, generator)
             if progress is not None:
                 progress("calibrate", done + 1)

@@ -41,24 +41,31 @@ def plain_table(
     return "\n".join([line(titles), line(["-" * width for width in widths]), *map(line, rows)])
 
 
-def alignment_summary(pair: AlignedPair, *, merged: bool = False) -> str:
+def alignment_summary(
+    pair: AlignedPair,
+    *,
+    merged: bool = False,
+    deep_shares: Mapping[tuple[int, int], float] | None = None,
+) -> str:
     """Return a table of the matched units, and below it what the alignment was free to choose.
 
     ``merged`` tells that the deep network's unmatched units go, where else either network gets the
-    like of what only the other one has.
+    like of what only the other one has. ``deep_shares`` are the deep network's shares of matched
+    pairs of units.
     """
     deep, shallow = pair.deep.graph.units, pair.shallow.graph.units
     alignment = pair.alignment
     rows = []
     for one, other in alignment.steps:
         if one < 0:
-            rows.append([INSERTED, shallow[other].name, ""])
+            rows.append([INSERTED, shallow[other].name, "", ""])
         elif other < 0:
-            rows.append([deep[one].name, "(merged)" if merged else INSERTED, ""])
+            rows.append([deep[one].name, "(merged)" if merged else INSERTED, "", ""])
         else:
             cost = f"{alignment.cost[one, other]:.4f}"
-            rows.append([deep[one].name, shallow[other].name, cost])
-    rows.append(["total", "", f"{alignment.matched_cost:.4f}"])
+            share = "" if deep_shares is None else f"{deep_shares[one, other]:.2f}"
+            rows.append([deep[one].name, shallow[other].name, cost, share])
+    rows.append(["total", "", f"{alignment.matched_cost:.4f}", ""])
     first, second = ("deep", "shallow") if pair.deep_is_first else ("shallow", "deep")
     choice = (
         "forced: the structures admit one alignment only, so the costs did not matter"
@@ -74,7 +81,10 @@ def alignment_summary(pair: AlignedPair, *, merged: bool = False) -> str:
         "alignment": f"by {alignment.mode}; {choice}",
         "samples": f"{pair.deep.num_samples} compared, {pair.deep.num_inputs} seen",
     }
-    table = plain_table(["deep unit", "shallow unit", "cost"], rows, numeric=[2])
+    titles = ["deep unit", "shallow unit", "cost", "deep share"]
+    if deep_shares is None:
+        titles, rows = titles[:3], [row[:3] for row in rows]
+    table = plain_table(titles, rows, numeric=[2, 3])
     return f"{table}\n\n{_facts(facts)}"
 
 
@@ -90,7 +100,8 @@ def fusion_summary(result: FusionResult) -> str:
         f"{config.neuron_cost}, solver {config.solver}"
         + ("" if config.importance == "uniform" else f", masses by {config.importance}")
         + (f" (widths {shown}{', ...' if len(widths) > 6 else ''})" if widths else ""),
-        "shares": f"deep {deep_share:.2f}, shallow {1 - deep_share:.2f}",
+        "shares": f"deep {deep_share:.2f}, shallow {1 - deep_share:.2f}"
+        + ("" if config.layer_weights == "uniform" else ", of each matched unit by sensitivity"),
         "calibration": config.calibration
         + ("" if result.lean is None else f", lean {result.lean:g}"),
         "verified": "yes, by permuting copies of both models"
@@ -101,8 +112,26 @@ def fusion_summary(result: FusionResult) -> str:
     if result.peak_memory:
         stage = max(result.peak_memory, key=result.peak_memory.__getitem__)
         facts["GPU memory"] = f"{result.peak_memory[stage] / 1e6:.1f} MB at the most ({stage})"
-    table = alignment_summary(result.pair, merged=config.balance == "merge")
+    table = alignment_summary(
+        result.pair, merged=config.balance == "merge", deep_shares=_deep_shares(result)
+    )
     return f"{table}\n{_facts(facts)}"
+
+
+def _deep_shares(result: FusionResult) -> dict[tuple[int, int], float] | None:
+    """Return the deep network's shares of matched pairs of units, None where all are the same.
+
+    The fusion's own two networks may be the other way round, or made ones that stand for the pair.
+    """
+    if len(set(result.shares)) <= 1:
+        return None
+    plan, pair = result.lifting, result.pair
+    of_partner = {k: one for one, k in zip(result.shares, plan.partner, strict=True) if k >= 0}
+    if plan.shallow is pair.shallow.graph:
+        return {(i, k): of_partner[k] for i, k in pair.alignment.pairs}
+    if plan.shallow is pair.deep.graph:
+        return {(i, k): 1 - of_partner[i] for i, k in pair.alignment.pairs}
+    return {(i, k): 1 - result.shares[k] for i, k in pair.alignment.pairs}  # layers merged away
 
 
 def many_summary(results: Sequence[PairResult]) -> str:

@@ -1,0 +1,365 @@
+"""Each layer's share of the two networks: known by construction, and where it has to arrive."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from clafusion import FusionConfig, InputError, fuse, fuse_models, permute_channels, trace
+from clafusion import pipeline as stages
+from clafusion.blending import aligned_state, blend, transport_vector
+from clafusion.depth import with_state
+from clafusion.importance import sensitivities, unit_sensitivities
+from clafusion.layer_weights import LayerShares, layer_shares
+from clafusion.least_squares import Parent, frame_as_parent, regress
+from clafusion.moments import observed_moments
+from clafusion.pipeline import align_signatures, fuse_aligned, profile
+from clafusion.report import fusion_summary
+from tests import networks
+from tests.test_fuse import CALIBRATIONS, IMAGES, MODELS, PAIRS, VECTORS, assert_same_function
+from tests.test_importance import Labels
+
+OWN = {"layer_weights": "sensitivity"}
+
+
+def sensitivities_ref(model, inputs):
+    """Return each layer's sum of |weight * gradient| of an MLP, in float64, by the chain rule."""
+    layers = [one for one in model if isinstance(one, torch.nn.Linear)]
+    weights = [one.weight.detach().double().numpy() for one in layers]
+    biases = [one.bias.detach().double().numpy() for one in layers]
+    values = [inputs.double().numpy()]
+    for w, b in zip(weights, biases, strict=True):
+        values.append(values[-1] @ w.T + b)
+        if w is not weights[-1]:
+            values[-1] = np.maximum(values[-1], 0)
+    behind = 2 * values[-1]
+    found = []
+    for w, b, x in zip(weights[::-1], biases[::-1], values[-2::-1], strict=True):
+        found.append(np.abs(w * (behind.T @ x)).sum() + np.abs(b * behind.sum(0)).sum())
+        behind = (behind @ w) * (x > 0)
+    return np.array(found[::-1])
+
+
+def shares_ref(weight, deep, shallow):
+    a, b = deep / deep.sum(), shallow / shallow.sum()
+    return weight * a / ((1 - weight) * b + weight * a)
+
+
+def silenced(model, block):
+    """Make a residual block write nothing: the outputs then depend on no parameter of it."""
+    model = copy.deepcopy(model)
+    last = dict(model.named_modules())[f"blocks.{block}.bn2"]
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.zeros_(last.bias)
+    return model
+
+
+def test_shares_are_those_of_the_formula():
+    deep, shallow = networks.mlp(12, 9, 8, 7, 5), networks.mlp(12, 8, 6, 5, seed=1)
+    result = fuse(deep, shallow, VECTORS, weight=0.3, **OWN)
+    partner = result.alignment.deep_to_shallow
+    found = [sensitivities_ref(model, VECTORS) for model in (deep, shallow)]
+    hidden = [i for i, k in enumerate(partner[:-1]) if k >= 0]
+    # Of the hidden units that both have; the deep network is the first, with the share 0.7.
+    expected = np.full(4, 0.7)
+    expected[hidden] = shares_ref(0.7, found[0][hidden], found[1][[partner[i] for i in hidden]])
+    np.testing.assert_allclose(result.shares, expected, rtol=1e-5)
+    assert np.abs(expected[hidden] - 0.7).max() > 1e-3
+    swapped = fuse(shallow, deep, VECTORS, weight=0.7, **OWN)
+    assert swapped.shares == result.shares
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_units_sensitivity_is_the_sum_over_its_parameters(name):
+    build, inputs = MODELS[name]
+    graph = trace(build(), inputs)
+    products = sensitivities(graph, inputs)
+    found = unit_sensitivities(graph, products)
+    assert found.shape == (len(graph.units),)
+    assert float(found.min()) > 0
+    # In these networks every parameter is of one unit.
+    total = sum(float(one.double().sum()) for one in products.values())
+    assert float(found.sum()) == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_equal_networks_have_the_weight_itself_everywhere(name, calibration):
+    build, inputs = MODELS[name]
+    model = build()
+    result = fuse(model, model, inputs, weight=0.3, calibration=calibration, **OWN)
+    assert set(result.shares) == {0.7}
+    uniform = fuse(model, model, inputs, weight=0.3, calibration=calibration)
+    assert set(uniform.shares) == {0.7}
+    for key, tensor in uniform.model.state_dict().items():
+        assert torch.equal(tensor, result.model.state_dict()[key])
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_permuted_copy_has_the_same_shares_and_fuses_to_itself(name, calibration):
+    build, inputs = MODELS[name]
+    model = build()
+    graph = trace(model, inputs)
+    draw = torch.Generator().manual_seed(3)
+    permutations = [torch.randperm(one.size, generator=draw) for one in graph.classes]
+    permuted = copy.deepcopy(model)
+    permuted.load_state_dict(permute_channels(model.state_dict(), graph.classes, permutations))
+    result = fuse(permuted, model, inputs, weight=0.3, calibration=calibration, **OWN)
+    # Float32 gradients, summed in another order.
+    assert result.shares == pytest.approx([0.7] * len(graph.units), abs=1e-4)
+    assert_same_function(result.model, permuted, inputs, calibration)
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("name", ["mlp", "resnet, padded"])
+def test_weights_0_and_1_do_not_change_a_byte(name, calibration):
+    deep, shallow, inputs = PAIRS[name]
+    for weight in (0.0, 1.0):
+        settings = {"weight": weight, "calibration": calibration}
+        result = fuse(deep, shallow, inputs, **settings, **OWN)
+        assert set(result.shares) == {1.0 - weight}
+        wanted = fuse(deep, shallow, inputs, **settings).model.state_dict()
+        for key, tensor in result.model.state_dict().items():
+            assert torch.equal(tensor, wanted[key]), key
+
+
+def test_a_unit_on_which_no_output_depends_is_the_other_networks_alone():
+    first, second = networks.resnet(2, 1), networks.resnet(2, 1, seed=1)
+    for models, share in (
+        ((silenced(first, 1), second), 0.0),
+        ((first, silenced(second, 1)), 1.0),
+    ):
+        result = fuse(*models, IMAGES, weight=0.4, calibration="none", **OWN)
+        units, plan = result.lifting.deep.units, result.lifting
+        names = [unit.name for unit in units]
+        silent = names.index("blocks.1")
+        assert result.shares[silent] == share
+        assert result.shares[-1] == 0.6  # of the outputs
+        assert all(0.0 < one < 1.0 for i, one in enumerate(result.shares) if i != silent)
+        wanted = plan.deep.state() if share else aligned_state(plan, result.plans)
+        made = result.model.state_dict()
+        for name in units[silent].parameters:
+            if made[name].is_floating_point():
+                assert torch.equal(made[name], wanted[name].to(made[name])), name
+
+
+def test_no_sensitivity_at_all_counts_as_equal_ones():
+    model = networks.mlp(12, 9, 5)
+    graph = trace(model, VECTORS)
+    plan = fuse(model, model, VECTORS).lifting
+    nothing = torch.zeros(len(graph.units), dtype=torch.float64)
+    found = layer_shares(plan, 0.3, nothing, nothing)
+    assert found.of_units(plan) == (0.3, 0.3)
+    found = layer_shares(plan, 0.3, nothing, nothing + 1)
+    assert found.of_units(plan) == (0.3, 0.3)
+
+
+def test_a_parameter_of_two_units_keeps_the_weight():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = networks.mlp(12, 9, 9, 9, 5)
+            self.layers[4].weight = self.layers[2].weight
+
+        def forward(self, x):
+            return self.layers(x)
+
+    first, second = Tied().eval(), Tied().eval()
+    networks.randomise(second, seed=1)
+    result = fuse(first, second, VECTORS, weight=0.4, calibration="none", **OWN)
+    aligned, own = aligned_state(result.lifting, result.plans), result.lifting.deep.state()
+    shared, bias = "layers.2.weight", "layers.2.bias"
+    share = result.shares[1]
+    assert abs(share - 0.6) > 1e-3
+    made = result.model.state_dict()
+    for name, wanted in ((shared, 0.6), (bias, share)):
+        expected = torch.lerp(aligned[name].double(), own[name].double(), wanted)
+        torch.testing.assert_close(made[name].double(), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_repair_meets_the_moments_of_each_units_own_share():
+    data = IMAGES  # one batch, for whose statistics it is exact
+    first, second = networks.resnet(2, 1), silenced(networks.resnet(2, 1, seed=1), 1)
+    result = fuse(first, second, data, weight=0.4, **OWN)
+    assert len({f"{one:.2f}" for one in result.shares}) > 2
+    plan = result.lifting
+    graphs = plan.deep, plan.shallow, trace(result.model, data)
+    ((of_deep,), (of_shallow,), (of_fused,)) = (observed_moments(one, data) for one in graphs)
+    for unit, made, share in zip(plan.deep.units, graphs[2].units, result.shares, strict=True):
+        for site, found in zip(unit.sites, made.sites, strict=True):
+            other = plan.sites[site.node]
+            places = [(one.classes, one.members) for one in (site, other)]
+            moved = transport_vector(
+                torch.stack(of_shallow[other.node]), result.plans, *places, plan.classes
+            )
+            wanted = share * torch.stack(of_deep[site.node]) + (1 - share) * moved
+            bound = 1e-4 * float(wanted.abs().max())
+            torch.testing.assert_close(
+                torch.stack(of_fused[found.node]), wanted, rtol=1e-3, atol=bound
+            )
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_least_squares_aims_at_each_units_own_share(share):
+    """A layer with all the share of one network puts out what that one does."""
+    result = fuse(
+        networks.mlp(12, 9, 8, 5), networks.mlp(12, 9, 8, 5, seed=1), VECTORS, calibration="none"
+    )
+    plan = result.lifting
+    shares = LayerShares(0.5, dict.fromkeys(plan.deep.units[0].parameters, share))
+    parents = [Parent(plan, result.plans, shares.rest()), frame_as_parent(plan.deep, shares)]
+    state = regress(parents, blend(plan, result.plans, shares), VECTORS)
+    wanted = plan.deep.state() if share else plan.shallow.state()
+    made, other = state["0.weight"], wanted["0.weight"]
+    # The channels of that network alone, in any order: each is one of its own.
+    nearest = torch.cdist(made, other).min(1)
+    assert float(nearest.values.max()) < 1e-4
+    assert len(set(nearest.indices.tolist())) == len(other)
+    equal = LayerShares(0.5)
+    parents = [Parent(plan, result.plans, equal), frame_as_parent(plan.deep, equal)]
+    uniform = regress(parents, blend(plan, result.plans, equal), VECTORS)
+    assert float(torch.cdist(uniform["0.weight"], other).min(1).values.max()) > 0.1
+
+
+def test_least_squares_gives_a_residual_stream_the_weight():
+    """The sums on a stream are the work of all units: no unit's own share is theirs."""
+    model = networks.resnet(2, 1)
+    shifted, halfway = copy.deepcopy(model), copy.deepcopy(model)
+    shift = torch.linspace(0.5, 2.0, 8)
+    with torch.no_grad():
+        shifted.blocks[1].bn2.bias += shift
+        halfway.blocks[1].bn2.bias += shift / 2
+    result = fuse(shifted, model, IMAGES, calibration="none")
+    plan = result.lifting
+    (block,) = (unit for unit in plan.deep.units if unit.name == "blocks.1")
+    shares = LayerShares(0.5, dict.fromkeys(block.parameters, 1.0))
+    parents = [Parent(plan, result.plans, shares.rest()), frame_as_parent(plan.deep, shares)]
+    averaged = blend(plan, result.plans, shares)
+    assert torch.equal(averaged["blocks.1.bn2.bias"], shifted.blocks[1].bn2.bias)
+    made = with_state(plan.deep.model, regress(parents, averaged, IMAGES), plan.deep)
+    streams = [
+        networks.output(torch.nn.Sequential(one.stem, one.blocks[0], one.blocks[1]), IMAGES)
+        for one in (made, halfway, shifted)
+    ]
+    found = [float((one - streams[0]).norm() / streams[1].norm()) for one in streams[1:]]
+    # The ridge, a thousandth of the inputs' mean square, holds about as much of the change.
+    assert found[0] < 3e-3
+    assert found[1] > 0.05
+
+
+def test_sensitivities_are_computed_once_for_masses_and_layers(monkeypatch):
+    computed = []
+
+    def counted(graph, *arguments, **options):
+        computed.append(graph)
+        return sensitivities(graph, *arguments, **options)
+
+    monkeypatch.setattr(stages, "sensitivities", counted)
+    monkeypatch.setattr("clafusion.importance.sensitivities", counted)
+    models = networks.mlp(12, 9, 8, 5), networks.mlp(12, 9, 5, seed=1)
+    both = fuse(*models, VECTORS, importance="sensitivity", **OWN)
+    assert len(computed) == 2
+    assert both.shares == fuse(*models, VECTORS, **OWN).shares
+    plans = fuse(*models, VECTORS, importance="sensitivity").plans
+    assert all(torch.equal(one, two) for one, two in zip(both.plans, plans, strict=True))
+
+
+def shown(result):
+    """Return the shares that the summary's table has, by the deep network's unit."""
+    lines = fusion_summary(result).split("\n\n")[0].splitlines()
+    assert lines[0].endswith("deep share")
+    cells = [line.split() for line in lines[2:-1]]
+    return {line[0]: line[-1] for line in cells if len(line) == 4}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"width": "narrow"},
+        {"width": "wide"},
+        {"balance": "merge"},
+        {"balance": "merge", "width": "narrow"},
+        {"balance": "merge", "width": "wide"},
+        {"into": networks.resnet(3, 3, shortcut="conv", seed=5)},
+        {"calibration": "least_squares"},
+    ],
+)
+@pytest.mark.parametrize("deep_is_first", [True, False])
+def test_the_table_shows_the_deep_networks_share_whatever_is_made(settings, deep_is_first):
+    deep = silenced(networks.resnet(2, 2, shortcut="conv"), 1)
+    shallow = networks.resnet(2, 1, widths=(6, 12), shortcut="conv", seed=1)
+    models = (deep, shallow) if deep_is_first else (shallow, deep)
+    weight = 0.4 if deep_is_first else 0.6
+    result = fuse(*models, IMAGES, weight=weight, **OWN, **settings)
+    assert torch.isfinite(networks.output(result.model, IMAGES)).all()
+    found = shown(result)
+    assert found[result.pair.deep.graph.units[-1].name] == "0.60"
+    matched = result.alignment.deep_to_shallow
+    names = [unit.name for unit in result.pair.deep.graph.units]
+    assert set(found) == {names[i] for i, k in enumerate(matched) if k >= 0}
+    # Made networks compute what their originals do, so that the silent block stays silent.
+    assert found["blocks.1"] == "0.00"
+    assert found["blocks.0"] not in ("0.00", "1.00")
+
+
+@pytest.mark.parametrize("merge", ["least_squares", "average"])
+def test_the_table_shows_shares_where_layers_are_merged_away(merge):
+    deep, shallow = networks.mlp(12, 9, 8, 7, 5), networks.mlp(12, 8, 6, 5, seed=1)
+    for models in ((deep, shallow), (shallow, deep)):
+        result = fuse(*models, VECTORS, weight=0.5, balance="merge", merge=merge, **OWN)
+        found = shown(result)
+        units = result.lifting.deep.units
+        # Here the shallow network gives the structure, and so the shares are its.
+        expected = [f"{1 - share:.2f}" for share in result.shares]
+        assert list(found.values()) == expected
+        assert len(units) == 3
+        assert expected[-1] == "0.50"
+
+
+def test_uniform_shares_are_not_in_the_table():
+    text = fusion_summary(fuse(networks.mlp(12, 9, 5), networks.mlp(12, 8, 5), VECTORS))
+    assert "deep share" not in text
+    assert "by sensitivity" not in text
+
+
+def test_one_after_another_each_step_has_its_own_shares():
+    models = [
+        networks.mlp(12, 9, 8, 7, 5),
+        networks.mlp(12, 8, 8, 5, seed=1),
+        networks.mlp(12, 7, 6, 5),
+    ]
+    own = fuse_models(models, VECTORS, **OWN).model
+    uniform = fuse_models(models, VECTORS).model
+    step = fuse(models[0], models[1], VECTORS, weight=0.5, **OWN).model
+    wanted = fuse(step, models[2], VECTORS, weight=1 / 3, **OWN).model
+    for name, tensor in own.state_dict().items():
+        assert torch.equal(tensor, wanted.state_dict()[name])
+    assert not torch.equal(own[0].weight, uniform[0].weight)
+
+
+def test_what_has_no_layer_weights_is_refused():
+    model = networks.mlp(12, 9, 5)
+    with pytest.raises(InputError, match="layer_weights must be one of 'uniform', 'sensitivity'"):
+        FusionConfig(layer_weights="fisher")
+    with pytest.raises(InputError, match="solver 'zip' needs layer_weights='uniform'"):
+        FusionConfig(solver="zip", **OWN)
+    for method in ("many_to_one", "barycentre"):
+        with pytest.raises(InputError, match="layer_weights='sensitivity' needs method='iterative"):
+            fuse_models([model, model], VECTORS, method=method, **OWN)
+    graph = trace(model, VECTORS)
+    signature = profile(graph, VECTORS)
+    pair = align_signatures(signature, signature)
+    with pytest.raises(InputError, match="has none: profile the model by the same settings"):
+        fuse_aligned(pair, VECTORS, config=FusionConfig(**OWN))
+    plan = fuse(model, model, VECTORS).lifting
+    with pytest.raises(InputError, match="each of the 2 units; the signature has 3"):
+        layer_shares(plan, 0.5, torch.ones(2), torch.ones(3))
+    with pytest.raises(InputError, match="need an output with a gradient"):
+        sensitivities(trace(Labels(), VECTORS), VECTORS)
+    model[2].weight.data.mul_(1e30)
+    graph = trace(model, VECTORS, verify=False)
+    with pytest.raises(InputError, match="'sensitivity' is not finite for unit '0'"):
+        unit_sensitivities(graph, sensitivities(graph, VECTORS))
