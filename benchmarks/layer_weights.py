@@ -41,8 +41,8 @@ def accuracies(
             found[name][kind] = accuracy(result.model.eval(), *test)
         print(f"{name:24s}", *(f"{k} {100 * a:.2f}" for k, a in found[name].items()), flush=True)
     assert result is not None
-    units = result.lifting.deep.units
-    return found, {unit.name: share for unit, share in zip(units, result.shares, strict=True)}
+    units = result.pair.deep.graph.units
+    return found, {units[one].name: share for (one, _), share in result.shares.items()}
 
 
 def main() -> None:

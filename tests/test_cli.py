@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clafusion import cli
+from clafusion import cli, fuse
 from clafusion.checkpoints import save_model
 from clafusion.cli import main
 from tests import networks
@@ -57,6 +57,8 @@ FUSE = [
     "--out=fused.safetensors",
 ]
 
+
+OWN = {"layer_weights": "sensitivity"}
 
 STAGES = """
 from torch import nn
@@ -121,6 +123,26 @@ def test_json_is_one_object(capsys):
 
 
 @pytest.mark.usefixtures("files")
+def test_layer_weights_are_shown(capsys):
+    other = networks.mlp(12, 9, 8, 7, 5, seed=1)
+    save_model(other, "other.safetensors")
+    command = ["fuse", "deep.safetensors", "other.safetensors", *FUSE[3:4], *FUSE[5:]]
+    assert main([*command, "--layer-weights=sensitivity"]) == 0
+    shown = capsys.readouterr().out
+    assert "deep share" in shown
+    assert "deep 0.50, shallow 0.50, of each matched unit by sensitivity" in shown
+    assert main([*command, "--layer-weights=sensitivity", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    result = fuse(networks.mlp(12, 9, 8, 7, 5), other, torch.from_numpy(np.load("data.npy")), **OWN)
+    assert facts["shares"] == list(result.shares.values())
+    assert len(set(facts["shares"])) > 1
+    fused = load_file("fused.safetensors")
+    assert all(torch.equal(one, fused[name]) for name, one in result.model.state_dict().items())
+    assert main(command) == 0
+    assert "deep share" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("files")
 def test_align_and_inspect(capsys):
     assert main(["align", *FUSE[1:-1]]) == 0
     assert "cost" in capsys.readouterr().out
@@ -143,6 +165,11 @@ BAD = {
     "weight": ([*FUSE, "--weight=2"], "--weight must be in"),
     "solver": ([*FUSE, "--solver=magic"], "--solver must be one of"),
     "calibration": ([*FUSE, "--calibration=training"], "--calibration must be one of"),
+    "layer weights": ([*FUSE, "--layer-weights=fisher"], "--layer-weights must be one of"),
+    "zip": (
+        [*FUSE, "--layer-weights=sensitivity", "--solver=zip"],
+        "solver 'zip' needs layer_weights='uniform'",
+    ),
     "device": ([*FUSE, "--device=nowhere"], "--device 'nowhere'"),
     "no number": ([*FUSE, "--limit=many"], "--limit"),
     "unknown option": ([*FUSE, "--colour=red"], "--colour"),

@@ -23,7 +23,7 @@ models:
   c: {factory: "nets.py:mlp(12, 7, 8, 6, 5)", weights: weights/c.safetensors}
   d: {factory: "nets.py:mlp(12, 9, 8, 7, 6, 5)", weights: weights/d.safetensors}
 data: {file: data.npy, limit: 200}
-settings: {alignment_samples: 100, matching_rows: 200, epsilon: 1e-2}
+settings: {alignment_samples: 100, matching_rows: 200, epsilon: 1e-2, layer_weights: sensitivity}
 out: fused
 """
 
@@ -62,6 +62,7 @@ def test_all_pairs_of_a_manifest(folder, capsys):
     assert "6, 0 failed, 0 taken over" in shown.out
     data = torch.from_numpy(np.load(folder / "data.npy")[:200])
     settings = {"alignment_samples": 100, "matching_rows": 200, "epsilon": 1e-2}
+    settings["layer_weights"] = "sensitivity"
     wanted = fuse(*(modules()[name] for name in "bc"), data, **settings).model.state_dict()
     found = load_state(folder / "fused" / "b+c.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())

@@ -62,10 +62,10 @@ def test_shares_are_those_of_the_formula():
     found = [sensitivities_ref(model, VECTORS) for model in (deep, shallow)]
     hidden = [i for i, k in enumerate(partner[:-1]) if k >= 0]
     # Of the hidden units that both have; the deep network is the first, with the share 0.7.
-    expected = np.full(4, 0.7)
-    expected[hidden] = shares_ref(0.7, found[0][hidden], found[1][[partner[i] for i in hidden]])
-    np.testing.assert_allclose(result.shares, expected, rtol=1e-5)
-    assert np.abs(expected[hidden] - 0.7).max() > 1e-3
+    expected = shares_ref(0.7, found[0][hidden], found[1][[partner[i] for i in hidden]])
+    assert list(result.shares) == list(result.alignment.pairs)
+    np.testing.assert_allclose(list(result.shares.values()), [*expected, 0.7], rtol=1e-5)
+    assert np.abs(expected - 0.7).max() > 1e-3
     swapped = fuse(shallow, deep, VECTORS, weight=0.7, **OWN)
     assert swapped.shares == result.shares
 
@@ -89,9 +89,9 @@ def test_equal_networks_have_the_weight_itself_everywhere(name, calibration):
     build, inputs = MODELS[name]
     model = build()
     result = fuse(model, model, inputs, weight=0.3, calibration=calibration, **OWN)
-    assert set(result.shares) == {0.7}
+    assert set(result.shares.values()) == {0.7}
     uniform = fuse(model, model, inputs, weight=0.3, calibration=calibration)
-    assert set(uniform.shares) == {0.7}
+    assert set(uniform.shares.values()) == {0.7}
     for key, tensor in uniform.model.state_dict().items():
         assert torch.equal(tensor, result.model.state_dict()[key])
 
@@ -108,7 +108,7 @@ def test_a_permuted_copy_has_the_same_shares_and_fuses_to_itself(name, calibrati
     permuted.load_state_dict(permute_channels(model.state_dict(), graph.classes, permutations))
     result = fuse(permuted, model, inputs, weight=0.3, calibration=calibration, **OWN)
     # Float32 gradients, summed in another order.
-    assert result.shares == pytest.approx([0.7] * len(graph.units), abs=1e-4)
+    assert list(result.shares.values()) == pytest.approx([0.7] * len(graph.units), abs=1e-4)
     assert_same_function(result.model, permuted, inputs, calibration)
 
 
@@ -119,7 +119,7 @@ def test_weights_0_and_1_do_not_change_a_byte(name, calibration):
     for weight in (0.0, 1.0):
         settings = {"weight": weight, "calibration": calibration}
         result = fuse(deep, shallow, inputs, **settings, **OWN)
-        assert set(result.shares) == {1.0 - weight}
+        assert set(result.shares.values()) == {1.0 - weight}
         wanted = fuse(deep, shallow, inputs, **settings).model.state_dict()
         for key, tensor in result.model.state_dict().items():
             assert torch.equal(tensor, wanted[key]), key
@@ -135,9 +135,10 @@ def test_a_unit_on_which_no_output_depends_is_the_other_networks_alone():
         units, plan = result.lifting.deep.units, result.lifting
         names = [unit.name for unit in units]
         silent = names.index("blocks.1")
-        assert result.shares[silent] == share
-        assert result.shares[-1] == 0.6  # of the outputs
-        assert all(0.0 < one < 1.0 for i, one in enumerate(result.shares) if i != silent)
+        shares = list(result.shares.values())
+        assert shares[silent] == share
+        assert shares[-1] == 0.6  # of the outputs
+        assert all(0.0 < one < 1.0 for i, one in enumerate(shares) if i != silent)
         wanted = plan.deep.state() if share else aligned_state(plan, result.plans)
         made = result.model.state_dict()
         for name in units[silent].parameters:
@@ -171,7 +172,7 @@ def test_a_parameter_of_two_units_keeps_the_weight():
     result = fuse(first, second, VECTORS, weight=0.4, calibration="none", **OWN)
     aligned, own = aligned_state(result.lifting, result.plans), result.lifting.deep.state()
     shared, bias = "layers.2.weight", "layers.2.bias"
-    share = result.shares[1]
+    share = result.shares[1, 1]
     assert abs(share - 0.6) > 1e-3
     made = result.model.state_dict()
     for name, wanted in ((shared, 0.6), (bias, share)):
@@ -183,11 +184,12 @@ def test_repair_meets_the_moments_of_each_units_own_share():
     data = IMAGES  # one batch, for whose statistics it is exact
     first, second = networks.resnet(2, 1), silenced(networks.resnet(2, 1, seed=1), 1)
     result = fuse(first, second, data, weight=0.4, **OWN)
-    assert len({f"{one:.2f}" for one in result.shares}) > 2
+    shares = list(result.shares.values())
+    assert len({f"{one:.2f}" for one in shares}) > 2
     plan = result.lifting
     graphs = plan.deep, plan.shallow, trace(result.model, data)
     ((of_deep,), (of_shallow,), (of_fused,)) = (observed_moments(one, data) for one in graphs)
-    for unit, made, share in zip(plan.deep.units, graphs[2].units, result.shares, strict=True):
+    for unit, made, share in zip(plan.deep.units, graphs[2].units, shares, strict=True):
         for site, found in zip(unit.sites, made.sites, strict=True):
             other = plan.sites[site.node]
             places = [(one.classes, one.members) for one in (site, other)]
@@ -311,12 +313,13 @@ def test_the_table_shows_shares_where_layers_are_merged_away(merge):
     for models in ((deep, shallow), (shallow, deep)):
         result = fuse(*models, VECTORS, weight=0.5, balance="merge", merge=merge, **OWN)
         found = shown(result)
-        units = result.lifting.deep.units
-        # Here the shallow network gives the structure, and so the shares are its.
-        expected = [f"{1 - share:.2f}" for share in result.shares]
-        assert list(found.values()) == expected
-        assert len(units) == 3
-        assert expected[-1] == "0.50"
+        assert list(found.values()) == [f"{share:.2f}" for share in result.shares.values()]
+        assert len(result.lifting.deep.units) == 3  # the shallow network's, whose shares are known
+        of_shallow = sensitivities_ref(shallow, VECTORS)[:2]
+        products = sensitivities(result.lifting.shallow, VECTORS)
+        of_made = unit_sensitivities(result.lifting.shallow, products).numpy()[:2]
+        expected = shares_ref(0.5, of_made, of_shallow)
+        np.testing.assert_allclose(list(result.shares.values()), [*expected, 0.5], rtol=1e-5)
 
 
 def test_uniform_shares_are_not_in_the_table():

@@ -168,7 +168,7 @@ def test_residual_networks_are_as_fused_one_by_one(calibration):
     ],
 )
 def test_other_depths_and_widths_are_as_fused_one_by_one(settings):
-    models = {"a": networks.mlp(12, 9, 8, 5), "b": networks.mlp(12, 30, 5, seed=1)}
+    models = {"a": networks.mlp(12, 9, 8, 7, 5), "b": networks.mlp(12, 30, 20, 5, seed=1)}
     wanted = fuse(models["a"], models["b"], DATA, **SETTINGS, **settings)
     (found,) = fuse_many(models, DATA, **SETTINGS, **settings)
     assert found.error is None
@@ -450,12 +450,14 @@ def test_signatures_are_read_from_disk_and_corrupt_ones_made_again(
     ],
 )
 def test_masses_and_sensitivities_are_kept_on_disk(tmp_path, monkeypatch, settings):
-    models = {"a": networks.mlp(12, 9, 8, 5), "b": networks.mlp(12, 30, 5, seed=1)}
+    models = {"a": networks.mlp(12, 9, 8, 7, 5), "b": networks.mlp(12, 30, 20, 5, seed=1)}
     wanted = fuse(models["a"], models["b"], DATA, **SETTINGS, **settings)
     made = count_preparations(monkeypatch)
+    cache = {"cache_dir": tmp_path / "cache", "out_dir": tmp_path / "out", "resume": False}
     for _ in range(2):
-        (found,) = fuse_many(models, DATA, cache_dir=tmp_path, **SETTINGS, **settings)
+        (found,) = fuse_many(models, DATA, **cache, **SETTINGS, **settings)
         assert torch.equal(found.model(DATA), wanted.model(DATA))
+        assert found.shares == tuple(wanted.shares.values())
     assert [cached for _, cached in made] == [False] * 2 + [True] * 2
 
 

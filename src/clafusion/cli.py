@@ -740,10 +740,7 @@ def _fusion_facts(result: FusionResult, out: Path, plot: Path | None) -> dict[st
             {"name": one.name, "channels": None if plan is None else list(plan.shape)}
             for one, plan in zip(result.lifting.deep.classes, result.plans, strict=True)
         ],
-        "shares": [
-            {"unit": unit.name, "share": share}
-            for unit, share in zip(result.lifting.deep.units, result.shares, strict=True)
-        ],
+        "shares": list(result.shares.values()),
         "seconds": dict(result.timings),
     }
 

@@ -107,6 +107,8 @@ class PairResult:
         Names of the units of both models.
     alignment
         Of the units, as in ``FusionResult.alignment``.
+    shares
+        For each pair of ``alignment.pairs`` the share of the model with more units.
     seconds
         What each stage took. The stages that models share are counted in the pair for which they
         were done.
@@ -126,6 +128,7 @@ class PairResult:
     deep_units: tuple[str, ...]
     shallow_units: tuple[str, ...]
     alignment: LayerAlignment | None
+    shares: tuple[float, ...]
     seconds: Mapping[str, float]
     warnings: tuple[str, ...]
     path: Path | None
@@ -468,6 +471,7 @@ class _Workshop:
         facts["deep_units"] = [unit.name for unit in aligned.deep.graph.units]
         facts["shallow_units"] = [unit.name for unit in aligned.shallow.graph.units]
         facts["alignment"] = _alignment_facts(aligned.alignment)
+        facts["shares"] = list(result.shares.values())
         facts["seconds"] = dict(result.timings)
         return result.model
 
@@ -795,6 +799,7 @@ class _Run:
             deep_units=tuple(facts.get("deep_units", ())),
             shallow_units=tuple(facts.get("shallow_units", ())),
             alignment=_alignment_of(facts["alignment"]) if fused else None,
+            shares=tuple(facts.get("shares", ())),
             seconds=facts.get("seconds", {}),
             warnings=tuple(facts["warnings"]),
             path=self.folder / facts["file"] if fused and self.folder is not None else None,

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -253,8 +253,8 @@ class FusionResult:
         By the solver ``"zip"`` the plans ``(num_target, num_target)`` of the other network, whose
         channels then move, too; else None.
     shares
-        For each unit of ``lifting.deep`` how much of it is that network's; the rest is
-        ``lifting.shallow``'s. All the same but for ``layer_weights="sensitivity"``.
+        For each matched pair of units (those of ``alignment.pairs``) the deep network's share; the
+        rest is the shallow one's. All the same but for ``layer_weights="sensitivity"``.
     lean
         How far the interior leans towards one parent; None but for least squares.
     config
@@ -274,7 +274,7 @@ class FusionResult:
     timings: Mapping[str, float]
     peak_memory: Mapping[str, int]
     target_plans: tuple[Tensor | None, ...] | None = None
-    shares: tuple[float, ...] = ()
+    shares: Mapping[tuple[int, int], float] = field(default_factory=dict)
 
     @property
     def alignment(self) -> LayerAlignment:
@@ -775,8 +775,23 @@ def fuse_aligned(
         clock.seconds,
         clock.peak_memory,
         None if target_plans is None else tuple(target_plans),
-        deep_shares.of_units(plan),
+        _pair_shares(pair, plan, deep_shares.of_units(plan)),
     )
+
+
+def _pair_shares(
+    pair: AlignedPair, plan: Lifting, of_units: Sequence[float]
+) -> dict[tuple[int, int], float]:
+    """Return the deep network's share of each matched pair, for those of the plan's units.
+
+    The plan's networks may be the pair's the other way round, or made ones that stand for them.
+    """
+    of_partner = {k: one for one, k in zip(of_units, plan.partner, strict=True) if k >= 0}
+    if plan.shallow is pair.shallow.graph:
+        return {(i, k): of_partner[k] for i, k in pair.alignment.pairs}
+    if plan.shallow is pair.deep.graph:
+        return {(i, k): 1 - of_partner[i] for i, k in pair.alignment.pairs}
+    return {(i, k): 1 - of_units[k] for i, k in pair.alignment.pairs}  # layers merged away
 
 
 def channel_plans(

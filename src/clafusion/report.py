@@ -112,26 +112,9 @@ def fusion_summary(result: FusionResult) -> str:
     if result.peak_memory:
         stage = max(result.peak_memory, key=result.peak_memory.__getitem__)
         facts["GPU memory"] = f"{result.peak_memory[stage] / 1e6:.1f} MB at the most ({stage})"
-    table = alignment_summary(
-        result.pair, merged=config.balance == "merge", deep_shares=_deep_shares(result)
-    )
+    own = result.shares if len(set(result.shares.values())) > 1 else None
+    table = alignment_summary(result.pair, merged=config.balance == "merge", deep_shares=own)
     return f"{table}\n{_facts(facts)}"
-
-
-def _deep_shares(result: FusionResult) -> dict[tuple[int, int], float] | None:
-    """Return the deep network's shares of matched pairs of units, None where all are the same.
-
-    The fusion's own two networks may be the other way round, or made ones that stand for the pair.
-    """
-    if len(set(result.shares)) <= 1:
-        return None
-    plan, pair = result.lifting, result.pair
-    of_partner = {k: one for one, k in zip(result.shares, plan.partner, strict=True) if k >= 0}
-    if plan.shallow is pair.shallow.graph:
-        return {(i, k): of_partner[k] for i, k in pair.alignment.pairs}
-    if plan.shallow is pair.deep.graph:
-        return {(i, k): 1 - of_partner[i] for i, k in pair.alignment.pairs}
-    return {(i, k): 1 - result.shares[k] for i, k in pair.alignment.pairs}  # layers merged away
 
 
 def many_summary(results: Sequence[PairResult]) -> str:
