@@ -322,6 +322,40 @@ def test_the_table_shows_shares_where_layers_are_merged_away(merge):
         np.testing.assert_allclose(list(result.shares.values()), [*expected, 0.5], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "settings"),
+    [
+        (networks.vgg(3, 1), networks.vgg(1, 3, seed=1), {}),
+        (networks.mlp(12, 9, 8, 7, 5), networks.mlp(12, 8, 6, 5, seed=1), {"width": "second"}),
+        (networks.resnet(3, 1), networks.resnet(1, 3, seed=1), {"into": networks.resnet(4, 3)}),
+    ],
+)
+def test_what_only_one_network_has_keeps_the_weight(first, second, settings):
+    inputs = VECTORS if "width" in settings else IMAGES
+    result = fuse(first, second, inputs, weight=0.4, calibration="none", **settings, **OWN)
+    plan, made = result.lifting, result.model.state_dict()
+    assert plan.stand_ins
+    deep_share = 0.6 if result.pair.deep_is_first else 0.4
+    weight = deep_share if plan.shallow is result.pair.shallow.graph else 1 - deep_share
+    uniform = blend(plan, result.plans, LayerShares(weight))
+    for unit, k in zip(plan.deep.units, plan.partner, strict=True):
+        same = all(torch.equal(made[name], uniform[name]) for name in unit.parameters)
+        alone = k < 0 or unit.index in plan.stand_ins or unit is plan.deep.units[-1]
+        assert same == alone, unit.name
+
+
+def test_pairs_that_the_result_has_no_place_for_have_no_share():
+    first, second = networks.resnet(3, 2), networks.resnet(1, 3, seed=1)
+    into = networks.resnet(1, 1)
+    for kind in ("uniform", "sensitivity"):
+        result = fuse(first, second, IMAGES, into=into, layer_weights=kind)
+        pairs = result.alignment.pairs
+        assert len(pairs) == 5
+        assert len(result.shares) == 4
+        assert set(result.shares) < set(pairs)
+    assert len(shown(result)) == 4
+
+
 def test_uniform_shares_are_not_in_the_table():
     text = fusion_summary(fuse(networks.mlp(12, 9, 5), networks.mlp(12, 8, 5), VECTORS))
     assert "deep share" not in text

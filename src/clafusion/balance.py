@@ -49,7 +49,7 @@ class Balanced:
     partner
         For each unit of the target the source's unit, -1 where it has none.
     stand_ins
-        Units of the target that hold nothing of its own: inserted blocks that write zero.
+        Units of the target that hold nothing of its own: inserted blocks and identity layers.
     target_is_deep
         Whether the target stands for the deep network of the pair.
     """
@@ -151,11 +151,7 @@ def balance(
         return Balanced(source, target, every, frozenset(), not target_is_deep)
     if how == "add":
         made = lift(target.graph.model, plan)
-        stand_ins = frozenset(
-            unit.index
-            for unit in target.graph.units
-            if partner[unit.index] < 0 and unit.insertable == "zero"
-        )
+        stand_ins = frozenset(i for i, k in enumerate(partner) if k < 0)
     else:
         graph = _made(lifted_state(plan), target.graph)
         made, stand_ins = _made_up_for(graph, source.graph, partner, data, seed), frozenset()
@@ -245,9 +241,9 @@ def _in_another(
         graph = trace_like(model, template)
         model = _made_up_for(graph, target.graph, of_target, data, seed, plans)
     stand_ins = frozenset(
-        unit.index
-        for unit in template.units
-        if of_target[unit.index] < 0 <= of_source[unit.index] and unit.insertable == "zero"
+        i
+        for i, (own, other) in enumerate(zip(of_target, of_source, strict=True))
+        if own < 0 <= other
     )
     signature = profile(trace_like(model, template))
     return Balanced(signature, source, of_source, stand_ins, target_is_deep)

@@ -740,7 +740,7 @@ def _fusion_facts(result: FusionResult, out: Path, plot: Path | None) -> dict[st
             {"name": one.name, "channels": None if plan is None else list(plan.shape)}
             for one, plan in zip(result.lifting.deep.classes, result.plans, strict=True)
         ],
-        "shares": list(result.shares.values()),
+        "shares": [result.shares.get(pair) for pair in result.alignment.pairs],
         "seconds": dict(result.timings),
     }
 

@@ -91,6 +91,8 @@ class Lifting:
         Deep site node -> shallow site, where the layers are matched.
     streams
         Deep unit that has no partner -> the shallow network's value that flows past it.
+    stand_ins
+        Units of the deep network that hold nothing of its own, and have a partner.
     """
 
     deep: ModelGraph
@@ -102,6 +104,7 @@ class Lifting:
     points: tuple[tuple[PointPair, ...], ...]
     sites: Mapping[str, Site]
     streams: Mapping[int, Site]
+    stand_ins: frozenset[int] = frozenset()
 
 
 def allowed_pairs(deep: ModelGraph, shallow: ModelGraph) -> NDArray[np.bool_]:
@@ -147,7 +150,8 @@ def lifting(
     """Find what corresponds under an alignment.
 
     ``partner`` is :attr:`LayerAlignment.deep_to_shallow`. ``stand_ins`` are units of the deep
-    network that write zero and hold nothing of their own.
+    network that hold nothing of its own: of blocks that write zero the shallow network's is taken,
+    identity layers are averaged as all others.
 
     Raises
     ------
@@ -185,7 +189,7 @@ def lifting(
     for unit, k in zip(deep.units, partner, strict=True):  # what a matched unit shares stays so
         if k >= 0:
             origins.update(dict.fromkeys(unit.parameters, "matched"))
-    for index in stand_ins:
+    for index in (one for one in stand_ins if deep.units[one].insertable == "zero"):
         inside = set(deep.units[index].parameters) - set(deep.units[index].last_write)
         origins.update(dict.fromkeys(inside, "taken"))
     for name in deep.state():
@@ -195,7 +199,9 @@ def lifting(
         tuple(_point_pairs(deep, shallow, partner, one.index, classes[one.index]))
         for one in deep.classes
     )
-    return Lifting(deep, shallow, partner, origins, names, classes, points, sites, streams)
+    return Lifting(
+        deep, shallow, partner, origins, names, classes, points, sites, streams, stand_ins
+    )
 
 
 def onto_itself(graph: ModelGraph) -> Lifting:

@@ -102,7 +102,7 @@ def layer_shares(
         unit
         for unit in plan.deep.units
         if plan.partner[unit.index] >= 0
-        and not any(plan.origins[name] == "taken" for name in unit.parameters)
+        and unit.index not in plan.stand_ins
         and not any(bool((site.classes < 0).all()) for site in unit.sites)
     ]
     of_deep = _normalised([float(deep[unit.index]) for unit in both])

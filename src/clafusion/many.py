@@ -108,7 +108,8 @@ class PairResult:
     alignment
         Of the units, as in ``FusionResult.alignment``.
     shares
-        For each pair of ``alignment.pairs`` the share of the model with more units.
+        For each of ``alignment.pairs`` the share of the model with more units; see
+        ``FusionResult.shares``.
     seconds
         What each stage took. The stages that models share are counted in the pair for which they
         were done.

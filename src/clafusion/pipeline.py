@@ -253,8 +253,9 @@ class FusionResult:
         By the solver ``"zip"`` the plans ``(num_target, num_target)`` of the other network, whose
         channels then move, too; else None.
     shares
-        For each matched pair of units (those of ``alignment.pairs``) the deep network's share; the
-        rest is the shallow one's. All the same but for ``layer_weights="sensitivity"``.
+        For each matched pair of units (those of ``alignment.pairs`` that the result has) the deep
+        network's share; the rest is the shallow one's. All the same but for
+        ``layer_weights="sensitivity"``.
     lean
         How far the interior leans towards one parent; None but for least squares.
     config
@@ -786,12 +787,13 @@ def _pair_shares(
 
     The plan's networks may be the pair's the other way round, or made ones that stand for them.
     """
+    pairs = pair.alignment.pairs
     of_partner = {k: one for one, k in zip(of_units, plan.partner, strict=True) if k >= 0}
     if plan.shallow is pair.shallow.graph:
-        return {(i, k): of_partner[k] for i, k in pair.alignment.pairs}
+        return {(i, k): of_partner[k] for i, k in pairs if k in of_partner}
     if plan.shallow is pair.deep.graph:
-        return {(i, k): 1 - of_partner[i] for i, k in pair.alignment.pairs}
-    return {(i, k): 1 - of_units[k] for i, k in pair.alignment.pairs}  # layers merged away
+        return {(i, k): 1.0 - of_partner[i] for i, k in pairs if i in of_partner}
+    return {(i, k): 1.0 - of_units[k] for i, k in pairs}  # layers merged away
 
 
 def channel_plans(

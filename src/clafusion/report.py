@@ -63,7 +63,8 @@ def alignment_summary(
             rows.append([deep[one].name, "(merged)" if merged else INSERTED, "", ""])
         else:
             cost = f"{alignment.cost[one, other]:.4f}"
-            share = "" if deep_shares is None else f"{deep_shares[one, other]:.2f}"
+            shares = deep_shares or {}
+            share = f"{shares[one, other]:.2f}" if (one, other) in shares else ""
             rows.append([deep[one].name, shallow[other].name, cost, share])
     rows.append(["total", "", f"{alignment.matched_cost:.4f}", ""])
     first, second = ("deep", "shallow") if pair.deep_is_first else ("shallow", "deep")
