@@ -423,7 +423,7 @@ def fuse(
     layer_weights
         Whether every layer has ``weight`` (``"uniform"``), or each matched unit a share of its own,
         by how sensitive each network's outputs are to it, with ``weight`` for the outputs
-        (``"sensitivity"``). Not with the solver ``"zip"``. See
+        (``"sensitivity"``), which seldom helps. Not with the solver ``"zip"``. See
         :func:`clafusion.layer_weights.layer_shares`.
     into
         A module of the architecture that the result is to have, of any depth and widths that can
