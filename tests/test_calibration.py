@@ -1,5 +1,7 @@
 """The moments that REPAIR works with: as in float64, and taken once for all of a model's pairs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -44,13 +46,20 @@ def inputs_for(name):
     return torch.randn(300, *shape, generator=torch.Generator().manual_seed(3))
 
 
+def with_moments(pair, data):
+    deep, shallow = (
+        replace(one, moments=tuple(observed_moments(one.graph, data)))
+        for one in (pair.deep, pair.shallow)
+    )
+    return replace(pair, deep=deep, shallow=shallow)
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_moments_taken_beforehand_give_the_same_bytes(name):
     data = inputs_for(name)
     pair = align(*PAIRS[name](), data)
     plain = fuse_aligned(pair, data).model.state_dict()
-    observed = tuple(observed_moments(one.graph, data) for one in (pair.deep, pair.shallow))
-    cached = fuse_aligned(pair, data, observed=observed).model.state_dict()
+    cached = fuse_aligned(with_moments(pair, data), data).model.state_dict()
     assert plain.keys() == cached.keys()
     for key, tensor in plain.items():
         assert torch.equal(tensor, cached[key]), key
@@ -72,6 +81,7 @@ def test_profiling_takes_the_same_moments(name):
 def test_moments_of_fewer_batches_are_refused():
     data = inputs_for("chain")
     pair = align(*PAIRS["chain"](), data)
-    observed = tuple(observed_moments(one.graph, data) for one in (pair.deep, pair.shallow))
+    observed = with_moments(pair, data)
+    fewer = replace(observed.shallow, moments=observed.shallow.moments[:1])
     with pytest.raises(InputError, match="observed has 2 and 1 batches, data more"):
-        fuse_aligned(pair, data, observed=(observed[0], observed[1][:1]))
+        fuse_aligned(replace(observed, shallow=fewer), data)

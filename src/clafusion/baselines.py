@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 from torch import nn
 
 from clafusion.blending import blend
+from clafusion.block_matching import exchanged_graph
+from clafusion.blocks import class_sources
 from clafusion.depth import with_state
 from clafusion.layer_weights import LayerShares
 from clafusion.pipeline import FusionResult
@@ -16,9 +21,13 @@ __all__ = ["naive_average"]
 def naive_average(result: FusionResult, deep_weight: float = 0.5) -> nn.Module:
     """Average the lifted network and the deep one of a fusion, channel by channel in order."""
     deep, shallow = result.lifting.deep, result.lifting.shallow
+    sources: dict[int, int] = {}
+    for index, order in result.block_orders.items():  # heads go back to where they were
+        sources |= class_sources(shallow.blocks[index], np.argsort(order).tolist())
+    lifting = replace(result.lifting, shallow=exchanged_graph(shallow, sources))
     plans = [
         None if other < 0 else index_plan(shallow.classes[other].size, one.size)
         for one, other in zip(deep.classes, result.lifting.classes, strict=True)
     ]
-    state = blend(result.lifting, plans, LayerShares(deep_weight))
+    state = blend(lifting, plans, LayerShares(deep_weight))
     return with_state(deep.model, state, deep)

@@ -42,6 +42,7 @@ __all__ = [
     "lift",
     "lifting",
     "onto_itself",
+    "point_pairs",
     "resized_shape",
     "skip_costs",
 ]
@@ -196,7 +197,7 @@ def lifting(
         origins.setdefault(name, "copied")
     classes = _match_classes(deep, shallow, names, partner)
     points = tuple(
-        tuple(_point_pairs(deep, shallow, partner, one.index, classes[one.index]))
+        tuple(point_pairs(deep, shallow, partner, one.index, classes[one.index]))
         for one in deep.classes
     )
     return Lifting(
@@ -280,13 +281,14 @@ def axes_of(
     return graph.axes_by_parameter.get(parameter, {})
 
 
-def _point_pairs(
+def point_pairs(
     deep: ModelGraph,
     shallow: ModelGraph,
     partner: tuple[int, ...],
     deep_class: int,
     shallow_class: int,
 ) -> Iterable[PointPair]:
+    """Yield the read points that show a class of the deep network and one of the shallow one."""
     if shallow_class < 0:
         return
     seen: set[tuple[str, str]] = set()

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from clafusion.operations import bound_operands
 
 __all__ = [
+    "ChannelBlocks",
     "ChannelClass",
     "ModelGraph",
     "ParameterUse",
@@ -120,6 +121,23 @@ class ChannelClass:
     def name(self) -> str:
         """The parameter that first writes the class, as a readable name."""
         return self.slots[0].use.parameter
+
+
+@dataclass(frozen=True)
+class ChannelBlocks:
+    """Blocks of channels that are exchangeable as wholes, such as the heads of an attention.
+
+    Attributes
+    ----------
+    unit
+        Position in ``ModelGraph.units`` of the first unit that has them.
+    members
+        For each block, in the order of their places, the indices of its channel classes; the n-th
+        class of one block corresponds to the n-th of every other one.
+    """
+
+    unit: int
+    members: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -261,6 +279,8 @@ class ModelGraph:
         In topological order.
     classes
         The channel classes with more than one channel.
+    blocks
+        Which classes may change places.
     uses
         Every view of every parameter.
     aliases
@@ -277,6 +297,7 @@ class ModelGraph:
     constants: State
     units: tuple[Unit, ...]
     classes: tuple[ChannelClass, ...]
+    blocks: tuple[ChannelBlocks, ...]
     uses: tuple[ParameterUse, ...]
     aliases: Mapping[str, str]
     static_batch: int | None

@@ -457,10 +457,7 @@ class _Workshop:
                 "each of the two is the deeper one somewhere, and their union would be a network "
                 "that neither's factory builds; fuse them alone, by clafusion.fuse or with --into"
             )
-        observed = None
-        if aligned.deep.moments is not None and aligned.shallow.moments is not None:
-            observed = aligned.deep.moments, aligned.shallow.moments
-        result = fuse_aligned(aligned, self.job.data, config=config, observed=observed)
+        result = fuse_aligned(aligned, self.job.data, config=config)
         facts["deep"] = pair[0] if aligned.deep_is_first else pair[1]
         names = pair if aligned.deep_is_first else pair[::-1]
         made = result.model.state_dict().keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from clafusion.depth import Lifting, PointPair
 from clafusion.errors import InputError, StructureError
 from clafusion.signatures import Signature, check_same_inputs, standardised
 
-__all__ = ["MAX_CHANNELS", "ActivationCost", "classifier_costs", "neuron_costs"]
+__all__ = ["MAX_CHANNELS", "ActivationCost", "classifier_costs", "neuron_costs", "pair_costs"]
 
 ActivationCost = Literal["correlation", "euclidean"]
 
@@ -41,32 +42,45 @@ def neuron_costs(
         The signatures are not of the same inputs, the metric is unknown, or a class has more
         than ``MAX_CHANNELS`` channels; the message tells the memory it would take.
     """
+    classes = zip(lifting.deep.classes, lifting.classes, lifting.points, strict=True)
+    matched = [(one.index, other, pairs) for one, other, pairs in classes if other >= 0]
+    found = iter(pair_costs(lifting, deep, shallow, matched, metric=metric))
+    return [None if other < 0 else next(found) for other in lifting.classes]
+
+
+def pair_costs(
+    lifting: Lifting,
+    deep: Signature,
+    shallow: Signature,
+    pairs: Sequence[tuple[int, int, Sequence[PointPair]]],
+    *,
+    metric: ActivationCost = "correlation",
+) -> list[Tensor]:
+    """Return the costs ``(num_source, num_target)`` for any pairs of classes.
+
+    Each pair is a class of the deep network, one of the shallow network, and the read points that
+    show both. Otherwise as :func:`neuron_costs`.
+    """
     if metric not in ("correlation", "euclidean"):
         raise InputError(f"neuron_cost must be 'correlation' or 'euclidean'; got {metric!r}")
     check_same_inputs(deep, shallow)
     similarity = _correlations if metric == "correlation" else _squared_distances
     device = next((rows.device for rows in deep.rows.values()), None)
-    costs: list[Tensor | None] = []
+    costs: list[Tensor] = []
     # By points, for several classes may lie side by side in one.
     points: dict[tuple[tuple[int, int], tuple[int, int]], list[tuple[int, PointPair]]] = {}
-    for one, other, pairs in zip(
-        lifting.deep.classes, lifting.classes, lifting.points, strict=True
-    ):
-        if other < 0:
-            costs.append(None)
-            continue
-        source = lifting.shallow.classes[other]
-        largest = max(source.size, one.size)
-        if largest > MAX_CHANNELS:
+    for of_target, of_source, shown in pairs:
+        target, source = lifting.deep.classes[of_target], lifting.shallow.classes[of_source]
+        if max(source.size, target.size) > MAX_CHANNELS:
             raise InputError(
-                f"the channels of {one.name!r} number {source.size} and {one.size}: their cost "
-                f"and plan would take {16 * source.size * one.size / 1e9:.1f} GB. Layers of up to "
-                f"{MAX_CHANNELS} channels are supported"
+                f"the channels of {target.name!r} number {source.size} and {target.size}: their "
+                f"cost and plan would take {16 * source.size * target.size / 1e9:.1f} GB. Layers "
+                f"of up to {MAX_CHANNELS} channels are supported"
             )
-        costs.append(torch.zeros(source.size, one.size, dtype=torch.float64, device=device))
-        for pair in pairs:
+        for pair in shown:
             key = _flowing(lifting, shallow, pair), pair.deep
-            points.setdefault(key, []).append((one.index, pair))
+            points.setdefault(key, []).append((len(costs), pair))
+        costs.append(torch.zeros(source.size, target.size, dtype=torch.float64, device=device))
     counts = [0] * len(costs)
     for (source_point, target_point), members in points.items():
         x, y = shallow.rows[source_point], deep.rows[target_point]
@@ -74,12 +88,11 @@ def neuron_costs(
             continue
         found = similarity(x, y)
         for index, pair in members:
-            total = costs[index]
-            assert total is not None
-            total += found[pair.shallow_columns][:, pair.deep_columns].to(total)
+            block = found[pair.shallow_columns][:, pair.deep_columns]
+            costs[index] += block.to(costs[index])
             counts[index] += 1 if metric == "correlation" else len(x)
     return [
-        total if not count or total is None else _cost(total / count, metric)
+        _cost(total / count, metric) if count else total
         for total, count in zip(costs, counts, strict=True)
     ]
 

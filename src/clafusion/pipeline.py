@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from clafusion.balance import Balance, Merge, Width, balance
 from clafusion.blending import Normalisation, blend
+from clafusion.block_matching import match_blocks
 from clafusion.calibration import repair, reset_batchnorm
 from clafusion.data import Data, first_batch
 from clafusion.depth import (
@@ -41,8 +42,12 @@ from clafusion.layer_alignment import AlignmentMode, LayerAlignment, align_layer
 from clafusion.layer_costs import LayerCost, layer_costs
 from clafusion.layer_weights import LayerShares, LayerWeights, layer_shares
 from clafusion.least_squares import Lean, Parent, frame_as_parent, regress_leaning
-from clafusion.moments import BatchMoments
-from clafusion.neuron_costs import MAX_CHANNELS, classifier_costs, neuron_costs
+from clafusion.neuron_costs import (
+    MAX_CHANNELS,
+    ActivationCost,
+    classifier_costs,
+    neuron_costs,
+)
 from clafusion.signatures import LayerValues, Signature, profile_graphs
 from clafusion.trace import copied, trace
 from clafusion.transport import Solver, solve_transport
@@ -256,6 +261,10 @@ class FusionResult:
         For each matched pair of units (those of ``alignment.pairs`` that the result has) the deep
         network's share; the rest is the shallow one's. All the same but for
         ``layer_weights="sensitivity"``.
+    block_orders
+        Where attention heads or convolution groups of the source had to change places to match the
+        target's: index in ``lifting.shallow.blocks`` -> for every place the block that came there.
+        ``lifting.shallow`` is of a copy with that order.
     lean
         How far the interior leans towards one parent; None but for least squares.
     config
@@ -276,6 +285,7 @@ class FusionResult:
     peak_memory: Mapping[str, int]
     target_plans: tuple[Tensor | None, ...] | None = None
     shares: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    block_orders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def alignment(self) -> LayerAlignment:
@@ -669,14 +679,12 @@ def fuse_aligned(
     *,
     config: FusionConfig | None = None,
     into: ModelGraph | None = None,
-    observed: tuple[Sequence[BatchMoments], Sequence[BatchMoments]] | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
     """Do the second half of :func:`fuse`: match channels, average and calibrate.
 
-    ``into`` is the traced module whose architecture the result is to have. ``observed`` is passed
-    to :func:`clafusion.calibration.repair`: the deep and the shallow network's moments, where they
-    are known already.
+    ``into`` is the traced module whose architecture the result is to have. Where both signatures
+    have moments, REPAIR takes them from there.
     """
     config = config or FusionConfig()
     clock = _Clock(_device(pair.deep), pair.timings, pair.peak_memory)
@@ -703,27 +711,25 @@ def fuse_aligned(
         plan = lifting(target, both.source.graph, both.partner, both.stand_ins)
         if set(both.partner) >= set(range(len(plan.shallow.units))):
             check_lifted(plan)
+        metric: ActivationCost = "correlation"
+        if config.neuron_cost == "euclidean":
+            metric = "euclidean"
+        plan, source, orders = match_blocks(plan, both.target, both.source, metric=metric)
         target_plans: list[Tensor | None] | None = None
         if config.solver == "zip":
-            plans, target_plans = zip_plans(
-                plan, both.target, both.source, budget=config.zip_budget
-            )
+            plans, target_plans = zip_plans(plan, both.target, source, budget=config.zip_budget)
         else:
-            plans = channel_plans(plan, both.target, both.source, config)
+            plans = channel_plans(plan, both.target, source, config)
         classifier = None
         if config.match_classifier:
-            cost = classifier_costs(
-                both.target,
-                both.source,
-                metric="euclidean" if config.neuron_cost == "euclidean" else "correlation",
-            )
+            cost = classifier_costs(both.target, source, metric=metric)
             (solution,) = solve_transport([cost], solver=config.solver, epsilon=config.epsilon)
             classifier = solution.plan
 
     deep_shares = LayerShares(deep_weight)
     if config.layer_weights == "sensitivity":
         deep_shares = layer_shares(
-            plan, deep_weight, both.target.sensitivity, both.source.sensitivity
+            plan, deep_weight, both.target.sensitivity, source.sensitivity
         )
 
     def average(shares: LayerShares) -> dict[str, Tensor]:
@@ -741,6 +747,9 @@ def fuse_aligned(
     lean: float | None = None
     with clock.stage("calibrate"):
         if config.calibration == "repair":
+            observed = None
+            if both.target.moments is not None and source.moments is not None:
+                observed = both.target.moments, source.moments
             state = repair(
                 plan,
                 plans,
@@ -748,7 +757,7 @@ def fuse_aligned(
                 data,
                 deep_shares=deep_shares,
                 target_plans=target_plans,
-                observed=observed if both.target is pair.deep else None,
+                observed=observed,
                 progress=progress,
             )
         elif config.calibration == "least_squares":
@@ -777,6 +786,7 @@ def fuse_aligned(
         clock.peak_memory,
         None if target_plans is None else tuple(target_plans),
         _pair_shares(pair, plan, deep_shares.of_units(plan)),
+        orders,
     )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.blending import aligned_state, outgoing_map
+from clafusion.block_matching import match_blocks
 from clafusion.calibration import repair, reset_batchnorm
 from clafusion.data import Data, first_batch
 from clafusion.depth import check_lifted, lifting, with_state
@@ -220,7 +221,10 @@ def _into_one_frame(
     graphs = [
         traced_to_fuse(f"models[{i}]", model, example, config) for i, model in enumerate(models)
     ]
-    signatures = profiled(graphs, data, config, progress)
+    signatures = [
+        replace(one, moments=tuple(observed_moments(one.graph, data)))
+        for one in profiled(graphs, data, config, progress)
+    ]
     deepest = max(range(len(graphs)), key=lambda i: len(graphs[i].units))
     others = [i for i in range(len(models)) if i != deepest]
     order = [*others, deepest]  # as least squares wants them
@@ -231,25 +235,31 @@ def _into_one_frame(
                 f"models[{i}] has units for which models[{deepest}], the deepest, has none; use "
                 "method='iterative'"
             )
-    moments = [observed_moments(graphs[i], data) for i in order]
     # Least squares takes long and needs no good start: only the last mean is regressed.
     last = config.calibration == "least_squares"
     each = replace(config, calibration="repair") if last else config
     frame = signatures[deepest]
     parents: list[Parent] = []
+    orders: list[Mapping[int, tuple[int, ...]]] = []
     converged = False
     for done in range(max_rounds):
-        before, parents = parents, []
+        before, parents = (parents, orders), []
+        orders, moments = [], []
         for i in order:
+            source = signatures[i]
+            moved: dict[int, tuple[int, ...]] = {}
             if graphs[i] is frame.graph:
                 parents.append(frame_as_parent(graphs[i], LayerShares(shares[i])))
             else:
                 lifted = lifting(frame.graph, graphs[i], pairs[i].alignment.deep_to_shallow)
                 if done == 0:  # every frame has the same architecture
                     check_lifted(lifted)
-                plans = tuple(channel_plans(lifted, frame, signatures[i], config))
+                lifted, source, moved = match_blocks(lifted, frame, source)
+                plans = tuple(channel_plans(lifted, frame, source, config))
                 parents.append(Parent(lifted, plans, LayerShares(shares[i])))
-        converged = _same(before, parents)
+            orders.append(moved)
+            moments.append(source.moments or observed_moments(source.graph, data))
+        converged = orders == before[1] and _same(before[0], parents)
         if converged:
             break
         model = _calibrated(parents, moments, data, each)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from clafusion.blocks import class_sources, exchange_blocks, possible_blocks
 from clafusion.errors import GraphVerificationError
-from clafusion.graph import ChannelClass, ModelGraph, State, call_model
+from clafusion.graph import ChannelBlocks, ChannelClass, ModelGraph, State, call_model
 
-__all__ = ["permute_channels", "verify_graph"]
+__all__ = ["permute_channels", "proved_blocks", "verify_graph"]
 
 # Relative to the largest output. Float64 leaves 1e-16 a rounding, and deep networks amplify it.
 # Float32 is the fallback for models that fix a dtype inside.
@@ -59,63 +61,105 @@ def verify_graph(graph: ModelGraph, inputs: tuple[Tensor, ...], *, seed: int = 0
     GraphVerificationError
         The outputs differ; the message names the classes that change them on their own.
     """
-    with torch.no_grad():
-        plain = copy.deepcopy(graph.model).eval()
-        traced = [one for one in graph.run(inputs) if isinstance(one, Tensor)]
-        fidelity = _difference(traced, call_model(plain, inputs, graph.keywords))
-        model, inputs = _widest(plain, inputs, graph.keywords)
+    trial = _Trial(graph, inputs, seed)
+    fidelity = trial.fidelity
     if not fidelity <= _TOLERANCE[torch.float32]:
         raise GraphVerificationError(
             f"the traced graph computes something else than the model (relative difference "
             f"{fidelity:.1e}); the model may depend on state or randomness that tracing froze"
         )
-    generator = torch.Generator().manual_seed(seed)
-    dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    bound = _TOLERANCE.get(dtype, 1e-2)
-    if dtype == torch.float64 and _casts(graph):
-        bound = _ROUNDED_INSIDE
-    # A cycle through all channels and a swap of two generate every permutation of a class.
-    cycles = [_cycle(one.size, generator) for one in graph.classes]
-    swaps = [_swap(one.size, generator) for one in graph.classes]
-    own = {
-        name: value.to(dtype) if value.is_floating_point() else value
-        for name, value in graph.state().items()
-    }
-    for state in (own, _redrawn(model, own, generator)):
+    for move in (_cycle, _swap):
+        permutations = [move(one.size, trial.generator) for one in graph.classes]
+
+        def permuted(state: State, chosen: Sequence[ChannelClass] = graph.classes) -> State:
+            return permute_channels(state, chosen, [permutations[one.index] for one in chosen])  # noqa: B023
+
+        if trial.leaves_outputs(permuted):
+            continue
+        broken = [
+            one
+            for one in graph.classes
+            if not trial.leaves_outputs(partial(permuted, chosen=[one]))
+        ]
+        named = ", ".join(f"{one.name!r} ({one.size} channels)" for one in broken[:5])
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise GraphVerificationError(
+            f"permuting the channel classes changed the output (relative difference "
+            f"{trial.gap(permuted):.1e}, bound {trial.bound:.0e}); classes that break it: "
+            f"{named or 'none alone'}{more}. The analysis does not understand this model: please "
+            "open an issue with its code"
+        )
+    if _proved(graph.blocks, trial) != graph.blocks:
+        raise GraphVerificationError(
+            "exchanging blocks of channels (attention heads, convolution groups) changed the "
+            "output. The analysis does not understand this model: please open an issue with its "
+            "code"
+        )
+
+
+def proved_blocks(
+    graph: ModelGraph, inputs: tuple[Tensor, ...], *, seed: int = 0
+) -> tuple[ChannelBlocks, ...]:
+    """Return the blocks of channels that can change places without changing the output.
+
+    Tried as :func:`verify_graph` tries permutations, on all that look like such blocks.
+    """
+    candidates = possible_blocks(graph)
+    return _proved(candidates, _Trial(graph, inputs, seed)) if candidates else ()
+
+
+def _proved(blocks: Sequence[ChannelBlocks], trial: _Trial) -> tuple[ChannelBlocks, ...]:
+    def hold(chosen: Sequence[ChannelBlocks]) -> bool:
+        for move in (_cycle, _swap):
+            sources: dict[int, int] = {}
+            for one in chosen:
+                order = move(len(one.members), trial.generator).tolist()
+                sources |= class_sources(one, order)
+            if not trial.leaves_outputs(partial(exchange_blocks, trial.graph, sources=sources)):
+                return False
+        return True
+
+    if hold(blocks):
+        return tuple(blocks)
+    return tuple(one for one in blocks if hold([one]))
+
+
+class _Trial:
+    """A model with its own and with random weights, on which changes of them can be tried."""
+
+    def __init__(self, graph: ModelGraph, inputs: tuple[Tensor, ...], seed: int) -> None:
+        self.graph = graph
+        self.generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            expected = call_model(model, inputs, graph.keywords, state=_named(model, state, graph))
-        for permutations in (cycles, swaps):
-            _compare(graph, model, state, inputs, expected, permutations, bound)
+            plain = copy.deepcopy(graph.model).eval()
+            traced = [one for one in graph.run(inputs) if isinstance(one, Tensor)]
+            self.fidelity = _difference(traced, call_model(plain, inputs, graph.keywords))
+            self.model, self.inputs = _widest(plain, inputs, graph.keywords)
+        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+        self.bound = _TOLERANCE.get(dtype, 1e-2)
+        if dtype == torch.float64 and _casts(graph):
+            self.bound = _ROUNDED_INSIDE
+        own = {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in graph.state().items()
+        }
+        states = own, _redrawn(self.model, own, self.generator)
+        self.expected = [(state, self._outputs(state)) for state in states]
 
-
-def _compare(
-    graph: ModelGraph,
-    model: torch.nn.Module,
-    state: State,
-    inputs: tuple[Tensor, ...],
-    expected: Sequence[Tensor],
-    permutations: Sequence[Tensor],
-    bound: float,
-) -> None:
-    def difference(chosen: Sequence[ChannelClass]) -> float:
-        permuted = permute_channels(state, chosen, [permutations[one.index] for one in chosen])
+    def _outputs(self, state: State) -> list[Tensor]:
+        named = _named(self.model, state, self.graph)
         with torch.no_grad():
-            outputs = call_model(
-                model, inputs, graph.keywords, state=_named(model, permuted, graph)
-            )
-        return _difference(outputs, expected)
+            return call_model(self.model, self.inputs, self.graph.keywords, state=named)
 
-    total = difference(graph.classes)
-    if total <= bound:
-        return
-    broken = [one for one in graph.classes if not difference([one]) <= bound]
-    named = ", ".join(f"{one.name!r} ({one.size} channels)" for one in broken[:5]) or "none alone"
-    more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-    raise GraphVerificationError(
-        f"permuting the channel classes changed the output (relative difference {total:.1e}, "
-        f"bound {bound:.0e}); classes that break it: {named}{more}. The analysis does not "
-        "understand this model: please open an issue with its code"
-    )
+    def gap(self, change: Callable[[State], State]) -> float:
+        """Return how far the outputs move, relative to the largest one."""
+        return max(
+            _difference(self._outputs(change(state)), outputs) for state, outputs in self.expected
+        )
+
+    def leaves_outputs(self, change: Callable[[State], State]) -> bool:
+        """Tell whether a change of the weights leaves the outputs as they are, but for rounding."""
+        return self.gap(change) <= self.bound
 
 
 def _cycle(size: int, generator: torch.Generator) -> Tensor:
@@ -167,7 +211,7 @@ def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
             continue
         one, reference = one.double(), reference.double()
         same = (one == reference) | (one.isnan() & reference.isnan())
-        gap = torch.where(same, 0.0, (one - reference).abs())
+        gap = torch.where(same, 0.0, (one - reference).abs()).nan_to_num(nan=torch.inf)
         finite = reference[reference.isfinite()].abs()
         scale = float(finite.max()) if finite.numel() else 0.0
         worst = max(worst, float(gap.max()) / (scale or 1.0))

@@ -1,0 +1,258 @@
+"""Attention heads and convolution groups: found, proved, matched and put in order."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from clafusion import fuse, fuse_many, fuse_models, permute_channels, profile, trace
+from clafusion.baselines import naive_average
+from clafusion.block_matching import match_blocks
+from clafusion.blocks import class_sources, exchange_blocks, possible_blocks
+from clafusion.depth import lifting
+from clafusion.importance import channel_importance
+from tests import networks
+from tests.test_fuse import assert_same_function, transformer
+
+TOKENS = torch.randn(120, 6, 12, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(120, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Attention(nn.Module):
+    """Self-attention with a shortcut; keys and values may have fewer heads than queries."""
+
+    def __init__(self, width=12, heads=4, shared=1, bias=False):
+        super().__init__()
+        self.heads, self.size, self.kept = heads, width // heads, heads // shared
+        self.queries = nn.Linear(width, width)
+        self.keys = nn.Linear(width, self.kept * self.size)
+        self.values = nn.Linear(width, self.kept * self.size)
+        self.out = nn.Linear(width, width)
+        self.bias = nn.Parameter(torch.randn(heads, 6, 6)) if bias else None
+
+    def forward(self, x):
+        def split(value, heads):
+            return value.unflatten(2, (heads, self.size)).transpose(1, 2)
+
+        queries = split(self.queries(x), self.heads)
+        keys, values = split(self.keys(x), self.kept), split(self.values(x), self.kept)
+        if self.kept < self.heads:
+            keys = keys.repeat_interleave(self.heads // self.kept, 1)
+            values = values.repeat_interleave(self.heads // self.kept, 1)
+        scores = queries @ keys.transpose(2, 3) / self.size**0.5
+        if self.bias is not None:
+            scores = scores + self.bias
+        mixed = scores.softmax(-1) @ values
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Encoder(nn.Module):
+    def __init__(self, layers=2, **options):
+        super().__init__()
+        self.enter = nn.Linear(12, 12)
+        self.layers = nn.Sequential(*(Attention(**options) for _ in range(layers)))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.head(self.layers(self.enter(x)).mean(1))
+
+
+class Torch(nn.Module):
+    """PyTorch's own layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Linear(12, 12)
+        self.layer = nn.TransformerEncoderLayer(
+            12, 3, 16, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.head(self.layer(self.enter(x)).mean(1))
+
+
+class Grouped(nn.Module):
+    """A residual block with a grouped convolution (ResNeXt)."""
+
+    def __init__(self, blocks=2, groups=4):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(8, 12, 1),
+                nn.BatchNorm2d(12),
+                nn.ReLU(),
+                nn.Conv2d(12, 12, 3, padding=1, groups=groups),
+                nn.BatchNorm2d(12),
+                nn.ReLU(),
+                nn.Conv2d(12, 8, 1),
+            )
+            for _ in range(blocks)
+        )
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        for block in self.blocks:
+            x = F.relu(x + block(x))
+        return self.head(x.mean((2, 3)))
+
+
+class Logits(nn.Module):
+    """A model of the transformers package that returns nothing but its logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).logits
+
+
+def vit():
+    return Logits(transformer("ViT", 2, seed=0))
+
+
+MODELS = {  # how many blocks, and of how many classes each
+    "attention": (lambda: Encoder(), TOKENS, (4, 2)),
+    "attention, shared keys and values": (lambda: Encoder(shared=2), TOKENS, (2, 2)),
+    "torch": (Torch, TOKENS, (3, 2)),
+    "ViT": (vit, torch.randn(60, 3, 16, 16), (2, 2)),
+    "grouped": (Grouped, IMAGES, (4, 2)),
+}
+
+
+def built(name):
+    build, inputs, _ = MODELS[name]
+    torch.manual_seed(0)
+    return networks.randomise(build()).eval(), inputs
+
+
+def shuffled(model, graph, seed=3):
+    """Return a copy with its blocks, and the channels within all classes, in another order."""
+    draw = torch.Generator().manual_seed(seed)
+    sources = {}
+    for one in graph.blocks:
+        order = torch.randperm(len(one.members), generator=draw).roll(1).tolist()
+        if order == sorted(order):
+            order = order[::-1]
+        sources |= class_sources(one, order)
+    assert sources
+    state = exchange_blocks(graph, graph.state(), sources)
+    permutations = [torch.randperm(one.size, generator=draw) for one in graph.classes]
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(permute_channels(state, graph.classes, permutations))
+    return copied
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_are_found_and_change_nothing_when_they_move(name):
+    model, inputs = built(name)
+    graph = trace(model, inputs)
+    count, classes = MODELS[name][2]
+    assert graph.blocks
+    for one in graph.blocks:
+        assert (len(one.members), len(one.members[0])) == (count, classes)
+        assert any(unit.index == one.unit for unit in graph.units)
+    moved = shuffled(model, graph)
+    assert_same_function(moved, model, inputs)
+    changed = [
+        name
+        for name, one in moved.named_parameters()
+        if not torch.equal(one, model.get_parameter(name))
+    ]
+    assert changed
+
+
+def test_heads_with_something_of_their_own_keep_their_places():
+    model = networks.randomise(Encoder(bias=True)).eval()
+    graph = trace(model, TOKENS)
+    assert possible_blocks(graph)
+    assert graph.blocks == ()
+    assert_same_function(fuse(model, copy.deepcopy(model), TOKENS).model, model, TOKENS, "repair")
+
+
+@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_fused_with_a_shuffled_copy_is_itself(name, calibration):
+    model, inputs = built(name)
+    other = shuffled(model, trace(model, inputs))
+    for order in ((model, other), (other, model)):
+        result = fuse(*order, inputs, calibration=calibration)
+        assert_same_function(result.model, model, inputs, calibration)
+        assert result.block_orders
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"neuron_cost": "euclidean"},
+        {"neuron_cost": "dual"},
+        {"solver": "zip", "zip_budget": 0.0},
+        {"importance": "activation", "solver": "exact"},
+    ],
+    ids=str,
+)
+def test_every_way_to_match_goes_with_blocks(settings):
+    model, inputs = built("attention")
+    other = shuffled(model, trace(model, inputs))
+    fused = fuse(model, other, inputs, calibration="none", **settings).model
+    assert_same_function(fused, model, inputs)
+
+
+@pytest.mark.parametrize("method", ["iterative", "many_to_one", "barycentre"])
+def test_three_shuffled_copies_fuse_to_the_model(method):
+    model, inputs = built("attention")
+    graph = trace(model, inputs)
+    models = [model, shuffled(model, graph, 3), shuffled(model, graph, 4)]
+    fused = fuse_models(models, inputs, method=method).model
+    assert_same_function(fused, model, inputs, "repair")
+
+
+def test_depths_may_differ():
+    torch.manual_seed(0)
+    deep, shallow = (networks.randomise(Encoder(n), seed=n).eval() for n in (3, 1))
+    graph = trace(shallow, TOKENS)
+    moved = shuffled(shallow, graph)
+    expected = fuse(deep, shallow, TOKENS).model
+    # Whatever order the heads come in, they go to the same places.
+    assert_same_function(fuse(deep, moved, TOKENS).model, expected, TOKENS, "repair")
+
+
+def test_a_moved_signature_is_that_of_the_moved_model():
+    model, inputs = built("grouped")
+    graph = trace(model, inputs)
+    other = shuffled(model, graph)
+    one, two = profile(model, inputs), profile(other, inputs)
+    two = replace(two, importance=channel_importance(two.graph, inputs, "activation"))
+    units = tuple(range(len(graph.units)))
+    _, moved, orders = match_blocks(lifting(one.graph, two.graph, units), one, two)
+    assert orders
+    again = profile(moved.graph.model, inputs)
+    for key, rows in again.rows.items():
+        torch.testing.assert_close(moved.rows[key], rows)
+    for ours, theirs in zip(
+        moved.importance, channel_importance(again.graph, inputs, "activation"), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_the_naive_average_leaves_heads_where_they_are():
+    model, inputs = built("attention")
+    other = shuffled(model, trace(model, inputs))
+    averaged = naive_average(fuse(model, other, inputs, calibration="none")).state_dict()
+    for name, one in model.state_dict().items():
+        torch.testing.assert_close(averaged[name], (one + other.state_dict()[name]) / 2)
+
+
+def test_many_pairs_are_matched_like_one():
+    model, inputs = built("attention")
+    other = shuffled(model, trace(model, inputs))
+    (result,) = fuse_many({"one": model, "other": other}, inputs)
+    expected = fuse(model, other, inputs).model.state_dict()
+    for name, one in result.state.items():
+        assert torch.equal(one, expected[name]), name
