@@ -14,6 +14,7 @@ from clafusion.block_matching import match_blocks
 from clafusion.blocks import class_sources, exchange_blocks, possible_blocks
 from clafusion.depth import lifting
 from clafusion.importance import channel_importance
+from clafusion.report import model_summary
 from tests import networks
 from tests.test_fuse import assert_same_function, transformer
 
@@ -256,3 +257,14 @@ def test_many_pairs_are_matched_like_one():
     expected = fuse(model, other, inputs).model.state_dict()
     for name, one in result.state.items():
         assert torch.equal(one, expected[name]), name
+
+
+def test_reports_name_the_layers_whose_blocks_move():
+    model, inputs = built("attention")
+    graph = trace(model, inputs)
+    assert "blocks       exchangeable as wholes: 4 in layers.0, 4 in layers.1" in model_summary(
+        graph
+    )
+    summary = fuse(model, shuffled(model, graph), inputs).summary()
+    assert "blocks       reordered in layers.0, layers.1" in summary
+    assert "blocks" not in fuse(model, model, inputs).summary()

@@ -13,7 +13,7 @@ from clafusion.errors import (
     StructureError,
     UnsupportedOpError,
 )
-from clafusion.graph import ChannelClass, ModelGraph, Slot, Unit
+from clafusion.graph import ChannelBlocks, ChannelClass, ModelGraph, Slot, Unit
 from clafusion.layer_alignment import (
     LayerAlignment,
     LayerAlignmentBatch,
@@ -31,6 +31,7 @@ from clafusion.verification import permute_channels, verify_graph
 __all__ = [
     "AlignedPair",
     "AlignmentError",
+    "ChannelBlocks",
     "ChannelClass",
     "ClafusionError",
     "ConvergenceWarning",

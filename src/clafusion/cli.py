@@ -732,6 +732,7 @@ def _arch_of(result: FusionResult, archs: tuple[str, str]) -> str:
 
 
 def _fusion_facts(result: FusionResult, out: Path, plot: Path | None) -> dict[str, Any]:
+    shallow = result.lifting.shallow
     return {
         "out": str(out),
         **_alignment_facts(result.pair, plot),
@@ -741,6 +742,10 @@ def _fusion_facts(result: FusionResult, out: Path, plot: Path | None) -> dict[st
             for one, plan in zip(result.lifting.deep.classes, result.plans, strict=True)
         ],
         "shares": [result.shares.get(pair) for pair in result.alignment.pairs],
+        "block_orders": [
+            {"unit": shallow.units[shallow.blocks[index].unit].name, "order": list(order)}
+            for index, order in result.block_orders.items()
+        ],
         "seconds": dict(result.timings),
     }
 
@@ -772,6 +777,10 @@ def _model_facts(graph: ModelGraph) -> dict[str, Any]:
                 ],
             }
             for one in graph.classes
+        ],
+        "blocks": [
+            {"unit": graph.units[one.unit].name, "classes": [list(block) for block in one.members]}
+            for one in graph.blocks
         ],
     }
 

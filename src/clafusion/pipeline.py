@@ -728,9 +728,7 @@ def fuse_aligned(
 
     deep_shares = LayerShares(deep_weight)
     if config.layer_weights == "sensitivity":
-        deep_shares = layer_shares(
-            plan, deep_weight, both.target.sensitivity, source.sensitivity
-        )
+        deep_shares = layer_shares(plan, deep_weight, both.target.sensitivity, source.sensitivity)
 
     def average(shares: LayerShares) -> dict[str, Tensor]:
         return blend(

@@ -110,6 +110,10 @@ def fusion_summary(result: FusionResult) -> str:
         else "no, verify=False",
         "seconds": _seconds(result.timings),
     }
+    if result.block_orders:
+        units = result.lifting.shallow.units
+        blocks = [result.lifting.shallow.blocks[one] for one in result.block_orders]
+        facts["blocks"] = f"reordered in {_shortened([units[one.unit].name for one in blocks])}"
     if result.peak_memory:
         stage = max(result.peak_memory, key=result.peak_memory.__getitem__)
         facts["GPU memory"] = f"{result.peak_memory[stage] / 1e6:.1f} MB at the most ({stage})"
@@ -189,6 +193,9 @@ def model_summary(graph: ModelGraph) -> str:
         "units": str(len(graph.units)),
         "classes": f"{len(graph.classes)}, {sum(one.size for one in graph.classes):,} channels",
     }
+    if graph.blocks:
+        named = [f"{len(one.members)} in {graph.units[one.unit].name}" for one in graph.blocks]
+        facts["blocks"] = f"exchangeable as wholes: {_shortened(named)}"
     return f"{units}\n\n{classes}\n\n{_facts(facts)}"
 
 
