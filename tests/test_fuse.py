@@ -8,6 +8,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from torch import nn
 
 import clafusion
@@ -19,9 +20,11 @@ from clafusion import (
     fuse_many,
     lift,
     permute_channels,
+    profile,
     trace,
 )
 from clafusion.depth import lifting
+from clafusion.graph import call_model
 from clafusion.layer_alignment import align_layers
 from tests import networks
 
@@ -579,3 +582,43 @@ def test_channels_that_stand_in_several_places_of_a_layer_move_together(family, 
             rtol=1e-4,
             atol=1e-4,
         )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "RNN",
+        "LSTM, two layers",
+        "GRU, bidirectional",
+        "nn.LSTMCell, unrolled",
+        "Channels sorted",
+        "Largest channel's index returned",
+        "Feature norm returned beside the logits",
+    ],
+)
+def test_units_that_put_out_several_tensors_or_one_number_are_fused(name):
+    model, example = ARCHITECTURES[name].build()
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(40, *example.shape[1:], generator=draw)
+    graph = trace(model, example)
+    permutations = [torch.randperm(one.size, generator=draw) for one in graph.classes]
+    permuted = copy.deepcopy(model)
+    permuted.load_state_dict(permute_channels(model.state_dict(), graph.classes, permutations))
+    fused = fuse(model, permuted, inputs, calibration="none").model
+    for one, other in zip(outputs_of(fused, inputs), outputs_of(model, inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+def outputs_of(model, inputs):
+    with torch.no_grad():
+        return call_model(model, (inputs,))
+
+
+def test_an_attention_with_the_positions_first_is_compared_input_by_input():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(12, 3, 16, dropout=0.0, batch_first=True, norm_first=True)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(72, 5)).eval()
+    inputs = torch.randn(50, 6, 12, generator=torch.Generator().manual_seed(0))
+    signature = profile(model, inputs)
+    assert {tuple(one.shape) for one in signature.grams} == {(50, 50)}
+    assert_same_function(fuse(model, copy.deepcopy(model), inputs).model, model, inputs, "repair")

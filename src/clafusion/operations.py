@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["bound_operands", "convolution_geometry", "module_path", "op_name"]
+__all__ = ["batch_axis", "bound_operands", "convolution_geometry", "module_path", "op_name"]
 
 
 def op_name(node: fx.Node) -> str:
@@ -64,3 +64,13 @@ def convolution_geometry(
             dilation,
         )
     return stride, per_axis(0 if padding == "valid" else padding), dilation
+
+
+def batch_axis(node: fx.Node) -> int | None:
+    """Return the axis of the inputs; None where positions are folded into it."""
+    value = node.meta["val"]
+    shape = (value[0] if isinstance(value, (tuple, list)) else value).shape
+    free = [axis for axis, size in enumerate(shape) if not isinstance(size, int)]
+    if not free:  # the model admits one batch size only
+        return 0
+    return free[0] if shape[free[0]].node.expr.is_Symbol else None

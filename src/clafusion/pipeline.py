@@ -830,7 +830,13 @@ def channel_plans(
             epsilon=epsilon,
         )
     )
-    return [None if cost is None else next(solutions).plan for cost in costs]
+    plans = [None if cost is None else next(solutions).plan for cost in costs]
+    # Channels that no layer reads, as those between the layers of an LSTM, show by their weights.
+    unseen = {i for i, cost in enumerate(costs) if cost is not None and not bool(cost.any())}
+    if not unseen:
+        return plans
+    known = {i: one for i, one in enumerate(plans) if one is not None and i not in unseen}
+    return match_by_weights(plan, known=known, masses=masses, solver=solver, epsilon=epsilon)
 
 
 class _Clock:

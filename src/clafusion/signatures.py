@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from clafusion import _native
 from clafusion.data import Data, batches
-from clafusion.errors import InputError
+from clafusion.errors import InputError, StructureError
 from clafusion.graph import ModelGraph, ReadPoint, Unit, Walk
 from clafusion.label_ids import mix
 from clafusion.moments import BatchMoments, joint_moments, moment_axes, parts
+from clafusion.operations import batch_axis
 
 __all__ = [
     "LayerValues",
@@ -154,6 +155,8 @@ def profile_graphs(
     ------
     InputError
         ``data`` is empty or does not fit the model, or a number is not positive.
+    StructureError
+        A unit puts out nothing that belongs to one input.
     """
     for name, value in (("alignment_samples", alignment_samples), ("matching_rows", matching_rows)):
         if value < 2:
@@ -218,6 +221,11 @@ class _Recorder:
         self.units = {
             _preactivation(unit) if before else unit.output: unit.index for unit in graph.units
         }
+        self.batch_axes = {
+            node.name: batch_axis(node)
+            for node in graph.module.graph.nodes
+            if node.name in self.units
+        }
         self.points: dict[str, list[tuple[tuple[int, int], ReadPoint]]] = {}
         for unit in graph.units:
             for i, point in enumerate(unit.read_points):
@@ -272,7 +280,7 @@ class _Recorder:
             every = list(chain.from_iterable(values))
             if start == 0 and node in self.units:
                 unit = self.units[node]
-                flat = torch.cat([one.flatten(1) for one in every])[: self.alignment_samples]
+                flat = self._flat(node, every, counts)[: self.alignment_samples]
                 self.grams[unit] = gram_matrix(flat)
                 self.features[unit] = flat.size(1)
             if node in self.points:
@@ -281,6 +289,21 @@ class _Recorder:
                 walk.release(node)
         if self.moments is not None:
             self.moments += found
+
+    def _flat(self, node: str, values: Sequence[Any], counts: Sequence[int]) -> Tensor:
+        """Return a unit's outputs ``(num_inputs, features)``; of several (an LSTM's) the first."""
+        axis = self.batch_axes[node]
+        rows = []
+        for value, count in zip(values, counts, strict=True):
+            one = value[0] if isinstance(value, (tuple, list)) else value
+            if one.dim() == 0 or one.size(axis or 0) % count:
+                raise StructureError(
+                    f"unit {self.graph.units[self.units[node]].name!r} puts out a tensor of shape "
+                    f"{tuple(one.shape)} for {count} inputs, and so none of its own for each"
+                )
+            rows.append(one.movedim(axis or 0, 0).reshape(count, -1))
+        flat = torch.cat(rows)
+        return flat if flat.is_floating_point() else flat.float()
 
     def _sample(
         self, node: str, values: Sequence[Tensor], counts: Sequence[int], start: int

@@ -15,7 +15,13 @@ from torch import fx
 
 from clafusion.channels import Channels
 from clafusion.graph import ReadPoint, Site, State, Unit
-from clafusion.operations import bound_operands, convolution_geometry, module_path, op_name
+from clafusion.operations import (
+    batch_axis,
+    bound_operands,
+    convolution_geometry,
+    module_path,
+    op_name,
+)
 
 __all__ = ["find_units"]
 
@@ -332,12 +338,12 @@ class _Cutter:
             and (
                 self.channels.nodes[node.name].axis is None
                 or op_name(node) in _SAME_VALUES
-                or _batch_axis(node) is None
+                or batch_axis(node) is None
             )
         ):
             node = self._operands(node)[0]
         channels = self.channels.nodes[node.name]
-        if channels.axis is None or not channels.free:
+        if channels.axis in (None, batch_axis(node)) or not channels.free:
             return None
         pre = node
         before = self._operands(node)
@@ -346,7 +352,7 @@ class _Cutter:
             if same.axis == channels.axis and torch.equal(same.classes, channels.classes):
                 pre = before[0]
         shape = self.channels.shapes[node.name]
-        batch = _batch_axis(node)
+        batch = batch_axis(node)
         return ReadPoint(
             node.name,
             pre.name,
@@ -506,15 +512,6 @@ class _Cutter:
             and draft.entry in operands
             and bound_operands(node).get("alpha", 1) == 1
         )
-
-
-def _batch_axis(node: fx.Node) -> int | None:
-    """Return the axis of the inputs; None where positions are folded into it."""
-    shape = node.meta["val"].shape
-    free = [axis for axis, size in enumerate(shape) if not isinstance(size, int)]
-    if not free:  # the model admits one batch size only
-        return 0
-    return free[0] if shape[free[0]].node.expr.is_Symbol else None
 
 
 def _is_node(value: Any) -> bool:

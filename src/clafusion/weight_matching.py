@@ -9,7 +9,7 @@ costs added, both spaces decide (MuDSC, Xu et al., arXiv 2403.01753).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ def match_by_weights(
     *,
     activation_costs: Sequence[Tensor | None] | None = None,
     masses: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    known: Mapping[int, Tensor] | None = None,
     solver: Solver = "auto",
     epsilon: float = 0.05,
     max_sweeps: int = 100,
@@ -63,6 +64,8 @@ def match_by_weights(
     masses
         For each class those of its source and target channels; default equal ones. See
         :func:`clafusion.importance.marginals`.
+    known
+        Plans that are known already, by class.
     solver, epsilon
         As for :func:`clafusion.transport.solve_transport`.
     max_sweeps
@@ -84,11 +87,13 @@ def match_by_weights(
         None if other < 0 else index_plan(lifting.shallow.classes[other].size, one.size)
         for one, other in zip(lifting.deep.classes, lifting.classes, strict=True)
     ]
+    for index, plan in (known or {}).items():
+        plans[index] = plan
     for _ in range(max_sweeps):
         changed = False
         for one in lifting.deep.classes:
             before = plans[one.index]
-            if before is None:
+            if before is None or (known and one.index in known):
                 continue
             cost = _weight_costs(lifting, plans, one, states, activation_costs is not None)
             if activation_costs is not None:
