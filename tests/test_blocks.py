@@ -25,13 +25,13 @@ IMAGES = torch.randn(120, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 class Attention(nn.Module):
     """Self-attention with a shortcut; keys and values may have fewer heads than queries."""
 
-    def __init__(self, width=12, heads=4, shared=1, bias=False):
+    def __init__(self, width=12, heads=4, shared=1, bias=False, size=None):
         super().__init__()
-        self.heads, self.size, self.kept = heads, width // heads, heads // shared
-        self.queries = nn.Linear(width, width)
+        self.heads, self.size, self.kept = heads, size or width // heads, heads // shared
+        self.queries = nn.Linear(width, self.heads * self.size)
         self.keys = nn.Linear(width, self.kept * self.size)
         self.values = nn.Linear(width, self.kept * self.size)
-        self.out = nn.Linear(width, width)
+        self.out = nn.Linear(self.heads * self.size, width)
         self.bias = nn.Parameter(torch.randn(heads, 6, 6)) if bias else None
 
     def forward(self, x):

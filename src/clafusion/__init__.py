@@ -8,10 +8,12 @@ from clafusion.errors import (
     ClafusionError,
     ConvergenceWarning,
     DivergenceError,
+    FusionWarning,
     GraphVerificationError,
     InputError,
     StructureError,
     UnsupportedOpError,
+    WidthWarning,
 )
 from clafusion.graph import ChannelBlocks, ChannelClass, ModelGraph, Slot, Unit
 from clafusion.layer_alignment import (
@@ -38,6 +40,7 @@ __all__ = [
     "DivergenceError",
     "FusionConfig",
     "FusionResult",
+    "FusionWarning",
     "GraphVerificationError",
     "InputError",
     "LayerAlignment",
@@ -53,6 +56,7 @@ __all__ = [
     "TrainingResult",
     "Unit",
     "UnsupportedOpError",
+    "WidthWarning",
     "align",
     "align_layers",
     "align_layers_batch",

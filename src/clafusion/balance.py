@@ -20,7 +20,7 @@ from clafusion.blending import aligned_state
 from clafusion.data import Data
 from clafusion.depth import Lifting, check_lifted, lift, lifted_state, lifting, with_state
 from clafusion.errors import InputError, StructureError
-from clafusion.graph import ModelGraph, Unit
+from clafusion.graph import ModelGraph, Unit, UnitedBlocks
 from clafusion.layer_alignment import LayerAlignment
 from clafusion.layer_costs import layer_costs
 from clafusion.layer_weights import LayerShares
@@ -28,6 +28,7 @@ from clafusion.least_squares import Parent, frame_as_parent, one_thread, regress
 from clafusion.signatures import Signature
 from clafusion.trace import trace_like
 from clafusion.union import Item, placed, union_graph, union_items
+from clafusion.united_blocks import unite_graphs
 
 __all__ = ["Balance", "Balanced", "Merge", "Width", "balance"]
 
@@ -143,7 +144,7 @@ def balance(
     target_is_deep = how == "add"
     if width == "own":
         return Balanced(target, source, partner, frozenset(), target_is_deep)
-    plan = lifting(target.graph, source.graph, partner)
+    plan = _lifting(target.graph, source.graph, partner)
     if _has_width(width, plan, target_is_first=target_is_deep == deep_is_first):
         return Balanced(target, source, partner, frozenset(), target_is_deep)
     every = tuple(range(len(partner)))
@@ -157,6 +158,11 @@ def balance(
         made, stand_ins = _made_up_for(graph, source.graph, partner, data, seed), frozenset()
     signature = profile(trace_like(made, target.graph))
     return Balanced(signature, target, every, stand_ins, not target_is_deep)
+
+
+def _lifting(target: ModelGraph, source: ModelGraph, partner: tuple[int, ...]) -> Lifting:
+    """Find what corresponds, where the networks may have different numbers of heads."""
+    return lifting(*unite_graphs(target, source, partner), partner)
 
 
 def _has_width(width: Width, plan: Lifting, *, target_is_first: bool) -> bool:
@@ -191,7 +197,7 @@ def _made_up_for(
     plans: Sequence[Tensor | None] | None = None,
 ) -> nn.Module:
     """Regress a network that lacks something onto the one from which it was made."""
-    plan = lifting(graph, original, partner)
+    plan = _lifting(graph, original, partner)
     if plans is None:
         plans = [
             None if other < 0 else torch.eye(one.size, dtype=torch.float64)
@@ -219,7 +225,7 @@ def _in_another(
     changes = _changes(deep), _changes(shallow)
     both = placed(template, deep.graph, shallow.graph, items, changes, name)
     plans_of = [
-        lifting(template, one.graph, units)
+        _lifting(template, one.graph, units)
         for one, units in zip((deep, shallow), both, strict=True)
     ]
     # The frame is better left as it is: it comes from the network that has the wanted widths.
@@ -229,10 +235,10 @@ def _in_another(
     of_target, of_source = both if target_is_deep else reversed(both)
     plans = [
         None if other < 0 else _resizing(plan, one.index, target)
-        for one, other in zip(template.classes, plan.classes, strict=True)
+        for one, other in zip(plan.deep.classes, plan.classes, strict=True)
     ]
     left_out = set(range(len(target.graph.units))) - set(of_target)
-    if not left_out:
+    if not (left_out or plan.deep.united):
         check_lifted(plan)
     state = {**template.state(), **aligned_state(plan, plans)}
     model = with_state(template.model, state, template)
@@ -265,21 +271,59 @@ def _same_widths(plan: Lifting) -> bool:
 def _resizing(plan: Lifting, index: int, source: Signature) -> Tensor:
     """Return a plan ``(num_source, num_target)`` that keeps or doubles channels of one network.
 
-    Those are kept, or doubled, that tell the most of all.
+    Those are kept, or doubled, that tell the most of all. Of attention heads, of which there are
+    other numbers, whole ones are, and channels within them.
     """
-    sizes = source.graph.classes[plan.classes[index]].size, plan.deep.classes[index].size
-    chosen = torch.arange(min(sizes))
-    if sizes[0] != sizes[1]:
-        rows = [source.rows[one.shallow][:, one.shallow_columns] for one in plan.points[index]]
-        order = _most_telling(torch.cat(rows)) if rows else torch.arange(sizes[0])
-        if sizes[0] > sizes[1]:
-            chosen = order[: sizes[1]].sort().values
-        else:
-            more = sizes[1] - sizes[0]
-            chosen = torch.cat([chosen, order.repeat(more // sizes[0] + 1)[:more]])
+    sizes = plan.shallow.classes[plan.classes[index]].size, plan.deep.classes[index].size
+    rows = _shown(plan, index, source)
+    chosen = None
+    for one, other in zip(plan.shallow.united, plan.deep.united, strict=True):
+        if index in other.classes:
+            inner = sizes[0] // one.count, sizes[1] // other.count
+            chosen = torch.cat(
+                [
+                    block * inner[0]
+                    + _kept(*inner, None if rows is None else rows.split(inner[0], 1)[block])
+                    for block in _kept_blocks(plan, one, other, source)
+                ]
+            )
+    if chosen is None:
+        chosen = _kept(*sizes, rows)
     resizing = torch.zeros(sizes, dtype=torch.float64)
     resizing[chosen, torch.arange(sizes[1])] = 1.0
     return resizing
+
+
+def _shown(plan: Lifting, index: int, source: Signature) -> Tensor | None:
+    """Return ``(num_rows, num_channels)``: a class's values where they show, else None."""
+    shown = [source.rows[one.shallow][:, one.shallow_columns] for one in plan.points[index]]
+    return torch.cat(shown) if shown else None
+
+
+def _kept_blocks(
+    plan: Lifting, one: UnitedBlocks, other: UnitedBlocks, source: Signature
+) -> list[int]:
+    """Choose for each target block one of the source's, the same for all of their classes."""
+    if one.count <= other.count:
+        return [place % one.count for place in range(other.count)]
+    rows = _shown(plan, other.classes[-1], source)
+    if rows is None:
+        return list(range(other.count))
+    size = rows.size(1) // one.count
+    blocks = dict.fromkeys((_most_telling(rows) // size).tolist())  # as they first appear
+    return sorted(list(blocks)[: other.count])
+
+
+def _kept(num_source: int, num_target: int, rows: Tensor | None) -> Tensor:
+    """Choose for each target channel one of the source's, which ``rows`` show."""
+    chosen = torch.arange(min(num_source, num_target))
+    if num_source == num_target:
+        return chosen
+    order = torch.arange(num_source) if rows is None else _most_telling(rows)
+    if num_source > num_target:
+        return order[:num_target].sort().values
+    more = num_target - num_source
+    return torch.cat([chosen, order.repeat(more // num_source + 1)[:more]])
 
 
 def _most_telling(rows: Tensor) -> Tensor:

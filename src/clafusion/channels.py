@@ -111,6 +111,7 @@ def _compile(labels: LabelPropagation, shapes: Mapping[str, tuple[int, ...]]) ->
     for atom, words in labels.fingerprints.items():
         fingerprints.setdefault(int(roots[atom]), set()).update(words)
     pinned = {int(roots[atom]) for atom in labels.pinned}
+    counted = {int(roots[atom]) for atom in labels.counted}
     uses = tuple(
         ParameterUse(use.name, use.role, use.size, use.stride, use.offset, i)
         for i, use in enumerate(labels.uses.values())
@@ -156,9 +157,9 @@ def _compile(labels: LabelPropagation, shapes: Mapping[str, tuple[int, ...]]) ->
             )
             for (i, axis), _ in signature
         )
-        classes.append(
-            ChannelClass(len(classes), len(members), torch.tensor(members), slots_of_class)
-        )
+        atoms = torch.tensor(members)
+        is_counted = not counted.isdisjoint(members)
+        classes.append(ChannelClass(len(classes), len(members), atoms, slots_of_class, is_counted))
 
     class_of = np.full(len(roots) + 1, -1, dtype=np.int64)
     member_of = np.full(len(roots) + 1, -1, dtype=np.int64)

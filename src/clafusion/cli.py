@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from clafusion._native import build_info, cuda_devices
 from clafusion.checkpoints import WRITABLE, build_model, load_model, save_model
 from clafusion.data import first_batch
-from clafusion.errors import ClafusionError, ConvergenceWarning, InputError, StructureError
+from clafusion.errors import ClafusionError, FusionWarning, InputError, StructureError
 from clafusion.graph import ModelGraph
 from clafusion.least_squares import Lean
 from clafusion.manifest import Manifest, read_manifest
@@ -723,12 +723,17 @@ def _arch_of(result: FusionResult, archs: tuple[str, str]) -> str:
     pair = result.pair
     first = pair.deep if pair.deep_is_first else pair.shallow
     second = pair.shallow if pair.deep_is_first else pair.deep
+    made = _shapes(result.model)
     for signature, arch in zip((first, second), archs, strict=True):
-        if result.lifting.deep is signature.graph:
+        if _shapes(signature.graph.model) == made:
             return arch
     is_deep = result.config.balance == "add"
     arch = archs[0 if pair.deep_is_first == is_deep else 1]
     return f"{arch} with the other model's widths"
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(one.shape) for name, one in model.state_dict().items()}
 
 
 def _fusion_facts(result: FusionResult, out: Path, plot: Path | None) -> dict[str, Any]:
@@ -835,7 +840,7 @@ _show_any_warning = warnings.showwarning
 def _show_warning(
     message: Warning | str, category: type[Warning], *where: Any, **more: Any
 ) -> None:
-    if issubclass(category, ConvergenceWarning):
+    if issubclass(category, FusionWarning):
         print(f"clafusion: warning: {' '.join(str(message).split())}", file=sys.stderr)
     else:
         _show_any_warning(message, category, *where, **more)

@@ -258,7 +258,8 @@ def _match_classes(
             if len(one) != len(other):
                 raise StructureError(
                     f"axis {axis} of {name!r} carries {len(one)} channel class(es), that of "
-                    f"{other_name!r} {len(other)}; the networks are wired differently"
+                    f"{other_name!r} {len(other)}; the networks are wired differently, or have "
+                    "different numbers of heads or groups that keep their places"
                 )
             for (deep_class, _), (shallow_class, _) in zip(one, other, strict=True):
                 vote(deep_class.index, shallow_class.index, name)
@@ -324,9 +325,14 @@ def _shallow_point(
         candidates = []
     for one, place in candidates:
         points = shallow.units[one].read_points
-        if 0 <= place < len(points) and points[place].positions == point.positions:
+        if 0 <= place < len(points) and _many(points[place]) == _many(point):
             return one, place
     return None
+
+
+def _many(point: ReadPoint) -> tuple[int, ...]:
+    """Return the positions without axes of one, as that of the heads is where there is one head."""
+    return tuple(size for size in point.positions if size != 1)
 
 
 def _columns(point: ReadPoint, channel_class: int) -> Tensor:

@@ -8,10 +8,12 @@ __all__ = [
     "ClafusionError",
     "ConvergenceWarning",
     "DivergenceError",
+    "FusionWarning",
     "GraphVerificationError",
     "InputError",
     "StructureError",
     "UnsupportedOpError",
+    "WidthWarning",
 ]
 
 
@@ -64,5 +66,16 @@ class DivergenceError(ClafusionError, ArithmeticError):
         self.step = step
 
 
-class ConvergenceWarning(UserWarning):
+class FusionWarning(UserWarning):
+    """Base of every warning that clafusion gives about a result."""
+
+
+class ConvergenceWarning(FusionWarning):
     """An iterative solver stopped before it reached its tolerance."""
+
+
+class WidthWarning(FusionWarning):
+    """Two networks differ in the number of channels that are counted, not weighed.
+
+    Where one has more of them, copies of a channel add up: see ``ChannelClass.is_counted``.
+    """

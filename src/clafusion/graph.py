@@ -26,6 +26,7 @@ __all__ = [
     "Slot",
     "State",
     "Unit",
+    "UnitedBlocks",
     "Walk",
     "call_model",
     "flatten_tensors",
@@ -110,12 +111,17 @@ class ChannelClass:
         ``(size,)``: the label of each channel in the label tensors of the analysis.
     slots
         Every place where the class occurs, in graph order.
+    is_counted
+        Whether the model adds up values of the channels that no weight multiplies: products of
+        queries with keys, sums or a softmax over channels, outputs by the weights of an embedding.
+        A copy of a channel then counts as one more, where a weight could be shared out.
     """
 
     index: int
     size: int
     atoms: Tensor
     slots: tuple[Slot, ...]
+    is_counted: bool = False
 
     @property
     def name(self) -> str:
@@ -138,6 +144,26 @@ class ChannelBlocks:
 
     unit: int
     members: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class UnitedBlocks:
+    """Blocks whose classes are united, since the other network has another number of them.
+
+    Attributes
+    ----------
+    unit
+        Position in ``ModelGraph.units`` of the first unit that has them.
+    count
+        How many blocks.
+    classes
+        Indices of the united classes. The members of each are those of the first block, then those
+        of the second, and so on; a plan moves whole blocks, and those of all these classes alike.
+    """
+
+    unit: int
+    count: int
+    classes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -281,6 +307,8 @@ class ModelGraph:
         The channel classes with more than one channel.
     blocks
         Which classes may change places.
+    united
+        Blocks that have no classes of their own: see :mod:`clafusion.united_blocks`.
     uses
         Every view of every parameter.
     aliases
@@ -301,6 +329,7 @@ class ModelGraph:
     uses: tuple[ParameterUse, ...]
     aliases: Mapping[str, str]
     static_batch: int | None
+    united: tuple[UnitedBlocks, ...] = ()
 
     @cached_property
     def slots_by_parameter(self) -> Mapping[str, tuple[tuple[ChannelClass, Slot], ...]]:

@@ -215,8 +215,12 @@ def _scale_channels(
 # --- norms and reductions ---------------------------------------------------------------
 
 
-def _reduced(analysis: LabelPropagation, text: str, ids: Tensor, axes: Sequence[int]) -> Tensor:
+def _reduced(
+    analysis: LabelPropagation, text: str, ids: Tensor, axes: Sequence[int], counts: bool = False
+) -> Tensor:
     """Return the labels of a reduction that ignores the order along ``axes`` (kept, size 1).
+
+    ``counts`` tells whether twice as many values of the same kind give another result.
 
     Along positions the label stays. Over different channels the result is fixed, and the
     channels are marked by the results that they take part in: they may only change places
@@ -235,7 +239,12 @@ def _reduced(analysis: LabelPropagation, text: str, ids: Tensor, axes: Sequence[
     if not bool(alike.all()):
         mask = alike.reshape(shape).expand(ids.shape)
         analysis.meet(torch.where(mask, -1, ids), results.clamp(max=-1).expand(ids.shape))
+        if counts:
+            analysis.count(torch.where(mask, -1, ids))
     return results
+
+
+_COUNTING = frozenset("sum nansum norm logsumexp prod linalg_vector_norm count_nonzero".split())
 
 
 def _collapse_within(ids: Tensor, axes: Sequence[int]) -> Tensor:
@@ -259,7 +268,7 @@ def _reduction(analysis: LabelPropagation, call: Call) -> Label:
     axes = call.concrete(call.bound.get("dim"))
     axes = [axes] if isinstance(axes, int) else list(axes or range(ids.dim()))
     axes = [axis % max(ids.dim(), 1) for axis in axes]
-    results = _reduced(analysis, call.node.name, ids, axes)
+    results = _reduced(analysis, call.node.name, ids, axes, call.name in _COUNTING)
     if call.name in ("max", "min", "median") and isinstance(call.output, tuple):
         wanted = {user.args[1] for user in call.node.users if user.users}
         if wanted - {0}:
@@ -274,7 +283,7 @@ def _reduction(analysis: LabelPropagation, call: Call) -> Label:
 @rule(*"softmax _softmax log_softmax _log_softmax _safe_softmax softmin".split())
 def _softmax(analysis: LabelPropagation, call: Call) -> Label:
     ids = analysis.activation(call.label("self"), call.value("self"))
-    sums = _reduced(analysis, call.node.name, ids, [call.value("dim")])
+    sums = _reduced(analysis, call.node.name, ids, [call.value("dim")], counts=True)
     return _joined(call.node.name, [ids, sums.clamp(max=-1)], ids.shape)
 
 
@@ -562,6 +571,7 @@ def _contracted(analysis: LabelPropagation, text: str, left: Tensor, right: Tens
     if _constant_along(left, -2) and _constant_along(right, -1):
         # Contracted channels (query with key): they move together, the result with none.
         analysis.unite(left[..., 0, :], right[..., :, 0])
+        analysis.count(left[..., 0, :])
         analysis.meet(left[..., 0, :], places.expand(*batch, k))
         return fixed_ids(text, (*batch, m, n))
     analysis.pin(left)

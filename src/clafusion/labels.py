@@ -135,6 +135,7 @@ class LabelPropagation:
         self.created = 0
         self.undecided = False
         self.pinned: set[int] = set()
+        self.counted: set[int] = set()
         self.fingerprints: dict[int, set[int]] = {}
         self.uses: dict[tuple[Any, ...], DraftUse] = {}
         self.elements: dict[str, Tensor] = {}
@@ -288,6 +289,11 @@ class LabelPropagation:
         (ids,) = collapse(ids)
         self.pinned.update(int(atom) for atom in ids[ids >= 0].unique())
 
+    def count(self, ids: Tensor) -> None:
+        """Note that values of every atom in ``ids`` are added up without a weight."""
+        (ids,) = collapse(ids)
+        self.counted.update(int(atom) for atom in ids[ids >= 0].unique())
+
     def meet(self, ids: Tensor, partners: Tensor) -> None:
         """Give every atom in ``ids`` the sequence of fixed ids among its partners."""
         ids, partners = collapse(ids, partners)
@@ -365,6 +371,8 @@ class LabelPropagation:
             place = order.index(axis)
             if place in use.axes:
                 self.unite(use.axes[place], ids)
+                if (use.directions[place] == "in") != (axis in inward):
+                    self.count(ids)  # the one weight writes and reads them
                 use.axes[place] = torch.where(use.axes[place] >= 0, use.axes[place], ids)
             else:
                 use.axes[place] = ids

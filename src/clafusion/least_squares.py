@@ -472,10 +472,11 @@ def _hidden(
     """Find the hidden channels that can be chosen freely: writing layer -> channels."""
     frame = parents[0].lifting.deep
     by_kernel = {place.kernel: place for place in places}
+    in_blocks = {index for one in frame.united for index in one.classes}  # which stay whole
     found = {}
     for place in places:
         one = int(place.site.classes[0])
-        if one < 0 or place.shortcut is not None:
+        if one < 0 or one in in_blocks or place.shortcut is not None:
             continue
         channel_class = frame.classes[one]
         readers = [slot for slot in channel_class.slots if slot.direction == "in"]

@@ -44,7 +44,7 @@ from clafusion.blending import Normalisation
 from clafusion.checkpoints import ModelFile, file_digest, load_state, save_state, tensors_of
 from clafusion.data import Data, first_batch
 from clafusion.depth import fill
-from clafusion.errors import ClafusionError, ConvergenceWarning, InputError, StructureError
+from clafusion.errors import ClafusionError, FusionWarning, InputError, StructureError
 from clafusion.importance import Importance
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment
 from clafusion.layer_costs import LayerCost
@@ -423,7 +423,7 @@ class _Workshop:
         facts: dict[str, Any] = {"first": pair[0], "second": pair[1], "error": None}
         model = None
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ConvergenceWarning)
+            warnings.simplefilter("always", FusionWarning)
             try:
                 model = self._fuse(pair, source, facts)
             except _ModelError as error:
@@ -432,7 +432,7 @@ class _Workshop:
                 facts["error"] = _described(error)
         facts["warnings"] = []
         for one in caught:
-            if issubclass(one.category, ConvergenceWarning):
+            if issubclass(one.category, FusionWarning):
                 facts["warnings"].append(" ".join(str(one.message).split()))
             else:
                 warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
@@ -776,7 +776,7 @@ class _Run:
                 os.fsync(lines.fileno())
         self.finished[pair] = self._result(facts, state if self.folder is None else None, False)
         for text in facts["warnings"]:
-            warnings.warn(f"{pair[0]!r} and {pair[1]!r}: {text}", ConvergenceWarning, stacklevel=4)
+            warnings.warn(f"{pair[0]!r} and {pair[1]!r}: {text}", FusionWarning, stacklevel=4)
         self.count += 1
         self._tell()
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from clafusion.balance import Balance, Merge, Width, balance
+from clafusion.balance import Balance, Balanced, Merge, Width, balance
 from clafusion.blending import Normalisation, blend
 from clafusion.block_matching import match_blocks
 from clafusion.calibration import repair, reset_batchnorm
@@ -29,7 +31,13 @@ from clafusion.depth import (
     skip_costs,
     with_state,
 )
-from clafusion.errors import AlignmentError, ClafusionError, InputError, StructureError
+from clafusion.errors import (
+    AlignmentError,
+    ClafusionError,
+    InputError,
+    StructureError,
+    WidthWarning,
+)
 from clafusion.graph import ModelGraph
 from clafusion.importance import (
     Importance,
@@ -51,6 +59,7 @@ from clafusion.neuron_costs import (
 from clafusion.signatures import LayerValues, Signature, profile_graphs
 from clafusion.trace import copied, trace
 from clafusion.transport import Solver, solve_transport
+from clafusion.united_blocks import block_plans, unite_blocks
 from clafusion.weight_matching import match_by_weights
 from clafusion.zipping import zip_plans
 
@@ -691,7 +700,7 @@ def fuse_aligned(
     with clock.stage("balance"):
         if into is not None:
             _check_outputs(pair.deep.graph, into)
-        both = balance(
+        balanced = balance(
             pair.deep,
             pair.shallow,
             pair.alignment,
@@ -704,16 +713,18 @@ def fuse_aligned(
             profile=lambda graph: profiled([graph], data, config)[0],
             seed=config.seed,
         )
+        both = _with_equal_blocks(balanced, config)
     target = both.target.graph
     # The share of the network that gives the structure, which the stages below call the deep one.
     deep_weight = config.weight if both.target_is_deep != pair.deep_is_first else 1 - config.weight
     with clock.stage("match"):
         plan = lifting(target, both.source.graph, both.partner, both.stand_ins)
-        if set(both.partner) >= set(range(len(plan.shallow.units))):
+        if not target.united and set(both.partner) >= set(range(len(plan.shallow.units))):
             check_lifted(plan)
         metric: ActivationCost = "correlation"
         if config.neuron_cost == "euclidean":
             metric = "euclidean"
+        _warn_of_counted_channels(plan)
         plan, source, orders = match_blocks(plan, both.target, both.source, metric=metric)
         target_plans: list[Tensor | None] | None = None
         if config.solver == "zip":
@@ -783,23 +794,66 @@ def fuse_aligned(
         clock.seconds,
         clock.peak_memory,
         None if target_plans is None else tuple(target_plans),
-        _pair_shares(pair, plan, deep_shares.of_units(plan)),
+        _pair_shares(pair, balanced.source, plan, deep_shares.of_units(plan)),
         orders,
     )
 
 
+def _with_equal_blocks(both: Balanced, config: FusionConfig) -> Balanced:
+    """Unite the blocks (attention heads) of which the two networks have different numbers."""
+    target, source = unite_blocks(both.target, both.source, both.partner)
+    if target.graph.united and config.solver == "zip":
+        one, other = target.graph.united[0], source.graph.united[0]
+        raise StructureError(
+            f"solver 'zip' needs equally many attention heads; {target.graph.units[one.unit].name!r}"
+            f" has {one.count} and {source.graph.units[other.unit].name!r} {other.count}: use "
+            "solver='auto'"
+        )
+    return replace(both, target=target, source=source)
+
+
+def _warn_of_counted_channels(plan: Lifting) -> None:
+    """Warn where the networks' numbers of channels differ, and copies of a channel add up."""
+    heads = {
+        index: (other.count, one.count)
+        for one, other in zip(plan.deep.united, plan.shallow.united, strict=True)
+        for index in one.classes
+    }
+    found: dict[tuple[int, int], list[str]] = {}
+    for one, other in zip(plan.deep.classes, plan.classes, strict=True):
+        if other < 0:
+            continue
+        partner = plan.shallow.classes[other]
+        of_partner, of_one = heads.get(one.index, (1, 1))
+        sizes = partner.size // of_partner, one.size // of_one
+        if (one.is_counted or partner.is_counted) and sizes[0] != sizes[1]:
+            found.setdefault(sizes, []).append(one.name)
+    for (of_source, of_target), names in found.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(
+            f"the channels of {names[0]!r}{more}, {of_source} in one network and {of_target} in the "
+            "other, are added up without weights (queries with keys, a softmax or sum over "
+            "channels, an embedding's weights used again for the outputs), so that copies of them "
+            "count as often as there are; what the network of other width computes there is "
+            "not kept",
+            WidthWarning,
+            stacklevel=4,
+        )
+
+
 def _pair_shares(
-    pair: AlignedPair, plan: Lifting, of_units: Sequence[float]
+    pair: AlignedPair, source: Signature, plan: Lifting, of_units: Sequence[float]
 ) -> dict[tuple[int, int], float]:
     """Return the deep network's share of each matched pair, for those of the plan's units.
 
-    The plan's networks may be the pair's the other way round, or made ones that stand for them.
+    ``source`` is the network that was brought to the other's frame: one of the pair's, or a made
+    one that stands for it.
     """
     pairs = pair.alignment.pairs
     of_partner = {k: one for one, k in zip(of_units, plan.partner, strict=True) if k >= 0}
-    if plan.shallow is pair.shallow.graph:
+    if source is pair.shallow:
         return {(i, k): of_partner[k] for i, k in pairs if k in of_partner}
-    if plan.shallow is pair.deep.graph:
+    if source is pair.deep:
         return {(i, k): 1.0 - of_partner[i] for i, k in pairs if i in of_partner}
     return {(i, k): 1.0 - of_units[k] for i, k in pairs}  # layers merged away
 
@@ -809,34 +863,30 @@ def channel_plans(
 ) -> list[Tensor | None]:
     """Match the channels of every class; None where the source has no such channels."""
     solver, epsilon = config.solver, config.epsilon
+    metric: ActivationCost = "euclidean" if config.neuron_cost == "euclidean" else "correlation"
+    known = block_plans(plan, target, source, metric=metric, solver=solver, epsilon=epsilon)
     masses = None
     if config.importance != "uniform":
         masses = marginals(plan, target.importance, source.importance)
+    by_weights = partial(match_by_weights, plan, masses=masses, solver=solver, epsilon=epsilon)
     if config.neuron_cost == "weight":
-        return match_by_weights(plan, masses=masses, solver=solver, epsilon=epsilon)
-    metric = "correlation" if config.neuron_cost == "dual" else config.neuron_cost
+        return by_weights(known=known)
     costs = neuron_costs(plan, target, source, metric=metric)
     if config.neuron_cost == "dual":
-        return match_by_weights(
-            plan, activation_costs=costs, masses=masses, solver=solver, epsilon=epsilon
-        )
-    pairs = None if masses is None else [pair for pair in masses if pair is not None]
-    solutions = iter(
-        solve_transport(
-            [cost for cost in costs if cost is not None],
-            None if pairs is None else [of_source for of_source, _ in pairs],
-            None if pairs is None else [of_target for _, of_target in pairs],
-            solver=solver,
-            epsilon=epsilon,
-        )
-    )
-    plans = [None if cost is None else next(solutions).plan for cost in costs]
+        return by_weights(known=known, activation_costs=costs)
     # Channels that no layer reads, as those between the layers of an LSTM, show by their weights.
     unseen = {i for i, cost in enumerate(costs) if cost is not None and not bool(cost.any())}
-    if not unseen:
-        return plans
-    known = {i: one for i, one in enumerate(plans) if one is not None and i not in unseen}
-    return match_by_weights(plan, known=known, masses=masses, solver=solver, epsilon=epsilon)
+    wanted = [i for i, cost in enumerate(costs) if cost is not None and i not in known]
+    pairs = None if masses is None else [pair for i in wanted if (pair := masses[i]) is not None]
+    solutions = solve_transport(
+        [cost for i in wanted if (cost := costs[i]) is not None],
+        None if pairs is None else [of_source for of_source, _ in pairs],
+        None if pairs is None else [of_target for _, of_target in pairs],
+        solver=solver,
+        epsilon=epsilon,
+    )
+    known |= {i: one.plan for i, one in zip(wanted, solutions, strict=True) if i not in unseen}
+    return by_weights(known=known) if unseen else [known.get(i) for i in range(len(costs))]
 
 
 class _Clock:

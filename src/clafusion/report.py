@@ -110,10 +110,22 @@ def fusion_summary(result: FusionResult) -> str:
         else "no, verify=False",
         "seconds": _seconds(result.timings),
     }
+    source, target = result.lifting.shallow, result.lifting.deep
+    blocks = []
     if result.block_orders:
-        units = result.lifting.shallow.units
-        blocks = [result.lifting.shallow.blocks[one] for one in result.block_orders]
-        facts["blocks"] = f"reordered in {_shortened([units[one.unit].name for one in blocks])}"
+        moved = [source.units[source.blocks[one].unit].name for one in result.block_orders]
+        blocks.append(f"reordered in {_shortened(moved)}")
+    for numbers in dict.fromkeys(
+        (one.count, other.count) for one, other in zip(source.united, target.united, strict=True)
+    ):
+        named = [
+            target.units[other.unit].name
+            for one, other in zip(source.united, target.united, strict=True)
+            if (one.count, other.count) == numbers
+        ]
+        blocks.append(f"{numbers[0]} to {numbers[1]} in {_shortened(named)}")
+    if blocks:
+        facts["blocks"] = "; ".join(blocks)
     if result.peak_memory:
         stage = max(result.peak_memory, key=result.peak_memory.__getitem__)
         facts["GPU memory"] = f"{result.peak_memory[stage] / 1e6:.1f} MB at the most ({stage})"

@@ -40,6 +40,7 @@ from clafusion.pipeline import (
     traced_to_fuse,
 )
 from clafusion.trace import copied
+from clafusion.united_blocks import unite_blocks
 
 __all__ = ["ModelsResult", "SeveralMethod", "fuse_models"]
 
@@ -234,6 +235,12 @@ def _into_one_frame(
             raise StructureError(
                 f"models[{i}] has units for which models[{deepest}], the deepest, has none; use "
                 "method='iterative'"
+            )
+        both = unite_blocks(signatures[deepest], signatures[i], pair.alignment.deep_to_shallow)
+        if both[0].graph.united:
+            raise StructureError(
+                f"models[{i}] has another number of attention heads than models[{deepest}], the "
+                "deepest; use method='iterative'"
             )
     # Least squares takes long and needs no good start: only the last mean is regressed.
     last = config.calibration == "least_squares"

@@ -1,0 +1,237 @@
+"""Attention with different numbers of heads: whole heads are matched, copied and averaged."""
+
+import copy
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from clafusion import StructureError, WidthWarning, fuse, fuse_many, fuse_models, profile, trace
+from clafusion.baselines import naive_average
+from clafusion.united_blocks import _assigned, unite_blocks
+from tests import networks
+from tests.test_blocks import TOKENS, Encoder, Logits
+from tests.test_fuse import CALIBRATIONS, assert_same_function
+
+
+class Fused(nn.Module):
+    """Queries, keys and values by one layer, a scaled product, and a layer after it."""
+
+    def __init__(self, heads, size=3):
+        super().__init__()
+        self.heads = heads
+        self.enter, self.norm = nn.Linear(12, 12), nn.LayerNorm(12)
+        self.qkv = nn.Linear(12, 3 * heads * size)
+        self.out = nn.Linear(heads * size, 12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.enter(x)
+        parts = self.qkv(self.norm(x)).chunk(3, -1)
+        q, k, v = (one.unflatten(2, (self.heads, -1)).transpose(1, 2) for one in parts)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head((x + self.out(mixed)).mean(1))
+
+
+def repeated(model, make, origins):
+    """Return a model that computes the same with a head for each of ``origins``, a copy of that."""
+    many = make(heads=len(origins))
+    counts = torch.bincount(torch.tensor(origins))
+    state = copy.deepcopy(model.state_dict())
+    for name, value in state.items():
+        if any(part in name for part in ("queries", "keys", "values", "qkv")):
+            thirds = value.chunk(3) if "qkv" in name else [value]
+            chosen = [one.unflatten(0, (len(counts), -1))[origins].flatten(0, 1) for one in thirds]
+            state[name] = torch.cat(chosen)
+        elif name.endswith("out.weight"):
+            heads = value.unflatten(1, (len(counts), -1))[:, origins]
+            state[name] = (heads / counts[origins, None]).flatten(1)
+    many.load_state_dict(state)
+    return many.eval()
+
+
+def encoder(heads, layers=2, size=3, seed=0):
+    torch.manual_seed(seed)
+    return networks.randomise(Encoder(layers, heads=heads, size=size), seed).eval()
+
+
+def fused_projection(heads, seed=0):
+    torch.manual_seed(seed)
+    return networks.randomise(Fused(heads), seed).eval()
+
+
+CASES = {
+    "doubled": (encoder, [2, 0, 1, 1, 0, 2]),
+    "unevenly": (encoder, [1, 2, 0, 1]),
+    "from one": (encoder, [0, 0]),
+    "fused projection": (fused_projection, [1, 0, 1, 0]),
+}
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_fused_with_one_that_has_its_heads_twice_is_itself(name, calibration):
+    make, origins = CASES[name]
+    model = make(heads=max(origins) + 1)
+    many = repeated(model, make, origins)
+    assert_same_function(many, model, TOKENS)
+    for order in ((many, model), (model, many)):
+        fused = fuse(*order, TOKENS, calibration=calibration).model
+        assert networks.shapes(fused) == networks.shapes(order[0])
+        assert_same_function(fused, model, TOKENS, calibration)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"neuron_cost": "euclidean"},
+        {"neuron_cost": "weight"},
+        {"neuron_cost": "dual"},
+        {"solver": "sinkhorn", "epsilon": 0.001},
+        {"solver": "assignment"},
+        {"importance": "activation"},
+        {"layer_weights": "sensitivity"},
+    ],
+    ids=str,
+)
+def test_every_way_to_match_goes_with_it(settings):
+    model = encoder(3)
+    many = repeated(model, encoder, [2, 0, 1, 1, 0, 2])
+    fused = fuse(many, model, TOKENS, calibration="none", **settings).model
+    assert_same_function(fused, model, TOKENS)
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_weights_0_and_1_give_the_parents_at_different_depths(weight, calibration):
+    deep, shallow = encoder(6, layers=3), encoder(2, layers=1, seed=1)
+    result = fuse(deep, shallow, TOKENS, weight=weight, calibration=calibration)
+    assert_same_function(result.model, (deep, shallow)[int(weight)], TOKENS, calibration)
+    assert "2 to 6 in" in result.summary()
+
+
+def test_plans_move_whole_heads():
+    deep, shallow = encoder(5), encoder(2, seed=1)
+    result = fuse(deep, shallow, TOKENS)
+    for one in result.lifting.deep.united:
+        masses = []
+        for index in one.classes:
+            plan = result.plans[index]
+            torch.testing.assert_close(plan.sum(), torch.ones((), dtype=plan.dtype))
+            masses.append(plan.unflatten(0, (2, -1)).unflatten(2, (5, -1)).sum((1, 3)))
+        torch.testing.assert_close(masses[0], masses[1])  # queries with keys, values
+        assert ((masses[0] > 0).sum(0) == 1).all()
+        assert sorted((masses[0] > 0).sum(1).tolist()) == [2, 3]
+
+
+def test_heads_may_also_differ_in_size():
+    deep, shallow = fused_projection(4), networks.randomise(Fused(2, size=5), 1).eval()
+    with pytest.warns(WidthWarning, match="'qkv.weight', 5 in one network and 3 in the other"):
+        result = fuse(deep, shallow, TOKENS, weight=0.0)
+    assert_same_function(result.model, deep, TOKENS, "repair")
+    assert "2 to 4 in" in result.summary()
+
+
+def test_a_transformer_of_others():
+    import transformers
+
+    def vit(layers, heads, width, seed):
+        torch.manual_seed(seed)
+        config = transformers.ViTConfig(
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=20,
+            image_size=16,
+            patch_size=8,
+            num_labels=5,
+        )
+        return Logits(transformers.ViTForImageClassification(config)).eval()
+
+    images = torch.randn(60, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    deep, shallow = vit(3, 6, 24, 0), vit(2, 2, 8, 1)
+    result = fuse(deep, shallow, images, weight=0.0)
+    assert_same_function(result.model, deep, images, "repair")
+    assert "2 to 6 in" in result.summary()
+    shares = fuse(deep, shallow, images, weight=0.3, calibration="none").shares
+    assert shares and set(shares.values()) == {0.7}
+
+
+def test_signatures_with_united_heads_are_those_of_the_same_models():
+    one, other = profile(encoder(4), TOKENS), profile(encoder(2, seed=1), TOKENS)
+    target, source = unite_blocks(one, other, range(len(one.graph.units)))
+    for before, after, count in ((one, target, 4), (other, source, 2)):
+        assert after.graph.model is before.graph.model
+        assert [each.count for each in after.graph.united] == [count, count]
+        assert not after.graph.blocks
+        assert sum(each.size for each in after.graph.classes) == sum(
+            each.size for each in before.graph.classes
+        )
+        for unit in after.graph.units:
+            for point in unit.read_points:
+                for index in point.classes.unique().tolist():
+                    members = point.members[point.classes == index]
+                    assert sorted(members.tolist()) == list(range(after.graph.classes[index].size))
+    assert unite_blocks(one, one, range(len(one.graph.units))) == (one, one)
+
+
+def test_many_pairs_are_fused_like_one():
+    models = {"four": encoder(4), "two": encoder(2, seed=1)}
+    (result,) = fuse_many(models, TOKENS)
+    expected = fuse(*models.values(), TOKENS).model.state_dict()
+    assert result.error is None
+    for name, one in result.state.items():
+        assert torch.equal(one, expected[name]), name
+
+
+def test_several_models_one_after_another():
+    models = [encoder(4), encoder(2, seed=1), encoder(3, seed=2)]
+    fused = fuse_models(models, TOKENS).model
+    assert networks.shapes(fused) == networks.shapes(models[0])
+    for method in ("many_to_one", "barycentre"):
+        with pytest.raises(StructureError, match=r"models\[1\] has another number of attention heads"):
+            fuse_models(models, TOKENS, method=method)
+
+
+def test_the_naive_average_is_of_heads_in_order():
+    result = fuse(encoder(4), encoder(2, seed=1), TOKENS)
+    assert networks.output(naive_average(result), TOKENS).isfinite().all()
+
+
+def test_zip_is_refused():
+    with pytest.raises(StructureError, match="needs equally many attention heads"):
+        fuse(encoder(4), encoder(2, seed=1), TOKENS, solver="zip")
+
+
+def test_heads_that_keep_their_places_are_refused_by_name():
+    def biased(heads):
+        return networks.randomise(Encoder(heads=heads, size=3, bias=True)).eval()
+
+    with pytest.raises(StructureError, match="heads or groups that keep their places"):
+        fuse(biased(4), biased(2), TOKENS)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (1, 4), (4, 4), (2, 5)])
+def test_blocks_are_assigned_at_the_least_cost(shape):
+    costs = np.random.default_rng(sum(shape)).normal(size=shape)
+    matched = _assigned(costs)
+    more, fewer = max(shape), min(shape)
+    side = 0 if shape[0] >= shape[1] else 1
+    assert (matched.sum(1 - side) == 1).all()
+    counts = matched.sum(side)
+    assert counts.max() <= -(-more // fewer)
+    assert counts.min() >= more // fewer
+    tall = costs if side == 0 else costs.T
+    best = min(
+        sum(tall[i, j] for i, j in enumerate(chosen))
+        for chosen in product(range(fewer), repeat=more)
+        if all(more // fewer <= chosen.count(j) <= -(-more // fewer) for j in range(fewer))
+    )
+    assert np.isclose((costs * matched).sum(), best)
+
+
+def test_inspecting_counts_heads_as_before():
+    assert len(trace(encoder(4), TOKENS).blocks[0].members) == 4
