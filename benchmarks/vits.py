@@ -2,8 +2,9 @@
 
     CLAFUSION_DATA=... python -m benchmarks.vits [--seeds 3] [--images 20000] [--epochs 3]
 
-Pre-norm encoders of three and two layers with four heads, trained briefly on MNIST images cut into
-sixteen patches. Zero-shot test accuracy of the fused networks.
+Pre-norm encoders of three and two layers, trained briefly on MNIST images cut into sixteen patches;
+the first with four heads, the second with four or with two of the same size. Zero-shot test
+accuracy of the fused networks.
 """
 
 import argparse
@@ -18,19 +19,20 @@ from benchmarks.results import write_results
 from clafusion import finetune, fuse
 from clafusion.baselines import naive_average
 
-WIDTH, HEADS, PATCH = 32, 4, 7
+WIDTH, HEAD, PATCH = 32, 8, 7  # channels of the stream and of a head, pixels
 
 
 class Layer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, heads: int) -> None:
         super().__init__()
+        self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * heads * HEAD), nn.Linear(heads * HEAD, WIDTH)
         self.widen, self.narrow = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.qkv(self.norm1(x)).chunk(3, -1)
-        q, k, v = (one.unflatten(2, (HEADS, -1)).transpose(1, 2) for one in parts)
+        q, k, v = (one.unflatten(2, (self.heads, HEAD)).transpose(1, 2) for one in parts)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.narrow(F.gelu(self.widen(self.norm2(x))))
 
@@ -38,11 +40,11 @@ class Layer(nn.Module):
 class VisionTransformer(nn.Module):
     """Take flattened images ``(batch, 784)``."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, heads: int) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, WIDTH, PATCH, PATCH)
         self.positions = nn.Parameter(0.02 * torch.randn(1, (28 // PATCH) ** 2, WIDTH))
-        self.layers = nn.Sequential(*(Layer() for _ in range(depth)))
+        self.layers = nn.Sequential(*(Layer(heads) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,6 +56,25 @@ def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, 2e-3)
 
 
+def trained(
+    depth: int,
+    heads: int,
+    train: tuple[Tensor, Tensor],
+    epochs: int,
+    seed: int,
+) -> nn.Module:
+    torch.manual_seed(seed)
+    result = finetune(
+        VisionTransformer(depth, heads),
+        train,
+        epochs=epochs,
+        optimizer=adamw,
+        batch_size=100,
+        seed=seed // 10,
+    )
+    return result.model.eval()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
@@ -62,40 +83,31 @@ def main() -> None:
     arguments = parser.parse_args()
     train, test = mnist("train", arguments.images), mnist("test", 4000)
     calibration = train[0][:2000]
-    scores: dict[str, list[float]] = {}
+    scores: dict[str, dict[str, list[float]]] = {"four and four": {}, "four and two": {}}
     for seed in range(arguments.seeds):
-        models = []
-        for depth in (3, 2):
-            torch.manual_seed(10 * seed + depth)
-            trained = finetune(
-                VisionTransformer(depth),
-                train,
-                epochs=arguments.epochs,
-                optimizer=adamw,
-                batch_size=100,
-                seed=seed,
-            )
-            models.append(trained.model.eval())
-        averaged = fuse(*models, calibration, calibration="none")
-        found = {
-            "three layers": accuracy(models[0], *test),
-            "two layers": accuracy(models[1], *test),
-            "naive average": accuracy(naive_average(averaged), *test),
-            "averaged": accuracy(averaged.model, *test),
-            "REPAIR": accuracy(fuse(*models, calibration).model, *test),
-            "least squares": accuracy(
-                fuse(*models, calibration, calibration="least_squares").model, *test
-            ),
-        }
-        moved = sum(len(order) for order in averaged.block_orders.values())
-        print(
-            seed, {name: round(value, 4) for name, value in found.items()}, f"{moved} heads moved"
+        deep, *shallows = (
+            trained(depth, heads, train, arguments.epochs, 10 * seed + depth)
+            for depth, heads in ((3, 4), (2, 4), (2, 2))
         )
-        for name, value in found.items():
-            scores.setdefault(name, []).append(value)
-    for name, values in scores.items():
-        mean, deviation = statistics.mean(values), statistics.stdev(values)
-        print(f"{name:20s} {100 * mean:6.2f} % +- {100 * deviation:.2f}")
+        for (heads, found), shallow in zip(scores.items(), shallows, strict=True):
+            averaged = fuse(deep, shallow, calibration, calibration="none")
+            measured = {
+                "three layers": deep,
+                "two layers": shallow,
+                "naive average": naive_average(averaged),
+                "averaged": averaged.model,
+                "REPAIR": fuse(deep, shallow, calibration).model,
+                "least squares": fuse(
+                    deep, shallow, calibration, calibration="least_squares"
+                ).model,
+            }
+            for name, model in measured.items():
+                found.setdefault(name, []).append(accuracy(model, *test))
+            print(seed, heads, {name: round(values[-1], 4) for name, values in found.items()})
+    for heads, found in scores.items():
+        for name, values in found.items():
+            mean, deviation = statistics.mean(values), statistics.stdev(values)
+            print(f"{heads:14s} {name:20s} {100 * mean:6.2f} % +- {100 * deviation:.2f}")
     write_results("vits", {**vars(arguments), "accuracies": scores})
 
 

@@ -224,6 +224,15 @@ def test_depths_may_differ():
     assert_same_function(fuse(deep, moved, TOKENS).model, expected, TOKENS, "repair")
 
 
+def test_shares_are_told_where_heads_change_places():
+    deep, shallow = (networks.randomise(Encoder(n), seed=n).eval() for n in (3, 1))
+    moved = shuffled(shallow, trace(shallow, TOKENS))
+    for order, share in (((deep, moved), 0.7), ((moved, deep), 0.3)):
+        result = fuse(*order, TOKENS, weight=0.3, calibration="none")
+        assert result.block_orders
+        assert result.shares == pytest.approx(dict.fromkeys(result.alignment.pairs, share))
+
+
 def test_a_moved_signature_is_that_of_the_moved_model():
     model, inputs = built("grouped")
     graph = trace(model, inputs)

@@ -157,7 +157,8 @@ def test_a_transformer_of_others():
     assert_same_function(result.model, deep, images, "repair")
     assert "2 to 6 in" in result.summary()
     shares = fuse(deep, shallow, images, weight=0.3, calibration="none").shares
-    assert shares and set(shares.values()) == {0.7}
+    assert shares
+    assert set(shares.values()) == {0.7}
 
 
 def test_signatures_with_united_heads_are_those_of_the_same_models():
@@ -192,7 +193,7 @@ def test_several_models_one_after_another():
     fused = fuse_models(models, TOKENS).model
     assert networks.shapes(fused) == networks.shapes(models[0])
     for method in ("many_to_one", "barycentre"):
-        with pytest.raises(StructureError, match=r"models\[1\] has another number of attention heads"):
+        with pytest.raises(StructureError, match=r"models\[1\] has another number of attention"):
             fuse_models(models, TOKENS, method=method)
 
 
@@ -231,6 +232,25 @@ def test_blocks_are_assigned_at_the_least_cost(shape):
         if all(more // fewer <= chosen.count(j) <= -(-more // fewer) for j in range(fewer))
     )
     assert np.isclose((costs * matched).sum(), best)
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+def test_a_template_may_have_another_number_of_heads(calibration):
+    # The deep network has few heads, the shallow one many; the result both its depth and those.
+    deep, shallow = encoder(2, layers=3), encoder(4, layers=1, seed=1)
+    template = encoder(4, layers=3, seed=2)
+    for weight, parent in ((0.0, deep), (1.0, shallow)):
+        result = fuse(deep, shallow, TOKENS, weight=weight, into=template, calibration=calibration)
+        assert networks.shapes(result.model) == networks.shapes(template)
+        assert_same_function(result.model, parent, TOKENS, calibration)
+    narrow = fuse(deep, shallow, TOKENS, into=encoder(2, layers=3, seed=2)).model
+    assert networks.shapes(narrow) == networks.shapes(deep)
+
+
+def test_widths_that_a_module_cannot_have_are_refused():
+    deep, shallow = encoder(2, layers=3), encoder(4, layers=1, seed=1)
+    with pytest.raises(StructureError, match="width is fixed"):
+        fuse(deep, shallow, TOKENS, width="wide")
 
 
 def test_inspecting_counts_heads_as_before():

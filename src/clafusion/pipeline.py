@@ -805,9 +805,9 @@ def _with_equal_blocks(both: Balanced, config: FusionConfig) -> Balanced:
     if target.graph.united and config.solver == "zip":
         one, other = target.graph.united[0], source.graph.united[0]
         raise StructureError(
-            f"solver 'zip' needs equally many attention heads; {target.graph.units[one.unit].name!r}"
-            f" has {one.count} and {source.graph.units[other.unit].name!r} {other.count}: use "
-            "solver='auto'"
+            "solver 'zip' needs equally many attention heads; "
+            f"{target.graph.units[one.unit].name!r} has {one.count} and "
+            f"{source.graph.units[other.unit].name!r} {other.count}: use solver='auto'"
         )
     return replace(both, target=target, source=source)
 
@@ -831,11 +831,10 @@ def _warn_of_counted_channels(plan: Lifting) -> None:
     for (of_source, of_target), names in found.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         warnings.warn(
-            f"the channels of {names[0]!r}{more}, {of_source} in one network and {of_target} in the "
-            "other, are added up without weights (queries with keys, a softmax or sum over "
-            "channels, an embedding's weights used again for the outputs), so that copies of them "
-            "count as often as there are; what the network of other width computes there is "
-            "not kept",
+            f"the channels of {names[0]!r}{more}, {of_source} in one network and {of_target} in "
+            "the other, are added up without weights (queries with keys, a softmax or sum over "
+            "channels, an embedding's weights used again for the outputs), so that each copy of "
+            "them counts: what the network of the other width computes there is not kept",
             WidthWarning,
             stacklevel=4,
         )

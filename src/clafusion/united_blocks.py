@@ -6,11 +6,11 @@ all blocks are united into one, whose plan moves blocks as wholes,
 
 .. math:: T = \sum_{(i, j)} E_{ij} \otimes T_{ij},
 
-with :math:`T_{ij}` the best plan of the channels of the source's block ``i`` and the target's ``j``.
-Each block of the network that has more of them goes with one of the other's, which get equally many
-up to one. Where the target has more, several of its blocks are copies of one of the source's, and
-what is read from that is divided among them: the source's function stays as it is. Where the target
-has fewer, each of its blocks is a mean of several.
+with :math:`T_{ij}` the best plan of the channels of the source's block ``i`` and the target's block
+``j``. Each block of the network that has more of them goes with one of the other's, which get
+equally many up to one. Where the target has more, several of its blocks are copies of one of the
+source's, and what is read from that is divided among them: the source's function stays as it is.
+Where the target has fewer, each of its blocks is a mean of several.
 """
 
 from __future__ import annotations
@@ -177,9 +177,7 @@ def _first_place(one: ChannelClass) -> int:
 
 def _in_one_use(graph: ModelGraph, classes: Sequence[int]) -> bool:
     """Say whether some classes lie side by side, and not in views of their own as groups do."""
-    places = [
-        [(slot.use.index, slot.axis) for slot in graph.classes[one].slots] for one in classes
-    ]
+    places = [[(slot.use.index, slot.axis) for slot in graph.classes[one].slots] for one in classes]
     return all(one == places[0] for one in places)
 
 
@@ -197,9 +195,7 @@ def _parts(graph: ModelGraph, groups: Sequence[ChannelBlocks]) -> list[tuple[int
     """Return for each class that there is afterwards those of which it is made."""
     columns = {column[0]: column for one in groups for column in zip(*one.members, strict=True)}
     gone = {index for column in columns.values() for index in column[1:]}
-    return [
-        columns.get(one.index, (one.index,)) for one in graph.classes if one.index not in gone
-    ]
+    return [columns.get(one.index, (one.index,)) for one in graph.classes if one.index not in gone]
 
 
 def _united(graph: ModelGraph, groups: Sequence[ChannelBlocks]) -> ModelGraph:
