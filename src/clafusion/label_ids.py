@@ -14,7 +14,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["collapse", "combine", "fixed_ids", "mix", "salt", "sequence_ids", "value_ids"]
+__all__ = [
+    "collapse",
+    "combine",
+    "fixed_ids",
+    "mix",
+    "salt",
+    "sequence_ids",
+    "value_ids",
+    "varies_along",
+]
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -76,10 +85,14 @@ def collapse(*tensors: Tensor) -> tuple[Tensor, ...]:
     if reduced[0].numel() == 0:
         return tuple(reduced)
     for axis in reversed(range(reduced[0].dim())):
-        firsts = [ids.narrow(axis, 0, 1) for ids in reduced]
-        if all(
-            ids.size(axis) == 1 or ids.stride(axis) == 0 or bool((ids == first).all())
-            for ids, first in zip(reduced, firsts, strict=True)
-        ):
-            reduced = tuple(firsts)
+        if not any(varies_along(ids, axis) for ids in reduced):
+            reduced = tuple(ids.narrow(axis, 0, 1) for ids in reduced)
     return tuple(reduced)
+
+
+def varies_along(ids: Tensor, axis: int) -> bool:
+    """Tell whether any two entries that differ only in their place on an axis are unequal."""
+    if ids.size(axis) == 1 or ids.stride(axis) == 0:
+        return False
+    # This stops at the first difference, where a comparison would go through all.
+    return not torch.equal(ids, ids.narrow(axis, 0, 1).expand_as(ids))

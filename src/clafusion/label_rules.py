@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from clafusion.label_ids import collapse, combine, fixed_ids, sequence_ids, value_ids
+from clafusion.label_ids import (
+    collapse,
+    combine,
+    fixed_ids,
+    sequence_ids,
+    value_ids,
+    varies_along,
+)
 from clafusion.labels import POINTWISE, Call, Label, LabelPropagation, ParameterView, rule
 
 # --- operations that move or copy elements ----------------------------------------------
@@ -250,9 +257,8 @@ _COUNTING = frozenset("sum nansum norm logsumexp prod linalg_vector_norm count_n
 def _collapse_within(ids: Tensor, axes: Sequence[int]) -> Tensor:
     """Drop those of ``axes`` along which the labels do not vary."""
     for axis in axes:
-        first = ids.narrow(axis, 0, 1)
-        if ids.size(axis) > 1 and (ids.stride(axis) == 0 or bool((ids == first).all())):
-            ids = first
+        if ids.size(axis) > 1 and not varies_along(ids, axis):
+            ids = ids.narrow(axis, 0, 1)
     return ids
 
 

@@ -20,7 +20,7 @@ from clafusion.errors import InputError, UnsupportedOpError
 from clafusion.graph import ModelGraph
 from clafusion.operations import module_path, op_name
 from clafusion.units import find_units
-from clafusion.verification import proved_blocks, verify_graph
+from clafusion.verification import with_proved_blocks
 
 __all__ = ["architecture", "graph_like", "trace", "trace_like"]
 
@@ -147,10 +147,7 @@ def trace(
         uses=channels.uses,
         static_batch=_static_batch(graph),
     )
-    graph = replace(graph, blocks=proved_blocks(graph, inputs, seed=seed))
-    if verify:
-        verify_graph(graph, inputs, seed=seed)
-    return graph
+    return with_proved_blocks(graph, inputs, verify=verify, seed=seed)
 
 
 def trace_like(model: nn.Module, like: ModelGraph) -> ModelGraph:

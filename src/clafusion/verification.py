@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,12 +14,13 @@ from clafusion.blocks import class_sources, exchange_blocks, possible_blocks
 from clafusion.errors import GraphVerificationError
 from clafusion.graph import ChannelBlocks, ChannelClass, ModelGraph, State, call_model
 
-__all__ = ["permute_channels", "proved_blocks", "verify_graph"]
+__all__ = ["permute_channels", "verify_graph", "with_proved_blocks"]
 
 # Relative to the largest output. Float64 leaves 1e-16 a rounding, and deep networks amplify it.
 # Float32 is the fallback for models that fix a dtype inside.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _ROUNDED_INSIDE = 1e-4  # float64 outside, but some values pass through float32
+_ROWS = 2  # of the inputs, which is more than one, the batch that hides what mixes inputs
 
 
 def permute_channels(
@@ -62,6 +64,33 @@ def verify_graph(graph: ModelGraph, inputs: tuple[Tensor, ...], *, seed: int = 0
         The outputs differ; the message names the classes that change them on their own.
     """
     trial = _Trial(graph, inputs, seed)
+    _verify_classes(graph, trial)
+    if _proved(graph.blocks, trial) != graph.blocks:
+        raise GraphVerificationError(
+            "exchanging blocks of channels (attention heads, convolution groups) changed the "
+            "output. The analysis does not understand this model: please open an issue with its "
+            "code"
+        )
+
+
+def with_proved_blocks(
+    graph: ModelGraph, inputs: tuple[Tensor, ...], *, verify: bool, seed: int = 0
+) -> ModelGraph:
+    """Return a graph with the blocks of channels that can change places without changing outputs.
+
+    Tried as :func:`verify_graph` tries permutations, on all that look like such blocks. With
+    ``verify`` the classes are proved as well.
+    """
+    candidates = possible_blocks(graph)
+    if not (candidates or verify):
+        return graph
+    trial = _Trial(graph, inputs, seed)
+    if verify:
+        _verify_classes(graph, trial)
+    return replace(graph, blocks=_proved(candidates, trial))
+
+
+def _verify_classes(graph: ModelGraph, trial: _Trial) -> None:
     fidelity = trial.fidelity
     if not fidelity <= _TOLERANCE[torch.float32]:
         raise GraphVerificationError(
@@ -89,23 +118,6 @@ def verify_graph(graph: ModelGraph, inputs: tuple[Tensor, ...], *, seed: int = 0
             f"{named or 'none alone'}{more}. The analysis does not understand this model: please "
             "open an issue with its code"
         )
-    if _proved(graph.blocks, trial) != graph.blocks:
-        raise GraphVerificationError(
-            "exchanging blocks of channels (attention heads, convolution groups) changed the "
-            "output. The analysis does not understand this model: please open an issue with its "
-            "code"
-        )
-
-
-def proved_blocks(
-    graph: ModelGraph, inputs: tuple[Tensor, ...], *, seed: int = 0
-) -> tuple[ChannelBlocks, ...]:
-    """Return the blocks of channels that can change places without changing the output.
-
-    Tried as :func:`verify_graph` tries permutations, on all that look like such blocks.
-    """
-    candidates = possible_blocks(graph)
-    return _proved(candidates, _Trial(graph, inputs, seed)) if candidates else ()
 
 
 def _proved(blocks: Sequence[ChannelBlocks], trial: _Trial) -> tuple[ChannelBlocks, ...]:
@@ -119,7 +131,7 @@ def _proved(blocks: Sequence[ChannelBlocks], trial: _Trial) -> tuple[ChannelBloc
                 return False
         return True
 
-    if hold(blocks):
+    if not blocks or hold(blocks):
         return tuple(blocks)
     return tuple(one for one in blocks if hold([one]))
 
@@ -130,11 +142,14 @@ class _Trial:
     def __init__(self, graph: ModelGraph, inputs: tuple[Tensor, ...], seed: int) -> None:
         self.graph = graph
         self.generator = torch.Generator().manual_seed(seed)
+        if graph.static_batch is None:
+            inputs = tuple(one[:_ROWS] for one in inputs)
         with torch.no_grad():
             plain = copy.deepcopy(graph.model).eval()
             traced = [one for one in graph.run(inputs) if isinstance(one, Tensor)]
-            self.fidelity = _difference(traced, call_model(plain, inputs, graph.keywords))
-            self.model, self.inputs = _widest(plain, inputs, graph.keywords)
+            outputs = call_model(plain, inputs, graph.keywords)
+            self.fidelity = _difference(traced, outputs)
+            self.model, self.inputs, outputs = _widest(plain, inputs, graph.keywords, outputs)
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         self.bound = _TOLERANCE.get(dtype, 1e-2)
         if dtype == torch.float64 and _casts(graph):
@@ -143,8 +158,8 @@ class _Trial:
             name: value.to(dtype) if value.is_floating_point() else value
             for name, value in graph.state().items()
         }
-        states = own, _redrawn(self.model, own, self.generator)
-        self.expected = [(state, self._outputs(state)) for state in states]
+        redrawn = _redrawn(self.model, own, self.generator)
+        self.expected = [(own, outputs), (redrawn, self._outputs(redrawn))]
 
     def _outputs(self, state: State) -> list[Tensor]:
         named = _named(self.model, state, self.graph)
@@ -219,18 +234,21 @@ def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def _widest(
-    model: torch.nn.Module, inputs: tuple[Tensor, ...], keywords: tuple[str, ...]
-) -> tuple[torch.nn.Module, tuple[Tensor, ...]]:
-    """Return the model and its inputs in float64 where it runs in that, else as they are."""
+    model: torch.nn.Module,
+    inputs: tuple[Tensor, ...],
+    keywords: tuple[str, ...],
+    outputs: list[Tensor],
+) -> tuple[torch.nn.Module, tuple[Tensor, ...], list[Tensor]]:
+    """Return model, inputs and outputs in float64 where the model runs in that, else as given."""
     try:
         double = copy.deepcopy(model).double()
         wide = tuple(one.double() if one.is_floating_point() else one for one in inputs)
-        outputs = call_model(double, wide, keywords)
-        if all(one.dtype == torch.float64 for one in outputs if one.is_floating_point()):
-            return double, wide
+        found = call_model(double, wide, keywords)
+        if all(one.dtype == torch.float64 for one in found if one.is_floating_point()):
+            return double, wide, found
     except RuntimeError:  # a dtype is fixed somewhere inside
         pass
-    return model, inputs
+    return model, inputs, outputs
 
 
 def _named(model: torch.nn.Module, state: State, graph: ModelGraph) -> dict[str, Tensor]:
