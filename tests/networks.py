@@ -2,11 +2,14 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from clafusion import ModelGraph, permute_channels
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -139,6 +142,19 @@ def widened(model: nn.Sequential, factor: int) -> nn.Sequential:
             else:
                 layer.num_features = layer.weight.size(0)
     return wide.eval()
+
+
+def orders_of(graph: ModelGraph, seed: int = 3) -> list[Tensor]:
+    """Return a random order of the channels of each class."""
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randperm(one.size, generator=draw) for one in graph.classes]
+
+
+def permuted(model: nn.Module, graph: ModelGraph, orders: Sequence[Tensor]) -> nn.Module:
+    """Return a copy of a traced model with the channels of each class in another order."""
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(permute_channels(model.state_dict(), graph.classes, orders))
+    return copied
 
 
 def output(model: nn.Module, inputs: Tensor) -> Tensor:

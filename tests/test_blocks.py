@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clafusion import fuse, fuse_many, fuse_models, permute_channels, profile, trace
+from clafusion import fuse, fuse_many, fuse_models, profile, trace
 from clafusion.baselines import naive_average
 from clafusion.block_matching import match_blocks
 from clafusion.blocks import class_sources, exchange_blocks, possible_blocks
@@ -144,10 +144,9 @@ def shuffled(model, graph, seed=3):
         sources |= class_sources(one, order)
     assert sources
     state = exchange_blocks(graph, graph.state(), sources)
-    permutations = [torch.randperm(one.size, generator=draw) for one in graph.classes]
     copied = copy.deepcopy(model)
-    copied.load_state_dict(permute_channels(state, graph.classes, permutations))
-    return copied
+    copied.load_state_dict(state)
+    return networks.permuted(copied, graph, networks.orders_of(graph, seed))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -19,7 +19,6 @@ from clafusion import (
     fuse,
     fuse_many,
     lift,
-    permute_channels,
     profile,
     trace,
 )
@@ -88,10 +87,7 @@ def test_a_model_fused_with_a_permuted_copy_is_itself(name, calibration):
     build, inputs = MODELS[name]
     model = build()
     graph = trace(model, inputs)
-    generator = torch.Generator().manual_seed(3)
-    permutations = [torch.randperm(one.size, generator=generator) for one in graph.classes]
-    permuted = copy.deepcopy(model)
-    permuted.load_state_dict(permute_channels(model.state_dict(), graph.classes, permutations))
+    permuted = networks.permuted(model, graph, networks.orders_of(graph))
     assert_same_function(permuted, model, inputs)
     for order in ((model, permuted), (permuted, model)):
         fused = fuse(*order, inputs, calibration=calibration).model
@@ -326,9 +322,9 @@ def test_a_lifted_model_tells_its_true_widths():
 def test_every_solver_and_cost_recovers_a_permutation(solver, neuron_cost):
     model = networks.mlp(12, 20, 17, 5)
     graph = trace(model, VECTORS)
-    permutations = [torch.arange(one.size).flip(0) for one in graph.classes]
-    flipped = copy.deepcopy(model)
-    flipped.load_state_dict(permute_channels(model.state_dict(), graph.classes, permutations))
+    flipped = networks.permuted(
+        model, graph, [torch.arange(one.size).flip(0) for one in graph.classes]
+    )
     result = fuse(model, flipped, VECTORS, solver=solver, neuron_cost=neuron_cost, epsilon=2e-3)
     for plan in result.plans:
         assert torch.equal(plan.argmax(1), torch.arange(len(plan)).flip(0))
@@ -601,9 +597,7 @@ def test_units_that_put_out_several_tensors_or_one_number_are_fused(name):
     draw = torch.Generator().manual_seed(0)
     inputs = torch.randn(40, *example.shape[1:], generator=draw)
     graph = trace(model, example)
-    permutations = [torch.randperm(one.size, generator=draw) for one in graph.classes]
-    permuted = copy.deepcopy(model)
-    permuted.load_state_dict(permute_channels(model.state_dict(), graph.classes, permutations))
+    permuted = networks.permuted(model, graph, networks.orders_of(graph))
     fused = fuse(model, permuted, inputs, calibration="none").model
     for one, other in zip(outputs_of(fused, inputs), outputs_of(model, inputs), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4)

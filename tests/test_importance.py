@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from clafusion import FusionConfig, InputError, fuse, fuse_models, permute_channels, trace
+from clafusion import FusionConfig, InputError, fuse, fuse_models, trace
 from clafusion.importance import channel_importance
 from clafusion.pipeline import align_signatures, fuse_aligned, profile
 from tests import networks
@@ -72,13 +72,11 @@ def test_masses_move_with_the_channels(name, kind):
     build, inputs = MODELS[name]
     model = build()
     graph = trace(model, inputs)
-    draw = torch.Generator().manual_seed(3)
-    permutations = [torch.randperm(one.size, generator=draw) for one in graph.classes]
-    permuted = copy.deepcopy(model)
-    permuted.load_state_dict(permute_channels(model.state_dict(), graph.classes, permutations))
+    orders = networks.orders_of(graph)
+    permuted = networks.permuted(model, graph, orders)
     before = channel_importance(graph, inputs, kind)
     after = channel_importance(trace(permuted, inputs), inputs, kind)
-    for one, other, order in zip(before, after, permutations, strict=True):
+    for one, other, order in zip(before, after, orders, strict=True):
         torch.testing.assert_close(other, one[order], rtol=1e-3, atol=1e-6)
         assert float(one.std()) > 1e-3 / len(one)  # else any order would do
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from clafusion import FusionConfig, InputError, fuse, fuse_models, permute_channels, trace
+from clafusion import FusionConfig, InputError, fuse, fuse_models, trace
 from clafusion import pipeline as stages
 from clafusion.blending import aligned_state, blend, transport_vector
 from clafusion.depth import with_state
@@ -102,10 +102,7 @@ def test_a_permuted_copy_has_the_same_shares_and_fuses_to_itself(name, calibrati
     build, inputs = MODELS[name]
     model = build()
     graph = trace(model, inputs)
-    draw = torch.Generator().manual_seed(3)
-    permutations = [torch.randperm(one.size, generator=draw) for one in graph.classes]
-    permuted = copy.deepcopy(model)
-    permuted.load_state_dict(permute_channels(model.state_dict(), graph.classes, permutations))
+    permuted = networks.permuted(model, graph, networks.orders_of(graph))
     result = fuse(permuted, model, inputs, weight=0.3, calibration=calibration, **OWN)
     # Float32 gradients, summed in another order.
     assert list(result.shares.values()) == pytest.approx([0.7] * len(graph.units), abs=1e-4)

@@ -12,9 +12,9 @@ from clafusion import (
     StructureError,
     fuse,
     fuse_models,
-    permute_channels,
     trace,
 )
+from tests import networks
 from tests.networks import mlp, resnet, vgg
 
 VECTORS = torch.randn(400, 12, generator=torch.Generator().manual_seed(0))
@@ -30,12 +30,7 @@ def output(model, inputs):
 def permuted(model, inputs, seed):
     """Return a copy whose channels stand in another order."""
     graph = trace(model, inputs)
-    draw = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(one.size, generator=draw) for one in graph.classes]
-    state = permute_channels(graph.state(), graph.classes, orders)
-    copy = mlp(12, 10, 9, 5)
-    copy.load_state_dict(state)
-    return copy
+    return networks.permuted(model, graph, networks.orders_of(graph, seed))
 
 
 @pytest.mark.parametrize("method", METHODS)

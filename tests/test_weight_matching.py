@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from clafusion import fuse, permute_channels, trace
+from clafusion import fuse, trace
 from clafusion.blending import aligned_state
 from clafusion.depth import lifting
 from clafusion.weight_matching import match_by_weights
+from tests import networks
 from tests.networks import mlp, resnet, vgg
 
 VECTORS = torch.randn(300, 12, generator=torch.Generator().manual_seed(0))
@@ -26,11 +27,7 @@ def output(model, inputs):
 def permuted(build, inputs):
     model = build()
     graph = trace(model, inputs)
-    draw = torch.Generator().manual_seed(3)
-    orders = [torch.randperm(one.size, generator=draw) for one in graph.classes]
-    other = build()
-    other.load_state_dict(permute_channels(graph.state(), graph.classes, orders))
-    return model, other
+    return model, networks.permuted(model, graph, networks.orders_of(graph))
 
 
 @pytest.mark.parametrize("cost", ["weight", "dual"])

@@ -1,6 +1,5 @@
 """Zipping two networks: groups against a plain algorithm, and fusions known by construction."""
 
-import copy
 import math
 
 import numpy as np
@@ -13,7 +12,6 @@ from clafusion import (
     fuse,
     fuse_many,
     fuse_models,
-    permute_channels,
     trace,
 )
 from clafusion.signatures import standardised
@@ -142,10 +140,7 @@ def test_a_model_fused_with_a_permuted_copy_is_itself(name, budget):
     build, inputs = MODELS[name]
     model = build()
     graph = trace(model, inputs)
-    draw = torch.Generator().manual_seed(3)
-    permutations = [torch.randperm(one.size, generator=draw) for one in graph.classes]
-    permuted = copy.deepcopy(model)
-    permuted.load_state_dict(permute_channels(model.state_dict(), graph.classes, permutations))
+    permuted = networks.permuted(model, graph, networks.orders_of(graph))
     fused = fuse(permuted, model, inputs, solver="zip", zip_budget=budget).model
     assert_same_function(fused, model, inputs)
 

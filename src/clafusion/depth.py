@@ -442,11 +442,17 @@ def check_lifted(plan: Lifting) -> None:
     What does not run, since a width is fixed in the deep module's code, is not refused: the result
     has the deep network's widths.
     """
-    lifted = with_state(plan.deep.model, lifted_state(plan), plan.deep)
-    try:
-        found = _outputs_of(lifted, plan)
-    except RuntimeError:
-        return
+    state = lifted_state(plan)
+    if all(state[name].shape == one.shape for name, one in plan.deep.state().items()):
+        with torch.no_grad():
+            outputs = plan.deep.run(plan.deep.example_inputs, state=state)
+        found = list(flatten_tensors(list(outputs)))
+    else:
+        lifted = with_state(plan.deep.model, state, plan.deep)
+        try:
+            found = _outputs_of(lifted, plan)
+        except RuntimeError:
+            return
     _compare(found, plan)
 
 
@@ -468,7 +474,7 @@ def _compare(found: Sequence[Tensor], plan: Lifting) -> None:
             raise StructureError(
                 f"brought to the other's depth, a network's outputs change by {gap:.1e}: the "
                 "inserted units change them. The two networks differ in what lies between units "
-                "(poolings, activations), or share parameters among units"
+                "(poolings, activations) or in a norm's eps, or share parameters among units"
             )
 
 

@@ -545,10 +545,10 @@ def align(
             traced_to_fuse(name, model, example_inputs, config)
             for name, model in (("first", first), ("second", second))
         ]
-    deep_is_first = _deep_is_first(*graphs)
+    fit = _fit(*graphs)
     with clock.stage("profile"):
         signatures = profiled(graphs, data, config, progress)
-    return _aligned(signatures[0], signatures[1], deep_is_first, config, clock)
+    return _aligned(signatures[0], signatures[1], fit, config, clock)
 
 
 def _check_modules(first: object, second: object) -> None:
@@ -575,9 +575,9 @@ def align_signatures(
     StructureError, AlignmentError
         The two models cannot be brought to one structure.
     """
-    deep_is_first = _deep_is_first(first.graph, second.graph)
+    fit = _fit(first.graph, second.graph)
     clock = _Clock(_device(first), timings)
-    return _aligned(first, second, deep_is_first, config or FusionConfig(), clock)
+    return _aligned(first, second, fit, config or FusionConfig(), clock)
 
 
 def _device(signature: Signature) -> torch.device:
@@ -585,22 +585,21 @@ def _device(signature: Signature) -> torch.device:
 
 
 def _aligned(
-    first: Signature, second: Signature, deep_is_first: bool, config: FusionConfig, clock: _Clock
+    first: Signature, second: Signature, fit: _Fit, config: FusionConfig, clock: _Clock
 ) -> AlignedPair:
-    deep, shallow = (first, second) if deep_is_first else (second, first)
+    deep, shallow = (first, second) if fit.deep_is_first else (second, first)
     with clock.stage("align"):
         costs = layer_costs(deep, shallow, metric=config.layer_cost)
-        allowed = allowed_pairs(deep.graph, shallow.graph)
         skip_shallow = None
-        if _needs_gaps(deep.graph, shallow.graph, allowed):
+        if fit.needs_gaps:
             if config.alignment != "layer":
                 raise StructureError(
                     "each network is the deeper one somewhere, and so each needs gaps; they are "
                     f"in alignment='layer' only, and this is alignment={config.alignment!r}"
                 )
-            skip_shallow = gap_costs(deep.graph, shallow.graph, np.where(allowed, costs, 0.0))
+            skip_shallow = gap_costs(deep.graph, shallow.graph, np.where(fit.allowed, costs, 0.0))
         alignment = align_layers(
-            np.where(allowed, costs, np.inf),
+            np.where(fit.allowed, costs, np.inf),
             skip=skip_costs(deep.graph),
             skip_shallow=skip_shallow,
             mode=config.alignment,
@@ -609,7 +608,7 @@ def _aligned(
             seed=config.seed,
         )
     return AlignedPair(
-        deep, shallow, deep_is_first, costs, alignment, clock.seconds, clock.peak_memory
+        deep, shallow, fit.deep_is_first, costs, alignment, clock.seconds, clock.peak_memory
     )
 
 
@@ -967,13 +966,26 @@ def traced_template(
         raise type(error)(f"into: {error}") from error
 
 
-def _deep_is_first(first: ModelGraph, second: ModelGraph) -> bool:
+@dataclass(frozen=True)
+class _Fit:
+    """How two models that can be fused fit together.
+
+    ``allowed`` are the pairs of units that can match, ``needs_gaps`` tells whether units of both
+    must go unmatched.
+    """
+
+    deep_is_first: bool
+    allowed: NDArray[np.bool_]
+    needs_gaps: bool
+
+
+def _fit(first: ModelGraph, second: ModelGraph) -> _Fit:
     """Say which of two models is the deep one, after checking that they can be fused at all."""
     _check_outputs(first, second)
     deep_is_first = len(first.units) >= len(second.units)
     deep, shallow = (first, second) if deep_is_first else (second, first)
-    _needs_gaps(deep, shallow, allowed_pairs(deep, shallow))
-    return deep_is_first
+    allowed = allowed_pairs(deep, shallow)
+    return _Fit(deep_is_first, allowed, _needs_gaps(deep, shallow, allowed))
 
 
 def _check_outputs(first: ModelGraph, second: ModelGraph) -> None:
