@@ -8,6 +8,7 @@ each kernel instead and compares with the CPU: for compute-sanitizer.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -90,11 +91,31 @@ def _batched(costs):
     return solve
 
 
+def _by_ott(costs):
+    """The problems mapped over by JAX, in one program compiled at the first call."""
+    import jax
+    from ott.geometry.geometry import Geometry
+    from ott.problems.linear.linear_problem import LinearProblem
+    from ott.solvers.linear.sinkhorn import Sinkhorn
+
+    solver = Sinkhorn(threshold=TOLERANCE, max_iterations=10_000)
+
+    @jax.jit
+    @jax.vmap
+    def plan(cost):
+        return solver(LinearProblem(Geometry(cost, epsilon=EPSILON * cost.max()))).matrix
+
+    given = jax.dlpack.from_dlpack(costs)
+    return lambda: torch.from_dlpack(plan(given).block_until_ready())
+
+
 def sinkhorn_row(device, count, size, peer, target, *, share=None, bandwidth=None):
-    """Ours beside POT; of a loop one part of the problems stands for all."""
+    """Ours beside POT or OTT; of a loop one part of the problems stands for all."""
     costs = costs_of(count, size, device)
     given = costs[: share or count]
-    work = _batched(given) if peer == "batch" else _one_by_one(given, peer)
+    makers = {"batch": _batched, "ott-jax vmap": _by_ott}
+    work = makers[peer](given) if peer in makers else _one_by_one(given, peer)
+    name = peer if peer == "ott-jax vmap" else f"POT {peer}"
     note = f", {len(given)} of them" if len(given) < count else ""
 
     def check(theirs, ours):
@@ -115,7 +136,7 @@ def sinkhorn_row(device, count, size, peer, target, *, share=None, bandwidth=Non
         return shown if bandwidth is None else f"{shown}, {rate / bandwidth:.0%} of a copy's"
 
     return Row(
-        f"Sinkhorn, {count} of {size} x {size} | POT {peer}{note}",
+        f"Sinkhorn, {count} of {size} x {size} | {name}{note}",
         work,
         solve,
         check,
@@ -184,7 +205,14 @@ def assignment_row(device, count, size, target):
 def makers(device: torch.device) -> list[Callable[[], Row]]:
     """Every row, made when it is its turn: together they would not fit."""
     bandwidth = copy_bandwidth(device)
+    ott = []
+    if importlib.util.find_spec("ott") is not None:
+        ott = [
+            lambda: sinkhorn_row(device, 1024, 128, "ott-jax vmap", 10),
+            lambda: sinkhorn_row(device, 64, 512, "ott-jax vmap", 5),
+        ]
     return [
+        *ott,
         lambda: sinkhorn_row(device, 1024, 128, "sinkhorn", 10, share=16),
         lambda: sinkhorn_row(device, 1024, 128, "sinkhorn_log", 10, share=8),
         lambda: sinkhorn_row(device, 1024, 128, "batch", 10),

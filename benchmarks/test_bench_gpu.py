@@ -25,5 +25,12 @@ def test_gpu_rows(make):
     assert found.ratio > 0
 
 
+def test_the_row_of_ott():
+    pytest.importorskip("ott", reason="ott-jax is not installed")
+    assert (
+        measure(gpu_rows.sinkhorn_row(CPU, 3, 20, "ott-jax vmap", 1), seconds=0, least=1).ratio > 0
+    )
+
+
 def test_small_problems():
     gpu_rows.run_small(CPU)
