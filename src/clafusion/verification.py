@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clafusion.blocks import class_sources, exchange_blocks, possible_blocks
 from clafusion.errors import GraphVerificationError
-from clafusion.graph import ChannelBlocks, ChannelClass, ModelGraph, State, call_model
+from clafusion.graph import ChannelBlocks, ChannelClass, ModelGraph, Slot, State, call_model
 
 __all__ = ["permute_channels", "verify_graph", "with_proved_blocks"]
 
@@ -37,13 +37,30 @@ def permute_channels(
     permutations
         For each class a permutation ``(size,)``.
     """
-    permuted = {name: tensor.detach().clone() for name, tensor in state.items()}
+    # A parameter that is used as a whole moves once along each axis; of another one, parts do.
+    of_parts: list[tuple[Slot, Tensor]] = []
+    of_wholes: dict[str, dict[int, Tensor]] = {}
     for channel_class, permutation in zip(classes, permutations, strict=True):
         for slot in channel_class.slots:
-            view = slot.use.view(permuted[slot.use.parameter])
-            positions = slot.positions.to(view.device)
-            source = positions[permutation.to(view.device)].reshape(-1)
-            view.index_copy_(slot.axis, positions.reshape(-1), view.index_select(slot.axis, source))
+            name, sources = slot.use.parameter, slot.positions[permutation.cpu()].reshape(-1)
+            if slot.use.size != tuple(state[name].shape):
+                of_parts.append((slot, sources))
+                continue
+            indices = of_wholes.setdefault(name, {})
+            if slot.axis not in indices:
+                indices[slot.axis] = torch.arange(slot.use.size[slot.axis])
+            indices[slot.axis][slot.positions.reshape(-1)] = sources
+    permuted = {}
+    for name, tensor in state.items():
+        moved = tensor.detach()
+        for axis, index in of_wholes.get(name, {}).items():
+            moved = moved.index_select(axis, index.to(moved.device))
+        permuted[name] = moved if name in of_wholes else moved.clone()
+    for slot, sources in of_parts:
+        view = slot.use.view(permuted[slot.use.parameter])
+        positions = slot.positions.reshape(-1).to(view.device)
+        moved = view.index_select(slot.axis, sources.to(view.device))
+        view.index_copy_(slot.axis, positions, moved)
     return permuted
 
 
