@@ -211,7 +211,7 @@ def test_heads_that_keep_their_places_are_refused_by_name():
     def biased(heads):
         return networks.randomise(Encoder(heads=heads, size=3, bias=True)).eval()
 
-    with pytest.raises(StructureError, match="heads or groups that keep their places"):
+    with pytest.raises(StructureError, match="heads or groups that cannot change places"):
         fuse(biased(4), biased(2), TOKENS)
 
 
@@ -249,7 +249,7 @@ def test_a_template_may_have_another_number_of_heads(calibration):
 
 def test_widths_that_a_module_cannot_have_are_refused():
     deep, shallow = encoder(2, layers=3), encoder(4, layers=1, seed=1)
-    with pytest.raises(StructureError, match="width is fixed"):
+    with pytest.raises(StructureError, match="its module's code has 2: give into="):
         fuse(deep, shallow, TOKENS, width="wide")
 
 

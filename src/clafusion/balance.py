@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from clafusion.blending import aligned_state
 from clafusion.data import Data
-from clafusion.depth import Lifting, check_lifted, lift, lifted_state, lifting, with_state
+from clafusion.depth import (
+    Lifting,
+    check_lifted,
+    lift,
+    lifted_state,
+    lifting,
+    warn_of_counted_channels,
+    with_state,
+)
 from clafusion.errors import InputError, StructureError
 from clafusion.graph import ModelGraph, Unit, UnitedBlocks
 from clafusion.layer_alignment import LayerAlignment
@@ -150,6 +158,12 @@ def balance(
     every = tuple(range(len(partner)))
     if partner == every and len(source.graph.units) == len(every):  # of one depth: swap them
         return Balanced(source, target, every, frozenset(), not target_is_deep)
+    if plan.deep.united:
+        one, other = plan.deep.united[0], plan.shallow.united[0]
+        raise StructureError(
+            f"width={width!r} gives {target.graph.units[one.unit].name!r} {other.count} attention "
+            f"heads, but its module's code has {one.count}: give into=, a module that has as many"
+        )
     if how == "add":
         made = lift(target.graph.model, plan)
         stand_ins = frozenset(i for i, k in enumerate(partner) if k < 0)
@@ -240,6 +254,7 @@ def _in_another(
     left_out = set(range(len(target.graph.units))) - set(of_target)
     if not (left_out or plan.deep.united):
         check_lifted(plan)
+    warn_of_counted_channels(plan)
     state = {**template.state(), **aligned_state(plan, plans)}
     model = with_state(template.model, state, template)
     narrower = any(one is not None and one.size(0) > one.size(1) for one in plans)

@@ -13,7 +13,7 @@ from clafusion.blocks import class_sources
 from clafusion.depth import with_state
 from clafusion.layer_weights import LayerShares
 from clafusion.pipeline import FusionResult
-from clafusion.weight_matching import index_plan
+from clafusion.weight_matching import index_plans
 
 __all__ = ["naive_average"]
 
@@ -25,9 +25,5 @@ def naive_average(result: FusionResult, deep_weight: float = 0.5) -> nn.Module:
     for index, order in result.block_orders.items():  # heads go back to where they were
         sources |= class_sources(shallow.blocks[index], np.argsort(order).tolist())
     lifting = replace(result.lifting, shallow=exchanged_graph(shallow, sources))
-    plans = [
-        None if other < 0 else index_plan(shallow.classes[other].size, one.size)
-        for one, other in zip(deep.classes, result.lifting.classes, strict=True)
-    ]
-    state = blend(lifting, plans, LayerShares(deep_weight))
+    state = blend(lifting, index_plans(lifting), LayerShares(deep_weight))
     return with_state(deep.model, state, deep)

@@ -7,8 +7,8 @@ queries and keys and one for values, which move together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,12 +17,16 @@ from clafusion.graph import ChannelBlocks, ChannelClass, ModelGraph, ParameterUs
 
 __all__ = ["class_sources", "exchange_blocks", "possible_blocks"]
 
+Family: TypeAlias = "list[ChannelClass]"
 
-def possible_blocks(graph: ModelGraph) -> tuple[ChannelBlocks, ...]:
+
+def possible_blocks(graph: ModelGraph) -> list[tuple[tuple[ChannelBlocks, ...], ...]]:
     """Return what looks like blocks that can change places; only a trial shows which can.
 
     Classes in the same places of the same parameters, but for the positions there, are a family,
-    such as the values of all heads. Families of one unit with equally many classes go together.
+    such as the values of all heads. Of the families of one unit with equally many classes some go
+    together, as those of one attention. Returned are, for each unit and number, alternatives: each
+    is a division of these families, the finest first.
     """
     families: dict[tuple[Any, ...], list[ChannelClass]] = {}
     for one in graph.classes:
@@ -38,10 +42,31 @@ def possible_blocks(graph: ModelGraph) -> tuple[ChannelBlocks, ...]:
         if len(family) > 1 and units:
             family.sort(key=lambda one: _first_place(one.slots[0]))
             found.setdefault((units[0], len(family)), []).append(family)
-    return tuple(
-        ChannelBlocks(unit, tuple(zip(*([one.index for one in f] for f in alike), strict=True)))
-        for (unit, _), alike in sorted(found.items())
-    )
+    return [
+        tuple(
+            tuple(
+                ChannelBlocks(
+                    unit, tuple(zip(*([one.index for one in f] for f in part), strict=True))
+                )
+                for part in parts
+            )
+            for parts in _divisions(families)
+        )
+        for (unit, _), families in sorted(found.items())
+    ]
+
+
+def _divisions(families: list[Family]) -> Iterator[list[list[Family]]]:
+    """Yield divisions of families into those that may go together, the finest first.
+
+    An attention has two, of queries with keys and of values. Of several attentions they come one
+    after the other, or side by side.
+    """
+    half = len(families) // 2
+    if len(families) > 2 and len(families) % 2 == 0:
+        yield [families[i : i + 2] for i in range(0, len(families), 2)]
+        yield [families[i::half] for i in range(half)]
+    yield [families]
 
 
 def _first_place(slot: Slot) -> tuple[int, int]:

@@ -723,17 +723,12 @@ def _arch_of(result: FusionResult, archs: tuple[str, str]) -> str:
     pair = result.pair
     first = pair.deep if pair.deep_is_first else pair.shallow
     second = pair.shallow if pair.deep_is_first else pair.deep
-    made = _shapes(result.model)
     for signature, arch in zip((first, second), archs, strict=True):
-        if _shapes(signature.graph.model) == made:
+        if result.lifting.deep.model is signature.graph.model:
             return arch
     is_deep = result.config.balance == "add"
     arch = archs[0 if pair.deep_is_first == is_deep else 1]
     return f"{arch} with the other model's widths"
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(one.shape) for name, one in model.state_dict().items()}
 
 
 def _fusion_facts(result: FusionResult, out: Path, plot: Path | None) -> dict[str, Any]:
@@ -750,6 +745,14 @@ def _fusion_facts(result: FusionResult, out: Path, plot: Path | None) -> dict[st
         "block_orders": [
             {"unit": shallow.units[shallow.blocks[index].unit].name, "order": list(order)}
             for index, order in result.block_orders.items()
+        ],
+        "heads": [
+            {
+                "unit": result.lifting.deep.units[to.unit].name,
+                "source": of.count,
+                "target": to.count,
+            }
+            for of, to in zip(shallow.united, result.lifting.deep.united, strict=True)
         ],
         "seconds": dict(result.timings),
     }

@@ -9,6 +9,7 @@ block whose last write is zero.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from clafusion.errors import StructureError
+from clafusion.errors import StructureError, WidthWarning
 from clafusion.graph import (
     ChannelClass,
     ModelGraph,
@@ -45,6 +46,7 @@ __all__ = [
     "point_pairs",
     "resized_shape",
     "skip_costs",
+    "warn_of_counted_channels",
 ]
 
 Origin = Literal["matched", "taken", "identity", "silent", "copied"]
@@ -205,6 +207,40 @@ def lifting(
     )
 
 
+def warn_of_counted_channels(plan: Lifting) -> None:
+    """Warn where the networks' numbers of channels differ, and copies of a channel add up.
+
+    Warns
+    -----
+    WidthWarning
+        The message names the channels. See :attr:`ChannelClass.is_counted`.
+    """
+    heads = {
+        index: (other.count, one.count)
+        for one, other in zip(plan.deep.united, plan.shallow.united, strict=True)
+        for index in one.classes
+    }
+    found: dict[tuple[int, int], list[str]] = {}
+    for one, other in zip(plan.deep.classes, plan.classes, strict=True):
+        if other < 0:
+            continue
+        partner = plan.shallow.classes[other]
+        of_partner, of_one = heads.get(one.index, (1, 1))
+        sizes = partner.size // of_partner, one.size // of_one
+        if (one.is_counted or partner.is_counted) and sizes[0] != sizes[1]:
+            found.setdefault(sizes, []).append(one.name)
+    for (of_source, of_target), names in found.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(
+            f"the channels of {names[0]!r}{more}, {of_source} in one network and {of_target} in "
+            "the other, are added up without weights (queries with keys, a softmax or sum over "
+            "channels, an embedding's weights used again for the outputs), so that each copy of "
+            "them counts: what the network of the other width computes there is not kept",
+            WidthWarning,
+            stacklevel=5,
+        )
+
+
 def onto_itself(graph: ModelGraph) -> Lifting:
     """Return what corresponds in a network and itself."""
     return lifting(graph, graph, tuple(range(len(graph.units))))
@@ -259,10 +295,18 @@ def _match_classes(
                 raise StructureError(
                     f"axis {axis} of {name!r} carries {len(one)} channel class(es), that of "
                     f"{other_name!r} {len(other)}; the networks are wired differently, or have "
-                    "different numbers of heads or groups that keep their places"
+                    "different numbers of heads or groups that cannot change places (each has a "
+                    "parameter or position of its own): only equal numbers of those can be fused"
                 )
-            for (deep_class, _), (shallow_class, _) in zip(one, other, strict=True):
+            for (deep_class, slot), (shallow_class, other_slot) in zip(one, other, strict=True):
                 vote(deep_class.index, shallow_class.index, name)
+                repeats = slot.positions.size(1), other_slot.positions.size(1)
+                if repeats[0] != repeats[1]:
+                    raise StructureError(
+                        f"in axis {axis} of {name!r} a channel stands for {repeats[0]} positions, "
+                        f"in its partner for {repeats[1]}; the inputs, the strides, or how many "
+                        "heads of queries share one of keys differ"
+                    )
     state = deep.state()
     for unit, k in zip(deep.units, partner, strict=True):
         if k < 0 and unit.insertable == "identity":
@@ -313,7 +357,8 @@ def _shallow_point(
     point = unit.read_points[index]
     k = partner[unit.index]
     if k >= 0:
-        candidates = [(k, index)]
+        others = shallow.units[k].read_points
+        candidates = [(k, i) for i, one in enumerate(others) if one.readers & point.readers]
     elif unit.insertable == "identity":
         # An identity passes on what the unit before it puts out, which the unit after it reads;
         # a pooling between them decides which of the two has the right positions.

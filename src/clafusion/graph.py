@@ -185,6 +185,9 @@ class ReadPoint:
         ``(num_channels,)``: the position of each channel within its class.
     batch
         The axis of the inputs; None where positions are folded into the first axis.
+    readers
+        Which of the unit's nodes read it, as which operand; the unit's own output is read by the
+        node after the last. Units of one structure have points of the same readers.
     """
 
     post: str
@@ -194,6 +197,7 @@ class ReadPoint:
     classes: Tensor
     members: Tensor
     batch: int | None = 0
+    readers: frozenset[tuple[int, int]] = frozenset()
 
 
 @dataclass(frozen=True)

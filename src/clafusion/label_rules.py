@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -167,9 +168,8 @@ def _combined(
         for ids in elements:  # a parameter that meets the model's input stays in its place
             analysis.pin(ids)
         elements = [-1 - ids for ids in elements]
-    first = activations[0].expand(shape)
-    for ids in activations[1:]:
-        analysis.unite(first, ids)
+    for one, other in combinations(activations, 2):
+        analysis.unite(one.expand(shape), other)
     return _joined(text, [*activations, *elements], shape)
 
 
@@ -570,6 +570,7 @@ def _contracted(analysis: LabelPropagation, text: str, left: Tensor, right: Tens
             analysis.meet(right[..., 0, :], weights.unsqueeze(-1).expand(*batch, n))
             return right[..., :1, :].expand(*batch, m, n)
         if _constant_along(right, -1):
+            analysis.count(right[..., 0])
             analysis.meet(right[..., 0], sequence_ids(left.mT))
             return fixed_ids(text, (*batch, m, n))
         analysis.pin(right)

@@ -402,6 +402,7 @@ class _Outcome:
 
     facts: dict[str, Any]
     state: dict[str, Tensor] | None
+    categories: tuple[type[Warning], ...] = ()  # of the facts' warnings
 
 
 class _ModelError(Exception):
@@ -431,15 +432,17 @@ class _Workshop:
             except Exception as error:  # the other pairs go on
                 facts["error"] = _described(error)
         facts["warnings"] = []
+        categories = []
         for one in caught:
             if issubclass(one.category, FusionWarning):
                 facts["warnings"].append(" ".join(str(one.message).split()))
+                categories.append(one.category)
             else:
                 warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
         state = None
         if model is not None:
             state = tensors_of(model)
-        return _Outcome(facts, state)
+        return _Outcome(facts, state, tuple(categories))
 
     def prepare(self, name: str, source: Callable[[str], Model]) -> None:
         """Make a model ready; what goes wrong is told when a pair needs it."""
@@ -660,7 +663,7 @@ def _work(job: bytes, key: str, models: Mapping[str, bytes], pairs: Sequence[Pai
         state = outcome.state
         if state is not None:
             state = {name: one.cpu() for name, one in state.items()}
-        outcomes.append(_Outcome(outcome.facts, state))
+        outcomes.append(replace(outcome, state=state))
     return pickle.dumps(outcomes)
 
 
@@ -775,8 +778,8 @@ class _Run:
                 lines.flush()
                 os.fsync(lines.fileno())
         self.finished[pair] = self._result(facts, state if self.folder is None else None, False)
-        for text in facts["warnings"]:
-            warnings.warn(f"{pair[0]!r} and {pair[1]!r}: {text}", FusionWarning, stacklevel=4)
+        for text, category in zip(facts["warnings"], outcome.categories, strict=True):
+            warnings.warn(f"{pair[0]!r} and {pair[1]!r}: {text}", category, stacklevel=4)
         self.count += 1
         self._tell()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -29,15 +28,10 @@ from clafusion.depth import (
     gap_costs,
     lifting,
     skip_costs,
+    warn_of_counted_channels,
     with_state,
 )
-from clafusion.errors import (
-    AlignmentError,
-    ClafusionError,
-    InputError,
-    StructureError,
-    WidthWarning,
-)
+from clafusion.errors import AlignmentError, ClafusionError, InputError, StructureError
 from clafusion.graph import ModelGraph
 from clafusion.importance import (
     Importance,
@@ -723,7 +717,7 @@ def fuse_aligned(
         metric: ActivationCost = "correlation"
         if config.neuron_cost == "euclidean":
             metric = "euclidean"
-        _warn_of_counted_channels(plan)
+        warn_of_counted_channels(plan)
         plan, source, orders = match_blocks(plan, both.target, both.source, metric=metric)
         target_plans: list[Tensor | None] | None = None
         if config.solver == "zip":
@@ -811,34 +805,6 @@ def _with_equal_blocks(both: Balanced, config: FusionConfig) -> Balanced:
     return replace(both, target=target, source=source)
 
 
-def _warn_of_counted_channels(plan: Lifting) -> None:
-    """Warn where the networks' numbers of channels differ, and copies of a channel add up."""
-    heads = {
-        index: (other.count, one.count)
-        for one, other in zip(plan.deep.united, plan.shallow.united, strict=True)
-        for index in one.classes
-    }
-    found: dict[tuple[int, int], list[str]] = {}
-    for one, other in zip(plan.deep.classes, plan.classes, strict=True):
-        if other < 0:
-            continue
-        partner = plan.shallow.classes[other]
-        of_partner, of_one = heads.get(one.index, (1, 1))
-        sizes = partner.size // of_partner, one.size // of_one
-        if (one.is_counted or partner.is_counted) and sizes[0] != sizes[1]:
-            found.setdefault(sizes, []).append(one.name)
-    for (of_source, of_target), names in found.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        warnings.warn(
-            f"the channels of {names[0]!r}{more}, {of_source} in one network and {of_target} in "
-            "the other, are added up without weights (queries with keys, a softmax or sum over "
-            "channels, an embedding's weights used again for the outputs), so that each copy of "
-            "them counts: what the network of the other width computes there is not kept",
-            WidthWarning,
-            stacklevel=4,
-        )
-
-
 def _pair_shares(
     pair: AlignedPair, source: Signature, plan: Lifting, of_units: Sequence[float]
 ) -> dict[tuple[int, int], float]:
@@ -862,19 +828,26 @@ def channel_plans(
     """Match the channels of every class; None where the source has no such channels."""
     solver, epsilon = config.solver, config.epsilon
     metric: ActivationCost = "euclidean" if config.neuron_cost == "euclidean" else "correlation"
-    known = block_plans(plan, target, source, metric=metric, solver=solver, epsilon=epsilon)
     masses = None
     if config.importance != "uniform":
         masses = marginals(plan, target.importance, source.importance)
     by_weights = partial(match_by_weights, plan, masses=masses, solver=solver, epsilon=epsilon)
     if config.neuron_cost == "weight":
-        return by_weights(known=known)
+        return by_weights()
     costs = neuron_costs(plan, target, source, metric=metric)
     if config.neuron_cost == "dual":
-        return by_weights(known=known, activation_costs=costs)
+        return by_weights(activation_costs=costs)
     # Channels that no layer reads, as those between the layers of an LSTM, show by their weights.
     unseen = {i for i, cost in enumerate(costs) if cost is not None and not bool(cost.any())}
-    wanted = [i for i, cost in enumerate(costs) if cost is not None and i not in known]
+    known, pairs_of_blocks = block_plans(
+        plan, target, source, metric=metric, solver=solver, epsilon=epsilon
+    )
+    in_blocks = {index for one in plan.deep.united for index in one.classes}
+    wanted = [
+        i
+        for i, cost in enumerate(costs)
+        if cost is not None and i not in unseen and i not in in_blocks
+    ]
     pairs = None if masses is None else [pair for i in wanted if (pair := masses[i]) is not None]
     solutions = solve_transport(
         [cost for i in wanted if (cost := costs[i]) is not None],
@@ -883,8 +856,10 @@ def channel_plans(
         solver=solver,
         epsilon=epsilon,
     )
-    known |= {i: one.plan for i, one in zip(wanted, solutions, strict=True) if i not in unseen}
-    return by_weights(known=known) if unseen else [known.get(i) for i in range(len(costs))]
+    known |= {i: one.plan for i, one in zip(wanted, solutions, strict=True)}
+    if unseen:
+        return by_weights(known=known, block_pairs=pairs_of_blocks)
+    return [known.get(i) for i in range(len(costs))]
 
 
 class _Clock:

@@ -22,7 +22,7 @@ from clafusion.blending import aligned_state, outgoing_map
 from clafusion.block_matching import match_blocks
 from clafusion.calibration import repair, reset_batchnorm
 from clafusion.data import Data, first_batch
-from clafusion.depth import check_lifted, lifting, with_state
+from clafusion.depth import check_lifted, lifting, warn_of_counted_channels, with_state
 from clafusion.errors import ConvergenceWarning, InputError, StructureError
 from clafusion.graph import State
 from clafusion.layer_weights import LayerShares
@@ -261,6 +261,7 @@ def _into_one_frame(
                 lifted = lifting(frame.graph, graphs[i], pairs[i].alignment.deep_to_shallow)
                 if done == 0:  # every frame has the same architecture
                     check_lifted(lifted)
+                    warn_of_counted_channels(lifted)
                 lifted, source, moved = match_blocks(lifted, frame, source)
                 plans = tuple(channel_plans(lifted, frame, source, config))
                 parents.append(Parent(lifted, plans, LayerShares(shares[i])))

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -31,7 +31,10 @@ from clafusion.neuron_costs import ActivationCost, pair_costs
 from clafusion.signatures import Signature
 from clafusion.transport import Solver, solve_transport
 
-__all__ = ["block_plans", "unite_blocks", "unite_graphs"]
+__all__ = ["BlockPairs", "block_plans", "plan_blocks", "unite_blocks", "unite_graphs"]
+
+BlockPairs: TypeAlias = NDArray[np.float64]
+"""``(num_source_blocks, num_target_blocks)``: 1 where two blocks go together, else 0."""
 
 
 def unite_blocks(
@@ -65,37 +68,79 @@ def block_plans(
     metric: ActivationCost = "correlation",
     solver: Solver = "auto",
     epsilon: float = 0.05,
-) -> dict[int, Tensor]:
-    """Return the plans ``(num_source, num_target)`` of all united classes, by class.
+) -> tuple[dict[int, Tensor], list[BlockPairs | None]]:
+    """Match blocks by what the data show of their channels.
 
-    The cost of two blocks is the sum over their classes of what their best plans cost.
+    Returns
+    -------
+    (plans, pairs)
+        The plans ``(num_source, num_target)`` of the united classes that show, by class; and for
+        each of ``lifting.deep.united`` which blocks go together, or None where no class shows. The
+        others can be matched by weights: see :func:`clafusion.weight_matching.match_by_weights`.
     """
     plans: dict[int, Tensor] = {}
+    pairs: list[BlockPairs | None] = []
     for one, other in zip(lifting.deep.united, lifting.shallow.united, strict=True):
         shown = [(c, lifting.classes[c], lifting.points[c]) for c in one.classes]
-        problems = []
-        for cost in pair_costs(lifting, deep, shallow, shown, metric=metric):
-            blocks = cost.unflatten(0, (other.count, -1)).unflatten(2, (one.count, -1))
-            problems += list(blocks.transpose(1, 2).flatten(0, 1))
-        solved = solve_transport(problems, solver=solver, epsilon=epsilon)
-        shape = len(one.classes), other.count, one.count
-        costs = torch.stack([each.cost for each in solved]).view(shape).sum(0)
-        matched = _assigned(costs.cpu().numpy())
-        of_class = len(solved) // len(one.classes)
-        for place, index in enumerate(one.classes):
-            given = solved[place * of_class : (place + 1) * of_class]
-            moved = torch.stack([each.plan for each in given])
-            moved = moved.unflatten(0, (other.count, one.count))
-            moved = moved * torch.from_numpy(matched).to(moved)[:, :, None, None]
-            plans[index] = moved.transpose(1, 2).flatten(2, 3).flatten(0, 1) / matched.sum()
-    return plans
+        costs = pair_costs(lifting, deep, shallow, shown, metric=metric)
+        visible = {c: cost for c, cost in zip(one.classes, costs, strict=True) if bool(cost.any())}
+        if not visible:
+            pairs.append(None)
+            continue
+        found, together = plan_blocks(
+            list(visible.values()), (other.count, one.count), solver=solver, epsilon=epsilon
+        )
+        plans |= zip(visible, found, strict=True)
+        pairs.append(together)
+    return plans, pairs
 
 
-def _assigned(costs: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return ``(num_source, num_target)``: 1 where two blocks go together, else 0.
+def plan_blocks(
+    costs: Sequence[Tensor],
+    counts: tuple[int, int],
+    pairs: BlockPairs | None = None,
+    *,
+    solver: Solver = "auto",
+    epsilon: float = 0.05,
+) -> tuple[list[Tensor], BlockPairs]:
+    """Return the plans of classes that share blocks, and which blocks go together.
 
-    Of the side that has more each goes with one, at the least cost in all; the others get equally
-    many up to one.
+    Parameters
+    ----------
+    costs
+        For each class ``(num_source, num_target)``, block after block.
+    counts
+        How many blocks the source and the target have.
+    pairs
+        Which blocks go together, where that is known. Else the cost of two blocks is the sum over
+        the classes of what their best plans cost.
+    """
+    chosen = np.argwhere(np.ones(counts) if pairs is None else pairs).tolist()
+    problems = []
+    for cost in costs:
+        blocks = cost.unflatten(0, (counts[0], -1)).unflatten(2, (counts[1], -1))
+        problems += [blocks[i, :, j] for i, j in chosen]
+    solved = iter(solve_transport(problems, solver=solver, epsilon=epsilon))
+    plans = []
+    total = np.zeros(counts)
+    for cost in costs:
+        blocks = torch.zeros(cost.shape, dtype=torch.float64)
+        blocks = blocks.unflatten(0, (counts[0], -1)).unflatten(2, (counts[1], -1))
+        for i, j in chosen:
+            one = next(solved)
+            blocks[i, :, j] = one.plan
+            total[i, j] += float(one.cost)
+        plans.append(blocks)
+    if pairs is None:
+        pairs = _assigned(total)
+    mass = torch.from_numpy(pairs / pairs.sum())[:, None, :, None]
+    return [(mass * one).flatten(2, 3).flatten(0, 1) for one in plans], pairs
+
+
+def _assigned(costs: NDArray[np.float64]) -> BlockPairs:
+    """Match blocks at the least cost in all.
+
+    Of the side that has more each goes with one; the others get equally many up to one.
     """
     if costs.shape[0] < costs.shape[1]:
         return _assigned(costs.T).T
@@ -151,8 +196,11 @@ def _counterparts(
             if _in_one_use(graph, column) and (len(theirs) == 1 or theirs in free):
                 found.setdefault(len(theirs), []).append((column, theirs))
         for count, columns in found.items():
-            if count != len(blocks.members):
-                ours, others = zip(*columns, strict=True)
+            ours, others = zip(*columns, strict=True)
+            # Of an attention's head channels are counted; else one class may be of many blocks of
+            # one channel each, as are groups of a norm.
+            is_head = any(other.classes[one[0]].is_counted for one in others)
+            if count != len(blocks.members) and (count > 1 or is_head):
                 yield (
                     ChannelBlocks(unit, tuple(zip(*ours, strict=True))),
                     ChannelBlocks(other_unit, tuple(zip(*others, strict=True))),

@@ -7,7 +7,7 @@ paths part and join between two such nodes lies a block; in between run chains o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -310,21 +310,24 @@ class _Cutter:
 
     def _read_points(self, draft: _Draft) -> list[ReadPoint]:
         points: dict[str, ReadPoint] = {}
-        for node in draft.nodes:
+        readers: dict[str, set[tuple[int, int]]] = {}
+        for place, node in enumerate(draft.nodes):
             if (
                 self._is_weighted(node)
                 or op_name(node) in _MATRIX_PRODUCTS
                 or (op_name(node) == "scaled_dot_product_attention")
             ):
-                for operand in self._operands(node):
+                for i, operand in enumerate(self._operands(node)):
                     point = self._read_point(operand)
                     if point is not None:
                         points.setdefault(point.post, point)
+                        readers.setdefault(point.post, set()).add((place, i))
         output = self._read_point(draft.nodes[-1])
         if output is not None:
             points.pop(output.post, None)
             points[output.post] = output
-        return list(points.values())
+            readers.setdefault(output.post, set()).add((len(draft.nodes), 0))
+        return [replace(point, readers=frozenset(readers[post])) for post, point in points.items()]
 
     def _read_point(self, node: fx.Node) -> ReadPoint | None:
         """Walk from a layer's operand back to the activation that it reads.

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ __all__ = ["permute_channels", "verify_graph", "with_proved_blocks"]
 # Float32 is the fallback for models that fix a dtype inside.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _ROUNDED_INSIDE = 1e-4  # float64 outside, but some values pass through float32
-_ROWS = 2  # of the inputs, which is more than one, the batch that hides what mixes inputs
 
 
 def permute_channels(
@@ -82,7 +82,7 @@ def verify_graph(graph: ModelGraph, inputs: tuple[Tensor, ...], *, seed: int = 0
     """
     trial = _Trial(graph, inputs, seed)
     _verify_classes(graph, trial)
-    if _proved(graph.blocks, trial) != graph.blocks:
+    if not _hold(graph.blocks, trial):
         raise GraphVerificationError(
             "exchanging blocks of channels (attention heads, convolution groups) changed the "
             "output. The analysis does not understand this model: please open an issue with its "
@@ -104,7 +104,14 @@ def with_proved_blocks(
     trial = _Trial(graph, inputs, seed)
     if verify:
         _verify_classes(graph, trial)
-    return replace(graph, blocks=_proved(candidates, trial))
+    blocks = list(chain.from_iterable(finest for finest, *_ in candidates))
+    if not _hold(blocks, trial):
+        found = (
+            next((blocks for blocks in alternatives if _hold(blocks, trial)), ())
+            for alternatives in candidates
+        )
+        blocks = list(chain.from_iterable(found))
+    return replace(graph, blocks=tuple(blocks))
 
 
 def _verify_classes(graph: ModelGraph, trial: _Trial) -> None:
@@ -137,20 +144,16 @@ def _verify_classes(graph: ModelGraph, trial: _Trial) -> None:
         )
 
 
-def _proved(blocks: Sequence[ChannelBlocks], trial: _Trial) -> tuple[ChannelBlocks, ...]:
-    def hold(chosen: Sequence[ChannelBlocks]) -> bool:
-        for move in (_cycle, _swap):
-            sources: dict[int, int] = {}
-            for one in chosen:
-                order = move(len(one.members), trial.generator).tolist()
-                sources |= class_sources(one, order)
-            if not trial.leaves_outputs(partial(exchange_blocks, trial.graph, sources=sources)):
-                return False
-        return True
-
-    if not blocks or hold(blocks):
-        return tuple(blocks)
-    return tuple(one for one in blocks if hold([one]))
+def _hold(blocks: Sequence[ChannelBlocks], trial: _Trial) -> bool:
+    """Tell whether blocks can change places, each with an order of its own."""
+    for move in (_cycle, _swap) if blocks else ():
+        sources: dict[int, int] = {}
+        for one in blocks:
+            order = move(len(one.members), trial.generator).tolist()
+            sources |= class_sources(one, order)
+        if not trial.leaves_outputs(partial(exchange_blocks, trial.graph, sources=sources)):
+            return False
+    return True
 
 
 class _Trial:
@@ -159,22 +162,21 @@ class _Trial:
     def __init__(self, graph: ModelGraph, inputs: tuple[Tensor, ...], seed: int) -> None:
         self.graph = graph
         self.generator = torch.Generator().manual_seed(seed)
-        if graph.static_batch is None:
-            inputs = tuple(one[:_ROWS] for one in inputs)
         with torch.no_grad():
             plain = copy.deepcopy(graph.model).eval()
+            inputs, outputs = _tried(graph, plain, inputs, self.generator)
             traced = [one for one in graph.run(inputs) if isinstance(one, Tensor)]
-            outputs = call_model(plain, inputs, graph.keywords)
             self.fidelity = _difference(traced, outputs)
             self.model, self.inputs, outputs = _widest(plain, inputs, graph.keywords, outputs)
-        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
-        self.bound = _TOLERANCE.get(dtype, 1e-2)
-        if dtype == torch.float64 and _casts(graph):
+        types = {one.dtype for one in self.model.parameters() if one.is_floating_point()}
+        self.bound = max((_TOLERANCE.get(one, 1e-2) for one in types), default=1e-3)
+        if types == {torch.float64} and _casts(graph):
             self.bound = _ROUNDED_INSIDE
-        own = {
-            name: value.to(dtype) if value.is_floating_point() else value
-            for name, value in graph.state().items()
-        }
+        own = dict(graph.state())
+        if self.model is not plain:
+            own = {
+                name: one.double() if one.is_floating_point() else one for name, one in own.items()
+            }
         redrawn = _redrawn(self.model, own, self.generator)
         self.expected = [(own, outputs), (redrawn, self._outputs(redrawn))]
 
@@ -248,6 +250,29 @@ def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
         scale = float(finite.max()) if finite.numel() else 0.0
         worst = max(worst, float(gap.max()) / (scale or 1.0))
     return worst
+
+
+def _tried(
+    graph: ModelGraph,
+    model: torch.nn.Module,
+    inputs: tuple[Tensor, ...],
+    generator: torch.Generator,
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Return what a model is tried on, and its outputs: the first example, and a shuffled one.
+
+    Examples may all look alike, as padded or blank ones do; of their shuffled elements each place
+    gets another.
+    """
+    rows = [
+        one.flatten()[torch.randperm(one.numel(), generator=generator).to(one.device)].view_as(one)
+        for one in inputs
+    ]
+    others = slice(1, None) if graph.static_batch is not None else slice(1)
+    mixed = tuple(torch.cat([one[:1], row[others]]) for one, row in zip(inputs, rows, strict=True))
+    try:
+        return mixed, call_model(model, mixed, graph.keywords)
+    except Exception:  # whatever the model thinks of numbers that do not belong together
+        return inputs, call_model(model, inputs, graph.keywords)
 
 
 def _widest(

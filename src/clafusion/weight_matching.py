@@ -9,7 +9,8 @@ costs added, both spaces decide (MuDSC, Xu et al., arXiv 2403.01753).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from clafusion.depth import Lifting, axes_of
 from clafusion.errors import ConvergenceWarning
 from clafusion.graph import ChannelClass, State
 from clafusion.transport import Solver, solve_transport
+from clafusion.united_blocks import BlockPairs, plan_blocks
 
-__all__ = ["index_plan", "match_by_weights"]
+__all__ = ["index_plan", "index_plans", "match_by_weights"]
 
 _AT_REST = 1e-5  # of the mass: what Sinkhorn's float32 leaves
 
@@ -38,12 +40,32 @@ def index_plan(num_source: int, num_target: int) -> Tensor:
     return (upper - lower).clamp(min=0)
 
 
+def index_plans(lifting: Lifting) -> list[Tensor | None]:
+    """Return for each channel class of the deep network the plan that keeps the channels' order.
+
+    Of blocks of which the networks have different numbers that is the order of the blocks, and of
+    the channels within them.
+    """
+    plans: list[Tensor | None] = [
+        None if other < 0 else index_plan(lifting.shallow.classes[other].size, one.size)
+        for one, other in zip(lifting.deep.classes, lifting.classes, strict=True)
+    ]
+    for to, of in zip(lifting.deep.united, lifting.shallow.united, strict=True):
+        for index in to.classes:
+            source = lifting.shallow.classes[lifting.classes[index]].size // of.count
+            target = lifting.deep.classes[index].size // to.count
+            blocks = index_plan(of.count, to.count)
+            plans[index] = torch.kron(blocks, index_plan(source, target))
+    return plans
+
+
 def match_by_weights(
     lifting: Lifting,
     *,
     activation_costs: Sequence[Tensor | None] | None = None,
     masses: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     known: Mapping[int, Tensor] | None = None,
+    block_pairs: Sequence[BlockPairs | None] = (),
     solver: Solver = "auto",
     epsilon: float = 0.05,
     max_sweeps: int = 100,
@@ -66,6 +88,9 @@ def match_by_weights(
         :func:`clafusion.importance.marginals`.
     known
         Plans that are known already, by class.
+    block_pairs
+        For each of ``lifting.deep.united`` which blocks go together, where that is known; see
+        :func:`clafusion.united_blocks.block_plans`.
     solver, epsilon
         As for :func:`clafusion.transport.solve_transport`.
     max_sweeps
@@ -82,31 +107,53 @@ def match_by_weights(
         The plans still changed in the last sweep. (By an exact solver and for equal widths they
         come to rest, for then every step lessens one sum of squares.)
     """
+    known = known or {}
     states = lifting.deep.state(), lifting.shallow.state()
-    plans: list[Tensor | None] = [
-        None if other < 0 else index_plan(lifting.shallow.classes[other].size, one.size)
-        for one, other in zip(lifting.deep.classes, lifting.classes, strict=True)
-    ]
-    for index, plan in (known or {}).items():
+    plans = index_plans(lifting)
+    for index, plan in known.items():
         plans[index] = plan
+
+    def cost_of(index: int) -> Tensor:
+        one = lifting.deep.classes[index]
+        cost = _weight_costs(lifting, plans, one, states, activation_costs is not None)
+        if activation_costs is None:
+            return cost
+        of_activations = activation_costs[index]
+        assert of_activations is not None
+        return (cost + of_activations.to(cost)) / 2
+
+    def single(index: int) -> list[Tensor]:
+        pair = None if masses is None else masses[index]
+        weights = (None, None) if pair is None else ([pair[0]], [pair[1]])
+        solved = solve_transport([cost_of(index)], *weights, solver=solver, epsilon=epsilon)
+        return [one.plan for one in solved]
+
+    def united(place: int, left: Sequence[int]) -> list[Tensor]:
+        counts = lifting.shallow.united[place].count, lifting.deep.united[place].count
+        pairs = block_pairs[place] if block_pairs else None
+        costs = [cost_of(index) for index in left]
+        return plan_blocks(costs, counts, pairs, solver=solver, epsilon=epsilon)[0]
+
+    # What is matched at once: a class, or all united ones of the same blocks.
+    steps: list[tuple[Sequence[int], Callable[[], list[Tensor]]]] = []
+    in_blocks = {index for one in lifting.deep.united for index in one.classes}
+    for place, one in enumerate(lifting.deep.united):
+        left = [index for index in one.classes if index not in known]
+        if left:
+            steps.append((left, partial(united, place, left)))
+    for index, plan_of in enumerate(plans):
+        if plan_of is not None and index not in known and index not in in_blocks:
+            steps.append(([index], partial(single, index)))
+    steps.sort(key=lambda step: step[0][0])
     for _ in range(max_sweeps):
         changed = False
-        for one in lifting.deep.classes:
-            before = plans[one.index]
-            if before is None or (known and one.index in known):
-                continue
-            cost = _weight_costs(lifting, plans, one, states, activation_costs is not None)
-            if activation_costs is not None:
-                of_activations = activation_costs[one.index]
-                assert of_activations is not None
-                cost = (cost + of_activations.to(cost)) / 2
-            pair = None if masses is None else masses[one.index]
-            weights = (None, None) if pair is None else ([pair[0]], [pair[1]])
-            (solution,) = solve_transport([cost], *weights, solver=solver, epsilon=epsilon)
-            plan = solution.plan.to(before)
-            moved = float((plan - before).abs().sum() / before.sum()) / 2
-            changed |= moved > _AT_REST
-            plans[one.index] = plan
+        for indices, match in steps:
+            for index, plan in zip(indices, match(), strict=True):
+                before = plans[index]
+                assert before is not None, "classes without a partner are left out"
+                moved = float((plan.to(before) - before).abs().sum() / before.sum()) / 2
+                changed |= moved > _AT_REST
+                plans[index] = plan.to(before)
         if not changed:
             return plans
     warnings.warn(
