@@ -21,7 +21,6 @@ from clafusion.trace import trace
 REFUSALS = (UnsupportedOpError, GraphVerificationError)
 
 
-# What the analysis gets wrong today. Each is a strict xfail: a repair must take its entry out.
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """Keep these tiny networks on one thread: on a busy machine waking others costs far more."""
@@ -177,3 +176,43 @@ def test_the_suite_is_large_and_covers_other_peoples_models() -> None:
     sources = [entry.source for entry in ARCHITECTURES.values()]
     assert sources.count("suite") >= 100
     assert sources.count("transformers") >= 20
+
+
+class Mirrored(nn.Module):
+    """Features and the same mirrored, joined by an operation whose first operand is fixed."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.join, self.enter, self.head = join, nn.Linear(12, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = self.enter(x)
+        return self.head(self.join(x[:, :1], h, h.flip(1)))
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda x, h, mirrored: torch.where(x < 0.5, h, mirrored),
+        lambda x, h, mirrored: torch.addcmul(x, h, mirrored),
+    ],
+    ids=["where", "addcmul"],
+)
+def test_operands_behind_a_fixed_one_move_together(join):
+    # The first examples all take one way.
+    inputs = torch.cat([torch.zeros(3, 12), torch.randn(20, 12)])
+    (found,) = trace(Mirrored(join), inputs).classes
+    assert (found.size, found.slots[0].positions.size(1)) == (4, 2)
+
+
+def test_layers_of_different_types_are_proved():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.head = nn.Linear(12, 8).bfloat16(), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.enter(x.bfloat16()).relu().float())
+
+    (found,) = trace(Mixed(), torch.randn(4, 12)).classes
+    assert found.size == 8

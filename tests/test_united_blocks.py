@@ -20,9 +20,9 @@ from tests.test_fuse import CALIBRATIONS, assert_same_function
 class Fused(nn.Module):
     """Queries, keys and values by one layer, a scaled product, and a layer after it."""
 
-    def __init__(self, heads, size=3):
+    def __init__(self, heads, size=3, between=None):
         super().__init__()
-        self.heads = heads
+        self.heads, self.between = heads, between or (lambda q, k: (q, k))
         self.enter, self.norm = nn.Linear(12, 12), nn.LayerNorm(12)
         self.qkv = nn.Linear(12, 3 * heads * size)
         self.out = nn.Linear(heads * size, 12)
@@ -32,8 +32,17 @@ class Fused(nn.Module):
         x = self.enter(x)
         parts = self.qkv(self.norm(x)).chunk(3, -1)
         q, k, v = (one.unflatten(2, (self.heads, -1)).transpose(1, 2) for one in parts)
+        q, k = self.between(q, k)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.head((x + self.out(mixed)).mean(1))
+
+
+def normalised(q, k):
+    return F.rms_norm(q, (q.size(-1),)), F.rms_norm(k, (k.size(-1),))
+
+
+def scaled(q, k):
+    return q * 0.5, k
 
 
 def repeated(model, make, origins):
@@ -63,11 +72,23 @@ def fused_projection(heads, seed=0):
     return networks.randomise(Fused(heads), seed).eval()
 
 
+def of_normalised(heads, seed=0):
+    torch.manual_seed(seed)
+    return networks.randomise(Fused(heads, between=normalised), seed).eval()
+
+
+def of_scaled(heads, seed=0):
+    torch.manual_seed(seed)
+    return networks.randomise(Fused(heads, between=scaled), seed).eval()
+
+
 CASES = {
     "doubled": (encoder, [2, 0, 1, 1, 0, 2]),
     "unevenly": (encoder, [1, 2, 0, 1]),
     "from one": (encoder, [0, 0]),
     "fused projection": (fused_projection, [1, 0, 1, 0]),
+    "normalised": (of_normalised, [1, 0, 0, 1]),
+    "scaled, from one": (of_scaled, [0, 0, 0]),
 }
 
 
@@ -133,6 +154,35 @@ def test_heads_may_also_differ_in_size():
         result = fuse(deep, shallow, TOKENS, weight=0.0)
     assert_same_function(result.model, deep, TOKENS, "repair")
     assert "2 to 4 in" in result.summary()
+
+
+def test_scores_may_be_divided_by_what_the_heads_size_says():
+    deep, shallow = encoder(4), encoder(2, size=6, seed=1)
+    with pytest.warns(WidthWarning, match="6 in one network and 3 in the other"):
+        result = fuse(deep, shallow, TOKENS, weight=0.0)
+    assert_same_function(result.model, deep, TOKENS, "repair")
+
+
+def test_groups_of_one_channel_are_not_taken_for_one_block():
+    def normed(width):
+        return networks.randomise(Normed(width)).eval()
+
+    with pytest.raises(StructureError, match="different numbers of heads or groups"):
+        fuse(normed(8), normed(4), TOKENS)
+
+
+class Normed(nn.Module):
+    """A residual branch with four groups of channels."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.enter, self.head = nn.Linear(12, 6), nn.Linear(6, 5)
+        self.inner, self.norm = nn.Linear(6, width), nn.GroupNorm(4, width)
+        self.out = nn.Linear(width, 6)
+
+    def forward(self, x):
+        x = self.enter(x).mean(1)
+        return self.head(x + self.out(self.norm(self.inner(x)).relu()))
 
 
 def test_a_transformer_of_others():

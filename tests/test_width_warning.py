@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clafusion import FusionWarning, WidthWarning, fuse, fuse_many, trace
+from clafusion import WidthWarning, fuse, fuse_many, fuse_models, trace
 from tests import networks
 
 INPUTS = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
@@ -34,6 +34,14 @@ class Summed(nn.Module):
 
     def forward(self, x):
         return self.last((self.first(x) * self.second(x)).sum(1, keepdim=True))
+
+
+class Ones(Summed):
+    """The same by a product with ones."""
+
+    def forward(self, x):
+        ones = torch.ones(self.first.out_features, 1)
+        return self.last((self.first(x) * self.second(x)) @ ones)
 
 
 class Scores(nn.Module):
@@ -82,6 +90,7 @@ class MeanSubtracted(nn.Module):
 COUNTED = {
     "softmax": (softmax, INPUTS),
     "sum": (Summed, INPUTS),
+    "ones": (Ones, INPUTS),
     "queries and keys": (Scores, INPUTS),
     "tied embedding": (Tied, TOKENS),
 }
@@ -119,9 +128,22 @@ def test_channels_that_only_layers_read_are_not(name):
         fuse(wide, narrow, inputs)
 
 
+@pytest.mark.parametrize("method", ["many_to_one", "barycentre"])
+def test_several_models_are_told_as_well(method):
+    wide, narrow = pair(Scores)
+    with pytest.warns(WidthWarning):
+        fuse_models([wide, narrow], INPUTS, method=method, max_rounds=2)
+
+
+def test_a_template_is_told_as_well():
+    narrow = networks.randomise(softmax(5))
+    with pytest.warns(WidthWarning, match="5 in one network and 8 in the other"):
+        fuse(narrow, narrow, INPUTS, into=softmax(8))
+
+
 def test_many_pairs_keep_the_warning():
     wide, narrow = pair(Scores)
-    with pytest.warns(FusionWarning, match="added up without weights"):
+    with pytest.warns(WidthWarning, match="added up without weights"):
         (result,) = fuse_many({"wide": wide, "narrow": narrow}, INPUTS)
     (text,) = result.warnings
     assert "added up without weights" in text

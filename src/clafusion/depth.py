@@ -344,7 +344,15 @@ def point_pairs(
                 continue
             other = shallow.units[key[0]].read_points[key[1]]
             nodes = (point.post, other.post)
-            if bool((other.classes == shallow_class).any()) and nodes not in seen:
+            # Where one shows queries and keys and the other keys alone, they show not the same.
+            turns = [
+                int((one.classes == index).sum()) / graph.classes[index].size
+                for graph, one, index in (
+                    (deep, point, deep_class),
+                    (shallow, other, shallow_class),
+                )
+            ]
+            if turns[0] == turns[1] and nodes not in seen:
                 seen.add(nodes)
                 columns = _columns(point, deep_class), _columns(other, shallow_class)
                 yield PointPair((unit.index, i), key, *columns)

@@ -6,6 +6,7 @@ paths part and join between two such nodes lies a block; in between run chains o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -293,11 +294,33 @@ class _Cutter:
             torch.Tag.pointwise in node.target.tags
         ):
             return tuple(
-                value
+                self._by_head_size(node, value)
                 for value in bound_operands(node).values()
                 if isinstance(value, (float, int, str))
             )
         return ()
+
+    def _by_head_size(self, node: fx.Node, value: float | int | str) -> float | int | str:
+        """Name the factor of attention scores by the size of the heads, which is a width."""
+        if op_name(node) not in ("mul", "div") or not isinstance(value, float) or value <= 0:
+            return value
+        product = next(iter(self._operands(node)), node)
+        if not self._is_contraction(product):  # not the scores, but what they are made of
+            product = node
+            while not self._is_contraction(product):
+                users = list(product.users)
+                if len(users) != 1 or not (product is node or self._is_glue(product)):
+                    return value
+                (product,) = users
+        size = self.channels.shapes[product.all_input_nodes[0].name][-1]
+        for power in (-0.5, 0.5, -0.25, 0.25):
+            if math.isclose(value, size**power, rel_tol=1e-6):
+                return f"head size to the power of {power}"
+        return value
+
+    def _is_contraction(self, node: fx.Node) -> bool:
+        """Tell whether a node multiplies two activations as matrices."""
+        return op_name(node) in _MATRIX_PRODUCTS and not self._parameters(node)
 
     def _freedom(self, node: fx.Node) -> tuple[bool, ...] | None:
         """Tell whether a weighted layer's inputs and outputs are free or fixed channels."""
