@@ -257,6 +257,7 @@ class FusionResult:
     plans
         For each channel class of ``lifting.deep.classes`` its transport plan
         ``(num_source, num_target)``, source: ``lifting.shallow``; None inside inserted blocks.
+        (Heads of which the networks have different numbers are united in one class there.)
     target_plans
         By the solver ``"zip"`` the plans ``(num_target, num_target)`` of the other network, whose
         channels then move, too; else None.
@@ -428,7 +429,8 @@ def fuse(
         ``"norm"`` of its weights, its mean ``"activation"``, or the outputs' ``"sensitivity"`` to
         its weights. Channels of little mass then take no partner away from those of much. Not with
         the solvers ``"assignment"`` and ``"zip"``. See
-        :func:`clafusion.importance.channel_importance`.
+        :func:`clafusion.importance.channel_importance`. Attention heads of which the networks have
+        different numbers have equal masses.
     zip_budget
         Of the solver ``"zip"``: the share of a layer's channels that may be merged within one
         network, in [0, 1]. Above 0, weights 0 and 1 give back the parents only as far as the
