@@ -15,7 +15,7 @@ from clafusion.errors import (
     UnsupportedOpError,
     WidthWarning,
 )
-from clafusion.graph import ChannelBlocks, ChannelClass, ModelGraph, Slot, Unit
+from clafusion.graph import ChannelBlocks, ChannelClass, ModelGraph, Slot, Unit, UnitedBlocks
 from clafusion.layer_alignment import (
     LayerAlignment,
     LayerAlignmentBatch,
@@ -55,6 +55,7 @@ __all__ = [
     "StructureError",
     "TrainingResult",
     "Unit",
+    "UnitedBlocks",
     "UnsupportedOpError",
     "WidthWarning",
     "align",
