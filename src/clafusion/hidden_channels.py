@@ -20,6 +20,7 @@ __all__ = ["keep_channels"]
 
 _RIDGE = 1e-6  # of the inputs' mean square: identical channels make the problem singular
 _SHARED = 0.9999  # below 1, for the same reason
+_AT_ONCE = 64  # columns that are taken off the inverse together
 
 
 def keep_channels(
@@ -68,18 +69,28 @@ def keep_channels(
             presumed[feature[:, None], feature] = shared
     ridge = _RIDGE * gram.diagonal().mean().clamp(min=1e-30)
     inverse = torch.linalg.inv(gram + ridge * presumed)
-    both = torch.cat([inverse, readout], 1)  # what is done to one is done to the other
+    readout = readout.clone()
     squared = readout.new_ones(readout.size(1)) if importance is None else importance.square()
+    # The inverse is what it was less the product of what has gone since, which is taken off it now
+    # and then at once: of the rest of it, only the channels' own blocks are needed at each step.
+    blocks = inverse[columns[:, :, None], columns[:, None, :]]
+    width = columns.size(1)
+    since = inverse.new_zeros(size, 0)
     alive = torch.arange(len(columns), device=columns.device)
     while len(alive) > count:
-        features = columns[alive]
-        blocks = both[features[:, :, None], features[:, None, :]]
-        weights = both[features][..., size:]
-        costs = (weights * torch.linalg.solve(blocks, weights)).sum(1) @ squared
+        weights = readout[columns[alive]]
+        costs = (weights * torch.linalg.solve(blocks[alive], weights)).sum(1) @ squared
         worst = int(costs.argmin())
-        gone = features[worst]
-        both -= both[:, gone] @ torch.linalg.solve(both[gone][:, gone], both[gone])
-        both[gone] = 0.0
-        both[:, gone] = 0.0
+        gone = columns[alive[worst]]
+        across = inverse[:, gone] - since @ since[gone].T
+        lower = torch.linalg.cholesky(across[gone])
+        step = torch.linalg.solve_triangular(lower, across.T, upper=False).T
+        readout -= step @ torch.linalg.solve_triangular(lower, readout[gone], upper=False)
+        readout[gone] = 0.0
+        blocks -= step[columns] @ step[columns].mT
+        since = torch.cat([since, step], 1)
+        if since.size(1) >= max(_AT_ONCE, width):
+            inverse -= since @ since.T
+            since = since[:, :0]
         alive = torch.cat([alive[:worst], alive[worst + 1 :]])
-    return alive, both[:, size:]
+    return alive, readout
