@@ -1,8 +1,14 @@
 """`clafusion fuse-many`: manifests good and bad, the table, the exit code and the report."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,3 +180,74 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, name):
     assert re.search(re.escape(message), shown.err), shown.err
     assert shown.err.count("\n") == 1
     assert not list(folder.glob("fused/*.safetensors"))
+
+
+def processes_of(group):
+    """Those of a process group that are not dead."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, of = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # it has just ended
+            continue
+        if int(of) == group and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def started_with_two_jobs(folder, out):
+    """Start a run of which the data would not fit into a pipe."""
+    np.save(folder / "data.npy", np.random.default_rng(0).normal(size=(9000, 12)).astype("f4"))
+    (folder / "many.yaml").write_text(MANIFEST.replace("limit: 200", "limit: 9000"))
+    command = ["-m", "clafusion.cli", "fuse-many", str(folder / "many.yaml"), "--jobs=2"]
+    return subprocess.Popen(
+        [sys.executable, *command, f"--out={out}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(true):
+    end = time.monotonic() + 120
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+# Python, the tracker of shared resources and two workers
+STARTED = 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("number", "begun", "delay"),
+    [
+        (signal.SIGINT, False, 0.3),
+        (signal.SIGINT, False, 2.0),
+        (signal.SIGTERM, True, 0.0),
+        (signal.SIGKILL, True, 0.0),
+    ],
+)
+def test_a_run_that_is_stopped_leaves_no_process(folder, number, begun, delay):
+    out = folder / "fused"
+    run = started_with_two_jobs(folder, out)
+    try:
+        if begun:
+            wait_until(lambda: list(out.glob("*.safetensors")) or run.poll() is not None)
+        else:
+            wait_until(lambda: len(processes_of(run.pid)) >= STARTED or run.poll() is not None)
+            time.sleep(delay)
+        if number == signal.SIGINT:
+            os.killpg(run.pid, number)  # as a terminal does
+        else:
+            run.send_signal(number)
+        shown = run.communicate(timeout=120)[1]
+        wait_until(lambda: not processes_of(run.pid))
+    finally:
+        for left in processes_of(run.pid):
+            os.kill(left, signal.SIGKILL)
+    if number != signal.SIGKILL and run.returncode != 0:  # 0: it was done before
+        assert run.returncode == 128 + number
+        assert shown.startswith("clafusion: interrupted; finished pairs are kept\n")

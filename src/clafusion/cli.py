@@ -9,7 +9,9 @@ import math
 import os
 import platform
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -799,7 +801,7 @@ def _model_facts(graph: ModelGraph) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 if some of many pairs failed, 2 after bad input.
 
-    After an interruption it is 130.
+    After an interruption it is 130, after SIGTERM 143 and after SIGHUP 129.
 
     Every refusal is one line on stderr.
     """
@@ -807,18 +809,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in given
     arguments = [one for one in given if one != "--debug"] or ["--help"]
     kept = "finished pairs are kept" if "fuse-many" in given else "no output was written"
+    signals: list[int] = []
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _signals_interrupt(signals):
             warnings.showwarning = _show_warning
             code = app(arguments, prog_name="clafusion", standalone_mode=False)
             sys.stdout.flush()
         if code == 130:  # typer turns an interruption into this exit code
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except KeyboardInterrupt:
-        return _refuse(f"interrupted; {kept}", 130, debug)
-    except typer.Abort:
-        return _refuse(f"interrupted; {kept}", 130, debug)
+    except (KeyboardInterrupt, typer.Abort):
+        return _refuse(f"interrupted; {kept}", 128 + (signals or [signal.SIGINT])[0], debug)
     except BrokenPipeError:  # the reader has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -828,6 +829,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"{error.format_message()} Try 'clafusion --help'.", 2, debug)
     except MemoryError as error:
         return _refuse(f"not enough memory: {error}; use fewer samples (--limit)", 2, debug)
+
+
+@contextlib.contextmanager
+def _signals_interrupt(seen: list[int]) -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does; append what came to ``seen``."""
+
+    def interrupt(number: int, _: Any) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            one = getattr(signal, name, None)
+            if one is not None and signal.getsignal(one) == signal.SIG_DFL:  # not with nohup
+                before[one] = signal.signal(one, interrupt)
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _refuse(message: str, code: int, debug: bool) -> int:

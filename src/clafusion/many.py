@@ -14,6 +14,8 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
+import signal
 import threading
 import time
 import warnings
@@ -27,9 +29,11 @@ from concurrent.futures import (
     ProcessPoolExecutor,
     wait,
 )
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
+from multiprocessing.connection import wait as wait_for
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -81,6 +85,7 @@ CACHE = "signatures"
 
 _PAIRS_A_TASK = 4
 _LAST_PAIRS = 8  # which are tasks of their own, so that all workers end at about the same time
+_GRACE = 5.0  # seconds in which a worker that is stopped may clear up
 _MODELS_AT_HAND = 8  # for which the tasks are put in order
 _NAME = re.compile(r"[\w.,=@-]+")  # what is safe in a file's name
 
@@ -260,7 +265,8 @@ device
     InputError
         An argument is not as said above. This is raised at once, before any result is taken.
     ClafusionError
-        A worker process died; what is done is kept in ``out_dir``.
+        A worker process died, or the executor failed otherwise; what is done is kept in
+        ``out_dir``.
 
     Examples
     --------
@@ -635,31 +641,134 @@ def _tasks(pairs: Sequence[Pair]) -> list[list[Pair]]:
 
 _of_thread = threading.local()  # an executor of threads has one workshop in each
 
-
-def _limit_threads(count: int) -> None:
-    torch.set_num_threads(count)
-    set_num_threads(count)
+_Sent = bytes | str  # what is pickled, or the file that holds it
 
 
-def _workshop(job: bytes, key: str) -> _Workshop:
+class _Spawning(SpawnContext):
+    """Starts the workers afresh, for forked ones inherit locks of running threads; knows them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[SpawnProcess] = []
+
+    def Process(self, *given: Any, **named: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
+        process = SpawnProcess(*given, **named)
+        self.started.append(process)
+        return process
+
+
+@contextmanager
+def _processes(count: int, scratch: str) -> Iterator[Executor]:
+    """Give so many processes of this machine; none is left afterwards."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    context = _Spawning()
+    pool = ProcessPoolExecutor(
+        count,
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(max(1, (cores or 1) // count), scratch),
+    )
+    try:
+        yield pool
+    except BaseException:  # nobody takes what they are at
+        pool.shutdown(wait=False, cancel_futures=True)
+        running = [one for one in context.started if one.pid is not None]
+        try:
+            for one in running:
+                one.terminate()
+            end = time.monotonic() + _GRACE
+            for one in running:
+                wait_for([one.sentinel], max(0.0, end - time.monotonic()))
+        finally:
+            for one in running:
+                one.kill()
+            pool.shutdown()
+        raise
+    pool.shutdown()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Let processes that start in here not hear Ctrl-C, even while they import.
+
+    A terminal sends it to all of them, but to stop is the parent's to decide.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Worker:
+    """What this worker is at; one that waits or sends must not be stopped: pipes would break."""
+
+    at_work = False
+    is_to_stop = False
+
+    @classmethod
+    def stop(cls, *_: Any) -> None:
+        cls.is_to_stop = True
+        if cls.at_work:
+            raise SystemExit(1)
+
+    @classmethod
+    @contextmanager
+    def working(cls) -> Iterator[None]:
+        cls.at_work = True
+        try:
+            if cls.is_to_stop:
+                raise SystemExit(1)
+            yield
+        finally:
+            cls.at_work = False
+
+
+def _start_worker(threads: int, scratch: str) -> None:
+    signal.signal(signal.SIGTERM, _Worker.stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where there are no signal masks
+    threading.Thread(target=_end_with_parent, args=(scratch,), daemon=True).start()
+    torch.set_num_threads(threads)
+    set_num_threads(threads)
+
+
+def _end_with_parent(scratch: str) -> None:
+    """End this process when its parent was killed, whatever it is doing."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has one"
+    wait_for([parent.sentinel])
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(1)
+
+
+def _unpacked(sent: _Sent) -> Any:
+    return pickle.loads(sent if isinstance(sent, bytes) else Path(sent).read_bytes())
+
+
+def _workshop(job: _Sent, key: str) -> _Workshop:
     """Return this worker's workshop, which keeps what it has made ready for the next task."""
     if getattr(_of_thread, "key", None) != key:
-        _of_thread.key, _of_thread.workshop = key, _Workshop(pickle.loads(job))
+        _of_thread.key, _of_thread.workshop = key, _Workshop(_unpacked(job))
     found: _Workshop = _of_thread.workshop
     return found
 
 
-def _get_ready(job: bytes, key: str, name: str, model: bytes) -> None:
+def _get_ready(job: _Sent, key: str, name: str, model: _Sent) -> None:
     """Make a model ready in a worker, for the cache that all workers share."""
-    _workshop(job, key).prepare(name, lambda _: pickle.loads(model))
+    with _Worker.working():
+        _workshop(job, key).prepare(name, lambda _: _unpacked(model))
 
 
-def _work(job: bytes, key: str, models: Mapping[str, bytes], pairs: Sequence[Pair]) -> bytes:
+def _work(job: _Sent, key: str, models: Mapping[str, _Sent], pairs: Sequence[Pair]) -> bytes:
     """Fuse some pairs in a worker."""
     workshop = _workshop(job, key)
     outcomes = []
     for pair in pairs:
-        outcome = workshop.fuse(pair, lambda name: pickle.loads(models[name]))
+        with _Worker.working():
+            outcome = workshop.fuse(pair, lambda name: _unpacked(models[name]))
         state = outcome.state
         if state is not None:
             state = {name: one.cpu() for name, one in state.items()}
@@ -718,35 +827,54 @@ class _Run:
             yield
 
     def _elsewhere(self, left: list[Pair]) -> Generator[None, None, None]:
-        packed = {
+        packed: dict[str, _Sent] = {
             name: _packed(name, self.models[name])
             for name in dict.fromkeys(chain.from_iterable(left))
         }
-        tasks = _tasks(left)
         with ExitStack() as stack:
             job, executor = _portable(self.job), self.executor
-            if isinstance(executor, int):
-                if job.cache_dir is None:
-                    scratch = stack.enter_context(TemporaryDirectory(prefix="clafusion-"))
-                    job = replace(job, cache_dir=scratch)
-                executor = stack.enter_context(_processes(executor))
-            assert executor is not None, "without one the pairs are fused here"
-            given = pickle.dumps(job)
-            key = hashlib.sha256(given).hexdigest()
             futures: dict[Future[Any], list[Pair]] = {}
-            stack.callback(lambda: [future.cancel() for future in futures])
+            scratch = None
+            if isinstance(executor, int):
+                scratch = stack.enter_context(
+                    TemporaryDirectory(prefix="clafusion-", ignore_cleanup_errors=True)
+                )
+                if job.cache_dir is None:
+                    job = replace(job, cache_dir=scratch)
+                executor = stack.enter_context(_processes(executor, scratch))
+            else:
+                stack.callback(lambda: [future.cancel() for future in futures])
+            assert executor is not None, "without one the pairs are fused here"
+            pickled = pickle.dumps(job)
+            key = hashlib.sha256(pickled).hexdigest()
+            given: _Sent = pickled
+            if scratch is not None:
+                # What a task carries goes through a pipe, and a write of more than a pipe holds
+                # would wait for ever for a worker that has died.
+                given = _laid_down(pickled, scratch, "job")
+                packed = {
+                    name: _laid_down(model, scratch, f"model-{i}")
+                    for i, (name, model) in enumerate(packed.items())
+                }
             if job.cache_dir is not None:  # no worker need profile what another one has
                 for name, model in packed.items():
-                    futures[executor.submit(_get_ready, given, key, name, model)] = []
+                    futures[self._submitted(executor, _get_ready, given, key, name, model)] = []
                 for _ in self._ended(futures):
                     pass
-            for task in tasks:
+            for task in _tasks(left):
                 models = {name: packed[name] for name in chain.from_iterable(task)}
-                futures[executor.submit(_work, given, key, models, task)] = task
+                futures[self._submitted(executor, _work, given, key, models, task)] = task
             for task, found in self._ended(futures):
                 for pair, outcome in zip(task, pickle.loads(found), strict=True):
                     self._finish(pair, outcome)
                     yield
+
+    def _submitted(self, executor: Executor, work: Callable[..., Any], *given: Any) -> Future[Any]:
+        try:
+            with _deaf() if isinstance(self.executor, int) else nullcontext():
+                return executor.submit(work, *given)
+        except Exception as error:
+            raise self._failed(error) from error
 
     def _ended(self, futures: dict[Future[Any], list[Pair]]) -> Iterator[tuple[list[Pair], Any]]:
         """Yield what ends, as it ends."""
@@ -756,13 +884,21 @@ class _Run:
                 task = futures.pop(future)
                 try:
                     found = future.result()
-                except BrokenExecutor as error:
-                    raise ClafusionError(
-                        "a worker process died, perhaps for lack of memory; "
-                        f"{self.count} of {len(self.pairs)} pairs are done. Call again to go on"
-                        + ("" if self.folder else " (with out_dir, what is done is kept)")
-                    ) from error
+                except Exception as error:  # what goes wrong with a pair is in its outcome
+                    raise self._failed(error) from error
                 yield task, found
+
+    def _failed(self, error: Exception) -> ClafusionError:
+        """Return the error of an executor that failed."""
+        return ClafusionError(
+            (
+                "a worker process died, perhaps for lack of memory; "
+                if isinstance(error, BrokenExecutor)
+                else f"the executor failed ({_described(error)}); "
+            )
+            + f"{self.count} of {len(self.pairs)} pairs are done. Call again to go on"
+            + ("" if self.folder else " (with out_dir, what is done is kept)")
+        )
 
     def _finish(self, pair: Pair, outcome: _Outcome) -> None:
         """Write a pair's result down, and keep it until its turn comes."""
@@ -893,12 +1029,15 @@ def _packed(name: str, model: Model) -> bytes:
         ) from error
 
 
-def _processes(count: int) -> ProcessPoolExecutor:
-    """Return so many processes, started afresh: forked ones inherit locks of running threads."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ProcessPoolExecutor(
-        count,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_limit_threads,
-        initargs=(max(1, (cores or 1) // count),),
-    )
+def _laid_down(packed: _Sent, folder: str, name: str) -> str:
+    """Write what is pickled into a file for the workers; return its path."""
+    assert isinstance(packed, bytes), "it is pickled"
+    path = Path(folder, f"{name}.pickle")
+    try:
+        path.write_bytes(packed)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {str(path)!r} for the workers: {error.strerror or error}; free space, "
+            "or set TMPDIR"
+        ) from error
+    return str(path)
