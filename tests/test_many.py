@@ -29,7 +29,7 @@ from clafusion import (
 from clafusion import many as many_module
 from clafusion import prepared as prepared_module
 from clafusion.checkpoints import save_model
-from clafusion.prepared import prepare
+from clafusion.prepared import prepare, structure_digest
 from clafusion.trace import architecture
 from tests import networks
 
@@ -393,6 +393,21 @@ def changed_weights():
     return {"models": models}
 
 
+class Scaled(torch.nn.Sequential):
+    """Its representation does not show the factor."""
+
+    factor = 1.0
+
+    def forward(self, x):
+        return super().forward(self.factor * x)
+
+
+def scaled(factor, seed):
+    model = Scaled(*networks.mlp(*WIDTHS["b"], seed=seed))
+    model.factor = factor
+    return model
+
+
 STALE = {
     "settings": (lambda: {"weight": 0.4}, 6),
     "data": (lambda: {"data": DATA + 1}, 6),
@@ -408,6 +423,50 @@ def test_stale_results_are_done_again(tmp_path, name):
     given = {"models": modules(), "data": DATA, "out_dir": tmp_path, **SETTINGS, **change()}
     assert sum(not one.resumed for one in fuse_many(**given)) == again
     assert len(lines(tmp_path)) == 6
+
+
+def test_results_of_other_attributes_are_done_again(tmp_path):
+    for factor, is_kept in ((2.0, False), (2.0, True), (3.0, False)):
+        models = {"a": scaled(factor, 0), "b": scaled(factor, 1)}
+        (result,) = fuse_many(models, DATA, out_dir=tmp_path, **SETTINGS)
+        assert result.resumed == is_kept
+
+
+@pytest.mark.parametrize("named", ["file", "module"])
+def test_results_of_other_code_are_done_again(tmp_path, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    code = tmp_path / f"code_{named}.py"
+    code.write_text(FACTORY)
+    factory = code.name if named == "file" else code.stem
+    models = {}
+    for name, widths in (("a", WIDTHS["a"]), ("b", WIDTHS["b"])):
+        save_model(modules()[name], tmp_path / f"{name}.pt")
+        models[name] = ModelFile(f"{factory}:mlp{widths}", tmp_path / f"{name}.pt")
+    for is_kept in (False, True, False):
+        (result,) = fuse_many(models, DATA, out_dir=tmp_path, **SETTINGS)
+        assert result.error is None
+        assert result.resumed == is_kept
+        if is_kept:
+            code.write_text(FACTORY.replace("ReLU", "Tanh"))
+
+
+def test_equal_models_have_equal_structure_digests():
+    def model(function, factor=2.0):
+        made = networks.mlp(12, 9, 5)
+        made.function, made.names, made.own = function, {"x", "y", "z"}, made[0]
+        made.settings = {"factor": factor, "mask": torch.ones(2)}
+        made.register_forward_hook(lambda *_: None)
+        return made
+
+    def times(number):
+        return lambda x: number * x
+
+    one = structure_digest(model(times(2)))
+    assert one == structure_digest(model(times(2)))
+    assert one != structure_digest(model(times(3)))
+    assert one != structure_digest(model(times(2), 2.5))
+    assert one != structure_digest(model(torch.relu))
 
 
 def test_other_pairs_in_the_directory_stay(tmp_path):

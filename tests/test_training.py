@@ -36,6 +36,12 @@ def half_frozen():
     return model
 
 
+def with_tanh():
+    model = classifier()
+    model[1] = nn.Tanh()
+    return model
+
+
 def state(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -190,6 +196,7 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, mak
     [
         {"model": classifier(1)},
         {"model": half_frozen()},
+        {"model": with_tanh()},
         {"data": (X[1:65], Y[1:65])},
         {"validation": DATA},
         {"validation": [DATA, DATA]},
@@ -201,6 +208,7 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, mak
     ids=[
         "model",
         "frozen",
+        "activation",
         "data",
         "validation",
         "validation batches",
@@ -218,6 +226,13 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change):
     with pytest.raises(InputError, match="another model, other data or other settings"):
         finetune(arguments.pop("model"), arguments.pop("data"), **arguments)
     assert path.read_bytes() == before
+
+
+def test_a_checkpoint_of_another_teacher_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    distill(classifier(1), classifier(), DATA, epochs=1, checkpoint=path)
+    with pytest.raises(InputError, match="another model, other data or other settings"):
+        distill(classifier(1), with_tanh(), DATA, epochs=1, checkpoint=path)
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):

@@ -13,6 +13,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -174,7 +175,9 @@ class ModelFile:
         return build_model(self.factory)
 
     def digest(self) -> str:
-        """Return the SHA-256 of the file, the factory's text and, where it is one, its file.
+        """Return the SHA-256 of the weights, the factory's text and the file that defines it.
+
+        What that file imports is not looked at.
 
         Raises
         ------
@@ -184,8 +187,8 @@ class ModelFile:
         digest = hashlib.sha256(self.factory.encode())
         digest.update(file_digest(check_input(self.path, _READABLE, "checkpoint")).encode())
         matched = _SPEC.fullmatch(self.factory.strip())
-        code = Path(matched["module"]) if matched is not None else None
-        if code is not None and code.suffix == ".py" and code.is_file():
+        code = _source(matched["module"]) if matched is not None else None
+        if code is not None and code.is_file():
             digest.update(code.read_bytes())
         return digest.hexdigest()
 
@@ -395,6 +398,24 @@ def _import(factory: str, name: str) -> ModuleType:
         raise InputError(
             f"factory {factory!r}: importing {name!r} failed: {_one_line(error)}"
         ) from error
+
+
+def _source(name: str) -> Path | None:
+    """Return the file of a module or the file that is named; import nothing."""
+    if name.endswith(".py"):
+        return Path(name)
+    directories: Sequence[str] | None = [str(Path.cwd()), *sys.path]
+    spec = None
+    parts = name.split(".")
+    try:
+        for i in range(len(parts)):
+            spec = PathFinder.find_spec(".".join(parts[: i + 1]), directories)
+            if spec is None:
+                return None
+            directories = spec.submodule_search_locations
+    except (ImportError, KeyError, ValueError):  # in a package without a file of its own
+        return None
+    return None if spec is None or not spec.has_location else Path(str(spec.origin))
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -68,6 +68,7 @@ from clafusion.prepared import (
     data_digest,
     digest_of,
     prepare,
+    structure_digest,
     tensors_digest,
     versions,
 )
@@ -238,7 +239,9 @@ def fuse_many(
         and one line for it in ``results.jsonl``. Default: results are kept in memory alone.
     resume
         Keep pairs in ``out_dir`` that were made from the same models, data and settings and are
-        whole. Failed, stale and corrupt ones are done again. False: do all pairs again.
+        whole. Failed, stale and corrupt ones are done again. False: do all pairs again. Of a
+        model's code only its modules' own ``forward``, or the file of a ``ModelFile``'s factory,
+        is compared: after a change in what that calls or imports, give False.
     cache_dir
         Where models' signatures are kept between runs, and shared by the processes of one; default
         ``out_dir/signatures``. Without one, each worker of an ``executor`` of yours profiles the
@@ -1001,9 +1004,9 @@ class _Run:
                 self.digests[name] = (
                     model.digest()
                     if isinstance(model, ModelFile)
-                    else digest_of([repr(model), tensors_digest(tensors_of(model))])
+                    else digest_of([structure_digest(model), tensors_digest(tensors_of(model))])
                 )
-            except InputError as error:  # the pair itself will say so
+            except (InputError, OSError) as error:  # the pair itself will say so
                 self.digests[name] = _described(error)
         return self.digests[name]
 

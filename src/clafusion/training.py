@@ -29,7 +29,7 @@ from clafusion.checkpoints import read_torch, tensors_of
 from clafusion.errors import DivergenceError, InputError
 from clafusion.output import check_output, replacing
 from clafusion.pipeline import Progress
-from clafusion.prepared import data_digest, digest_of, tensors_digest
+from clafusion.prepared import data_digest, digest_of, structure_digest, tensors_digest
 
 __all__ = ["LabelledData", "Schedule", "TrainingResult", "distill", "finetune"]
 
@@ -285,7 +285,7 @@ def distill(
         loss={
             "temperature": temperature,
             "alpha": alpha,
-            "teachers": [tensors_digest(tensors_of(one)) for one in given],
+            "teachers": [_digest(one) for one in given],
         },
     )
     _check_model("student", student)
@@ -791,12 +791,16 @@ def _run_key(
         {
             "settings": repr(settings),
             "optimizer": f"{type(solver).__name__} {groups!r}",
-            "model": tensors_digest(tensors_of(model)),
+            "model": _digest(model),
             "trained": [name for name, one in model.named_parameters() if one.requires_grad],
             "data": content(data),
             "validation": None if validation is None else [content(validation)],
         }
     )
+
+
+def _digest(model: nn.Module) -> str:
+    return digest_of([structure_digest(model), tensors_digest(tensors_of(model))])
 
 
 def _save(path: Path, key: str, model: nn.Module, solver: torch.optim.Optimizer, run: _Run) -> None:
