@@ -488,6 +488,11 @@ def test_bad_weights_are_refused_by_name():
         ("alignment_samples", 1),
         ("matching_rows", 2.5),
         ("epsilon", 0.0),
+        ("epsilon", True),
+        ("weight", True),
+        ("lean", True),
+        ("profile_inputs", True),
+        ("pin_ends", 1),
     ],
 )
 def test_bad_settings_are_refused_by_name(setting, value):

@@ -16,7 +16,8 @@ import torch
 
 from clafusion import InputError, fuse, fuse_many
 from clafusion.checkpoints import load_state, save_model
-from clafusion.cli import main
+from clafusion.cli import _bytes, main
+from clafusion.manifest import read_manifest
 from clafusion.report_page import write_report
 from tests import networks
 from tests.test_many import FACTORY, WIDTHS, modules
@@ -90,6 +91,44 @@ def test_the_report_is_one_file_without_links(folder):
     assert "Alignment cost of every pair" in (folder / "fused" / "report.html").read_text()
 
 
+def test_the_report_may_lie_where_the_results_will(folder, capsys):
+    assert run(folder, f"--report={folder}/fused/r.html", "--chosen=a, d") == 0
+    assert "Alignment of a and d" in (folder / "fused" / "r.html").read_text()
+    (folder / "fused" / "report.html").mkdir()
+    capsys.readouterr()
+    assert run(folder, "--no-resume") == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "report.html' exists and is no file" in shown.err
+
+
+def test_a_report_that_cannot_be_written_leaves_the_table(folder, capsys, monkeypatch):
+    def full(*_, **__):
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr("clafusion.report_page.write_report", full)
+    assert run(folder) == 2
+    shown = capsys.readouterr()
+    assert "6, 0 failed" in shown.out
+    assert shown.err == "clafusion: the disk is full\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("2gb", 2 * 10**9),
+        ("500MB", 500 * 10**6),
+        ("1.5 GiB", 3 << 29),
+        ("2T", 2 * 10**12),
+        ("1e9", 10**9),
+        ("7", 7),
+        ("3kib", 3072),
+    ],
+)
+def test_sizes_of_memory(text, size):
+    assert _bytes("--memory-limit", text) == size
+
+
 def test_the_report_shows_other_values_and_escapes(tmp_path):
     models = {"a": networks.mlp(12, 9, 5), "b": networks.mlp(12, 8, 5, seed=1)}
     results = list(fuse_many(models, torch.randn(100, 12)))
@@ -99,6 +138,9 @@ def test_the_report_shows_other_values_and_escapes(tmp_path):
     first = path.read_bytes()
     write_report(results, path, values={("a", "b"): 0.93}, label="accuracy <%>")
     assert path.read_bytes() == first
+    write_report(results, path, label="$\\frac{$")
+    models = {"\u6a21": models["a"], "\u578b": models["b"]}  # letters that the font lacks
+    write_report(list(fuse_many(models, torch.randn(100, 12))), path)
     for wrong in ({"chosen": ("b", "a")}, {"values": {("a", "c"): 1.0}}):
         with pytest.raises(InputError, match="the report has no fused pair"):
             write_report(results, path, **wrong)
@@ -108,8 +150,9 @@ def test_the_report_shows_other_values_and_escapes(tmp_path):
 
 def test_a_failed_pair_gives_exit_code_1_and_the_rest_is_done(folder, capsys):
     (folder / "weights" / "c.safetensors").write_bytes(b"broken")
-    assert run(folder) == 1
-    shown = capsys.readouterr().out
+    assert run(folder, "--chosen=a,c") == 1
+    shown, told = capsys.readouterr()
+    assert "--chosen a,c was not fused" in told
     assert "6, 3 failed" in shown
     assert "is corrupt" in shown
     assert len(list((folder / "fused").glob("*.safetensors"))) == 3
@@ -131,11 +174,28 @@ def test_pairs_with_a_base_and_json(folder, capsys):
         "pairs": {"base": "c"},
         "data": "data.npy",
     }
-    (folder / "many.json").write_text(json.dumps(text))
+    (folder / "many.json").write_text(json.dumps(text), encoding="utf-8-sig")
     assert main(["fuse-many", str(folder / "many.json"), "--out=here"]) == 0
     capsys.readouterr()
     names = sorted(one.name for one in (folder.parent / "here").glob("*.safetensors"))
     assert names == ["c+a.safetensors", "c+b.safetensors"]
+
+
+def test_names_of_json_are_not_taken_twice_either(folder, capsys):
+    (folder / "many.json").write_text('{"models": {"a": 1, "a": 2}}')
+    assert main(["fuse-many", str(folder / "many.json")]) == 2
+    assert "the entry 'a' is there twice" in capsys.readouterr().err
+
+
+def test_numbers_that_yaml_takes_for_text(folder):
+    text = MANIFEST.replace("limit: 200", "limit: 200, scale: 1e1, mean: 1e-1, std: [1e0]")
+    text = text.replace("epsilon: 1e-2", "zip_budget: 1e-1, lean: 5e-1, weight: 3e-1")
+    (folder / "many.yaml").write_text(text)
+    found = read_manifest(folder / "many.yaml")
+    assert found.data["scale"] == 10.0
+    assert (found.data["mean"], found.data["std"]) == ([0.1], [1.0])
+    config = found.config
+    assert (config.zip_budget, config.lean, config.weight) == (0.1, 0.5, 0.3)
 
 
 BAD = {
@@ -150,6 +210,25 @@ BAD = {
     "data": (None, MANIFEST.replace("{file: data.npy, limit: 200}", "3"), [], "data must be a"),
     "limit": (None, MANIFEST.replace("200}\n", "few}\n", 1), [], "data, limit is not possible"),
     "mean": (None, MANIFEST.replace("limit: 200", "mean: [a]"), [], "data, mean must be a list"),
+    "twice": (None, MANIFEST + "  \nout: there", [], "the entry 'out' is there twice"),
+    "number": (None, MANIFEST.replace("  a:", "  1:"), [], "name 1 is read as 1: put it in quotes"),
+    "octal": (None, MANIFEST.replace("  a:", "  010:"), [], "name 010 is read as 8"),
+    "pair of numbers": (None, MANIFEST + "pairs: [[1, a]]", [], "which is no name"),
+    "true": (None, MANIFEST.replace("limit: 200", "limit: true"), [], "data, limit is not"),
+    "scale": (None, MANIFEST.replace("limit: 200", "scale: yes"), [], "data, scale is not"),
+    "nan": (None, MANIFEST.replace("limit: 200", "mean: .nan"), [], "data, mean must be a list"),
+    "weight": (None, MANIFEST.replace("1e-2", "1, weight: yes"), [], "weight must be in [0, 1]"),
+    "deep": (None, "[" * 3000, [], "cannot be read"),
+    "none": (None, MANIFEST + "pairs: []", [], "pairs has no pair"),
+    "colon": (
+        None,
+        MANIFEST.replace("nets.py:mlp(12, 9, 5)", "nets.py"),
+        [],
+        "nets.py' is no factory",
+    ),
+    "code": (None, MANIFEST.replace("nets.py:mlp(12, 9, 5)", "no.py:m"), [], "no.py' does not"),
+    "kind": (None, MANIFEST.replace("nets.py:mlp(12, 9, 5)", "3"), [], "must be MODULE:FACTORY"),
+    "gone": (None, MANIFEST.replace("weights/a", "gone"), [], "gone.safetensors' does not exist"),
     "pairs": (None, MANIFEST + "pairs: some", [], "pairs must be all"),
     "base": (None, MANIFEST + "pairs: {base: z}", [], "pairs, base names 'z'"),
     "pair": (None, MANIFEST + "pairs: [[a, z]]", [], "names 'z', which models does not have"),
@@ -163,6 +242,8 @@ BAD = {
     "no out": (None, MANIFEST.replace("out: fused", ""), [], "give --out DIR"),
     "jobs": (None, MANIFEST, ["--jobs=0"], "--jobs must be at least 1"),
     "memory": (None, MANIFEST, ["--memory-limit=lots"], "--memory-limit takes a size"),
+    "no memory": (None, MANIFEST, ["--memory-limit=0"], "--memory-limit must be at least 1 byte"),
+    "order": (None, MANIFEST, ["--chosen=b,a"], "pairs FIRST,SECOND; it has a,b"),
     "chosen": (None, MANIFEST, ["--chosen=b,a"], "--chosen 'b,a' is none"),
     "report": (None, MANIFEST, ["--report=a.pdf"], "--report 'a.pdf' must end with"),
 }

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from clafusion import (
@@ -386,6 +387,52 @@ def test_what_is_whole_is_kept_and_what_is_not_is_done_again(expected, tmp_path,
     assert len(lines(tmp_path)) == 6
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seconds", 3),
+        ("deep_units", [1]),
+        ("warnings", [None]),
+        ("structure", []),
+        ("deep", "z"),
+        ("alignment", {"cost": []}),
+    ],
+)
+def test_a_line_of_another_form_is_done_again(tmp_path, name, value):
+    models = {name: modules()[name] for name in "ab"}
+    list(fuse_many(models, DATA, out_dir=tmp_path, **SETTINGS))
+    (line,) = lines(tmp_path)
+    (tmp_path / "results.jsonl").write_text(json.dumps({**line, name: value}) + "\n")
+    (result,) = fuse_many(models, DATA, out_dir=tmp_path, **SETTINGS)
+    assert not result.resumed
+    assert (result.error, len(lines(tmp_path))) == (None, 1)
+
+
+def test_a_directory_in_place_of_the_results_is_refused(tmp_path):
+    (tmp_path / "results.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"out_dir: .*results\.jsonl' cannot be read"):
+        fuse_many(modules(), DATA, out_dir=tmp_path)
+
+
+def test_results_that_can_no_longer_be_written_are_told(tmp_path, monkeypatch):
+    run = fuse_many(modules(), DATA, out_dir=tmp_path, **SETTINGS)
+    next(run)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(many_module.os, "fsync", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        next(run)
+
+
+def test_names_that_are_too_long_for_a_file_are_refused(tmp_path):
+    model, other = modules()["a"], "b" * (241 - len("a+.safetensors"))
+    fuse_many({"a": model, other: model}, DATA, out_dir=tmp_path)
+    with pytest.raises(InputError, match="too long for a file's name"):
+        fuse_many({"a": model, other + "b": model}, DATA, out_dir=tmp_path)
+
+
 def changed_weights():
     models = modules()
     with torch.no_grad():
@@ -520,6 +567,20 @@ def test_masses_and_sensitivities_are_kept_on_disk(tmp_path, monkeypatch, settin
     assert [cached for _, cached in made] == [False] * 2 + [True] * 2
 
 
+def test_a_cache_that_cannot_be_written_is_told_and_the_pairs_are_done(
+    expected, tmp_path, caplog, monkeypatch
+):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(prepared_module, "save_file", full)
+    with caplog.at_level(logging.WARNING, "clafusion"):
+        results = fuse_many(modules(), DATA, cache_dir=tmp_path, **SETTINGS)
+        assert_as_fused(results, expected)
+    assert "cannot be written: No space left" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_entry_under_another_ones_name_is_not_taken(expected, tmp_path, caplog):
     list(fuse_many(modules(), DATA, cache_dir=tmp_path, **SETTINGS))
     one, other = sorted(tmp_path.iterdir())[:2]
@@ -630,6 +691,23 @@ def test_processes_and_threads_give_the_same_bytes(files, expected, tmp_path):
     with ThreadPoolExecutor(2) as executor:
         results = fuse_many(modules(), list(DATA.split(256)), executor=executor, **SETTINGS)
         assert_as_fused(results, expected)
+
+
+class Failing(ThreadPoolExecutor):
+    """An executor that loses what it is to do."""
+
+    def submit(self, *_):
+        if self._max_workers == 1:
+            raise RuntimeError("cannot schedule new futures")
+        future = Future()
+        future.set_exception(RuntimeError("lost"))
+        return future
+
+
+@pytest.mark.parametrize(("workers", "message"), [(1, "cannot schedule new futures"), (2, "lost")])
+def test_an_executor_that_fails_is_told(workers, message):
+    with pytest.raises(ClafusionError, match=f"executor failed .*{message}.* 0 of 6 pairs"):
+        list(fuse_many(modules(), DATA, executor=Failing(workers), **SETTINGS))
 
 
 def test_a_model_that_cannot_be_sent_is_refused():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import clafusion
 from clafusion import DivergenceError, InputError, distill, finetune
@@ -40,6 +40,17 @@ def with_tanh():
     model = classifier()
     model[1] = nn.Tanh()
     return model
+
+
+def spoilt(model):
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    return model
+
+
+def numbered_batches():
+    sampler = RandomSampler(range(64), generator=torch.Generator().manual_seed(5))
+    return DataLoader(TensorDataset(*DATA), batch_sampler=BatchSampler(sampler, 16, False))
 
 
 def state(model):
@@ -161,8 +172,8 @@ def loader(generator=None):
 @pytest.mark.parametrize("stop", [1, 6, 17, 19])
 @pytest.mark.parametrize(
     "make",
-    [lambda: DATA, loader, lambda: loader(torch.Generator().manual_seed(5))],
-    ids=["pair", "loader", "loader with generator"],
+    [lambda: DATA, loader, lambda: loader(torch.Generator().manual_seed(5)), numbered_batches],
+    ids=["pair", "loader", "loader with generator", "batch sampler with generator"],
 )
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "distill"])
 def test_a_resumed_run_ends_with_the_bytes_of_an_uninterrupted_one(tmp_path, make, stop, kind):
@@ -226,6 +237,26 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change):
     with pytest.raises(InputError, match="another model, other data or other settings"):
         finetune(arguments.pop("model"), arguments.pop("data"), **arguments)
     assert path.read_bytes() == before
+
+
+def test_workers_that_stay_are_refused_with_a_checkpoint(tmp_path):
+    data = DataLoader(TensorDataset(*DATA), 16, num_workers=1, persistent_workers=True)
+    with pytest.raises(InputError, match="persistent_workers=False"):
+        finetune(classifier(), data, epochs=1, checkpoint=tmp_path / "run.pt")
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    path = tmp_path / "run.pt"
+    one = finetune(classifier(), DATA, epochs=np.int64(1), learning_rate=0.5, checkpoint=path)
+    other = finetune(classifier(), DATA, epochs=1, learning_rate=np.float32(0.5), checkpoint=path)
+    assert_same(state(one.model), state(other.model))
+
+
+def test_teachers_may_be_a_list_of_modules():
+    teachers = [classifier(1), classifier(2)]
+    one = distill(classifier(), teachers, DATA, epochs=1)
+    other = distill(classifier(), nn.ModuleList(teachers), DATA, epochs=1)
+    assert_same(state(one.model), state(other.model))
 
 
 def test_a_checkpoint_of_another_teacher_is_refused(tmp_path):
@@ -422,6 +453,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_advice():
         ({"epochs": 1, "patience": 0, "validation": HELD_OUT}, "patience"),
         ({"epochs": 1, "mixed_precision": True}, "mixed_precision needs a GPU"),
         ({"epochs": 1, "optimizer": lambda parameters: parameters}, "optimizer must be"),
+        ({"epochs": 1, "optimizer": "adam"}, "optimizer must be a function .*; got str"),
+        ({"epochs": 1, "optimizer": torch.optim.LBFGS}, "LBFGS does not"),
+        (
+            {"epochs": 1, "optimizer": lambda _: torch.optim.SGD(classifier().parameters())},
+            "parameters that it is called with",
+        ),
+        ({"epochs": 1, "learning_rate": True}, "learning_rate must be"),
+        ({"epochs": 1, "milestones": 5}, "milestones must be a list"),
+        ({"epochs": 1, "device": "foo"}, "device 'foo' cannot be used here"),
         ({"epochs": 1, "validation": X}, "validation must be a pair"),
         ({"epochs": 1, "validation": []}, "validation is empty"),
         ({"epochs": 1, "validation": (X, Y + 7)}, "validation holds the label 9"),
@@ -447,9 +487,14 @@ def test_wrong_settings_are_refused(settings, message):
         ((X, Y[:, None]), "labels of a batch must be int64"),
         ((X, Y + 1), "holds the label 3, but the model tells 3 classes"),
         ((X, Y - 1), "holds the label -1"),
-        ([X], r"batch 0, must be \(input, \.\.\., labels\)"),
+        ([X], r"batch 0, must be tensors \(input, \.\.\., labels\)"),
         ([(X, [1, 2])], "batch 0"),
-        ([{"x": X}], "mapping with 'x'"),
+        ([{"x": X}], r"mapping with 'x' \(Tensor\)"),
+        ([{"x": X, "labels": [1, 2]}], r"'labels' \(list\)"),
+        ([X, Y], r"pair of tensors .*; got a list of tensors"),
+        ((X, X, Y), r"pair of tensors .*; got a tuple of tensors"),
+        ((X.double(), Y), "the model does not run on a batch of data .*float64 of shape"),
+        ([{"x": X, "labels": Y}], "does not run on a batch of data .*'x', torch.float32"),
     ],
 )
 def test_wrong_data_is_refused(data, message):
@@ -467,7 +512,11 @@ def test_wrong_data_is_refused(data, message):
         ({"teachers": []}, "teachers"),
         ({"teachers": [3]}, "teachers"),
         ({"teachers": networks.mlp(6, 5, 4)}, "needs the same classes"),
-        ({"data": X}, "its second entry is NoneType"),
+        ({"data": X}, "with alpha=0.9 labels are needed"),
+        ({"data": (X, X), "alpha": 1}, "two batches of inputs as a list"),
+        ({"teachers": 5}, "teachers must be"),
+        ({"teachers": spoilt(classifier())}, "teacher 0 gives NaN"),
+        ({"teachers": [classifier(), networks.mlp(5, 3)]}, "teacher 1 does not run on a batch"),
         ({"student": nn.ReLU()}, "student has no parameter"),
         ({"student": "net"}, "student must be"),
     ],

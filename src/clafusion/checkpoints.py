@@ -67,12 +67,7 @@ def build_model(factory: str) -> nn.Module:
         The module cannot be imported, the name is missing or cannot be called, or calling it
         fails or returns no module.
     """
-    matched = _SPEC.fullmatch(factory.strip())
-    if matched is None:
-        raise InputError(
-            f"{factory!r} is no factory: write MODULE:FACTORY, for example "
-            "'package.module:make_model', 'file.py:Model' or 'file.py:make_model(depth=20)'"
-        )
+    matched = _matched(factory)
     name, positional, keywords = _call(factory, matched["call"])
     found: Any = _import(factory, matched["module"])
     for part in name.split("."):
@@ -173,6 +168,19 @@ class ModelFile:
     def build(self) -> nn.Module:
         """Return the model, in eval mode, with the weights that the factory gives it."""
         return build_model(self.factory)
+
+    def check(self) -> None:
+        """Check what can be checked without running or reading anything.
+
+        Raises
+        ------
+        InputError
+            The factory is none, or its file or that of the weights is missing or may not be read.
+        """
+        matched = _matched(self.factory)
+        _call(self.factory, matched["call"])
+        _check_code(self.factory, matched["module"])
+        check_input(self.path, _READABLE, "checkpoint")
 
     def digest(self) -> str:
         """Return the SHA-256 of the weights, the factory's text and the file that defines it.
@@ -355,6 +363,24 @@ def _shape(tensor: Tensor) -> str:
 # --- factories ----------------------------------------------------------------------------------
 
 
+def _matched(factory: str) -> re.Match[str]:
+    matched = _SPEC.fullmatch(factory.strip())
+    if matched is None:
+        raise InputError(
+            f"{factory!r} is no factory: write MODULE:FACTORY, for example "
+            "'package.module:make_model', 'file.py:Model' or 'file.py:make_model(depth=20)'"
+        )
+    return matched
+
+
+def _check_code(factory: str, name: str) -> bool:
+    """Return whether the module is given by its file; refuse a file that is missing."""
+    is_file = name.endswith(".py")
+    if is_file and not Path(name).is_file():
+        raise InputError(f"factory {factory!r}: the file {name!r} does not exist")
+    return is_file
+
+
 def _call(factory: str, text: str) -> tuple[str, list[Any], dict[str, Any]]:
     """Take ``name(1, key=2)`` apart, without running anything."""
     try:
@@ -376,9 +402,7 @@ def _call(factory: str, text: str) -> tuple[str, list[Any], dict[str, Any]]:
 
 
 def _import(factory: str, name: str) -> ModuleType:
-    is_file = name.endswith(".py")
-    if is_file and not Path(name).is_file():
-        raise InputError(f"factory {factory!r}: the file {name!r} does not exist")
+    is_file = _check_code(factory, name)
     # As `python file.py` and `python -m module` do, so that neighbours can be imported.
     directory = str(Path(name).resolve().parent) if is_file else str(Path.cwd())
     if directory not in sys.path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -327,28 +328,35 @@ def _fuse_many(
     if jobs < 1:
         raise InputError(f"--jobs must be at least 1; got {jobs}")
     _check_device(device)
-    if report is not None:
-        check_output(report, (".html",), "--report")
+    page = report or folder / "report.html"
+    if page.resolve().parent != folder.resolve():  # which need not be there yet
+        check_output(page, (".html",), "--report")
     pair = None if chosen is None else _chosen(chosen, given)
     settings = {**given.data}
     samples = load_samples(settings.pop("file"), **settings)
     with _pair_progress() as tell:
-        results = list(
-            fuse_many(
-                given.models,
-                samples,
-                given.pairs,
-                executor=None if jobs == 1 else jobs,
-                out_dir=folder,
-                resume=resume,
-                memory_limit=limit,
-                device=None if device == "cpu" else device,
-                progress=tell,
-                **asdict(given.config),
-            )
+        run = fuse_many(
+            given.models,
+            samples,
+            given.pairs,
+            executor=None if jobs == 1 else jobs,
+            out_dir=folder,
+            resume=resume,
+            memory_limit=limit,
+            device=None if device == "cpu" else device,
+            progress=tell,
+            **asdict(given.config),
         )
-    page = report or folder / "report.html"
+        check_output(page, (".html",), "--report")
+        results = list(run)
+    if not as_json:
+        print(many_summary(results), flush=True)
     if any((one.first, one.second) == pair and one.error is not None for one in results):
+        print(
+            f"clafusion: warning: --chosen {chosen} was not fused, so the report shows another "
+            "pair's alignment",
+            file=sys.stderr,
+        )
         pair = None
     write_report(results, page, chosen=pair)
     failed = sum(one.error is not None for one in results)
@@ -364,7 +372,7 @@ def _fuse_many(
             }
         )
     else:
-        print(f"{many_summary(results)}\n{'written':<12} {folder}\n{'report':<12} {page}")
+        print(f"{'written':<12} {folder}\n{'report':<12} {page}")
     if failed:
         raise typer.Exit(1)
 
@@ -561,22 +569,27 @@ def _numbers(option: str, text: str | None, kind: type[int] | type[float]) -> li
 
 
 def _chosen(text: str, manifest: Manifest) -> tuple[str, str]:
-    first, _, second = text.partition(",")
-    names = list(manifest.models)
-    if manifest.pairs == "all":
-        known = first in names and second in names[names.index(first) + 1 :]
-    else:
-        known = (first, second) in manifest.pairs
-    if not known:
-        raise InputError(f"--chosen {text!r} is none of the manifest's pairs FIRST,SECOND")
-    return first, second
+    first, _, second = (part.strip() for part in text.partition(","))
+    pairs = manifest.pairs
+    if isinstance(pairs, str):
+        pairs = list(itertools.combinations(manifest.models, 2))
+    if (first, second) in pairs:
+        return first, second
+    hint = f"; it has {second},{first}" if (second, first) in pairs else ""
+    raise InputError(f"--chosen {text!r} is none of the manifest's pairs FIRST,SECOND{hint}")
 
 
 def _bytes(option: str, text: str) -> int:
-    matched = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMG]?)B?", text.strip())
+    matched = re.fullmatch(
+        r"(\d+(?:\.\d+)?(?:e\+?\d\d?)?)\s*(?:([kmgt])(i?))?b?", text.strip().lower()
+    )
     if matched is None:
-        raise InputError(f"{option} takes a size such as 500MB or 2GB; got {text!r}")
-    return int(float(matched[1]) * 1000 ** " kMG".index(matched[2].replace("K", "k") or " "))
+        raise InputError(f"{option} takes a size such as 500MB, 2GB or 2GiB; got {text!r}")
+    size = (1024 if matched[3] else 1000) ** " kmgt".index(matched[2] or " ")
+    found = int(float(matched[1]) * size)
+    if found < 1:
+        raise InputError(f"{option} must be at least 1 byte; got {text!r}")
+    return found
 
 
 def _try_models(models: Sequence[nn.Module], samples: Tensor) -> None:

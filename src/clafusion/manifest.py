@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +60,18 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     Raises
     ------
     InputError
-        The file is missing or cannot be read, or an entry is unknown, missing or of another form.
+        The file is missing or cannot be read, an entry is unknown, missing, there twice or of
+        another form, or a file that it names is missing.
     """
     file = check_input(path, (".yaml", ".yml", ".json"), "manifest")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         # YAML's own reading of numbers differs from JSON's, for example of 1e-3.
-        found = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        if file.suffix.lower() == ".json":
+            found = json.loads(text, object_pairs_hook=_unique)
+        else:
+            found = yaml.load(text, _Loader)
+    except (ValueError, OSError, RecursionError, yaml.YAMLError) as error:
         shown = " ".join(str(error).split())
         raise InputError(f"manifest {str(path)!r} cannot be read: {shown}") from error
     root = file.resolve().parent
@@ -75,43 +81,81 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         raise InputError(f"manifest {str(path)!r}: {error}") from error
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses what YAML takes silently: an entry that is there twice, a name that is no text."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name = self.construct_object(key, deep=True)
+            if not isinstance(name, str):
+                problem = f"the name {key.value} is read as {name!r}: put it in quotes"
+            elif name in names:
+                problem = f"the entry {name!r} is there twice"
+            else:
+                names.add(name)
+                continue
+            raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+def _unique(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in entries:
+        if name in found:
+            raise ValueError(f"the entry {name!r} is there twice")
+        found[name] = value
+    return found
+
+
 def _manifest(found: Any, root: Path) -> Manifest:
     entries = _entries(found, "it", _KEYS)
     if not isinstance(entries.get("models"), Mapping) or not entries["models"]:
         raise InputError("models must map names to weights")
     common = entries.get("factory")
     models = {
-        str(name): _model(f"models, {name}", one, common, root)
+        name: _model(f"models, {name}", one, common, root)
         for name, one in entries["models"].items()
     }
     data = entries.get("data")
     data = {"file": data} if isinstance(data, str) else _entries(data, "data", _DATA_KEYS)
     if not isinstance(data.get("file"), str):
         raise InputError("data must name a file of inputs")
-    for key in ("mean", "std"):
-        if isinstance(data.get(key), (int, float)):
-            data[key] = [data[key]]
     for key in ("mean", "std", "shape"):
         value = data.get(key)
-        if value is not None and not (
-            isinstance(value, list)
-            and all(isinstance(one, int if key == "shape" else (int, float)) for one in value)
-        ):
-            raise InputError(f"data, {key} must be a list of numbers; got {value!r}")
-    for key, kind in (("limit", int), ("scale", (int, float)), ("key", str)):
-        if data.get(key) is not None and not isinstance(data[key], kind):
+        if value is None:
+            continue
+        values = value if isinstance(value, list) or key == "shape" else [value]
+        is_right = _is_whole if key == "shape" else _is_number
+        values = values if key == "shape" else _numbers(values)
+        if not (isinstance(values, list) and values and all(map(is_right, values))):
+            raise InputError(f"data, {key} must be a list of finite numbers; got {value!r}")
+        data[key] = values
+    (data["scale"],) = _numbers([data.get("scale")])
+    for key, is_right in (("limit", _is_whole), ("scale", _is_number), ("key", _is_text)):
+        if data.get(key) is not None and not is_right(data[key]):
             raise InputError(f"data, {key} is not possible as {data[key]!r}")
     known = [one.name for one in fields(FusionConfig)]
     settings = _entries(entries.get("settings") or {}, "settings", known)
-    for name in ("weight", "epsilon"):
-        if isinstance(settings.get(name), str):  # YAML 1.1 takes 1e-3 for text
-            settings[name] = _number(settings[name], name)
+    for name in ("weight", "epsilon", "zip_budget", "lean"):
+        value = settings.get(name)
+        (number,) = _numbers([value])
+        if isinstance(number, str) and not (name == "lean" and value == "auto"):
+            raise InputError(f"settings, {name} must be a number; got {value!r}")
+        if name in settings:
+            settings[name] = number
     out = entries.get("out")
     if out is not None and not isinstance(out, str):
         raise InputError(f"out must be a directory; got {out!r}")
+    pairs = _pairs(entries.get("pairs", "all"), models)
+    if not pairs or (pairs == "all" and len(models) < 2):
+        raise InputError("pairs has no pair: name two models at least")
     return Manifest(
         models,
-        _pairs(entries.get("pairs", "all"), models),
+        pairs,
         {**data, "file": root / data["file"]},
         FusionConfig(**settings),
         None if out is None else root / out,
@@ -131,31 +175,57 @@ def _model(where: str, found: Any, common: Any, root: Path) -> ModelFile:
     one = {"weights": found} if isinstance(found, str) else found
     one = _entries(one, where, ("factory", "weights"))
     factory = one.get("factory", common)
-    if not isinstance(factory, str):
+    if factory is None:
         raise InputError(f"{where}: factory is missing; write MODULE:FACTORY")
+    if not isinstance(factory, str):
+        raise InputError(f"{where}: factory must be MODULE:FACTORY; got {factory!r}")
     if not isinstance(one.get("weights"), str):
         raise InputError(f"{where}: weights must name a file")
     module, colon, call = factory.partition(":")
     if module.endswith(".py"):
         factory = f"{root / module}{colon}{call}"
-    return ModelFile(factory, root / one["weights"])
+    file = ModelFile(factory, root / one["weights"])
+    try:
+        file.check()
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return file
 
 
 def _pairs(found: Any, models: Mapping[str, ModelFile]) -> list[tuple[str, str]] | str:
     if found in ("all", "all-pairs"):
         return "all"
     if isinstance(found, Mapping):
-        base = str(_entries(found, "pairs", ("base",)).get("base"))
-        if base not in models:
+        base = _entries(found, "pairs", ("base",)).get("base")
+        if not isinstance(base, str) or base not in models:
             raise InputError(f"pairs, base names {base!r}, which models does not have")
         return [(base, name) for name in models if name != base]
     if not isinstance(found, list) or not all(isinstance(p, list) and len(p) == 2 for p in found):
         raise InputError(f"pairs must be all, a list of pairs or base: NAME; got {found!r}")
-    return [(str(first), str(second)) for first, second in found]
+    for name in chain.from_iterable(found):
+        if not isinstance(name, str):
+            raise InputError(f"pairs has {name!r}, which is no name: put it in quotes")
+    return [(first, second) for first, second in found]
 
 
-def _number(text: str, name: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise InputError(f"settings, {name} must be a number; got {text!r}") from error
+def _numbers(values: list[Any]) -> list[Any]:
+    """Return the values, those as numbers that YAML 1.1 takes for text, such as 1e-3."""
+    found = []
+    for one in values:
+        try:
+            found.append(float(one) if isinstance(one, str) else one)
+        except ValueError:
+            found.append(one)
+    return found
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)

@@ -88,6 +88,7 @@ _PAIRS_A_TASK = 4
 _LAST_PAIRS = 8  # which are tasks of their own, so that all workers end at about the same time
 _GRACE = 5.0  # seconds in which a worker that is stopped may clear up
 _MODELS_AT_HAND = 8  # for which the tasks are put in order
+_LONGEST = 255 - len(".") - len(".12345678.tmp")  # a file's name, while it is being written
 _NAME = re.compile(r"[\w.,=@-]+")  # what is safe in a file's name
 
 
@@ -320,6 +321,12 @@ device
     folder = None
     if out_dir is not None:
         folder = _made(out_dir, "out_dir")
+        for pair in wanted:
+            if len(_file_name(pair).encode()) > _LONGEST:
+                raise InputError(
+                    f"pairs: the names {pair[0]!r} and {pair[1]!r} are too long for a file's name "
+                    f"together: {_LONGEST} bytes with the ending are possible"
+                )
         results = {folder.resolve() / _file_name(pair) for pair in wanted}
         for name, model in models.items():
             if isinstance(model, ModelFile) and Path(model.path).resolve() in results:
@@ -912,10 +919,17 @@ class _Run:
                 path = self.folder / _file_name(pair)
                 save_state(state, path)
                 facts["file"], facts["sha256"] = path.name, file_digest(path)
-            with (self.folder / RESULTS).open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(facts, allow_nan=False) + "\n")
-                lines.flush()
-                os.fsync(lines.fileno())
+            line = json.dumps(facts, allow_nan=False) + "\n"
+            try:
+                with (self.folder / RESULTS).open("a", encoding="utf-8") as lines:
+                    lines.write(line)
+                    lines.flush()
+                    os.fsync(lines.fileno())
+            except OSError as error:
+                raise InputError(
+                    f"cannot write to out_dir {str(self.folder)!r}: {error.strerror or error}; "
+                    "what is done is kept. Call again to go on"
+                ) from error
         self.finished[pair] = self._result(facts, state if self.folder is None else None, False)
         for text, category in zip(facts["warnings"], outcome.categories, strict=True):
             warnings.warn(f"{pair[0]!r} and {pair[1]!r}: {text}", category, stacklevel=4)
@@ -940,7 +954,7 @@ class _Run:
             shallow_units=tuple(facts.get("shallow_units", ())),
             alignment=_alignment_of(facts["alignment"]) if fused else None,
             shares=tuple(facts.get("shares", ())),
-            seconds=facts.get("seconds", {}),
+            seconds={stage: float(one) for stage, one in facts.get("seconds", {}).items()},
             warnings=tuple(facts["warnings"]),
             path=self.folder / facts["file"] if fused and self.folder is not None else None,
             resumed=resumed,
@@ -960,7 +974,14 @@ class _Run:
             return
         wanted = set(self.pairs)
         kept: dict[Pair, str] = {}
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise InputError(
+                f"out_dir: {str(path)!r} cannot be read: {error.strerror or error}; choose another "
+                "out_dir"
+            ) from error
+        for line in lines:
             try:
                 facts = json.loads(line)
                 pair = facts["first"], facts["second"]
@@ -969,9 +990,9 @@ class _Run:
                     self.finished.pop(pair, None)
                     if not (resume and self._is_whole(folder, pair, facts)):
                         continue
-                    self.finished[pair] = self._result(facts, None, True)
+                    self.finished[pair] = _checked(self._result(facts, None, True))
                 kept[pair] = line
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # a line that was cut short, or is none of ours
         with replacing(path, "out_dir") as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
@@ -980,7 +1001,12 @@ class _Run:
         if facts["error"] is not None or facts["key"] != self._key(pair):
             return False
         path = folder / _file_name(pair)
-        return path.is_file() and file_digest(path) == facts["sha256"]
+        if not path.is_file():
+            return False
+        try:
+            return bool(file_digest(path) == facts["sha256"])
+        except OSError:  # it may not be read, but perhaps replaced
+            return False
 
     def _key(self, pair: Pair) -> str:
         """Return the hash of all that a pair's result depends on."""
@@ -1009,6 +1035,28 @@ class _Run:
             except (InputError, OSError) as error:  # the pair itself will say so
                 self.digests[name] = _described(error)
         return self.digests[name]
+
+
+def _checked(result: PairResult) -> PairResult:
+    """Return what was read from a line if it is of one piece.
+
+    Raises
+    ------
+    ValueError
+        It is not.
+    """
+    sizes = len(result.deep_units), len(result.shallow_units)
+    alignment = result.alignment
+    if alignment is None or not (
+        alignment.cost.shape == sizes
+        and len(alignment.deep_to_shallow) == sizes[0]
+        and isinstance(alignment.total_cost, float)
+        and result.deep in (result.first, result.second)
+        and all(isinstance(one, str) for one in (*result.deep_units, *result.shallow_units))
+        and all(isinstance(one, str) for one in result.warnings)
+    ):
+        raise ValueError("not a line of this version")
+    return result
 
 
 def _file_name(pair: Pair) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -134,12 +134,11 @@ class FusionConfig:
         )
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.weight, (int, float)) and 0.0 <= self.weight <= 1.0):
+        if not (_is_number(self.weight) and 0.0 <= self.weight <= 1.0):
             raise InputError(
                 f"weight must be in [0, 1], the second model's share; got {self.weight!r}"
             )
-        is_number = isinstance(self.lean, (int, float)) and 0.0 <= self.lean <= 1.0
-        if not (is_number or self.lean == "auto"):
+        if self.lean != "auto" and not (_is_number(self.lean) and 0.0 <= self.lean <= 1.0):
             raise InputError(f"lean must be 'auto' or in [0, 1]; got {self.lean!r}")
         for name, choices in (
             ("layer_cost", get_args(LayerCost)),
@@ -165,8 +164,7 @@ class FusionConfig:
                 "importance must be 'uniform' with solver 'assignment', which moves equal masses; "
                 f"got {self.importance!r}: use solver='auto' or 'exact'"
             )
-        is_share = isinstance(self.zip_budget, (int, float)) and 0.0 <= self.zip_budget <= 1.0
-        if isinstance(self.zip_budget, bool) or not is_share:
+        if not (_is_number(self.zip_budget) and 0.0 <= self.zip_budget <= 1.0):
             raise InputError(f"zip_budget must be in [0, 1]; got {self.zip_budget!r}")
         if self.solver == "zip":
             self._check_zip()
@@ -174,7 +172,7 @@ class FusionConfig:
             value = getattr(self, name)
             if name == "profile_inputs" and value is None:
                 continue
-            if not isinstance(value, int) or value < 2:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 2:
                 raise InputError(f"{name} must be a whole number of at least 2; got {value!r}")
         if (
             isinstance(self.seed, bool)
@@ -182,14 +180,10 @@ class FusionConfig:
             or not (0 <= self.seed < 2**63)
         ):
             raise InputError(f"seed must be a whole number from 0 to 2**63 - 1; got {self.seed!r}")
-        for name in ("verify", "match_classifier"):
+        for name in ("verify", "pin_ends", "match_classifier"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False; got {getattr(self, name)!r}")
-        if not (
-            isinstance(self.epsilon, (int, float))
-            and math.isfinite(self.epsilon)
-            and self.epsilon > 0
-        ):
+        if not (_is_number(self.epsilon) and self.epsilon > 0):
             raise InputError(f"epsilon must be a positive number; got {self.epsilon!r}")
 
     def _check_zip(self) -> None:
@@ -207,6 +201,11 @@ class FusionConfig:
                 "solver 'zip' goes with the calibrations 'repair', 'batchnorm' and 'none'; "
                 "'least_squares' chooses from both networks' channels itself: use solver='auto'"
             )
+
+
+def _is_number(value: object) -> bool:
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and math.isfinite(cast(float, value))
 
 
 @dataclass(frozen=True)

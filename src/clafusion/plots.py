@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +22,14 @@ if TYPE_CHECKING:
     from clafusion.layer_alignment import LayerAlignment
     from clafusion.pipeline import AlignedPair
 
-__all__ = ["ENDINGS", "alignment_figure", "plot_alignment", "stages_figure", "values_figure"]
+__all__ = [
+    "ENDINGS",
+    "alignment_figure",
+    "plot_alignment",
+    "stages_figure",
+    "values_figure",
+    "without_glyph_warnings",
+]
 
 ENDINGS = (".png", ".svg", ".pdf")
 
@@ -49,8 +58,16 @@ def plot_alignment(pair: AlignedPair, path: str | os.PathLike[str]) -> None:
     """
     path = check_output(path, ENDINGS, "plot")
     figure = _figure(pair)
-    with replacing(path, "plot") as temporary:
+    with replacing(path, "plot") as temporary, without_glyph_warnings():
         figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=150)
+
+
+@contextmanager
+def without_glyph_warnings() -> Iterator[None]:
+    """Draw names in letters that the font lacks as boxes, without a warning for each letter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
 
 
 def _figure(pair: AlignedPair) -> Figure:
@@ -318,7 +335,9 @@ def values_figure(
     bar = figure.add_axes(
         ((margin + side + 0.12) / width, margin / height, 0.16 / width, side / height)
     )
-    figure.colorbar(ScalarMappable(norm, "viridis_r"), cax=bar).set_label(label, fontsize=8)
+    figure.colorbar(ScalarMappable(norm, "viridis_r"), cax=bar).set_label(
+        label, fontsize=8, parse_math=False
+    )
     bar.tick_params(labelsize=7)
     return figure
 

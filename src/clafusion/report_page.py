@@ -14,7 +14,12 @@ from matplotlib.figure import Figure
 from clafusion.errors import InputError
 from clafusion.many import PairResult
 from clafusion.output import check_output, replacing
-from clafusion.plots import alignment_figure, stages_figure, values_figure
+from clafusion.plots import (
+    alignment_figure,
+    stages_figure,
+    values_figure,
+    without_glyph_warnings,
+)
 from clafusion.report import cost_text, total_seconds
 
 __all__ = ["write_report"]
@@ -120,7 +125,7 @@ def _picture(figure: Figure, text: str) -> str:
     """Return a figure as an SVG inside an ``img`` tag, where its names meet no other figure's."""
     buffer = io.BytesIO()
     # Without a date and with fixed names the same results give the same page.
-    with matplotlib.rc_context({"svg.hashsalt": "clafusion"}):
+    with matplotlib.rc_context({"svg.hashsalt": "clafusion"}), without_glyph_warnings():
         figure.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight")
     packed = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(text)}" src="data:image/svg+xml;base64,{packed}">'

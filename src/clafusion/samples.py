@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import lzma
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -62,11 +63,13 @@ def load_samples(
         The file is missing, corrupt or of another kind, a setting does not fit it, or it holds
         bytes and no setting tells how they were scaled in training.
     """
-    if limit is not None and limit < 1:
+    if limit is not None and (isinstance(limit, bool) or limit < 1):
         raise InputError(f"limit must be at least 1; got {limit}")
-    if scale is not None and not scale > 0:
+    if scale is not None and not (_is_number(scale) and scale > 0):
         raise InputError(f"scale must be positive, it divides the data; got {scale}")
-    if std is not None and not all(one > 0 for one in std):
+    if mean is not None and not all(map(_is_number, mean)):
+        raise InputError(f"mean must be finite numbers; got {', '.join(map(str, mean))}")
+    if std is not None and not all(_is_number(one) and one > 0 for one in std):
         raise InputError(f"std must be positive; got {', '.join(map(str, std))}")
     file = Path(path)
     packed = file.suffix.lower() in _PACKERS
@@ -103,6 +106,10 @@ def load_samples(
     if std is not None:
         samples /= _by_channel("std", std, samples)
     return samples
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and math.isfinite(value)
 
 
 def _by_channel(name: str, values: Sequence[float], samples: Tensor) -> Tensor:

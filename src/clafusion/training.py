@@ -17,6 +17,7 @@ import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clafusion.checkpoints import read_torch, tensors_of
-from clafusion.errors import DivergenceError, InputError
+from clafusion.errors import ClafusionError, DivergenceError, InputError
 from clafusion.output import check_output, replacing
 from clafusion.pipeline import Progress
 from clafusion.prepared import data_digest, digest_of, structure_digest, tensors_digest
@@ -110,7 +111,8 @@ def finetune(
     Parameters
     ----------
     model
-        The classifier; it is not modified. Parameters that need no gradient stay as they are. Its
+        The classifier; it is not modified. Parameters that need no gradient stay as they are, but
+        BatchNorm's running statistics follow the data even where its parameters are frozen. Its
         output is a tensor of logits ``(batch, classes, ...)`` or an object with ``.logits``.
     data
         A pair of tensors ``(inputs, labels)``, shuffled anew in each epoch, or a DataLoader (or
@@ -140,7 +142,8 @@ def finetune(
         A ``.pt`` file to which all is written after each epoch. If it exists, the run goes on from
         there, and ends with the same bytes; a finished run is returned at once. A file of other
         settings, another model (or other parameters that need a gradient), other data or other
-        validation (of a DataLoader only the number of batches is compared) is refused.
+        validation (of a DataLoader only the number of batches is compared) is refused. Not with
+        a DataLoader of ``persistent_workers``, whose random numbers cannot be set anew.
     mixed_precision
         Compute in bfloat16 where PyTorch holds that to be safe; on a GPU only.
     device
@@ -172,7 +175,7 @@ def finetune(
         momentum=momentum,
         weight_decay=weight_decay,
         schedule=schedule,
-        milestones=tuple(milestones),
+        milestones=_tuple_of(milestones),
         decay=decay,
         batch_size=batch_size,
         patience=patience,
@@ -265,7 +268,16 @@ def distill(
     """
     _check_number("temperature", temperature, above=0.0)
     _check_number("alpha", alpha, least=0.0, most=1.0)
-    given = [teachers] if isinstance(teachers, nn.Module) else list(teachers)
+    temperature, alpha = _plain(temperature), _plain(alpha)
+    if isinstance(data, Tensor) and alpha < 1.0:
+        raise InputError(
+            f"data is a tensor of inputs alone, but with alpha={alpha:g} labels are needed: give "
+            "(inputs, labels), or alpha=1"
+        )
+    is_one = isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList)
+    given: list[Any] = [teachers]
+    if not is_one:
+        given = list(teachers) if isinstance(teachers, Iterable) else []
     if not given or not all(isinstance(one, nn.Module) for one in given):
         raise InputError("teachers must be a torch.nn.Module or a list of at least one")
     settings = _Settings(
@@ -276,7 +288,7 @@ def distill(
         momentum=momentum,
         weight_decay=weight_decay,
         schedule=schedule,
-        milestones=tuple(milestones),
+        milestones=_tuple_of(milestones),
         decay=decay,
         batch_size=batch_size,
         patience=patience,
@@ -289,13 +301,13 @@ def distill(
         },
     )
     _check_model("student", student)
-    target = _device_of(student) if device is None else torch.device(device)
+    target = _device(device, student)
     frozen = [copy.deepcopy(one).to(target).eval() for one in given]
 
     def loss(model: nn.Module, batch: _Batch) -> Tensor:
         logits = _logits(model, batch)
         with torch.no_grad():
-            outputs = [_logits(teacher, batch) for teacher in frozen]
+            outputs = [_logits(teacher, batch, f"teacher {i}") for i, teacher in enumerate(frozen)]
             for i, one in enumerate(outputs):
                 if one.shape != logits.shape:
                     raise InputError(
@@ -307,6 +319,13 @@ def distill(
         # The divergence of each prediction, of which an output (batch, classes, ...) holds many.
         divergence = F.kl_div(found, wanted, reduction="none").sum(1).mean()
         soft = temperature**2 * divergence
+        if not math.isfinite(float(soft.detach())) and _is_finite(batch):
+            for i, one in enumerate(outputs):
+                if not bool(torch.isfinite(one).all()):
+                    raise InputError(
+                        f"teacher {i} gives NaN or infinite outputs: check its weights and the "
+                        "scale of the data"
+                    )
         if alpha == 1.0:
             return soft
         return alpha * soft + (1.0 - alpha) * _cross_entropy_of(logits, batch[2])
@@ -353,6 +372,9 @@ class _Settings:
                 "give either epochs or steps, how long to train; got "
                 f"epochs={self.epochs!r} and steps={self.steps!r}"
             )
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _plain(value))
+        object.__setattr__(self, "milestones", tuple(map(_plain, self.milestones)))
         for name in ("epochs", "steps", "batch_size", "patience"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), 1)
@@ -383,6 +405,17 @@ class _Settings:
         return 1.0
 
 
+def _plain(value: Any) -> Any:
+    """Return NumPy's numbers as Python's, so that they give the same settings."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _tuple_of(milestones: Any) -> tuple[int, ...]:
+    if isinstance(milestones, str) or not isinstance(milestones, Iterable):
+        raise InputError(f"milestones must be a list of epochs; got {milestones!r}")
+    return tuple(milestones)
+
+
 def _check_count(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{name} must be a whole number of at least {least}; got {value!r}")
@@ -396,7 +429,7 @@ def _check_number(
     least: float = -math.inf,
     most: float = math.inf,
 ) -> None:
-    fits = isinstance(value, (int, float)) and math.isfinite(value)
+    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if not (fits and value > above and least <= value <= most):
         bounds = [
             f"{text} {bound:g}"
@@ -454,7 +487,7 @@ def _train(
     _check_model("student" if settings.stage == "distill" else "model", model)
     if settings.patience is not None and validation is None:
         raise InputError("patience needs validation, on which a better epoch shows")
-    target = _device_of(model) if device is None else torch.device(device)
+    target = _device(device, model)
     if settings.mixed_precision and not (
         target.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     ):
@@ -466,6 +499,12 @@ def _train(
     if validation is not None:
         _check_data("validation", validation, True)
     path = None if checkpoint is None else check_output(checkpoint, (".pt",), "checkpoint")
+    if path is not None and getattr(data, "persistent_workers", False):
+        raise InputError(
+            "checkpoint does not go with a DataLoader of persistent_workers, whose random numbers "
+            "do not start anew in each epoch, as a resumed run's would: give "
+            "persistent_workers=False"
+        )
     length = _num_batches(data, settings.batch_size)
     if settings.steps is None and length is None:
         raise InputError("data has no length, so epochs do not tell how long to train: give steps")
@@ -540,8 +579,7 @@ def _step(
         value = loss(model, batch)
     number = float(value.detach())
     if not math.isfinite(number):
-        inputs = [*batch[0], *batch[1].values()]
-        if not all(bool(torch.isfinite(x).all()) for x in inputs if x.is_floating_point()):
+        if not _is_finite(batch):
             advice = "the batch itself holds NaN or infinite values: clean the data"
         elif run.step == 0:
             advice = "no step was taken yet: check the model's weights and the data's scale"
@@ -570,12 +608,22 @@ def _optimizer(
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
         )
+    wanted = (
+        "optimizer must be a function of the parameters that returns a torch optimizer, for "
+        "example lambda parameters: torch.optim.AdamW(parameters, 1e-3)"
+    )
+    if not callable(make):
+        raise InputError(f"{wanted}; got {type(make).__name__}")
     made = make(parameters)
     if not isinstance(made, torch.optim.Optimizer):
+        raise InputError(f"{wanted}; it returned {type(made).__name__}")
+    if isinstance(made, torch.optim.LBFGS):
+        raise InputError("optimizer must take its step from one gradient, which LBFGS does not")
+    own = {id(one) for one in parameters}
+    if not all(id(one) in own for group in made.param_groups for one in group["params"]):
         raise InputError(
-            "optimizer must be a function of the parameters that returns a torch optimizer, for "
-            "example lambda parameters: torch.optim.AdamW(parameters, 1e-3); it returned "
-            f"{type(made).__name__}"
+            "optimizer must be of the parameters that it is called with, which are those of the "
+            "copy that is trained; it has others, perhaps model.parameters()"
         )
     return made
 
@@ -606,7 +654,7 @@ def _accuracy(model: nn.Module, validation: LabelledData, device: torch.device) 
     for batch in _batches(
         "validation", validation, _EVALUATED_AT_ONCE, device, True, shuffle=False
     ):
-        logits = _logits(model, batch)
+        logits = _logits(model, batch, where="validation")
         labels = _checked_labels("validation", logits, batch[2])
         right += int((logits.argmax(1) == labels).sum())
         count += labels.numel()
@@ -626,16 +674,31 @@ def _cross_entropy_of(logits: Tensor, labels: Tensor | None) -> Tensor:
     return F.cross_entropy(logits, _checked_labels("data", logits, labels))
 
 
-def _logits(model: nn.Module, batch: _Batch) -> Tensor:
+def _is_finite(batch: _Batch) -> bool:
+    inputs = [*batch[0], *batch[1].values()]
+    return all(bool(torch.isfinite(x).all()) for x in inputs if x.is_floating_point())
+
+
+def _logits(model: nn.Module, batch: _Batch, who: str = "the model", where: str = "data") -> Tensor:
     inputs, named, _ = batch
-    output = model(*inputs, **named)
+    try:
+        output = model(*inputs, **named)
+    except (ClafusionError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        shown = [f"{x.dtype} of shape {tuple(x.shape)}" for x in inputs]
+        shown += [f"{name!r}, {x.dtype} of shape {tuple(x.shape)}" for name, x in named.items()]
+        raise InputError(
+            f"{who} does not run on a batch of {where} ({'; '.join(shown)}): "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor) or output.dim() < 2:
         found = (
             f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         )
         raise InputError(
-            f"the model must return logits (batch, classes) or an object with .logits; got {found}"
+            f"{who} must return logits (batch, classes) or an object with .logits; got {found}"
         )
     return output.float()
 
@@ -676,6 +739,12 @@ def _check_data(name: str, data: Any, labelled: bool) -> None:
             f"got {type(data).__name__}"
         )
     if not _is_pair(data):
+        several = isinstance(data, (list, tuple)) and len(data) > 1
+        if labelled and several and all(isinstance(one, Tensor) for one in data):
+            raise InputError(
+                f"{name} must be a pair of tensors (inputs, labels), or batches [(input, ..., "
+                f"labels), ...]; got a {type(data).__name__} of tensors"
+            )
         return
     inputs, labels = data
     if inputs.dim() == 0 or len(inputs) == 0:
@@ -684,6 +753,11 @@ def _check_data(name: str, data: Any, labelled: bool) -> None:
         if labels.dim() == 0 or len(labels) != len(inputs):
             raise InputError(
                 f"{name} has {len(inputs)} inputs, but labels of shape {tuple(labels.shape)}"
+            )
+        if not labelled and labels.is_floating_point():
+            raise InputError(
+                f"{name} is a pair, of which the second must be labels; got {labels.dtype}. Give "
+                "two batches of inputs as a list"
             )
     elif labelled or labels is not None:
         raise InputError(
@@ -727,6 +801,12 @@ def _batches(
             for one in (
                 getattr(data, "generator", None),
                 getattr(getattr(data, "sampler", None), "generator", None),
+                getattr(getattr(data, "batch_sampler", None), "generator", None),
+                getattr(
+                    getattr(getattr(data, "batch_sampler", None), "sampler", None),
+                    "generator",
+                    None,
+                ),
             )
             if isinstance(one, torch.Generator)
         }.values():
@@ -749,21 +829,31 @@ def _unpacked(name: str, batch: Any, index: int, device: torch.device, labelled:
         if len(moved) == 1 and not labelled:
             return tuple(moved), {}, None
     wanted = (
-        "(input, ..., labels) or a mapping with 'labels'" if labelled else "a tensor or a tuple"
+        "tensors (input, ..., labels) or a mapping with a tensor 'labels'"
+        if labelled
+        else "a tensor or a tuple"
     )
     raise InputError(f"{name}, batch {index}, must be {wanted}; got {_kind(batch)}")
 
 
 def _kind(batch: Any) -> str:
     if isinstance(batch, Mapping):
-        return f"a mapping with {', '.join(map(repr, batch)) or 'nothing'}"
+        entries = (f"{name!r} ({type(one).__name__})" for name, one in batch.items())
+        return f"a mapping with {', '.join(entries) or 'nothing'}"
     if isinstance(batch, (tuple, list)):
         return f"({', '.join(type(one).__name__ for one in batch)})"
     return type(batch).__name__
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    return next(one.device for one in model.parameters())
+def _device(device: str | torch.device | None, model: nn.Module) -> torch.device:
+    if device is None:
+        return next(one.device for one in model.parameters())
+    try:
+        torch.empty(0, device=torch.device(device))
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used here: {reason}") from error
+    return torch.device(device)
 
 
 # --- checkpoints --------------------------------------------------------------------------------
