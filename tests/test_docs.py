@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+
+from clafusion.cli import app
+from clafusion.manifest import _DATA_KEYS, _KEYS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = [
@@ -26,6 +30,20 @@ def test_the_example_runs(code, capsys, tmp_path, monkeypatch):
         pytest.importorskip("distributed")
     exec(compile(code, "example", "exec"), {"__name__": "example"})
     assert capsys.readouterr().out
+
+
+def test_every_option_of_the_command_line_is_told():
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    for name, command in typer.main.get_command(app).commands.items():
+        assert f"clafusion {name}" in page
+        for option in (one for given in command.params for one in given.opts):
+            assert f"`{option}`" in page or not option.startswith("--"), option
+
+
+def test_every_entry_of_a_manifest_is_told():
+    page = (ROOT / "docs" / "many-pairs.md").read_text(encoding="utf-8")
+    for entry in (*_KEYS, *_DATA_KEYS):
+        assert f"`{entry}`" in page or f"`{{{entry}: " in page, entry
 
 
 @pytest.mark.slow

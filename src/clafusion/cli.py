@@ -284,7 +284,7 @@ def _fuse_many(
     manifest: Annotated[
         Path,
         typer.Argument(
-            help="YAML or JSON: models, factory, pairs, data, settings, out. Paths in it are "
+            help="YAML or JSON: models, factory, pairs, data, settings, out. Files in it are "
             "relative to it."
         ),
     ],
