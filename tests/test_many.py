@@ -9,7 +9,7 @@ import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import pytest
@@ -691,6 +691,16 @@ def test_processes_and_threads_give_the_same_bytes(files, expected, tmp_path):
     with ThreadPoolExecutor(2) as executor:
         results = fuse_many(modules(), list(DATA.split(256)), executor=executor, **SETTINGS)
         assert_as_fused(results, expected)
+
+
+def test_no_process_is_left_when_results_are_not_taken(files):
+    run = fuse_many(files, DATA, executor=2, **SETTINGS)
+    next(run)
+    run.close()
+    end = time.monotonic() + 60
+    while active_children():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 class Failing(ThreadPoolExecutor):

@@ -692,7 +692,6 @@ def _processes(count: int, scratch: str) -> Iterator[Executor]:
         finally:
             for one in running:
                 one.kill()
-            pool.shutdown()
         raise
     pool.shutdown()
 
