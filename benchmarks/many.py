@@ -30,7 +30,6 @@ from benchmarks.cifar_resnet import CifarResNet
 from benchmarks.paper_steps import fuse_by_the_paper
 from benchmarks.results import write_results
 from clafusion.checkpoints import save_model
-from clafusion.many import _limit_threads
 
 FACTORY = "benchmarks.cifar_resnet:CifarResNet"
 DEPTHS = (8, 14, 20, 26, 32)  # 6 blocks + 2
@@ -172,6 +171,11 @@ def processes(count: int, inputs: Sequence[int], runs: int) -> dict[str, Any]:
     return {f"{one}_images": two_beside_one(count, one, runs) for one in inputs}
 
 
+def limit_threads(count: int) -> None:
+    torch.set_num_threads(count)
+    clafusion.set_num_threads(count)
+
+
 def two_beside_one(count: int, inputs: int, runs: int) -> dict[str, Any]:
     """Time two processes and one, each on one core and from its start, in turns."""
     models, data = resnets(count), images(inputs)
@@ -185,7 +189,7 @@ def two_beside_one(count: int, inputs: int, runs: int) -> dict[str, Any]:
                     with ProcessPoolExecutor(
                         number,
                         mp_context=get_context("spawn"),
-                        initializer=_limit_threads,
+                        initializer=limit_threads,
                         initargs=(1,),
                     ) as executor:
                         return list(

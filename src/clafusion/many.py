@@ -10,12 +10,9 @@ import copy
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import re
-import shutil
-import signal
 import threading
 import time
 import warnings
@@ -26,14 +23,11 @@ from concurrent.futures import (
     BrokenExecutor,
     Executor,
     Future,
-    ProcessPoolExecutor,
     wait,
 )
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
-from multiprocessing.connection import wait as wait_for
-from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -42,7 +36,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clafusion._native import set_num_threads
 from clafusion.balance import Balance, Merge, Width
 from clafusion.blending import Normalisation
 from clafusion.checkpoints import ModelFile, file_digest, load_state, save_state, tensors_of
@@ -75,6 +68,7 @@ from clafusion.prepared import (
 from clafusion.signatures import LayerValues
 from clafusion.trace import copied
 from clafusion.transport import Solver
+from clafusion.worker_processes import deaf, stoppable, worker_processes
 
 __all__ = ["PairResult", "fuse_many"]
 
@@ -86,7 +80,6 @@ CACHE = "signatures"
 
 _PAIRS_A_TASK = 4
 _LAST_PAIRS = 8  # which are tasks of their own, so that all workers end at about the same time
-_GRACE = 5.0  # seconds in which a worker that is stopped may clear up
 _MODELS_AT_HAND = 8  # for which the tasks are put in order
 _LONGEST = 255 - len(".") - len(".12345678.tmp")  # a file's name, while it is being written
 _NAME = re.compile(r"[\w.,=@-]+")  # what is safe in a file's name
@@ -654,105 +647,6 @@ _of_thread = threading.local()  # an executor of threads has one workshop in eac
 _Sent = bytes | str  # what is pickled, or the file that holds it
 
 
-class _Spawning(SpawnContext):
-    """Starts the workers afresh, for forked ones inherit locks of running threads; knows them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.started: list[SpawnProcess] = []
-
-    def Process(self, *given: Any, **named: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
-        process = SpawnProcess(*given, **named)
-        self.started.append(process)
-        return process
-
-
-@contextmanager
-def _processes(count: int, scratch: str) -> Iterator[Executor]:
-    """Give so many processes of this machine; none is left afterwards."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    context = _Spawning()
-    pool = ProcessPoolExecutor(
-        count,
-        mp_context=context,
-        initializer=_start_worker,
-        initargs=(max(1, (cores or 1) // count), scratch),
-    )
-    try:
-        yield pool
-    except BaseException:  # nobody takes what they are at
-        pool.shutdown(wait=False, cancel_futures=True)
-        running = [one for one in context.started if one.pid is not None]
-        try:
-            for one in running:
-                one.terminate()
-            end = time.monotonic() + _GRACE
-            for one in running:
-                wait_for([one.sentinel], max(0.0, end - time.monotonic()))
-        finally:
-            for one in running:
-                one.kill()
-        raise
-    pool.shutdown()
-
-
-@contextmanager
-def _deaf() -> Iterator[None]:
-    """Let processes that start in here not hear Ctrl-C, even while they import.
-
-    A terminal sends it to all of them, but to stop is the parent's to decide.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class _Worker:
-    """What this worker is at; one that waits or sends must not be stopped: pipes would break."""
-
-    at_work = False
-    is_to_stop = False
-
-    @classmethod
-    def stop(cls, *_: Any) -> None:
-        cls.is_to_stop = True
-        if cls.at_work:
-            raise SystemExit(1)
-
-    @classmethod
-    @contextmanager
-    def working(cls) -> Iterator[None]:
-        cls.at_work = True
-        try:
-            if cls.is_to_stop:
-                raise SystemExit(1)
-            yield
-        finally:
-            cls.at_work = False
-
-
-def _start_worker(threads: int, scratch: str) -> None:
-    signal.signal(signal.SIGTERM, _Worker.stop)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where there are no signal masks
-    threading.Thread(target=_end_with_parent, args=(scratch,), daemon=True).start()
-    torch.set_num_threads(threads)
-    set_num_threads(threads)
-
-
-def _end_with_parent(scratch: str) -> None:
-    """End this process when its parent was killed, whatever it is doing."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker has one"
-    wait_for([parent.sentinel])
-    shutil.rmtree(scratch, ignore_errors=True)
-    os._exit(1)
-
-
 def _unpacked(sent: _Sent) -> Any:
     return pickle.loads(sent if isinstance(sent, bytes) else Path(sent).read_bytes())
 
@@ -767,7 +661,7 @@ def _workshop(job: _Sent, key: str) -> _Workshop:
 
 def _get_ready(job: _Sent, key: str, name: str, model: _Sent) -> None:
     """Make a model ready in a worker, for the cache that all workers share."""
-    with _Worker.working():
+    with stoppable():
         _workshop(job, key).prepare(name, lambda _: _unpacked(model))
 
 
@@ -776,7 +670,7 @@ def _work(job: _Sent, key: str, models: Mapping[str, _Sent], pairs: Sequence[Pai
     workshop = _workshop(job, key)
     outcomes = []
     for pair in pairs:
-        with _Worker.working():
+        with stoppable():
             outcome = workshop.fuse(pair, lambda name: _unpacked(models[name]))
         state = outcome.state
         if state is not None:
@@ -850,7 +744,7 @@ class _Run:
                 )
                 if job.cache_dir is None:
                     job = replace(job, cache_dir=scratch)
-                executor = stack.enter_context(_processes(executor, scratch))
+                executor = stack.enter_context(worker_processes(executor, scratch))
             else:
                 stack.callback(lambda: [future.cancel() for future in futures])
             assert executor is not None, "without one the pairs are fused here"
@@ -880,7 +774,7 @@ class _Run:
 
     def _submitted(self, executor: Executor, work: Callable[..., Any], *given: Any) -> Future[Any]:
         try:
-            with _deaf() if isinstance(self.executor, int) else nullcontext():
+            with deaf() if isinstance(self.executor, int) else nullcontext():
                 return executor.submit(work, *given)
         except Exception as error:
             raise self._failed(error) from error
