@@ -30,7 +30,8 @@ from clafusion import (
 from clafusion import many as many_module
 from clafusion import prepared as prepared_module
 from clafusion.checkpoints import save_model
-from clafusion.prepared import prepare, structure_digest
+from clafusion.digests import structure_digest
+from clafusion.prepared import prepare
 from clafusion.trace import architecture
 from tests import networks
 

@@ -41,6 +41,13 @@ from clafusion.blending import Normalisation
 from clafusion.checkpoints import ModelFile, file_digest, load_state, save_state, tensors_of
 from clafusion.data import Data, first_batch
 from clafusion.depth import fill
+from clafusion.digests import (
+    data_digest,
+    digest_of,
+    structure_digest,
+    tensors_digest,
+    versions,
+)
 from clafusion.errors import ClafusionError, FusionWarning, InputError, StructureError
 from clafusion.importance import Importance
 from clafusion.layer_alignment import AlignmentMode, LayerAlignment
@@ -55,16 +62,7 @@ from clafusion.pipeline import (
     align_signatures,
     fuse_aligned,
 )
-from clafusion.prepared import (
-    Known,
-    PreparedModel,
-    data_digest,
-    digest_of,
-    prepare,
-    structure_digest,
-    tensors_digest,
-    versions,
-)
+from clafusion.prepared import Known, PreparedModel, prepare
 from clafusion.signatures import LayerValues
 from clafusion.trace import copied
 from clafusion.transport import Solver

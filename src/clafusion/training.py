@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clafusion.checkpoints import read_torch, tensors_of
+from clafusion.digests import data_digest, digest_of, structure_digest, tensors_digest
 from clafusion.errors import ClafusionError, DivergenceError, InputError
 from clafusion.output import check_output, replacing
 from clafusion.pipeline import Progress
-from clafusion.prepared import data_digest, digest_of, structure_digest, tensors_digest
 
 __all__ = ["LabelledData", "Schedule", "TrainingResult", "distill", "finetune"]
 
