@@ -74,23 +74,22 @@ def keep_channels(
     # The inverse is what it was less the product of what has gone since, which is taken off it now
     # and then at once: of the rest of it, only the channels' own blocks are needed at each step.
     blocks = inverse[columns[:, :, None], columns[:, None, :]]
-    width = columns.size(1)
-    since = inverse.new_zeros(size, 0)
+    taken = shares = inverse.new_zeros(size, 0)
     alive = torch.arange(len(columns), device=columns.device)
     while len(alive) > count:
         weights = readout[columns[alive]]
         costs = (weights * torch.linalg.solve(blocks[alive], weights)).sum(1) @ squared
         worst = int(costs.argmin())
         gone = columns[alive[worst]]
-        across = inverse[:, gone] - since @ since[gone].T
-        lower = torch.linalg.cholesky(across[gone])
-        step = torch.linalg.solve_triangular(lower, across.T, upper=False).T
-        readout -= step @ torch.linalg.solve_triangular(lower, readout[gone], upper=False)
+        across = inverse[:, gone] - shares @ taken[gone].T
+        # Not by Cholesky: what is left of the same channel twice may be negative by rounding.
+        share = torch.linalg.solve(across[gone], across, left=False)
+        readout -= share @ readout[gone]
         readout[gone] = 0.0
-        blocks -= step[columns] @ step[columns].mT
-        since = torch.cat([since, step], 1)
-        if since.size(1) >= max(_AT_ONCE, width):
-            inverse -= since @ since.T
-            since = since[:, :0]
+        blocks -= share[columns] @ across[columns].mT
+        taken, shares = torch.cat([taken, across], 1), torch.cat([shares, share], 1)
+        if taken.size(1) >= _AT_ONCE:
+            inverse -= shares @ taken.T
+            taken = shares = taken[:, :0]
         alive = torch.cat([alive[:worst], alive[worst + 1 :]])
     return alive, readout
