@@ -20,7 +20,6 @@ __all__ = ["keep_channels"]
 
 _RIDGE = 1e-6  # of the inputs' mean square: identical channels make the problem singular
 _SHARED = 0.9999  # below 1, for the same reason
-_AT_ONCE = 64  # columns that are taken off the inverse together
 
 
 def keep_channels(
@@ -69,27 +68,18 @@ def keep_channels(
             presumed[feature[:, None], feature] = shared
     ridge = _RIDGE * gram.diagonal().mean().clamp(min=1e-30)
     inverse = torch.linalg.inv(gram + ridge * presumed)
-    readout = readout.clone()
+    both = torch.cat([inverse, readout], 1)  # what is done to one is done to the other
     squared = readout.new_ones(readout.size(1)) if importance is None else importance.square()
-    # The inverse is what it was less the product of what has gone since, which is taken off it now
-    # and then at once: of the rest of it, only the channels' own blocks are needed at each step.
-    blocks = inverse[columns[:, :, None], columns[:, None, :]]
-    taken = shares = inverse.new_zeros(size, 0)
     alive = torch.arange(len(columns), device=columns.device)
     while len(alive) > count:
-        weights = readout[columns[alive]]
-        costs = (weights * torch.linalg.solve(blocks[alive], weights)).sum(1) @ squared
+        features = columns[alive]
+        blocks = both[features[:, :, None], features[:, None, :]]
+        weights = both[features][..., size:]
+        costs = (weights * torch.linalg.solve(blocks, weights)).sum(1) @ squared
         worst = int(costs.argmin())
-        gone = columns[alive[worst]]
-        across = inverse[:, gone] - shares @ taken[gone].T
-        # Not by Cholesky: what is left of the same channel twice may be negative by rounding.
-        share = torch.linalg.solve(across[gone], across, left=False)
-        readout -= share @ readout[gone]
-        readout[gone] = 0.0
-        blocks -= share[columns] @ across[columns].mT
-        taken, shares = torch.cat([taken, across], 1), torch.cat([shares, share], 1)
-        if taken.size(1) >= _AT_ONCE:
-            inverse -= shares @ taken.T
-            taken = shares = taken[:, :0]
+        gone = features[worst]
+        both -= both[:, gone] @ torch.linalg.solve(both[gone][:, gone], both[gone])
+        both[gone] = 0.0
+        both[:, gone] = 0.0
         alive = torch.cat([alive[:worst], alive[worst + 1 :]])
-    return alive, readout
+    return alive, both[:, size:]
