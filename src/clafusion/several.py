@@ -40,7 +40,7 @@ from clafusion.pipeline import (
     traced_to_fuse,
 )
 from clafusion.trace import copied
-from clafusion.united_blocks import unite_blocks
+from clafusion.united_blocks import unite_graphs
 
 __all__ = ["ModelsResult", "SeveralMethod", "fuse_models"]
 
@@ -236,8 +236,8 @@ def _into_one_frame(
                 f"models[{i}] has units for which models[{deepest}], the deepest, has none; use "
                 "method='iterative'"
             )
-        both = unite_blocks(signatures[deepest], signatures[i], pair.alignment.deep_to_shallow)
-        if both[0].graph.united:
+        target, _ = unite_graphs(graphs[deepest], graphs[i], pair.alignment.deep_to_shallow)
+        if target.united:
             raise StructureError(
                 f"models[{i}] has another number of attention heads than models[{deepest}], the "
                 "deepest; use method='iterative'"

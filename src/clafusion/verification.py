@@ -81,7 +81,7 @@ def verify_graph(graph: ModelGraph, inputs: tuple[Tensor, ...], *, seed: int = 0
         The outputs differ; the message names the classes that change them on their own.
     """
     trial = _Trial(graph, inputs, seed)
-    _verify_classes(graph, trial)
+    _verify_classes(trial)
     if not _hold(graph.blocks, trial):
         raise GraphVerificationError(
             "exchanging blocks of channels (attention heads, convolution groups) changed the "
@@ -103,7 +103,7 @@ def with_proved_blocks(
         return graph
     trial = _Trial(graph, inputs, seed)
     if verify:
-        _verify_classes(graph, trial)
+        _verify_classes(trial)
     blocks = list(chain.from_iterable(finest for finest, *_ in candidates))
     if not _hold(blocks, trial):
         found = (
@@ -114,8 +114,8 @@ def with_proved_blocks(
     return replace(graph, blocks=tuple(blocks))
 
 
-def _verify_classes(graph: ModelGraph, trial: _Trial) -> None:
-    fidelity = trial.fidelity
+def _verify_classes(trial: _Trial) -> None:
+    graph, fidelity = trial.graph, trial.fidelity
     if not fidelity <= _TOLERANCE[torch.float32]:
         raise GraphVerificationError(
             f"the traced graph computes something else than the model (relative difference "
