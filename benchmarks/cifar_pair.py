@@ -14,12 +14,12 @@ from torch import nn
 from benchmarks.datasets import accuracy, checkpoint_pair, cifar10, logits
 from benchmarks.results import write_results
 from clafusion import fuse, lift
-from clafusion.baselines import naive_average
-from clafusion.blending import aligned_state
-from clafusion.calibration import reset_batchnorm
-from clafusion.depth import with_state
-from clafusion.least_squares import Lean
-from clafusion.pipeline import Calibration
+from clafusion.calibration.least_squares import Lean
+from clafusion.calibration.repair import reset_batchnorm
+from clafusion.correspondence.correspondence import with_state
+from clafusion.fusion import Calibration
+from clafusion.merging.blending import aligned_state
+from clafusion.merging.naive import naive_average
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

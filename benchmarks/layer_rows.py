@@ -11,13 +11,13 @@ import torch
 from benchmarks.peak import multiply_add_peak
 from benchmarks.row import Row
 from clafusion import _native, align_layers_batch
-from clafusion.layer_costs import cka
+from clafusion.alignment.layer_costs import cka
 
 SAMPLES = 400
 
 
 def numpy_alignment(cost):
-    """Run the recursion, a deep unit at a time over all shallow units."""
+    """Run the recursion, a deep layer at a time over all shallow layers."""
     m, n = cost.shape
     matched = np.zeros((m, n), dtype=bool)
     best = np.full(n + 1, np.inf)

@@ -1,4 +1,4 @@
-"""Fuse with one weight for all layers, and with each matched unit's own by its sensitivity.
+"""Fuse with one weight for all layers, and with each matched layer's own by its sensitivity.
 
     CLAFUSION_DATA=... python -m benchmarks.layer_weights [--seeds 5] [--test 2000] [--images 2000]
 
@@ -15,7 +15,7 @@ from benchmarks.datasets import accuracy, checkpoint_pair, cifar10, mnist
 from benchmarks.mnist_mlp import DEEP, SHALLOW, mlp, train
 from benchmarks.results import write_results
 from clafusion import FusionResult, fuse
-from clafusion.layer_weights import LayerWeights
+from clafusion.merging.layer_weights import LayerWeights
 
 LAYER_WEIGHTS: tuple[LayerWeights, ...] = ("uniform", "sensitivity")
 WAYS: dict[str, dict[str, object]] = {
@@ -41,8 +41,8 @@ def accuracies(
             found[name][kind] = accuracy(result.model.eval(), *test)
         print(f"{name:24s}", *(f"{k} {100 * a:.2f}" for k, a in found[name].items()), flush=True)
     assert result is not None
-    units = result.pair.deep.graph.units
-    return found, {units[one].name: share for (one, _), share in result.shares.items()}
+    layers = result.pair.deep.traced.layers
+    return found, {layers[one].name: share for (one, _), share in result.shares.items()}
 
 
 def main() -> None:

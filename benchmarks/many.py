@@ -29,7 +29,7 @@ import clafusion
 from benchmarks.cifar_resnet import CifarResNet
 from benchmarks.paper_steps import fuse_by_the_paper
 from benchmarks.results import write_results
-from clafusion.checkpoints import save_model
+from clafusion.weights.files import save_model
 
 FACTORY = "benchmarks.cifar_resnet:CifarResNet"
 DEPTHS = (8, 14, 20, 26, 32)  # 6 blocks + 2

@@ -18,7 +18,7 @@ from benchmarks.datasets import accuracy, checkpoint_pair, cifar10
 from benchmarks.results import write_results
 from benchmarks.widths import images, vgg
 from clafusion import finetune, fuse
-from clafusion.pipeline import Calibration
+from clafusion.fusion import Calibration
 
 EARLY = ((1, 1, 1), (2, 2), (4,), (8,))
 LATE = ((1,), (2,), (4, 4), (8, 8, 8))

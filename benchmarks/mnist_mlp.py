@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.datasets import accuracy, mnist
 from benchmarks.results import write_results
 from clafusion import fuse
-from clafusion.baselines import naive_average
+from clafusion.merging.naive import naive_average
 
 DEEP = (784, 400, 200, 100, 50, 25, 10)
 SHALLOW = (784, 400, 200, 100, 10)

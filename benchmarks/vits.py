@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from benchmarks.datasets import accuracy, mnist
 from benchmarks.results import write_results
 from clafusion import finetune, fuse
-from clafusion.baselines import naive_average
+from clafusion.merging.naive import naive_average
 
 WIDTH, HEAD, PATCH = 32, 8, 7  # channels of the stream and of a head, pixels
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.datasets import accuracy, folder
 from benchmarks.results import write_results
 from clafusion import finetune, fuse
-from clafusion.pipeline import Calibration
+from clafusion.fusion import Calibration
 
 BASE = 16
 VGG11 = ((1,), (2,), (4, 4), (8, 8))

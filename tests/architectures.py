@@ -27,7 +27,7 @@ CLASSES = 5
 class Architecture:
     """One network of the suite and what the channel analysis must do with it.
 
-    ``channels`` are the sizes of the free channel classes, ascending, where they can be argued
+    ``channels`` are the sizes of the free channel groups, ascending, where they can be argued
     by hand (of a refused model: those that an analysis of it should find); None elsewhere.
     ``tolerance`` bounds the output change, relative to the largest output, of a permuted copy in
     float64; models that compute in float32 inside need a larger one.
@@ -47,7 +47,7 @@ ARCHITECTURES: dict[str, Architecture] = {}
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give every parameter and running statistic distinct random values, in place.
 
-    Fresh networks have zero biases, unit norms and zero-one statistics: a wrong permutation of
+    Fresh networks have zero biases, layer norms and zero-one statistics: a wrong permutation of
     those would not show.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -798,7 +798,7 @@ class ShuffleUnit(nn.Module):
         return x.view(batch, width, height, length)
 
 
-# The second unit takes half of what the first one kept and half of what it convolved.
+# The second layer takes half of what the first one kept and half of what it convolved.
 @architecture(
     "ShuffleNetV2-like split, concatenate and shuffle", RGB, channels=(4, 4, 8, 8, 4, 4, 8, 8)
 )
@@ -2184,7 +2184,7 @@ def call(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 def table() -> str:
     """Return the suite as a Markdown table, with what the analysis really does."""
     from clafusion.errors import ClafusionError
-    from clafusion.trace import trace
+    from clafusion.tracing.trace import trace
 
     lines = [
         "| Architecture | Outcome | Classes | Free channels |",
@@ -2193,13 +2193,13 @@ def table() -> str:
     for entry in ARCHITECTURES.values():
         model, inputs = entry.build()
         try:
-            classes = trace(model, inputs).classes
+            groups = trace(model, inputs).groups
         except ClafusionError as error:
             lines.append(f"| {entry.name} | refused ({type(error).__name__}) | | |")
             continue
-        channels = sum(one.size for one in classes)
-        outcome = "verified" if classes else "verified, no channel may move"
-        lines.append(f"| {entry.name} | {outcome} | {len(classes)} | {channels} |")
+        channels = sum(one.size for one in groups)
+        outcome = "verified" if groups else "verified, no channel may move"
+        lines.append(f"| {entry.name} | {outcome} | {len(groups)} | {channels} |")
     return "\n".join(lines)
 
 

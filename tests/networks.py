@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clafusion import ModelGraph, permute_channels
+from clafusion import TracedModel, permute_channels
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -144,16 +144,16 @@ def widened(model: nn.Sequential, factor: int) -> nn.Sequential:
     return wide.eval()
 
 
-def orders_of(graph: ModelGraph, seed: int = 3) -> list[Tensor]:
+def orders_of(graph: TracedModel, seed: int = 3) -> list[Tensor]:
     """Return a random order of the channels of each class."""
     draw = torch.Generator().manual_seed(seed)
-    return [torch.randperm(one.size, generator=draw) for one in graph.classes]
+    return [torch.randperm(one.size, generator=draw) for one in graph.groups]
 
 
-def permuted(model: nn.Module, graph: ModelGraph, orders: Sequence[Tensor]) -> nn.Module:
+def permuted(model: nn.Module, graph: TracedModel, orders: Sequence[Tensor]) -> nn.Module:
     """Return a copy of a traced model with the channels of each class in another order."""
     copied = copy.deepcopy(model)
-    copied.load_state_dict(permute_channels(model.state_dict(), graph.classes, orders))
+    copied.load_state_dict(permute_channels(model.state_dict(), graph.groups, orders))
     return copied
 
 

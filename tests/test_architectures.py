@@ -1,6 +1,6 @@
 """Every architecture of the suite is either traced rightly or refused by name.
 
-The permutations here are applied by code of its own, from the documented slots only, so that a
+The permutations here are applied by code of its own, from the documented axes only, so that a
 mistake of the library's own verification would show.
 """
 
@@ -15,8 +15,8 @@ from architectures import ARCHITECTURES, Inputs, call
 from torch import Tensor, nn
 
 from clafusion.errors import GraphVerificationError, UnsupportedOpError
-from clafusion.graph import ChannelClass
-from clafusion.trace import trace
+from clafusion.tracing.model import ChannelGroup
+from clafusion.tracing.trace import trace
 
 REFUSALS = (UnsupportedOpError, GraphVerificationError)
 
@@ -47,23 +47,25 @@ def transposition(size: int, generator: torch.Generator) -> Tensor:
 
 
 def permute(
-    model: nn.Module, channel_class: ChannelClass, permutation: Tensor, omit: int | None = None
+    model: nn.Module, group: ChannelGroup, permutation: Tensor, omit: int | None = None
 ) -> None:
-    """Permute a class in place, flat element by flat element, from the documented slots."""
+    """Permute a class in place, flat element by flat element, from the documented axes."""
     entries = dict(model.named_parameters(remove_duplicate=False))
     entries.update(model.named_buffers(remove_duplicate=False))
-    for i, slot in enumerate(channel_class.slots):
+    for i, group_axis in enumerate(group.axes):
         if i == omit:
             continue
-        use = slot.use
+        use = group_axis.use
         tensor = entries[use.parameter]
         elements = torch.arange(tensor.numel())
-        view = elements.as_strided(use.size, use.stride, use.offset).movedim(slot.axis, 0)
+        view = elements.as_strided(use.size, use.stride, use.offset).movedim(group_axis.axis, 0)
         source = elements.clone()
-        for channel in range(channel_class.size):
+        for channel in range(group.size):
             moved = int(permutation[channel])
             for target_place, source_place in zip(
-                slot.positions[channel].tolist(), slot.positions[moved].tolist(), strict=True
+                group_axis.positions[channel].tolist(),
+                group_axis.positions[moved].tolist(),
+                strict=True,
             ):
                 source[view[target_place].reshape(-1)] = view[source_place].reshape(-1)
         with torch.no_grad():
@@ -107,20 +109,20 @@ def test_verified_or_refused(name: str) -> None:
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
     if entry.channels is not None:
-        assert tuple(sorted(one.size for one in graph.classes)) == entry.channels
+        assert tuple(sorted(one.size for one in graph.groups)) == entry.channels
 
     model, inputs = model.double(), widen(inputs)
     expected = call(model, inputs)
     assert all(output.isfinite().all() for output in expected)
     generator = torch.Generator().manual_seed(20260)
     together = copy.deepcopy(model)
-    for channel_class in graph.classes:
-        cycled = cycle(channel_class.size, generator)
-        permute(together, channel_class, cycled)
-        for permutation in (cycled, transposition(channel_class.size, generator)):
+    for group in graph.groups:
+        cycled = cycle(group.size, generator)
+        permute(together, group, cycled)
+        for permutation in (cycled, transposition(group.size, generator)):
             alone = copy.deepcopy(model)
-            permute(alone, channel_class, permutation)
-            assert difference(call(alone, inputs), expected) <= entry.tolerance, channel_class.name
+            permute(alone, group, permutation)
+            assert difference(call(alone, inputs), expected) <= entry.tolerance, group.name
     assert difference(call(together, inputs), expected) <= entry.tolerance
 
 
@@ -135,24 +137,24 @@ MOVING = [
 
 @pytest.mark.parametrize("name", MOVING)
 def test_permuting_less_shows(name: str) -> None:
-    """The permutations would reveal a slot that was left out: the suite is not blind."""
+    """The permutations would reveal a axis that was left out: the suite is not blind."""
     entry = ARCHITECTURES[name]
     model, inputs = entry.build()
     graph = trace(model, inputs, verify=False)
     model, inputs = model.double(), widen(inputs)
     expected = call(model, inputs)
     generator = torch.Generator().manual_seed(31)
-    for channel_class in graph.classes:
-        cycled = cycle(channel_class.size, generator)
-        # Some slots cannot show (a bias before a norm, of a key); one of them must.
+    for group in graph.groups:
+        cycled = cycle(group.size, generator)
+        # Some axes cannot show (a bias before a norm, of a key); one of them must.
         changes = []
-        for omit in range(len(channel_class.slots)):
+        for omit in range(len(group.axes)):
             changed = copy.deepcopy(model)
-            permute(changed, channel_class, cycled, omit=omit)
+            permute(changed, group, cycled, omit=omit)
             changes.append(difference(call(changed, inputs), expected))
             if changes[-1] > 1e3 * entry.tolerance:
                 break
-        assert max(changes) > 1e3 * entry.tolerance, channel_class.name
+        assert max(changes) > 1e3 * entry.tolerance, group.name
 
 
 def test_zero_weights_hide_nothing() -> None:
@@ -166,10 +168,10 @@ def test_zero_weights_hide_nothing() -> None:
     model.gate.data.fill_(1.0)
     expected = call(model, inputs)
     generator = torch.Generator().manual_seed(5)
-    for channel_class in graph.classes:
+    for group in graph.groups:
         changed = copy.deepcopy(model)
-        permute(changed, channel_class, cycle(channel_class.size, generator))
-        assert difference(call(changed, inputs), expected) <= 1e-9, channel_class.name
+        permute(changed, group, cycle(group.size, generator))
+        assert difference(call(changed, inputs), expected) <= 1e-9, group.name
 
 
 def test_the_suite_is_large_and_covers_other_peoples_models() -> None:
@@ -201,8 +203,8 @@ class Mirrored(nn.Module):
 def test_operands_behind_a_fixed_one_move_together(join):
     # The first examples all take one way.
     inputs = torch.cat([torch.zeros(3, 12), torch.randn(20, 12)])
-    (found,) = trace(Mirrored(join), inputs).classes
-    assert (found.size, found.slots[0].positions.size(1)) == (4, 2)
+    (found,) = trace(Mirrored(join), inputs).groups
+    assert (found.size, found.axes[0].positions.size(1)) == (4, 2)
 
 
 def test_layers_of_different_types_are_proved():
@@ -214,5 +216,5 @@ def test_layers_of_different_types_are_proved():
         def forward(self, x):
             return self.head(self.enter(x.bfloat16()).relu().float())
 
-    (found,) = trace(Mixed(), torch.randn(4, 12)).classes
+    (found,) = trace(Mixed(), torch.randn(4, 12)).groups
     assert found.size == 8

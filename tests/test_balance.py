@@ -90,7 +90,7 @@ def test_every_width_can_be_had_at_every_depth(balance, width, calibration):
     wide = {"first": True, "second": False, "narrow": False, "wide": True}[width]
     first, second = deep, shallow
     result = fuse(first, second, IMAGES, balance=balance, width=width, calibration=calibration)
-    assert len(result.model.blocks) == (4 if balance == "add" else 2)
+    assert len(result.model.heads) == (4 if balance == "add" else 2)
     assert result.model.stem[0].out_channels == (12 if wide else 8)
     assert result.model.head.in_features == (24 if wide else 16)
     assert torch.isfinite(output(result.model, IMAGES)).all()

@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from clafusion import fuse, fuse_many, fuse_models, profile, trace
-from clafusion.baselines import naive_average
-from clafusion.block_matching import match_blocks
-from clafusion.blocks import class_sources, exchange_blocks, possible_blocks
-from clafusion.depth import lifting
-from clafusion.importance import channel_importance
-from clafusion.report import model_summary
+from clafusion.correspondence.correspondence import lifting
+from clafusion.matching.head_order import order_heads
+from clafusion.merging.naive import naive_average
+from clafusion.profiling.importance import channel_importance
+from clafusion.reports.tables import model_summary
+from clafusion.tracing.heads import exchange_heads, group_sources, possible_heads
 from tests import networks
 from tests.test_fuse import assert_same_function, transformer
 
@@ -77,12 +77,12 @@ class Torch(nn.Module):
 
 
 class Grouped(nn.Module):
-    """A residual block with a grouped convolution (ResNeXt)."""
+    """A residual head with a grouped convolution (ResNeXt)."""
 
-    def __init__(self, blocks=2, groups=4):
+    def __init__(self, heads=2, groups=4):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.blocks = nn.ModuleList(
+        self.heads = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(8, 12, 1),
                 nn.BatchNorm2d(12),
@@ -92,14 +92,14 @@ class Grouped(nn.Module):
                 nn.ReLU(),
                 nn.Conv2d(12, 8, 1),
             )
-            for _ in range(blocks)
+            for _ in range(heads)
         )
         self.head = nn.Linear(8, 5)
 
     def forward(self, x):
         x = F.relu(self.stem(x))
-        for block in self.blocks:
-            x = F.relu(x + block(x))
+        for head in self.heads:
+            x = F.relu(x + head(x))
         return self.head(x.mean((2, 3)))
 
 
@@ -118,7 +118,7 @@ def vit():
     return Logits(transformer("ViT", 2, seed=0))
 
 
-MODELS = {  # how many blocks, and of how many classes each
+MODELS = {  # how many heads, and of how many groups each
     "attention": (lambda: Encoder(), TOKENS, (4, 2)),
     "attention, shared keys and values": (lambda: Encoder(shared=2), TOKENS, (2, 2)),
     "torch": (Torch, TOKENS, (3, 2)),
@@ -134,16 +134,16 @@ def built(name):
 
 
 def shuffled(model, graph, seed=3):
-    """Return a copy with its blocks, and the channels within all classes, in another order."""
+    """Return a copy with its heads, and the channels within all groups, in another order."""
     draw = torch.Generator().manual_seed(seed)
     sources = {}
-    for one in graph.blocks:
+    for one in graph.heads:
         order = torch.randperm(len(one.members), generator=draw).roll(1).tolist()
         if order == sorted(order):
             order = order[::-1]
-        sources |= class_sources(one, order)
+        sources |= group_sources(one, order)
     assert sources
-    state = exchange_blocks(graph, graph.state(), sources)
+    state = exchange_heads(graph, graph.state(), sources)
     copied = copy.deepcopy(model)
     copied.load_state_dict(state)
     return networks.permuted(copied, graph, networks.orders_of(graph, seed))
@@ -153,11 +153,11 @@ def shuffled(model, graph, seed=3):
 def test_blocks_are_found_and_change_nothing_when_they_move(name):
     model, inputs = built(name)
     graph = trace(model, inputs)
-    count, classes = MODELS[name][2]
-    assert graph.blocks
-    for one in graph.blocks:
-        assert (len(one.members), len(one.members[0])) == (count, classes)
-        assert any(unit.index == one.unit for unit in graph.units)
+    count, groups = MODELS[name][2]
+    assert graph.heads
+    for one in graph.heads:
+        assert (len(one.members), len(one.members[0])) == (count, groups)
+        assert any(layer.index == one.layer for layer in graph.layers)
     moved = shuffled(model, graph)
     assert_same_function(moved, model, inputs)
     changed = [
@@ -171,8 +171,8 @@ def test_blocks_are_found_and_change_nothing_when_they_move(name):
 def test_heads_with_something_of_their_own_keep_their_places():
     model = networks.randomise(Encoder(bias=True)).eval()
     graph = trace(model, TOKENS)
-    assert possible_blocks(graph)
-    assert graph.blocks == ()
+    assert possible_heads(graph)
+    assert graph.heads == ()
     assert_same_function(fuse(model, copy.deepcopy(model), TOKENS).model, model, TOKENS, "repair")
 
 
@@ -181,10 +181,10 @@ def test_two_attentions_of_a_block_have_orders_of_their_own():
     layer = nn.TransformerDecoderLayer(12, 3, 16, 0.0, batch_first=True, norm_first=True)
     model = networks.randomise(Decoder(layer)).eval()
     graph = trace(model, TOKENS)
-    assert [(len(one.members), len(one.members[0])) for one in graph.blocks] == [(3, 2), (3, 2)]
-    sources = class_sources(graph.blocks[0], [1, 2, 0]) | class_sources(graph.blocks[1], [0, 2, 1])
+    assert [(len(one.members), len(one.members[0])) for one in graph.heads] == [(3, 2), (3, 2)]
+    sources = group_sources(graph.heads[0], [1, 2, 0]) | group_sources(graph.heads[1], [0, 2, 1])
     moved = copy.deepcopy(model)
-    moved.load_state_dict(exchange_blocks(graph, graph.state(), sources))
+    moved.load_state_dict(exchange_heads(graph, graph.state(), sources))
     assert_same_function(moved, model, TOKENS)
     assert_same_function(fuse(model, moved, TOKENS, calibration="none").model, model, TOKENS)
 
@@ -216,7 +216,7 @@ def test_heads_that_differ_are_not_taken_for_alike_by_blank_examples():
             return self.head(self.inner(self.enter(x)).mean(1))
 
     blank = torch.cat([TOKENS[:1, :1].expand(3, 6, 12), TOKENS])
-    assert trace(networks.randomise(Slopes()).eval(), blank).blocks == ()
+    assert trace(networks.randomise(Slopes()).eval(), blank).heads == ()
 
 
 @pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
@@ -227,14 +227,14 @@ def test_a_model_fused_with_a_shuffled_copy_is_itself(name, calibration):
     for order in ((model, other), (other, model)):
         result = fuse(*order, inputs, calibration=calibration)
         assert_same_function(result.model, model, inputs, calibration)
-        assert result.block_orders
+        assert result.head_orders
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        {"neuron_cost": "euclidean"},
-        {"neuron_cost": "dual"},
+        {"channel_cost": "euclidean"},
+        {"channel_cost": "dual"},
         {"solver": "zip", "zip_budget": 0.0},
         {"importance": "activation", "solver": "exact"},
     ],
@@ -271,7 +271,7 @@ def test_shares_are_told_where_heads_change_places():
     moved = shuffled(shallow, trace(shallow, TOKENS))
     for order, share in (((deep, moved), 0.7), ((moved, deep), 0.3)):
         result = fuse(*order, TOKENS, weight=0.3, calibration="none")
-        assert result.block_orders
+        assert result.head_orders
         assert result.shares == pytest.approx(dict.fromkeys(result.alignment.pairs, share))
 
 
@@ -280,15 +280,15 @@ def test_a_moved_signature_is_that_of_the_moved_model():
     graph = trace(model, inputs)
     other = shuffled(model, graph)
     one, two = profile(model, inputs), profile(other, inputs)
-    two = replace(two, importance=channel_importance(two.graph, inputs, "activation"))
-    units = tuple(range(len(graph.units)))
-    _, moved, orders = match_blocks(lifting(one.graph, two.graph, units), one, two)
+    two = replace(two, importance=channel_importance(two.traced, inputs, "activation"))
+    layers = tuple(range(len(graph.layers)))
+    _, moved, orders = order_heads(lifting(one.traced, two.traced, layers), one, two)
     assert orders
-    again = profile(moved.graph.model, inputs)
+    again = profile(moved.traced.model, inputs)
     for key, rows in again.rows.items():
         torch.testing.assert_close(moved.rows[key], rows)
     for ours, theirs in zip(
-        moved.importance, channel_importance(again.graph, inputs, "activation"), strict=True
+        moved.importance, channel_importance(again.traced, inputs, "activation"), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
 
@@ -313,9 +313,9 @@ def test_many_pairs_are_matched_like_one():
 def test_reports_name_the_layers_whose_blocks_move():
     model, inputs = built("attention")
     graph = trace(model, inputs)
-    assert "blocks       exchangeable as wholes: 4 in layers.0, 4 in layers.1" in model_summary(
+    assert "heads       exchangeable as wholes: 4 in layers.0, 4 in layers.1" in model_summary(
         graph
     )
     summary = fuse(model, shuffled(model, graph), inputs).summary()
-    assert "blocks       reordered in layers.0, layers.1" in summary
-    assert "blocks" not in fuse(model, model, inputs).summary()
+    assert "heads       reordered in layers.0, layers.1" in summary
+    assert "heads" not in fuse(model, model, inputs).summary()

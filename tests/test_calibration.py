@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from clafusion import InputError, align, trace
-from clafusion.moments import channel_moments, observed_moments
-from clafusion.pipeline import fuse_aligned
-from clafusion.signatures import profile_graphs
+from clafusion.fusion import fuse_aligned
+from clafusion.profiling.moments import channel_moments, observed_moments
+from clafusion.profiling.profile import profile_models
 from tests import networks
 
 
@@ -48,7 +48,7 @@ def inputs_for(name):
 
 def with_moments(pair, data):
     deep, shallow = (
-        replace(one, moments=tuple(observed_moments(one.graph, data)))
+        replace(one, moments=tuple(observed_moments(one.traced, data)))
         for one in (pair.deep, pair.shallow)
     )
     return replace(pair, deep=deep, shallow=shallow)
@@ -69,10 +69,10 @@ def test_moments_taken_beforehand_give_the_same_bytes(name):
 def test_profiling_takes_the_same_moments(name):
     data = inputs_for(name)
     graph = trace(PAIRS[name]()[0], data)
-    (signature,) = profile_graphs([graph], data, moments=True)
+    (profile,) = profile_models([graph], data, moments=True)
     observed = observed_moments(graph, data)
-    assert len(signature.moments) == len(observed) == 2
-    for one, other in zip(signature.moments, observed, strict=True):
+    assert len(profile.moments) == len(observed) == 2
+    for one, other in zip(profile.moments, observed, strict=True):
         assert one.keys() == other.keys()
         for node, pair in one.items():
             assert all(map(torch.equal, pair, other[node])), node

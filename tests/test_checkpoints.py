@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clafusion import InputError
-from clafusion.checkpoints import build_model, load_model, load_state, save_model
+from clafusion.weights.files import build_model, load_model, load_state, save_model
 from tests import networks
 
 FACTORIES = """
@@ -351,7 +351,7 @@ FULL_DISK = textwrap.dedent(
     import resource, sys
     from torch import nn
     from clafusion import InputError
-    from clafusion.checkpoints import save_model
+    from clafusion.weights.files import save_model
 
     model = nn.Linear(300, 300)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a write beyond fails

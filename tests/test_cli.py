@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from clafusion import cli, fuse
-from clafusion.checkpoints import save_model
-from clafusion.cli import main
+from clafusion.cli.app import main
+from clafusion.weights.files import save_model
 from tests import networks
 
 FACTORY = """
@@ -87,7 +87,7 @@ def test_two_models_go_into_a_third_ones_architecture(tmp_path, monkeypatch, cap
     assert "give --into MODULE:FACTORY" in capsys.readouterr().err
     assert not os.path.exists("out.safetensors")
     assert main([*command, "--into=nets.py:net(2, 3)"]) == 2
-    assert "into= has 6 units" in capsys.readouterr().err
+    assert "into= has 6 layers" in capsys.readouterr().err
     assert main([*command, "--into=nets.py:net(3, 4)"]) == 0
     assert "out.safetensors, weights of nets.py:net(3, 4)" in capsys.readouterr().out
     networks.vgg(3, 4).load_state_dict(load_file("out.safetensors"))
@@ -130,7 +130,7 @@ def test_layer_weights_are_shown(capsys):
     assert main([*command, "--layer-weights=sensitivity"]) == 0
     shown = capsys.readouterr().out
     assert "deep share" in shown
-    assert "deep 0.50, shallow 0.50, of each matched unit by sensitivity" in shown
+    assert "deep 0.50, shallow 0.50, of each matched layer by sensitivity" in shown
     assert main([*command, "--layer-weights=sensitivity", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     result = fuse(networks.mlp(12, 9, 8, 7, 5), other, torch.from_numpy(np.load("data.npy")), **OWN)
@@ -150,7 +150,12 @@ def test_align_and_inspect(capsys):
     assert "0.weight" in capsys.readouterr().out
     assert main(["inspect", "--arch=models.py:deep", "--input-shape=12", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert [unit["insertable"] for unit in facts["units"]] == [None, "identity", "identity", None]
+    assert [layer["insertable"] for layer in facts["layers"]] == [
+        None,
+        "identity",
+        "identity",
+        None,
+    ]
 
 
 BAD = {
@@ -236,11 +241,11 @@ def test_a_full_disk_leaves_the_old_output_whole(files, capsys, monkeypatch):
 SLOW_SAVE = textwrap.dedent(
     """
     import signal, sys, time
-    import clafusion.output as output
+    import clafusion.weights.atomic as output
 
     # A shell that started the tests in the background may have had the signal ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from clafusion.cli import main
+    from clafusion.cli.app import main
 
     real = output.os.replace
     def slow(*arguments):

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clafusion import ConvergenceWarning, InputError, _native
-from clafusion.transport import sinkhorn, solve_transport
+from clafusion.transport.solve import sinkhorn, solve_transport
 from tests.test_sinkhorn_block import compiled  # noqa: F401 (a fixture)
 from tests.test_transport import problem, weights
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from clafusion.transport import sinkhorn
+from clafusion.transport.solve import sinkhorn
 from tests.test_transport import problem, weights
 
 TESTS = Path(__file__).parent

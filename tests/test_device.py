@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from clafusion import depth, fuse, pipeline, trace
-from clafusion.channels import find_channels
-from clafusion.depth import with_state
+from clafusion.correspondence.correspondence import with_state
+from clafusion.tracing.groups import find_channels
 from tests import networks
 from tests.simulated_gpu import FarTensor, move, simulated_gpu
 
@@ -24,14 +24,14 @@ def near(tensor):
 
 
 def run(graphs, data, config):
-    signatures = pipeline.profiled(graphs, data, config)
-    pair = pipeline.align_signatures(*signatures, config=config)
+    profiles = pipeline.profiled(graphs, data, config)
+    pair = pipeline.align_profiles(*profiles, config=config)
     return pipeline.fuse_aligned(pair, data, config=config).model.state_dict()
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize(
-    ("calibrated", "layer_cost", "neuron_cost", "solver", "importance"),
+    ("calibrated", "layer_cost", "channel_cost", "solver", "importance"),
     [
         ("repair", "cka", "correlation", "zip", "uniform"),
         ("none", "cka", "correlation", "zip", "uniform"),
@@ -49,7 +49,7 @@ def run(graphs, data, config):
     ],
 )
 def test_no_devices_are_mixed(
-    pair, calibrated, layer_cost, neuron_cost, solver, importance, monkeypatch
+    pair, calibrated, layer_cost, channel_cost, solver, importance, monkeypatch
 ):
     make, shape = PAIRS[pair]
     models = [model.eval() for model in make()]
@@ -57,7 +57,7 @@ def test_no_devices_are_mixed(
     config = pipeline.FusionConfig(
         calibration=calibrated,
         layer_cost=layer_cost,
-        neuron_cost=neuron_cost,
+        channel_cost=channel_cost,
         solver=solver,
         importance=importance,
         alignment_samples=30,
@@ -130,12 +130,12 @@ def test_the_analysis_finds_the_same_channels_there(make, shape):
             {name: FarTensor(one) for name, one in state.items()},
             tuple(FarTensor(one) for one in graph.example_inputs),
         )
-    assert len(expected.classes) > 0
-    for one, other in zip(found.classes, expected.classes, strict=True):
+    assert len(expected.groups) > 0
+    for one, other in zip(found.groups, expected.groups, strict=True):
         assert one.size == other.size
-        for slot, partner in zip(one.slots, other.slots, strict=True):
-            assert slot.direction == partner.direction
-            assert torch.equal(slot.positions, partner.positions)
+        for group_axis, partner in zip(one.axes, other.axes, strict=True):
+            assert group_axis.direction == partner.direction
+            assert torch.equal(group_axis.positions, partner.positions)
 
 
 def test_the_simulation_refuses_what_a_gpu_refuses():
@@ -198,7 +198,7 @@ def test_a_gpu_fuses_as_the_cpu_does(pair, calibrated):
 def test_a_gpus_gram_matrices_and_cka_equal_the_cpus():
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU, or this PyTorch has no CUDA")
-    from clafusion.layer_costs import linear_cka
+    from clafusion.alignment.layer_costs import linear_cka
 
     layers = [
         torch.randn(100, size, generator=torch.Generator().manual_seed(size))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from clafusion.cli import app
-from clafusion.manifest import _DATA_KEYS, _KEYS
+from clafusion.cli.app import app
+from clafusion.cli.manifest import _DATA_KEYS, _KEYS
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = [
@@ -50,7 +50,15 @@ def test_every_entry_of_a_manifest_is_told():
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings_handlers.python")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--calibration point-dir",
+        str(tmp_path),
+    ]
     run = subprocess.run(
         command,
         cwd=ROOT,

@@ -22,9 +22,9 @@ from clafusion import (
     profile,
     trace,
 )
-from clafusion.depth import lifting
-from clafusion.graph import call_model
-from clafusion.layer_alignment import align_layers
+from clafusion.alignment.dynamic_program import align_layers
+from clafusion.correspondence.correspondence import lifting
+from clafusion.tracing.model import call_model
 from tests import networks
 
 IMAGES = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -209,10 +209,10 @@ def test_the_order_of_the_models_does_not_matter(name):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_lifted_model_computes_the_same_whatever_the_alignment(deep, shallow, inputs, seed):
     graphs = [trace(one, inputs) for one in (deep, shallow)]
-    allowed = clafusion.depth.allowed_pairs(*graphs)
+    allowed = clafusion.correspondence.correspondence.allowed_pairs(*graphs)
     alignment = align_layers(
         np.where(allowed, 0.0, np.inf),
-        skip=clafusion.depth.skip_costs(graphs[0]),
+        skip=clafusion.correspondence.correspondence.skip_costs(graphs[0]),
         mode="random",
         seed=seed,
     )
@@ -220,7 +220,7 @@ def test_a_lifted_model_computes_the_same_whatever_the_alignment(deep, shallow, 
     far = 10 * torch.randn_like(inputs)
     assert_same_function(lifted, shallow, inputs)
     assert_same_function(lifted, shallow, far)
-    assert len(trace(lifted, inputs).units) == len(graphs[0].units)
+    assert len(trace(lifted, inputs).layers) == len(graphs[0].layers)
 
 
 def test_unequal_depth_and_width_fuse_to_the_deep_architecture():
@@ -318,14 +318,14 @@ def test_a_lifted_model_tells_its_true_widths():
 
 
 @pytest.mark.parametrize("solver", ["assignment", "exact", "sinkhorn"])
-@pytest.mark.parametrize("neuron_cost", ["correlation", "euclidean"])
-def test_every_solver_and_cost_recovers_a_permutation(solver, neuron_cost):
+@pytest.mark.parametrize("channel_cost", ["correlation", "euclidean"])
+def test_every_solver_and_cost_recovers_a_permutation(solver, channel_cost):
     model = networks.mlp(12, 20, 17, 5)
     graph = trace(model, VECTORS)
     flipped = networks.permuted(
-        model, graph, [torch.arange(one.size).flip(0) for one in graph.classes]
+        model, graph, [torch.arange(one.size).flip(0) for one in graph.groups]
     )
-    result = fuse(model, flipped, VECTORS, solver=solver, neuron_cost=neuron_cost, epsilon=2e-3)
+    result = fuse(model, flipped, VECTORS, solver=solver, channel_cost=channel_cost, epsilon=2e-3)
     for plan in result.plans:
         assert torch.equal(plan.argmax(1), torch.arange(len(plan)).flip(0))
 
@@ -388,7 +388,7 @@ def test_different_inputs_and_outputs_are_refused():
 
 
 def test_different_structures_are_refused_by_unit():
-    with pytest.raises(StructureError, match="unit '2' of the deeper model has no partner"):
+    with pytest.raises(StructureError, match="layer '2' of the deeper model has no partner"):
         fuse(
             networks.mlp(12, 9, 9, 5, activation=nn.Tanh),
             networks.mlp(12, 9, 5, activation=nn.Tanh),
@@ -482,7 +482,7 @@ def test_bad_weights_are_refused_by_name():
         ("weight", "half"),
         ("layer_cost", "distance"),
         ("alignment", "segment"),
-        ("neuron_cost", "weights"),
+        ("channel_cost", "weights"),
         ("solver", "magic"),
         ("calibration", "finetune"),
         ("alignment_samples", 1),
@@ -509,7 +509,7 @@ def test_too_many_channels_are_refused_with_the_memory_they_would_take():
 def test_a_dead_unit_is_refused_by_name():
     dead = networks.mlp(12, 9, 8, 5)
     dead[2].weight.data.zero_()
-    with pytest.raises(InputError, match="unit '2' of the deeper model puts out the same"):
+    with pytest.raises(InputError, match="layer '2' of the deeper model puts out the same"):
         fuse(dead, networks.mlp(12, 9, 5), VECTORS)
 
 
@@ -618,6 +618,6 @@ def test_an_attention_with_the_positions_first_is_compared_input_by_input():
     layer = nn.TransformerEncoderLayer(12, 3, 16, dropout=0.0, batch_first=True, norm_first=True)
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(72, 5)).eval()
     inputs = torch.randn(50, 6, 12, generator=torch.Generator().manual_seed(0))
-    signature = profile(model, inputs)
-    assert {tuple(one.shape) for one in signature.grams} == {(50, 50)}
+    profiled = profile(model, inputs)
+    assert {tuple(one.shape) for one in profiled.grams} == {(50, 50)}
     assert_same_function(fuse(model, copy.deepcopy(model), inputs).model, model, inputs, "repair")

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from clafusion import InputError, fuse, fuse_many
-from clafusion.checkpoints import load_state, save_model
-from clafusion.cli import _bytes, main
-from clafusion.manifest import read_manifest
-from clafusion.report_page import write_report
+from clafusion.cli.app import _bytes, main
+from clafusion.cli.manifest import read_manifest
+from clafusion.reports.page import write_report
+from clafusion.weights.files import load_state, save_model
 from tests import networks
 from tests.test_many import FACTORY, WIDTHS, modules
 
@@ -106,7 +106,7 @@ def test_a_report_that_cannot_be_written_leaves_the_table(folder, capsys, monkey
     def full(*_, **__):
         raise InputError("the disk is full")
 
-    monkeypatch.setattr("clafusion.report_page.write_report", full)
+    monkeypatch.setattr("clafusion.reports.page.write_report", full)
     assert run(folder) == 2
     shown = capsys.readouterr()
     assert "6, 0 failed" in shown.out
@@ -280,7 +280,7 @@ def started_with_two_jobs(folder, out):
     """Start a run of which the data would not fit into a pipe."""
     np.save(folder / "data.npy", np.random.default_rng(0).normal(size=(9000, 12)).astype("f4"))
     (folder / "many.yaml").write_text(MANIFEST.replace("limit: 200", "limit: 9000"))
-    command = ["-m", "clafusion.cli", "fuse-many", str(folder / "many.yaml"), "--jobs=2"]
+    command = ["-m", "clafusion.cli.app", "fuse-many", str(folder / "many.yaml"), "--jobs=2"]
     return subprocess.Popen(
         [sys.executable, *command, f"--out={out}"],
         stdout=subprocess.DEVNULL,

@@ -49,11 +49,11 @@ def hsic_call(rng, out):
 
 def align_call(rng, out):
     shapes = rng.integers(1, 12, size=(rng.integers(1, 5), 2))
-    cells, units = int(shapes.prod(1).sum()), int(shapes[:, 0].sum())
-    costs, skips = rng.random(cells), rng.random(units)
+    cells, layers = int(shapes.prod(1).sum()), int(shapes[:, 0].sum())
+    costs, skips = rng.random(cells), rng.random(layers)
     costs[rng.random(cells) < 0.2] = np.inf
     gaps = rng.random(int(shapes[:, 1].sum()) if rng.integers(2) else 0)
-    outputs = [out(units, dtype=np.int64), out(len(shapes)), out(len(shapes), 2, dtype=np.int64)]
+    outputs = [out(layers, dtype=np.int64), out(len(shapes)), out(len(shapes), 2, dtype=np.int64)]
     mode = 0 if len(gaps) else int(rng.integers(2))
     flags = [mode, bool(rng.integers(2)), bool(rng.integers(2))]
     return [costs, skips, gaps, shapes, *flags, *outputs]
@@ -168,8 +168,8 @@ def test_junk_at_every_door_returns_or_refuses():
     try:
         for call in range(3000):
             door = doors[call % len(doors)]
-            signature = re.search(r"\((.*)\) ->", door.__doc__.replace("\n", " ")).group(1)
-            count = len(re.findall(r"\w+: ", signature))
+            profile = re.search(r"\((.*)\) ->", door.__doc__.replace("\n", " ")).group(1)
+            count = len(re.findall(r"\w+: ", profile))
             with contextlib.suppress(TypeError, ValueError):
                 door(*(junk(rng) for _ in range(count)))
     finally:

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import torch
 
-from clafusion.hidden_channels import keep_channels
+from clafusion.calibration.channel_selection import keep_channels
 
 
 def features(rows, channels, columns, seed=0):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from clafusion import FusionConfig, InputError, fuse, fuse_models, trace
-from clafusion.importance import channel_importance
-from clafusion.pipeline import align_signatures, fuse_aligned, profile
+from clafusion.fusion import align_profiles, fuse_aligned, profile
+from clafusion.profiling.importance import channel_importance
 from tests import networks
 from tests.test_fuse import IMAGES, MODELS, VECTORS, assert_same_function, output, transformer
 
@@ -143,8 +143,8 @@ def test_useless_channels_have_the_least_mass_and_fusion_ignores_them(kind, how)
 def test_a_model_fused_with_itself_is_itself(name, kind):
     build, inputs = MODELS[name]
     model = build()
-    for neuron_cost in ("correlation", "dual"):
-        fused = fuse(model, model, inputs, importance=kind, neuron_cost=neuron_cost).model
+    for channel_cost in ("correlation", "dual"):
+        fused = fuse(model, model, inputs, importance=kind, channel_cost=channel_cost).model
         assert_same_function(fused, model, inputs)
 
 
@@ -227,8 +227,8 @@ def test_what_has_no_masses_is_refused():
         FusionConfig(importance="size")
     with pytest.raises(InputError, match="importance must be 'uniform' with solver 'assignment'"):
         FusionConfig(importance="norm", solver="assignment")
-    signature = profile(graph, VECTORS)
-    pair = align_signatures(signature, signature)
+    profiled = profile(graph, VECTORS)
+    pair = align_profiles(profiled, profiled)
     with pytest.raises(InputError, match="profile the model by the same settings"):
         fuse_aligned(pair, VECTORS, config=FusionConfig(importance="norm"))
     with pytest.raises(InputError, match="need an output with a gradient"):

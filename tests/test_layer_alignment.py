@@ -11,7 +11,7 @@ from clafusion import AlignmentError, InputError, _core, align_layers, align_lay
 
 
 def brute_force_ref(cost, skip, pin_first=False, pin_last=False):
-    """Every increasing choice of deep units, in the order that breaks ties to the earliest."""
+    """Every increasing choice of deep layers, in the order that breaks ties to the earliest."""
     m, n = cost.shape
     best, best_total = None, np.inf
     for chosen in combinations(range(m), n):
@@ -27,7 +27,7 @@ def brute_force_ref(cost, skip, pin_first=False, pin_last=False):
 
 
 def brute_force_gaps_ref(cost, skip, skip_shallow, pin_first=False, pin_last=False):
-    """The least total over every choice of equally many deep and shallow units, and its pairs."""
+    """The least total over every choice of equally many deep and shallow layers, and its pairs."""
     m, n = cost.shape
     best, best_total = None, np.inf
     for size in range(min(m, n) + 1):
@@ -96,7 +96,7 @@ def test_gaps_on_both_sides_equal_brute_force(problem):
 
 def test_a_large_cost_leaves_as_few_shallow_units_alone_as_can_be():
     cost = np.full((4, 4), np.inf)
-    # Stages of 1 + 3 and of 3 + 1 units: one pair in each.
+    # Stages of 1 + 3 and of 3 + 1 layers: one pair in each.
     cost[0, :3] = [0.9, 0.8, 0.7]
     cost[1:, 3] = [0.3, 0.2, 0.1]
     found = align_layers(cost, skip_shallow=np.full(4, 100.0))
@@ -109,7 +109,7 @@ def test_a_large_cost_leaves_as_few_shallow_units_alone_as_can_be():
     wide = np.array([[0.5, 0.1, 0.4]])
     assert align_layers(wide, skip_shallow=np.ones(3)).deep_to_shallow == (1,)
     assert align_layers(wide, skip_shallow=np.zeros(3)).deep_to_shallow == (-1,)
-    with pytest.raises(AlignmentError, match="shallow unit 2 finds no partner"):
+    with pytest.raises(AlignmentError, match="shallow layer 2 finds no partner"):
         align_layers(wide, skip_shallow=[np.inf, 1.0, np.inf])
     batch = align_layers_batch([wide, cost], skips_shallow=[np.ones(3), np.full(4, 100.0)])
     assert [one.deep_to_shallow for one in batch] == [(1,), (2, -1, -1, 3)]
@@ -125,7 +125,7 @@ def test_how_many_gaps_decide_is_counted_and_not_summed():
 
 def test_refuses_bad_gaps():
     cost = np.ones((2, 3))
-    with pytest.raises(InputError, match=r"has 2 deep but 3 shallow units.*give skip_shallow"):
+    with pytest.raises(InputError, match=r"has 2 deep but 3 shallow layers.*give skip_shallow"):
         align_layers(cost)
     with pytest.raises(InputError, match=r"skip_shallow of problem 0 must have one entry per shal"):
         align_layers(cost, skip_shallow=[1.0])
@@ -212,7 +212,7 @@ def test_bad_costs_are_refused_by_name(cost, message):
 
 
 def test_bad_skips_and_modes_are_refused_by_name():
-    with pytest.raises(InputError, match=r"skip must have one entry per deep unit, shape \(2,\)"):
+    with pytest.raises(InputError, match=r"skip must have one entry per deep layer, shape \(2,\)"):
         align_layers(np.ones((2, 1)), skip=[0.0])
     with pytest.raises(InputError, match="mode must be one of"):
         align_layers(np.ones((2, 1)), mode="greedy")
@@ -223,9 +223,9 @@ def test_bad_skips_and_modes_are_refused_by_name():
 def test_the_error_names_the_unit_without_a_partner():
     cost = np.ones((4, 3))
     cost[:, 1] = np.inf
-    with pytest.raises(AlignmentError, match="shallow unit 1 finds no partner"):
+    with pytest.raises(AlignmentError, match="shallow layer 1 finds no partner"):
         align_layers(cost)
-    with pytest.raises(AlignmentError, match="deep unit 3 can neither be matched nor skipped"):
+    with pytest.raises(AlignmentError, match="deep layer 3 can neither be matched nor skipped"):
         align_layers([[1.0, 1], [1, 1], [1, 1], [np.inf, np.inf]], skip=[0, 0, 0, np.inf])
 
 
@@ -304,7 +304,7 @@ def test_one_array_is_refused_by_name():
         align_layers_batch(np.concatenate([costs[:2], np.full((1, 4, 2), 1.7e308)]))
     blocked = costs.copy()
     blocked[1, :, 1] = np.inf
-    with pytest.raises(AlignmentError, match="in problem 1: shallow unit 1 finds no partner"):
+    with pytest.raises(AlignmentError, match="in problem 1: shallow layer 1 finds no partner"):
         align_layers_batch(blocked)
 
 
@@ -338,7 +338,7 @@ def test_the_compiled_door_refuses_too():
         ((costs, skips, [[huge, 8]]), "costs ends before the last problem"),
         ((costs, skips, [[4, huge]]), "costs ends before the last problem"),
         ((costs, skips, [[2, 2]]), "costs has more entries"),
-        ((costs, skips[:3].copy(), [[4, 2]]), "skips must have one entry a deep unit"),
+        ((costs, skips[:3].copy(), [[4, 2]]), "skips must have one entry a deep layer"),
         ((costs, skips, [[0, 2]]), "shapes must be positive"),
         ((costs, skips, [[-4, -2]]), "shapes must be positive"),
         ((costs, skips, [[4, 2]], 0, np.empty(3, dtype=np.int64)), "deep_to_shallow must have"),
@@ -350,8 +350,8 @@ def test_the_compiled_door_refuses_too():
         with pytest.raises(ValueError, match=message):
             compiled(*arguments)
     for gaps, mode, message in [
-        (np.ones(3), 0, "skips_shallow must have one entry a shallow unit"),
-        (np.ones(1), 0, "skips_shallow must have one entry a shallow unit"),
+        (np.ones(3), 0, "skips_shallow must have one entry a shallow layer"),
+        (np.ones(1), 0, "skips_shallow must have one entry a shallow layer"),
         (np.ones(2), 1, "skips_shallow needs mode 0"),
         (np.array([0.0, np.nan]), 0, "NaN or -inf in problem 0"),
     ]:

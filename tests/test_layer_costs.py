@@ -11,8 +11,15 @@ import torch
 from torch import nn
 
 from clafusion import InputError, _core, _native, num_threads, set_num_threads
-from clafusion.layer_costs import _hsic_all_pairs, cka, gram, layer_costs, linear_cka, mean_cca
-from clafusion.pipeline import profile
+from clafusion.alignment.layer_costs import (
+    _hsic_all_pairs,
+    cka,
+    gram,
+    layer_costs,
+    linear_cka,
+    mean_cca,
+)
+from clafusion.fusion import profile
 
 
 def layers(count, samples=30, seed=0):
@@ -143,22 +150,22 @@ def test_reads_lower_triangles_tensors_and_any_layout():
     assert np.array_equal(cka(lower, tensors), expected)
 
 
-def signature(units, key=1, samples=20):
-    """Build a stand-in with what these metrics read: units as (channels, seed), 3 positions."""
+def stand_in(layers, key=1, samples=20):
+    """Build a stand-in with what these metrics read: layers as (channels, seed), 3 positions."""
     rng = np.random.default_rng
     return SimpleNamespace(
         grams=tuple(
-            torch.from_numpy(x @ x.T) for x in (rng(s).normal(size=(samples, 9)) for _, s in units)
+            torch.from_numpy(x @ x.T) for x in (rng(s).normal(size=(samples, 9)) for _, s in layers)
         ),
-        features=tuple(3 * channels for channels, _ in units),
+        features=tuple(3 * channels for channels, _ in layers),
         data_key=key,
-        graph=SimpleNamespace(units=[SimpleNamespace(output_shape=(3,)) for _ in units]),
+        graph=SimpleNamespace(layers=[SimpleNamespace(output_shape=(3,)) for _ in layers]),
     )
 
 
 def test_layer_costs_by_metric():
-    deep = signature([(8, 0), (16, 1), (9, 2)])
-    shallow = signature([(8, 0), (32, 2)])
+    deep = stand_in([(8, 0), (16, 1), (9, 2)])
+    shallow = stand_in([(8, 0), (32, 2)])
     for metric in ("cka", "cka_unbiased", "cca"):
         costs = layer_costs(deep, shallow, metric=metric)
         assert costs.shape == (3, 2)
@@ -181,8 +188,10 @@ def network(*widths, image=False):
 
 
 def read_correlations_ref(deep, i, shallow, k):
-    """Pre-activations of two chain units over the signatures' rows, by NumPy's own correlation."""
-    x, y = (s.rows[j, len(s.graph.units[j].read_points) - 1] for s, j in ((deep, i), (shallow, k)))
+    """Pre-activations of two chain layers over the profiles' rows, by NumPy's own correlation."""
+    x, y = (
+        s.rows[j, len(s.traced.layers[j].hook_points) - 1] for s, j in ((deep, i), (shallow, k))
+    )
     both = np.corrcoef(x.double().numpy().T, y.double().numpy().T)
     return both[: x.size(1), x.size(1) :]
 
@@ -234,7 +243,10 @@ def test_wasserstein_sets_apart_what_cannot_be_compared():
     one = profile(nn.Sequential(pooled, nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)), data)
     two = profile(nn.Sequential(whole, nn.ReLU(), nn.Flatten(), nn.Linear(96, 3)), data)
     positions = [
-        [unit.read_points[-1].positions if unit.read_points else None for unit in s.graph.units]
+        [
+            layer.hook_points[-1].positions if layer.hook_points else None
+            for layer in s.traced.layers
+        ]
         for s in (one, two)
     ]
     assert len(set(positions[0] + positions[1])) > 1
@@ -244,11 +256,11 @@ def test_wasserstein_sets_apart_what_cannot_be_compared():
 
 
 def test_refusals_of_layer_costs():
-    one = signature([(8, 0)])
+    one = stand_in([(8, 0)])
     with pytest.raises(InputError, match="metric must be one of"):
         layer_costs(one, one, metric="euclid")
     with pytest.raises(InputError, match="same inputs in the same order"):
-        layer_costs(one, signature([(8, 0)], key=2))
+        layer_costs(one, stand_in([(8, 0)], key=2))
 
 
 @pytest.mark.parametrize("similarity", [cka, mean_cca])

@@ -8,14 +8,14 @@ import torch
 
 from clafusion import FusionConfig, InputError, fuse, fuse_models, trace
 from clafusion import pipeline as stages
-from clafusion.blending import aligned_state, blend, transport_vector
-from clafusion.depth import with_state
-from clafusion.importance import sensitivities, unit_sensitivities
-from clafusion.layer_weights import LayerShares, layer_shares
-from clafusion.least_squares import Parent, frame_as_parent, regress
-from clafusion.moments import observed_moments
-from clafusion.pipeline import align_signatures, fuse_aligned, profile
-from clafusion.report import fusion_summary
+from clafusion.calibration.least_squares import Parent, frame_as_parent, regress
+from clafusion.correspondence.correspondence import with_state
+from clafusion.fusion import align_profiles, fuse_aligned, profile
+from clafusion.merging.blending import aligned_state, blend, transport_vector
+from clafusion.merging.layer_weights import MergeWeights, layer_shares
+from clafusion.profiling.importance import layer_sensitivities, sensitivities
+from clafusion.profiling.moments import observed_moments
+from clafusion.reports.tables import fusion_summary
 from tests import networks
 from tests.test_fuse import CALIBRATIONS, IMAGES, MODELS, PAIRS, VECTORS, assert_same_function
 from tests.test_importance import Labels
@@ -61,7 +61,7 @@ def test_shares_are_those_of_the_formula():
     partner = result.alignment.deep_to_shallow
     found = [sensitivities_ref(model, VECTORS) for model in (deep, shallow)]
     hidden = [i for i, k in enumerate(partner[:-1]) if k >= 0]
-    # Of the hidden units that both have; the deep network is the first, with the share 0.7.
+    # Of the hidden layers that both have; the deep network is the first, with the share 0.7.
     expected = shares_ref(0.7, found[0][hidden], found[1][[partner[i] for i in hidden]])
     assert list(result.shares) == list(result.alignment.pairs)
     np.testing.assert_allclose(list(result.shares.values()), [*expected, 0.7], rtol=1e-5)
@@ -75,10 +75,10 @@ def test_a_units_sensitivity_is_the_sum_over_its_parameters(name):
     build, inputs = MODELS[name]
     graph = trace(build(), inputs)
     products = sensitivities(graph, inputs)
-    found = unit_sensitivities(graph, products)
-    assert found.shape == (len(graph.units),)
+    found = layer_sensitivities(graph, products)
+    assert found.shape == (len(graph.layers),)
     assert float(found.min()) > 0
-    # In these networks every parameter is of one unit.
+    # In these networks every parameter is of one layer.
     total = sum(float(one.double().sum()) for one in products.values())
     assert float(found.sum()) == pytest.approx(total, rel=1e-12)
 
@@ -105,7 +105,7 @@ def test_a_permuted_copy_has_the_same_shares_and_fuses_to_itself(name, calibrati
     permuted = networks.permuted(model, graph, networks.orders_of(graph))
     result = fuse(permuted, model, inputs, weight=0.3, calibration=calibration, **OWN)
     # Float32 gradients, summed in another order.
-    assert list(result.shares.values()) == pytest.approx([0.7] * len(graph.units), abs=1e-4)
+    assert list(result.shares.values()) == pytest.approx([0.7] * len(graph.layers), abs=1e-4)
     assert_same_function(result.model, permuted, inputs, calibration)
 
 
@@ -129,8 +129,8 @@ def test_a_unit_on_which_no_output_depends_is_the_other_networks_alone():
         ((first, silenced(second, 1)), 1.0),
     ):
         result = fuse(*models, IMAGES, weight=0.4, calibration="none", **OWN)
-        units, plan = result.lifting.deep.units, result.lifting
-        names = [unit.name for unit in units]
+        layers, plan = result.lifting.deep.layers, result.lifting
+        names = [layer.name for layer in layers]
         silent = names.index("blocks.1")
         shares = list(result.shares.values())
         assert shares[silent] == share
@@ -138,7 +138,7 @@ def test_a_unit_on_which_no_output_depends_is_the_other_networks_alone():
         assert all(0.0 < one < 1.0 for i, one in enumerate(shares) if i != silent)
         wanted = plan.deep.state() if share else aligned_state(plan, result.plans)
         made = result.model.state_dict()
-        for name in units[silent].parameters:
+        for name in layers[silent].parameters:
             if made[name].is_floating_point():
                 assert torch.equal(made[name], wanted[name].to(made[name])), name
 
@@ -147,7 +147,7 @@ def test_no_sensitivity_at_all_counts_as_equal_ones():
     model = networks.mlp(12, 9, 5)
     graph = trace(model, VECTORS)
     plan = fuse(model, model, VECTORS).lifting
-    nothing = torch.zeros(len(graph.units), dtype=torch.float64)
+    nothing = torch.zeros(len(graph.layers), dtype=torch.float64)
     found = layer_shares(plan, 0.3, nothing, nothing)
     assert found.of_units(plan) == (0.3, 0.3)
     found = layer_shares(plan, 0.3, nothing, nothing + 1)
@@ -186,14 +186,14 @@ def test_repair_meets_the_moments_of_each_units_own_share():
     plan = result.lifting
     graphs = plan.deep, plan.shallow, trace(result.model, data)
     ((of_deep,), (of_shallow,), (of_fused,)) = (observed_moments(one, data) for one in graphs)
-    for unit, made, share in zip(plan.deep.units, graphs[2].units, shares, strict=True):
-        for site, found in zip(unit.sites, made.sites, strict=True):
-            other = plan.sites[site.node]
-            places = [(one.classes, one.members) for one in (site, other)]
+    for layer, made, share in zip(plan.deep.layers, graphs[2].layers, shares, strict=True):
+        for point, found in zip(layer.calibration_points, made.calibration_points, strict=True):
+            other = plan.calibration_points[point.node]
+            places = [(one.groups, one.members) for one in (point, other)]
             moved = transport_vector(
-                torch.stack(of_shallow[other.node]), result.plans, *places, plan.classes
+                torch.stack(of_shallow[other.node]), result.plans, *places, plan.groups
             )
-            wanted = share * torch.stack(of_deep[site.node]) + (1 - share) * moved
+            wanted = share * torch.stack(of_deep[point.node]) + (1 - share) * moved
             bound = 1e-4 * float(wanted.abs().max())
             torch.testing.assert_close(
                 torch.stack(of_fused[found.node]), wanted, rtol=1e-3, atol=bound
@@ -207,7 +207,7 @@ def test_least_squares_aims_at_each_units_own_share(share):
         networks.mlp(12, 9, 8, 5), networks.mlp(12, 9, 8, 5, seed=1), VECTORS, calibration="none"
     )
     plan = result.lifting
-    shares = LayerShares(0.5, dict.fromkeys(plan.deep.units[0].parameters, share))
+    shares = MergeWeights(0.5, dict.fromkeys(plan.deep.layers[0].parameters, share))
     parents = [Parent(plan, result.plans, shares.rest()), frame_as_parent(plan.deep, shares)]
     state = regress(parents, blend(plan, result.plans, shares), VECTORS)
     wanted = plan.deep.state() if share else plan.shallow.state()
@@ -216,30 +216,30 @@ def test_least_squares_aims_at_each_units_own_share(share):
     nearest = torch.cdist(made, other).min(1)
     assert float(nearest.values.max()) < 1e-4
     assert len(set(nearest.indices.tolist())) == len(other)
-    equal = LayerShares(0.5)
+    equal = MergeWeights(0.5)
     parents = [Parent(plan, result.plans, equal), frame_as_parent(plan.deep, equal)]
     uniform = regress(parents, blend(plan, result.plans, equal), VECTORS)
     assert float(torch.cdist(uniform["0.weight"], other).min(1).values.max()) > 0.1
 
 
 def test_least_squares_gives_a_residual_stream_the_weight():
-    """The sums on a stream are the work of all units: no unit's own share is theirs."""
+    """The sums on a stream are the work of all layers: no layer's own share is theirs."""
     model = networks.resnet(2, 1)
     shifted, halfway = copy.deepcopy(model), copy.deepcopy(model)
     shift = torch.linspace(0.5, 2.0, 8)
     with torch.no_grad():
-        shifted.blocks[1].bn2.bias += shift
-        halfway.blocks[1].bn2.bias += shift / 2
+        shifted.heads[1].bn2.bias += shift
+        halfway.heads[1].bn2.bias += shift / 2
     result = fuse(shifted, model, IMAGES, calibration="none")
     plan = result.lifting
-    (block,) = (unit for unit in plan.deep.units if unit.name == "blocks.1")
-    shares = LayerShares(0.5, dict.fromkeys(block.parameters, 1.0))
+    (block,) = (layer for layer in plan.deep.layers if layer.name == "blocks.1")
+    shares = MergeWeights(0.5, dict.fromkeys(block.parameters, 1.0))
     parents = [Parent(plan, result.plans, shares.rest()), frame_as_parent(plan.deep, shares)]
     averaged = blend(plan, result.plans, shares)
-    assert torch.equal(averaged["blocks.1.bn2.bias"], shifted.blocks[1].bn2.bias)
+    assert torch.equal(averaged["blocks.1.bn2.bias"], shifted.heads[1].bn2.bias)
     made = with_state(plan.deep.model, regress(parents, averaged, IMAGES), plan.deep)
     streams = [
-        networks.output(torch.nn.Sequential(one.stem, one.blocks[0], one.blocks[1]), IMAGES)
+        networks.output(torch.nn.Sequential(one.stem, one.heads[0], one.heads[1]), IMAGES)
         for one in (made, halfway, shifted)
     ]
     found = [float((one - streams[0]).norm() / streams[1].norm()) for one in streams[1:]]
@@ -256,7 +256,7 @@ def test_sensitivities_are_computed_once_for_masses_and_layers(monkeypatch):
         return sensitivities(graph, *arguments, **options)
 
     monkeypatch.setattr(stages, "sensitivities", counted)
-    monkeypatch.setattr("clafusion.importance.sensitivities", counted)
+    monkeypatch.setattr("clafusion.profiling.importance.sensitivities", counted)
     models = networks.mlp(12, 9, 8, 5), networks.mlp(12, 9, 5, seed=1)
     both = fuse(*models, VECTORS, importance="sensitivity", **OWN)
     assert len(computed) == 2
@@ -266,7 +266,7 @@ def test_sensitivities_are_computed_once_for_masses_and_layers(monkeypatch):
 
 
 def shown(result):
-    """Return the shares that the summary's table has, by the deep network's unit."""
+    """Return the shares that the summary's table has, by the deep network's layer."""
     lines = fusion_summary(result).split("\n\n")[0].splitlines()
     assert lines[0].endswith("deep share")
     cells = [line.split() for line in lines[2:-1]]
@@ -295,9 +295,9 @@ def test_the_table_shows_the_deep_networks_share_whatever_is_made(settings, deep
     result = fuse(*models, IMAGES, weight=weight, **OWN, **settings)
     assert torch.isfinite(networks.output(result.model, IMAGES)).all()
     found = shown(result)
-    assert found[result.pair.deep.graph.units[-1].name] == "0.60"
+    assert found[result.pair.deep.traced.layers[-1].name] == "0.60"
     matched = result.alignment.deep_to_shallow
-    names = [unit.name for unit in result.pair.deep.graph.units]
+    names = [layer.name for layer in result.pair.deep.traced.layers]
     assert set(found) == {names[i] for i, k in enumerate(matched) if k >= 0}
     # Made networks compute what their originals do, so that the silent block stays silent.
     assert found["blocks.1"] == "0.00"
@@ -311,10 +311,10 @@ def test_the_table_shows_shares_where_layers_are_merged_away(merge):
         result = fuse(*models, VECTORS, weight=0.5, balance="merge", merge=merge, **OWN)
         found = shown(result)
         assert list(found.values()) == [f"{share:.2f}" for share in result.shares.values()]
-        assert len(result.lifting.deep.units) == 3  # the shallow network's, whose shares are known
+        assert len(result.lifting.deep.layers) == 3  # the shallow network's, whose shares are known
         of_shallow = sensitivities_ref(shallow, VECTORS)[:2]
         products = sensitivities(result.lifting.shallow, VECTORS)
-        of_made = unit_sensitivities(result.lifting.shallow, products).numpy()[:2]
+        of_made = layer_sensitivities(result.lifting.shallow, products).numpy()[:2]
         expected = shares_ref(0.5, of_made, of_shallow)
         np.testing.assert_allclose(list(result.shares.values()), [*expected, 0.5], rtol=1e-5)
 
@@ -331,14 +331,14 @@ def test_what_only_one_network_has_keeps_the_weight(first, second, settings):
     inputs = VECTORS if "width" in settings else IMAGES
     result = fuse(first, second, inputs, weight=0.4, calibration="none", **settings, **OWN)
     plan, made = result.lifting, result.model.state_dict()
-    assert plan.stand_ins
+    assert plan.target_only_layers
     deep_share = 0.6 if result.pair.deep_is_first else 0.4
-    weight = deep_share if plan.shallow is result.pair.shallow.graph else 1 - deep_share
-    uniform = blend(plan, result.plans, LayerShares(weight))
-    for unit, k in zip(plan.deep.units, plan.partner, strict=True):
-        same = all(torch.equal(made[name], uniform[name]) for name in unit.parameters)
-        alone = k < 0 or unit.index in plan.stand_ins or unit is plan.deep.units[-1]
-        assert same == alone, unit.name
+    weight = deep_share if plan.shallow is result.pair.shallow.traced else 1 - deep_share
+    uniform = blend(plan, result.plans, MergeWeights(weight))
+    for layer, k in zip(plan.deep.layers, plan.partner, strict=True):
+        same = all(torch.equal(made[name], uniform[name]) for name in layer.parameters)
+        alone = k < 0 or layer.index in plan.target_only_layers or layer is plan.deep.layers[-1]
+        assert same == alone, layer.name
 
 
 def test_pairs_that_the_result_has_no_place_for_have_no_share():
@@ -384,16 +384,16 @@ def test_what_has_no_layer_weights_is_refused():
         with pytest.raises(InputError, match="layer_weights='sensitivity' needs method='iterative"):
             fuse_models([model, model], VECTORS, method=method, **OWN)
     graph = trace(model, VECTORS)
-    signature = profile(graph, VECTORS)
-    pair = align_signatures(signature, signature)
+    profiled = profile(graph, VECTORS)
+    pair = align_profiles(profiled, profiled)
     with pytest.raises(InputError, match="has none: profile the model by the same settings"):
         fuse_aligned(pair, VECTORS, config=FusionConfig(**OWN))
     plan = fuse(model, model, VECTORS).lifting
-    with pytest.raises(InputError, match="each of the 2 units; the signature has 3"):
+    with pytest.raises(InputError, match="each of the 2 layers; the profile has 3"):
         layer_shares(plan, 0.5, torch.ones(2), torch.ones(3))
     with pytest.raises(InputError, match="need an output with a gradient"):
         sensitivities(trace(Labels(), VECTORS), VECTORS)
     model[2].weight.data.mul_(1e30)
     graph = trace(model, VECTORS, verify=False)
-    with pytest.raises(InputError, match="'sensitivity' is not finite for unit '0'"):
-        unit_sensitivities(graph, sensitivities(graph, VECTORS))
+    with pytest.raises(InputError, match="'sensitivity' is not finite for layer '0'"):
+        layer_sensitivities(graph, sensitivities(graph, VECTORS))

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from clafusion import UnsupportedOpError, fuse, trace
-from clafusion.layer_weights import LayerShares
-from clafusion.least_squares import interior_shares, weighted_mean
+from clafusion.calibration.least_squares import interior_shares, weighted_mean
+from clafusion.merging.layer_weights import MergeWeights
 from tests.networks import mlp, resnet
 
 VECTORS = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
@@ -154,7 +154,7 @@ def test_auto_takes_what_comes_nearer_to_the_mean():
 
 def test_the_interior_leans_to_the_largest_share():
     def inside(shares, lean):
-        return tuple(one.overall for one in interior_shares([*map(LayerShares, shares)], lean))
+        return tuple(one.overall for one in interior_shares([*map(MergeWeights, shares)], lean))
 
     assert inside((0.5, 0.5), 0.0) == (0.5, 0.5)
     assert inside((0.5, 0.5), 1.0) == (0.0, 1.0)  # of equals to the last, the frame
@@ -171,7 +171,7 @@ def test_the_interior_leans_to_the_largest_share():
 
 
 def test_a_layers_own_shares_lean_to_the_same_network_as_the_outputs():
-    shares = LayerShares(0.6, {"a": 0.25, "b": 1.0})
+    shares = MergeWeights(0.6, {"a": 0.25, "b": 1.0})
     first, second = interior_shares([shares, shares.rest()], 0.5)
     assert (first.overall, first.of("a"), first.of("b")) == (0.8, 0.625, 1.0)
     assert (second.overall, second.of("a"), second.of("b")) == pytest.approx((0.2, 0.375, 0.0))

@@ -29,10 +29,10 @@ from clafusion import (
 )
 from clafusion import many as many_module
 from clafusion import prepared as prepared_module
-from clafusion.checkpoints import save_model
-from clafusion.digests import structure_digest
-from clafusion.prepared import prepare
-from clafusion.trace import architecture
+from clafusion.batch.prepared import prepare
+from clafusion.tracing.trace import architecture
+from clafusion.weights.digests import structure_digest
+from clafusion.weights.files import save_model
 from tests import networks
 
 FACTORY = """
@@ -392,7 +392,7 @@ def test_what_is_whole_is_kept_and_what_is_not_is_done_again(expected, tmp_path,
     ("name", "value"),
     [
         ("seconds", 3),
-        ("deep_units", [1]),
+        ("deep_layers", [1]),
         ("warnings", [None]),
         ("structure", []),
         ("deep", "z"),
@@ -523,7 +523,7 @@ def test_other_pairs_in_the_directory_stay(tmp_path):
     assert [one["first"] for one in lines(tmp_path)] == ["a", "b"]
 
 
-# --- signatures on disk -------------------------------------------------------------------------
+# --- profiles on disk -------------------------------------------------------------------------
 
 
 def test_signatures_are_read_from_disk_and_corrupt_ones_made_again(
@@ -608,7 +608,7 @@ def test_stale_signatures_are_not_taken(tmp_path, monkeypatch, change):
     list(fuse_many(**{**given, **change}))
     assert not any(cached for _, cached in made)
     made.clear()
-    list(fuse_many(**{**given, "weight": 0.1}))  # on which no signature depends
+    list(fuse_many(**{**given, "weight": 0.1}))  # on which no profile depends
     assert all(cached for _, cached in made)
 
 

@@ -99,8 +99,8 @@ def test_each_step_is_the_published_one(name, match_classifier):
 
     inputs = DATA[:SAMPLES].double().numpy()
     of_deep, of_shallow = layers(deep), layers(shallow)
-    signatures = preactivations(of_deep, inputs), preactivations(of_shallow, inputs)
-    costs = np.array([[cka_cost(x, y) for y in signatures[1]] for x in signatures[0]])
+    profiles = preactivations(of_deep, inputs), preactivations(of_shallow, inputs)
+    costs = np.array([[cka_cost(x, y) for y in profiles[1]] for x in profiles[0]])
     np.testing.assert_allclose(result.pair.costs, costs, rtol=0, atol=1e-5)  # float32 activations
 
     chosen = aligned_ref(costs)
@@ -109,13 +109,12 @@ def test_each_step_is_the_published_one(name, match_classifier):
 
     lifted = lifted_ref(of_shallow, chosen, len(of_deep))
     flowing = preactivations(lifted, inputs)
-    np.testing.assert_allclose(flowing[-1], signatures[1][-1])  # lifting changes nothing
-    plans = [transport_ref(x, y) for x, y in zip(flowing, signatures[0], strict=True)]
+    np.testing.assert_allclose(flowing[-1], profiles[1][-1])  # lifting changes nothing
+    plans = [transport_ref(x, y) for x, y in zip(flowing, profiles[0], strict=True)]
     if not match_classifier:
         plans[-1] = np.eye(4) / 4
     found = sorted(
-        (one.name, plan)
-        for one, plan in zip(result.lifting.deep.classes, result.plans, strict=True)
+        (one.name, plan) for one, plan in zip(result.lifting.deep.groups, result.plans, strict=True)
     )
     for (_, plan), wanted in zip(found, plans[:-1], strict=True):
         np.testing.assert_allclose(plan.numpy(), wanted, rtol=0, atol=1e-12)

@@ -11,7 +11,7 @@ import torch
 
 import clafusion
 from clafusion import InputError
-from clafusion.plots import _figure, plot_alignment
+from clafusion.reports.plots import _figure, plot_alignment
 from tests import networks
 
 
@@ -101,7 +101,7 @@ def test_the_callers_settings_stay(tmp_path, pair):
 
 
 def test_pyplot_is_never_imported():
-    code = "import sys, clafusion.plots, clafusion.cli; print('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, clafusion.reports.plots, clafusion.cli; print('matplotlib.pyplot' in sys.modules)"
     found = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
     )

@@ -1,10 +1,10 @@
-"""The tables: every unit once, and what was done told truly."""
+"""The tables: every layer once, and what was done told truly."""
 
 import pytest
 import torch
 
 import clafusion
-from clafusion.report import alignment_summary, fusion_summary, model_summary, plain_table
+from clafusion.reports.tables import alignment_summary, fusion_summary, model_summary, plain_table
 from tests import networks
 
 INPUTS = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
@@ -34,13 +34,13 @@ def test_columns_are_aligned():
 def test_every_deep_unit_has_a_row_with_its_partner_and_cost(models):
     pair = clafusion.align(*models, INPUTS)
     found = rows(alignment_summary(pair))
-    deep, shallow = pair.deep.graph.units, pair.shallow.graph.units
-    for row, unit, k in zip(found, deep, pair.alignment.deep_to_shallow, strict=False):
+    deep, shallow = pair.deep.traced.layers, pair.shallow.traced.layers
+    for row, layer, k in zip(found, deep, pair.alignment.deep_to_shallow, strict=False):
         if k < 0:
-            assert row == [unit.name, "(inserted)"]
+            assert row == [layer.name, "(inserted)"]
         else:
-            cost = f"{pair.alignment.cost[unit.index, k]:.4f}"
-            assert row == [unit.name, shallow[k].name, cost]
+            cost = f"{pair.alignment.cost[layer.index, k]:.4f}"
+            assert row == [layer.name, shallow[k].name, cost]
     assert found[-1] == ["total", f"{pair.alignment.total_cost:.4f}"]
     assert len(found) == len(deep) + 1
 
@@ -77,9 +77,9 @@ def test_whether_the_costs_mattered_is_told(models):
 def test_a_models_summary_lists_units_and_classes(models):
     graph = clafusion.trace(models[0], INPUTS)
     text = model_summary(graph)
-    units, classes, _ = text.split("\n\n")
-    assert [line.split()[0] for line in units.splitlines()[2:]] == ["0", "2", "4", "6"]
-    assert [line.split()[:2] for line in classes.splitlines()[2:]] == [
+    layers, groups, _ = text.split("\n\n")
+    assert [line.split()[0] for line in layers.splitlines()[2:]] == ["0", "2", "4", "6"]
+    assert [line.split()[:2] for line in groups.splitlines()[2:]] == [
         ["0.weight", "9"],
         ["2.weight", "8"],
         ["4.weight", "7"],

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from clafusion import InputError
-from clafusion.samples import load_samples
+from clafusion.profiling.samples import load_samples
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 3, 4, 5), dtype=np.uint8)
 REAL = np.random.default_rng(1).normal(size=(7, 6))

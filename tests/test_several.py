@@ -42,7 +42,7 @@ def test_models_that_differ_between_their_units_are_refused(method):
         return nn.Sequential(*layers, pooling, nn.Flatten(), nn.Linear(96, 5)).eval()
 
     models = [chain(nn.MaxPool2d(2), 2), chain(nn.AvgPool2d(2), 1)]
-    with pytest.raises(StructureError, match="differ in what lies between units"):
+    with pytest.raises(StructureError, match="differ in what lies between layers"):
         fuse_models(models, IMAGES, method=method)
 
 

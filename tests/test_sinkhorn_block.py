@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clafusion.transport import sinkhorn
+from clafusion.transport.solve import sinkhorn
 from tests.test_transport import problem, sinkhorn_ref, weights
 
 CSRC = Path(__file__).parent.parent / "csrc"
@@ -98,8 +98,8 @@ def test_equals_the_reference(compiled, team, shape, epsilon):
     # Off by the marginal error over one minus the contraction, and by 1e-7 / epsilon.
     assert np.abs(found.plan - expected).sum() < 100 * tolerance + 1e-6 / epsilon
     exponent = found.f[:, None] + found.g - cost
-    unit = epsilon * cost.max() if cost.max() > 0 else epsilon
-    assert np.abs(np.exp(exponent / unit) - found.plan).sum() < 1e-6 / epsilon
+    layer = epsilon * cost.max() if cost.max() > 0 else epsilon
+    assert np.abs(np.exp(exponent / layer) - found.plan).sum() < 1e-6 / epsilon
     assert found.cost == pytest.approx((found.plan * cost.astype(float)).sum(), rel=1e-5, abs=1e-7)
 
 
@@ -110,8 +110,8 @@ def test_soft_marginals(compiled, team, relaxation):
     a, b = 3 * weights(13, 1).numpy(), 2 * weights(16, 2).numpy()
     found = Solution(compiled, cost, a, b, epsilon=0.02, relaxation=relaxation, **TEAMS[team])
     assert found.status == 1
-    unit = float(cost.max())
-    expected = sinkhorn_ref(cost.astype(float), a, b, 0.02 * unit, relaxation * unit)
+    layer = float(cost.max())
+    expected = sinkhorn_ref(cost.astype(float), a, b, 0.02 * layer, relaxation * layer)
     assert np.abs(found.plan - expected).sum() < 1e-4 * expected.sum()
 
 

@@ -13,11 +13,11 @@ import torch
 from scipy.special import logsumexp
 
 from clafusion import ConvergenceWarning, InputError, _core, _native
-from clafusion.transport import LARGEST_EXACT, _choose, sinkhorn, solve_transport
+from clafusion.transport.solve import LARGEST_EXACT, _choose, sinkhorn, solve_transport
 
 
 def sinkhorn_ref(cost, a, b, epsilon, relaxation=np.inf, iterations=20_000, tolerance=1e-12):
-    """Plain log-domain Sinkhorn in float64; epsilon and relaxation in the cost's units."""
+    """Plain log-domain Sinkhorn in float64; epsilon and relaxation in the cost's layers."""
     exponent = 1.0 if np.isinf(relaxation) else relaxation / (relaxation + epsilon)
     with np.errstate(divide="ignore"):
         log_a, log_b = np.log(a), np.log(b)
@@ -125,9 +125,9 @@ def test_a_transposed_problem_has_the_transposed_plan():
 def test_potentials_give_the_plan():
     cost = problem(30, 40).double()
     found = sinkhorn(cost, epsilon=0.05)
-    unit = 0.05 * float(cost.max())
+    layer = 0.05 * float(cost.max())
     f, g = found.source_potential, found.target_potential
-    plan = torch.exp((f[:, None] + g - cost) / unit)
+    plan = torch.exp((f[:, None] + g - cost) / layer)
     # Exponents of some 20 in float32 are off by 2e-6.
     torch.testing.assert_close(found.plan, plan, rtol=2e-5, atol=1e-30)
     assert found.plan.dtype == torch.float64
@@ -289,7 +289,7 @@ def test_stopped_anywhere_the_plan_is_one_for_this_epsilon_and_its_error_is_told
         assert int(found.iterations) <= most
         exponent = found.source_potential[:, None] + found.target_potential - cost
         again = torch.exp(exponent / (epsilon * float(cost.max())))
-        # float32 potentials in units of epsilon: 1e-7 / epsilon
+        # float32 potentials in layers of epsilon: 1e-7 / epsilon
         assert float((plan - again).abs().sum()) < 1e-3
 
 
@@ -338,11 +338,11 @@ def test_many_assignments_come_back_in_order_with_their_dual():
 
 
 @pytest.mark.parametrize("shift", [-0.5, 0.0, 1.0])
-@pytest.mark.parametrize("unit", [1e-15, 1.0, 1e15])
-def test_the_exact_dual_certifies_the_plan_in_any_unit(unit, shift):
-    cost, a, b = (problem(20, 35).double() + shift) * unit, weights(20, 1), weights(35, 2)
+@pytest.mark.parametrize("layer", [1e-15, 1.0, 1e15])
+def test_the_exact_dual_certifies_the_plan_in_any_unit(layer, shift):
+    cost, a, b = (problem(20, 35).double() + shift) * layer, weights(20, 1), weights(35, 2)
     found = solve_transport([cost], [a], [b], solver="exact")[0]
-    slack = (cost - found.source_potential[:, None] - found.target_potential) / unit
+    slack = (cost - found.source_potential[:, None] - found.target_potential) / layer
     assert float(slack.min()) > -1e-12
     assert float((slack * found.plan).sum()) == pytest.approx(0.0, abs=1e-12)
     assert float(found.cost) == pytest.approx(float((cost * found.plan).sum()))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from clafusion import InputError, StructureError, align, fuse, fuse_many, fuse_models, trace
-from clafusion.union import placed, union_graph, union_items
+from clafusion.targets.union import placed, union_items, union_model
 from tests.networks import mlp, output, randomise, resnet, shapes, vgg, widened
 
 DIGITS = torch.randn(600, 20, generator=torch.Generator().manual_seed(0))
@@ -102,12 +102,12 @@ class Loop(nn.Module):
     def __init__(self, *stages: int) -> None:
         super().__init__()
         self.inside = residual(*stages)
-        self.count = len(self.inside.blocks)
+        self.count = len(self.inside.heads)
 
     def forward(self, x):
         x = self.inside.stem(x)
         for i in range(self.count):
-            x = self.inside.blocks[i](x)
+            x = self.inside.heads[i](x)
         return self.inside.head(x.mean((2, 3)))
 
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_built_is_refused_with_advice():
         fuse(first, second, IMAGES, width="wide")
     with pytest.raises(StructureError, match="each needs gaps; they are in alignment='layer' only"):
         fuse(first, second, IMAGES, alignment="chain")
-    with pytest.raises(StructureError, match=r"models\[1\] has units for which models\[0\]"):
+    with pytest.raises(StructureError, match=r"models\[1\] has layers for which models\[0\]"):
         fuse_models([first, second], IMAGES, method="many_to_one")
     with pytest.raises(InputError, match="into needs method='iterative'"):
         fuse_models([first, second], IMAGES, method="barycentre", into=residual(3, 3))
@@ -155,11 +155,11 @@ def test_what_cannot_be_built_is_refused_with_advice():
 def test_the_order_of_the_union():
     first, second = residual(3, 1), residual(1, 3, seed=1)
     pair = align(first, second, IMAGES)
-    deep, shallow = pair.deep.graph, pair.shallow.graph
+    deep, shallow = pair.deep.traced, pair.shallow.traced
     items = union_items(deep, shallow, pair.alignment)
     assert sorted(one for one, _ in items if one >= 0) == list(range(6))
     assert sorted(other for _, other in items if other >= 0) == list(range(6))
-    union = union_graph(deep, shallow, pair.alignment)
+    union = union_model(deep, shallow, pair.alignment)
     changes = [0.5] * 6, [0.5, 0.5, 0.5, 0.2, 0.3, 0.5]
     of_deep, of_shallow = placed(union, deep, shallow, items, changes)
     assert list(zip(of_deep, of_shallow, strict=True)) == list(items)
@@ -254,7 +254,7 @@ def test_several_models_go_into_one_architecture():
 
 def test_refuses_what_cannot_hold_both():
     first, second = vgg(3, 1), vgg(1, 3, seed=1)
-    with pytest.raises(StructureError, match="into= has 5 units, and unit '6' of the networks"):
+    with pytest.raises(StructureError, match="into= has 5 layers, and layer '6' of the networks"):
         fuse(first, second, IMAGES, into=vgg(2, 2))
     with pytest.raises(StructureError, match="different outputs"):
         fuse(mlp(20, 16, 16, 5), mlp(20, 16, 5), DIGITS, into=mlp(20, 16, 16, 16, 6))
@@ -283,7 +283,7 @@ def test_the_table_and_the_picture_show_gaps_on_both_sides(tmp_path):
     assert "2 inserted into the shallow one, 2 into the deep one" in result.summary()
     result.plot(tmp_path / "union.png")
     assert (tmp_path / "union.png").stat().st_size > 10_000
-    assert trace(result.model, IMAGES[:3]).units[-1].name == "head"
+    assert trace(result.model, IMAGES[:3]).layers[-1].name == "head"
 
 
 # --- architectures that are harder to put together ----------------------------------------------
@@ -405,12 +405,12 @@ def shared(times, seed=0):
 
 
 def test_a_network_that_the_structure_changes_is_refused():
-    message = "a network's outputs change by .* differ in what lies between units"
+    message = "a network's outputs change by .* differ in what lies between layers"
     with pytest.raises(StructureError, match=message):
         fuse(vgg(3, 1), averaging(vgg(1, 3, seed=1)), IMAGES)
     with pytest.raises(StructureError, match=message):
         fuse(vgg(3, 3), averaging(vgg(1, 3, seed=1)), IMAGES)
-    with pytest.raises(StructureError, match="or share parameters among units"):
+    with pytest.raises(StructureError, match="or share parameters among layers"):
         fuse(shared(3), shared(2, seed=1), DIGITS)
     into = averaging(vgg(2, 1, widths=(7, 11)))
     with pytest.raises(StructureError, match=message):

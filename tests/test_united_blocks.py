@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from clafusion import StructureError, WidthWarning, fuse, fuse_many, fuse_models, profile, trace
-from clafusion.baselines import naive_average
-from clafusion.united_blocks import _assigned, unite_blocks
+from clafusion.matching.united_heads import _assigned, unite_heads
+from clafusion.merging.naive import naive_average
 from tests import networks
 from tests.test_blocks import TOKENS, Encoder, Logits
 from tests.test_fuse import CALIBRATIONS, assert_same_function
@@ -108,9 +108,9 @@ def test_a_model_fused_with_one_that_has_its_heads_twice_is_itself(name, calibra
 @pytest.mark.parametrize(
     "settings",
     [
-        {"neuron_cost": "euclidean"},
-        {"neuron_cost": "weight"},
-        {"neuron_cost": "dual"},
+        {"channel_cost": "euclidean"},
+        {"channel_cost": "weight"},
+        {"channel_cost": "dual"},
         {"solver": "sinkhorn", "epsilon": 0.001},
         {"solver": "assignment"},
         {"importance": "activation"},
@@ -137,9 +137,9 @@ def test_the_weights_0_and_1_give_the_parents_at_different_depths(weight, calibr
 def test_plans_move_whole_heads():
     deep, shallow = encoder(5), encoder(2, seed=1)
     result = fuse(deep, shallow, TOKENS)
-    for one in result.lifting.deep.united:
+    for one in result.lifting.deep.united_heads:
         masses = []
-        for index in one.classes:
+        for index in one.groups:
             plan = result.plans[index]
             torch.testing.assert_close(plan.sum(), torch.ones((), dtype=plan.dtype))
             masses.append(plan.unflatten(0, (2, -1)).unflatten(2, (5, -1)).sum((1, 3)))
@@ -213,20 +213,20 @@ def test_a_transformer_of_others():
 
 def test_signatures_with_united_heads_are_those_of_the_same_models():
     one, other = profile(encoder(4), TOKENS), profile(encoder(2, seed=1), TOKENS)
-    target, source = unite_blocks(one, other, range(len(one.graph.units)))
+    target, source = unite_heads(one, other, range(len(one.traced.layers)))
     for before, after, count in ((one, target, 4), (other, source, 2)):
-        assert after.graph.model is before.graph.model
-        assert [each.count for each in after.graph.united] == [count, count]
-        assert not after.graph.blocks
-        assert sum(each.size for each in after.graph.classes) == sum(
-            each.size for each in before.graph.classes
+        assert after.traced.model is before.traced.model
+        assert [each.count for each in after.traced.united_heads] == [count, count]
+        assert not after.traced.heads
+        assert sum(each.size for each in after.traced.groups) == sum(
+            each.size for each in before.traced.groups
         )
-        for unit in after.graph.units:
-            for point in unit.read_points:
-                for index in point.classes.unique().tolist():
-                    members = point.members[point.classes == index]
-                    assert sorted(members.tolist()) == list(range(after.graph.classes[index].size))
-    assert unite_blocks(one, one, range(len(one.graph.units))) == (one, one)
+        for layer in after.traced.layers:
+            for point in layer.hook_points:
+                for index in point.groups.unique().tolist():
+                    members = point.members[point.groups == index]
+                    assert sorted(members.tolist()) == list(range(after.traced.groups[index].size))
+    assert unite_heads(one, one, range(len(one.traced.layers))) == (one, one)
 
 
 def test_many_pairs_are_fused_like_one():
@@ -304,4 +304,4 @@ def test_widths_that_a_module_cannot_have_are_refused():
 
 
 def test_inspecting_counts_heads_as_before():
-    assert len(trace(encoder(4), TOKENS).blocks[0].members) == 4
+    assert len(trace(encoder(4), TOKENS).heads[0].members) == 4

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from clafusion import fuse, trace
-from clafusion.blending import aligned_state
-from clafusion.depth import lifting
-from clafusion.weight_matching import match_by_weights
+from clafusion.correspondence.correspondence import lifting
+from clafusion.matching.weight_costs import match_by_weights
+from clafusion.merging.blending import aligned_state
 from tests import networks
 from tests.networks import mlp, resnet, vgg
 
@@ -35,7 +35,7 @@ def permuted(build, inputs):
 def test_a_permuted_copy_fuses_to_the_original(name, cost):
     build, inputs = MODELS[name]
     model, other = permuted(build, inputs)
-    fused = fuse(model, other, inputs, neuron_cost=cost, calibration="none").model
+    fused = fuse(model, other, inputs, channel_cost=cost, calibration="none").model
     torch.testing.assert_close(output(fused, inputs), output(model, inputs), rtol=0, atol=2e-4)
 
 
@@ -43,7 +43,7 @@ def test_a_permuted_copy_fuses_to_the_original(name, cost):
 def test_no_swap_of_two_channels_lessens_the_sum_of_squares(name):
     build, inputs = MODELS[name]
     graphs = [trace(build(seed), inputs) for seed in (0, 1)]
-    partner = tuple(range(len(graphs[0].units)))
+    partner = tuple(range(len(graphs[0].layers)))
     plan = lifting(*graphs, partner)
     plans = match_by_weights(plan)
     target = graphs[0].state()
@@ -54,9 +54,9 @@ def test_no_swap_of_two_channels_lessens_the_sum_of_squares(name):
         return sum(float((aligned[one] - target[one]).double().square().sum()) for one in weights)
 
     least = distance(plans)
-    for one in graphs[0].classes:
+    for one in graphs[0].groups:
         # A class that both reads and writes a weight moves twice: no optimum of single steps.
-        squares = {(slot.use.parameter, slot.direction) for slot in one.slots}
+        squares = {(group_axis.use.parameter, group_axis.direction) for group_axis in one.axes}
         if any((name, "out") in squares for name, way in squares if way == "in"):
             continue
         for i in range(one.size - 1):
@@ -70,5 +70,5 @@ def test_no_swap_of_two_channels_lessens_the_sum_of_squares(name):
 def test_widths_and_depths_may_differ():
     deep, shallow = mlp(12, 20, 15, 18, 5), mlp(12, 10, 9, 5, seed=1)
     for cost in ("weight", "dual"):
-        model = fuse(deep, shallow, VECTORS, neuron_cost=cost).model
+        model = fuse(deep, shallow, VECTORS, channel_cost=cost).model
         assert torch.isfinite(output(model, VECTORS)).all()

@@ -110,7 +110,7 @@ def pair(make):
 def test_channels_that_are_added_up_are_found_and_told(name):
     make, inputs = COUNTED[name]
     wide, narrow = pair(make)
-    assert any(one.is_counted for one in trace(wide, inputs).classes)
+    assert any(one.is_counted for one in trace(wide, inputs).groups)
     with pytest.warns(WidthWarning, match="5 in one network and 8 in the other"):
         fuse(wide, narrow, inputs)
     with warnings.catch_warnings():
@@ -122,7 +122,7 @@ def test_channels_that_are_added_up_are_found_and_told(name):
 def test_channels_that_only_layers_read_are_not(name):
     make, inputs = WEIGHED[name]
     wide, narrow = pair(make)
-    assert not any(one.is_counted for one in trace(wide, inputs).classes)
+    assert not any(one.is_counted for one in trace(wide, inputs).groups)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fuse(wide, narrow, inputs)

@@ -14,9 +14,9 @@ from clafusion import (
     fuse_models,
     trace,
 )
-from clafusion.signatures import standardised
-from clafusion.transport import solve_transport
-from clafusion.zipping import zip_channels
+from clafusion.matching.zipping import zip_channels
+from clafusion.profiling.profile import standardised
+from clafusion.transport.solve import solve_transport
 from tests import networks
 from tests.test_fuse import (
     IMAGES,
@@ -197,7 +197,7 @@ def test_weights_are_those_of_the_papers_merge_and_unmerge_matrices(widths):
     parents = [
         [one.detach().double().numpy() for one in model.parameters()] for model in (shallow, deep)
     ]
-    by_name = {one.name: index for index, one in enumerate(result.lifting.deep.classes)}
+    by_name = {one.name: index for index, one in enumerate(result.lifting.deep.groups)}
     unmerge = [[np.eye(12), np.eye(12)]]
     merge = []
     for layer in ("0.weight", "2.weight"):
@@ -254,7 +254,7 @@ def test_what_does_not_go_with_zipping_is_refused():
         with pytest.raises(InputError, match=r"zip_budget must be in \[0, 1\]"):
             FusionConfig(zip_budget=budget)
     for name, value in (
-        ("neuron_cost", "weight"),
+        ("channel_cost", "weight"),
         ("importance", "norm"),
         ("normalisation", "single"),
         ("match_classifier", True),

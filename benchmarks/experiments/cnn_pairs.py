@@ -19,7 +19,7 @@ from benchmarks.datasets import accuracy, logits
 from benchmarks.experiments.cifar_pairs import data
 from benchmarks.experiments.experiment import arguments, run, trained
 from clafusion import fuse
-from clafusion.baselines import naive_average
+from clafusion.merging.naive import naive_average
 
 QUICK: dict[str, Any] = {
     "images": 4000,

@@ -16,7 +16,7 @@ from benchmarks.datasets import accuracy
 from benchmarks.experiments.cifar_pairs import FULL, QUICK, data, fresh, parents
 from benchmarks.experiments.experiment import arguments, run, trained
 from clafusion import fuse
-from clafusion.least_squares import Lean
+from clafusion.calibration.least_squares import Lean
 
 RATES = (0.1, 0.02)
 # Few images seen often are learnt by heart, and then there is nothing left to finetune.

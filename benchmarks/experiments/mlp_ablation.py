@@ -13,8 +13,8 @@ from benchmarks.datasets import accuracy, mnist
 from benchmarks.experiments.experiment import arguments, run, trained
 from benchmarks.mnist_mlp import DEEP, SHALLOW, mlp
 from clafusion import FusionConfig, align
-from clafusion.layer_costs import LayerCost
-from clafusion.pipeline import fuse_aligned
+from clafusion.alignment.layer_costs import LayerCost
+from clafusion.fusion import fuse_aligned
 
 CALIBRATIONS = ("none", "repair", "least_squares")
 

@@ -14,7 +14,7 @@ from benchmarks.datasets import logits, mnist
 from benchmarks.experiments.experiment import arguments, run, trained
 from benchmarks.mnist_mlp import DEEP, SHALLOW, mlp
 from clafusion import fuse
-from clafusion.baselines import naive_average
+from clafusion.merging.naive import naive_average
 
 SPECIAL = 4
 

@@ -1,8 +1,14 @@
 """Fuse trained PyTorch networks of different depth and width into one, without training."""
 
 from clafusion._native import build_info, num_threads, set_num_threads
-from clafusion.checkpoints import ModelFile
-from clafusion.depth import Lifting, lift
+from clafusion.alignment.dynamic_program import (
+    LayerAlignment,
+    LayerAlignmentBatch,
+    align_layers,
+    align_layers_batch,
+)
+from clafusion.batch.run import PairResult, fuse_many
+from clafusion.correspondence.correspondence import Correspondence, lift
 from clafusion.errors import (
     AlignmentError,
     ClafusionError,
@@ -15,47 +21,48 @@ from clafusion.errors import (
     UnsupportedOpError,
     WidthWarning,
 )
-from clafusion.graph import ChannelBlocks, ChannelClass, ModelGraph, Slot, Unit, UnitedBlocks
-from clafusion.layer_alignment import (
-    LayerAlignment,
-    LayerAlignmentBatch,
-    align_layers,
-    align_layers_batch,
-)
-from clafusion.many import PairResult, fuse_many
-from clafusion.pipeline import AlignedPair, FusionConfig, FusionResult, align, fuse, profile
+from clafusion.fusion import AlignedPair, FusionConfig, FusionResult, align, fuse, profile
+from clafusion.profiling.profile import ModelProfile
 from clafusion.several import ModelsResult, fuse_models
-from clafusion.signatures import Signature
-from clafusion.trace import trace
-from clafusion.training import TrainingResult, distill, finetune
-from clafusion.verification import permute_channels, verify_graph
+from clafusion.tracing.model import (
+    ChannelGroup,
+    GroupAxis,
+    HeadPartition,
+    Layer,
+    TracedModel,
+    UnitedHeads,
+)
+from clafusion.tracing.trace import trace
+from clafusion.tracing.verify import permute_channels, verify_graph
+from clafusion.training.training import TrainingResult, distill, finetune
+from clafusion.weights.files import ModelFile
 
 __all__ = [
     "AlignedPair",
     "AlignmentError",
-    "ChannelBlocks",
-    "ChannelClass",
+    "ChannelGroup",
     "ClafusionError",
     "ConvergenceWarning",
+    "Correspondence",
     "DivergenceError",
     "FusionConfig",
     "FusionResult",
     "FusionWarning",
     "GraphVerificationError",
+    "GroupAxis",
+    "HeadPartition",
     "InputError",
+    "Layer",
     "LayerAlignment",
     "LayerAlignmentBatch",
-    "Lifting",
     "ModelFile",
-    "ModelGraph",
+    "ModelProfile",
     "ModelsResult",
     "PairResult",
-    "Signature",
-    "Slot",
     "StructureError",
+    "TracedModel",
     "TrainingResult",
-    "Unit",
-    "UnitedBlocks",
+    "UnitedHeads",
     "UnsupportedOpError",
     "WidthWarning",
     "align",

@@ -121,7 +121,7 @@ def align_layers(
 ) -> tuple[list[NDArray[np.int64]], NDArray[np.float64], NDArray[np.int64]]:
     """Solve a ragged batch of alignment problems.
 
-    Without ``skips_shallow`` no shallow unit may go unmatched. Returns one ``deep_to_shallow``
+    Without ``skips_shallow`` no shallow layer may go unmatched. Returns one ``deep_to_shallow``
     array per problem, the total costs ``(count,)`` and how far each search reached ``(count, 2)``
     (deep, shallow), which explains an infinite total.
     """
@@ -145,7 +145,7 @@ def align_equal_layers(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
     """Solve alignment problems of one shape: ``costs`` ``(count, m, n)``, ``skips`` ``(count, m)``.
 
-    Without ``skips`` leaving a unit unmatched costs nothing. As :func:`align_layers`, with
+    Without ``skips`` leaving a layer unmatched costs nothing. As :func:`align_layers`, with
     ``deep_to_shallow`` as one array ``(count, m)``. Raises ValueError for NaN or ``-inf``.
     """
     count, deep, shallow = costs.shape

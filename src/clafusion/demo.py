@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clafusion.baselines import naive_average
-from clafusion.checkpoints import save_model
+from clafusion.calibration.least_squares import one_thread
 from clafusion.errors import InputError
-from clafusion.least_squares import one_thread
-from clafusion.pipeline import FusionResult, fuse
-from clafusion.report import alignment_summary, plain_table
+from clafusion.fusion import FusionResult, fuse
+from clafusion.merging.naive import naive_average
+from clafusion.reports.tables import alignment_summary, plain_table
+from clafusion.weights.files import save_model
 
 __all__ = ["DemoOutcome", "run_demo"]
 

@@ -30,11 +30,11 @@ class UnsupportedOpError(ClafusionError, NotImplementedError):
 
 
 class GraphVerificationError(ClafusionError):
-    """Permuting a channel class changed the model's output: the analysis was wrong."""
+    """Permuting a channel group changed the model's output: the analysis was wrong."""
 
 
 class StructureError(ClafusionError, ValueError):
-    """Two models (or two units) cannot be brought to one structure."""
+    """Two models (or two layers) cannot be brought to one structure."""
 
 
 class AlignmentError(ClafusionError, ValueError):
@@ -43,7 +43,7 @@ class AlignmentError(ClafusionError, ValueError):
     Attributes
     ----------
     reached_deep, reached_shallow
-        How many leading units of each network the search could use up before it was stuck.
+        How many leading layers of each network the search could use up before it was stuck.
     """
 
     def __init__(self, message: str, reached_deep: int = 0, reached_shallow: int = 0) -> None:
@@ -77,5 +77,5 @@ class ConvergenceWarning(FusionWarning):
 class WidthWarning(FusionWarning):
     """Two networks differ in the number of channels that are counted, not weighed.
 
-    Where one has more of them, copies of a channel add up: see ``ChannelClass.is_counted``.
+    Where one has more of them, copies of a channel add up: see ``ChannelGroup.is_counted``.
     """

@@ -18,29 +18,34 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from clafusion.blending import aligned_state, outgoing_map
-from clafusion.block_matching import match_blocks
-from clafusion.calibration import repair, reset_batchnorm
-from clafusion.data import Data, first_batch
-from clafusion.depth import check_lifted, lifting, warn_of_counted_channels, with_state
+from clafusion.calibration.least_squares import Parent, frame_as_parent, regress_leaning
+from clafusion.calibration.repair import repair, reset_batchnorm
+from clafusion.correspondence.correspondence import (
+    check_lifted,
+    lifting,
+    warn_of_counted_channels,
+    with_state,
+)
 from clafusion.errors import ConvergenceWarning, InputError, StructureError
-from clafusion.graph import State
-from clafusion.layer_weights import LayerShares
-from clafusion.least_squares import Parent, frame_as_parent, regress_leaning
-from clafusion.moments import BatchMoments, observed_moments
-from clafusion.pipeline import (
+from clafusion.fusion import (
     AlignedPair,
     FusionConfig,
     FusionResult,
     Progress,
-    align_signatures,
+    align_profiles,
     channel_plans,
     fuse,
     profiled,
     traced_to_fuse,
 )
-from clafusion.trace import copied
-from clafusion.united_blocks import unite_graphs
+from clafusion.matching.head_order import order_heads
+from clafusion.matching.united_heads import unite_models
+from clafusion.merging.blending import aligned_state, outgoing_map
+from clafusion.merging.layer_weights import MergeWeights
+from clafusion.profiling.batches import Data, first_batch
+from clafusion.profiling.moments import BatchMoments, observed_moments
+from clafusion.tracing.model import State
+from clafusion.tracing.trace import copied
 
 __all__ = ["ModelsResult", "SeveralMethod", "fuse_models"]
 
@@ -54,7 +59,7 @@ class ModelsResult:
     Attributes
     ----------
     model
-        The fused network: the architecture of the model with the most units.
+        The fused network: the architecture of the model with the most layers.
     weights
         Each model's share; they add up to 1.
     method
@@ -62,7 +67,7 @@ class ModelsResult:
     pairs
         The alignments: of each step for ``"iterative"``, else of each model with the deepest.
     plans
-        For each of ``pairs`` the transport plans, as in :class:`FusionResult`.
+        For each of ``pairs`` the transport plans, as in :group:`FusionResult`.
     rounds
         How many times all models were brought into a frame.
     converged
@@ -222,22 +227,22 @@ def _into_one_frame(
     graphs = [
         traced_to_fuse(f"models[{i}]", model, example, config) for i, model in enumerate(models)
     ]
-    signatures = [
-        replace(one, moments=tuple(observed_moments(one.graph, data)))
+    profiles = [
+        replace(one, moments=tuple(observed_moments(one.traced, data)))
         for one in profiled(graphs, data, config, progress)
     ]
-    deepest = max(range(len(graphs)), key=lambda i: len(graphs[i].units))
+    deepest = max(range(len(graphs)), key=lambda i: len(graphs[i].layers))
     others = [i for i in range(len(models)) if i != deepest]
     order = [*others, deepest]  # as least squares wants them
-    pairs = [align_signatures(signatures[deepest], one, config=config) for one in signatures]
+    pairs = [align_profiles(profiles[deepest], one, config=config) for one in profiles]
     for i, pair in enumerate(pairs):
         if pair.alignment.unmatched_shallow:
             raise StructureError(
-                f"models[{i}] has units for which models[{deepest}], the deepest, has none; use "
+                f"models[{i}] has layers for which models[{deepest}], the deepest, has none; use "
                 "method='iterative'"
             )
-        target, _ = unite_graphs(graphs[deepest], graphs[i], pair.alignment.deep_to_shallow)
-        if target.united:
+        target, _ = unite_models(graphs[deepest], graphs[i], pair.alignment.deep_to_shallow)
+        if target.united_heads:
             raise StructureError(
                 f"models[{i}] has another number of attention heads than models[{deepest}], the "
                 "deepest; use method='iterative'"
@@ -245,7 +250,7 @@ def _into_one_frame(
     # Least squares takes long and needs no good start: only the last mean is regressed.
     last = config.calibration == "least_squares"
     each = replace(config, calibration="repair") if last else config
-    frame = signatures[deepest]
+    frame = profiles[deepest]
     parents: list[Parent] = []
     orders: list[Mapping[int, tuple[int, ...]]] = []
     converged = False
@@ -253,20 +258,20 @@ def _into_one_frame(
         before, parents = (parents, orders), []
         orders, moments = [], []
         for i in order:
-            source = signatures[i]
+            source = profiles[i]
             moved: dict[int, tuple[int, ...]] = {}
-            if graphs[i] is frame.graph:
-                parents.append(frame_as_parent(graphs[i], LayerShares(shares[i])))
+            if graphs[i] is frame.traced:
+                parents.append(frame_as_parent(graphs[i], MergeWeights(shares[i])))
             else:
-                lifted = lifting(frame.graph, graphs[i], pairs[i].alignment.deep_to_shallow)
+                lifted = lifting(frame.traced, graphs[i], pairs[i].alignment.deep_to_shallow)
                 if done == 0:  # every frame has the same architecture
                     check_lifted(lifted)
                     warn_of_counted_channels(lifted)
-                lifted, source, moved = match_blocks(lifted, frame, source)
+                lifted, source, moved = order_heads(lifted, frame, source)
                 plans = tuple(channel_plans(lifted, frame, source, config))
-                parents.append(Parent(lifted, plans, LayerShares(shares[i])))
+                parents.append(Parent(lifted, plans, MergeWeights(shares[i])))
             orders.append(moved)
-            moments.append(source.moments or observed_moments(source.graph, data))
+            moments.append(source.moments or observed_moments(source.traced, data))
         converged = orders == before[1] and _same(before[0], parents)
         if converged:
             break
@@ -353,7 +358,7 @@ def _calibrated(
     if config.calibration == "repair":
         goals = [_mean_moments(parents, of_batch) for of_batch in zip(*moments, strict=True)]
         # All the weight on the frame, whose statistics are given as the models' mean.
-        own = frame_as_parent(graph, LayerShares(1.0))
+        own = frame_as_parent(graph, MergeWeights(1.0))
         state = repair(
             own.lifting, own.plans, state, data, deep_shares=own.shares, observed=(goals, goals)
         )
@@ -364,19 +369,19 @@ def _calibrated(
 
 
 def _mean_moments(parents: Sequence[Parent], of_batch: Sequence[BatchMoments]) -> BatchMoments:
-    """Return the weighted mean of the models' statistics at every site of the frame."""
+    """Return the weighted mean of the models' statistics at every calibration point of the frame."""
     found = {}
-    for unit in parents[0].lifting.deep.units:
-        for site in unit.sites:
+    for layer in parents[0].lifting.deep.layers:
+        for point in layer.calibration_points:
             total, mean = 0.0, torch.zeros((), dtype=torch.float64)
             for one, moments in zip(parents, of_batch, strict=True):
-                other = one.lifting.sites.get(site.node)
-                if one.lifting.origins[site.weight] == "silent":
+                other = one.lifting.calibration_points.get(point.node)
+                if one.lifting.origins[point.weight] == "silent":
                     total += one.shares.overall
                 elif other is not None:
-                    moved = one.moved(torch.stack(moments[other.node]), site, other)
+                    moved = one.moved(torch.stack(moments[other.node]), point, other)
                     total += one.shares.overall
                     mean = mean + one.shares.overall * moved
-            pair = (mean / total if total > 0 else mean).expand(2, len(site.classes))
-            found[site.node] = (pair[0], pair[1])
+            pair = (mean / total if total > 0 else mean).expand(2, len(point.groups))
+            found[point.node] = (pair[0], pair[1])
     return found

@@ -1,0 +1,446 @@
+"""Two Profiles -> the cost of matching every layer of one with every layer of the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, cast, get_args
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from clafusion import _native
+from clafusion._native import gram
+from clafusion.errors import InputError
+from clafusion.profiling.profile import ModelProfile, check_same_inputs, gram_matrix, standardised
+from clafusion.transport.solve import Solver, solve_transport
+
+__all__ = ["LayerCost", "cka", "gram", "layer_costs", "linear_cka", "mean_cca"]
+
+LayerCost = Literal[
+    "cka", "cka_unbiased", "cca", "wasserstein", "wasserstein_entropic", "neurons", "index"
+]
+
+_VARIANCE_KEPT = 0.99
+
+
+def layer_costs(
+    deep: ModelProfile, shallow: ModelProfile, *, metric: LayerCost = "cka"
+) -> NDArray[np.float64]:
+    r"""Return how far every layer of one network is from every layer of another.
+
+    Parameters
+    ----------
+    deep, shallow
+        The profiles of networks with ``m`` and ``n`` layers, profiled on the same inputs.
+    metric
+        - ``"cka"``, ``"cka_unbiased"``: one minus :func:`cka` of the layers' outputs;
+        - ``"cca"``: one minus :func:`mean_cca` of them;
+        - ``"wasserstein"``, ``"wasserstein_entropic"``: the cost of the optimal transport between
+          the layers' channels, all of one weight, at a cost of one minus their correlation, in
+          [0, 2]: half the squared 2-Wasserstein distance between the channels as points, each
+          with mean 0 and variance 1 over the profiles' rows. Exact, or by Sinkhorn's iteration
+          with epsilon 0.05. ``inf`` where the outputs have different numbers of positions, or
+          one has channels to be matched and the other has none; 0 where neither has.
+        - ``"neurons"``: the relative difference of the channel counts, ``|a - b| / max(a, b)``;
+        - ``"index"``: the distance on the way through the network, ``|l / m - k / n|``.
+
+    Returns
+    -------
+    ndarray
+        ``(m, n)``, smaller is closer, without a unit.
+
+    Raises
+    ------
+    InputError
+        ``metric`` is unknown, the profiles are of different inputs, or a layer's output is the
+        same for all inputs.
+    """
+    if metric not in get_args(LayerCost):
+        raise InputError(f"metric must be one of {get_args(LayerCost)}; got {metric!r}")
+    if metric == "index":
+        places = [np.arange(len(one.grams)) / max(len(one.grams), 1) for one in (deep, shallow)]
+        return np.abs(places[0][:, None] - places[1])
+    if metric == "neurons":
+        source, target = _num_channels(deep)[:, None], _num_channels(shallow)
+        return np.abs(source - target) / np.maximum(source, target)
+    check_same_inputs(deep, shallow)
+    if metric in ("wasserstein", "wasserstein_entropic"):
+        return _wasserstein(deep, shallow, entropic=metric == "wasserstein_entropic")
+    for name, profile in (("deeper", deep), ("shallower", shallow)):
+        _check_alive(name, profile)
+    if metric == "cca":
+        return 1 - mean_cca(deep.grams, shallow.grams)
+    return 1 - cka(deep.grams, shallow.grams, unbiased=metric == "cka_unbiased")
+
+
+def _check_alive(name: str, profile: ModelProfile) -> None:
+    """Name the layer that tells inputs not apart: no similarity is defined for it."""
+    for layer, products in zip(profile.traced.layers, profile.grams, strict=True):
+        total = float(products.trace())
+        spread = total - float(products.sum()) / len(products)
+        if not spread > 1e-12 * total:
+            raise InputError(
+                f"layer {layer.name!r} of the {name} model puts out the same for all inputs, so it "
+                "cannot be compared; check the model and the scale of the data"
+            )
+
+
+def cka(
+    grams_a: Sequence[ArrayLike | Tensor],
+    grams_b: Sequence[ArrayLike | Tensor],
+    *,
+    unbiased: bool = False,
+) -> NDArray[np.float64]:
+    r"""Return the centred kernel alignment of all pairs of layers, given their Gram matrices.
+
+    .. math:: \frac{\langle HKH, HLH \rangle}{\|HKH\| \, \|HLH\|}, \quad H = I - \tfrac1S 1 1^T
+
+    (Kornblith et al., arXiv 1905.00414, section 3). Its estimate of HSIC is biased: over few
+    samples any two layers with many features look alike. ``unbiased`` takes the estimate of Song
+    et al. (JMLR 2012, equation 5; for CKA Nguyen et al., arXiv 2010.15327, section 3), whose
+    expectation is 0 for independent layers. Each matrix is centred once.
+
+    Parameters
+    ----------
+    grams_a, grams_b
+        Symmetric matrices ``(num_samples, num_samples)`` over the same samples. Only the lower
+        triangles are read.
+    unbiased
+        Which estimate.
+
+    Returns
+    -------
+    ndarray
+        ``(len(grams_a), len(grams_b))``, in [0, 1] (unbiased: [-1, 1]).
+
+    Raises
+    ------
+    InputError
+        A matrix is not square, not finite or not of the others' size, there are fewer than 2
+        samples (unbiased: 4), or a layer is constant over the samples.
+
+    Notes
+    -----
+    Tensors that are all on one GPU are centred and multiplied there.
+    """
+    a, b = _checked_grams(grams_a, grams_b, least=_fewest_samples(unbiased))
+    products, norms_a, norms_b = _hsic_all_pairs(a, b, unbiased=unbiased)
+    _check_norms("grams_a", _diagonals(a), norms_a)
+    _check_norms("grams_b", _diagonals(b), norms_b)
+    return _normalised(products, norms_a, norms_b, unbiased=unbiased)
+
+
+def linear_cka(
+    layers_a: Sequence[Tensor], layers_b: Sequence[Tensor], *, unbiased: bool = False
+) -> NDArray[np.float64]:
+    r"""Return the linear centred kernel alignment of all pairs of layers, given their activations.
+
+    It is :func:`cka` of the Gram matrices ``X X^T``, or the same from the products of features,
+
+    .. math:: \langle HKH, HLH \rangle = \|(HX)^T HY\|^2
+
+    (Kornblith et al., arXiv 1905.00414, section 3), whichever needs fewer multiplications: Gram
+    matrices unless the layers together have few features for their samples.
+
+    Parameters
+    ----------
+    layers_a, layers_b
+        Activations ``(num_samples, ...)`` of the same samples, floating point; what follows the
+        first dimension counts as features.
+    unbiased
+        As for :func:`cka`.
+
+    Returns
+    -------
+    ndarray
+        ``(len(layers_a), len(layers_b))``, in [0, 1] (unbiased: [-1, 1]).
+
+    Raises
+    ------
+    InputError
+        An entry is no floating-point tensor, not finite or not over the others' number of
+        samples, there are fewer than 2 samples (unbiased: 4), or a layer is constant over them.
+    """
+    a, b = _checked_layers(layers_a, layers_b, least=_fewest_samples(unbiased))
+    if all(one.device.type == "cuda" for one in (*a, *b)):
+        grams_a, grams_b = ([gram_matrix(x) for x in side] for side in (a, b))
+        return cka(grams_a, grams_b, unbiased=unbiased)
+    samples, (sizes_a, sizes_b) = len(a[0]), ([one.size(1) for one in side] for side in (a, b))
+    by_grams = samples * (sum(sizes_a) + sum(sizes_b) + len(a) * len(b)) / 2
+    by_features = sum(sizes_a) * sum(sizes_b) + sum(size**2 for size in (*sizes_a, *sizes_b))
+    if by_grams <= by_features:
+        return cka([gram(x) for x in a], [gram(x) for x in b], unbiased=unbiased)
+    return _cka_of_features(a, b, unbiased=unbiased)
+
+
+def _cka_of_features(
+    layers_a: Sequence[Tensor], layers_b: Sequence[Tensor], *, unbiased: bool
+) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore"):  # what is not finite shows in the norms
+        a, b = (
+            [x - x.mean(0) for x in (one.detach().cpu().double().numpy() for one in side)]
+            for side in (layers_a, layers_b)
+        )
+    lengths_a, lengths_b = ([np.square(x).sum(1) for x in side] for side in (a, b))
+    samples = len(a[0])
+
+    def hsic(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+        return float(np.square(x.T @ y).sum())
+
+    def corrected(product: float, x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+        # Song et al.'s estimate leaves out the diagonals, which hold the samples' squared lengths.
+        # As the features are centred, each row of K without its diagonal sums to minus that.
+        if not unbiased:
+            return product
+        return (
+            product
+            - (1 + 2 / (samples - 2)) * float(x @ y)
+            + float(x.sum() * y.sum()) / ((samples - 1) * (samples - 2))
+        )
+
+    products = np.array(
+        [
+            [corrected(hsic(x, y), p, q) for y, q in zip(b, lengths_b, strict=True)]
+            for x, p in zip(a, lengths_a, strict=True)
+        ]
+    )
+    norms_a, norms_b = (
+        np.array([corrected(hsic(x, x), p, p) for x, p in zip(side, lengths, strict=True)])
+        for side, lengths in ((a, lengths_a), (b, lengths_b))
+    )
+    _check_norms("layers_a", lengths_a, norms_a)
+    _check_norms("layers_b", lengths_b, norms_b)
+    return _normalised(products, norms_a, norms_b, unbiased=unbiased)
+
+
+def _fewest_samples(unbiased: bool) -> int:
+    return 4 if unbiased else 2
+
+
+def _normalised(
+    products: NDArray[np.float64],
+    norms_a: NDArray[np.float64],
+    norms_b: NDArray[np.float64],
+    *,
+    unbiased: bool,
+) -> NDArray[np.float64]:
+    similarity = products / np.sqrt(norms_a[:, None]) / np.sqrt(norms_b)
+    return np.clip(similarity, -1.0 if unbiased else 0.0, 1.0)
+
+
+def _checked_layers(
+    layers_a: Sequence[Tensor], layers_b: Sequence[Tensor], *, least: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    checked: list[list[Tensor]] = []
+    samples: int | None = None
+    for name, layers in (("layers_a", layers_a), ("layers_b", layers_b)):
+        if isinstance(layers, Tensor) or len(layers) == 0:
+            raise InputError(f"{name} must be a list with at least one tensor")
+        for i, one in enumerate(layers):
+            if not isinstance(one, Tensor) or not one.is_floating_point() or one.ndim < 2:
+                raise InputError(
+                    f"{name}[{i}] must be a floating-point tensor (num_samples, ...); got "
+                    + (
+                        f"{one.dtype} of shape {tuple(one.shape)}"
+                        if isinstance(one, Tensor)
+                        else type(one).__name__
+                    )
+                )
+            samples = len(one) if samples is None else samples
+            if len(one) != samples or samples < least:
+                raise InputError(
+                    f"{name}[{i}] is over {len(one)} samples; all layers must be over the same, "
+                    f"at least {least}"
+                )
+        checked.append([one.flatten(1) for one in layers])
+    return checked[0], checked[1]
+
+
+def mean_cca(
+    grams_a: Sequence[ArrayLike | Tensor], grams_b: Sequence[ArrayLike | Tensor]
+) -> NDArray[np.float64]:
+    r"""Return the mean squared canonical correlation of all pairs of layers.
+
+    Of each layer the principal components count that together hold 99 % of its variance, as in
+    SVCCA (arXiv 1706.05806): with more features than samples, all of them would correlate any two
+    layers perfectly. With their orthonormal bases ``U`` ``(num_samples, p)`` and ``V``
+    ``(num_samples, q)`` it is :math:`\|U^T V\|^2 / \min(p, q)` (Kornblith et al., section 3.2).
+
+    Parameters, the shape of the result and errors are those of :func:`cka`.
+    """
+    a, b = _checked_grams(grams_a, grams_b, least=2)
+    _, norms_a, norms_b = _hsic_all_pairs(a, b, unbiased=False)
+    _check_norms("grams_a", _diagonals(a), norms_a)
+    _check_norms("grams_b", _diagonals(b), norms_b)
+    bases_a, bases_b = ([_components(_on_host(one)) for one in side] for side in (a, b))
+    similarity = [
+        [np.sum((u.T @ v) ** 2) / min(u.shape[1], v.shape[1]) for v in bases_b] for u in bases_a
+    ]
+    return np.asarray(np.clip(similarity, 0.0, 1.0))
+
+
+_Gram = NDArray[np.float64] | Tensor
+
+
+def _hsic_all_pairs(
+    a: list[_Gram], b: list[_Gram], *, unbiased: bool
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    if not isinstance(a[0], Tensor):
+        return _native.hsic_all_pairs(
+            cast("list[NDArray[np.float64]]", a),
+            cast("list[NDArray[np.float64]]", b),
+            unbiased=unbiased,
+        )
+    packed_a, packed_b = (
+        torch.stack([_centred(cast(Tensor, one), unbiased=unbiased) for one in side])
+        for side in (a, b)
+    )
+    products = packed_a @ packed_b.T
+    norms = packed_a.square().sum(1), packed_b.square().sum(1)
+    return products.cpu().numpy(), norms[0].cpu().numpy(), norms[1].cpu().numpy()
+
+
+def _centred(gram_: Tensor, *, unbiased: bool) -> Tensor:
+    """Centre a Gram matrix where it is, as hsic_all_pairs does, and lay it out in one row.
+
+    ``H K H``; unbiased the U-centred matrix with a zero diagonal (Song et al., JMLR 2012).
+    """
+    full = gram_.tril() + gram_.tril(-1).T
+    samples = len(full)
+    if not unbiased:
+        mean = full.mean(0)
+        return (full - mean - mean[:, None] + mean.mean()).flatten()
+    full.fill_diagonal_(0.0)
+    sums = full.sum(0)
+    shares = sums / (samples - 2)
+    full = full - shares - shares[:, None] + sums.sum() / ((samples - 1) * (samples - 2))
+    return full.fill_diagonal_(0.0).flatten()
+
+
+def _on_host(one: _Gram) -> NDArray[np.float64]:
+    return one.cpu().numpy() if isinstance(one, Tensor) else one
+
+
+def _diagonals(grams: Sequence[_Gram]) -> list[NDArray[np.float64]]:
+    return [
+        _on_host(one.diagonal()) if isinstance(one, Tensor) else np.diagonal(one) for one in grams
+    ]
+
+
+def _wasserstein(
+    deep: ModelProfile, shallow: ModelProfile, *, entropic: bool
+) -> NDArray[np.float64]:
+    sources, targets = _output_channels(deep), _output_channels(shallow)
+    costs = np.full((len(sources), len(targets)), np.inf)
+    for i, source in enumerate(sources):  # one by one, which bounds the memory
+        by_solver: dict[Solver, list[tuple[int, Tensor]]] = {}
+        for k, target in enumerate(targets):
+            if source is None and target is None:
+                costs[i, k] = 0.0
+            elif source is not None and target is not None and source[0] == target[0]:
+                x, y = source[1], target[1]
+                equal: Solver = "assignment" if x.size(1) == y.size(1) else "exact"
+                solver = "sinkhorn" if entropic else equal
+                by_solver.setdefault(solver, []).append((k, 1.0 - (x.T @ y).double() / len(x)))
+        for solver, problems in by_solver.items():
+            solutions = solve_transport([cost for _, cost in problems], solver=solver)
+            for (k, _), solution in zip(problems, solutions, strict=True):
+                costs[i, k] = max(0.0, float(solution.cost))  # below 0 only by rounding
+    return costs
+
+
+def _output_channels(profile: ModelProfile) -> list[tuple[int, Tensor] | None]:
+    """Return for each layer how many positions its output has and its standardised channels.
+
+    ``(num_rows, num_channels)``, or None where the output has no channels to be matched.
+    """
+    found: list[tuple[int, Tensor] | None] = []
+    for layer in profile.traced.layers:
+        last = len(layer.hook_points) - 1
+        if last < 0 or layer.hook_points[last].post != layer.output:
+            found.append(None)
+            continue
+        x = standardised(profile.rows[layer.index, last])
+        found.append((math.prod(layer.hook_points[last].positions), x))
+    return found
+
+
+def _components(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return an orthonormal basis ``(num_samples, p)`` of the principal components kept."""
+    full = np.tril(gram) + np.tril(gram, -1).T
+    mean = full.mean(0)
+    values, vectors = np.linalg.eigh(full - mean - mean[:, None] + mean.mean())
+    shares = np.cumsum(np.maximum(values[::-1], 0.0))
+    kept = int(np.searchsorted(shares, _VARIANCE_KEPT * shares[-1])) + 1
+    return vectors[:, ::-1][:, :kept]
+
+
+def _num_channels(profile: ModelProfile) -> NDArray[np.float64]:
+    """Return how many channels each layer's output has."""
+    return np.array(
+        [
+            features / math.prod(layer.output_shape)
+            for layer, features in zip(profile.traced.layers, profile.features, strict=True)
+        ]
+    )
+
+
+def _checked_grams(
+    grams_a: Sequence[ArrayLike | Tensor], grams_b: Sequence[ArrayLike | Tensor], *, least: int
+) -> tuple[list[_Gram], list[_Gram]]:
+    every = [*grams_a, *grams_b]
+    devices = {one.device if isinstance(one, Tensor) else None for one in every}
+    on_gpu = len(devices) == 1 and all(one is not None and one.type == "cuda" for one in devices)
+    first: tuple[int, ...] | None = None
+    checked = []
+    for name, grams in (("grams_a", grams_a), ("grams_b", grams_b)):
+        if len(grams) == 0:
+            raise InputError(f"{name} must hold at least one matrix")
+        arrays: list[_Gram] = []
+        for i, one in enumerate(grams):
+            array: _Gram
+            try:
+                if on_gpu and isinstance(one, Tensor):
+                    array = one.detach().double()
+                else:
+                    values = one.detach().cpu().numpy() if isinstance(one, Tensor) else one
+                    array = np.ascontiguousarray(values, dtype=np.float64)
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{name}[{i}] must hold real numbers: {error}") from error
+            shape = tuple(array.shape)
+            if len(shape) != 2 or shape[0] != shape[1]:
+                raise InputError(f"{name}[{i}] must be a square matrix; got shape {shape}")
+            if len(array) < least:
+                raise InputError(
+                    f"{name}[{i}] is over {len(array)} samples; at least {least} are needed"
+                )
+            first = first or shape
+            if shape != first:
+                raise InputError(
+                    f"all matrices must be over the same samples; grams_a[0] has shape {first} "
+                    f"but {name}[{i}] {shape}"
+                )
+            arrays.append(array)
+        checked.append(arrays)
+    return checked[0], checked[1]
+
+
+def _check_norms(
+    name: str,
+    squared_lengths: Sequence[NDArray[np.float64]],
+    squared_norms: NDArray[np.float64],
+) -> None:
+    """Refuse layers of which too little is left by centring, given the samples' lengths."""
+    for i, (lengths, squared_norm) in enumerate(zip(squared_lengths, squared_norms, strict=True)):
+        if not np.isfinite(squared_norm):
+            raise InputError(f"{name}[{i}] must hold finite numbers below 1e150")
+        # What float64 sums of S numbers leave of a constant layer is rounding.
+        rounding = 1e-13 * len(lengths) * np.abs(lengths).max()
+        if squared_norm <= rounding**2:
+            raise InputError(
+                f"{name}[{i}] is of a layer that is constant over the samples, so that its "
+                "similarity is undefined; drop it or give inputs that differ more"
+            )

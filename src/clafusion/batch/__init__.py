@@ -1,0 +1,1 @@
+"""Many pairs of models: scheduler, workers, store."""

@@ -1,0 +1,1 @@
+"""Restore what averaging destroys, in closed form."""

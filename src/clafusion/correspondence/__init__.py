@@ -1,0 +1,1 @@
+"""A layer map -> what corresponds in a source network and the target."""

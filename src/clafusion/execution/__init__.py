@@ -1,0 +1,1 @@
+"""Run traced graphs, node by node, with weights from anywhere."""

@@ -1,0 +1,1 @@
+"""Which channels of a source become which channels of the target: costs, masses, plans."""

@@ -1,0 +1,208 @@
+r"""Match channels by their weights, group after group, until nothing improves.
+
+How alike two channels' weights are depends on how the channels on the weights' other side are
+matched. So each group is matched in turn while the plans of the others stand still (Git Re-Basin,
+Ainsworth et al., arXiv 2209.04836, algorithm 1: block coordinate descent). With the activations'
+costs added, both spaces decide (MuDSC, Xu et al., arXiv 2403.01753).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from clafusion.correspondence.correspondence import Correspondence, axes_of
+from clafusion.errors import ConvergenceWarning
+from clafusion.matching.united_heads import HeadPairs, plan_heads
+from clafusion.merging.blending import along
+from clafusion.tracing.model import ChannelGroup, State
+from clafusion.transport.solve import Solver, solve_transport
+
+__all__ = ["index_plan", "index_plans", "match_by_weights"]
+
+_AT_REST = 1e-5  # of the mass: what Sinkhorn's float32 leaves
+
+
+def index_plan(num_source: int, num_target: int) -> Tensor:
+    """Return the plan ``(num_source, num_target)`` that keeps the channels' order.
+
+    Each channel is an interval of [0, 1]; the mass between two is how far they overlap. For equal
+    numbers that is the identity.
+    """
+    source = torch.arange(num_source + 1, dtype=torch.float64) / num_source
+    target = torch.arange(num_target + 1, dtype=torch.float64) / num_target
+    upper = torch.minimum(source[1:, None], target[None, 1:])
+    lower = torch.maximum(source[:-1, None], target[None, :-1])
+    return (upper - lower).clamp(min=0)
+
+
+def index_plans(lifting: Correspondence) -> list[Tensor | None]:
+    """Return for each channel group of the deep network the plan that keeps the channels' order.
+
+    Of blocks of which the networks have different numbers that is the order of the blocks, and of
+    the channels within them.
+    """
+    plans: list[Tensor | None] = [
+        None if other < 0 else index_plan(lifting.shallow.groups[other].size, one.size)
+        for one, other in zip(lifting.deep.groups, lifting.groups, strict=True)
+    ]
+    for to, of in zip(lifting.deep.united_heads, lifting.shallow.united_heads, strict=True):
+        for index in to.groups:
+            source = lifting.shallow.groups[lifting.groups[index]].size // of.count
+            target = lifting.deep.groups[index].size // to.count
+            blocks = index_plan(of.count, to.count)
+            plans[index] = torch.kron(blocks, index_plan(source, target))
+    return plans
+
+
+def match_by_weights(
+    lifting: Correspondence,
+    *,
+    activation_costs: Sequence[Tensor | None] | None = None,
+    masses: Sequence[tuple[Tensor, Tensor] | None] | None = None,
+    known: Mapping[int, Tensor] | None = None,
+    head_pairs: Sequence[HeadPairs | None] = (),
+    solver: Solver = "auto",
+    epsilon: float = 0.05,
+    max_sweeps: int = 100,
+) -> list[Tensor | None]:
+    r"""Return a plan for each channel group of the deep network.
+
+    With ``a`` and ``b`` all weights of two channels, the shallow network's in the deep one's frame
+    by the other groups' plans, the cost is :math:`\lVert a - b \rVert^2`; with
+    ``activation_costs`` it is the mean of :math:`1 - \cos(a, b)` and those.
+
+    Parameters
+    ----------
+    lifting
+        What corresponds.
+    activation_costs
+        For each class ``(num_source, num_target)``, in [0, 2], or None: see
+        :func:`clafusion.matching.activation_costs.activation_costs` with ``"correlation"``.
+    masses
+        For each class those of its source and target channels; default equal ones. See
+        :func:`clafusion.profiling.importance.marginals`.
+    known
+        Plans that are known already, by group.
+    block_pairs
+        For each of ``lifting.deep.united`` which blocks go together, where that is known; see
+        :func:`clafusion.matching.united_heads.head_plans`.
+    solver, epsilon
+        As for :func:`clafusion.transport.solve.solve_transport`.
+    max_sweeps
+        How often at most all groups are matched.
+
+    Returns
+    -------
+    list
+        ``(num_source, num_target)``, or None where the shallow network has no such channels.
+
+    Warns
+    -----
+    ConvergenceWarning
+        The plans still changed in the last sweep. (By an exact solver and for equal widths they
+        come to rest, for then every step lessens one sum of squares.)
+    """
+    known = known or {}
+    states = lifting.deep.state(), lifting.shallow.state()
+    plans = index_plans(lifting)
+    for index, plan in known.items():
+        plans[index] = plan
+
+    def cost_of(index: int) -> Tensor:
+        one = lifting.deep.groups[index]
+        cost = _weight_costs(lifting, plans, one, states, activation_costs is not None)
+        if activation_costs is None:
+            return cost
+        of_activations = activation_costs[index]
+        assert of_activations is not None
+        return (cost + of_activations.to(cost)) / 2
+
+    def single(index: int) -> list[Tensor]:
+        pair = None if masses is None else masses[index]
+        weights = (None, None) if pair is None else ([pair[0]], [pair[1]])
+        solved = solve_transport([cost_of(index)], *weights, solver=solver, epsilon=epsilon)
+        return [one.plan for one in solved]
+
+    def united_heads(place: int, left: Sequence[int]) -> list[Tensor]:
+        counts = lifting.shallow.united_heads[place].count, lifting.deep.united_heads[place].count
+        pairs = head_pairs[place] if head_pairs else None
+        costs = [cost_of(index) for index in left]
+        return plan_heads(costs, counts, pairs, solver=solver, epsilon=epsilon)[0]
+
+    # What is matched at once: a group, or all united ones of the same blocks.
+    steps: list[tuple[Sequence[int], Callable[[], list[Tensor]]]] = []
+    in_heads = {index for one in lifting.deep.united_heads for index in one.groups}
+    for place, one in enumerate(lifting.deep.united_heads):
+        left = [index for index in one.groups if index not in known]
+        if left:
+            steps.append((left, partial(united_heads, place, left)))
+    for index, plan_of in enumerate(plans):
+        if plan_of is not None and index not in known and index not in in_heads:
+            steps.append(([index], partial(single, index)))
+    steps.sort(key=lambda step: step[0][0])
+    for _ in range(max_sweeps):
+        changed = False
+        for indices, match in steps:
+            for index, plan in zip(indices, match(), strict=True):
+                before = plans[index]
+                assert before is not None, "groups without a partner are left out"
+                moved = float((plan.to(before) - before).abs().sum() / before.sum()) / 2
+                changed |= moved > _AT_REST
+                plans[index] = plan.to(before)
+        if not changed:
+            return plans
+    warnings.warn(
+        f"matching by weights still changed after {max_sweeps} sweeps; its last plans are taken",
+        ConvergenceWarning,
+        stacklevel=2,
+    )
+    return plans
+
+
+def _weight_costs(
+    lifting: Correspondence,
+    plans: Sequence[Tensor | None],
+    group: ChannelGroup,
+    states: tuple[State, State],
+    normalised: bool,
+) -> Tensor:
+    source_size = lifting.shallow.groups[lifting.groups[group.index]].size
+    device = next(iter(states[0].values())).device
+    shape = (source_size, group.size)
+    cross = torch.zeros(shape, dtype=torch.float64, device=device)
+    of_source, of_target = cross.new_zeros(source_size, 1), cross.new_zeros(group.size)
+    statistics = dict(lifting.deep.model.named_buffers())  # of activations: no weights
+    for group_axis in group.axes:
+        name = group_axis.use.parameter
+        if name not in lifting.names or name in statistics:
+            continue
+        other_name = lifting.names[name]
+        place = [use.index for use in lifting.deep.uses_by_parameter[name]].index(
+            group_axis.use.index
+        )
+        other_use = lifting.shallow.uses_by_parameter[other_name][place]
+        axes, other_axes = axes_of(lifting.deep, name), axes_of(lifting.shallow, other_name)
+        target = group_axis.use.view(states[0][name]).double()
+        source = other_use.view(states[1][other_name]).double()
+        for (where, axis), pairs in axes.items():
+            if where == place and axis != group_axis.axis:
+                length = group_axis.use.size[axis]
+                source = along(plans, source, axis, length, pairs, other_axes[where, axis], name)
+        on_axis = zip(axes[place, group_axis.axis], other_axes[place, group_axis.axis], strict=True)
+        partner = next(other for (_, one), (_, other) in on_axis if one is group_axis)
+        a = source.movedim(group_axis.axis, 0)[partner.positions.reshape(-1)].reshape(
+            source_size, -1
+        )
+        b = target.movedim(group_axis.axis, 0)[group_axis.positions.reshape(-1)]
+        b = b.reshape(group.size, -1)
+        cross += a @ b.T
+        of_source += a.square().sum(1, keepdim=True)
+        of_target += b.square().sum(1)
+    if normalised:
+        return 1 - cross / (of_source * of_target).sqrt().clamp(min=1e-30)
+    return (of_source + of_target - 2 * cross).clamp(min=0)

@@ -1,0 +1,1 @@
+"""FusionProblem -> the weighted mean of its parents."""

@@ -1,0 +1,1 @@
+"""Data -> batches -> ModelProfile: what one network does."""

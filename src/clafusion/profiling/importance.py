@@ -1,0 +1,296 @@
+r"""How much each channel matters: the masses that transport moves instead of equal ones.
+
+A channel of little mass may share its partner with others, and one of much mass may have several.
+So useless channels do not take a partner away from one that matters. Masses say what a channel is
+mixed from; what reads a source channel goes to its partners whole, however little its mass is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from clafusion.calibration.least_squares import one_thread
+from clafusion.correspondence.correspondence import Correspondence
+from clafusion.errors import InputError
+from clafusion.profiling.batches import Data, batches
+from clafusion.tracing.model import TracedModel
+
+__all__ = [
+    "Importance",
+    "channel_importance",
+    "layer_sensitivities",
+    "marginals",
+    "sensitivities",
+]
+
+Importance = Literal["uniform", "norm", "activation", "sensitivity"]
+
+_LEAST = 1e-3  # of the group's mean: every channel keeps some mass, or its row has no direction
+_CHUNK = 64  # inputs whose activations are held for a gradient at once
+
+
+def channel_importance(
+    graph: TracedModel,
+    data: Data,
+    kind: Importance,
+    *,
+    max_inputs: int | None = None,
+    progress: Callable[[str, int], None] | None = None,
+    products: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    r"""Return each channel group's masses ``(num_channels,)``, float64, with sum 1.
+
+    A channel's mass is proportional to its score, but at least a thousandth of the group's mean.
+    The scores:
+
+    - ``"norm"``: the l2 norm of all weights, biases and norm parameters that make the channel
+      (OTFusion, Singh and Jaggi, arXiv 1910.05653, section 4: importance of neurons).
+    - ``"activation"``: the mean of :math:`|x|` over inputs and positions, behind the nonlinearity,
+      where a dead channel shows.
+    - ``"sensitivity"``: the sum of :math:`|\theta\, \partial L / \partial \theta|` over all
+      parameters that make or read the channel: to first order what setting each to 0 would change
+      (:func:`sensitivities`).
+
+    Where all scores of a group are 0, its masses are equal.
+
+    Parameters
+    ----------
+    graph
+        The traced model.
+    data
+        Unlabelled inputs; not read for ``"norm"``.
+    kind
+        Which score; for ``"uniform"`` the result is empty.
+    max_inputs
+        Read this many inputs only; None for all.
+    progress
+        Called with a text and the number of inputs done.
+    products
+        The model's :func:`sensitivities`, where they are known already.
+
+    Raises
+    ------
+    InputError
+        ``kind`` is unknown, no output depends on the weights in a way that has a gradient, or a
+        score is not finite.
+    """
+    if kind == "uniform":
+        return ()
+    with one_thread():  # sums, and from them plans, would depend on how many there are
+        if kind == "norm":
+            squares = {name: one.square() for name, one in _parameters(graph).items()}
+            scores = [one.sqrt() for one in _over_slots(graph, squares, ("out",))]
+        elif kind == "activation":
+            scores = _activations(graph, _limited(graph, data, max_inputs, progress))
+        elif kind == "sensitivity":
+            if products is None:
+                products = sensitivities(graph, data, max_inputs=max_inputs, progress=progress)
+            scores = _over_slots(graph, products, ("out", "in"))
+        else:
+            raise InputError(
+                "importance must be one of 'uniform', 'norm', 'activation', 'sensitivity'; "
+                f"got {kind!r}"
+            )
+        return tuple(
+            _masses(score, one.name, kind) for score, one in zip(scores, graph.groups, strict=True)
+        )
+
+
+def sensitivities(
+    graph: TracedModel,
+    data: Data,
+    *,
+    max_inputs: int | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> dict[str, Tensor]:
+    r"""Return :math:`|\theta\, \partial L / \partial \theta|` of each parameter, in its shape.
+
+    To first order this is what setting each to 0 would change (Sens-Merging, Liu et al., arXiv
+    2502.12420, which has labels). Here :math:`L = \sum_x \lVert f(x) \rVert^2` over all inputs
+    and outputs, which needs no labels (Aljundi et al., Memory aware synapses, ECCV 2018). It serves
+    models that are no classifiers as well, and does not vanish where a classifier is certain, as
+    its likelihood does. Signs are kept until all inputs are seen, so that it does not matter how
+    they are batched. Parameters on which no output depends are left out.
+
+    Raises
+    ------
+    InputError
+        No output depends on the weights in a way that has a gradient.
+    """
+    state = graph.state()
+    leaves = {name: one.clone().requires_grad_() for name, one in _parameters(graph).items()}
+    with one_thread(), torch.enable_grad():
+        for some in _limited(graph, data, max_inputs, progress):
+            outputs = [
+                one
+                for one in graph.run(some, state={**state, **leaves})
+                if isinstance(one, Tensor) and one.requires_grad
+            ]
+            if not outputs:
+                raise InputError(
+                    "importance='sensitivity' and layer_weights='sensitivity' need an output with "
+                    "a gradient; this model has none: use importance='norm' or 'activation', and "
+                    "layer_weights='uniform'"
+                )
+            torch.stack([one.square().sum() for one in outputs]).sum().backward()
+    return {
+        name: (one.detach() * one.grad).abs()
+        for name, one in leaves.items()
+        if one.grad is not None
+    }
+
+
+def layer_sensitivities(graph: TracedModel, products: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of each layer's :func:`sensitivities` ``(num_units,)``, float64.
+
+    Raises
+    ------
+    InputError
+        A sum is not finite.
+    """
+    with one_thread():
+        sums = {name: float(one.double().sum()) for name, one in products.items()}
+    found = [
+        math.fsum(sums[name] for name in dict.fromkeys(layer.parameters) if name in sums)
+        for layer in graph.layers
+    ]
+    for layer, one in zip(graph.layers, found, strict=True):
+        if not math.isfinite(one):
+            raise InputError(
+                f"layer_weights='sensitivity' is not finite for layer {layer.name!r}; use 'uniform'"
+            )
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def marginals(
+    lifting: Correspondence, deep: tuple[Tensor, ...], shallow: tuple[Tensor, ...]
+) -> list[tuple[Tensor, Tensor] | None]:
+    """Return for each group of the deep network the masses of its source and target channels.
+
+    ``deep`` and ``shallow`` are the networks' :func:`channel_importance`. Masses are equal where
+    no layer reads the group, so that nothing tells its channels apart; None where the shallow
+    network has no such channels.
+
+    Raises
+    ------
+    InputError
+        A network's importance is missing.
+    """
+    for graph, given in ((lifting.deep, deep), (lifting.shallow, shallow)):
+        if len(given) != len(graph.groups):
+            raise InputError(
+                f"importance must be known of all {len(graph.groups)} channel groups; the "
+                f"profile has it of {len(given)}: profile the model by the same settings"
+            )
+    found: list[tuple[Tensor, Tensor] | None] = []
+    for one, other, points in zip(lifting.deep.groups, lifting.groups, lifting.points, strict=True):
+        if other < 0:
+            found.append(None)
+        elif points:
+            found.append((shallow[other], deep[one.index]))
+        else:
+            found.append((_equal(lifting.shallow.groups[other].size), _equal(one.size)))
+    return found
+
+
+def _equal(size: int) -> Tensor:
+    return torch.full((size,), 1 / size, dtype=torch.float64)
+
+
+def _masses(scores: Tensor, name: str, kind: Importance) -> Tensor:
+    if not bool(torch.isfinite(scores).all()):
+        raise InputError(
+            f"importance={kind!r} is not finite for the channels of {name!r}; use another one"
+        )
+    mean = scores.mean()
+    if mean == 0:
+        return _equal(len(scores))
+    kept = scores.clamp(min=float(_LEAST * mean))
+    return kept / kept.sum()
+
+
+def _parameters(graph: TracedModel) -> dict[str, Tensor]:
+    """Return the weights, without buffers: those are statistics of activations."""
+    names = {name for name, _ in graph.model.named_parameters(remove_duplicate=False)}
+    return {
+        name: one
+        for name, one in graph.state().items()
+        if name in names and one.is_floating_point()
+    }
+
+
+def _over_slots(
+    graph: TracedModel, values: Mapping[str, Tensor], directions: tuple[str, ...]
+) -> list[Tensor]:
+    """Add up what the parameters have in each channel's axes."""
+    totals = []
+    for one in graph.groups:
+        total = torch.zeros(one.size, dtype=torch.float64)
+        for group_axis in one.axes:
+            if group_axis.direction in directions and group_axis.use.parameter in values:
+                on_axis = group_axis.use.view(values[group_axis.use.parameter]).movedim(
+                    group_axis.axis, 0
+                )
+                mine = on_axis[group_axis.positions.reshape(-1)].reshape(one.size, -1)
+                total += mine.double().sum(1).cpu()
+        totals.append(total)
+    return totals
+
+
+def _limited(
+    graph: TracedModel,
+    data: Data,
+    max_inputs: int | None,
+    progress: Callable[[str, int], None] | None,
+) -> Iterator[tuple[Tensor, ...]]:
+    device = next((one.device for one in graph.model.parameters()), None)
+    seen = 0
+    for inputs in batches(data, graph.example_inputs, graph.keywords, device=device):
+        if max_inputs is not None:
+            inputs = tuple(one[: max_inputs - seen] for one in inputs)
+        size = inputs[0].size(0)
+        if size == 0:
+            return
+        chunk = _CHUNK if graph.static_batch is None else size
+        yield from zip(*(one.split(chunk) for one in inputs), strict=True)
+        seen += size
+        if progress is not None:
+            progress("importance", seen)
+
+
+def _activations(graph: TracedModel, inputs: Iterator[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Return each channel's mean magnitude over inputs, positions and hook points."""
+    points = {point.post: point for layer in graph.layers for point in layer.hook_points}
+    totals = {
+        name: torch.zeros(len(one.groups), dtype=torch.float64) for name, one in points.items()
+    }
+    count = 0
+
+    def observe(node: fx.Node, value: Any) -> Any:
+        if node.name in points:
+            flat = value.movedim(points[node.name].axis, -1).flatten(0, -2)
+            per_input = len(flat) // size
+            totals[node.name] += flat.abs().double().sum(0).cpu() / per_input
+        return value
+
+    state = graph.state()
+    with torch.no_grad():
+        for some in inputs:
+            size = some[0].size(0)
+            count += size
+            graph.run(some, state=state, replace=observe)
+    scores = []
+    for one in graph.groups:
+        total, shown = torch.zeros(2, one.size, dtype=torch.float64)
+        for name, point in points.items():
+            places = torch.nonzero(point.groups == one.index).squeeze(1)
+            members = point.members[places]
+            total.index_add_(0, members, totals[name][places] / count)
+            shown.index_add_(0, members, torch.ones(len(members), dtype=torch.float64))
+        scores.append(total / shown.clamp(min=1))
+    return scores

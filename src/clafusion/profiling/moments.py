@@ -1,0 +1,133 @@
+"""The mean and standard deviation of channels, of a batch or streamed, and a batch's parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from clafusion.profiling.batches import Data, batches
+from clafusion.tracing.model import TracedModel
+
+__all__ = [
+    "BatchMoments",
+    "Moments",
+    "batch_moments",
+    "channel_moments",
+    "joint_moments",
+    "moment_axes",
+    "observed_moments",
+    "parts",
+]
+
+BatchMoments = Mapping[str, tuple[Tensor, Tensor]]
+"""Each calibration point's node -> its channels' means and standard deviations on one batch, in float64."""
+
+_IN_CACHE = 1 << 19  # numbers of an activation that stay close to a core
+_FEWEST_INPUTS = 8  # that are worth an operation, and no batch of one, which is special
+
+
+@dataclass
+class Moments:
+    """Streamed mean and standard deviation of each channel."""
+
+    count: int = 0
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))
+    squares: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, count: int, mean: Tensor, deviation: Tensor) -> None:
+        """Add a batch of ``count`` values a channel."""
+        self.count += count
+        self.total = self.total + mean * count
+        self.squares = self.squares + (deviation.square() + mean.square()) * count
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Return the mean and the standard deviation."""
+        mean = self.total / self.count
+        return mean, _deviation(mean, self.squares / self.count)
+
+
+def channel_moments(value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Return each channel's mean and standard deviation over all other axes, in float64."""
+    if value.dtype == torch.float32 and axis == 1 and value.dim() > 2:
+        # Image by image in float32, from there on in float64: forty times as fast as a copy in
+        # float64, and as exact, for the mean is taken off before squaring.
+        flat = value.flatten(2)
+        count = flat.size(0) * flat.size(2)
+        mean = flat.sum(2).double().sum(0) / count
+        off = flat - mean.float()[:, None]
+        return mean, (torch.linalg.vector_norm(off, dim=2).double().square().sum(0) / count).sqrt()
+    flat = value.movedim(axis, -1).reshape(-1, value.size(axis)).double()
+    mean = flat.mean(0)
+    return mean, _deviation(mean, flat.square().mean(0))
+
+
+def joint_moments(values: Iterable[Tensor], axis: int) -> tuple[Tensor, Tensor]:
+    """Return each channel's mean and standard deviation over all of several values."""
+    moments = Moments()
+    for value in values:
+        moments.add(value.numel(), *channel_moments(value, axis))
+    return moments.result()
+
+
+def _deviation(mean: Tensor, squares: Tensor) -> Tensor:
+    return (squares - mean.square()).clamp(min=0).sqrt()
+
+
+def observed_moments(graph: TracedModel, data: Data) -> list[BatchMoments]:
+    """Return for each batch the moments of all values that :func:`repair` may ask of a network.
+
+    Raises
+    ------
+    InputError
+        ``data`` is empty or does not fit the model.
+    """
+    axes = moment_axes(graph)
+    device = next((one.device for one in graph.model.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        return [
+            batch_moments(graph, inputs, axes)
+            for inputs in batches(data, graph.example_inputs, graph.keywords, device=device)
+        ]
+
+
+def moment_axes(graph: TracedModel) -> dict[str, int]:
+    """Return the nodes of which :func:`observed_moments` tells, with their channel axes."""
+    axes = {point.post: point.axis for layer in graph.layers for point in layer.hook_points}
+    axes |= {point.node: point.axis for layer in graph.layers for point in layer.calibration_points}
+    return axes
+
+
+def batch_moments(
+    graph: TracedModel, inputs: tuple[Tensor, ...], axes: Mapping[str, int]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Run a network and return the nodes' means and deviations on this batch."""
+    found = {node: Moments() for node in axes}
+
+    def observe(node: fx.Node, value: Any) -> Any:
+        if node.name in axes:
+            found[node.name].add(value.numel(), *channel_moments(value, axes[node.name]))
+        return value
+
+    state = graph.state()
+    for part in parts(graph, inputs):
+        graph.run(part, state=state, replace=observe)
+    return {node: moments.result() for node, moments in found.items()}
+
+
+def parts(graph: TracedModel, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """Split a batch so that activations stay in a core's cache, where memory is no bottleneck."""
+    size = inputs[0].size(0)
+    points = [point for layer in graph.layers for point in layer.hook_points]
+    if graph.static_batch is not None or inputs[0].device.type != "cpu":
+        return [inputs]
+    if any(point.batch is None for point in points):  # the order of inputs and positions is unknown
+        return [inputs]
+    sizes = [math.prod(point.positions) * len(point.groups) for point in points]
+    fitting = max(_IN_CACHE // max(sizes, default=1), _FEWEST_INPUTS)
+    pieces = [one.tensor_split(math.ceil(size / fitting)) for one in inputs]
+    return list(zip(*pieces, strict=True))

@@ -1,0 +1,419 @@
+"""TracedModel + data -> ModelProfile: all that alignment and matching need to know of a model.
+
+One pass over the data for each model, streamed. Two things are kept, both of a fixed size however
+long the data: a Gram matrix for each layer, over the first ``alignment_samples`` inputs, and for
+each hook point the channels' values at ``matching_rows`` randomly chosen (input, position) pairs,
+the same pairs for every model.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clafusion import _native
+from clafusion.errors import InputError, StructureError
+from clafusion.profiling.batches import Data, batches
+from clafusion.profiling.moments import BatchMoments, joint_moments, moment_axes, parts
+from clafusion.tracing.labels.ids import mix
+from clafusion.tracing.model import HookPoint, Layer, TracedModel, Walk
+from clafusion.tracing.operations import batch_axis
+
+__all__ = [
+    "LayerValues",
+    "ModelProfile",
+    "check_same_inputs",
+    "gram_matrix",
+    "profile_models",
+    "standardised",
+]
+
+LayerValues = Literal["output", "preactivation"]
+
+_BLOCK_FEATURES = 4096
+
+
+@dataclass(frozen=True)
+class ModelProfile:
+    """What a model's layers and channels do on a set of inputs.
+
+    Attributes
+    ----------
+    traced
+        The model.
+    grams
+        For each layer ``(num_samples, num_samples)``: the inner products ``X X^T`` of its true
+        output, flattened, between the first samples. Where the model was run.
+    features
+        For each layer the length of a flattened output.
+    rows
+        For each hook point ``(layer, index)`` the values ``(num_rows, num_channels)`` of its
+        channels at the chosen pairs of input and position. With ``layer_values="preactivation"``
+        also, with the key ``(layer, ~index)``, the values after the nonlinearity, and for the last
+        layer, with the index after its last hook point, the outputs of a classifier.
+    num_samples, num_inputs
+        How many inputs the Gram matrices are over, and how many were seen in all.
+    data_key
+        Equal for profiles of the same inputs in the same order.
+    importance
+        For each channel group its channels' masses, see
+        :func:`clafusion.profiling.importance.channel_importance`; empty where all count the same.
+    sensitivity
+        :func:`clafusion.profiling.importance.layer_sensitivities`, where layers are weighted by it.
+    moments
+        What :func:`clafusion.profiling.moments.observed_moments` returns, where that was asked for.
+    """
+
+    traced: TracedModel
+    grams: tuple[Tensor, ...]
+    features: tuple[int, ...]
+    rows: Mapping[tuple[int, int], Tensor]
+    num_samples: int
+    num_inputs: int
+    data_key: int
+    importance: tuple[Tensor, ...] = ()
+    moments: tuple[BatchMoments, ...] | None = None
+    sensitivity: Tensor | None = None
+
+
+def check_same_inputs(deep: ModelProfile, shallow: ModelProfile) -> None:
+    """Refuse to compare profiles of different inputs, or of the same in another order."""
+    if deep.data_key != shallow.data_key:
+        raise InputError(
+            "the profiles come from different inputs: profile both models on the same inputs in "
+            "the same order, together or from data that is not shuffled (a DataLoader that "
+            "shuffles gives another order each time)"
+        )
+
+
+def standardised(rows: Tensor) -> Tensor:
+    """Return channels ``(num_rows, num_channels)`` with zero mean and unit variance.
+
+    A constant channel becomes 0: it correlates with nothing.
+    """
+    rows = rows - rows.mean(0)
+    deviation = rows.square().mean(0).sqrt()
+    return rows.mul_(torch.where(deviation > 0, 1.0 / deviation.clamp(min=1e-30), 0.0))
+
+
+def profile_models(
+    graphs: Sequence[TracedModel],
+    data: Data,
+    *,
+    alignment_samples: int = 400,
+    matching_rows: int = 8192,
+    nonlinearity: bool = False,
+    layer_values: LayerValues = "output",
+    max_inputs: int | None = None,
+    moments: bool = False,
+    seed: int = 0,
+    device: torch.device | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> list[ModelProfile]:
+    """Profile several models on the same batches, in one pass over the data.
+
+    Profiles can be compared if they were made from the same inputs in the same order. A
+    DataLoader that shuffles gives another order each time, so the models of a pair are profiled
+    together.
+
+    Parameters
+    ----------
+    graphs
+        Traced models with the same inputs.
+    data
+        A tensor, a list of batches or a DataLoader, with or without labels.
+    alignment_samples
+        How many inputs the Gram matrices are over. Each is held at once, as one batch: this
+        bounds the memory.
+    matching_rows
+        How many (input, position) pairs are kept for each hook point.
+    nonlinearity
+        Take the channels' values after the nonlinearity instead of before it. Before it, no
+        channel is dead.
+    layer_values
+        What the Gram matrices are of: the layers' outputs, or these before their nonlinearity.
+    max_inputs
+        Stop after this many inputs; None for all.
+    moments
+        Whether to take down each batch's moments, too.
+    seed
+        Seed of the choice of pairs.
+    device
+        Where to compute; default where the model is.
+    progress
+        Called with a text and the number of inputs done.
+
+    Raises
+    ------
+    InputError
+        ``data`` is empty or does not fit the model, or a number is not positive.
+    StructureError
+        A layer puts out nothing that belongs to one input.
+    """
+    for name, value in (("alignment_samples", alignment_samples), ("matching_rows", matching_rows)):
+        if value < 2:
+            raise InputError(f"{name} must be at least 2; got {value}")
+    recorders = [
+        _Recorder(
+            graph, alignment_samples, matching_rows, nonlinearity, layer_values, moments, seed
+        )
+        for graph in graphs
+    ]
+    waiting: list[tuple[Tensor, ...]] = []
+    seen = 0
+    key = 0
+
+    def flush() -> None:
+        nonlocal seen
+        if waiting:
+            for recorder in recorders:
+                recorder.record(waiting, seen)
+            seen += sum(one[0].size(0) for one in waiting)
+            waiting.clear()
+            if progress is not None:
+                progress("profile", seen)
+
+    graph = graphs[0]
+    target = device if device is not None else _device(graph)
+    with torch.no_grad():
+        for inputs in batches(data, graph.example_inputs, graph.keywords, device=target):
+            if max_inputs is not None:
+                left = max_inputs - seen - sum(one[0].size(0) for one in waiting)
+                if left <= 0:
+                    break
+                inputs = tuple(one[:left] for one in inputs)
+            key = _data_key(key, inputs)
+            waiting.append(inputs)
+            # The Gram matrices are over inputs that run side by side.
+            if seen or sum(one[0].size(0) for one in waiting) >= alignment_samples:
+                flush()
+        flush()
+    return [recorder.profile(seen, key) for recorder in recorders]
+
+
+class _Recorder:
+    """Collect one model's profile batch by batch."""
+
+    def __init__(
+        self,
+        graph: TracedModel,
+        alignment_samples: int,
+        matching_rows: int,
+        nonlinearity: bool,
+        layer_values: LayerValues,
+        moments: bool,
+        seed: int,
+    ) -> None:
+        self.graph = graph
+        self.state = graph.state()
+        self.alignment_samples = alignment_samples
+        self.matching_rows = matching_rows
+        self.seed = seed
+        before = layer_values == "preactivation"
+        self.layers = {
+            _preactivation(layer) if before else layer.output: layer.index for layer in graph.layers
+        }
+        self.batch_axes = {
+            node.name: batch_axis(node)
+            for node in graph.module.graph.nodes
+            if node.name in self.layers
+        }
+        self.points: dict[str, list[tuple[tuple[int, int], HookPoint]]] = {}
+        for layer in graph.layers:
+            for i, point in enumerate(layer.hook_points):
+                node = point.post if nonlinearity else point.pre
+                self.points.setdefault(node, []).append(((layer.index, i), point))
+                if before:
+                    self.points.setdefault(point.post, []).append(((layer.index, ~i), point))
+        if before and graph.layers:
+            self._add_classifier(graph.layers[-1])
+        self.grams: dict[int, Tensor] = {}
+        self.features: dict[int, int] = {}
+        self.samplers: dict[int, _Sampler] = {}
+        self.rows: dict[str, Tensor] = {}
+        self.axes = moment_axes(graph) if moments else {}
+        self.moments: list[BatchMoments] | None = [] if moments else None
+        watched = {*self.layers, *self.points, *self.axes}
+        self.watched = [node.name for node in graph.module.graph.nodes if node.name in watched]
+
+    def _add_classifier(self, layer: Layer) -> None:
+        """Record the outputs of a last layer whose channels are never moved."""
+        last = layer.calibration_points[-1] if layer.calibration_points else None
+        if last is not None and last.node == layer.output and bool((last.groups < 0).all()):
+            axis, positions = last.axis, layer.output_shape
+            point = HookPoint(last.node, last.node, axis, positions, last.groups, last.members)
+            place = layer.index, len(layer.hook_points)
+            self.points.setdefault(point.post, []).append((place, point))
+
+    def record(self, waiting: Sequence[tuple[Tensor, ...]], start: int) -> None:
+        """Run some batches side by side."""
+        size = sum(inputs[0].size(0) for inputs in waiting)
+        for sampler in self.samplers.values():
+            sampler.advance(start, size)
+        static = self.graph.static_batch
+        for inputs in waiting:
+            if static is not None and inputs[0].size(0) != static:
+                raise InputError(
+                    f"the model admits only batches of {static}, but one of {inputs[0].size(0)} "
+                    "is given; it fixes the batch size in its code"
+                )
+        in_parts = [parts(self.graph, one) for one in waiting]
+        walks = [
+            [Walk(self.graph, part, self.state, set(self.watched)) for part in of_batch]
+            for of_batch in in_parts
+        ]
+        counts = [part[0].size(0) for of_batch in in_parts for part in of_batch]
+        found: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in waiting]
+        for node in self.watched:
+            values = [[walk.reach(node) for walk in of_batch] for of_batch in walks]
+            if node in self.axes:
+                for moments, of_batch in zip(found, values, strict=True):
+                    moments[node] = joint_moments(of_batch, self.axes[node])
+            every = list(chain.from_iterable(values))
+            if start == 0 and node in self.layers:
+                layer = self.layers[node]
+                flat = self._flat(node, every, counts)[: self.alignment_samples]
+                self.grams[layer] = gram_matrix(flat)
+                self.features[layer] = flat.size(1)
+            if node in self.points:
+                self._sample(node, every, counts, start)
+            for walk in chain.from_iterable(walks):
+                walk.release(node)
+        if self.moments is not None:
+            self.moments += found
+
+    def _flat(self, node: str, values: Sequence[Any], counts: Sequence[int]) -> Tensor:
+        """Return a layer's outputs ``(num_inputs, features)``; of several (an LSTM's) the first."""
+        axis = self.batch_axes[node]
+        rows = []
+        for value, count in zip(values, counts, strict=True):
+            one = value[0] if isinstance(value, (tuple, list)) else value
+            if one.dim() == 0 or one.size(axis or 0) % count:
+                raise StructureError(
+                    f"layer {self.graph.layers[self.layers[node]].name!r} puts out a tensor of shape "
+                    f"{tuple(one.shape)} for {count} inputs, and so none of its own for each"
+                )
+            rows.append(one.movedim(axis or 0, 0).reshape(count, -1))
+        flat = torch.cat(rows)
+        return flat if flat.is_floating_point() else flat.float()
+
+    def _sample(
+        self, node: str, values: Sequence[Tensor], counts: Sequence[int], start: int
+    ) -> None:
+        """Keep the chosen rows of values, of ``counts`` inputs each."""
+        (_, point), *_ = self.points[node]
+        axes = (point.batch or 0, point.axis)
+        channels_last = [one.movedim(axes, (0, -1)) for one in values]
+        if point.batch is None:
+            channels_last = [
+                one.unflatten(0, (count, -1)) if len(one) % count == 0 else one
+                for one, count in zip(channels_last, counts, strict=True)
+            ]
+        positions = channels_last[0][0, ..., 0].numel()
+        if positions not in self.samplers:
+            self.samplers[positions] = _Sampler(positions, self.matching_rows, self.seed)
+            self.samplers[positions].advance(start, sum(counts))
+        sampler = self.samplers[positions]
+        ends = np.cumsum([len(one) * positions for one in channels_last])
+        chosen = np.split(sampler.candidates, np.searchsorted(sampler.candidates, ends[:-1]))
+        fresh = []
+        for one, end, candidates in zip(channels_last, ends, chosen, strict=True):
+            places = candidates - (end - len(one) * positions)
+            index = np.unravel_index(places, one.shape[:-1])
+            fresh.append(one[tuple(torch.from_numpy(axis) for axis in index)].float())
+        kept = self.rows.get(node)
+        both = torch.cat(fresh if kept is None else [kept, *fresh])
+        self.rows[node] = both[torch.from_numpy(sampler.keep).to(both.device)]
+
+    def profile(self, num_inputs: int, key: int) -> ModelProfile:
+        rows = {
+            place: self.rows[node] for node, places in self.points.items() for place, _ in places
+        }
+        count = len(self.graph.layers)
+        return ModelProfile(
+            self.graph,
+            tuple(self.grams[i] for i in range(count)),
+            tuple(self.features[i] for i in range(count)),
+            rows,
+            min(num_inputs, self.alignment_samples),
+            num_inputs,
+            key,
+            moments=None if self.moments is None else tuple(self.moments),
+        )
+
+
+class _Sampler:
+    """Choose pairs of input and position: those with the smallest hash.
+
+    The choice depends on the inputs' numbers and on how many positions there are, but not on the
+    model or on how the inputs are batched, so that the rows of two models belong together.
+    """
+
+    def __init__(self, positions: int, rows: int, seed: int) -> None:
+        self.positions = positions
+        self.rows = rows
+        self.seed = seed
+        self.kept = np.empty(0, dtype=np.uint64)
+
+    def advance(self, start: int, size: int) -> None:
+        """Move on to the next batch: which of its pairs to take, and which rows to keep then."""
+        first = start * self.positions
+        hashes = _hash(np.arange(first, first + size * self.positions, dtype=np.uint64), self.seed)
+        if len(self.kept) == self.rows:
+            self.candidates = np.flatnonzero(hashes < self.kept.max())
+        else:
+            self.candidates = np.arange(len(hashes))
+        hashes = hashes[self.candidates]
+        if len(hashes) > self.rows:
+            chosen = np.sort(np.argpartition(hashes, self.rows)[: self.rows])
+            self.candidates, hashes = self.candidates[chosen], hashes[chosen]
+        both = np.concatenate([self.kept, hashes])
+        self.keep = np.arange(len(both))
+        if len(both) > self.rows:
+            self.keep = np.sort(np.argpartition(both, self.rows)[: self.rows])
+        self.kept = both[self.keep]
+
+
+def _preactivation(layer: Layer) -> str:
+    """Return the node that holds a layer's output before its nonlinearity."""
+    last = layer.hook_points[-1] if layer.hook_points else None
+    return last.pre if last is not None and last.post == layer.output else layer.output
+
+
+def _hash(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
+    """Scramble numbers: another order for each seed."""
+    return mix((values + np.uint64(seed + 1)) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def gram_matrix(flat: Tensor) -> Tensor:
+    """Return ``X X^T`` of samples ``(num_samples, num_features)`` in float64, where they are.
+
+    On the CPU by :func:`clafusion._native.gram`. Elsewhere PyTorch multiplies blocks of features in
+    float32 and adds them up in float64; it is for PyTorch's settings to say whether TF32 may stand
+    in for float32.
+    """
+    if flat.device.type == "cpu":
+        return torch.from_numpy(_native.gram(flat))
+    total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
+    for block in flat.split(_BLOCK_FEATURES, dim=1):
+        block = block.float()
+        total += block @ block.T
+    return total
+
+
+def _data_key(key: int, inputs: tuple[Tensor, ...]) -> int:
+    """Go on with a checksum of each input's sum, which does not depend on the batches."""
+    sums = inputs[0].double().flatten(1).sum(1).cpu().numpy()
+    return zlib.crc32(sums.tobytes(), key)
+
+
+def _device(graph: TracedModel) -> torch.device:
+    return next((one.device for one in graph.model.parameters()), torch.device("cpu"))

@@ -1,0 +1,179 @@
+"""Data files -> a tensor of model inputs."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clafusion.errors import InputError
+from clafusion.weights.files import check_input, read_safetensors, read_torch
+
+__all__ = ["ENDINGS", "load_samples"]
+
+ENDINGS = (".npy", ".npz", ".pt", ".pth", ".safetensors")
+_PACKERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+_KEYS = ("x_train", "images", "x", "data")
+
+
+def load_samples(
+    path: str | os.PathLike[str],
+    *,
+    key: str | None = None,
+    limit: int | None = None,
+    shape: Sequence[int] | None = None,
+    scale: float | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Tensor:
+    """Read model inputs from a ``.npy``, ``.npz``, ``.pt``, ``.pth`` or ``.safetensors`` file.
+
+    A ``.npy`` or ``.npz`` file may also be packed (``.gz``, ``.xz``). The result is
+    ``(x / scale - mean) / std``, as float32 where numbers are real; without the three settings
+    whole numbers (tokens) stay as they are.
+
+    Parameters
+    ----------
+    path
+        The file.
+    key
+        Which array of a file that holds several; default ``x_train``, ``images``, ``x`` or
+        ``data``, or the only one.
+    limit
+        Take this many samples from the beginning.
+    shape
+        Reshape each sample, for example ``(1, 28, 28)``.
+    scale
+        Divide by this number, for example 255 for bytes.
+    mean, std
+        Normalise: one number, or one for each channel (the first axis of a sample).
+
+    Raises
+    ------
+    InputError
+        The file is missing, corrupt or of another kind, a setting does not fit it, or it holds
+        bytes and no setting tells how they were scaled in training.
+    """
+    if limit is not None and (isinstance(limit, bool) or limit < 1):
+        raise InputError(f"limit must be at least 1; got {limit}")
+    if scale is not None and not (_is_number(scale) and scale > 0):
+        raise InputError(f"scale must be positive, it divides the data; got {scale}")
+    if mean is not None and not all(map(_is_number, mean)):
+        raise InputError(f"mean must be finite numbers; got {', '.join(map(str, mean))}")
+    if std is not None and not all(_is_number(one) and one > 0 for one in std):
+        raise InputError(f"std must be positive; got {', '.join(map(str, std))}")
+    file = Path(path)
+    packed = file.suffix.lower() in _PACKERS
+    check_input(file, (*ENDINGS, *_PACKERS), "data file")
+    inner = Path(file.stem).suffix.lower() if packed else file.suffix.lower()
+    if packed and inner not in (".npy", ".npz"):
+        raise InputError(f"data file {str(path)!r}: only .npy and .npz files may be packed")
+    samples = _read(file, inner, key)
+    if samples.dim() == 0 or samples.size(0) == 0:
+        raise InputError(f"data file {str(path)!r} holds no samples")
+    samples = samples[:limit].clone()
+    if shape is not None:
+        try:
+            samples = samples.reshape(samples.size(0), *shape)
+        except RuntimeError as error:
+            raise InputError(
+                f"shape {'x'.join(map(str, shape))} does not fit: a sample of {str(path)!r} has "
+                f"shape {tuple(samples.shape[1:])}"
+            ) from error
+    settings = (scale, mean, std)
+    if samples.dtype == torch.uint8 and all(one is None for one in settings):
+        raise InputError(
+            f"data file {str(path)!r} holds bytes (uint8), and models take real numbers: say how "
+            "they were scaled in training, for example scale 255"
+        )
+    if samples.is_complex() or samples.dtype == torch.bool:
+        raise InputError(f"data file {str(path)!r} holds {samples.dtype}; real numbers are needed")
+    if samples.is_floating_point() or any(one is not None for one in settings):
+        samples = samples.float()
+    if scale is not None:
+        samples /= scale
+    if mean is not None:
+        samples -= _by_channel("mean", mean, samples)
+    if std is not None:
+        samples /= _by_channel("std", std, samples)
+    return samples
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and math.isfinite(value)
+
+
+def _by_channel(name: str, values: Sequence[float], samples: Tensor) -> Tensor:
+    tensor = torch.tensor(values, dtype=samples.dtype)
+    if len(values) == 1:
+        return tensor
+    if samples.dim() < 2 or samples.size(1) != len(values):
+        raise InputError(
+            f"{name} has {len(values)} numbers, but a sample has shape "
+            f"{tuple(samples.shape[1:])}: give one, or one for each channel (first axis)"
+        )
+    return tensor.view(-1, *[1] * (samples.dim() - 2))
+
+
+def _read(path: Path, ending: str, key: str | None) -> Tensor:
+    what = "data file"
+    if ending in (".npy", ".npz"):
+        return _read_numpy(path, key)
+    stored = read_safetensors(path, what) if ending == ".safetensors" else read_torch(path, what)
+    if isinstance(stored, Mapping):
+        stored = stored[_chosen(path, [str(one) for one in stored], key)]
+    if not isinstance(stored, Tensor):
+        raise InputError(
+            f"{what} {str(path)!r} holds a {type(stored).__name__}; a tensor, or tensors by name, "
+            "are needed"
+        )
+    return stored
+
+
+def _read_numpy(path: Path, key: str | None) -> Tensor:
+    opened = _PACKERS.get(path.suffix.lower(), open)
+    try:
+        with opened(path, "rb") as file:
+            # Unpacked at once: reading an archive jumps about, and each jump would unpack anew.
+            whole = io.BytesIO(file.read()) if opened is not open else file
+            stored = np.load(whole, allow_pickle=False)
+            if isinstance(stored, np.lib.npyio.NpzFile):
+                stored = stored[_chosen(path, stored.files, key)]
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"data file {str(path)!r} cannot be read: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    try:
+        return torch.from_numpy(np.asarray(stored, stored.dtype.newbyteorder("="), order="C"))
+    except TypeError as error:
+        raise InputError(
+            f"data file {str(path)!r} holds {stored.dtype}; numbers are needed"
+        ) from error
+
+
+def _chosen(path: Path, names: Sequence[str], key: str | None) -> str:
+    if key is not None:
+        if key not in names:
+            raise InputError(f"data file {str(path)!r} has no {key!r}; it has {', '.join(names)}")
+        return key
+    if len(names) == 1:
+        return names[0]
+    for one in _KEYS:
+        if one in names:
+            return one
+    raise InputError(
+        f"data file {str(path)!r} holds several arrays ({', '.join(names) or 'none'}): say which "
+        "by its key"
+    )

@@ -1,0 +1,1 @@
+"""Tables, pictures and pages of results. Nothing imports this package but the command line."""

@@ -1,0 +1,145 @@
+"""The outcome of many pairs as one HTML file that needs nothing else, and no network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from clafusion.batch.run import PairResult
+from clafusion.errors import InputError
+from clafusion.reports.plots import (
+    alignment_figure,
+    stages_figure,
+    values_figure,
+    without_glyph_warnings,
+)
+from clafusion.reports.tables import cost_text, total_seconds
+from clafusion.weights.atomic import check_output, replacing
+
+__all__ = ["write_report"]
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto;
+       padding: 0 1rem; }
+h1, h2 { font-weight: 600; } img { max-width: 100%; }
+table { border-collapse: collapse; font-size: 13px; }
+th, td { padding: .2rem .8rem; text-align: left; border-bottom: 1px solid #ddd; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.failed { color: #b3261e; }
+"""
+
+
+def write_report(
+    results: Sequence[PairResult],
+    path: str | os.PathLike[str],
+    *,
+    chosen: tuple[str, str] | None = None,
+    values: Mapping[tuple[str, str], float] | None = None,
+    label: str = "alignment cost",
+) -> None:
+    """Write a page: a heat map of all pairs, one pair's alignment, seconds by stage, a table.
+
+    Parameters
+    ----------
+    results
+        What :func:`clafusion.fuse_many` gave.
+    path
+        A ``.html`` file. An old one stays as it is until the new one is complete.
+    chosen
+        The pair whose alignment is drawn; default the one of the lowest cost for which there was
+        a choice, else the one of the lowest cost.
+    values
+        What the heat map shows for each pair, for example its accuracy; default the total cost
+        of its alignment.
+    label
+        What these numbers are.
+
+    Raises
+    ------
+    InputError
+        ``chosen`` or a pair in ``values`` is none of the results or was not fused, or the file
+        cannot be written.
+    """
+    path = check_output(path, (".html",), "report")
+    fused = {(one.first, one.second): one for one in results if one.alignment is not None}
+    for pair in (*([] if chosen is None else [chosen]), *(values or ())):
+        if tuple(pair) not in fused:
+            raise InputError(f"the report has no fused pair {pair!r}; check the names' order")
+    if values is None:
+        values = {
+            pair: one.alignment.total_cost
+            for pair, one in fused.items()
+            if one.alignment is not None
+        }
+    names = list(dict.fromkeys(name for one in results for name in (one.first, one.second)))
+    failed = [one for one in results if one.error is not None]
+    parts = [
+        f"<h1>{len(results)} pairs of {len(names)} models</h1>",
+        f"<p>{len(fused)} fused, {len(failed)} failed, "
+        f"{sum(one.resumed for one in results)} taken over from an earlier run.</p>",
+    ]
+    if values:
+        parts += [
+            f"<h2>{html.escape(label[:1].upper() + label[1:])} of every pair</h2>",
+            _picture(values_figure(names, values, label), label),
+        ]
+    shown = fused.get(chosen) if chosen is not None else _most_telling(list(fused.values()))
+    if shown is not None and shown.alignment is not None:
+        drawn = alignment_figure(
+            shown.deep_layers,
+            shown.shallow_layers,
+            shown.alignment,
+            deep_is_first=shown.deep == shown.first,
+        )
+        title = f"{shown.first} and {shown.second}"
+        parts += [f"<h2>Alignment of {html.escape(title)}</h2>", _picture(drawn, title)]
+    seconds = total_seconds(results)
+    if seconds:
+        parts += ["<h2>Time by stage</h2>", _picture(stages_figure(seconds), "seconds by stage")]
+    parts += ["<h2>All pairs</h2>", _table(results)]
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>clafusion: {len(results)} pairs</title><style>{_STYLE}</style></head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+    with replacing(path, "report") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _most_telling(fused: Sequence[PairResult]) -> PairResult | None:
+    def rank(one: PairResult) -> tuple[bool, float]:
+        assert one.alignment is not None, "a fused pair has an alignment"
+        return one.alignment.forced, one.alignment.total_cost
+
+    return min(fused, key=rank, default=None)
+
+
+def _picture(figure: Figure, text: str) -> str:
+    """Return a figure as an SVG inside an ``img`` tag, where its names meet no other figure's."""
+    buffer = io.BytesIO()
+    # Without a date and with fixed names the same results give the same page.
+    with matplotlib.rc_context({"svg.hashsalt": "clafusion"}), without_glyph_warnings():
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    packed = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(text)}" src="data:image/svg+xml;base64,{packed}">'
+
+
+def _table(results: Sequence[PairResult]) -> str:
+    rows = ["<tr><th>first</th><th>second</th><th>cost</th><th>seconds</th><th>outcome</th></tr>"]
+    for one in results:
+        outcome = "fused" if one.error is None else one.error
+        rows.append(
+            f"<tr><td>{html.escape(one.first)}</td><td>{html.escape(one.second)}</td>"
+            f'<td class="number">{cost_text(one)}</td>'
+            f'<td class="number">{sum(one.seconds.values()):.2f}</td>'
+            f'<td class="{"fused" if one.error is None else "failed"}">'
+            f"{html.escape(outcome)}</td></tr>"
+        )
+    return f"<table>{''.join(rows)}</table>"

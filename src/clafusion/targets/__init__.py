@@ -1,0 +1,1 @@
+"""Which structure the result gets."""

@@ -1,0 +1,1 @@
+"""Module -> TracedModel: what one network is. Knows nothing of any other network."""

@@ -1,0 +1,1 @@
+"""Run an exported graph on labels instead of numbers: which channels move together."""

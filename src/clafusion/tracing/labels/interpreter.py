@@ -1,0 +1,412 @@
+"""Run an exported graph on labels: the interpreter, the union-find and the fingerprints.
+
+What single operations do with labels stands in :mod:`clafusion.tracing.labels.rules`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, TypeGuard
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from clafusion.errors import UnsupportedOpError
+from clafusion.tracing.labels.ids import collapse, fixed_ids, mix, salt, sequence_ids, value_ids
+from clafusion.tracing.model import State
+from clafusion.tracing.operations import bound_operands, module_path, op_name
+
+__all__ = ["POINTWISE", "Call", "Label", "LabelPropagation", "ParameterView", "rule"]
+
+
+@dataclass(frozen=True)
+class ParameterView:
+    """A parameter, or a view of one, that has not met an activation yet."""
+
+    name: str
+    tensor: Tensor
+
+
+Label: TypeAlias = "Tensor | ParameterView | tuple[Label, ...] | None"
+"""Label tensor, parameter view, None for a constant; a tuple where a node has several values."""
+
+
+@dataclass
+class DraftUse:
+    """A parameter view whose axes carry ids."""
+
+    name: str
+    role: str
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    axes: dict[int, Tensor] = field(default_factory=dict)
+    directions: dict[int, Literal["out", "in"]] = field(default_factory=dict)
+
+
+class Call:
+    """One node with its operands bound to the names of the operation's schema."""
+
+    def __init__(
+        self,
+        node: fx.Node,
+        labels: Mapping[fx.Node, Label],
+        values: Mapping[fx.Node, Any],
+    ) -> None:
+        self.node = node
+        self.name = op_name(node)
+        self._labels = labels
+        self._values = values
+        self.bound = bound_operands(node)
+
+    @property
+    def output(self) -> Any:
+        """The concrete value that the operation returned."""
+        return self._values[self.node]
+
+    def value(self, name: str) -> Any:
+        """Return the concrete value of an operand."""
+        return self.concrete(self.bound[name])
+
+    def concrete(self, argument: Any) -> Any:
+        """Replace the nodes in an operand by their concrete values."""
+        return fx.map_arg(argument, lambda node: self._values[node])
+
+    def label(self, name: str) -> Label:
+        """Return an operand's label; None where it is a constant or missing."""
+        argument = self.bound.get(name)
+        return self._labels[argument] if isinstance(argument, fx.Node) else None
+
+    def tensors(self) -> list[tuple[str, fx.Node]]:
+        """Return the operands that are tensors, with their names."""
+        found: list[tuple[str, fx.Node]] = []
+        for name, argument in self.bound.items():
+            nodes = argument if isinstance(argument, (list, tuple)) else [argument]
+            found += [
+                (name, node)
+                for node in nodes
+                if isinstance(node, fx.Node) and isinstance(self._values[node], Tensor)
+            ]
+        return found
+
+    def label_of(self, node: fx.Node) -> Label:
+        """Return a node's label."""
+        return self._labels[node]
+
+    def value_of(self, node: fx.Node) -> Any:
+        """Return a node's concrete value."""
+        return self._values[node]
+
+
+Rule = Callable[["LabelPropagation", Call], Label]
+RULES: dict[str, Rule] = {}
+
+
+POINTWISE = "pointwise"
+"""The rule for every operation that PyTorch tags as pointwise and that has no rule of its own."""
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a function as the rule for the named operations."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+class LabelPropagation:
+    """The state of one run: the union-find, the fingerprints and the parameter uses."""
+
+    def __init__(
+        self, state: State, buffers: frozenset[str], united_heads: NDArray[np.int64] | None = None
+    ) -> None:
+        self.state = state
+        self.buffers = buffers
+        # Atoms are numbered in the order of their creation, the same in every run.
+        self.parents = np.empty(0, dtype=np.int64) if united_heads is None else united_heads.copy()
+        self.created = 0
+        self.undecided = False
+        self.pinned: set[int] = set()
+        self.counted: set[int] = set()
+        self.fingerprints: dict[int, set[int]] = {}
+        self.uses: dict[tuple[Any, ...], DraftUse] = {}
+        self.elements: dict[str, Tensor] = {}
+        self.labels: dict[fx.Node, Label] = {}
+
+    def run(
+        self,
+        module: fx.GraphModule,
+        placeholders: Sequence[str | None],
+        inputs: Sequence[Tensor],
+    ) -> dict[str, tuple[int, ...]]:
+        """Give every node a label; return the shapes of the nodes' values.
+
+        Parameters are those of :func:`clafusion.tracing.groups.find_channels`.
+        """
+        values: dict[fx.Node, Any] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        last_users = _last_users(module.graph)
+        sources = iter(placeholders)
+        feed = iter(inputs)
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                name = next(sources)
+                values[node] = next(feed) if name is None else self.state[name]
+                self.labels[node] = self._placeholder(name, values[node])
+            elif node.op == "get_attr":
+                values[node] = getattr(module, str(node.target))
+                self.labels[node] = None
+            elif node.op == "output":
+                for result in pytree.tree_leaves(node.args):
+                    if isinstance(result, fx.Node):
+                        self.pin(self.activation(self.labels[result], values[result]))
+            else:
+                self._visit(node, values)
+            if isinstance(values.get(node), Tensor):
+                shapes[node.name] = tuple(values[node].shape)
+            for finished in last_users.get(node, ()):
+                values.pop(finished, None)
+        return shapes
+
+    def _placeholder(self, name: str | None, value: Any) -> Label:
+        if not isinstance(value, Tensor):
+            return None
+        if name is None:
+            return fixed_ids("input", value.shape)
+        return ParameterView(name, value)
+
+    def _visit(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
+        arguments = fx.map_arg((node.args, node.kwargs), lambda one: values[one])
+        values[node] = node.target(*arguments[0], **arguments[1])
+        labels = [self.labels[one] for one in node.all_input_nodes]
+        if node.target is operator.getitem:
+            whole = self.labels[node.args[0]]
+            self.labels[node] = whole[node.args[1]] if isinstance(whole, tuple) else None
+            return
+        has_tensor = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(values[node]))
+        constant = all(self.is_constant(label) for label in labels)
+        if not has_tensor or op_name(node) in _SHAPE_ONLY:
+            self.labels[node] = None
+            return
+        if constant and op_name(node) not in ("batch_norm", "instance_norm"):
+            self.labels[node] = None
+            return
+        if not isinstance(node.target, torch._ops.OpOverload):
+            raise self.unsupported(node)
+        call = Call(node, self.labels, values)
+        found = RULES.get(call.name)
+        if found is None and torch.Tag.pointwise in node.target.tags:
+            found = RULES[POINTWISE]
+        if found is None:
+            raise self.unsupported(node)
+        self.labels[node] = found(self, call)
+        self._mark(node)
+        if node.target._schema.name.endswith("_") and isinstance(node.args[0], fx.Node):
+            # In place: whoever reads the operand later sees the result.
+            self.labels[node.args[0]] = self.labels[node]
+
+    def _mark(self, node: fx.Node) -> None:
+        """Let the atoms remember the operation: one that treats only some of them splits them."""
+        label = self.labels[node]
+        mark = int(salt(node.name)[0])
+        for ids in label if isinstance(label, tuple) else (label,):
+            if isinstance(ids, Tensor):
+                (reduced,) = collapse(ids)
+                for atom in self.roots(reduced[reduced >= 0].unique()).tolist():
+                    self.fingerprints.setdefault(atom, set()).add(mark)
+
+    @staticmethod
+    def unsupported(
+        node: fx.Node, why: str = "the channel analysis has no rule for it"
+    ) -> Exception:
+        """Return the error that refuses an operation."""
+        where = module_path(node) or "the top level"
+        return UnsupportedOpError(
+            f"operation {node.target} in {where!r} (node {node.name!r}) is not supported: {why}. "
+            "Replace it by supported operations, or open an issue with the module's code"
+        )
+
+    def is_trained(self, label: Label) -> TypeGuard[ParameterView]:
+        """Tell whether a value is a trained parameter, or a view of one."""
+        return isinstance(label, ParameterView) and label.name not in self.buffers
+
+    def is_constant(self, label: Label) -> bool:
+        """Tell whether a value depends neither on the input nor on a trained parameter."""
+        return label is None or (isinstance(label, ParameterView) and label.name in self.buffers)
+
+    # --- atoms ---------------------------------------------------------------------------------
+
+    def fresh(self, count: int) -> Tensor:
+        """Return ``count`` new atoms."""
+        start, self.created = self.created, self.created + count
+        missing = np.arange(len(self.parents), self.created)
+        self.parents = np.append(self.parents, missing)
+        return torch.arange(start, self.created)
+
+    def roots(self, ids: Tensor) -> Tensor:
+        """Return ids with every atom replaced by its representative."""
+        array = ids.numpy()
+        moving = array >= 0
+        if not moving.any():
+            return ids
+        found = np.where(moving, array, 0)
+        while True:
+            parent = self.parents[found]
+            if np.array_equal(parent, found):
+                break
+            found = parent
+        return torch.from_numpy(np.where(moving, found, array))
+
+    def _find(self, atom: int) -> int:
+        root = atom
+        while self.parents[root] != root:
+            root = int(self.parents[root])
+        while self.parents[atom] != root:
+            self.parents[atom], atom = root, int(self.parents[atom])
+        return root
+
+    def unite(self, first: Tensor, second: Tensor) -> None:
+        """Unite atoms element by element; where one is fixed, the other takes its fingerprint."""
+        first, second = collapse(first, second)
+        first, second = (self.roots(ids).reshape(-1) for ids in (first, second))
+        both = (first >= 0) & (second >= 0) & (first != second)
+        for a, b in np.unique(torch.stack([first[both], second[both]], 1).numpy(), axis=0):
+            root_a, root_b = self._find(int(a)), self._find(int(b))
+            self.parents[max(root_a, root_b)] = min(root_a, root_b)
+        self.meet(first, second)
+        self.meet(second, first)
+
+    def pin(self, ids: Tensor) -> None:
+        """Fix every atom in ``ids`` to its place."""
+        (ids,) = collapse(ids)
+        self.pinned.update(int(atom) for atom in ids[ids >= 0].unique())
+
+    def count(self, ids: Tensor) -> None:
+        """Note that values of every atom in ``ids`` are added up without a weight."""
+        (ids,) = collapse(ids)
+        self.counted.update(int(atom) for atom in ids[ids >= 0].unique())
+
+    def meet(self, ids: Tensor, partners: Tensor) -> None:
+        """Give every atom in ``ids`` the sequence of fixed ids among its partners."""
+        ids, partners = collapse(ids, partners)
+        ids, partners = self.roots(ids).reshape(-1), partners.reshape(-1)
+        chosen = (ids >= 0) & (partners < 0)
+        atoms, fixed = ids[chosen].numpy(), partners[chosen].numpy()
+        if len(atoms) == 0 or (fixed == fixed[0]).all():
+            return
+        order = np.argsort(atoms, kind="stable")
+        atoms, fixed = atoms[order], fixed[order]
+        starts = np.flatnonzero(np.r_[True, atoms[1:] != atoms[:-1]])
+        rank = np.arange(len(atoms)) - np.repeat(starts, np.diff(np.r_[starts, len(atoms)]))
+        words = mix(fixed.view(np.uint64) ^ mix(rank.astype(np.uint64)))
+        for atom, word in zip(atoms[starts], np.add.reduceat(words, starts), strict=True):
+            self.fingerprints.setdefault(int(atom), set()).add(int(word))
+
+    # --- labels --------------------------------------------------------------------------------
+
+    def activation(self, label: Label, value: Tensor) -> Tensor:
+        """Return a label tensor, whatever the value is."""
+        if isinstance(label, Tensor):
+            return label
+        if self.is_trained(label):
+            return self.element_ids(label)
+        return value_ids(value)
+
+    def element_ids(self, view: ParameterView) -> Tensor:
+        """Return the labels of a parameter that is used as a value: an atom for each element."""
+        base = self.state[view.name]
+        if view.name not in self.elements:
+            self.elements[view.name] = self.fresh(base.numel())
+            use = DraftUse(view.name, "element", (base.numel(),), (1,), 0)
+            use.axes[0], use.directions[0] = self.elements[view.name], "out"
+            self.uses[view.name, "elements"] = use
+        offset = view.tensor.storage_offset() - base.storage_offset()
+        return self.elements[view.name].as_strided(view.tensor.shape, view.tensor.stride(), offset)
+
+    def scale(self, view: ParameterView, ids: Tensor, shape: Sequence[int] | None = None) -> None:
+        """Let a parameter act element by element on an activation.
+
+        An element that meets one atom moves with it. An element that several atoms share (a
+        positional bias, a common slope) stays where it is.
+        """
+        tensor = view.tensor if shape is None else view.tensor.reshape(tuple(shape))
+        elements = self.element_ids(ParameterView(view.name, tensor))
+        elements, ids = collapse(elements, ids)
+        roots = self.roots(ids).reshape(-1).numpy()
+        flat = elements.reshape(-1).numpy()
+        moving = roots >= 0
+        pairs = np.unique(np.stack([flat[moving], roots[moving]], 1), axis=0)
+        partners, counts = np.unique(pairs[:, 0], return_counts=True)
+        alone = np.isin(flat, partners[counts == 1])
+        self.undecided |= bool((counts > 1).any())
+        # Elements that meet a single atom move with it; the others are fixed.
+        fixed = torch.from_numpy(np.where(alone, flat, -1 - flat))
+        self.pin(torch.from_numpy(flat[~alone]))
+        self.unite(fixed.reshape(elements.shape), ids)
+
+    def weigh(
+        self, view: ParameterView, role: str, axes: Mapping[int, Tensor], inward: Iterable[int] = ()
+    ) -> dict[int, Tensor]:
+        """Record that axes of a parameter view carry ids; return the ids now on them.
+
+        A second use of the same view unites its ids with those of the first.
+        """
+        base = self.state[view.name]
+        order = sorted(range(view.tensor.dim()), key=view.tensor.stride, reverse=True)
+        size = tuple(view.tensor.size(axis) for axis in order)
+        stride = tuple(view.tensor.stride(axis) for axis in order)
+        offset = int(view.tensor.storage_offset() - base.storage_offset())
+        key = (view.name, size, stride, offset)
+        use = self.uses.setdefault(key, DraftUse(view.name, role, size, stride, offset))
+        found = {}
+        for axis, ids in axes.items():
+            place = order.index(axis)
+            if place in use.axes:
+                self.unite(use.axes[place], ids)
+                if (use.directions[place] == "in") != (axis in inward):
+                    self.count(ids)  # the one weight writes and reads them
+                use.axes[place] = torch.where(use.axes[place] >= 0, use.axes[place], ids)
+            else:
+                use.axes[place] = ids
+                use.directions[place] = "in" if axis in inward else "out"
+            found[axis] = use.axes[place]
+        return found
+
+    def common_row(self, rows: Tensor) -> Tensor:
+        """Unite the rows of a label matrix ``(num_rows, num_channels)`` into one row."""
+        first = rows[:1].expand(rows.shape)
+        if rows.size(0) > 1:
+            self.unite(first, rows)
+        moving = rows >= 0
+        any_moving = moving.any(0)
+        chosen = rows.gather(0, moving.to(torch.uint8).argmax(0, keepdim=True)).squeeze(0)
+        if bool(any_moving.all()):
+            return chosen
+        fixed = torch.where((rows == first).all(0), first[0], sequence_ids(rows.T))
+        return torch.where(any_moving, chosen, fixed)
+
+
+def _last_users(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the nodes whose value nobody needs after it."""
+    seen: set[fx.Node] = set()
+    finished: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(graph.nodes):
+        for operand in (node, *node.all_input_nodes):
+            if operand not in seen:
+                seen.add(operand)
+                finished.setdefault(node, []).append(operand)
+    return finished
+
+
+_SHAPE_ONLY = frozenset(
+    """sym_size sym_stride sym_numel zeros_like ones_like full_like empty_like rand_like
+    randn_like new_zeros new_ones new_full new_empty""".split()
+)

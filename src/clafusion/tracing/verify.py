@@ -1,0 +1,307 @@
+"""Prove an analysis: permute every channel group of a copy and compare the outputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from clafusion.errors import GraphVerificationError
+from clafusion.tracing.heads import exchange_heads, group_sources, possible_heads
+from clafusion.tracing.model import (
+    ChannelGroup,
+    GroupAxis,
+    HeadPartition,
+    State,
+    TracedModel,
+    call_model,
+)
+
+__all__ = ["permute_channels", "verify_graph", "with_proved_heads"]
+
+# Relative to the largest output. Float64 leaves 1e-16 a rounding, and deep networks amplify it.
+# Float32 is the fallback for models that fix a dtype inside.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+_ROUNDED_INSIDE = 1e-4  # float64 outside, but some values pass through float32
+
+
+def permute_channels(
+    state: State, groups: Sequence[ChannelGroup], permutations: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Return a copy of ``state`` in which channel ``permutation[i]`` has moved to place ``i``.
+
+    Parameters
+    ----------
+    state
+        Parameters and buffers by name.
+    groups
+        The groups to permute.
+    permutations
+        For each group a permutation ``(size,)``.
+    """
+    # A parameter that is used as a whole moves once along each axis; of another one, parts do.
+    of_parts: list[tuple[GroupAxis, Tensor]] = []
+    of_wholes: dict[str, dict[int, Tensor]] = {}
+    for group, permutation in zip(groups, permutations, strict=True):
+        for group_axis in group.axes:
+            name, sources = (
+                group_axis.use.parameter,
+                group_axis.positions[permutation.cpu()].reshape(-1),
+            )
+            if group_axis.use.size != tuple(state[name].shape):
+                of_parts.append((group_axis, sources))
+                continue
+            indices = of_wholes.setdefault(name, {})
+            if group_axis.axis not in indices:
+                indices[group_axis.axis] = torch.arange(group_axis.use.size[group_axis.axis])
+            indices[group_axis.axis][group_axis.positions.reshape(-1)] = sources
+    permuted = {}
+    for name, tensor in state.items():
+        moved = tensor.detach()
+        for axis, index in of_wholes.get(name, {}).items():
+            moved = moved.index_select(axis, index.to(moved.device))
+        permuted[name] = moved if name in of_wholes else moved.clone()
+    for group_axis, sources in of_parts:
+        view = group_axis.use.view(permuted[group_axis.use.parameter])
+        positions = group_axis.positions.reshape(-1).to(view.device)
+        moved = view.index_select(group_axis.axis, sources.to(view.device))
+        view.index_copy_(group_axis.axis, positions, moved)
+    return permuted
+
+
+def verify_graph(graph: TracedModel, inputs: tuple[Tensor, ...], *, seed: int = 0) -> None:
+    """Permute every group at random and compare the model's outputs with the original ones.
+
+    Each group is moved by a cycle through all its channels and by a swap of two, which together
+    generate every permutation; once with the model's own weights and once with random ones, for
+    a gate at zero would hide a mistake behind it.
+
+    The model itself runs, not the traced graph, in float64 where it allows that (bound 1e-9 of
+    the largest output; 1e-4 where the model casts values to a shorter type inside), else in
+    float32 (1e-3). The traced graph's own output is compared, too.
+
+    Raises
+    ------
+    GraphVerificationError
+        The outputs differ; the message names the groups that change them on their own.
+    """
+    trial = _Trial(graph, inputs, seed)
+    _verify_groups(trial)
+    if not _hold(graph.heads, trial):
+        raise GraphVerificationError(
+            "exchanging blocks of channels (attention heads, convolution groups) changed the "
+            "output. The analysis does not understand this model: please open an issue with its "
+            "code"
+        )
+
+
+def with_proved_heads(
+    graph: TracedModel, inputs: tuple[Tensor, ...], *, verify: bool, seed: int = 0
+) -> TracedModel:
+    """Return a graph with the blocks of channels that can change places without changing outputs.
+
+    Tried as :func:`verify_graph` tries permutations, on all that look like such blocks. With
+    ``verify`` the groups are proved as well.
+    """
+    candidates = possible_heads(graph)
+    if not (candidates or verify):
+        return graph
+    trial = _Trial(graph, inputs, seed)
+    if verify:
+        _verify_groups(trial)
+    heads = list(chain.from_iterable(finest for finest, *_ in candidates))
+    if not _hold(heads, trial):
+        found = (
+            next((heads for heads in alternatives if _hold(heads, trial)), ())
+            for alternatives in candidates
+        )
+        heads = list(chain.from_iterable(found))
+    return replace(graph, heads=tuple(heads))
+
+
+def _verify_groups(trial: _Trial) -> None:
+    graph, fidelity = trial.graph, trial.fidelity
+    if not fidelity <= _TOLERANCE[torch.float32]:
+        raise GraphVerificationError(
+            f"the traced graph computes something else than the model (relative difference "
+            f"{fidelity:.1e}); the model may depend on state or randomness that tracing froze"
+        )
+    for move in (_cycle, _swap):
+        permutations = [move(one.size, trial.generator) for one in graph.groups]
+
+        def permuted(state: State, chosen: Sequence[ChannelGroup] = graph.groups) -> State:
+            return permute_channels(state, chosen, [permutations[one.index] for one in chosen])  # noqa: B023
+
+        if trial.leaves_outputs(permuted):
+            continue
+        broken = [
+            one for one in graph.groups if not trial.leaves_outputs(partial(permuted, chosen=[one]))
+        ]
+        named = ", ".join(f"{one.name!r} ({one.size} channels)" for one in broken[:5])
+        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise GraphVerificationError(
+            f"permuting the channel groups changed the output (relative difference "
+            f"{trial.gap(permuted):.1e}, bound {trial.bound:.0e}); groups that break it: "
+            f"{named or 'none alone'}{more}. The analysis does not understand this model: please "
+            "open an issue with its code"
+        )
+
+
+def _hold(heads: Sequence[HeadPartition], trial: _Trial) -> bool:
+    """Tell whether blocks can change places, each with an order of its own."""
+    for move in (_cycle, _swap) if heads else ():
+        sources: dict[int, int] = {}
+        for one in heads:
+            order = move(len(one.members), trial.generator).tolist()
+            sources |= group_sources(one, order)
+        if not trial.leaves_outputs(partial(exchange_heads, trial.graph, sources=sources)):
+            return False
+    return True
+
+
+class _Trial:
+    """A model with its own and with random weights, on which changes of them can be tried."""
+
+    def __init__(self, graph: TracedModel, inputs: tuple[Tensor, ...], seed: int) -> None:
+        self.graph = graph
+        self.generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            plain = copy.deepcopy(graph.model).eval()
+            inputs, outputs = _tried(graph, plain, inputs, self.generator)
+            traced = [one for one in graph.run(inputs) if isinstance(one, Tensor)]
+            self.fidelity = _difference(traced, outputs)
+            self.model, self.inputs, outputs = _widest(plain, inputs, graph.keywords, outputs)
+        types = {one.dtype for one in self.model.parameters() if one.is_floating_point()}
+        self.bound = max((_TOLERANCE.get(one, 1e-2) for one in types), default=1e-3)
+        if types == {torch.float64} and _casts(graph):
+            self.bound = _ROUNDED_INSIDE
+        own = dict(graph.state())
+        if self.model is not plain:
+            own = {
+                name: one.double() if one.is_floating_point() else one for name, one in own.items()
+            }
+        redrawn = _redrawn(self.model, own, self.generator)
+        self.expected = [(own, outputs), (redrawn, self._outputs(redrawn))]
+
+    def _outputs(self, state: State) -> list[Tensor]:
+        named = _named(self.model, state, self.graph)
+        with torch.no_grad():
+            return call_model(self.model, self.inputs, self.graph.keywords, state=named)
+
+    def gap(self, change: Callable[[State], State]) -> float:
+        """Return how far the outputs move, relative to the largest one."""
+        return max(
+            _difference(self._outputs(change(state)), outputs) for state, outputs in self.expected
+        )
+
+    def leaves_outputs(self, change: Callable[[State], State]) -> bool:
+        """Tell whether a change of the weights leaves the outputs as they are, but for rounding."""
+        return self.gap(change) <= self.bound
+
+
+def _cycle(size: int, generator: torch.Generator) -> Tensor:
+    """Return a random permutation that moves every channel, all in one cycle."""
+    order = torch.randperm(size, generator=generator)
+    permutation = torch.empty_like(order)
+    permutation[order] = order.roll(1)
+    return permutation
+
+
+def _swap(size: int, generator: torch.Generator) -> Tensor:
+    """Return a permutation that swaps two random channels."""
+    permutation = torch.arange(size)
+    one, other = torch.randperm(size, generator=generator)[:2]
+    permutation[one], permutation[other] = other, one
+    return permutation
+
+
+def _redrawn(model: torch.nn.Module, state: State, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return the state with random weights: zero gates and tiny scales would hide mistakes."""
+    drawn = dict(state)
+    for name, parameter in model.named_parameters():
+        noise = torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype)
+        if parameter.dim() > 1:
+            noise = (2 * noise - 1) * (6 / max(parameter[0].numel(), 1)) ** 0.5
+        drawn[name] = noise.to(parameter) if parameter.dim() > 1 else (0.5 + noise).to(parameter)
+    return drawn
+
+
+def _casts(graph: TracedModel) -> bool:
+    """Tell whether the model turns values into a type shorter than float64."""
+    short = {torch.float32, torch.float16, torch.bfloat16}
+    return any(
+        node.op == "call_function"
+        and any(value in short for value in (*node.args, *node.kwargs.values()) if _is_dtype(value))
+        for node in graph.module.graph.nodes
+    )
+
+
+def _is_dtype(value: object) -> bool:
+    return isinstance(value, torch.dtype)
+
+
+def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest difference, relative to the largest expected output."""
+    worst = 0.0
+    for one, reference in zip(outputs, expected, strict=True):
+        if reference.numel() == 0:
+            continue
+        one, reference = one.double(), reference.double()
+        same = (one == reference) | (one.isnan() & reference.isnan())
+        gap = torch.where(same, 0.0, (one - reference).abs()).nan_to_num(nan=torch.inf)
+        finite = reference[reference.isfinite()].abs()
+        scale = float(finite.max()) if finite.numel() else 0.0
+        worst = max(worst, float(gap.max()) / (scale or 1.0))
+    return worst
+
+
+def _tried(
+    graph: TracedModel,
+    model: torch.nn.Module,
+    inputs: tuple[Tensor, ...],
+    generator: torch.Generator,
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Return what a model is tried on, and its outputs: the first example, and a shuffled one.
+
+    Examples may all look alike, as padded or blank ones do; of their shuffled elements each place
+    gets another.
+    """
+    rows = [
+        one.flatten()[torch.randperm(one.numel(), generator=generator).to(one.device)].view_as(one)
+        for one in inputs
+    ]
+    others = slice(1, None) if graph.static_batch is not None else slice(1)
+    mixed = tuple(torch.cat([one[:1], row[others]]) for one, row in zip(inputs, rows, strict=True))
+    try:
+        return mixed, call_model(model, mixed, graph.keywords)
+    except Exception:  # whatever the model thinks of numbers that do not belong together
+        return inputs, call_model(model, inputs, graph.keywords)
+
+
+def _widest(
+    model: torch.nn.Module,
+    inputs: tuple[Tensor, ...],
+    keywords: tuple[str, ...],
+    outputs: list[Tensor],
+) -> tuple[torch.nn.Module, tuple[Tensor, ...], list[Tensor]]:
+    """Return model, inputs and outputs in float64 where the model runs in that, else as given."""
+    try:
+        double = copy.deepcopy(model).double()
+        wide = tuple(one.double() if one.is_floating_point() else one for one in inputs)
+        found = call_model(double, wide, keywords)
+        if all(one.dtype == torch.float64 for one in found if one.is_floating_point()):
+            return double, wide, found
+    except RuntimeError:  # a dtype is fixed somewhere inside
+        pass
+    return model, inputs, outputs
+
+
+def _named(model: torch.nn.Module, state: State, graph: TracedModel) -> dict[str, Tensor]:
+    """Return what the module itself holds, under every one of its names."""
+    full = {**state, **{name: state[source] for name, source in graph.aliases.items()}}
+    return {name: full[name] for name, _ in (*model.named_parameters(), *model.named_buffers())}

@@ -1,0 +1,1 @@
+"""Train a fused network further: fine-tuning and distillation."""

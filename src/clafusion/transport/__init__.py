@@ -1,0 +1,1 @@
+"""Optimal transport: cost matrices -> plans."""

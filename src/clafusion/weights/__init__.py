@@ -1,0 +1,1 @@
+"""Weights in files and modules: state dicts, safetensors, factories, digests, atomic writes."""
