@@ -24,7 +24,7 @@ from clafusion import (
 )
 from clafusion.alignment.dynamic_program import align_layers
 from clafusion.correspondence.correspondence import lifting
-from clafusion.tracing.model import call_model
+from clafusion.execution.call import call_model
 from tests import networks
 
 IMAGES = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(0))

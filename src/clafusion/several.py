@@ -27,6 +27,7 @@ from clafusion.correspondence.correspondence import (
     with_state,
 )
 from clafusion.errors import ConvergenceWarning, InputError, StructureError
+from clafusion.execution.call import State
 from clafusion.fusion import (
     AlignedPair,
     FusionConfig,
@@ -44,7 +45,6 @@ from clafusion.merging.blending import aligned_state, outgoing_map
 from clafusion.merging.layer_weights import MergeWeights
 from clafusion.profiling.batches import Data, first_batch
 from clafusion.profiling.moments import BatchMoments, observed_moments
-from clafusion.tracing.model import State
 from clafusion.tracing.trace import copied
 
 __all__ = ["ModelsResult", "SeveralMethod", "fuse_models"]

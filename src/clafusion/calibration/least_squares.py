@@ -49,10 +49,12 @@ from clafusion.correspondence.correspondence import (
     lifted_state,
     onto_itself,
 )
+from clafusion.execution.call import State
+from clafusion.execution.walk import Walk
 from clafusion.merging.blending import transport_vector, transported
 from clafusion.merging.layer_weights import MergeWeights
 from clafusion.profiling.batches import Data, batches
-from clafusion.tracing.model import CalibrationPoint, GroupAxis, Layer, State, TracedModel, Walk
+from clafusion.tracing.model import CalibrationPoint, GroupAxis, Layer, TracedModel
 from clafusion.tracing.operations import bound_operands, convolution_geometry, op_name
 
 __all__ = [

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.errors import InputError
+from clafusion.execution.call import State, call_model
+from clafusion.execution.walk import Walk
 from clafusion.merging.blending import channel_shares, transport_vector
 from clafusion.merging.layer_weights import MergeWeights
 from clafusion.profiling.batches import Data, batches
 from clafusion.profiling.moments import BatchMoments, Moments, batch_moments, channel_moments, parts
-from clafusion.tracing.model import CalibrationPoint, State, Walk, call_model
+from clafusion.tracing.model import CalibrationPoint
 
 __all__ = ["repair", "reset_batchnorm"]
 

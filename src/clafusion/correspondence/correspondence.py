@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clafusion.errors import StructureError, WidthWarning
+from clafusion.execution.call import call_model, flatten_tensors
 from clafusion.tracing.model import (
     CalibrationPoint,
     ChannelGroup,
@@ -27,8 +28,6 @@ from clafusion.tracing.model import (
     HookPoint,
     Layer,
     TracedModel,
-    call_model,
-    flatten_tensors,
 )
 from clafusion.tracing.operations import bound_operands, op_name
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from clafusion.correspondence.correspondence import Correspondence, axes_of
 from clafusion.errors import ConvergenceWarning
+from clafusion.execution.call import State
 from clafusion.matching.united_heads import HeadPairs, plan_heads
 from clafusion.merging.blending import along
-from clafusion.tracing.model import ChannelGroup, State
+from clafusion.tracing.model import ChannelGroup
 from clafusion.transport.solve import Solver, solve_transport
 
 __all__ = ["index_plan", "index_plans", "match_by_weights"]

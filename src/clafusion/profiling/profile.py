@@ -21,10 +21,11 @@ from torch import Tensor
 
 from clafusion import _native
 from clafusion.errors import InputError, StructureError
+from clafusion.execution.walk import Walk
 from clafusion.profiling.batches import Data, batches
 from clafusion.profiling.moments import BatchMoments, joint_moments, moment_axes, parts
 from clafusion.tracing.labels.ids import mix
-from clafusion.tracing.model import HookPoint, Layer, TracedModel, Walk
+from clafusion.tracing.model import HookPoint, Layer, TracedModel
 from clafusion.tracing.operations import batch_axis
 
 __all__ = [

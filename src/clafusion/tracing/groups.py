@@ -27,9 +27,10 @@ from torch import Tensor, fx
 
 import clafusion.tracing.labels.rules  # noqa: F401  (registers the rules)
 from clafusion.errors import UnsupportedOpError
+from clafusion.execution.call import State
 from clafusion.tracing.labels.ids import collapse
 from clafusion.tracing.labels.interpreter import Label, LabelPropagation
-from clafusion.tracing.model import ChannelGroup, GroupAxis, ParameterUse, State
+from clafusion.tracing.model import ChannelGroup, GroupAxis, ParameterUse
 
 __all__ = ["Channels", "NodeChannels", "find_channels"]
 

@@ -13,12 +13,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from clafusion.execution.call import State
 from clafusion.tracing.model import (
     ChannelGroup,
     GroupAxis,
     HeadPartition,
     ParameterUse,
-    State,
     TracedModel,
 )
 

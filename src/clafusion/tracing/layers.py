@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from clafusion.execution.call import State
 from clafusion.tracing.groups import Channels
-from clafusion.tracing.model import CalibrationPoint, HookPoint, Layer, State
+from clafusion.tracing.model import CalibrationPoint, HookPoint, Layer
 from clafusion.tracing.operations import (
     batch_axis,
     bound_operands,

@@ -6,7 +6,7 @@ none of them modifies a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from clafusion.execution.call import State, flatten_tensors
+from clafusion.execution.walk import run_graph
 from clafusion.tracing.operations import bound_operands
 
 __all__ = [
@@ -24,16 +26,9 @@ __all__ = [
     "HookPoint",
     "Layer",
     "ParameterUse",
-    "State",
     "TracedModel",
     "UnitedHeads",
-    "Walk",
-    "call_model",
-    "flatten_tensors",
 ]
-
-State = Mapping[str, Tensor]
-"""Parameters and buffers by name, as in ``Module.state_dict()``."""
 
 
 @dataclass(frozen=True)
@@ -368,6 +363,12 @@ class TracedModel:
                 carried.sort(key=lambda one: int(one[1].positions.min()))
         return found
 
+    def axes_of(
+        self, parameter: str
+    ) -> Mapping[tuple[int, int], list[tuple[ChannelGroup, GroupAxis]]]:
+        """Return a parameter's channel axes: ``(which use, axis)`` -> groups, by first position."""
+        return self.axes_by_use.get(parameter, {})
+
     @cached_property
     def outputs(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Shape without the batch axis, and type, of every output."""
@@ -406,130 +407,4 @@ class TracedModel:
         ``replace(node, value)`` is called for every node, in order, and what it returns is used
         in the value's place: return the value itself to observe.
         """
-        state = self.state() if state is None else state
-        feed = iter(inputs)
-        arguments = [next(feed) if name is None else state[name] for name in self.placeholders]
-        outputs = _Executor(self.module, replace).run(*arguments, enable_io_processing=False)
-        return tuple(outputs)
-
-
-class Walk:
-    """A computation that can be followed node by node, while its parameters change.
-
-    Each node runs once. Values are dropped when no later node needs them, except those named in
-    ``keep``, which stay as they were made until :meth:`release`, whatever is done to them in place.
-    """
-
-    def __init__(
-        self, graph: TracedModel, inputs: tuple[Tensor, ...], state: State, keep: set[str]
-    ) -> None:
-        self._module = graph.module
-        self._state = state
-        self._keep = keep
-        self._values: dict[fx.Node, Any] = {}
-        self._spared: dict[str, Tensor] = {}
-        self._parameters: dict[fx.Node, str] = {}
-        self._by_name: dict[str, fx.Node] = {}
-        nodes = list(graph.module.graph.nodes)
-        feed = iter(inputs)
-        names = iter(graph.placeholders)
-        for node in nodes:
-            self._by_name[node.name] = node
-            if node.op == "placeholder":
-                name = next(names)
-                if name is None:
-                    self._values[node] = next(feed)
-                else:
-                    self._parameters[node] = name
-        self._rest = iter([node for node in nodes if node.op in ("get_attr", "call_function")])
-        self._pending = {node: len(node.users) for node in nodes}
-
-    def reach(self, name: str) -> Any:
-        """Return a node's value, after running what comes before it."""
-        if name in self._spared:
-            return self._spared[name]
-        wanted = self._by_name[name]
-        while wanted not in self._values:
-            self._step(next(self._rest))
-        return self._values[wanted]
-
-    def release(self, name: str) -> None:
-        """Drop a value that was kept, unless a later node needs it."""
-        self._keep.discard(name)
-        self._spared.pop(name, None)
-        self._drop(self._by_name[name])
-
-    def _step(self, node: fx.Node) -> None:
-        if node.op == "get_attr":
-            self._values[node] = getattr(self._module, str(node.target))
-            return
-        target: Any = node.target
-        if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-            self._spare(node)
-        arguments, keywords = fx.map_arg((node.args, node.kwargs), self._value)
-        self._values[node] = target(*arguments, **keywords)
-        for operand in node.all_input_nodes:
-            self._pending[operand] -= 1
-            self._drop(operand)
-
-    def _spare(self, node: fx.Node) -> None:
-        """Copy what is kept before an operation changes its memory."""
-        touched = {
-            value.untyped_storage().data_ptr()
-            for operand in node.all_input_nodes
-            if isinstance(value := self._value(operand), Tensor)
-        }
-        for name in self._keep - self._spared.keys():
-            value = self._values.get(self._by_name[name])
-            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in touched:
-                self._spared[name] = value.clone()
-
-    def _value(self, node: fx.Node) -> Any:
-        name = self._parameters.get(node)
-        return self._values[node] if name is None else self._state[name]
-
-    def _drop(self, node: fx.Node) -> None:
-        if self._pending[node] == 0 and node.name not in self._keep:
-            self._values.pop(node, None)
-
-
-class _Executor(fx.Interpreter):
-    """Run a graph node by node; values are freed after their last use."""
-
-    def __init__(
-        self, module: fx.GraphModule, replace: Callable[[fx.Node, Any], Any] | None
-    ) -> None:
-        super().__init__(module)
-        self._replace = replace
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        return value if self._replace is None or n.op == "output" else self._replace(n, value)
-
-
-def call_model(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    keywords: tuple[str, ...] = (),
-    *,
-    state: State | None = None,
-) -> list[Tensor]:
-    """Run a module itself and return its output tensors, in order.
-
-    ``keywords`` names the inputs where the module takes them so; ``state`` stands in for its own
-    parameters and buffers.
-    """
-    arguments = () if keywords else inputs
-    named = dict(zip(keywords, inputs, strict=True)) if keywords else {}
-    if state is None:
-        return list(flatten_tensors(model(*arguments, **named)))
-    outputs = torch.func.functional_call(
-        model, dict(state), arguments, named, strict=False, tie_weights=True
-    )
-    return list(flatten_tensors(outputs))
-
-
-def flatten_tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a nested output, in order."""
-    leaves, _ = torch.utils._pytree.tree_flatten(value)
-    yield from (leaf for leaf in leaves if isinstance(leaf, Tensor))
+        return run_graph(self, inputs, self.state() if state is None else state, replace)

@@ -12,15 +12,9 @@ import torch
 from torch import Tensor
 
 from clafusion.errors import GraphVerificationError
+from clafusion.execution.call import State, call_model
 from clafusion.tracing.heads import exchange_heads, group_sources, possible_heads
-from clafusion.tracing.model import (
-    ChannelGroup,
-    GroupAxis,
-    HeadPartition,
-    State,
-    TracedModel,
-    call_model,
-)
+from clafusion.tracing.model import ChannelGroup, GroupAxis, HeadPartition, TracedModel
 
 __all__ = ["permute_channels", "verify_graph", "with_proved_heads"]
 

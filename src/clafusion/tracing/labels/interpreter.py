@@ -17,8 +17,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from clafusion.errors import UnsupportedOpError
+from clafusion.execution.call import State
 from clafusion.tracing.labels.ids import collapse, fixed_ids, mix, salt, sequence_ids, value_ids
-from clafusion.tracing.model import State
 from clafusion.tracing.operations import bound_operands, module_path, op_name
 
 __all__ = ["POINTWISE", "Call", "Label", "LabelPropagation", "ParameterView", "rule"]
