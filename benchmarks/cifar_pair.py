@@ -2,8 +2,8 @@
 
     CLAFUSION_DATA=... python -m benchmarks.cifar_pair [--test 2000] [--images 2000]
 
-Shows that lifting is exact, then the test accuracy of every way to average them, over the weight of
-ResNet-32.
+Shows that inserted layers change nothing, then the test accuracy of every way to average them, over
+the weight of ResNet-32.
 """
 
 import argparse
@@ -13,13 +13,9 @@ from torch import nn
 
 from benchmarks.datasets import accuracy, checkpoint_pair, cifar10, logits
 from benchmarks.results import write_results
-from clafusion import fuse, lift
-from clafusion.calibration.least_squares import Lean
-from clafusion.calibration.repair import reset_batchnorm
-from clafusion.correspondence.correspondence import with_state
-from clafusion.fusion import Calibration
-from clafusion.merging.blending import aligned_state
-from clafusion.merging.naive import naive_average
+from clafusion import Calibration, LeastSquares, fuse, inserted_model, naive_average
+from clafusion.calibration.batchnorm import reset_batchnorm
+from clafusion.weights.build import with_state
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -33,11 +29,11 @@ def main() -> None:
     calibration, _ = cifar10("train", arguments.images)
     images, labels = cifar10("test", arguments.test)
 
-    result = fuse(shallow, deep, calibration, calibration="none")
-    lifted = lift(deep, result.lifting).eval()
-    # The shallow network alone, moved into the deep one's frame.
-    aligned = {**result.lifting.deep.state(), **aligned_state(result.lifting, result.plans)}
-    moved = with_state(deep, aligned, result.lifting.deep).eval()
+    result = fuse([shallow, deep], calibration, calibration="none")
+    parent, target = result.parents[0], result.problem.target
+    lifted = inserted_model(deep, parent.correspondence).eval()
+    # The shallow network alone, in the deep one's structure and order of channels.
+    moved = with_state(deep, {**target.state(), **parent.state()}, target.aliases).eval()
     exact = {
         "lifted ResNet-20 against ResNet-20": lifted,
         "lifted and permuted ResNet-20 against ResNet-20": moved,
@@ -46,7 +42,7 @@ def main() -> None:
     differences = {
         name: float((logits(model, images) - wanted).abs().max()) for name, model in exact.items()
     }
-    kept = fuse(shallow, deep, calibration, weight=1.0).model
+    kept = fuse([shallow, deep], calibration, [0.0, 1.0]).model
     differences["weight 1 against ResNet-32"] = float(
         (logits(kept, images) - logits(deep, images)).abs().max()
     )
@@ -58,16 +54,16 @@ def main() -> None:
     }
 
     def naive(weight: float) -> nn.Module:
-        return naive_average(result, weight)
+        return naive_average(result.problem, [1.0 - weight, weight])
 
     def naive_reset(weight: float) -> nn.Module:
         model = naive(weight)
         reset_batchnorm(model, calibration, (calibration[:2],))
         return model
 
-    def fused(name: Calibration, lean: Lean = "auto") -> Callable[[float], nn.Module]:
+    def fused(how: str | Calibration) -> Callable[[float], nn.Module]:
         return lambda weight: (
-            fuse(shallow, deep, calibration, weight=weight, calibration=name, lean=lean).model
+            fuse([shallow, deep], calibration, [1.0 - weight, weight], calibration=how).model
         )
 
     ways = {
@@ -76,7 +72,7 @@ def main() -> None:
         "matched": fused("none"),
         "matched, BatchNorm reset": fused("batchnorm"),
         "matched, REPAIR": fused("repair"),
-        "matched, least squares, lean 0": fused("least_squares", 0.0),
+        "matched, least squares, lean 0": fused(LeastSquares(anchor=0.0)),
         "matched, least squares": fused("least_squares"),
     }
     curves = {}

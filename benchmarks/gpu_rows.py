@@ -22,7 +22,8 @@ from benchmarks.results import write_results
 from benchmarks.row import Row, measure
 from clafusion._native import cuda_devices
 from clafusion.alignment.layer_costs import cka, linear_cka
-from clafusion.transport.solve import sinkhorn, solve_transport
+from clafusion.transport.sinkhorn import sinkhorn
+from clafusion.transport.solve import solve_transport
 
 TOLERANCE = 1e-4
 EPSILON = 0.05
@@ -65,14 +66,14 @@ def copy_bandwidth(device: torch.device) -> float:
 def _one_by_one(costs, method):
     size = costs.shape[-1]
     weights = torch.full((size,), 1 / size, device=costs.device)
-    layers = [EPSILON * float(cost.max()) for cost in costs]
+    scaled = [EPSILON * float(cost.max()) for cost in costs]
 
     def solve():
         return [
             ot.sinkhorn(
-                weights, weights, cost, layer, method=method, stopThr=TOLERANCE, numItermax=10_000
+                weights, weights, cost, own, method=method, stopThr=TOLERANCE, numItermax=10_000
             )
-            for cost, layer in zip(costs, layers, strict=True)
+            for cost, own in zip(costs, scaled, strict=True)
         ]
 
     return solve

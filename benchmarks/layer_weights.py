@@ -14,16 +14,24 @@ from torch import Tensor, nn
 from benchmarks.datasets import accuracy, checkpoint_pair, cifar10, mnist
 from benchmarks.mnist_mlp import DEEP, SHALLOW, mlp, train
 from benchmarks.results import write_results
-from clafusion import FusionResult, fuse
-from clafusion.merging.layer_weights import LayerWeights
+from clafusion import (
+    BatchNorm,
+    Calibration,
+    FusionResult,
+    LeastSquares,
+    Merging,
+    NoCalibration,
+    Repair,
+    fuse,
+)
 
-LAYER_WEIGHTS: tuple[LayerWeights, ...] = ("uniform", "sensitivity")
-WAYS: dict[str, dict[str, object]] = {
-    "averaged": {"calibration": "none"},
-    "BatchNorm reset": {"calibration": "batchnorm"},
-    "REPAIR": {"calibration": "repair"},
-    "least squares, lean 0": {"calibration": "least_squares", "lean": 0.0},
-    "least squares, lean 0.8": {"calibration": "least_squares", "lean": 0.8},
+LAYER_WEIGHTS = ("uniform", "sensitivity")
+WAYS: dict[str, Calibration] = {
+    "averaged": NoCalibration(),
+    "BatchNorm reset": BatchNorm(),
+    "REPAIR": Repair(),
+    "least squares, lean 0": LeastSquares(anchor=0.0),
+    "least squares, lean 0.8": LeastSquares(anchor=0.8),
 }
 EPOCHS = 5
 
@@ -34,15 +42,18 @@ def accuracies(
     """Return each way's accuracy with each kind of layer weights, and the shares."""
     result: FusionResult | None = None
     found: dict[str, dict[str, float]] = {}
-    for name, settings in WAYS.items():
+    for name, how in WAYS.items():
         found[name] = {}
         for kind in LAYER_WEIGHTS:
-            result = fuse(first, second, calibration, layer_weights=kind, **settings)
+            merging = Merging(layer_weights=kind)
+            result = fuse([first, second], calibration, merging=merging, calibration=how)
             found[name][kind] = accuracy(result.model.eval(), *test)
         print(f"{name:24s}", *(f"{k} {100 * a:.2f}" for k, a in found[name].items()), flush=True)
     assert result is not None
-    layers = result.pair.deep.traced.layers
-    return found, {layers[one].name: share for (one, _), share in result.shares.items()}
+    deep = next(i for i, one in enumerate(result.parents) if one.is_identity)
+    rows = zip(result.problem.target.layers, result.layer_weights, strict=True)
+    # Of the layers that both networks have.
+    return found, {layer.name: row[deep] for layer, row in rows if None not in row}
 
 
 def main() -> None:

@@ -29,7 +29,8 @@ import clafusion
 from benchmarks.cifar_resnet import CifarResNet
 from benchmarks.paper_steps import fuse_by_the_paper
 from benchmarks.results import write_results
-from clafusion.weights.files import save_model
+from clafusion.batch.run import fuse_pairs
+from clafusion.weights.state_files import save_model
 
 FACTORY = "benchmarks.cifar_resnet:CifarResNet"
 DEPTHS = (8, 14, 20, 26, 32)  # 6 blocks + 2
@@ -79,32 +80,32 @@ def throughput(count: int, inputs: int, fused: int, peers: int) -> dict[str, Any
     models, data = resnets(count), images(inputs)
     pairs = list(combinations(models, 2))
     chosen = random.Random(0).sample(pairs, min(fused, len(pairs)))
-    clafusion.fuse(*list(models.values())[:2], data)  # the first trace takes long
-    many, alone, paper, bare = [], [], [], []
+    clafusion.fuse(list(models.values())[:2], data)  # the first trace takes long
+    together, alone, paper, bare = [], [], [], []
     results: dict[tuple[str, str], Any] = {}
 
     def at_once() -> None:
-        spent, found = both_seconds(lambda: list(clafusion.fuse_many(models, data)))
-        many.append(spent)
+        spent, found = both_seconds(lambda: list(fuse_pairs(models, data)))
+        together.append(spent)
         results.update({(one.first, one.second): one for one in found})
 
     at_once()
     for i, pair in enumerate(chosen):
         first, second = (models[name] for name in pair)
-        spent, result = both_seconds(lambda: clafusion.fuse(first, second, data))  # noqa: B023
+        spent, result = both_seconds(lambda: clafusion.fuse([first, second], data))  # noqa: B023
         alone.append(spent)
         assert same(result.model.state_dict(), results[pair].state), pair
         spent, _ = both_seconds(lambda: forward(result.model, data))  # noqa: B023
         bare.append(spent)
         if i < peers:
-            spent, (_, costs, partners) = both_seconds(
+            spent, (_, costs, layer_maps) = both_seconds(
                 lambda: fuse_by_the_paper(first, second, data[:400])  # noqa: B023
             )
             paper.append(spent)
-            check_alignment(result.alignment, costs, partners)
+            check_alignment(result.alignment, costs, layer_maps)
         print(f"  {i + 1} of {len(chosen)}", end="\r", file=sys.stderr)
     at_once()
-    plain, _ = both_seconds(lambda: list(clafusion.fuse_many(models, data, calibration="none")))
+    plain, _ = both_seconds(lambda: list(fuse_pairs(models, data, calibration="none")))
     first = {name.split("-")[0]: model for name, model in models.items()}
     exported, _ = both_seconds(lambda: [export(model, data) for model in first.values()])
     stages: dict[str, float] = {}
@@ -120,14 +121,14 @@ def throughput(count: int, inputs: int, fused: int, peers: int) -> dict[str, Any
         "stages_of_the_last_run": stages,
     }
     for i, kind in enumerate(("clock", "processor")):
-        ours = statistics.mean(one[i] for one in many)
+        ours = statistics.mean(one[i] for one in together)
         one_by_one = statistics.mean(one[i] for one in alone) * len(pairs)
         by_paper = statistics.mean(one[i] for one in paper) * len(pairs)
         figures[kind] = {
-            "fuse_many_seconds": ours,
+            "fuse_pairs_seconds": ours,
             "fuse_seconds": one_by_one,
             "paper_seconds": by_paper,
-            "fuse_many_without_calibration_seconds": float(plain[i]),
+            "fuse_pairs_without_calibration_seconds": float(plain[i]),
             # What no way to fuse them goes without: each architecture exported once, and for a
             # calibration each fused network run once.
             "torch_export_seconds": float(exported[i]),
@@ -149,16 +150,16 @@ def export(model: nn.Module, data: torch.Tensor) -> None:
     torch.export.export(model, (data[:2],), strict=False)
 
 
-def check_alignment(alignment: Any, costs: list[np.ndarray], partners: list[list[int]]) -> None:
+def check_alignment(alignment: Any, costs: list[np.ndarray], layer_maps: list[list[int]]) -> None:
     """Hold the paper's costs and map against ours: a stem before the blocks, a head behind."""
     row = column = 1
-    for cost, partner in zip(costs, partners, strict=True):
+    for cost, layer_map in zip(costs, layer_maps, strict=True):
         m, n = cost.shape
         ours = alignment.cost[row : row + m, column : column + n]
         allowed = np.isfinite(cost)
         # The peer sums float32 products, over up to 16,384 features.
         assert np.allclose(ours[allowed], cost[allowed], atol=1e-3), (ours, cost)
-        expected = [k + column if k >= 0 else -1 for k in partner]
+        expected = [k + column if k >= 0 else -1 for k in layer_map]
         assert list(alignment.deep_to_shallow[row : row + m]) == expected
         row, column = row + m, column + n
 
@@ -192,9 +193,7 @@ def two_beside_one(count: int, inputs: int, runs: int) -> dict[str, Any]:
                         initializer=limit_threads,
                         initargs=(1,),
                     ) as executor:
-                        return list(
-                            clafusion.fuse_many(models, data, executor=executor, cache_dir=folder)
-                        )
+                        return list(fuse_pairs(models, data, executor=executor, cache_dir=folder))
 
                 taken, found = seconds(work)
             times.append(taken)
@@ -230,9 +229,7 @@ def run_here(folder: Path, count: int, inputs: int, limit: int | None, base: boo
     files = save_resnets(folder, count) if not (folder / "saved").exists() else saved(folder)
     names = list(files)
     pairs: Any = [(names[-1], name) for name in names[:-1]] if base else "all"
-    for one in clafusion.fuse_many(
-        files, images(inputs), pairs, out_dir=folder / "out", memory_limit=limit
-    ):
+    for one in fuse_pairs(files, images(inputs), pairs, out_dir=folder / "out", memory_limit=limit):
         assert one.error is None, one.error
     # getrusage would tell the parent's peak, where that was higher.
     status = Path("/proc/self/status").read_text()

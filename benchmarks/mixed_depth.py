@@ -11,24 +11,18 @@ Zero-shot test accuracy; there is no peer that fuses such pairs.
 import argparse
 import statistics
 
-from torch import nn
-
 from benchmarks.cifar_resnet import CifarResNet
 from benchmarks.datasets import accuracy, checkpoint_pair, cifar10
 from benchmarks.results import write_results
 from benchmarks.widths import images, vgg
-from clafusion import finetune, fuse
-from clafusion.fusion import Calibration
+from clafusion import Deeper, Like, Target, fuse
+from clafusion.training import finetune
 
 EARLY = ((1, 1, 1), (2, 2), (4,), (8,))
 LATE = ((1,), (2,), (4, 4), (8, 8, 8))
 UNION = ((1, 1, 1), (2, 2), (4, 4), (8, 8, 8))
 BASE = 16
-WAYS: tuple[tuple[str, Calibration], ...] = (
-    ("averaged", "none"),
-    ("REPAIR", "repair"),
-    ("least squares", "least_squares"),
-)
+WAYS = (("averaged", "none"), ("REPAIR", "repair"), ("least squares", "least_squares"))
 
 
 def mixed(seeds: int, count: int) -> dict[str, list[float]]:
@@ -42,14 +36,14 @@ def mixed(seeds: int, count: int) -> dict[str, list[float]]:
             for model in (vgg(EARLY, BASE, seed), vgg(LATE, BASE, seed + 1000))
         )
         found = {"early layers": accuracy(early, *test), "late layers": accuracy(late, *test)}
-        targets: dict[str, nn.Module | None] = {
-            "union": None,
-            "three quarters as wide": vgg(UNION, 0.75 * BASE, 0),
-            "one and a half times as wide": vgg(UNION, 1.5 * BASE, 0),
+        targets: dict[str, Target] = {
+            "union": Deeper(),
+            "three quarters as wide": Like(vgg(UNION, 0.75 * BASE, 0)),
+            "one and a half times as wide": Like(vgg(UNION, 1.5 * BASE, 0)),
         }
-        for name, into in targets.items():
+        for name, target in targets.items():
             for way, how in WAYS:
-                model = fuse(early, late, calibration, into=into, calibration=how).model
+                model = fuse([early, late], calibration, target=target, calibration=how).model
                 found[f"{name}: {way}"] = accuracy(model, *test)
         for name, value in found.items():
             scores.setdefault(name, []).append(value)
@@ -64,7 +58,8 @@ def between(test_images: int) -> dict[str, float]:
     test = cifar10("test", test_images)
     found = {"ResNet-20": accuracy(shallow, *test), "ResNet-32": accuracy(deep, *test)}
     for way, how in WAYS:
-        model = fuse(shallow, deep, calibration, into=CifarResNet(4), calibration=how).model
+        target = Like(CifarResNet(4))
+        model = fuse([shallow, deep], calibration, target=target, calibration=how).model
         found[f"ResNet-26: {way}"] = accuracy(model.eval(), *test)
         print(f"ResNet-26: {way}", round(found[f"ResNet-26: {way}"], 4), flush=True)
     return found

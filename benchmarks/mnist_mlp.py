@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.datasets import accuracy, mnist
 from benchmarks.results import write_results
-from clafusion import fuse
-from clafusion.merging.naive import naive_average
+from clafusion import Shallower, fuse, naive_average
 
 DEEP = (784, 400, 200, 100, 50, 25, 10)
 SHALLOW = (784, 400, 200, 100, 10)
@@ -59,19 +58,21 @@ def main() -> None:
     ways: dict[str, Callable[[nn.Module, nn.Module], nn.Module]] = {
         "deep parent": lambda deep, _: deep,
         "shallow parent": lambda _, shallow: shallow,
-        "naive average": lambda *pair: naive_average(fuse(*pair, calibration, calibration="none")),
-        "matched": lambda *pair: fuse(*pair, calibration, calibration="none").model,
-        "matched, REPAIR": lambda *pair: fuse(*pair, calibration).model,
+        "naive average": lambda *pair: naive_average(
+            fuse(pair, calibration, calibration="none").problem
+        ),
+        "matched": lambda *pair: fuse(pair, calibration, calibration="none").model,
+        "matched, REPAIR": lambda *pair: fuse(pair, calibration).model,
         "matched, least squares": lambda *pair: (
-            fuse(*pair, calibration, calibration="least_squares").model
+            fuse(pair, calibration, calibration="least_squares").model
         ),
         "merged (shallow), least squares": lambda *pair: (
-            fuse(*pair, calibration, balance="merge", calibration="least_squares").model
+            fuse(pair, calibration, target="shallower", calibration="least_squares").model
         ),
     }
     for signs in ("sum", "majority", "average"):
         ways[f"merged by signs ({signs}), REPAIR"] = lambda *pair, signs=signs: (
-            fuse(*pair, calibration, balance="merge", merge=signs).model
+            fuse(pair, calibration, target=Shallower(merge=signs)).model
         )
 
     scores: dict[str, list[float]] = {name: [] for name in ways}

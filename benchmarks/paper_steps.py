@@ -52,15 +52,15 @@ def aligned(costs: np.ndarray) -> list[int]:
     for k in range(1, n + 1):
         for j in range(k, m + 1):
             best[k, j] = min(best[k, j - 1], best[k - 1, j - 1] + costs[j - 1, k - 1])
-    partner = [-1] * m
+    layer_map = [-1] * m
     k, j = n, m
     while k:
         if best[k, j] == best[k, j - 1]:
             j -= 1
         else:
             k, j = k - 1, j - 1
-            partner[j] = k
-    return partner
+            layer_map[j] = k
+    return layer_map
 
 
 def plan(source: np.ndarray, target: np.ndarray) -> Tensor:
@@ -74,11 +74,11 @@ def plan(source: np.ndarray, target: np.ndarray) -> Tensor:
 def fuse_by_the_paper(
     first: CifarResNet, second: CifarResNet, images: Tensor
 ) -> tuple[nn.Module, list[np.ndarray], list[list[int]]]:
-    """Return the fused model, and for each stage the costs and the partners of the deep blocks."""
+    """Return the fused model, and for each stage the costs and the layer map of the deep blocks."""
     deep, shallow = (first, second) if len(first.layer1) >= len(second.layer1) else (second, first)
     seen = [activations(model, images) for model in (deep, shallow)]
     stages = ("layer1", "layer2", "layer3")
-    costs, partners = [], []
+    costs, layer_maps = [], []
     for stage in stages:
         m, n = len(getattr(deep, stage)), len(getattr(shallow, stage))
         # A block that halves the image can match the other one that does, no other.
@@ -88,15 +88,15 @@ def fuse_by_the_paper(
                 if stage == "layer1" or (j == 0) == (k == 0):
                     cost[j, k] = 1 - cka(seen[0][f"{stage}.{j}"], seen[1][f"{stage}.{k}"])
         costs.append(cost)
-        partners.append(aligned(cost))
+        layer_maps.append(aligned(cost))
 
     fused = copy.deepcopy(deep)
     with torch.no_grad():
         stream = plan(seen[1]["bn1"], seen[0]["bn1"]) * 16
         blend(fused.conv1, shallow.conv1, None, stream)
         blend_norm(fused.bn1, shallow.bn1, stream)
-        for stage, partner in zip(stages, partners, strict=True):
-            for j, k in enumerate(partner):
+        for stage, layer_map in zip(stages, layer_maps, strict=True):
+            for j, k in enumerate(layer_map):
                 block = getattr(fused, stage)[j]
                 if k < 0:  # meets a block that writes zero
                     block.bn2.weight *= 0.5
@@ -113,7 +113,7 @@ def fuse_by_the_paper(
                 stream = outer
         fused.linear.weight.lerp_(shallow.linear.weight @ stream, 0.5)
         fused.linear.bias.lerp_(shallow.linear.bias, 0.5)
-    return fused, costs, partners
+    return fused, costs, layer_maps
 
 
 def blend(layer: nn.Conv2d, other: nn.Conv2d, into: Tensor | None, out: Tensor) -> None:

@@ -8,13 +8,14 @@ images.
 """
 
 import argparse
-from typing import get_args
 
 from benchmarks.cifar_resnet import CifarResNet
 from benchmarks.datasets import accuracy, checkpoint_pair, cifar10, logits
 from benchmarks.results import write_results
-from clafusion import distill, fuse_models
-from clafusion.several import SeveralMethod
+from clafusion import Merging, fuse
+from clafusion.training import distill
+
+METHODS = ("iterative", "many_to_one", "barycentre")
 
 
 def main() -> None:
@@ -44,14 +45,16 @@ def main() -> None:
         "ensemble of the three": float((both.argmax(1) == test[1]).double().mean()),
     }
     for weights in ((1, 1, 1), (2, 2, 1)):
-        for method in get_args(SeveralMethod):
+        for method in METHODS:
             for way in ("repair", "least_squares"):
-                result = fuse_models(
-                    models, calibration, weights=weights, method=method, calibration=way
+                result = fuse(
+                    models, calibration, weights, merging=Merging(method), calibration=way
                 )
+                steps = result.steps or (result,)
+                leans = [step.anchor for step in steps if step.anchor is not None]
                 name = f"{method}, {way}, weights {weights}"
                 scores[name] = accuracy(result.model.eval(), *test)
-                print(f"{name:48s} {100 * scores[name]:6.2f} %  leans {result.leans}", flush=True)
+                print(f"{name:48s} {100 * scores[name]:6.2f} %  leans {leans}", flush=True)
                 write_results(
                     "three_models",
                     {

@@ -7,7 +7,8 @@ import ot
 import torch
 
 from benchmarks.row import Row
-from clafusion.transport.solve import sinkhorn, solve_transport
+from clafusion.transport.sinkhorn import sinkhorn
+from clafusion.transport.solve import solve_transport
 
 # How far two plans that both meet the tolerance may lie apart, in L1: each is off by its marginal
 # error times the inverse of one minus the iteration's contraction.
@@ -27,14 +28,14 @@ def _one_by_one(costs, epsilon, method, convert):
     size = costs.shape[-1]
     weights = convert(torch.full((size,), 1 / size, dtype=torch.float64))
     problems = [convert(cost.double()) for cost in costs]
-    layers = [epsilon * float(cost.abs().max()) for cost in costs]
+    scaled = [epsilon * float(cost.abs().max()) for cost in costs]
 
     def solve():
         return [
             ot.sinkhorn(
-                weights, weights, cost, layer, method=method, stopThr=1e-6, numItermax=100_000
+                weights, weights, cost, own, method=method, stopThr=1e-6, numItermax=100_000
             )
-            for cost, layer in zip(problems, layers, strict=True)
+            for cost, own in zip(problems, scaled, strict=True)
         ]
 
     return solve

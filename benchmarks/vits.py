@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from benchmarks.datasets import accuracy, mnist
 from benchmarks.results import write_results
-from clafusion import finetune, fuse
-from clafusion.merging.naive import naive_average
+from clafusion import fuse, naive_average
+from clafusion.training import finetune
 
 WIDTH, HEAD, PATCH = 32, 8, 7  # channels of the stream and of a head, pixels
 
@@ -90,16 +90,15 @@ def main() -> None:
             for depth, heads in ((3, 4), (2, 4), (2, 2))
         )
         for (heads, found), shallow in zip(scores.items(), shallows, strict=True):
-            averaged = fuse(deep, shallow, calibration, calibration="none")
+            pair = [deep, shallow]
+            averaged = fuse(pair, calibration, calibration="none")
             measured = {
                 "three layers": deep,
                 "two layers": shallow,
-                "naive average": naive_average(averaged),
+                "naive average": naive_average(averaged.problem),
                 "averaged": averaged.model,
-                "REPAIR": fuse(deep, shallow, calibration).model,
-                "least squares": fuse(
-                    deep, shallow, calibration, calibration="least_squares"
-                ).model,
+                "REPAIR": fuse(pair, calibration).model,
+                "least squares": fuse(pair, calibration, calibration="least_squares").model,
             }
             for name, model in measured.items():
                 found.setdefault(name, []).append(accuracy(model, *test))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks.datasets import accuracy, folder
 from benchmarks.results import write_results
-from clafusion import finetune, fuse
-from clafusion.fusion import Calibration
+from clafusion import Deeper, Merging, fuse
+from clafusion.training import finetune
 
 BASE = 16
 VGG11 = ((1,), (2,), (4, 4), (8, 8))
@@ -62,18 +62,22 @@ def main() -> None:
             "VGG-13, double width": accuracy(models[0], *test),
             "VGG-11, half width": accuracy(models[1], *test),
         }
-        ways: list[tuple[str, Calibration]] = [
+        ways = [
             ("averaged", "none"),
             ("REPAIR", "repair"),
             ("least squares", "least_squares"),
         ]
         for width in ("wide", "narrow"):
             for name, way in ways:
-                model = fuse(*models, calibration, width=width, calibration=way).model
+                model = fuse(models, calibration, target=Deeper(width), calibration=way).model
                 found[f"VGG-13, {width}: {name}"] = accuracy(model, *test)
             for name, way in ways[:2]:
                 model = fuse(
-                    *models, calibration, width=width, calibration=way, normalisation="single"
+                    models,
+                    calibration,
+                    target=Deeper(width),
+                    merging=Merging(normalisation="single"),
+                    calibration=way,
                 ).model
                 found[f"VGG-13, {width}: single normalisation, {name}"] = accuracy(model, *test)
         for name, value in found.items():

@@ -51,9 +51,10 @@ message(STATUS "CUDA kernels for ${CMAKE_CUDA_ARCHITECTURES}")
 
 pybind11_add_module(_cuda
   csrc/bindings/cuda_module.cpp
-  csrc/bindings/cuda_sinkhorn.cpp
-  csrc/sinkhorn_cuda.cu
-  csrc/sinkhorn_plan.cpp
+  csrc/bindings/sinkhorn_cuda.cpp
+  csrc/sinkhorn/cuda/launch_plan.cpp
+  csrc/sinkhorn/cuda/sinkhorn.cu
+  csrc/sinkhorn/validation.cpp
 )
 target_include_directories(_cuda PRIVATE csrc)
 # Releases of CMake differ in which compilers they think know C++20; the kernels do with 17.

@@ -33,11 +33,12 @@ from clafusion import _core
 
 assert Path(_core.__file__).is_relative_to(site), _core.__file__
 assert b"__asan_init" in Path(_core.__file__).read_bytes()
-kernels = ["gram", "layer_alignment", "layer_costs", "parallel", "sinkhorn", "transport", "fuzz"]
-files = [path for name in kernels if (path := Path(f"tests/test_{name}.py")).exists()]
+names = ["alignment/test_dynamic_program", "alignment/test_layer_costs", "transport/test_solve"]
+names += [f"kernels/test_{name}" for name in ("fuzz", "gram", "parallel")]
+files = [f"tests/{name}.py" for name in names]
 sys.exit(
     pytest.main(
-        [*map(str, files), "-q", "-p", "no:cacheprovider", "--hypothesis-profile=ci"]
+        [*files, "-q", "-p", "no:cacheprovider", "--hypothesis-profile=ci"]
         + sys.argv[2:]
     )
 )
@@ -46,5 +47,5 @@ PY
 echo "--- the GPU's inner loops, their teams' threads under ThreadSanitizer"
 CXXFLAGS="-g1 -fsanitize=thread ${CXXFLAGS:-}" TSAN_OPTIONS="halt_on_error=1 exitcode=66" \
 LD_PRELOAD="$(${CXX:-g++} -print-file-name=libtsan.so)" \
-  setarch -R "$python" -m pytest -q -p no:cacheprovider tests/test_sinkhorn_block.py \
+  setarch -R "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_sinkhorn_block.py \
   -k "bytes_each_time or stopped_anywhere or warm_start or not_finite" "$@"

@@ -11,9 +11,10 @@ def main() -> None:
     deep = nn.Sequential(nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 7), nn.ReLU(), nn.Linear(7, 3))
     shallow = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
     data = torch.randn(200, 8)
-    result = clafusion.fuse(deep, shallow, data)
-    print(result.summary())
-    (one,) = clafusion.fuse_many({"deep": deep, "shallow": shallow}, data)
+    models = {"deep": deep, "shallow": shallow}
+    result = clafusion.fuse(models, data)
+    print(clafusion.summary(result))
+    (one,) = clafusion.fuse_pairs(models, data)
     assert torch.equal(one.model(data), result.model(data))
     print(clafusion.build_info())
 

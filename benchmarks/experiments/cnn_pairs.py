@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from benchmarks.datasets import accuracy, logits
 from benchmarks.experiments.cifar_pairs import data
 from benchmarks.experiments.experiment import arguments, run, trained
-from clafusion import fuse
-from clafusion.merging.naive import naive_average
+from clafusion import fuse, naive_average
 
 QUICK: dict[str, Any] = {
     "images": 4000,
@@ -130,11 +129,11 @@ def main() -> None:
                 both = sum(logits(model, test[0]).softmax(1) for model in models)
                 found[f"{name}: side by side"] = float((both.argmax(1) == test[1]).double().mean())
                 results = {
-                    calibration: fuse(*models, unlabelled, calibration=calibration, seed=seed)
+                    calibration: fuse(models, unlabelled, calibration=calibration, seed=seed)
                     for calibration in ("none", "repair", "least_squares")
                 }
                 found[f"{name}: naive average"] = accuracy(
-                    naive_average(results["none"], 0.5), *test
+                    naive_average(results["none"].problem), *test
                 )
                 for calibration, result in results.items():
                     row = f"{name}: matched, {calibration}"

@@ -11,7 +11,8 @@ section 5.3). Beside it: finetuning from the same starts on labels alone.
 from benchmarks.datasets import accuracy
 from benchmarks.experiments.cifar_pairs import FULL, QUICK, data, fresh, parents
 from benchmarks.experiments.experiment import arguments, run, trained
-from clafusion import distill, fuse
+from clafusion import fuse
+from clafusion.training import distill
 
 TEMPERATURE, ALPHA = 4.0, 0.9
 
@@ -33,10 +34,9 @@ def main() -> None:
             "random start": fresh(settings, "shallow", seed + 2000).to(given.device).eval(),
             "student": student,
             "fused": fuse(
-                teacher,
-                student,
+                [teacher, student],
                 unlabelled,
-                balance="merge",
+                target="shallower",
                 calibration="least_squares",
                 seed=seed,
             ).model.eval(),

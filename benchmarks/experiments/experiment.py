@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.results import write_results
-from clafusion import finetune
+from clafusion.training import finetune
 
 mpl.use("Agg")
 

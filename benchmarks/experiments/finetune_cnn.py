@@ -15,8 +15,7 @@ from torch import nn
 from benchmarks.datasets import accuracy
 from benchmarks.experiments.cifar_pairs import FULL, QUICK, data, fresh, parents
 from benchmarks.experiments.experiment import arguments, run, trained
-from clafusion import fuse
-from clafusion.calibration.least_squares import Lean
+from clafusion import LeastSquares, fuse
 
 RATES = (0.1, 0.02)
 # Few images seen often are learnt by heart, and then there is nothing left to finetune.
@@ -44,16 +43,15 @@ def main() -> None:
     def one_seed(seed: int) -> dict[str, float]:
         deep, shallow = parents(settings, train, seed)
 
-        def by_least_squares(lean: Lean) -> nn.Module:
-            return fuse(
-                deep, shallow, unlabelled, calibration="least_squares", lean=lean, seed=seed
-            ).model
+        def by_least_squares(anchor: float | str) -> nn.Module:
+            calibration = LeastSquares(anchor=anchor)
+            return fuse([deep, shallow], unlabelled, calibration=calibration, seed=seed).model
 
         starts: dict[str, Callable[[], nn.Module]] = {
             "deep parent": lambda: deep,
             "shallow parent": lambda: shallow,
             "from scratch (deep)": lambda: fresh(settings, "deep", seed + 2000).to(given.device),
-            "fused, REPAIR": lambda: fuse(deep, shallow, unlabelled, seed=seed).model,
+            "fused, REPAIR": lambda: fuse([deep, shallow], unlabelled, seed=seed).model,
             "fused, least squares": lambda: by_least_squares("auto"),
             "fused, least squares, lean 0": lambda: by_least_squares(0.0),
         }

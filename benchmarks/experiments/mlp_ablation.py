@@ -5,15 +5,13 @@
 The pair of arXiv 2110.15538, section 5.1: 784-400-200-100-50-25-10 and 784-400-200-100-10.
 """
 
-from typing import get_args
-
 import torch
 
 from benchmarks.datasets import accuracy, mnist
 from benchmarks.experiments.experiment import arguments, run, trained
 from benchmarks.mnist_mlp import DEEP, SHALLOW, mlp
-from clafusion import FusionConfig, align
-from clafusion.alignment.layer_costs import LayerCost
+from clafusion import Alignment, FusionConfig, align
+from clafusion.config import LAYER_COSTS
 from clafusion.fusion import fuse_aligned
 
 CALIBRATIONS = ("none", "repair", "least_squares")
@@ -31,7 +29,7 @@ def main() -> None:
     images, labels = mnist("train", settings["images"])
     test = mnist("test")
     unlabelled = images[: settings["unlabelled"]]
-    ways = [("layer", cost) for cost in get_args(LayerCost)] + [("chain", ""), ("random", "")]
+    ways = [("layer", cost) for cost in LAYER_COSTS] + [("chain", ""), ("random", "")]
 
     def one_seed(seed: int) -> dict[str, float]:
         deep, shallow = (
@@ -49,10 +47,12 @@ def main() -> None:
         for mode, cost in ways:
             for calibration in CALIBRATIONS:
                 config = FusionConfig(
-                    alignment=mode, layer_cost=cost or "cka", calibration=calibration, seed=seed
+                    alignment=Alignment(cost=cost or "cka", mode=mode),
+                    calibration=calibration,
+                    seed=seed,
                 )
-                pair = align(deep, shallow, unlabelled, config=config)
-                model = fuse_aligned(pair, unlabelled, config=config).model
+                aligned = align([deep, shallow], unlabelled, config)
+                model = fuse_aligned(aligned, unlabelled, config=config).model
                 row = f"{mode}, {cost or 'no cost'}, {calibration}"
                 found[row] = accuracy(model, *test)
         return found

@@ -2,13 +2,13 @@
 
     CLAFUSION_DATA=... python -m benchmarks.experiments.several_models [--quick]
 
-Multilayer perceptrons on MNIST and ResNets on CIFAR-10, all from different starts, by all methods
-of ``fuse_models`` with equal weights (CLAFusion, arXiv 2110.15538, fuses four and six, too). The
-quick form takes narrower networks, and for CIFAR-10 images of half the size and a few of them.
+Multilayer perceptrons on MNIST and ResNets on CIFAR-10, all from different starts, by all
+strategies with equal weights (CLAFusion, arXiv 2110.15538, fuses four and six, too). The quick form
+takes narrower networks, and for CIFAR-10 images of half the size and a few of them.
 """
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,7 @@ from benchmarks.datasets import accuracy, logits, mnist
 from benchmarks.experiments.cifar_pairs import data
 from benchmarks.experiments.experiment import arguments, run, trained
 from benchmarks.mnist_mlp import mlp
-from clafusion import fuse_models
-from clafusion.several import SeveralMethod
+from clafusion import Barycentre, Iterative, ManyToOne, Merging, fuse
 
 COUNTS = (4, 6)
 CALIBRATIONS = ("repair", "least_squares")
@@ -71,17 +70,16 @@ def scores(
         found[f"{name}: best parent"] = max(parents[:count])
         right = torch.stack(outputs[:count]).sum(0).argmax(1) == test[1]
         found[f"{name}: side by side"] = float(right.double().mean())
-        for method in get_args(SeveralMethod):
+        for strategy in (Iterative(), ManyToOne(), Barycentre(settings["max_rounds"])):
             for calibration in CALIBRATIONS:
-                fused = fuse_models(
+                fused = fuse(
                     models[:count],
                     images[: settings["unlabelled"]],
-                    method=method,
-                    max_rounds=settings["max_rounds"],
+                    merging=Merging(strategy),
                     calibration=calibration,
                     seed=seed,
                 ).model.eval()
-                row = f"{name}: {method}, {calibration}"
+                row = f"{name}: {strategy.name}, {calibration}"
                 found[row] = accuracy(fused, *test)
                 print(f"{row:50s} {100 * found[row]:6.2f} %", flush=True)
     return found

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from benchmarks.datasets import logits, mnist
 from benchmarks.experiments.experiment import arguments, run, trained
 from benchmarks.mnist_mlp import DEEP, SHALLOW, mlp
-from clafusion import fuse
-from clafusion.merging.naive import naive_average
+from clafusion import fuse, naive_average
 
 SPECIAL = 4
 
@@ -67,14 +66,18 @@ def main() -> None:
         for weight in settings["weights"]:
             results = {
                 name: fuse(
-                    specialist, generalist, unlabelled, weight=weight, calibration=name, seed=seed
+                    [specialist, generalist],
+                    unlabelled,
+                    [1.0 - weight, weight],
+                    calibration=name,
+                    seed=seed,
                 )
                 for name in ("none", "repair", "least_squares")
             }
             models: dict[str, nn.Module] = {
                 f"matched, {name}": one.model for name, one in results.items()
             }
-            models["naive average"] = naive_average(results["none"], 1 - weight)
+            models["naive average"] = naive_average(results["none"].problem)
             for name, model in models.items():
                 record(f"{name}, generalist's share {weight}", logits(model, test_images))
         return found

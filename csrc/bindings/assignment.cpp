@@ -1,20 +1,16 @@
-#include "assignment.hpp"
-
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <vector>
 
-#include "bindings/aligned.hpp"
+#include "assignment/assignment.hpp"
+#include "bindings/arrays.hpp"
 #include "bindings/register.hpp"
 
 namespace py = pybind11;
 
 namespace clafusion {
 namespace {
-
-using Doubles = py::array_t<double, py::array::c_style>;
-using Integers = py::array_t<std::int64_t, py::array::c_style>;
 
 // Targets and potentials of the problems lie one behind the other in flat arrays.
 void assign_ragged(const std::vector<Doubles>& costs, Integers targets, Doubles source_potentials,
@@ -59,9 +55,9 @@ void assign_ragged(const std::vector<Doubles>& costs, Integers targets, Doubles 
 }  // namespace
 
 void register_assignment(py::module_& module) {
-  module.def("assign", &assign_ragged, py::arg("costs").noconvert(),
-             py::arg("targets").noconvert(), py::arg("source_potentials").noconvert(),
-             py::arg("target_potentials").noconvert(), py::arg("totals").noconvert());
+  module.def("assign", &assign_ragged, py::arg("costs").noconvert(), py::arg("targets").noconvert(),
+             py::arg("source_potentials").noconvert(), py::arg("target_potentials").noconvert(),
+             py::arg("totals").noconvert());
 }
 
 }  // namespace clafusion

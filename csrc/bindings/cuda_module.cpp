@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "bindings/register_cuda.hpp"
-#include "sinkhorn_cuda.hpp"
+#include "bindings/register.hpp"
+#include "sinkhorn/cuda/sinkhorn.hpp"
 
 namespace {
 
@@ -31,5 +31,5 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() = "The CUDA kernels of clafusion. Call them through clafusion._native.";
   module.def("build_info", &build_info);
   module.def("devices", &devices);
-  clafusion::register_cuda_sinkhorn(module);
+  clafusion::register_sinkhorn_cuda(module);
 }

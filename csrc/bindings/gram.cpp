@@ -1,16 +1,13 @@
-#include "gram.hpp"
-
 #include <pybind11/numpy.h>
 
-#include "bindings/aligned.hpp"
+#include "bindings/arrays.hpp"
 #include "bindings/register.hpp"
+#include "gram/gram.hpp"
 
 namespace py = pybind11;
 
 namespace clafusion {
 namespace {
-
-using Doubles = py::array_t<double, py::array::c_style>;
 
 void add_gram(const py::array& x, Doubles result, int level) {
   constexpr auto kSize = static_cast<py::ssize_t>(sizeof(float));

@@ -39,9 +39,8 @@ PYBIND11_MODULE(_core, module) {
   module.def("build_info", &build_info);
   module.def("num_threads", &clafusion::num_threads);
   module.def("set_num_threads", &clafusion::set_num_threads, pybind11::arg("count"));
+  clafusion::register_alignment(module);
   clafusion::register_assignment(module);
   clafusion::register_gram(module);
-  clafusion::register_layer_alignment(module);
-  clafusion::register_layer_costs(module);
   clafusion::register_sinkhorn(module);
 }

@@ -25,27 +25,38 @@ struct Geometry {
   int cluster = 1;  // blocks of a thread block cluster
 };
 
+// A geometry as CUDA takes it. It points into itself: not to be copied.
+struct LaunchConfig {
+  LaunchConfig(const Geometry& geometry, cudaStream_t stream) {
+    config.gridDim = dim3(static_cast<unsigned>(geometry.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(geometry.threads));
+    config.dynamicSmemBytes = static_cast<std::size_t>(geometry.shared_bytes);
+    config.stream = stream;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(geometry.cluster);
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+    if (geometry.cluster > 1) {
+      config.attrs = &cluster;
+      config.numAttrs = 1;
+    }
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+
+  cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute cluster = {};
+};
+
 // Launches a kernel and checks that it was accepted; the error names it.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Geometry& geometry,
             cudaStream_t stream, Arguments&&... arguments) {
   if (geometry.blocks == 0) return;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(geometry.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(geometry.threads));
-  config.dynamicSmemBytes = static_cast<std::size_t>(geometry.shared_bytes);
-  config.stream = stream;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(geometry.cluster);
-  cluster.val.clusterDim.y = 1;
-  cluster.val.clusterDim.z = 1;
-  if (geometry.cluster > 1) {
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-  }
+  const LaunchConfig launch(geometry, stream);
   const std::string what = std::string("launch of the CUDA kernel ") + name;
-  check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), what.c_str());
+  check(cudaLaunchKernelEx(&launch.config, kernel, std::forward<Arguments>(arguments)...),
+        what.c_str());
   check(cudaPeekAtLastError(), what.c_str());
 }
 

@@ -183,8 +183,8 @@ int num_threads() noexcept {
 
 void set_num_threads(int count) {
   if (count < 0 || count > kMostThreads) {
-    throw std::invalid_argument("count must be 0 (the default) to " +
-                                std::to_string(kMostThreads) + "; got " + std::to_string(count));
+    throw std::invalid_argument("count must be 0 (the default) to " + std::to_string(kMostThreads) +
+                                "; got " + std::to_string(count));
   }
   requested_threads.store(count, std::memory_order_relaxed);
 }

@@ -1,14 +1,49 @@
-"""Fuse trained PyTorch networks of different depth and width into one, without training."""
+"""Fuse trained PyTorch networks of different depth and width into one, without training.
 
-from clafusion._native import build_info, num_threads, set_num_threads
+Start with :func:`fuse`. Options are in :class:`FusionConfig`.
+"""
+
+from clafusion._native import build_info, gram, num_threads, set_num_threads
 from clafusion.alignment.dynamic_program import (
     LayerAlignment,
     LayerAlignmentBatch,
     align_layers,
     align_layers_batch,
 )
-from clafusion.batch.run import PairResult, fuse_many
-from clafusion.correspondence.correspondence import Correspondence, lift
+from clafusion.alignment.layer_costs import cka, layer_costs, linear_cka
+from clafusion.alignment.models import AlignedModels
+from clafusion.batch.results import PairResult
+from clafusion.batch.run import fuse_pairs
+from clafusion.calibration.methods import Calibrated, calibrates
+from clafusion.config import (
+    Alignment,
+    Assignment,
+    Auto,
+    Barycentre,
+    BatchNorm,
+    Calibration,
+    Deeper,
+    Exact,
+    FusionConfig,
+    Iterative,
+    LeastSquares,
+    Like,
+    ManyToOne,
+    Matching,
+    Merging,
+    NoCalibration,
+    Profiling,
+    Repair,
+    Shallower,
+    Sinkhorn,
+    Solver,
+    Strategy,
+    Target,
+    Unbalanced,
+    Zip,
+)
+from clafusion.correspondence.correspondence import Correspondence, correspond
+from clafusion.correspondence.structure import inserted_model
 from clafusion.errors import (
     AlignmentError,
     ClafusionError,
@@ -21,64 +56,114 @@ from clafusion.errors import (
     UnsupportedOpError,
     WidthWarning,
 )
-from clafusion.fusion import AlignedPair, FusionConfig, FusionResult, align, fuse, profile
+from clafusion.fusion import align, fuse, profile
+from clafusion.matching.activation_costs import channel_cost
+from clafusion.merging.mean import average
+from clafusion.merging.naive import naive_average
+from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
 from clafusion.profiling.profile import ModelProfile
-from clafusion.several import ModelsResult, fuse_models
+from clafusion.reports import plot, summary
+from clafusion.results import FusionResult
+from clafusion.targets.target import chooses
 from clafusion.tracing.model import (
     ChannelGroup,
     GroupAxis,
     HeadPartition,
     Layer,
+    Stream,
     TracedModel,
-    UnitedHeads,
 )
 from clafusion.tracing.trace import trace
 from clafusion.tracing.verify import permute_channels, verify_graph
-from clafusion.training.training import TrainingResult, distill, finetune
-from clafusion.weights.files import ModelFile
+from clafusion.training import TrainingResult, distill, finetune
+from clafusion.transport.sinkhorn import sinkhorn
+from clafusion.transport.solution import TransportSolution
+from clafusion.transport.solve import solve_transport
+from clafusion.weights.factories import ModelFile
 
 __all__ = [
-    "AlignedPair",
+    "AlignedModels",
+    "Alignment",
     "AlignmentError",
+    "Assignment",
+    "Auto",
+    "Barycentre",
+    "BatchNorm",
+    "Calibrated",
+    "Calibration",
     "ChannelGroup",
     "ClafusionError",
     "ConvergenceWarning",
     "Correspondence",
+    "Deeper",
     "DivergenceError",
+    "Exact",
     "FusionConfig",
+    "FusionProblem",
     "FusionResult",
     "FusionWarning",
     "GraphVerificationError",
     "GroupAxis",
     "HeadPartition",
     "InputError",
+    "Iterative",
     "Layer",
     "LayerAlignment",
     "LayerAlignmentBatch",
+    "LeastSquares",
+    "Like",
+    "ManyToOne",
+    "Matching",
+    "MergeWeights",
+    "Merging",
     "ModelFile",
     "ModelProfile",
-    "ModelsResult",
+    "NoCalibration",
     "PairResult",
+    "Parent",
+    "Profiling",
+    "Repair",
+    "Shallower",
+    "Sinkhorn",
+    "Solver",
+    "Strategy",
+    "Stream",
     "StructureError",
+    "Target",
     "TracedModel",
     "TrainingResult",
-    "UnitedHeads",
+    "TransportSolution",
+    "Unbalanced",
     "UnsupportedOpError",
     "WidthWarning",
+    "Zip",
     "align",
     "align_layers",
     "align_layers_batch",
+    "average",
     "build_info",
+    "calibrates",
+    "channel_cost",
+    "chooses",
+    "cka",
+    "correspond",
     "distill",
     "finetune",
     "fuse",
-    "fuse_many",
-    "fuse_models",
-    "lift",
+    "fuse_pairs",
+    "gram",
+    "inserted_model",
+    "layer_costs",
+    "linear_cka",
+    "naive_average",
     "num_threads",
     "permute_channels",
+    "plot",
     "profile",
     "set_num_threads",
+    "sinkhorn",
+    "solve_transport",
+    "summary",
     "trace",
     "verify_graph",
 ]

@@ -11,16 +11,27 @@ a family adds a variant, also from outside of this package.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any
 
 from torch import nn
 
 from clafusion.errors import InputError
+from clafusion.settings import (
+    Choices,
+    Option,
+    Settings,
+    choice,
+    count,
+    flag,
+    made,
+    nested,
+    number,
+    options_of,
+    text,
+)
 
 __all__ = [
     "ALIGNMENT_MODES",
@@ -57,6 +68,7 @@ __all__ = [
     "Solver",
     "Strategy",
     "Target",
+    "Unbalanced",
     "Zip",
     "choice",
     "config_from",
@@ -67,32 +79,6 @@ __all__ = [
     "options_of",
     "text",
 ]
-
-S = TypeVar("S", bound="Settings")
-
-
-class Choices(Mapping[str, str]):
-    """The values that an option can have, each with one line of help.
-
-    A stage that is extended from outside adds its value: see :meth:`add`.
-    """
-
-    def __init__(self, **values: str) -> None:
-        self._values = dict(values)
-
-    def add(self, name: str, help: str) -> None:  # noqa: A002
-        """Admit another value."""
-        self._values[name] = help
-
-    def __getitem__(self, name: str) -> str:
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
 
 LAYER_COSTS = Choices(
     cka="one minus linear CKA of the layers' outputs",
@@ -140,202 +126,6 @@ MERGES = Choices(
 )
 
 
-# --- fields -------------------------------------------------------------------------------------
-
-
-def choice(default: str, choices: Choices, help: str) -> Any:  # noqa: A002
-    """Return a field whose value is one of ``choices``."""
-    return field(default=default, metadata={"kind": "choice", "choices": choices, "help": help})
-
-
-def number(
-    default: float | str,
-    help: str,  # noqa: A002
-    *,
-    low: float = 0.0,
-    high: float = math.inf,
-    above_low: bool = False,
-    word: str | None = None,
-) -> Any:
-    """Return a field whose value is a finite number from ``low`` to ``high``, or ``word``."""
-    metadata = {"kind": "number", "low": low, "high": high, "above_low": above_low, "word": word}
-    return field(default=default, metadata={**metadata, "help": help})
-
-
-def count(default: int | None, help: str, *, least: int = 1, most: int | None = None) -> Any:  # noqa: A002
-    """Return a field whose value is a whole number, or None where that is the default."""
-    metadata = {"kind": "count", "least": least, "most": most, "none": default is None}
-    return field(default=default, metadata={**metadata, "help": help})
-
-
-def flag(default: bool, help: str) -> Any:  # noqa: A002
-    """Return a field whose value is True or False."""
-    return field(default=default, metadata={"kind": "flag", "help": help})
-
-
-def text(default: str, help: str, *, also: type = str) -> Any:  # noqa: A002
-    """Return a field whose value is any text (or an object of the type ``also``)."""
-    return field(default=default, metadata={"kind": "text", "also": also, "help": help})
-
-
-def nested(kind: type[Settings], default: Settings, help: str) -> Any:  # noqa: A002
-    """Return a field that holds other settings; a string stands for them with their defaults."""
-    return field(default=default, metadata={"kind": "nested", "settings": kind, "help": help})
-
-
-# --- settings -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Options that belong together; every field is checked when the value is made.
-
-    Raises
-    ------
-    InputError
-        A field is out of its range; the message names it.
-    """
-
-    name: ClassVar[str] = ""
-    _variants: ClassVar[dict[str, type[Settings]]] = {}
-    _is_family: ClassVar[bool] = False
-
-    def __init_subclass__(cls, *, name: str = "", family: bool = False) -> None:
-        cls.name = name
-        if family:
-            cls._is_family = True
-            cls._variants = {}
-        elif name:
-            cls._is_family = False
-            cls._variants[name] = cls
-
-    @classmethod
-    def variants(cls) -> Mapping[str, type[Settings]]:
-        """Return a family's variants by name."""
-        return MappingProxyType(cls._variants if cls._is_family else {})
-
-    @classmethod
-    def parse(cls: type[S], value: Any, where: str) -> S:
-        """Return settings from what a user may give for them.
-
-        That is the settings themselves, a name (of a variant; else the first field's value), or a
-        mapping of the fields, with the variant's name as ``name``. Errors call it ``where``.
-        """
-        if isinstance(value, cls):
-            return value
-        if isinstance(value, str):
-            if not cls._is_family:
-                return _made(cls, {fields(cls)[0].name: value}, where)
-            return _made(cast("type[S]", cls._variant(value, where)), {}, where)
-        if isinstance(value, Mapping):
-            given = {str(key): one for key, one in value.items()}
-            kind: type[Settings] = cls
-            if cls._is_family:
-                if "name" not in given:
-                    raise InputError(
-                        f"{where} must say which by its name: {_listed(cls._variants)}"
-                    )
-                kind = cls._variant(given.pop("name"), where)
-            return _made(cast("type[S]", kind), given, where)
-        raise InputError(
-            f"{where} must be one of {_listed(cls._variants)}, or settings of that kind; got "
-            f"{value!r}"
-            if cls._is_family
-            else f"{where} must be {cls.__name__}(...) or a mapping of its fields; got {value!r}"
-        )
-
-    @classmethod
-    def _variant(cls, name: Any, where: str) -> type[Settings]:
-        found = cls._variants.get(name) if isinstance(name, str) else None
-        if found is None:
-            raise InputError(f"{where} must be one of {_listed(cls._variants)}; got {name!r}")
-        return found
-
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.metadata.get("kind") == "nested":
-                parsed = one.metadata["settings"].parse(value, one.name)
-                object.__setattr__(self, one.name, parsed)
-            elif "kind" in one.metadata:
-                _check(one.name, value, one.metadata)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain data, which :meth:`parse` reads again."""
-        found: dict[str, Any] = {"name": self.name} if self.name else {}
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if isinstance(value, Settings):
-                value = value.to_dict()
-            elif isinstance(value, nn.Module):
-                value = type(value).__qualname__
-            found[one.name] = value
-        return found
-
-
-def _made(kind: type[S], given: Mapping[str, Any], where: str) -> S:
-    """Make settings from fields by name; errors name them with their path."""
-    known = [one.name for one in fields(kind)]
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        close = get_close_matches(unknown[0], known, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        what = f"it has {', '.join(known)}" if known else "it has none"
-        raise InputError(f"{where} has no option {unknown[0]!r}{hint} ({what})")
-    try:
-        return kind(**given)
-    except InputError as error:
-        raise InputError(f"{where}.{error}" if where else str(error)) from None
-
-
-def _check(name: str, value: Any, rule: Mapping[str, Any]) -> None:
-    kind = rule["kind"]
-    if kind == "choice":
-        if not isinstance(value, str) or value not in rule["choices"]:
-            raise InputError(f"{name} must be one of {_listed(rule['choices'])}; got {value!r}")
-    elif kind == "flag":
-        if not isinstance(value, bool):
-            raise InputError(f"{name} must be True or False; got {value!r}")
-    elif kind == "count":
-        _check_count(name, value, rule)
-    elif kind == "number":
-        _check_number(name, value, rule)
-    elif not isinstance(value, (str, rule["also"])) or isinstance(value, bool):
-        raise InputError(f"{name} must be text; got {value!r}")
-
-
-def _check_count(name: str, value: Any, rule: Mapping[str, Any]) -> None:
-    if value is None and rule["none"]:
-        return
-    least, most = rule["least"], rule["most"]
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if not is_whole or value < least or (most is not None and value > most):
-        limits = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise InputError(f"{name} must be a whole number {limits}; got {value!r}")
-
-
-def _check_number(name: str, value: Any, rule: Mapping[str, Any]) -> None:
-    if rule["word"] is not None and value == rule["word"]:
-        return
-    low, high = rule["low"], rule["high"]
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    inside = is_number and math.isfinite(value) and low <= value <= high
-    if inside and not (rule["above_low"] and value == low):
-        return
-    word = "" if rule["word"] is None else f"{rule['word']!r} or "
-    if high < math.inf:
-        limits = f"in [{low:g}, {high:g}]"
-    elif low == 0.0:
-        limits = "a positive number" if rule["above_low"] else "a number of at least 0"
-    else:
-        limits = f"a number of at least {low:g}"
-    raise InputError(f"{name} must be {word}{limits}; got {value!r}")
-
-
-def _listed(names: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, names))
-
-
 # --- solvers ------------------------------------------------------------------------------------
 
 
@@ -365,6 +155,18 @@ class Sinkhorn(Solver, name="sinkhorn"):
 
     epsilon: float = number(
         0.05, "entropic regularisation, relative to the largest cost", above_low=True
+    )
+
+
+@dataclass(frozen=True)
+class Unbalanced(Solver, name="unbalanced"):
+    """Sinkhorn's iteration with soft marginals: a channel may move less, or more, than its mass."""
+
+    epsilon: float = number(
+        0.05, "entropic regularisation, relative to the largest cost", above_low=True
+    )
+    marginal_relaxation: float = number(
+        1.0, "cost of a marginal's deviation, relative to the largest cost", above_low=True
     )
 
 
@@ -417,7 +219,10 @@ class Barycentre(Strategy, name="barycentre"):
 
 @dataclass(frozen=True)
 class Calibration(Settings, family=True):
-    """How what averaging destroys is restored. If you are not sure, take "least_squares"."""
+    """How what averaging destroys is restored.
+
+    If you are not sure, take "least_squares", which is more accurate, or "repair", which is faster.
+    """
 
 
 @dataclass(frozen=True)
@@ -624,8 +429,12 @@ def _check_needed(who: str, settings: Settings, *needs: tuple[str, Any, str]) ->
             raise InputError(f"{who} needs {name}={needed!r}, for {reason}")
 
 
-def config_from(config: FusionConfig | None, overrides: Mapping[str, Any]) -> FusionConfig:
+def config_from(
+    config: FusionConfig | None, overrides: Mapping[str, Any], keywords: Sequence[str] = ()
+) -> FusionConfig:
     """Return a configuration with some of its fields given anew, as :func:`clafusion.fuse` does.
+
+    ``keywords`` are the caller's other arguments, which an error may suggest, too.
 
     Raises
     ------
@@ -639,103 +448,9 @@ def config_from(config: FusionConfig | None, overrides: Mapping[str, Any]) -> Fu
     unknown = [name for name in overrides if name not in given]
     if unknown:
         places = [one.path for one in options_of(FusionConfig) if one.field == unknown[0]]
-        close = get_close_matches(unknown[0], given, 1)
-        hint = f": it is part of {places[0]}" if places else ""
-        hint = hint or (f"; did you mean {close[0]!r}?" if close else "")
-        raise InputError(f"{unknown[0]!r} is no option{hint}. The options are {', '.join(given)}")
-    return _made(FusionConfig, {**given, **overrides}, "")
-
-
-# --- all options, flat --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option, as the command line and the reference page show it.
-
-    Attributes
-    ----------
-    path
-        Where it is: field names joined by dots.
-    kind
-        ``"choice"``, ``"number"``, ``"count"``, ``"flag"`` or ``"text"``.
-    default
-        Its default; None for none.
-    choices
-        Its values with a line of help each; empty where any will do.
-    help
-        One line.
-    needs
-        Path of the option that must have one of the values ``of`` for this one to count, or "".
-    of
-        Those values.
-    rule
-        What the field itself says: limits and the like.
-    """
-
-    path: str
-    kind: str
-    default: Any
-    choices: Mapping[str, str]
-    help: str
-    needs: str
-    of: tuple[str, ...]
-    rule: Mapping[str, Any]
-
-    @property
-    def field(self) -> str:
-        """The last name of the path."""
-        return self.path.rpartition(".")[2]
-
-    @property
-    def flag(self) -> str:
-        """The option as the command line calls it."""
-        return "--" + self.path.replace(".", "-").replace("_", "-")
-
-
-def options_of(
-    kind: type[Settings], prefix: str = "", needs: str = "", of: tuple[str, ...] = ()
-) -> list[Option]:
-    """Return all options of some settings, and of those in them, in order."""
-    found: list[Option] = []
-    for one in fields(kind):
-        rule = one.metadata
-        path = f"{prefix}{one.name}"
-        if rule["kind"] != "nested":
-            default = None if one.default is MISSING else one.default
-            choices = rule.get("choices", {})
-            found.append(
-                Option(path, rule["kind"], default, choices, rule["help"], needs, of, rule)
-            )
-            continue
-        inner: type[Settings] = rule["settings"]
-        if not inner.variants():
-            found += options_of(inner, f"{path}.", needs, of)
-            continue
-        default = cast(Settings, one.default).name
-        lines = {name: _summary(variant) for name, variant in inner.variants().items()}
-        found.append(Option(path, "choice", default, lines, rule["help"], needs, of, rule))
-        by_path: dict[str, list[Option]] = {}
-        for name, variant in inner.variants().items():
-            for option in options_of(variant, f"{path}.", path, (name,)):
-                by_path.setdefault(option.path, []).append(option)
-        for same in by_path.values():
-            names = tuple(name for option in same for name in option.of)
-            first = same[0]
-            found.append(
-                Option(
-                    first.path,
-                    first.kind,
-                    first.default,
-                    first.choices,
-                    first.help,
-                    first.needs,
-                    names if first.needs == path else first.of,
-                    first.rule,
-                )
-            )
-    return found
-
-
-def _summary(kind: type[Settings]) -> str:
-    return (kind.__doc__ or "").strip().splitlines()[0].removesuffix(".")
+        close = get_close_matches(unknown[0], [*given, *keywords], 1)
+        hint = f": it is part of {places[0]}." if places else "."
+        if close and not places:
+            hint = f"; did you mean {close[0]!r}?"
+        raise InputError(f"{unknown[0]!r} is no option{hint} The options are {', '.join(given)}")
+    return made(FusionConfig, {**given, **overrides}, "")

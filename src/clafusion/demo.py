@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clafusion.calibration.least_squares import one_thread
 from clafusion.errors import InputError
-from clafusion.fusion import FusionResult, fuse
+from clafusion.fusion import fuse
 from clafusion.merging.naive import naive_average
-from clafusion.reports.tables import alignment_summary, plain_table
-from clafusion.weights.files import save_model
+from clafusion.reports import plot
+from clafusion.reports.tables import alignment_summary
+from clafusion.reports.text import fact_lines, plain_table
+from clafusion.results import FusionResult
+from clafusion.threads import one_thread
+from clafusion.weights.state_files import save_model
 
 __all__ = ["DemoOutcome", "run_demo"]
 
@@ -55,9 +58,14 @@ class DemoOutcome:
                 "Two networks learnt handwritten digits, the deep one mostly 0 to 4, the shallow "
                 "one mostly 5 to 9.\nNone of the fused ones was trained.",
                 plain_table(["network", "right of 500 test images, all digits"], rows, [1]),
-                alignment_summary(self.result.pair),
-                f"picture      {self.picture}\nweights      {self.weights}\n"
-                f"seconds      {self.seconds:.1f}",
+                alignment_summary(self.result.aligned),
+                fact_lines(
+                    {
+                        "picture": str(self.picture),
+                        "weights": str(self.weights),
+                        "seconds": f"{self.seconds:.1f}",
+                    }
+                ),
             ]
         )
 
@@ -93,7 +101,7 @@ def run_demo(
     with one_thread():  # layers this small lose more by waiting for other threads than they gain
         accuracies, result = _train_and_fuse(images, labels, seed, epochs, say)
     picture, weights = out_dir / "alignment.png", out_dir / "fused.safetensors"
-    result.plot(picture)
+    plot(result, picture)
     save_model(result.model, weights)
     return DemoOutcome(accuracies, result, picture, weights, time.perf_counter() - start)
 
@@ -115,24 +123,23 @@ def _train_and_fuse(
         parents.append(_trained(widths, images[own], labels[own], seed + i, epochs))
     deep, shallow = parents
     say("fusing")
-    unlabelled = images[train]
+    unlabelled, both = images[train], {"deep": deep, "shallow": shallow}
     fused = {
-        name: fuse(deep, shallow, unlabelled, calibration=name, seed=seed)
+        name: fuse(both, unlabelled, calibration=name, seed=seed)
         for name in ("none", "repair", "least_squares")
     }
     models: dict[str, nn.Module] = {
         f"deep parent ({len(DEEP) - 1} layers)": deep,
         f"shallow parent ({len(SHALLOW) - 1} layers)": shallow,
-        "fused: averaged without matching": naive_average(fused["none"]),
+        "fused: averaged without matching": naive_average(fused["none"].problem),
         "fused: matched": fused["none"].model,
         "fused: matched, REPAIR": fused["repair"].model,
         "fused: matched, least squares": fused["least_squares"].model,
     }
     with torch.no_grad():
         outputs = {name: model(images[test]) for name, model in models.items()}
-        both = sum(parent(images[test]).softmax(1) for parent in parents)
-    assert isinstance(both, Tensor)
-    outputs["both parents run side by side"] = both
+        mean = torch.stack([parent(images[test]).softmax(1) for parent in parents]).mean(0)
+    outputs["both parents run side by side"] = mean
     accuracies = {
         name: float((output.argmax(1) == labels[test]).double().mean())
         for name, output in outputs.items()

@@ -1,17 +1,23 @@
-"""Cost matrix -> which deep layer each shallow layer matches, by exact dynamic programming."""
+"""Cost matrix -> which layers of two networks match, by exact dynamic programming.
+
+Of the two networks of one alignment, the *deep* one has the rows of the cost matrix, the *shallow*
+one its columns.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, get_args, overload
+from typing import get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from clafusion import _native
+from clafusion.alignment.layer_alignment import (
+    AlignmentMode,
+    LayerAlignment,
+    LayerAlignmentBatch,
+)
 from clafusion.errors import AlignmentError, InputError
 
 __all__ = [
@@ -21,141 +27,6 @@ __all__ = [
     "align_layers",
     "align_layers_batch",
 ]
-
-AlignmentMode = Literal["layer", "segment", "chain", "random"]
-
-
-@dataclass(frozen=True)
-class LayerAlignment:
-    """Which layers of a deep network (``m`` layers) and a shallow one (``n`` layers) belong together.
-
-    Attributes
-    ----------
-    deep_to_shallow
-        The shallow layer that each of the ``m`` deep layers matches, -1 where it matches none.
-        In mode ``"segment"`` several consecutive deep layers share one shallow layer.
-    total_cost
-        The matched pairs' costs plus the skipped layers' skip costs.
-    cost, skip, mode, pin_first, pin_last, skip_shallow
-        The problem: costs ``(m, n)``, skip costs ``(m,)`` and ``(n,)``, and how it was solved.
-    """
-
-    deep_to_shallow: tuple[int, ...]
-    total_cost: float
-    cost: NDArray[np.float64]
-    skip: NDArray[np.float64]
-    mode: AlignmentMode
-    pin_first: bool
-    pin_last: bool
-    skip_shallow: NDArray[np.float64] | None = None
-
-    @property
-    def pairs(self) -> tuple[tuple[int, int], ...]:
-        """The matched pairs ``(deep, shallow)``, in order."""
-        return tuple((deep, k) for deep, k in enumerate(self.deep_to_shallow) if k >= 0)
-
-    @property
-    def unmatched(self) -> tuple[int, ...]:
-        """The deep layers without a partner."""
-        return tuple(deep for deep, k in enumerate(self.deep_to_shallow) if k < 0)
-
-    @property
-    def unmatched_shallow(self) -> tuple[int, ...]:
-        """The shallow layers without a partner; none but where ``skip_shallow`` allows it."""
-        matched = set(self.deep_to_shallow)
-        return tuple(k for k in range(self.cost.shape[1]) if k not in matched)
-
-    @property
-    def matched_cost(self) -> float:
-        """The matched pairs' costs, without what goes unmatched."""
-        return math.fsum(float(self.cost[pair]) for pair in self.pairs)
-
-    @property
-    def steps(self) -> tuple[tuple[int, int], ...]:
-        """All layers of both networks in order: ``(deep, shallow)``, -1 where one has no partner."""
-        found: list[tuple[int, int]] = []
-        start = (0, 0)
-        for deep, shallow in (*self.pairs, self.cost.shape):
-            found += [(one, -1) for one in range(start[0], deep)]
-            found += [(-1, other) for other in range(start[1], shallow)]
-            found.append((deep, shallow))
-            start = (deep + 1, shallow + 1)
-        return tuple(found[:-1])
-
-    @cached_property
-    def forced(self) -> bool:
-        """True where the constraints admit one alignment only, so that no pair's cost mattered.
-
-        Another alignment lacks at least one of this one's pairs; so there is none, exactly if each
-        of them is needed. Where shallow layers may go unmatched, an alignment that leaves more of
-        them so is no alternative.
-        """
-        free = np.where(np.isfinite(self.cost), 0.0, np.inf)
-        skip = np.where(np.isfinite(self.skip), 0.0, np.inf)
-        gaps = []
-        if self.skip_shallow is not None:
-            gaps.append(np.where(np.isfinite(self.skip_shallow), 1.0, np.inf))
-        own = len(self.unmatched_shallow)
-        for pair in self.pairs:
-            without = free.copy()
-            without[pair] = np.inf
-            _, (total,), _ = _native.align_layers(
-                [without],
-                [skip],
-                gaps,
-                mode="segment" if self.mode == "segment" else "layer",
-                pin_first=self.pin_first,
-                pin_last=self.pin_last,
-            )
-            if total <= own:
-                return False
-        return True
-
-
-@dataclass(frozen=True)
-class LayerAlignmentBatch(Sequence[LayerAlignment]):
-    """The alignments of many problems, as arrays; each :group:`LayerAlignment` is made when asked.
-
-    Attributes
-    ----------
-    deep_to_shallow
-        ``(count, m)`` for problems of one shape given as one array, else one array ``(m,)`` for
-        each problem; -1 where a deep layer matches none.
-    total_costs
-        ``(count,)``.
-    costs, skips, mode, pin_first, pin_last, skips_shallow
-        The problems. One array of costs is not copied: leave it as it is while this lives.
-    """
-
-    deep_to_shallow: NDArray[np.int64] | tuple[NDArray[np.int64], ...]
-    total_costs: NDArray[np.float64]
-    costs: NDArray[np.float64] | tuple[NDArray[np.float64], ...]
-    skips: NDArray[np.float64] | tuple[NDArray[np.float64], ...]
-    mode: AlignmentMode
-    pin_first: bool
-    pin_last: bool
-    skips_shallow: tuple[NDArray[np.float64], ...] | None = None
-
-    def __len__(self) -> int:
-        return len(self.total_costs)
-
-    @overload
-    def __getitem__(self, index: int) -> LayerAlignment: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[LayerAlignment, ...]: ...
-    def __getitem__(self, index: int | slice) -> LayerAlignment | tuple[LayerAlignment, ...]:
-        if isinstance(index, slice):
-            return tuple(self[i] for i in range(*index.indices(len(self))))
-        return LayerAlignment(
-            tuple(self.deep_to_shallow[index].tolist()),
-            float(self.total_costs[index]),
-            self.costs[index],
-            self.skips[index],
-            self.mode,
-            self.pin_first,
-            self.pin_last,
-            None if self.skips_shallow is None else self.skips_shallow[index],
-        )
 
 
 def align_layers(
@@ -176,28 +47,29 @@ def align_layers(
     .. math:: F[k, l] = \min(F[k, l-1] + skip[l],\; F[k-1, l-1] + C[l, k])
 
     and mode ``"segment"`` (arXiv 2501.00061), where every deep layer belongs to a segment of
-    consecutive layers that matches one shallow layer,
+    consecutive layers that match the same shallow layer,
 
     .. math:: F[k, l] = \min(F[k, l-1],\; F[k-1, l-1]) + C[l, k].
 
     With ``skip_shallow`` mode ``"layer"`` has gaps on both sides (Needleman and Wunsch, J. Mol.
-    Biol. 1970): a third choice is ``F[k-1, l] + skip_shallow[k]``. Either network may then be the
-    deeper one, also one in one stage and the other in another.
+    Biol. 1970): a third choice is ``F[k-1, l] + skip_shallow[k]``. Either network may then have
+    more layers, in all or in any of the stages.
 
     Mode ``"chain"`` takes the earliest feasible alignment and ``"random"`` a uniformly random
-    feasible one; both look only at which costs are finite, and serve as baselines. Ties go to
-    the earliest deep layer.
+    feasible alignment. Both depend only on which costs are finite, and serve as baselines. Ties go
+    to the earliest deep layer.
 
     Parameters
     ----------
     cost
         ``(m, n)``, deep by shallow, smaller is closer; ``inf`` forbids a pair.
     skip
-        ``(m,)``: what leaving a deep layer unmatched costs; ``inf`` forbids it. Default 0.
+        ``(m,)``: the cost of leaving a deep layer unmatched; ``inf`` forbids it. Default 0.
         Mode ``"segment"`` skips no layer.
     skip_shallow
-        ``(n,)``: what leaving a shallow layer unmatched costs; ``inf`` forbids it. Default: none
-        may. A cost of more than all pairs together leaves as few as possible.
+        ``(n,)``: the cost of leaving a shallow layer unmatched; ``inf`` forbids it. Default: every
+        shallow layer matches. A cost above that of all pairs together leaves as few unmatched as
+        possible.
     mode
         ``"layer"``, ``"segment"``, ``"chain"`` or ``"random"``.
     pin_first, pin_last
@@ -208,11 +80,11 @@ def align_layers(
     Raises
     ------
     InputError
-        ``cost``, ``skip`` or ``skip_shallow`` has a wrong shape, NaN or ``-inf``, there are more
-        shallow than deep layers and none may go unmatched, or ``skip_shallow`` comes with another
-        mode than ``"layer"``.
+        ``mode`` is unknown; ``cost``, ``skip`` or ``skip_shallow`` has a wrong shape, NaN or
+        ``-inf``; there are more shallow than deep layers and all have to match; or
+        ``skip_shallow`` comes with another mode than ``"layer"``.
     AlignmentError
-        No alignment satisfies the constraints; the message names the layer that has no partner.
+        No alignment satisfies the constraints; the message names the layer that can match none.
     """
     return align_layers_batch(
         [cost],
@@ -238,8 +110,9 @@ def align_layers_batch(
     """Solve many problems of :func:`align_layers` in one call, on all threads.
 
     Parameters and errors are those of :func:`align_layers`. ``costs``, ``skips`` and
-    ``skips_shallow`` hold one array per problem, each of its own shape; or, without the last, they
-    are one array ``(count, m, n)`` and one ``(count, m)``, which is fastest.
+    ``skips_shallow`` hold an array for each problem, of any shapes. Without ``skips_shallow``,
+    ``costs`` and ``skips`` may also be single arrays ``(count, m, n)`` and ``(count, m)``, which
+    is fastest.
     """
     if mode not in get_args(AlignmentMode):
         raise InputError(f"mode must be one of {get_args(AlignmentMode)}; got {mode!r}")
@@ -268,7 +141,7 @@ def align_layers_batch(
         for i, cost in enumerate(cost_arrays)
         if skips_shallow is not None
     ]
-    solutions: list[NDArray[np.int64]] = []
+    solutions: list[NDArray[np.int64]]
     if mode == "random":
         rng = np.random.default_rng(seed)
         solutions = [
@@ -276,12 +149,7 @@ def align_layers_batch(
             for cost, skip in zip(cost_arrays, skip_arrays, strict=True)
         ]
     elif mode == "chain":
-        earliest = [
-            np.where(np.isfinite(cost), np.arange(len(cost), dtype=np.float64)[:, None], np.inf)
-            for cost in cost_arrays
-        ]
-        free = [np.where(np.isfinite(skip), 0.0, np.inf) for skip in skip_arrays]
-        solutions = _solve(earliest, free, "layer", pin_first, pin_last)[0]
+        solutions = _earliest_alignments(cost_arrays, skip_arrays, pin_first, pin_last)
     else:
         solutions = _solve(cost_arrays, skip_arrays, mode, pin_first, pin_last, shallow_arrays)[0]
     totals = [
@@ -310,7 +178,7 @@ def _align_equal(
     pin_first: bool,
     pin_last: bool,
 ) -> LayerAlignmentBatch:
-    """Solve problems of one shape without touching them one by one in Python."""
+    """Solve problems of the same shape, given as a single array, in the compiled kernel alone."""
     count, deep = costs.shape[:2]
     _checked_cost(costs[0], 0, count)  # the shape and type, for all
     array = np.ascontiguousarray(costs, dtype=np.float64)
@@ -335,12 +203,12 @@ def _align_equal(
             pin_first=pin_first,
             pin_last=pin_last,
         )
-    except ValueError:  # the kernel met a bad number; say which
+    except ValueError:  # the kernel met NaN or -inf: raise an error that names the place
         for i in range(count):
             _checked_cost(array[i], i, count)
             _checked_skip(skip_array[i], deep, i, count)
         raise
-    _check_found(array, totals, reached)
+    _check_feasible(array, totals, reached)
     return LayerAlignmentBatch(solutions, totals, array, skip_array, mode, pin_first, pin_last)
 
 
@@ -356,16 +224,16 @@ def _solve(
     solutions, totals, reached = _native.align_layers(
         costs, skips, skips_shallow, mode=mode, pin_first=pin_first, pin_last=pin_last
     )
-    _check_found(costs, totals, reached)
+    _check_feasible(costs, totals, reached)
     return solutions, totals
 
 
-def _check_found(
+def _check_feasible(
     costs: Sequence[NDArray[np.float64]] | NDArray[np.float64],
     totals: NDArray[np.float64],
     reached: NDArray[np.int64],
 ) -> None:
-    """Raise for the first problem that has no alignment."""
+    """Raise for the first problem that has no alignment; ``reached`` shows how far each got."""
     for i in map(int, np.flatnonzero(np.isinf(totals))):
         deep, shallow = (int(count) for count in reached[i])
         if (deep, shallow) == costs[i].shape:
@@ -387,6 +255,21 @@ def _total_cost(
     return total
 
 
+def _earliest_alignments(
+    costs: Sequence[NDArray[np.float64]],
+    skips: Sequence[NDArray[np.float64]],
+    pin_first: bool,
+    pin_last: bool,
+) -> list[NDArray[np.int64]]:
+    """Return the feasible alignments whose matched deep layers come earliest."""
+    earliest = [
+        np.where(np.isfinite(cost), np.arange(len(cost), dtype=np.float64)[:, None], np.inf)
+        for cost in costs
+    ]
+    free = [np.where(np.isfinite(skip), 0.0, np.inf) for skip in skips]
+    return _solve(earliest, free, "layer", pin_first, pin_last)[0]
+
+
 def _random_alignment(
     cost: NDArray[np.float64],
     skip: NDArray[np.float64],
@@ -394,7 +277,7 @@ def _random_alignment(
     pin_last: bool,
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:
-    """Draw one feasible alignment, all equally likely."""
+    """Draw a feasible alignment, all equally likely."""
     allowed = np.isfinite(cost)
     skippable = np.isfinite(skip)
     if pin_first:
@@ -404,8 +287,8 @@ def _random_alignment(
         allowed[-1, :-1] = False
         skippable[-1] = False
     m, n = cost.shape
-    # ways[l][k]: alignments of the first l deep with the first k shallow layers. Python integers,
-    # for there are binomially many.
+    # ways[l][k]: the number of alignments of the first l deep with the first k shallow layers. It
+    # grows like a binomial coefficient, so it takes Python's integers.
     ways = [[1] + [0] * n]
     for deep in range(m):
         before = ways[-1]
@@ -459,7 +342,8 @@ def _checked_skip(
     array = _as_float64(skip, name)
     if array.shape != (layers,):
         raise InputError(
-            f"{name} must have one entry per {side} layer, shape ({layers},); got shape {array.shape}"
+            f"{name} must have one entry per {side} layer, shape ({layers},); got shape "
+            f"{array.shape}"
         )
     return array
 
@@ -482,7 +366,7 @@ def _as_float64(values: ArrayLike, name: str) -> NDArray[np.float64]:
 def _infeasible(
     cost: NDArray[np.float64], reached_deep: int, reached_shallow: int, index: int, count: int
 ) -> str:
-    """Say which layer stands in the way of every alignment."""
+    """Return a message that names the layer which keeps every alignment from being feasible."""
     where = "" if count == 1 else f" in problem {index}"
     m, n = cost.shape
     if reached_shallow < n:

@@ -1,10 +1,10 @@
-"""Two Profiles -> the cost of matching every layer of one with every layer of the other."""
+"""Two ModelProfiles -> the cost of matching every layer of one with every layer of the other."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, cast, get_args
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,23 +13,24 @@ from torch import Tensor
 
 from clafusion import _native
 from clafusion._native import gram
+from clafusion.config import LAYER_COSTS
 from clafusion.errors import InputError
 from clafusion.profiling.profile import ModelProfile, check_same_inputs, gram_matrix, standardised
-from clafusion.transport.solve import Solver, solve_transport
+from clafusion.transport.solve import solve_transport
 
-__all__ = ["LayerCost", "cka", "gram", "layer_costs", "linear_cka", "mean_cca"]
-
-LayerCost = Literal[
-    "cka", "cka_unbiased", "cca", "wasserstein", "wasserstein_entropic", "neurons", "index"
-]
+__all__ = ["cka", "gram", "layer_costs", "linear_cka", "mean_cca"]
 
 _VARIANCE_KEPT = 0.99
 
 
 def layer_costs(
-    deep: ModelProfile, shallow: ModelProfile, *, metric: LayerCost = "cka"
+    deep: ModelProfile,
+    shallow: ModelProfile,
+    *,
+    metric: str = "cka",
+    names: tuple[str, str] = ("the deeper model", "the shallower model"),
 ) -> NDArray[np.float64]:
-    r"""Return how far every layer of one network is from every layer of another.
+    r"""Return the cost of matching every layer of one network with every layer of another.
 
     Parameters
     ----------
@@ -39,37 +40,43 @@ def layer_costs(
         - ``"cka"``, ``"cka_unbiased"``: one minus :func:`cka` of the layers' outputs;
         - ``"cca"``: one minus :func:`mean_cca` of them;
         - ``"wasserstein"``, ``"wasserstein_entropic"``: the cost of the optimal transport between
-          the layers' channels, all of one weight, at a cost of one minus their correlation, in
-          [0, 2]: half the squared 2-Wasserstein distance between the channels as points, each
-          with mean 0 and variance 1 over the profiles' rows. Exact, or by Sinkhorn's iteration
-          with epsilon 0.05. ``inf`` where the outputs have different numbers of positions, or
-          one has channels to be matched and the other has none; 0 where neither has.
+          the layers' channels, all of equal weight, where moving a channel to another costs one
+          minus their correlation. The result is in [0, 2]: half the squared 2-Wasserstein distance
+          between the channels as points, each with mean 0 and variance 1 over the profiles' rows.
+          Exact, or by Sinkhorn's iteration with epsilon 0.05. ``inf`` where the outputs have
+          different numbers of positions, or only one of them has channels to be matched; 0 where
+          neither has;
         - ``"neurons"``: the relative difference of the channel counts, ``|a - b| / max(a, b)``;
-        - ``"index"``: the distance on the way through the network, ``|l / m - k / n|``.
+        - ``"index"``: the difference of the relative depths, ``|l / m - k / n|``.
+    names
+        What errors call the networks.
 
     Returns
     -------
     ndarray
-        ``(m, n)``, smaller is closer, without a unit.
+        ``(m, n)``, smaller is closer; the costs have no unit.
 
     Raises
     ------
     InputError
-        ``metric`` is unknown, the profiles are of different inputs, or a layer's output is the
-        same for all inputs.
+        ``metric`` is unknown, the profiles are of different inputs, or a layer puts out the same
+        for all inputs.
     """
-    if metric not in get_args(LayerCost):
-        raise InputError(f"metric must be one of {get_args(LayerCost)}; got {metric!r}")
+    if metric not in LAYER_COSTS:
+        raise InputError(f"metric must be one of {tuple(LAYER_COSTS)}; got {metric!r}")
     if metric == "index":
-        places = [np.arange(len(one.grams)) / max(len(one.grams), 1) for one in (deep, shallow)]
-        return np.abs(places[0][:, None] - places[1])
+        depths = [
+            np.arange(len(profile.grams)) / max(len(profile.grams), 1)
+            for profile in (deep, shallow)
+        ]
+        return np.abs(depths[0][:, None] - depths[1])
     if metric == "neurons":
         source, target = _num_channels(deep)[:, None], _num_channels(shallow)
         return np.abs(source - target) / np.maximum(source, target)
     check_same_inputs(deep, shallow)
     if metric in ("wasserstein", "wasserstein_entropic"):
         return _wasserstein(deep, shallow, entropic=metric == "wasserstein_entropic")
-    for name, profile in (("deeper", deep), ("shallower", shallow)):
+    for name, profile in zip(names, (deep, shallow), strict=True):
         _check_alive(name, profile)
     if metric == "cca":
         return 1 - mean_cca(deep.grams, shallow.grams)
@@ -77,13 +84,13 @@ def layer_costs(
 
 
 def _check_alive(name: str, profile: ModelProfile) -> None:
-    """Name the layer that tells inputs not apart: no similarity is defined for it."""
+    """Raise where a layer puts out the same for all inputs, for its similarity is undefined."""
     for layer, products in zip(profile.traced.layers, profile.grams, strict=True):
         total = float(products.trace())
         spread = total - float(products.sum()) / len(products)
         if not spread > 1e-12 * total:
             raise InputError(
-                f"layer {layer.name!r} of the {name} model puts out the same for all inputs, so it "
+                f"layer {layer.name!r} of {name} puts out the same for all inputs, so it "
                 "cannot be compared; check the model and the scale of the data"
             )
 
@@ -98,18 +105,18 @@ def cka(
 
     .. math:: \frac{\langle HKH, HLH \rangle}{\|HKH\| \, \|HLH\|}, \quad H = I - \tfrac1S 1 1^T
 
-    (Kornblith et al., arXiv 1905.00414, section 3). Its estimate of HSIC is biased: over few
+    (Kornblith et al., arXiv 1905.00414, section 3). This estimate of HSIC is biased: over few
     samples any two layers with many features look alike. ``unbiased`` takes the estimate of Song
     et al. (JMLR 2012, equation 5; for CKA Nguyen et al., arXiv 2010.15327, section 3), whose
-    expectation is 0 for independent layers. Each matrix is centred once.
+    expectation is 0 for independent layers.
 
     Parameters
     ----------
     grams_a, grams_b
         Symmetric matrices ``(num_samples, num_samples)`` over the same samples. Only the lower
-        triangles are read.
+        triangles count.
     unbiased
-        Which estimate.
+        Whether to take the unbiased estimate.
 
     Returns
     -------
@@ -124,7 +131,7 @@ def cka(
 
     Notes
     -----
-    Tensors that are all on one GPU are centred and multiplied there.
+    If all matrices are tensors on one GPU, the computation runs there.
     """
     a, b = _checked_grams(grams_a, grams_b, least=_fewest_samples(unbiased))
     products, norms_a, norms_b = _hsic_all_pairs(a, b, unbiased=unbiased)
@@ -138,18 +145,18 @@ def linear_cka(
 ) -> NDArray[np.float64]:
     r"""Return the linear centred kernel alignment of all pairs of layers, given their activations.
 
-    It is :func:`cka` of the Gram matrices ``X X^T``, or the same from the products of features,
+    It is :func:`cka` of the Gram matrices ``X X^T``. It also follows from the products of features,
 
     .. math:: \langle HKH, HLH \rangle = \|(HX)^T HY\|^2
 
-    (Kornblith et al., arXiv 1905.00414, section 3), whichever needs fewer multiplications: Gram
-    matrices unless the layers together have few features for their samples.
+    (Kornblith et al., arXiv 1905.00414, section 3). The function takes the way with fewer
+    multiplications: Gram matrices, unless the layers have few features and many samples.
 
     Parameters
     ----------
     layers_a, layers_b
-        Activations ``(num_samples, ...)`` of the same samples, floating point; what follows the
-        first dimension counts as features.
+        Activations ``(num_samples, ...)`` of the same samples, floating point; all axes but the
+        first hold features.
     unbiased
         As for :func:`cka`.
 
@@ -165,10 +172,11 @@ def linear_cka(
         samples, there are fewer than 2 samples (unbiased: 4), or a layer is constant over them.
     """
     a, b = _checked_layers(layers_a, layers_b, least=_fewest_samples(unbiased))
-    if all(one.device.type == "cuda" for one in (*a, *b)):
+    if all(layer.device.type == "cuda" for layer in (*a, *b)):
         grams_a, grams_b = ([gram_matrix(x) for x in side] for side in (a, b))
         return cka(grams_a, grams_b, unbiased=unbiased)
-    samples, (sizes_a, sizes_b) = len(a[0]), ([one.size(1) for one in side] for side in (a, b))
+    samples = len(a[0])
+    sizes_a, sizes_b = ([layer.size(1) for layer in side] for side in (a, b))
     by_grams = samples * (sum(sizes_a) + sum(sizes_b) + len(a) * len(b)) / 2
     by_features = sum(sizes_a) * sum(sizes_b) + sum(size**2 for size in (*sizes_a, *sizes_b))
     if by_grams <= by_features:
@@ -179,9 +187,10 @@ def linear_cka(
 def _cka_of_features(
     layers_a: Sequence[Tensor], layers_b: Sequence[Tensor], *, unbiased: bool
 ) -> NDArray[np.float64]:
-    with np.errstate(invalid="ignore"):  # what is not finite shows in the norms
+    """Compute :func:`linear_cka` of layers ``(num_samples, num_features)`` from their features."""
+    with np.errstate(invalid="ignore"):  # NaN and infinity show in the norms, which are checked
         a, b = (
-            [x - x.mean(0) for x in (one.detach().cpu().double().numpy() for one in side)]
+            [x - x.mean(0) for x in (layer.detach().cpu().double().numpy() for layer in side)]
             for side in (layers_a, layers_b)
         )
     lengths_a, lengths_b = ([np.square(x).sum(1) for x in side] for side in (a, b))
@@ -191,8 +200,9 @@ def _cka_of_features(
         return float(np.square(x.T @ y).sum())
 
     def corrected(product: float, x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-        # Song et al.'s estimate leaves out the diagonals, which hold the samples' squared lengths.
-        # As the features are centred, each row of K without its diagonal sums to minus that.
+        # The estimate of Song et al. leaves out the diagonals of K and L. They hold the samples'
+        # squared lengths x and y. The features are centred, so each row of K sums to 0, and without
+        # its diagonal to minus x.
         if not unbiased:
             return product
         return (
@@ -234,28 +244,29 @@ def _normalised(
 def _checked_layers(
     layers_a: Sequence[Tensor], layers_b: Sequence[Tensor], *, least: int
 ) -> tuple[list[Tensor], list[Tensor]]:
+    """Return all layers as ``(num_samples, num_features)``, over at least ``least`` samples."""
     checked: list[list[Tensor]] = []
     samples: int | None = None
     for name, layers in (("layers_a", layers_a), ("layers_b", layers_b)):
         if isinstance(layers, Tensor) or len(layers) == 0:
             raise InputError(f"{name} must be a list with at least one tensor")
-        for i, one in enumerate(layers):
-            if not isinstance(one, Tensor) or not one.is_floating_point() or one.ndim < 2:
+        for i, layer in enumerate(layers):
+            if not isinstance(layer, Tensor) or not layer.is_floating_point() or layer.ndim < 2:
                 raise InputError(
                     f"{name}[{i}] must be a floating-point tensor (num_samples, ...); got "
                     + (
-                        f"{one.dtype} of shape {tuple(one.shape)}"
-                        if isinstance(one, Tensor)
-                        else type(one).__name__
+                        f"{layer.dtype} of shape {tuple(layer.shape)}"
+                        if isinstance(layer, Tensor)
+                        else type(layer).__name__
                     )
                 )
-            samples = len(one) if samples is None else samples
-            if len(one) != samples or samples < least:
+            samples = len(layer) if samples is None else samples
+            if len(layer) != samples or samples < least:
                 raise InputError(
-                    f"{name}[{i}] is over {len(one)} samples; all layers must be over the same, "
+                    f"{name}[{i}] is over {len(layer)} samples; all layers must be over the same, "
                     f"at least {least}"
                 )
-        checked.append([one.flatten(1) for one in layers])
+        checked.append([layer.flatten(1) for layer in layers])
     return checked[0], checked[1]
 
 
@@ -264,18 +275,35 @@ def mean_cca(
 ) -> NDArray[np.float64]:
     r"""Return the mean squared canonical correlation of all pairs of layers.
 
-    Of each layer the principal components count that together hold 99 % of its variance, as in
-    SVCCA (arXiv 1706.05806): with more features than samples, all of them would correlate any two
-    layers perfectly. With their orthonormal bases ``U`` ``(num_samples, p)`` and ``V``
-    ``(num_samples, q)`` it is :math:`\|U^T V\|^2 / \min(p, q)` (Kornblith et al., section 3.2).
+    For each layer only those principal components count that together hold 99 % of its variance,
+    as in SVCCA (arXiv 1706.05806): with more features than samples, all components would correlate
+    any two layers perfectly. With orthonormal bases ``U`` ``(num_samples, p)`` and ``V``
+    ``(num_samples, q)`` of the components the result is
 
-    Parameters, the shape of the result and errors are those of :func:`cka`.
+    .. math:: \|U^T V\|^2 / \min(p, q)
+
+    (Kornblith et al., arXiv 1905.00414, section 3.2).
+
+    Parameters
+    ----------
+    grams_a, grams_b
+        As for :func:`cka`.
+
+    Returns
+    -------
+    ndarray
+        ``(len(grams_a), len(grams_b))``, in [0, 1].
+
+    Raises
+    ------
+    InputError
+        As for :func:`cka`.
     """
     a, b = _checked_grams(grams_a, grams_b, least=2)
     _, norms_a, norms_b = _hsic_all_pairs(a, b, unbiased=False)
     _check_norms("grams_a", _diagonals(a), norms_a)
     _check_norms("grams_b", _diagonals(b), norms_b)
-    bases_a, bases_b = ([_components(_on_host(one)) for one in side] for side in (a, b))
+    bases_a, bases_b = ([_components(_on_host(matrix)) for matrix in side] for side in (a, b))
     similarity = [
         [np.sum((u.T @ v) ** 2) / min(u.shape[1], v.shape[1]) for v in bases_b] for u in bases_a
     ]
@@ -288,6 +316,7 @@ _Gram = NDArray[np.float64] | Tensor
 def _hsic_all_pairs(
     a: list[_Gram], b: list[_Gram], *, unbiased: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return the inner products of all pairs of centred matrices, and their own squared norms."""
     if not isinstance(a[0], Tensor):
         return _native.hsic_all_pairs(
             cast("list[NDArray[np.float64]]", a),
@@ -295,7 +324,7 @@ def _hsic_all_pairs(
             unbiased=unbiased,
         )
     packed_a, packed_b = (
-        torch.stack([_centred(cast(Tensor, one), unbiased=unbiased) for one in side])
+        torch.stack([_centred(cast(Tensor, matrix), unbiased=unbiased) for matrix in side])
         for side in (a, b)
     )
     products = packed_a @ packed_b.T
@@ -304,9 +333,10 @@ def _hsic_all_pairs(
 
 
 def _centred(gram_: Tensor, *, unbiased: bool) -> Tensor:
-    """Centre a Gram matrix where it is, as hsic_all_pairs does, and lay it out in one row.
+    """Return a centred Gram matrix in one row, on its device.
 
-    ``H K H``; unbiased the U-centred matrix with a zero diagonal (Song et al., JMLR 2012).
+    It is ``H K H``, or for the unbiased estimate the U-centred matrix, which has a zero diagonal
+    (Song et al., JMLR 2012).
     """
     full = gram_.tril() + gram_.tril(-1).T
     samples = len(full)
@@ -315,35 +345,37 @@ def _centred(gram_: Tensor, *, unbiased: bool) -> Tensor:
         return (full - mean - mean[:, None] + mean.mean()).flatten()
     full.fill_diagonal_(0.0)
     sums = full.sum(0)
-    shares = sums / (samples - 2)
-    full = full - shares - shares[:, None] + sums.sum() / ((samples - 1) * (samples - 2))
+    means = sums / (samples - 2)
+    full = full - means - means[:, None] + sums.sum() / ((samples - 1) * (samples - 2))
     return full.fill_diagonal_(0.0).flatten()
 
 
-def _on_host(one: _Gram) -> NDArray[np.float64]:
-    return one.cpu().numpy() if isinstance(one, Tensor) else one
+def _on_host(matrix: _Gram) -> NDArray[np.float64]:
+    return matrix.cpu().numpy() if isinstance(matrix, Tensor) else matrix
 
 
 def _diagonals(grams: Sequence[_Gram]) -> list[NDArray[np.float64]]:
     return [
-        _on_host(one.diagonal()) if isinstance(one, Tensor) else np.diagonal(one) for one in grams
+        _on_host(matrix.diagonal()) if isinstance(matrix, Tensor) else np.diagonal(matrix)
+        for matrix in grams
     ]
 
 
 def _wasserstein(
     deep: ModelProfile, shallow: ModelProfile, *, entropic: bool
 ) -> NDArray[np.float64]:
-    sources, targets = _output_channels(deep), _output_channels(shallow)
-    costs = np.full((len(sources), len(targets)), np.inf)
-    for i, source in enumerate(sources):  # one by one, which bounds the memory
-        by_solver: dict[Solver, list[tuple[int, Tensor]]] = {}
-        for k, target in enumerate(targets):
-            if source is None and target is None:
+    """Return the transport costs between the output channels of all pairs of layers."""
+    deep_channels, shallow_channels = _output_channels(deep), _output_channels(shallow)
+    costs = np.full((len(deep_channels), len(shallow_channels)), np.inf)
+    for i, one in enumerate(deep_channels):  # a row of problems at a time, to bound the memory
+        by_solver: dict[str, list[tuple[int, Tensor]]] = {}
+        for k, other in enumerate(shallow_channels):
+            if one is None and other is None:
                 costs[i, k] = 0.0
-            elif source is not None and target is not None and source[0] == target[0]:
-                x, y = source[1], target[1]
-                equal: Solver = "assignment" if x.size(1) == y.size(1) else "exact"
-                solver = "sinkhorn" if entropic else equal
+            elif one is not None and other is not None and one[0] == other[0]:
+                x, y = one[1], other[1]
+                exact = "assignment" if x.size(1) == y.size(1) else "exact"
+                solver = "sinkhorn" if entropic else exact
                 by_solver.setdefault(solver, []).append((k, 1.0 - (x.T @ y).double() / len(x)))
         for solver, problems in by_solver.items():
             solutions = solve_transport([cost for _, cost in problems], solver=solver)
@@ -353,28 +385,29 @@ def _wasserstein(
 
 
 def _output_channels(profile: ModelProfile) -> list[tuple[int, Tensor] | None]:
-    """Return for each layer how many positions its output has and its standardised channels.
+    """Return for each layer the number of positions of its output and its standardised channels.
 
-    ``(num_rows, num_channels)``, or None where the output has no channels to be matched.
+    The channels are ``(num_rows, num_channels)``. None where the output has no channels to be
+    matched.
     """
-    found: list[tuple[int, Tensor] | None] = []
+    outputs: list[tuple[int, Tensor] | None] = []
     for layer in profile.traced.layers:
         last = len(layer.hook_points) - 1
         if last < 0 or layer.hook_points[last].post != layer.output:
-            found.append(None)
+            outputs.append(None)
             continue
         x = standardised(profile.rows[layer.index, last])
-        found.append((math.prod(layer.hook_points[last].positions), x))
-    return found
+        outputs.append((math.prod(layer.hook_points[last].positions), x))
+    return outputs
 
 
 def _components(gram: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return an orthonormal basis ``(num_samples, p)`` of the principal components kept."""
+    """Return an orthonormal basis ``(num_samples, p)`` of the principal components that count."""
     full = np.tril(gram) + np.tril(gram, -1).T
     mean = full.mean(0)
     values, vectors = np.linalg.eigh(full - mean - mean[:, None] + mean.mean())
-    shares = np.cumsum(np.maximum(values[::-1], 0.0))
-    kept = int(np.searchsorted(shares, _VARIANCE_KEPT * shares[-1])) + 1
+    variances = np.cumsum(np.maximum(values[::-1], 0.0))
+    kept = int(np.searchsorted(variances, _VARIANCE_KEPT * variances[-1])) + 1
     return vectors[:, ::-1][:, :kept]
 
 
@@ -391,22 +424,25 @@ def _num_channels(profile: ModelProfile) -> NDArray[np.float64]:
 def _checked_grams(
     grams_a: Sequence[ArrayLike | Tensor], grams_b: Sequence[ArrayLike | Tensor], *, least: int
 ) -> tuple[list[_Gram], list[_Gram]]:
+    """Return all matrices in float64, on the GPU if all are there, else as NumPy's arrays."""
     every = [*grams_a, *grams_b]
-    devices = {one.device if isinstance(one, Tensor) else None for one in every}
-    on_gpu = len(devices) == 1 and all(one is not None and one.type == "cuda" for one in devices)
+    devices = {matrix.device if isinstance(matrix, Tensor) else None for matrix in every}
+    on_gpu = len(devices) == 1 and all(
+        device is not None and device.type == "cuda" for device in devices
+    )
     first: tuple[int, ...] | None = None
     checked = []
     for name, grams in (("grams_a", grams_a), ("grams_b", grams_b)):
         if len(grams) == 0:
             raise InputError(f"{name} must hold at least one matrix")
         arrays: list[_Gram] = []
-        for i, one in enumerate(grams):
+        for i, matrix in enumerate(grams):
             array: _Gram
             try:
-                if on_gpu and isinstance(one, Tensor):
-                    array = one.detach().double()
+                if on_gpu and isinstance(matrix, Tensor):
+                    array = matrix.detach().double()
                 else:
-                    values = one.detach().cpu().numpy() if isinstance(one, Tensor) else one
+                    values = matrix.detach().cpu().numpy() if isinstance(matrix, Tensor) else matrix
                     array = np.ascontiguousarray(values, dtype=np.float64)
             except (TypeError, ValueError) as error:
                 raise InputError(f"{name}[{i}] must hold real numbers: {error}") from error
@@ -433,11 +469,11 @@ def _check_norms(
     squared_lengths: Sequence[NDArray[np.float64]],
     squared_norms: NDArray[np.float64],
 ) -> None:
-    """Refuse layers of which too little is left by centring, given the samples' lengths."""
+    """Raise where centring leaves too little of a layer, given its samples' squared lengths."""
     for i, (lengths, squared_norm) in enumerate(zip(squared_lengths, squared_norms, strict=True)):
         if not np.isfinite(squared_norm):
             raise InputError(f"{name}[{i}] must hold finite numbers below 1e150")
-        # What float64 sums of S numbers leave of a constant layer is rounding.
+        # Of a constant layer, float64 sums of S numbers leave a norm of this size by rounding.
         rounding = 1e-13 * len(lengths) * np.abs(lengths).max()
         if squared_norm <= rounding**2:
             raise InputError(

@@ -1,1 +1,1 @@
-"""Many pairs of models: scheduler, workers, store."""
+"""Many pairs of models: scheduler, workers, store, processes."""

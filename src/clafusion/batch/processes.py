@@ -1,8 +1,8 @@
-"""Processes of this machine that end with their parent, and at once when it stops.
+"""Worker processes of this machine that end with their parent, and at once when it stops.
 
-Scheduling is the executor's. Here is only what :group:`concurrent.futures.ProcessPoolExecutor` does
-not do: its workers hear a terminal's Ctrl-C even while they import, go on with what nobody takes
-any more, and stay for ever if the parent is killed.
+The executor schedules. Here is only what :class:`concurrent.futures.ProcessPoolExecutor` does not
+do. Its workers receive a terminal's Ctrl-C even while they import, finish tasks whose results
+nobody takes, and stay for ever if the parent is killed.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import torch
 
 from clafusion._native import set_num_threads
 
-__all__ = ["deaf", "stoppable", "worker_processes"]
+__all__ = ["block_sigint", "stoppable", "worker_processes"]
 
-_GRACE = 5.0  # seconds in which a worker that is stopped may clear up
+_GRACE = 5.0  # seconds that a worker has to end after it was told to
 
 
 class _Spawning(SpawnContext):
-    """Starts the workers afresh, for forked ones inherit locks of running threads; knows them."""
+    """Spawns the workers, for forked ones inherit locks of running threads, and lists them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,10 +44,9 @@ class _Spawning(SpawnContext):
 
 @contextmanager
 def worker_processes(count: int, scratch: str) -> Iterator[Executor]:
-    """Give so many processes of this machine; none is left afterwards.
+    """Yield an executor of ``count`` processes of this machine; leave none running afterwards.
 
-    The cores are shared among them. ``scratch`` is a folder that they remove if the parent is
-    killed.
+    The processes share the cores. They remove the folder ``scratch`` if the parent is killed.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     context = _Spawning()
@@ -59,7 +58,7 @@ def worker_processes(count: int, scratch: str) -> Iterator[Executor]:
     )
     try:
         yield pool
-    except BaseException:  # nobody takes what they are at
+    except BaseException:  # nobody takes what they are working on
         pool.shutdown(wait=False, cancel_futures=True)
         running = [one for one in context.started if one.pid is not None]
         try:
@@ -76,10 +75,10 @@ def worker_processes(count: int, scratch: str) -> Iterator[Executor]:
 
 
 @contextmanager
-def deaf() -> Iterator[None]:
-    """Let processes that start in here not hear Ctrl-C, even while they import.
+def block_sigint() -> Iterator[None]:
+    """Block SIGINT for processes that start in here, even while they import.
 
-    A terminal sends it to all of them, but to stop is the parent's to decide.
+    A terminal sends Ctrl-C to all processes, but the parent decides whether they stop.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -91,8 +90,8 @@ def deaf() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-class _Worker:
-    """What this worker is at; one that waits or sends must not be stopped: pipes would break."""
+class _State:
+    """Whether this process works; while it waits or sends it must not stop: pipes would break."""
 
     at_work = False
     is_to_stop = False
@@ -106,18 +105,18 @@ class _Worker:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Let the worker be stopped in here; elsewhere it is not."""
-    _Worker.at_work = True
+    """Allow the parent to stop this process in here. Elsewhere it stops at the next such place."""
+    _State.at_work = True
     try:
-        if _Worker.is_to_stop:
+        if _State.is_to_stop:
             raise SystemExit(1)
         yield
     finally:
-        _Worker.at_work = False
+        _State.at_work = False
 
 
 def _start_worker(threads: int, scratch: str) -> None:
-    signal.signal(signal.SIGTERM, _Worker.stop)
+    signal.signal(signal.SIGTERM, _State.stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where there are no signal masks
     threading.Thread(target=_end_with_parent, args=(scratch,), daemon=True).start()
     torch.set_num_threads(threads)
@@ -127,7 +126,7 @@ def _start_worker(threads: int, scratch: str) -> None:
 def _end_with_parent(scratch: str) -> None:
     """End this process when its parent was killed, whatever it is doing."""
     parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker has one"
+    assert parent is not None, "a worker has a parent"
     wait([parent.sentinel])
     shutil.rmtree(scratch, ignore_errors=True)
     os._exit(1)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from clafusion.cli.settings import config_of, read_mapping, rooted
+from clafusion.config import FusionConfig
 from clafusion.errors import InputError
-from clafusion.fusion import FusionConfig
-from clafusion.weights.files import ModelFile, check_input
+from clafusion.weights.factories import ModelFile
 
-__all__ = ["Manifest", "read_manifest"]
+__all__ = ["DATA_KEYS", "KEYS", "Manifest", "read_manifest"]
 
-_KEYS = ("models", "factory", "pairs", "data", "settings", "out")
-_DATA_KEYS = ("file", "key", "limit", "shape", "scale", "mean", "std")
+KEYS = ("models", "factory", "pairs", "data", "weights", "settings", "out")
+DATA_KEYS = ("file", "key", "limit", "shape", "scale", "mean", "std")
 
 
 @dataclass(frozen=True)
@@ -35,8 +33,10 @@ class Manifest:
         Pairs of names, or ``"all"``.
     data
         Arguments of :func:`clafusion.profiling.samples.load_samples`.
+    weights
+        Weights of the first and the second model of each pair, or None for equal ones.
     config
-        Settings of :func:`clafusion.fuse`.
+        The options; see :class:`clafusion.FusionConfig`.
     out
         Directory for the results, or None.
     """
@@ -44,6 +44,7 @@ class Manifest:
     models: Mapping[str, ModelFile]
     pairs: list[tuple[str, str]] | str
     data: Mapping[str, Any]
+    weights: tuple[float, float] | None
     config: FusionConfig
     out: Path | None
 
@@ -55,7 +56,8 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     ``FILE`` alone where ``factory`` gives the factory of all; ``pairs`` is ``all`` (the default),
     a list of pairs of names, or ``{base: NAME}`` for every model with that one first; ``data`` is
     a file or ``{file: FILE, limit: N, shape: [..], scale: X, mean: [..], std: [..], key: NAME}``;
-    ``settings`` are those of :func:`clafusion.fuse`; ``out`` is the directory for the results.
+    ``weights`` are two numbers, of the first and the second model; ``settings`` is the nested
+    mapping of :class:`clafusion.FusionConfig`; ``out`` is the directory for the results.
 
     Raises
     ------
@@ -63,56 +65,15 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         The file is missing or cannot be read, an entry is unknown, missing, there twice or of
         another form, or a file that it names is missing.
     """
-    file = check_input(path, (".yaml", ".yml", ".json"), "manifest")
+    found = read_mapping(path, "manifest")
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        # YAML's own reading of numbers differs from JSON's, for example of 1e-3.
-        if file.suffix.lower() == ".json":
-            found = json.loads(text, object_pairs_hook=_unique)
-        else:
-            found = yaml.load(text, _Loader)
-    except (ValueError, OSError, RecursionError, yaml.YAMLError) as error:
-        shown = " ".join(str(error).split())
-        raise InputError(f"manifest {str(path)!r} cannot be read: {shown}") from error
-    root = file.resolve().parent
-    try:
-        return _manifest(found, root)
+        return _manifest(found, Path(path).resolve().parent)
     except InputError as error:
         raise InputError(f"manifest {str(path)!r}: {error}") from error
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses what YAML takes silently: an entry that is there twice, a name that is no text."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names: set[str] = set()
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                continue
-            name = self.construct_object(key, deep=True)
-            if not isinstance(name, str):
-                problem = f"the name {key.value} is read as {name!r}: put it in quotes"
-            elif name in names:
-                problem = f"the entry {name!r} is there twice"
-            else:
-                names.add(name)
-                continue
-            raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
-
-
-def _unique(entries: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in entries:
-        if name in found:
-            raise ValueError(f"the entry {name!r} is there twice")
-        found[name] = value
-    return found
-
-
 def _manifest(found: Any, root: Path) -> Manifest:
-    entries = _entries(found, "it", _KEYS)
+    entries = _entries(found, "it", KEYS)
     if not isinstance(entries.get("models"), Mapping) or not entries["models"]:
         raise InputError("models must map names to weights")
     common = entries.get("factory")
@@ -120,8 +81,23 @@ def _manifest(found: Any, root: Path) -> Manifest:
         name: _model(f"models, {name}", one, common, root)
         for name, one in entries["models"].items()
     }
-    data = entries.get("data")
-    data = {"file": data} if isinstance(data, str) else _entries(data, "data", _DATA_KEYS)
+    data = _data(entries.get("data"), root)
+    weights = _weights(entries.get("weights"))
+    settings = entries.get("settings")
+    config = config_of({} if settings is None else settings, "settings", root)
+    out = entries.get("out")
+    if out is not None and not isinstance(out, str):
+        raise InputError(f"out must be a directory; got {out!r}")
+    pairs = _pairs(entries.get("pairs", "all"), models)
+    if not pairs or (pairs == "all" and len(models) < 2):
+        raise InputError("pairs has no pair: name two models at least")
+    return Manifest(models, pairs, data, weights, config, None if out is None else root / out)
+
+
+def _data(found: Any, root: Path) -> dict[str, Any]:
+    """Return the arguments of ``load_samples``."""
+    data: dict[str, Any]
+    data = {"file": found} if isinstance(found, str) else _entries(found, "data", DATA_KEYS)
     if not isinstance(data.get("file"), str):
         raise InputError("data must name a file of inputs")
     for key in ("mean", "std", "shape"):
@@ -130,36 +106,25 @@ def _manifest(found: Any, root: Path) -> Manifest:
             continue
         values = value if isinstance(value, list) or key == "shape" else [value]
         is_right = _is_whole if key == "shape" else _is_number
-        values = values if key == "shape" else _numbers(values)
         if not (isinstance(values, list) and values and all(map(is_right, values))):
             raise InputError(f"data, {key} must be a list of finite numbers; got {value!r}")
         data[key] = values
-    (data["scale"],) = _numbers([data.get("scale")])
     for key, is_right in (("limit", _is_whole), ("scale", _is_number), ("key", _is_text)):
         if data.get(key) is not None and not is_right(data[key]):
             raise InputError(f"data, {key} is not possible as {data[key]!r}")
-    known = [one.name for one in fields(FusionConfig)]
-    settings = _entries(entries.get("settings") or {}, "settings", known)
-    for name in ("weight", "epsilon", "zip_budget", "lean"):
-        value = settings.get(name)
-        (number,) = _numbers([value])
-        if isinstance(number, str) and not (name == "lean" and value == "auto"):
-            raise InputError(f"settings, {name} must be a number; got {value!r}")
-        if name in settings:
-            settings[name] = number
-    out = entries.get("out")
-    if out is not None and not isinstance(out, str):
-        raise InputError(f"out must be a directory; got {out!r}")
-    pairs = _pairs(entries.get("pairs", "all"), models)
-    if not pairs or (pairs == "all" and len(models) < 2):
-        raise InputError("pairs has no pair: name two models at least")
-    return Manifest(
-        models,
-        pairs,
-        {**data, "file": root / data["file"]},
-        FusionConfig(**settings),
-        None if out is None else root / out,
-    )
+    return {**data, "file": root / data["file"]}
+
+
+def _weights(found: Any) -> tuple[float, float] | None:
+    if found is None:
+        return None
+    is_right = isinstance(found, list) and len(found) == 2 and all(map(_is_number, found))
+    if not is_right or min(found) < 0 or not any(found):
+        raise InputError(
+            "weights must be two numbers of at least 0, not both 0, of the first and the second "
+            f"model of each pair; got {found!r}"
+        )
+    return float(found[0]), float(found[1])
 
 
 def _entries(found: Any, where: str, known: Sequence[str]) -> dict[str, Any]:
@@ -181,10 +146,7 @@ def _model(where: str, found: Any, common: Any, root: Path) -> ModelFile:
         raise InputError(f"{where}: factory must be MODULE:FACTORY; got {factory!r}")
     if not isinstance(one.get("weights"), str):
         raise InputError(f"{where}: weights must name a file")
-    module, colon, call = factory.partition(":")
-    if module.endswith(".py"):
-        factory = f"{root / module}{colon}{call}"
-    file = ModelFile(factory, root / one["weights"])
+    file = ModelFile(rooted(factory, root), root / one["weights"])
     try:
         file.check()
     except InputError as error:
@@ -206,17 +168,6 @@ def _pairs(found: Any, models: Mapping[str, ModelFile]) -> list[tuple[str, str]]
         if not isinstance(name, str):
             raise InputError(f"pairs has {name!r}, which is no name: put it in quotes")
     return [(first, second) for first, second in found]
-
-
-def _numbers(values: list[Any]) -> list[Any]:
-    """Return the values, those as numbers that YAML 1.1 takes for text, such as 1e-3."""
-    found = []
-    for one in values:
-        try:
-            found.append(float(one) if isinstance(one, str) else one)
-        except ValueError:
-            found.append(one)
-    return found
 
 
 def _is_whole(value: Any) -> bool:

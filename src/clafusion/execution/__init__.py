@@ -1,1 +1,1 @@
-"""Run traced graphs, node by node, with weights from anywhere."""
+"""Run modules and exported graphs with weights from anywhere."""

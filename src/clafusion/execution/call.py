@@ -1,4 +1,4 @@
-"""Run modules, and name the tensors that they put out."""
+"""Run modules, and list the tensors that they put out."""
 
 from __future__ import annotations
 
@@ -23,8 +23,16 @@ def call_model(
 ) -> list[Tensor]:
     """Run a module itself and return its output tensors, in order.
 
-    ``keywords`` names the inputs where the module takes them so; ``state`` stands in for its own
-    parameters and buffers.
+    Parameters
+    ----------
+    model
+        The module.
+    inputs
+        Its inputs.
+    keywords
+        The names of the inputs, where the module takes them by keyword; else empty.
+    state
+        Parameters and buffers to run with; default the module's own.
     """
     arguments = () if keywords else inputs
     named = dict(zip(keywords, inputs, strict=True)) if keywords else {}

@@ -1,4 +1,4 @@
-"""Walk exported graphs node by node, with weights from anywhere."""
+"""Run exported graphs as a whole or node by node, with weights from anywhere."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["Executable", "Walk", "run_graph"]
 
 
 class Executable(Protocol):
-    """An exported computation with the parameters as its first inputs."""
+    """An exported graph with the parameters as its first inputs, such as a traced model's."""
 
     @property
     def module(self) -> fx.GraphModule:
-        """The computation."""
+        """The graph."""
         ...
 
     @property
     def placeholders(self) -> tuple[str | None, ...]:
-        """For each input the state entry that feeds it, or None for a model input."""
+        """For each input of the graph the state entry that feeds it, or None for a model input."""
         ...
 
 
@@ -33,7 +33,20 @@ def run_graph(
     state: State,
     replace: Callable[[fx.Node, Any], Any] | None = None,
 ) -> tuple[Any, ...]:
-    """Compute a graph's outputs (flattened); see :meth:`clafusion.TracedModel.run`."""
+    """Return a graph's outputs in one flat tuple.
+
+    Parameters
+    ----------
+    graph
+        The graph.
+    inputs
+        The model's inputs.
+    state
+        Parameters, buffers and constants by name.
+    replace
+        Called as ``replace(node, value)`` for every node, in order; the run goes on with what it
+        returns.
+    """
     feed = iter(inputs)
     arguments = [next(feed) if name is None else state[name] for name in graph.placeholders]
     outputs = _Executor(graph.module, replace).run(*arguments, enable_io_processing=False)
@@ -41,10 +54,18 @@ def run_graph(
 
 
 class Walk:
-    """A computation that can be followed node by node, while its parameters change.
+    """A run of a graph that stops at any node, so that parameters can change on the way.
 
-    Each node runs once. Values are dropped when no later node needs them, except those named in
-    ``keep``, which stay as they were made until :meth:`release`, whatever is done to them in place.
+    Each node runs once. The walk drops a value when no later node needs it. It keeps the values
+    named in ``keep`` until :meth:`release`, as their nodes made them, even if a later operation
+    changes their memory in place.
+
+    Parameters
+    ----------
+    graph, inputs, state
+        As for :func:`run_graph`. A node reads its parameters from ``state`` when it runs.
+    keep
+        Names of the nodes whose values stay; the walk removes the released ones from this set.
     """
 
     def __init__(
@@ -72,7 +93,7 @@ class Walk:
         self._pending = {node: len(node.users) for node in nodes}
 
     def reach(self, name: str) -> Any:
-        """Return a node's value, after running what comes before it."""
+        """Run all nodes up to a node that have not run yet; return its value."""
         if name in self._spared:
             return self._spared[name]
         wanted = self._by_name[name]
@@ -81,7 +102,7 @@ class Walk:
         return self._values[wanted]
 
     def release(self, name: str) -> None:
-        """Drop a value that was kept, unless a later node needs it."""
+        """Stop keeping a node's value; drop it unless a later node needs it."""
         self._keep.discard(name)
         self._spared.pop(name, None)
         self._drop(self._by_name[name])
@@ -100,7 +121,7 @@ class Walk:
             self._drop(operand)
 
     def _spare(self, node: fx.Node) -> None:
-        """Copy what is kept before an operation changes its memory."""
+        """Copy the kept values that share memory with an operand of ``node``, which changes it."""
         touched = {
             value.untyped_storage().data_ptr()
             for operand in node.all_input_nodes
@@ -121,7 +142,7 @@ class Walk:
 
 
 class _Executor(fx.Interpreter):
-    """Run a graph node by node; values are freed after their last use."""
+    """Run a graph node by node; free each value after its last use."""
 
     def __init__(
         self, module: fx.GraphModule, replace: Callable[[fx.Node, Any], Any] | None

@@ -1,110 +1,192 @@
-"""Two Profiles -> for each channel group the cost of matching every two channels."""
+"""Two profiles -> for each channel group the cost of matching every two channels.
+
+A cost is a function of the two networks' values at a hook point. Its mean over the hook points
+counts. Add one of your own by :func:`channel_cost`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from clafusion.correspondence.correspondence import Correspondence, HookPair
+from clafusion.config import CHANNEL_COSTS
+from clafusion.correspondence.correspondence import Correspondence
+from clafusion.correspondence.hooks import HookPair
 from clafusion.errors import InputError, StructureError
 from clafusion.profiling.profile import ModelProfile, check_same_inputs, standardised
 
-__all__ = ["MAX_CHANNELS", "ActivationCost", "activation_costs", "classifier_costs", "pair_costs"]
+__all__ = [
+    "MAX_CHANNELS",
+    "ChannelCost",
+    "activation_costs",
+    "channel_cost",
+    "flowing",
+    "measures",
+    "output_costs",
+    "pair_costs",
+]
 
-ActivationCost = Literal["correlation", "euclidean"]
+ChannelCost: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Values ``(num_rows, num_source)`` and ``(num_rows, num_target)`` -> costs of every two."""
 
 MAX_CHANNELS = 10_000
 """Largest group that is matched: cost and plan of 10,000 channels take 1.6 GB."""
 
 
-def activation_costs(
-    lifting: Correspondence,
-    deep: ModelProfile,
-    shallow: ModelProfile,
-    *,
-    metric: ActivationCost = "correlation",
-) -> list[Tensor | None]:
-    r"""Return for each channel group of the deep network the costs ``(num_source, num_target)``.
+class _Measure(NamedTuple):
+    at_hook: ChannelCost
+    of_mean: Callable[[Tensor], Tensor]
 
-    Rows are the shallow network's channels (the source, which moves), columns the deep network's
-    (the target, which fixes the frame). Over the rows of all hook points at which both show the
-    group, with ``x`` and ``y`` two channels' values,
+
+_MEASURES: dict[str, _Measure] = {}
+
+
+def channel_cost(
+    name: str,
+    help: str,  # noqa: A002
+    *,
+    of_mean: Callable[[Tensor], Tensor] = lambda mean: mean,
+) -> Callable[[ChannelCost], ChannelCost]:
+    """Register a cost of matching two channels by their activations.
+
+    The function gets the values of the channels of both networks at one hook point,
+    ``(num_rows, num_source)`` and ``(num_rows, num_target)``, over the same inputs and positions,
+    and returns ``(num_source, num_target)``, smaller is closer.
+
+    Parameters
+    ----------
+    name
+        What the option ``matching.cost`` calls it.
+    help
+        One line for the reference.
+    of_mean
+        What the mean over the hook points is turned into, for example its root.
+    """
+
+    def register(function: ChannelCost) -> ChannelCost:
+        if name not in CHANNEL_COSTS:
+            CHANNEL_COSTS.add(name, help)
+        _MEASURES[name] = _Measure(function, of_mean)
+        return function
+
+    return register
+
+
+@channel_cost("correlation", CHANNEL_COSTS["correlation"], of_mean=lambda mean: 1.0 - mean)
+def _correlations(x: Tensor, y: Tensor) -> Tensor:
+    return standardised(x).T @ standardised(y) / len(x)
+
+
+@channel_cost("euclidean", CHANNEL_COSTS["euclidean"], of_mean=torch.sqrt)
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Return the mean of ``(x - y)^2`` over the rows for every two channels."""
+    x, y = x.double(), y.double()
+    squares = x.square().sum(0)[:, None] + y.square().sum(0)[None] - 2 * (x.T @ y)
+    return squares.clamp(min=0) / len(x)
+
+
+def measures() -> tuple[str, ...]:
+    """Return the names of the costs that compare activations."""
+    return tuple(_MEASURES)
+
+
+def _measure(metric: str) -> _Measure:
+    if metric not in _MEASURES:
+        raise InputError(
+            f"matching.cost must be one of {', '.join(map(repr, _MEASURES))} here; got {metric!r}"
+        )
+    return _MEASURES[metric]
+
+
+def activation_costs(
+    correspondence: Correspondence,
+    target: ModelProfile,
+    source: ModelProfile,
+    *,
+    metric: str = "correlation",
+) -> list[Tensor | None]:
+    r"""Return for each channel group of the target the costs ``(num_source, num_target)``.
+
+    Over the rows of all hook points at which both networks show the group, with ``x`` and ``y``
+    two channels' values,
 
     .. math:: M = 1 - \operatorname{corr}(x, y) \quad\text{or}\quad
               M = \sqrt{\operatorname{mean}((x - y)^2)}
 
-    for ``"correlation"`` (the mean over the hook points) and ``"euclidean"`` (OTFusion, arXiv
-    1910.05653, section 4.2, activation-based).  None where the shallow network has no such
-    channels. Classes that no layer reads get the cost 0 everywhere.
+    for ``"correlation"`` and ``"euclidean"`` (OTFusion, arXiv 1910.05653, section 4.2,
+    activation-based); of several hook points the mean counts. None where the source has no such
+    channels. Groups that no layer reads get the cost 0 everywhere.
 
     Raises
     ------
     InputError
-        The profiles are not of the same inputs, the metric is unknown, or a group has more
-        than ``MAX_CHANNELS`` channels; the message tells the memory it would take.
+        The profiles are not of the same inputs, the metric is unknown, or a group has more than
+        ``MAX_CHANNELS`` channels; the message says how much memory it would take.
     """
-    groups = zip(lifting.deep.groups, lifting.groups, lifting.points, strict=True)
+    groups = zip(
+        correspondence.target.groups, correspondence.groups, correspondence.hooks, strict=True
+    )
     matched = [(one.index, other, pairs) for one, other, pairs in groups if other >= 0]
-    found = iter(pair_costs(lifting, deep, shallow, matched, metric=metric))
-    return [None if other < 0 else next(found) for other in lifting.groups]
+    found = iter(pair_costs(correspondence, target, source, matched, metric=metric))
+    return [None if other < 0 else next(found) for other in correspondence.groups]
 
 
 def pair_costs(
-    lifting: Correspondence,
-    deep: ModelProfile,
-    shallow: ModelProfile,
+    correspondence: Correspondence,
+    target: ModelProfile,
+    source: ModelProfile,
     pairs: Sequence[tuple[int, int, Sequence[HookPair]]],
     *,
-    metric: ActivationCost = "correlation",
+    metric: str = "correlation",
 ) -> list[Tensor]:
     """Return the costs ``(num_source, num_target)`` for any pairs of groups.
 
-    Each pair is a group of the deep network, one of the shallow network, and the hook points that
-    show both. Otherwise as :func:`activation_costs`.
+    Each pair is a group of the target, one of the source, and the hook points that show both.
+    Otherwise as :func:`activation_costs`.
     """
-    if metric not in ("correlation", "euclidean"):
-        raise InputError(f"channel_cost must be 'correlation' or 'euclidean'; got {metric!r}")
-    check_same_inputs(deep, shallow)
-    similarity = _correlations if metric == "correlation" else _squared_distances
-    device = next((rows.device for rows in deep.rows.values()), None)
+    measure = _measure(metric)
+    check_same_inputs(target, source)
+    device = next((rows.device for rows in target.rows.values()), None)
     costs: list[Tensor] = []
-    # By points, for several groups may lie side by side in one.
-    points: dict[tuple[tuple[int, int], tuple[int, int]], list[tuple[int, HookPair]]] = {}
+    # By hook points, for several groups may lie side by side in one.
+    hooks: dict[tuple[tuple[int, int], tuple[int, int]], list[tuple[int, HookPair]]] = {}
     for of_target, of_source, shown in pairs:
-        target, source = lifting.deep.groups[of_target], lifting.shallow.groups[of_source]
-        if max(source.size, target.size) > MAX_CHANNELS:
+        to, of = correspondence.target.groups[of_target], correspondence.source.groups[of_source]
+        if max(of.size, to.size) > MAX_CHANNELS:
             raise InputError(
-                f"the channels of {target.name!r} number {source.size} and {target.size}: their "
-                f"cost and plan would take {16 * source.size * target.size / 1e9:.1f} GB. Layers "
+                f"the channels of {to.name!r} number {of.size} and {to.size}: their "
+                f"cost and plan would take {16 * of.size * to.size / 1e9:.1f} GB. Layers "
                 f"of up to {MAX_CHANNELS} channels are supported"
             )
         for pair in shown:
-            key = _flowing(lifting, shallow, pair), pair.deep
-            points.setdefault(key, []).append((len(costs), pair))
-        costs.append(torch.zeros(source.size, target.size, dtype=torch.float64, device=device))
+            key = flowing(correspondence, source, pair), pair.target
+            hooks.setdefault(key, []).append((len(costs), pair))
+        costs.append(torch.zeros(of.size, to.size, dtype=torch.float64, device=device))
     counts = [0] * len(costs)
-    for (source_point, target_point), members in points.items():
-        x, y = shallow.rows[source_point], deep.rows[target_point]
+    for (of_source_hook, of_target_hook), members in hooks.items():
+        if of_target_hook not in target.rows:
+            continue  # of a target that is nobody's, not everything shows
+        x, y = source.rows[of_source_hook], target.rows[of_target_hook]
         if len(x) != len(y):
             continue
-        found = similarity(x, y)
+        measured = measure.at_hook(x, y)
         for index, pair in members:
-            block = found[pair.shallow_columns][:, pair.deep_columns]
+            block = measured[pair.source_columns][:, pair.target_columns]
             costs[index] += block.to(costs[index])
-            counts[index] += 1 if metric == "correlation" else len(x)
+            counts[index] += 1
     return [
-        _cost(total / count, metric) if count else total
-        for total, count in zip(costs, counts, strict=True)
+        measure.of_mean(total / number) if number else total
+        for total, number in zip(costs, counts, strict=True)
     ]
 
 
-def classifier_costs(
-    deep: ModelProfile, shallow: ModelProfile, *, metric: ActivationCost = "correlation"
+def output_costs(
+    target: ModelProfile, source: ModelProfile, *, metric: str = "correlation"
 ) -> Tensor:
-    """Return the costs ``(num_classes, num_classes)`` of matching two classifiers' outputs.
+    """Return the costs ``(num_outputs, num_outputs)`` of matching two classifiers' outputs.
 
     Raises
     ------
@@ -113,42 +195,28 @@ def classifier_costs(
         outputs are its own, or was not profiled with ``layer_values="preactivation"``.
     """
     views = []
-    for profile in (shallow, deep):
+    for profile in (source, target):
         last = profile.traced.layers[-1]
         rows = profile.rows.get((last.index, len(last.hook_points)))
         if rows is None:
             raise StructureError(
-                "match_classifier needs models that end with their classifier, and "
+                "matching.outputs needs models that end with their classifier, and "
                 f"layer_values='preactivation'; {last.name!r} is the last layer here"
             )
         views.append(rows)
-    similarity = _correlations if metric == "correlation" else _squared_distances
-    found = similarity(views[0], views[1]).double()
-    return _cost(found if metric == "correlation" else found / len(views[0]), metric)
+    measure = _measure(metric)
+    return measure.of_mean(measure.at_hook(views[0], views[1]).double())
 
 
-def _flowing(lifting: Correspondence, shallow: ModelProfile, pair: HookPair) -> tuple[int, int]:
-    """Return the key of what the shallow network shows at a point.
+def flowing(
+    correspondence: Correspondence, source: ModelProfile, pair: HookPair
+) -> tuple[int, int]:
+    """Return the key of what the source shows at a hook point.
 
-    What leaves an inserted identity layer has passed a nonlinearity already. The profile has
-    that value only if it was asked for; before the nonlinearity no channel is dead.
+    What leaves an inserted identity layer has passed a nonlinearity already. The profile has that
+    value only if it was asked for; before the nonlinearity no channel is dead.
     """
-    layer, index = pair.shallow
+    layer, index = pair.source
     after = layer, ~index
-    inserted = lifting.partner[pair.deep[0]] < 0
-    return after if inserted and after in shallow.rows else pair.shallow
-
-
-def _correlations(x: Tensor, y: Tensor) -> Tensor:
-    return standardised(x).T @ standardised(y) / len(x)
-
-
-def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Return the sum of ``(x - y)^2`` over the rows for every two channels."""
-    x, y = x.double(), y.double()
-    squares = x.square().sum(0)[:, None] + y.square().sum(0)[None] - 2 * (x.T @ y)
-    return squares.clamp(min=0)
-
-
-def _cost(mean: Tensor, metric: ActivationCost) -> Tensor:
-    return 1.0 - mean if metric == "correlation" else mean.sqrt()
+    inserted = correspondence.layer_map[pair.target[0]] < 0
+    return after if inserted and after in source.rows else pair.source

@@ -8,86 +8,105 @@ that it computes, and all that comes behind sees heads that correspond by their 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from clafusion.correspondence.correspondence import Correspondence, point_pairs, with_state
-from clafusion.matching.activation_costs import ActivationCost, pair_costs
+from clafusion.correspondence.correspondence import Correspondence
+from clafusion.correspondence.hooks import hook_pairs
+from clafusion.matching.activation_costs import pair_costs
+from clafusion.profiling.moments import BatchMoments
 from clafusion.profiling.profile import ModelProfile
 from clafusion.tracing.heads import exchange_heads, group_sources
-from clafusion.tracing.model import HeadPartition, HookPoint, TracedModel
+from clafusion.tracing.model import CalibrationPoint, HeadPartition, HookPoint, TracedModel
 from clafusion.transport.solve import solve_transport
+from clafusion.weights.build import with_state
 
 __all__ = ["exchanged_model", "order_heads"]
 
 
 def order_heads(
-    lifting: Correspondence,
-    deep: ModelProfile,
-    shallow: ModelProfile,
+    correspondence: Correspondence,
+    target: ModelProfile,
+    source: ModelProfile,
     *,
-    metric: ActivationCost = "correlation",
+    metric: str = "correlation",
+    known: Collection[int] = (),
 ) -> tuple[Correspondence, ModelProfile, dict[int, tuple[int, ...]]]:
-    r"""Put the shallow network's heads in the order of the deep one's that they match best.
+    r"""Put the source's heads in the order of the target's that they match best.
 
     The cost of two heads is the sum over their groups of :math:`\min_T \langle T, M \rangle`
     with the costs ``M`` of :func:`clafusion.matching.activation_costs.activation_costs`.
 
+    Heads with a group among ``known`` stay where they are.
+
     Returns
     -------
-    (lifting, shallow, orders)
-        What was given, where no head moves. Else of a copy of the shallow network; and ``orders``:
-        index in ``shallow.graph.heads`` -> for every place the head that came there.
+    (correspondence, source, orders)
+        What was given, where no head moves. Else of a copy of the source; and ``orders``:
+        index in ``source.graph.heads`` -> for every place the head that came there.
     """
     orders: dict[int, tuple[int, ...]] = {}
     sources: dict[int, int] = {}
-    for index, target, source in _corresponding(lifting):
-        order = _order(lifting, target, source, deep, shallow, metric)
+    for index, to, of in _corresponding(correspondence):
+        if any(group in known for head in to.members for group in head):
+            continue
+        order = _order(correspondence, (to, of), target, source, metric)
         if order != tuple(range(len(order))):
             orders[index] = order
-            sources |= group_sources(source, order)
+            sources |= group_sources(of, order)
     if orders:
-        shallow = _moved(shallow, sources)
-        lifting = replace(lifting, shallow=shallow.traced)
-    return lifting, shallow, orders
+        source = _moved(source, sources)
+        correspondence = replace(correspondence, source=source.traced)
+    return correspondence, source, orders
 
 
-def _corresponding(lifting: Correspondence) -> Iterator[tuple[int, HeadPartition, HeadPartition]]:
+def _corresponding(
+    correspondence: Correspondence,
+) -> Iterator[tuple[int, HeadPartition, HeadPartition]]:
     """Yield the heads of both networks that correspond by their places."""
-    known = {tuple(map(frozenset, one.members)): i for i, one in enumerate(lifting.shallow.heads)}
-    for one in lifting.deep.heads:
-        members = tuple(tuple(lifting.groups[c] for c in head) for head in one.members)
+    known = {
+        tuple(map(frozenset, one.members)): i for i, one in enumerate(correspondence.source.heads)
+    }
+    for one in correspondence.target.heads:
+        members = tuple(tuple(correspondence.groups[c] for c in head) for head in one.members)
         index = known.get(tuple(map(frozenset, members)))
         if index is not None:
-            layer = lifting.shallow.heads[index].layer
+            layer = correspondence.source.heads[index].layer
             yield index, one, HeadPartition(layer, members)
 
 
 def _order(
-    lifting: Correspondence,
-    target: HeadPartition,
-    source: HeadPartition,
-    deep: ModelProfile,
-    shallow: ModelProfile,
-    metric: ActivationCost,
+    correspondence: Correspondence,
+    heads: tuple[HeadPartition, HeadPartition],
+    target: ModelProfile,
+    source: ModelProfile,
+    metric: str,
 ) -> tuple[int, ...]:
     pairs = [
         pair
-        for of_target in target.members
-        for of_source in source.members
+        for of_target in heads[0].members
+        for of_source in heads[1].members
         for pair in zip(of_target, of_source, strict=True)
     ]
     shown = [
-        (*pair, tuple(point_pairs(lifting.deep, lifting.shallow, lifting.partner, *pair)))
+        (
+            *pair,
+            tuple(
+                hook_pairs(
+                    correspondence.target, correspondence.source, correspondence.layer_map, *pair
+                )
+            ),
+        )
         for pair in pairs
     ]
-    solutions = solve_transport(pair_costs(lifting, deep, shallow, shown, metric=metric))
-    count = len(target.members)
+    solutions = solve_transport(pair_costs(correspondence, target, source, shown, metric=metric))
+    count = len(heads[0].members)
     costs = torch.stack([one.cost for one in solutions]).view(count, count, -1).sum(2)
+    from scipy.optimize import linear_sum_assignment  # here, for it takes long to import
+
     _, order = linear_sum_assignment(costs.numpy())  # (target, source)
     return tuple(order.tolist())
 
@@ -110,8 +129,27 @@ def _moved(profile: ModelProfile, sources: Mapping[int, int]) -> ModelProfile:
         profile,
         traced=exchanged_model(graph, sources),
         rows=rows,
-        moments=None,  # measured anew, so that the bytes do not depend on who asked for them
+        moments=_moved_moments(profile, sources),
         importance=importance,
+    )
+
+
+def _moved_moments(
+    profile: ModelProfile, sources: Mapping[int, int]
+) -> tuple[BatchMoments, ...] | None:
+    """Return the moments of a copy of the network, with its groups exchanged."""
+    if profile.moments is None:
+        return None
+    columns = {}
+    for layer in profile.traced.layers:
+        columns.update({one.post: _columns(one, sources) for one in layer.hook_points})
+        columns.update({one.node: _columns(one, sources) for one in layer.calibration_points})
+    return tuple(
+        {
+            node: (mean[columns[node]], deviation[columns[node]])
+            for node, (mean, deviation) in batch.items()
+        }
+        for batch in profile.moments
     )
 
 
@@ -119,10 +157,10 @@ def exchanged_model(graph: TracedModel, sources: Mapping[int, int]) -> TracedMod
     """Return the graph of a copy of a model in which groups have changed places."""
     state = exchange_heads(graph, graph.state(), sources)
     constants = {name: state[name] for name in graph.constants}
-    return replace(graph, model=with_state(graph.model, state, graph), constants=constants)
+    return replace(graph, model=with_state(graph.model, state, graph.aliases), constants=constants)
 
 
-def _columns(point: HookPoint, sources: Mapping[int, int]) -> Tensor:
+def _columns(point: HookPoint | CalibrationPoint, sources: Mapping[int, int]) -> Tensor:
     """Return for every channel which one comes into its place."""
     index = torch.arange(len(point.groups))
 

@@ -15,13 +15,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from clafusion.correspondence.correspondence import Correspondence, axes_of
+from clafusion.config import Auto, Solver
+from clafusion.correspondence.correspondence import Correspondence
+from clafusion.correspondence.moving import move_along
 from clafusion.errors import ConvergenceWarning
 from clafusion.execution.call import State
-from clafusion.matching.united_heads import HeadPairs, plan_heads
-from clafusion.merging.blending import along
+from clafusion.matching.head_plans import HeadPairs, plan_heads
 from clafusion.tracing.model import ChannelGroup
-from clafusion.transport.solve import Solver, solve_transport
+from clafusion.transport.solve import solve_transport
 
 __all__ = ["index_plan", "index_plans", "match_by_weights"]
 
@@ -41,58 +42,59 @@ def index_plan(num_source: int, num_target: int) -> Tensor:
     return (upper - lower).clamp(min=0)
 
 
-def index_plans(lifting: Correspondence) -> list[Tensor | None]:
-    """Return for each channel group of the deep network the plan that keeps the channels' order.
+def index_plans(correspondence: Correspondence) -> list[Tensor | None]:
+    """Return for each channel group of the target the plan that keeps the channels' order.
 
-    Of blocks of which the networks have different numbers that is the order of the blocks, and of
+    Of heads of which the networks have different numbers that is the order of the heads, and of
     the channels within them.
     """
     plans: list[Tensor | None] = [
-        None if other < 0 else index_plan(lifting.shallow.groups[other].size, one.size)
-        for one, other in zip(lifting.deep.groups, lifting.groups, strict=True)
+        None if other < 0 else index_plan(correspondence.source.groups[other].size, one.size)
+        for one, other in zip(correspondence.target.groups, correspondence.groups, strict=True)
     ]
-    for to, of in zip(lifting.deep.united_heads, lifting.shallow.united_heads, strict=True):
+    for to, of in zip(
+        correspondence.target.united_heads, correspondence.source.united_heads, strict=True
+    ):
         for index in to.groups:
-            source = lifting.shallow.groups[lifting.groups[index]].size // of.count
-            target = lifting.deep.groups[index].size // to.count
-            blocks = index_plan(of.count, to.count)
-            plans[index] = torch.kron(blocks, index_plan(source, target))
+            source = correspondence.source.groups[correspondence.groups[index]].size // of.count
+            target = correspondence.target.groups[index].size // to.count
+            heads = index_plan(of.count, to.count)
+            plans[index] = torch.kron(heads, index_plan(source, target))
     return plans
 
 
 def match_by_weights(
-    lifting: Correspondence,
+    correspondence: Correspondence,
     *,
     activation_costs: Sequence[Tensor | None] | None = None,
     masses: Sequence[tuple[Tensor, Tensor] | None] | None = None,
     known: Mapping[int, Tensor] | None = None,
     head_pairs: Sequence[HeadPairs | None] = (),
-    solver: Solver = "auto",
-    epsilon: float = 0.05,
+    solver: Solver | str = Auto(),  # noqa: B008
     max_sweeps: int = 100,
 ) -> list[Tensor | None]:
-    r"""Return a plan for each channel group of the deep network.
+    r"""Return a plan for each channel group of the target.
 
-    With ``a`` and ``b`` all weights of two channels, the shallow network's in the deep one's frame
+    With ``a`` and ``b`` all weights of two channels, the source's in the target's channels
     by the other groups' plans, the cost is :math:`\lVert a - b \rVert^2`; with
     ``activation_costs`` it is the mean of :math:`1 - \cos(a, b)` and those.
 
     Parameters
     ----------
-    lifting
+    correspondence
         What corresponds.
     activation_costs
-        For each class ``(num_source, num_target)``, in [0, 2], or None: see
+        For each group ``(num_source, num_target)``, in [0, 2], or None: see
         :func:`clafusion.matching.activation_costs.activation_costs` with ``"correlation"``.
     masses
-        For each class those of its source and target channels; default equal ones. See
-        :func:`clafusion.profiling.importance.marginals`.
+        For each group those of its source and target channels; default equal ones. See
+        :func:`clafusion.matching.masses.marginals`.
     known
         Plans that are known already, by group.
-    block_pairs
-        For each of ``lifting.deep.united`` which blocks go together, where that is known; see
-        :func:`clafusion.matching.united_heads.head_plans`.
-    solver, epsilon
+    head_pairs
+        For each of ``correspondence.target.united_heads`` which heads go together, where that is
+        known; see :func:`clafusion.matching.head_plans.head_plans`.
+    solver
         As for :func:`clafusion.transport.solve.solve_transport`.
     max_sweeps
         How often at most all groups are matched.
@@ -100,7 +102,7 @@ def match_by_weights(
     Returns
     -------
     list
-        ``(num_source, num_target)``, or None where the shallow network has no such channels.
+        ``(num_source, num_target)``, or None where the source has no such channels.
 
     Warns
     -----
@@ -109,14 +111,14 @@ def match_by_weights(
         come to rest, for then every step lessens one sum of squares.)
     """
     known = known or {}
-    states = lifting.deep.state(), lifting.shallow.state()
-    plans = index_plans(lifting)
+    states = correspondence.target.state(), correspondence.source.state()
+    plans = index_plans(correspondence)
     for index, plan in known.items():
         plans[index] = plan
 
     def cost_of(index: int) -> Tensor:
-        one = lifting.deep.groups[index]
-        cost = _weight_costs(lifting, plans, one, states, activation_costs is not None)
+        one = correspondence.target.groups[index]
+        cost = _weight_costs(correspondence, plans, one, states, activation_costs is not None)
         if activation_costs is None:
             return cost
         of_activations = activation_costs[index]
@@ -126,22 +128,25 @@ def match_by_weights(
     def single(index: int) -> list[Tensor]:
         pair = None if masses is None else masses[index]
         weights = (None, None) if pair is None else ([pair[0]], [pair[1]])
-        solved = solve_transport([cost_of(index)], *weights, solver=solver, epsilon=epsilon)
+        solved = solve_transport([cost_of(index)], *weights, solver=solver)
         return [one.plan for one in solved]
 
-    def united_heads(place: int, left: Sequence[int]) -> list[Tensor]:
-        counts = lifting.shallow.united_heads[place].count, lifting.deep.united_heads[place].count
+    def united(place: int, left: Sequence[int]) -> list[Tensor]:
+        counts = (
+            correspondence.source.united_heads[place].count,
+            correspondence.target.united_heads[place].count,
+        )
         pairs = head_pairs[place] if head_pairs else None
         costs = [cost_of(index) for index in left]
-        return plan_heads(costs, counts, pairs, solver=solver, epsilon=epsilon)[0]
+        return plan_heads(costs, counts, pairs, solver=solver)[0]
 
-    # What is matched at once: a group, or all united ones of the same blocks.
+    # What is matched at once: a group, or all united ones of the same heads.
     steps: list[tuple[Sequence[int], Callable[[], list[Tensor]]]] = []
-    in_heads = {index for one in lifting.deep.united_heads for index in one.groups}
-    for place, one in enumerate(lifting.deep.united_heads):
+    in_heads = {index for one in correspondence.target.united_heads for index in one.groups}
+    for place, one in enumerate(correspondence.target.united_heads):
         left = [index for index in one.groups if index not in known]
         if left:
-            steps.append((left, partial(united_heads, place, left)))
+            steps.append((left, partial(united, place, left)))
     for index, plan_of in enumerate(plans):
         if plan_of is not None and index not in known and index not in in_heads:
             steps.append(([index], partial(single, index)))
@@ -166,34 +171,43 @@ def match_by_weights(
 
 
 def _weight_costs(
-    lifting: Correspondence,
+    correspondence: Correspondence,
     plans: Sequence[Tensor | None],
     group: ChannelGroup,
     states: tuple[State, State],
     normalised: bool,
 ) -> Tensor:
-    source_size = lifting.shallow.groups[lifting.groups[group.index]].size
+    source_size = correspondence.source.groups[correspondence.groups[group.index]].size
     device = next(iter(states[0].values())).device
     shape = (source_size, group.size)
     cross = torch.zeros(shape, dtype=torch.float64, device=device)
     of_source, of_target = cross.new_zeros(source_size, 1), cross.new_zeros(group.size)
-    statistics = dict(lifting.deep.model.named_buffers())  # of activations: no weights
+    statistics = dict(correspondence.target.model.named_buffers())  # of activations: no weights
     for group_axis in group.axes:
         name = group_axis.use.parameter
-        if name not in lifting.names or name in statistics:
+        if (
+            name not in correspondence.names
+            or name in statistics
+            or name in correspondence.products
+        ):
             continue
-        other_name = lifting.names[name]
-        place = [use.index for use in lifting.deep.uses_by_parameter[name]].index(
+        other_name = correspondence.names[name]
+        place = [use.index for use in correspondence.target.uses_by_parameter[name]].index(
             group_axis.use.index
         )
-        other_use = lifting.shallow.uses_by_parameter[other_name][place]
-        axes, other_axes = axes_of(lifting.deep, name), axes_of(lifting.shallow, other_name)
+        other_use = correspondence.source.uses_by_parameter[other_name][place]
+        axes, other_axes = (
+            correspondence.target.axes_of(name),
+            correspondence.source.axes_of(other_name),
+        )
         target = group_axis.use.view(states[0][name]).double()
         source = other_use.view(states[1][other_name]).double()
         for (where, axis), pairs in axes.items():
             if where == place and axis != group_axis.axis:
                 length = group_axis.use.size[axis]
-                source = along(plans, source, axis, length, pairs, other_axes[where, axis], name)
+                source = move_along(
+                    plans, source, axis, length, pairs, other_axes[where, axis], name
+                )
         on_axis = zip(axes[place, group_axis.axis], other_axes[place, group_axis.axis], strict=True)
         partner = next(other for (_, one), (_, other) in on_axis if one is group_axis)
         a = source.movedim(group_axis.axis, 0)[partner.positions.reshape(-1)].reshape(

@@ -1,173 +1,280 @@
-r"""Match channels across two networks and within each: zip them (ZipIt, arXiv 2305.03053).
+r"""Match channels across networks and within each: zip them (ZipIt, arXiv 2305.03053).
 
-Two networks that learnt different things have few channels in common, and averaging a channel with
-one that has nothing to do with it destroys both. Zipping puts all channels of both side by side
+Networks that learnt different things have few channels in common, and averaging a channel with one
+that has nothing to do with it destroys both. Zipping puts all channels of all networks side by side
 and unites those that are most alike, also two of one network, until as many groups are left as the
 target has channels. A group of one network alone keeps what only that network knows.
 
-Both networks then move: each has a plan into the groups, and
-:func:`clafusion.merging.blending.blend` takes the two. What leaves a group is the mean of its channels
-(the paper's merge matrix), and what reads a channel reads its group (the unmerge matrix).
+All networks then move: each has a plan into the groups, and the mean takes into each group only
+those that move there (:func:`clafusion.merging.mean.average`). What leaves a group is the mean of
+its channels (the paper's merge matrix), and what reads a channel reads its group (the unmerge
+matrix).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clafusion.correspondence.correspondence import Correspondence, onto_itself
-from clafusion.errors import InputError
-from clafusion.matching.activation_costs import activation_costs
-from clafusion.profiling.profile import ModelProfile
+from clafusion.errors import InputError, StructureError
+from clafusion.matching.activation_costs import flowing
+from clafusion.profiling.profile import standardised
+from clafusion.targets.sources import Source
 
 __all__ = ["zip_channels", "zip_plans"]
 
 
-def zip_channels(costs: Tensor, num_source: int, *, budget: float) -> tuple[Tensor, Tensor]:
-    r"""Group the channels of two networks until as many groups are left as the target has channels.
+def zip_channels(
+    costs: Tensor,
+    sizes: Sequence[int],
+    num_groups: int,
+    *,
+    budget: float,
+    home: int | None = None,
+) -> list[Tensor]:
+    r"""Group the channels of networks until so many groups are left.
 
     Starting with each channel alone, the two groups with the smallest cost are united (Stoica et
     al., arXiv 2305.03053, section 4). The cost of two groups is the largest of their channels'
     costs (complete linkage), so that what is united is alike throughout. Uniting two groups that
     both hold channels of one network merges two of its channels. That may happen
-    ``floor(budget * n)`` times for a network of ``n`` channels, and for the source as often again
-    as it has more channels than the target. Ties go to the first channels.
+    ``floor(budget * n)`` times for a network of ``n`` channels, as often again as it has more
+    channels than there are groups, and otherwise only where nothing else can be united. Where it
+    may not happen at all, the channels of the others each join one of the home's. Ties go to the
+    first channels.
 
     Parameters
     ----------
     costs
-        ``(num_source + num_target, num_source + num_target)``, symmetric, finite: of every two
-        channels, the source's before the target's.
-    num_source
-        How many are the source's.
+        ``(sum(sizes), sum(sizes))``, symmetric, finite: of every two channels, network after
+        network.
+    sizes
+        How many channels each network has.
+    num_groups
+        How many groups are left, at most ``sum(sizes)``.
     budget
         In [0, 1]: the share of a network's channels that may be merged within it.
+    home
+        Position of a network of ``num_groups`` channels: a group stands where its first channel
+        of that network was, and one without such a channel where one has gone.
 
     Returns
     -------
-    (source_plan, target_plan)
-        ``(num_source, num_target)`` and ``(num_target, num_target)``, float64: each channel's mass
-        ``1 / n`` in its group. Groups stand where their first target channel was, those without
-        one where one has gone.
+    list
+        For each network ``(size, num_groups)``, float64: each channel's mass ``1 / size`` in its
+        group.
 
     Raises
     ------
     InputError
-        ``costs`` is not square and finite or holds no target channel, or ``budget`` is not in
-        [0, 1].
+        ``costs`` is not square and finite, the sizes do not fit, or ``budget`` is not in [0, 1].
     """
     count = len(costs)
-    if costs.ndim != 2 or costs.size(1) != count or not 0 < num_source < count:
+    if costs.ndim != 2 or costs.size(1) != count or sum(sizes) != count or min(sizes) < 1:
         raise InputError(
-            "costs must be (num_source + num_target) square with both positive; got shape "
-            f"{tuple(costs.shape)} and num_source {num_source}"
+            "costs must be square, with one row for each channel of all networks; got shape "
+            f"{tuple(costs.shape)} and sizes {tuple(sizes)}"
+        )
+    if not 0 < num_groups <= count or (home is not None and sizes[home] != num_groups):
+        raise InputError(
+            f"num_groups must be from 1 to the number of all channels, {count}, and the home's "
+            f"size; got {num_groups}"
         )
     if not bool(torch.isfinite(costs).all()):
         raise InputError("costs must be finite")
     if not 0.0 <= budget <= 1.0:
         raise InputError(f"budget must be in [0, 1]; got {budget!r}")
-    num_target = count - num_source
-    between = costs.detach().cpu().double().numpy().copy()
-    between = (between + between.T) / 2
-    np.fill_diagonal(between, np.inf)
-    holds = np.zeros((2, count), dtype=bool)  # which network's channels a group has
-    holds[0, :num_source] = holds[1, num_source:] = True
-    left = [_whole(budget * num_source) + max(num_source - num_target, 0)]
-    left.append(_whole(budget * num_target))
+    group = _grouped(costs.detach().cpu().double().numpy(), sizes, num_groups, budget, home)
+    firsts = [0, *accumulate(sizes)]
+    place = _places(group, num_groups, None if home is None else (firsts[home], firsts[home + 1]))
+    plans = []
+    for first, last in pairwise(firsts):
+        plan = torch.zeros(last - first, num_groups, dtype=torch.float64)
+        plan[torch.arange(last - first), place[first:last]] = 1 / (last - first)
+        plans.append(plan)
+    return plans
 
-    def forbid(network: int) -> None:
-        groups = np.flatnonzero(holds[network])
-        between[np.ix_(groups, groups)] = np.inf
 
-    for network in (0, 1):
-        if left[network] == 0:
-            forbid(network)
-    group = np.arange(count)
-    nearest = between.argmin(1)
-    least = between.min(1)
-    for _ in range(num_source):
-        one = int(least.argmin())
-        other = int(nearest[one])
-        group[group == other] = one
-        # Complete linkage: what is forbidden to one part is forbidden to both.
-        between[one] = np.maximum(between[one], between[other])
-        between[:, one] = between[one]
-        between[other] = between[:, other] = np.inf
-        stale = (nearest == one) | (nearest == other)
+def _grouped(
+    costs: NDArray[np.float64],
+    sizes: Sequence[int],
+    num_groups: int,
+    budget: float,
+    home: int | None,
+) -> NDArray[np.int64]:
+    """Return for each channel the first channel of its group."""
+    unions = _Unions(costs, sizes, num_groups, budget, home)
+    for _ in range(len(costs) - num_groups):
+        unions.unite_nearest()
+    return unions.group
+
+
+class _Unions:
+    """Groups of channels that are united step by step."""
+
+    def __init__(
+        self,
+        costs: NDArray[np.float64],
+        sizes: Sequence[int],
+        num_groups: int,
+        budget: float,
+        home: int | None,
+    ) -> None:
+        count = len(costs)
+        self.linkage = (costs + costs.T) / 2  # of all pairs, also of those that are forbidden
+        np.fill_diagonal(self.linkage, np.inf)
+        self.group = np.arange(count)
+        self.holds = np.zeros((len(sizes), count), dtype=bool)  # whose channels a group has
+        for network, (first, last) in enumerate(pairwise([0, *accumulate(sizes)])):
+            self.holds[network, first:last] = True
+        self.left = [_whole(budget * size) + max(size - num_groups, 0) for size in sizes]
+        # Where no network may merge any of its own, each channel of the home takes one of every
+        # other network: whatever is united, a place is then left for what is not.
+        self.home = home if not any(self.left) else None
+        self.between = np.full((count, count), np.inf)
+        self.nearest, self.least = np.zeros(count, dtype=np.int64), np.full(count, np.inf)
+        self._allow(np.arange(count))
+
+    def unite_nearest(self) -> None:
+        """Unite the two groups with the smallest cost."""
+        one = int(self.least.argmin())
+        if not np.isfinite(self.least[one]):  # nothing else can be united: within networks, then
+            self.left = [len(self.group)] * len(self.left)
+            self.home = None
+            self._allow(np.arange(len(self.group)))
+            one = int(self.least.argmin())
+        other = int(self.nearest[one])
+        self.group[self.group == other] = one
+        # Complete linkage: groups are as near as the two channels in them that are least alike.
+        self.linkage[one] = np.maximum(self.linkage[one], self.linkage[other])
+        self.linkage[:, one] = self.linkage[one]
+        self.linkage[other] = self.linkage[:, other] = np.inf
+        merged = self.holds[:, one] & self.holds[:, other]
+        self.holds[:, one] |= self.holds[:, other]
+        self.holds[:, other] = False
+        stale = (self.nearest == one) | (self.nearest == other)
         stale[[one, other]] = True
-        merged = holds[:, one] & holds[:, other]
-        holds[:, one] |= holds[:, other]
-        holds[:, other] = False
-        for network in (0, 1):
-            left[network] -= int(merged[network])
-            if merged[network] and left[network] == 0:
-                forbid(network)
+        for network in np.flatnonzero(merged).tolist():
+            self.left[network] -= 1
+            if self.left[network] == 0:
                 stale[:] = True
-        nearest[stale] = between[stale].argmin(1)
-        least[stale] = between[stale].min(1)
-    place = _places(group, num_source)
-    source_plan = torch.zeros(num_source, num_target, dtype=torch.float64)
-    target_plan = torch.zeros(num_target, num_target, dtype=torch.float64)
-    source_plan[torch.arange(num_source), place[:num_source]] = 1 / num_source
-    target_plan[torch.arange(num_target), place[num_source:]] = 1 / num_target
-    return source_plan, target_plan
+        self._allow(np.flatnonzero(stale), changed=(one, other))
+
+    def _allow(self, rows: NDArray[np.int64], changed: tuple[int, ...] = ()) -> None:
+        """Find again which groups may be united with those of some rows, and the nearest one."""
+        for row in {*rows.tolist(), *changed}:
+            self.between[row] = np.where(self._allowed(row), self.linkage[row], np.inf)
+        for row in changed:
+            self.between[:, row] = self.between[row]
+        for row in rows.tolist():
+            self.nearest[row] = self.between[row].argmin()
+            self.least[row] = self.between[row, self.nearest[row]]
+
+    def _allowed(self, row: int) -> NDArray[np.bool_]:
+        """Return which groups may be united with one."""
+        full = [network for network, left in enumerate(self.left) if left == 0]
+        shared = self.holds[full] & self.holds[full, row][:, None]
+        allowed = ~shared.any(0)
+        if self.home is not None and not self.holds[self.home, row]:
+            allowed &= self.holds[self.home]
+        return np.asarray(allowed)
 
 
 def _whole(number: float) -> int:
     return math.floor(number + 1e-9)  # 0.29 * 100 is below 29
 
 
-def _places(group: NDArray[np.int64], num_source: int) -> Tensor:
+def _places(group: NDArray[np.int64], num_groups: int, home: tuple[int, int] | None) -> Tensor:
     """Return each channel's place in the result."""
     labels = group.tolist()
     place: dict[int, int] = {}
-    for position, label in enumerate(labels[num_source:]):
+    for position, label in enumerate([] if home is None else labels[home[0] : home[1]]):
         place.setdefault(label, position)
-    free = iter(sorted(set(range(len(labels) - num_source)) - set(place.values())))
+    free = iter(sorted(set(range(num_groups)) - set(place.values())))
     for label in labels:
         if label not in place:
             place[label] = next(free)
     return torch.tensor([place[label] for label in labels])
 
 
-def zip_plans(
-    lifting: Correspondence, deep: ModelProfile, shallow: ModelProfile, *, budget: float
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Return for each channel group of the deep network the plans of the shallow and the deep one.
+def zip_plans(sources: Sequence[Source], budget: float) -> list[list[Tensor | None]]:
+    """Return for each parent and each channel group of the target the parent's plan.
 
-    Channels are as near as their activations correlate (:func:`clafusion.matching.activation_costs`). Channels
-    that no layer reads keep their order and are not merged within a network; of those the shallow
-    network does not have, the deep one's stay.
+    Channels are as near as their activations correlate. Channels that no layer reads keep their
+    order and are not merged within a network; of those that only one parent has, its own stay.
 
     Raises
     ------
+    StructureError
+        The target has more channels than all parents together.
     InputError
-        As for :func:`clafusion.matching.activation_costs.activation_costs` and :func:`zip_channels`.
+        As for :func:`zip_channels`.
     """
-    across = activation_costs(lifting, deep, shallow)
-    of_deep, of_shallow = (
-        activation_costs(onto_itself(one.traced), one, one) for one in (deep, shallow)
-    )
-    source_plans: list[Tensor | None] = []
-    target_plans: list[Tensor | None] = []
-    for one, other, cost, points in zip(
-        lifting.deep.groups, lifting.groups, across, lifting.points, strict=True
-    ):
-        if cost is None:
-            source_plans.append(None)
-            target_plans.append(torch.eye(one.size, dtype=torch.float64) / one.size)
+    target = sources[0].correspondence.target
+    plans: list[list[Tensor | None]] = [[None] * len(target.groups) for _ in sources]
+    for group in target.groups:
+        having = [i for i, one in enumerate(sources) if one.correspondence.groups[group.index] >= 0]
+        if not having:
             continue
-        within_source, within_target = of_shallow[other], of_deep[one.index]
-        assert within_source is not None
-        assert within_target is not None
-        joint = torch.cat(
-            [torch.cat([within_source, cost], 1), torch.cat([cost.T, within_target], 1)]
-        )
-        plans = zip_channels(joint, len(cost), budget=budget if points else 0.0)
-        source_plans.append(plans[0])
-        target_plans.append(plans[1])
-    return source_plans, target_plans
+        sizes = [_size(sources[i], group.index) for i in having]
+        if group.size > sum(sizes):
+            raise StructureError(
+                f"solver 'zip' cannot make {group.size} channels of {group.name!r} from "
+                f"{' + '.join(map(str, sizes))}: use solver='auto', or a narrower target"
+            )
+        if len(having) == 1 and sizes[0] == group.size:
+            found = [torch.eye(group.size, dtype=torch.float64) / group.size]
+        else:
+            costs, shows = _joint_costs([sources[i] for i in having], group.index)
+            home = next(
+                (
+                    k
+                    for k, i in enumerate(having)
+                    if group.index in sources[i].plans and sizes[k] == group.size
+                ),
+                None,
+            )
+            found = zip_channels(
+                costs, sizes, group.size, budget=budget if shows else 0.0, home=home
+            )
+        for i, plan in zip(having, found, strict=True):
+            plans[i][group.index] = plan
+    return plans
+
+
+def _size(source: Source, index: int) -> int:
+    return source.correspondence.source.groups[source.correspondence.groups[index]].size
+
+
+def _joint_costs(sources: Sequence[Source], index: int) -> tuple[Tensor, bool]:
+    """Return the costs of every two channels of all parents, and whether any data shows them."""
+    views = [_views(one, index) for one in sources]
+    sizes = [_size(one, index) for one in sources]
+    rows = []
+    shows = False
+    for x, size in zip(views, sizes, strict=True):
+        blocks = []
+        for y, other in zip(views, sizes, strict=True):
+            common = [key for key in x if key in y and len(x[key]) == len(y[key])]
+            block = torch.zeros(size, other, dtype=torch.float64)
+            for key in common:
+                block += (standardised(x[key]).T @ standardised(y[key]) / len(x[key])).to(block)
+            blocks.append(1.0 - block / len(common) if common else block)
+            shows |= bool(common) and x is not y
+        rows.append(torch.cat(blocks, 1))
+    return torch.cat(rows), shows
+
+
+def _views(source: Source, index: int) -> Mapping[tuple[int, int], Tensor]:
+    """Return a group's values in a parent, by the target's hook points that show the same."""
+    views = {}
+    for pair in source.correspondence.hooks[index]:
+        key = flowing(source.correspondence, source.profile, pair)
+        views[pair.target] = source.profile.rows[key][:, pair.source_columns]
+    return views

@@ -1,4 +1,4 @@
-r"""Layer weights: each layer of the fused network its own share of the two networks.
+r"""Layer weights: each layer of the fused network its own weights of the parents.
 
 Sens-Merging (Liu et al., arXiv 2502.12420) scales each fine-tuned copy of a model, layer by layer,
 by how much its loss changes, to first order, with the layer's parameters, set against the other
@@ -10,114 +10,91 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import replace
 
-from torch import Tensor
-
-from clafusion.correspondence.correspondence import Correspondence
 from clafusion.errors import InputError
+from clafusion.merging.problem import FusionProblem, MergeWeights
 
-__all__ = ["LayerWeights", "MergeWeights", "layer_shares"]
-
-LayerWeights = Literal["uniform", "sensitivity"]
-
-
-@dataclass(frozen=True)
-class MergeWeights:
-    """A network's share of each layer of the fused network.
-
-    Attributes
-    ----------
-    overall
-        Its share of the outputs, and of every layer that has no share of its own.
-    own
-        Parameter (or buffer) of the fused network -> its share.
-    """
-
-    overall: float
-    own: Mapping[str, float] = field(default_factory=dict)
-
-    def of(self, parameter: str) -> float:
-        """Return the network's share of a parameter, and of the layer that it belongs to."""
-        return self.own.get(parameter, self.overall)
-
-    def rest(self) -> MergeWeights:
-        """Return what is left for the other one of two networks."""
-        return MergeWeights(1.0 - self.overall, {name: 1.0 - one for name, one in self.own.items()})
-
-    def of_units(self, plan: Correspondence) -> tuple[float, ...]:
-        """Return the network's share of each layer of ``plan.deep``."""
-        return tuple(
-            next((self.own[name] for name in layer.parameters if name in self.own), self.overall)
-            for layer in plan.deep.layers
-        )
+__all__ = ["weigh_layers"]
 
 
-def layer_shares(
-    plan: Correspondence, weight: float, deep: Tensor | None, shallow: Tensor | None
-) -> MergeWeights:
-    r"""Return the deep network's share of each layer, by the layers' sensitivities.
+def weigh_layers(problem: FusionProblem) -> FusionProblem:
+    r"""Return the problem with weights for each layer, by the layers' sensitivities.
 
-    With :math:`a_u` the sensitivity of layer ``u`` of the deep network and :math:`b_u` that of its
-    partner, each divided by its network's sum over all such layers, and ``w`` the weight, the deep
-    network's share is
+    With :math:`a_{p,l}` the sensitivity of parent ``p``'s layer that stands at the target's layer
+    ``l``, divided by the parent's sum over all layers that it shares with another parent, and
+    :math:`w_p` its weight,
 
-    .. math:: w_u = \frac{w\, a_u}{(1 - w)\, b_u + w\, a_u} :
+    .. math:: w_{p,l} = \frac{w_p\, a_{p,l}}{\sum_q w_q\, a_{q,l}} :
 
-    the weight's odds times the ratio of the sensitivities, which is a softmax of their logarithms.
-    So equal ones, as of equal networks, give ``w`` itself, a layer to which one network's outputs
-    are not sensitive is the other's alone, and the weights 0 and 1 stay as they are.
+    the odds of the weights times the ratio of the sensitivities, which is a softmax of their
+    logarithms. So equal ones, as of equal networks, give the weights themselves, a layer to which
+    one network's outputs are not sensitive is the others' alone, and weights of 0 and 1 stay.
 
-    Layers that only one network has keep ``w``, and so does the layer that puts out the outputs, for
-    those are what the weight is about; parameters that several layers share keep it, too.
+    Layers that only one network has keep the weights, and so does the layer that puts out the
+    outputs, for those are what the weights are about; parameters that several layers share keep
+    them, too.
 
     Do not expect much of it. With two networks that learnt the same task, two ResNets of CIFAR-10
     gained five points where they were averaged only, at 18 %, and lost two by REPAIR; by least
     squares, and with networks of MNIST, nearly nothing changed
     (``benchmarks/results/layer_weights.json``).
 
-    Parameters
-    ----------
-    plan
-        What corresponds in the two networks.
-    weight
-        The deep network's share of the outputs, in [0, 1].
-    deep, shallow
-        The networks' :func:`clafusion.profiling.importance.layer_sensitivities`, ``(num_units,)``.
-
     Raises
     ------
     InputError
-        A network's sensitivities are missing.
+        A parent's sensitivities are missing.
     """
-    for graph, given in ((plan.deep, deep), (plan.shallow, shallow)):
-        if given is None or len(given) != len(graph.layers):
+    for one in problem.parents:
+        given, layers = one.profile.sensitivity, one.traced.layers
+        if given is None or len(given) != len(layers):
             raise InputError(
                 "layer_weights='sensitivity' needs the sensitivity of each of the "
-                f"{len(graph.layers)} layers; the profile has "
-                f"{'none' if given is None else len(given)}: profile the model by the same settings"
+                f"{len(layers)} layers of {one.name!r}; the profile has "
+                f"{'none' if given is None else len(given)}: profile the model by the same options"
             )
-    assert deep is not None
-    assert shallow is not None
-    if not 0.0 < weight < 1.0:
-        return MergeWeights(weight)
-    both = [
+    overall = [one.weights.overall for one in problem.parents]
+    if max(overall) >= 1.0:
+        return problem
+    maps = [one.correspondence.layer_map for one in problem.parents]
+    shared = [
         layer
-        for layer in plan.deep.layers
-        if plan.partner[layer.index] >= 0
-        and layer.index not in plan.target_only_layers
+        for layer in problem.target.layers
+        if sum(one[layer.index] >= 0 for one in maps) > 1
         and not any(bool((point.groups < 0).all()) for point in layer.calibration_points)
     ]
-    of_deep = _normalised([float(deep[layer.index]) for layer in both])
-    of_shallow = _normalised([float(shallow[plan.partner[layer.index]]) for layer in both])
-    uses = Counter(name for layer in plan.deep.layers for name in set(layer.parameters))
-    own = {}
-    for layer, a, b in zip(both, of_deep, of_shallow, strict=True):
-        share = weight if a == b else weight * a / ((1.0 - weight) * b + weight * a)
-        own.update({name: share for name in layer.parameters if uses[name] == 1})
-    return MergeWeights(weight, own)
+    by_parent: list[dict[int, float]] = []
+    for parent, of in zip(problem.parents, maps, strict=True):
+        own = {one.index: of[one.index] for one in shared if of[one.index] >= 0}
+        assert parent.profile.sensitivity is not None
+        values = _normalised([float(parent.profile.sensitivity[k]) for k in own.values()])
+        by_parent.append(dict(zip(own, values, strict=True)))
+    uses = Counter(name for one in problem.target.layers for name in set(one.parameters))
+    own_weights: list[dict[str, float]] = [{} for _ in problem.parents]
+    for layer in shared:
+        present = [i for i, one in enumerate(by_parent) if layer.index in one]
+        found = _weights(
+            [overall[i] for i in present], [by_parent[i][layer.index] for i in present]
+        )
+        for i, weight in zip(present, found, strict=True):
+            own_weights[i].update({name: weight for name in layer.parameters if uses[name] == 1})
+    return replace(
+        problem,
+        parents=tuple(
+            replace(one, weights=MergeWeights(one.weights.overall, own))
+            for one, own in zip(problem.parents, own_weights, strict=True)
+        ),
+    )
+
+
+def _weights(overall: Sequence[float], sensitivities: Sequence[float]) -> list[float]:
+    """Return the weights of the parents that have a layer; together they weigh what they did."""
+    products = [one * other for one, other in zip(overall, sensitivities, strict=True)]
+    total, whole = math.fsum(products), math.fsum(overall)
+    if total == 0 or len(set(sensitivities)) == 1:
+        return list(overall)
+    return [whole * one / total for one in products]
 
 
 def _normalised(values: Sequence[float]) -> list[float]:

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from torch import nn
 
-from clafusion.correspondence.correspondence import with_state
-from clafusion.fusion import FusionResult
 from clafusion.matching.head_order import exchanged_model
 from clafusion.matching.weight_costs import index_plans
-from clafusion.merging.blending import blend
-from clafusion.merging.layer_weights import MergeWeights
+from clafusion.merging.mean import average
+from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
 from clafusion.tracing.heads import group_sources
+from clafusion.weights.build import with_state
 
 __all__ = ["naive_average"]
 
 
-def naive_average(result: FusionResult, deep_weight: float = 0.5) -> nn.Module:
-    """Average the lifted network and the deep one of a fusion, channel by channel in order."""
-    deep, shallow = result.lifting.deep, result.lifting.shallow
+def naive_average(problem: FusionProblem, weights: Sequence[float] | None = None) -> nn.Module:
+    """Average the parents of a fusion in the target's structure, channel by channel in order.
+
+    Parameters
+    ----------
+    problem
+        The parents and the target of a fusion: ``result.problem``.
+    weights
+        The parents' weights; default those of the fusion.
+    """
+    parents = tuple(_unmatched(one) for one in problem.parents)
+    given = [one.weights.overall for one in problem.parents] if weights is None else list(weights)
+    state = average(replace(problem, parents=parents), [MergeWeights(weight) for weight in given])
+    return with_state(problem.target.model, state, problem.target.aliases)
+
+
+def _unmatched(parent: Parent) -> Parent:
+    """Return a parent whose channels, and heads, are in their own order."""
+    if parent.is_identity:
+        return parent
+    source = parent.traced
     sources: dict[int, int] = {}
-    for index, order in result.head_orders.items():  # heads go back to where they were
-        sources |= group_sources(shallow.heads[index], np.argsort(order).tolist())
-    lifting = replace(result.lifting, shallow=exchanged_model(shallow, sources))
-    state = blend(lifting, index_plans(lifting), MergeWeights(deep_weight))
-    return with_state(deep.model, state, deep)
+    for index, order in parent.head_orders.items():  # heads go back to where they were
+        sources |= group_sources(source.heads[index], np.argsort(order).tolist())
+    own = exchanged_model(source, sources) if sources else source
+    correspondence = replace(parent.correspondence, source=own)
+    return replace(parent, correspondence=correspondence, plans=tuple(index_plans(correspondence)))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from clafusion.errors import InputError
+from clafusion.weights.digests import add_tensor
 
-__all__ = ["Data", "batches", "first_batch"]
+__all__ = ["Data", "Progress", "batches", "data_digest", "first_batch"]
 
 Data: TypeAlias = "Tensor | Iterable[Any]"
 """A tensor of samples, or an iterable of batches (a list, a DataLoader).
@@ -19,14 +21,22 @@ A batch is a tensor, a tuple ``(input, ..., label)`` of which the model's inputs
 entries, or a mapping of input names to tensors. The iterable is read more than once.
 """
 
+Progress: TypeAlias = Callable[[str, int], None]
+"""Called with the stage's name and how many of its inputs are done."""
+
 _BATCH_SIZE = 256  # rows taken at a time from a tensor
 
 
 def first_batch(data: Data) -> Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]:
     """Return the model inputs in the first batch of ``data``, to trace a model with.
 
-    Of a tuple only the first entry is taken, for the rest may be labels; give example inputs to
-    trace a model of several inputs.
+    If the batch is a tuple, only its first entry counts, for the rest may be labels. A model with
+    several inputs needs example inputs of its own to be traced.
+
+    Raises
+    ------
+    InputError
+        ``data`` is empty, can be read only once, or holds no tensors.
     """
     _check_kind(data)
     if isinstance(data, Tensor):
@@ -53,6 +63,15 @@ def batches(
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield the model inputs of every batch, checked against the example inputs.
 
+    Parameters
+    ----------
+    data
+        A tensor, which is read 256 rows at a time, or an iterable of batches.
+    example_inputs, keywords
+        As in :class:`clafusion.TracedModel`.
+    device
+        Where the inputs go; default where they are.
+
     Raises
     ------
     InputError
@@ -64,12 +83,12 @@ def batches(
     count = 0
     for i, batch in enumerate(source):
         inputs = _inputs(batch, len(example_inputs), keywords, i)
-        for name, one, example in zip(
+        for name, value, example in zip(
             keywords or [""] * len(inputs), inputs, example_inputs, strict=True
         ):
-            _check_like(one, example, f"data, batch {i}" + (f", input {name!r}" if name else ""))
+            _check_like(value, example, f"data, batch {i}" + (f", input {name!r}" if name else ""))
         count += inputs[0].size(0)
-        yield tuple(one.to(device) for one in inputs) if device is not None else inputs
+        yield tuple(value.to(device) for value in inputs) if device is not None else inputs
     if count == 0:
         raise InputError("data is empty: give at least one batch")
 
@@ -87,8 +106,9 @@ def _check_kind(data: Any) -> None:
 
 
 def _inputs(batch: Any, count: int, keywords: tuple[str, ...], index: int) -> tuple[Tensor, ...]:
+    """Return the ``count`` model inputs of a batch, without labels."""
     where = f"data, batch {index}"
-    found: list[Any]
+    values: list[Any]
     if isinstance(batch, Mapping):
         missing = [name for name in keywords if name not in batch]
         if missing or not keywords:
@@ -96,17 +116,17 @@ def _inputs(batch: Any, count: int, keywords: tuple[str, ...], index: int) -> tu
                 f"{where} is a mapping, so the model's inputs are needed by name: give "
                 f"example_inputs as a mapping, too; missing {missing or 'their names'}"
             )
-        found = [batch[name] for name in keywords]
+        values = [batch[name] for name in keywords]
     elif isinstance(batch, (tuple, list)):
-        found = list(batch[:count])
+        values = list(batch[:count])
     else:
-        found = [batch]
-    if len(found) != count or not all(isinstance(one, Tensor) for one in found):
-        kinds = ", ".join(type(one).__name__ for one in found)
+        values = [batch]
+    if len(values) != count or not all(isinstance(value, Tensor) for value in values):
+        kinds = ", ".join(type(value).__name__ for value in values)
         raise InputError(
             f"{where} must begin with {count} tensor(s), the model's inputs; got {kinds}"
         )
-    return tuple(found)
+    return tuple(values)
 
 
 def _check_rows(name: str, tensor: Tensor) -> None:
@@ -130,3 +150,21 @@ def _check_like(tensor: Tensor, example: Tensor, where: str) -> None:
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise InputError(f"{where} holds {bad} NaN or infinite values")
+
+
+def data_digest(data: Data) -> str:
+    """Return the SHA-256 of all tensors of all batches, in order, labels included."""
+    digest = hashlib.sha256()
+    for batch in [data] if isinstance(data, Tensor) else data:
+        parts: Iterable[tuple[Any, Any]] = (
+            [("", batch)]
+            if isinstance(batch, Tensor)
+            else sorted(batch.items())
+            if isinstance(batch, Mapping)
+            else enumerate(batch)
+        )
+        digest.update(b"batch")
+        for name, value in parts:
+            if isinstance(value, Tensor):
+                add_tensor(digest, str(name), value)
+    return digest.hexdigest()

@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from clafusion.calibration.least_squares import one_thread
-from clafusion.correspondence.correspondence import Correspondence
 from clafusion.errors import InputError
 from clafusion.profiling.batches import Data, batches
+from clafusion.threads import one_thread
 from clafusion.tracing.model import TracedModel
 
 __all__ = [
-    "Importance",
     "channel_importance",
     "layer_sensitivities",
-    "marginals",
     "sensitivities",
 ]
-
-Importance = Literal["uniform", "norm", "activation", "sensitivity"]
 
 _LEAST = 1e-3  # of the group's mean: every channel keeps some mass, or its row has no direction
 _CHUNK = 64  # inputs whose activations are held for a gradient at once
@@ -37,7 +32,7 @@ _CHUNK = 64  # inputs whose activations are held for a gradient at once
 def channel_importance(
     graph: TracedModel,
     data: Data,
-    kind: Importance,
+    kind: str,
     *,
     max_inputs: int | None = None,
     progress: Callable[[str, int], None] | None = None,
@@ -167,42 +162,11 @@ def layer_sensitivities(graph: TracedModel, products: Mapping[str, Tensor]) -> T
     return torch.tensor(found, dtype=torch.float64)
 
 
-def marginals(
-    lifting: Correspondence, deep: tuple[Tensor, ...], shallow: tuple[Tensor, ...]
-) -> list[tuple[Tensor, Tensor] | None]:
-    """Return for each group of the deep network the masses of its source and target channels.
-
-    ``deep`` and ``shallow`` are the networks' :func:`channel_importance`. Masses are equal where
-    no layer reads the group, so that nothing tells its channels apart; None where the shallow
-    network has no such channels.
-
-    Raises
-    ------
-    InputError
-        A network's importance is missing.
-    """
-    for graph, given in ((lifting.deep, deep), (lifting.shallow, shallow)):
-        if len(given) != len(graph.groups):
-            raise InputError(
-                f"importance must be known of all {len(graph.groups)} channel groups; the "
-                f"profile has it of {len(given)}: profile the model by the same settings"
-            )
-    found: list[tuple[Tensor, Tensor] | None] = []
-    for one, other, points in zip(lifting.deep.groups, lifting.groups, lifting.points, strict=True):
-        if other < 0:
-            found.append(None)
-        elif points:
-            found.append((shallow[other], deep[one.index]))
-        else:
-            found.append((_equal(lifting.shallow.groups[other].size), _equal(one.size)))
-    return found
-
-
 def _equal(size: int) -> Tensor:
     return torch.full((size,), 1 / size, dtype=torch.float64)
 
 
-def _masses(scores: Tensor, name: str, kind: Importance) -> Tensor:
+def _masses(scores: Tensor, name: str, kind: str) -> Tensor:
     if not bool(torch.isfinite(scores).all()):
         raise InputError(
             f"importance={kind!r} is not finite for the channels of {name!r}; use another one"

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 BatchMoments = Mapping[str, tuple[Tensor, Tensor]]
-"""Each calibration point's node -> its channels' means and standard deviations on one batch, in float64."""
+"""Calibration point's node -> its channels' means and standard deviations on a batch, float64."""
 
 _IN_CACHE = 1 << 19  # numbers of an activation that stay close to a core
 _FEWEST_INPUTS = 8  # that are worth an operation, and no batch of one, which is special

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,21 +23,24 @@ from clafusion import _native
 from clafusion.errors import InputError, StructureError
 from clafusion.execution.walk import Walk
 from clafusion.profiling.batches import Data, batches
-from clafusion.profiling.moments import BatchMoments, joint_moments, moment_axes, parts
+from clafusion.profiling.moments import (
+    BatchMoments,
+    joint_moments,
+    moment_axes,
+    observed_moments,
+    parts,
+)
 from clafusion.tracing.labels.ids import mix
 from clafusion.tracing.model import HookPoint, Layer, TracedModel
 from clafusion.tracing.operations import batch_axis
 
 __all__ = [
-    "LayerValues",
     "ModelProfile",
     "check_same_inputs",
     "gram_matrix",
     "profile_models",
     "standardised",
 ]
-
-LayerValues = Literal["output", "preactivation"]
 
 _BLOCK_FEATURES = 4096
 
@@ -71,6 +74,8 @@ class ModelProfile:
         :func:`clafusion.profiling.importance.layer_sensitivities`, where layers are weighted by it.
     moments
         What :func:`clafusion.profiling.moments.observed_moments` returns, where that was asked for.
+    batch_sizes
+        How many inputs each batch of ``moments`` has; empty where there are none.
     """
 
     traced: TracedModel
@@ -83,6 +88,7 @@ class ModelProfile:
     importance: tuple[Tensor, ...] = ()
     moments: tuple[BatchMoments, ...] | None = None
     sensitivity: Tensor | None = None
+    batch_sizes: tuple[int, ...] = ()
 
 
 def check_same_inputs(deep: ModelProfile, shallow: ModelProfile) -> None:
@@ -112,7 +118,7 @@ def profile_models(
     alignment_samples: int = 400,
     matching_rows: int = 8192,
     nonlinearity: bool = False,
-    layer_values: LayerValues = "output",
+    layer_values: str = "output",
     max_inputs: int | None = None,
     moments: bool = False,
     seed: int = 0,
@@ -144,7 +150,7 @@ def profile_models(
     max_inputs
         Stop after this many inputs; None for all.
     moments
-        Whether to take down each batch's moments, too.
+        Whether to record each batch's moments, too, over all inputs: what REPAIR needs.
     seed
         Seed of the choice of pairs.
     device
@@ -162,19 +168,22 @@ def profile_models(
     for name, value in (("alignment_samples", alignment_samples), ("matching_rows", matching_rows)):
         if value < 2:
             raise InputError(f"{name} must be at least 2; got {value}")
+    at_once = moments and max_inputs is None  # one pass sees all inputs
     recorders = [
         _Recorder(
-            graph, alignment_samples, matching_rows, nonlinearity, layer_values, moments, seed
+            graph, alignment_samples, matching_rows, nonlinearity, layer_values, at_once, seed
         )
         for graph in graphs
     ]
     waiting: list[tuple[Tensor, ...]] = []
+    sizes: list[int] = []
     seen = 0
     key = 0
 
     def flush() -> None:
         nonlocal seen
         if waiting:
+            sizes.extend(one[0].size(0) for one in waiting)
             for recorder in recorders:
                 recorder.record(waiting, seen)
             seen += sum(one[0].size(0) for one in waiting)
@@ -197,7 +206,18 @@ def profile_models(
             if seen or sum(one[0].size(0) for one in waiting) >= alignment_samples:
                 flush()
         flush()
-    return [recorder.profile(seen, key) for recorder in recorders]
+    profiles = [recorder.profile(seen, key) for recorder in recorders]
+    if moments and not at_once:
+        return [_with_moments(one, data) for one in profiles]
+    return [replace(one, batch_sizes=tuple(sizes)) for one in profiles] if moments else profiles
+
+
+def _with_moments(profile: ModelProfile, data: Data) -> ModelProfile:
+    """Add the moments of all inputs, in a pass of its own."""
+    model = profile.traced
+    sizes = [one[0].size(0) for one in batches(data, model.example_inputs, model.keywords)]
+    observed = tuple(observed_moments(model, data))
+    return replace(profile, moments=observed, batch_sizes=tuple(sizes))
 
 
 class _Recorder:
@@ -209,7 +229,7 @@ class _Recorder:
         alignment_samples: int,
         matching_rows: int,
         nonlinearity: bool,
-        layer_values: LayerValues,
+        layer_values: str,
         moments: bool,
         seed: int,
     ) -> None:
@@ -299,8 +319,8 @@ class _Recorder:
             one = value[0] if isinstance(value, (tuple, list)) else value
             if one.dim() == 0 or one.size(axis or 0) % count:
                 raise StructureError(
-                    f"layer {self.graph.layers[self.layers[node]].name!r} puts out a tensor of shape "
-                    f"{tuple(one.shape)} for {count} inputs, and so none of its own for each"
+                    f"layer {self.graph.layers[self.layers[node]].name!r} puts out a tensor of "
+                    f"shape {tuple(one.shape)} for {count} inputs, and so none of its own for each"
                 )
             rows.append(one.movedim(axis or 0, 0).reshape(count, -1))
         flat = torch.cat(rows)

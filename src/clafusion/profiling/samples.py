@@ -1,4 +1,4 @@
-"""Data files -> a tensor of model inputs."""
+"""A data file -> a tensor of model inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clafusion.errors import InputError
-from clafusion.weights.files import check_input, read_safetensors, read_torch
+from clafusion.weights.state_files import check_input, read_safetensors, read_torch
 
 __all__ = ["ENDINGS", "load_samples"]
 
@@ -38,16 +38,16 @@ def load_samples(
     """Read model inputs from a ``.npy``, ``.npz``, ``.pt``, ``.pth`` or ``.safetensors`` file.
 
     A ``.npy`` or ``.npz`` file may also be packed (``.gz``, ``.xz``). The result is
-    ``(x / scale - mean) / std``, as float32 where numbers are real; without the three settings
-    whole numbers (tokens) stay as they are.
+    ``(x / scale - mean) / std`` in float32. Without these three settings, whole numbers (tokens)
+    keep their type.
 
     Parameters
     ----------
     path
         The file.
     key
-        Which array of a file that holds several; default ``x_train``, ``images``, ``x`` or
-        ``data``, or the only one.
+        Which array of a file that holds several; default the first of ``x_train``, ``images``,
+        ``x`` and ``data`` that the file has, or its only array.
     limit
         Take this many samples from the beginning.
     shape
@@ -55,13 +55,18 @@ def load_samples(
     scale
         Divide by this number, for example 255 for bytes.
     mean, std
-        Normalise: one number, or one for each channel (the first axis of a sample).
+        Normalise: a single number, or one for each channel (the first axis of a sample).
+
+    Returns
+    -------
+    Tensor
+        ``(num_samples, ...)``.
 
     Raises
     ------
     InputError
         The file is missing, corrupt or of another kind, a setting does not fit it, or it holds
-        bytes and no setting tells how they were scaled in training.
+        bytes and no setting says how they were scaled in training.
     """
     if limit is not None and (isinstance(limit, bool) or limit < 1):
         raise InputError(f"limit must be at least 1; got {limit}")
@@ -69,7 +74,7 @@ def load_samples(
         raise InputError(f"scale must be positive, it divides the data; got {scale}")
     if mean is not None and not all(map(_is_number, mean)):
         raise InputError(f"mean must be finite numbers; got {', '.join(map(str, mean))}")
-    if std is not None and not all(_is_number(one) and one > 0 for one in std):
+    if std is not None and not all(_is_number(number) and number > 0 for number in std):
         raise InputError(f"std must be positive; got {', '.join(map(str, std))}")
     file = Path(path)
     packed = file.suffix.lower() in _PACKERS
@@ -89,15 +94,15 @@ def load_samples(
                 f"shape {'x'.join(map(str, shape))} does not fit: a sample of {str(path)!r} has "
                 f"shape {tuple(samples.shape[1:])}"
             ) from error
-    settings = (scale, mean, std)
-    if samples.dtype == torch.uint8 and all(one is None for one in settings):
+    is_scaled = any(setting is not None for setting in (scale, mean, std))
+    if samples.dtype == torch.uint8 and not is_scaled:
         raise InputError(
             f"data file {str(path)!r} holds bytes (uint8), and models take real numbers: say how "
             "they were scaled in training, for example scale 255"
         )
     if samples.is_complex() or samples.dtype == torch.bool:
         raise InputError(f"data file {str(path)!r} holds {samples.dtype}; real numbers are needed")
-    if samples.is_floating_point() or any(one is not None for one in settings):
+    if samples.is_floating_point() or is_scaled:
         samples = samples.float()
     if scale is not None:
         samples /= scale
@@ -113,6 +118,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _by_channel(name: str, values: Sequence[float], samples: Tensor) -> Tensor:
+    """Return numbers in a shape that broadcasts over the channels of samples."""
     tensor = torch.tensor(values, dtype=samples.dtype)
     if len(values) == 1:
         return tensor
@@ -125,12 +131,13 @@ def _by_channel(name: str, values: Sequence[float], samples: Tensor) -> Tensor:
 
 
 def _read(path: Path, ending: str, key: str | None) -> Tensor:
+    """Return the tensor ``key`` of a file whose ending, unpacked, is ``ending``."""
     what = "data file"
     if ending in (".npy", ".npz"):
         return _read_numpy(path, key)
     stored = read_safetensors(path, what) if ending == ".safetensors" else read_torch(path, what)
     if isinstance(stored, Mapping):
-        stored = stored[_chosen(path, [str(one) for one in stored], key)]
+        stored = stored[_chosen(path, [str(name) for name in stored], key)]
     if not isinstance(stored, Tensor):
         raise InputError(
             f"{what} {str(path)!r} holds a {type(stored).__name__}; a tensor, or tensors by name, "
@@ -143,7 +150,8 @@ def _read_numpy(path: Path, key: str | None) -> Tensor:
     opened = _PACKERS.get(path.suffix.lower(), open)
     try:
         with opened(path, "rb") as file:
-            # Unpacked at once: reading an archive jumps about, and each jump would unpack anew.
+            # Unpack the whole file first: reading an archive jumps about in it, and every jump
+            # would unpack from the start.
             whole = io.BytesIO(file.read()) if opened is not open else file
             stored = np.load(whole, allow_pickle=False)
             if isinstance(stored, np.lib.npyio.NpzFile):
@@ -164,15 +172,16 @@ def _read_numpy(path: Path, key: str | None) -> Tensor:
 
 
 def _chosen(path: Path, names: Sequence[str], key: str | None) -> str:
+    """Return the name of the array to read; raise InputError where none is the obvious choice."""
     if key is not None:
         if key not in names:
             raise InputError(f"data file {str(path)!r} has no {key!r}; it has {', '.join(names)}")
         return key
     if len(names) == 1:
         return names[0]
-    for one in _KEYS:
-        if one in names:
-            return one
+    for known in _KEYS:
+        if known in names:
+            return known
     raise InputError(
         f"data file {str(path)!r} holds several arrays ({', '.join(names) or 'none'}): say which "
         "by its key"

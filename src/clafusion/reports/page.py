@@ -11,14 +11,10 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 from matplotlib.figure import Figure
 
-from clafusion.batch.run import PairResult
+from clafusion.batch.results import PairResult
 from clafusion.errors import InputError
-from clafusion.reports.plots import (
-    alignment_figure,
-    stages_figure,
-    values_figure,
-    without_glyph_warnings,
-)
+from clafusion.reports.alignment_plot import alignment_figure
+from clafusion.reports.plots import stages_figure, values_figure, without_glyph_warnings
 from clafusion.reports.tables import cost_text, total_seconds
 from clafusion.weights.atomic import check_output, replacing
 
@@ -48,7 +44,7 @@ def write_report(
     Parameters
     ----------
     results
-        What :func:`clafusion.fuse_many` gave.
+        What :func:`clafusion.fuse_pairs` gave.
     path
         A ``.html`` file. An old one stays as it is until the new one is complete.
     chosen
@@ -78,39 +74,56 @@ def write_report(
             if one.alignment is not None
         }
     names = list(dict.fromkeys(name for one in results for name in (one.first, one.second)))
-    failed = [one for one in results if one.error is not None]
-    parts = [
-        f"<h1>{len(results)} pairs of {len(names)} models</h1>",
-        f"<p>{len(fused)} fused, {len(failed)} failed, "
-        f"{sum(one.resumed for one in results)} taken over from an earlier run.</p>",
-    ]
+    parts = _heading(results, len(names))
     if values:
         parts += [
             f"<h2>{html.escape(label[:1].upper() + label[1:])} of every pair</h2>",
             _picture(values_figure(names, values, label), label),
         ]
-    shown = fused.get(chosen) if chosen is not None else _most_telling(list(fused.values()))
-    if shown is not None and shown.alignment is not None:
-        drawn = alignment_figure(
-            shown.deep_layers,
-            shown.shallow_layers,
-            shown.alignment,
-            deep_is_first=shown.deep == shown.first,
-        )
-        title = f"{shown.first} and {shown.second}"
-        parts += [f"<h2>Alignment of {html.escape(title)}</h2>", _picture(drawn, title)]
+    shown = fused[chosen] if chosen is not None else _most_telling(list(fused.values()))
+    if shown is not None:
+        parts += _alignment(shown)
     seconds = total_seconds(results)
     if seconds:
         parts += ["<h2>Time by stage</h2>", _picture(stages_figure(seconds), "seconds by stage")]
     parts += ["<h2>All pairs</h2>", _table(results)]
-    page = (
+    with replacing(path, "report") as temporary:
+        temporary.write_text(_page(f"clafusion: {len(results)} pairs", parts), encoding="utf-8")
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>clafusion: {len(results)} pairs</title><style>{_STYLE}</style></head>\n<body>\n"
+        f"<title>{title}</title><style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
-    with replacing(path, "report") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+
+
+def _heading(results: Sequence[PairResult], models: int) -> list[str]:
+    failed = sum(one.error is not None for one in results)
+    return [
+        f"<h1>{len(results)} pairs of {models} models</h1>",
+        f"<p>{len(results) - failed} fused, {failed} failed, "
+        f"{sum(one.resumed for one in results)} taken over from an earlier run.</p>",
+    ]
+
+
+def _alignment(result: PairResult) -> list[str]:
+    """Return the heading and the picture of a fused pair's alignment."""
+    assert result.alignment is not None, "a fused pair has an alignment"
+    assert result.deep is not None
+    deep_is_first = result.deep == result.first
+    names = (result.deep, result.second if deep_is_first else result.first)
+    drawn = alignment_figure(
+        result.deep_layers,
+        result.shallow_layers,
+        result.alignment,
+        names,
+        merged=result.structure != result.deep,
+    )
+    title = f"{result.first} and {result.second}"
+    return [f"<h2>Alignment of {html.escape(title)}</h2>", _picture(drawn, title)]
 
 
 def _most_telling(fused: Sequence[PairResult]) -> PairResult | None:

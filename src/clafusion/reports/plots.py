@@ -1,12 +1,14 @@
-"""The picture of an alignment. Draws without pyplot: the caller's figures stay as they are."""
+"""Figures of many pairs and of one model, and what all figures share.
+
+Drawn without pyplot: the caller's figures and settings stay as they are.
+"""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import colormaps
@@ -14,18 +16,22 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
+from matplotlib.patches import FancyBboxPatch, Patch
 
+from clafusion.reports.tables import operations_text
+from clafusion.tracing.model import TracedModel
 from clafusion.weights.atomic import check_output, replacing
-
-if TYPE_CHECKING:
-    from clafusion.alignment.dynamic_program import LayerAlignment
-    from clafusion.fusion import AlignedPair
 
 __all__ = [
     "ENDINGS",
-    "alignment_figure",
-    "plot_alignment",
+    "FORBIDDEN",
+    "INK",
+    "MOST_NUMBERS",
+    "layer_box",
+    "model_figure",
+    "readable",
+    "save_figure",
+    "short",
     "stages_figure",
     "values_figure",
     "without_glyph_warnings",
@@ -33,23 +39,16 @@ __all__ = [
 
 ENDINGS = (".png", ".svg", ".pdf")
 
+FORBIDDEN = "#e3e3e3"
+INK = "#222222"
+MOST_NUMBERS = 150  # in a heat map; more would not be legible
+
 _LONGEST_NAME = 32
-_FORBIDDEN = "#e3e3e3"
-_INK = "#222222"
-_PATH = "#d62728"
-_MOST_NUMBERS = 150  # in the heat map; more would not be legible
+_LETTER = 0.07  # inches, at the size of the names
 
 
-def plot_alignment(pair: AlignedPair, path: str | os.PathLike[str]) -> None:
-    """Draw the cost matrix with the chosen path, and the matched layers side by side.
-
-    Parameters
-    ----------
-    pair
-        The aligned models.
-    path
-        Its ending (``.png``, ``.svg``, ``.pdf``) chooses the format. An old file stays as it is
-        until the new one is complete.
+def save_figure(draw: Callable[[], Figure], path: str | os.PathLike[str]) -> None:
+    """Draw a figure into a file; the old file stays as it is until the new one is complete.
 
     Raises
     ------
@@ -57,7 +56,7 @@ def plot_alignment(pair: AlignedPair, path: str | os.PathLike[str]) -> None:
         The ending is unknown, or the file cannot be written.
     """
     path = check_output(path, ENDINGS, "plot")
-    figure = _figure(pair)
+    figure = draw()
     with replacing(path, "plot") as temporary, without_glyph_warnings():
         figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=150)
 
@@ -70,229 +69,42 @@ def without_glyph_warnings() -> Iterator[None]:
         yield
 
 
-def _figure(pair: AlignedPair) -> Figure:
-    return alignment_figure(
-        [layer.name for layer in pair.deep.traced.layers],
-        [layer.name for layer in pair.shallow.traced.layers],
-        pair.alignment,
-        deep_is_first=pair.deep_is_first,
-    )
-
-
-def alignment_figure(
-    deep_layers: Sequence[str],
-    shallow_layers: Sequence[str],
-    alignment: LayerAlignment,
+def layer_box(
+    axes: Axes,
+    left: float,
+    y: float,
+    wide: float,
+    text: str,
     *,
-    deep_is_first: bool,
-) -> Figure:
-    """Draw what :func:`plot_alignment` draws, from the layers' names."""
-    deep, shallow = (list(map(_shortened, names)) for names in (deep_layers, shallow_layers))
-    m, n = len(deep), len(shallow)
-    letter = 0.07  # inches, at the size of the names
-    longest = max(map(len, deep)), max(map(len, shallow))
-    cell = float(np.clip(0.34, 2.6 / m, 12 / m if m > 35 else 1.0))
-    # Inches: [names | matrix | colour bar] gap [boxes, lines, boxes]
-    names, bar, gap = letter * longest[0] + 0.45, 0.95, 0.35
-    matrix = max(cell * n, 2.2)
-    box = letter * max(*longest, 10) + 0.3
-    boxes = 2 * box + 1.6
-    top, bottom = 0.95, letter * longest[1] + 0.85
-    body = max(cell * len(alignment.steps), 2.2)
-    width, height = names + matrix + bar + gap + boxes + 0.2, top + body + bottom
-    figure = Figure(figsize=(width, height))
-
-    def axes(left: float, wide: float) -> Axes:
-        return figure.add_axes((left / width, bottom / height, wide / width, body / height))
-
-    norm = _norm(alignment)
-    _draw_costs(axes(names, matrix), alignment, deep_is_first, deep, shallow, norm, cell)
-    colours = ScalarMappable(norm, "viridis_r")
-    bar_axes = axes(names + matrix + 0.12, 0.16)
-    figure.colorbar(colours, cax=bar_axes).set_label("cost (smaller is closer)", fontsize=8)
-    bar_axes.tick_params(labelsize=7)
-    layers = axes(names + matrix + bar + gap, boxes)
-    _draw_layers(layers, alignment, deep_is_first, deep, shallow, norm, box / boxes)
-    forced = "forced by structure" if alignment.forced else "chosen by cost"
-    figure.text(
-        0.5,
-        1 - 0.28 / height,
-        f"Alignment of {m} and {n} layers ({forced}), total cost {alignment.matched_cost:.3f}",
+    size: float,
+    dashed: bool = False,
+    face: str = "#f4f6fa",
+) -> None:
+    """Draw a layer as a box with its name; dashed for one that a network lacks."""
+    axes.add_patch(
+        FancyBboxPatch(
+            (left + 0.005, y - 0.34),
+            wide - 0.01,
+            0.68,
+            boxstyle="round,pad=0,rounding_size=0.02",
+            mutation_aspect=14,
+            facecolor="none" if dashed else face,
+            edgecolor="#9a9a9a" if dashed else "#4c5a73",
+            linewidth=0.9,
+            linestyle=(0, (3, 2)) if dashed else "solid",
+        )
+    )
+    axes.text(
+        left + wide / 2,
+        y,
+        text,
         ha="center",
         va="center",
-        fontsize=11,
-        color=_INK,
+        fontsize=size,
+        parse_math=False,
+        color="#8a8a8a" if dashed else INK,
+        style="italic" if dashed else "normal",
     )
-    return figure
-
-
-def _norm(alignment: LayerAlignment) -> Normalize:
-    cost = alignment.cost
-    finite = cost[np.isfinite(cost)]
-    low, high = float(finite.min()), float(finite.max())
-    return Normalize(low, max(high, low + 0.01))  # of one value, too, the bar can be read
-
-
-def _draw_costs(
-    axes: Axes,
-    alignment: LayerAlignment,
-    deep_is_first: bool,
-    deep: list[str],
-    shallow: list[str],
-    norm: Normalize,
-    cell: float,
-) -> None:
-    """Draw the matrix: forbidden pairs hatched, chosen pairs joined by a path."""
-    cost = alignment.cost
-    colours = colormaps["viridis_r"]
-    forbidden = ~np.isfinite(cost)
-    axes.set_facecolor(_FORBIDDEN)
-    if forbidden.any():
-        axes.add_patch(
-            Rectangle(
-                (-0.5, -0.5),
-                cost.shape[1],
-                cost.shape[0],
-                facecolor=_FORBIDDEN,
-                edgecolor="#bdbdbd",
-                hatch="////",
-                linewidth=0,
-                zorder=0,
-            )
-        )
-    axes.imshow(
-        np.ma.masked_array(cost, forbidden), cmap=colours, norm=norm, aspect="auto", zorder=1
-    )
-    if np.isfinite(cost).sum() <= _MOST_NUMBERS:
-        for row, k in np.argwhere(~forbidden):
-            axes.text(
-                k,
-                row,
-                f"{cost[row, k]:.2f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color=_readable(colours(norm(cost[row, k]))),
-                zorder=4,
-            )
-    pairs = np.array(alignment.pairs)
-    axes.plot(pairs[:, 1], pairs[:, 0], color=_PATH, linewidth=1.2, alpha=0.8, zorder=2)
-    for row, k in pairs:
-        axes.add_patch(
-            Rectangle(
-                (k - 0.46, row - 0.46),
-                0.92,
-                0.92,
-                fill=False,
-                edgecolor=_PATH,
-                linewidth=1.8 if cell > 0.2 else 1.2,
-                zorder=3,
-            )
-        )
-    size = 8 if cell >= 0.16 else 6
-    axes.set_xticks(range(len(shallow)), shallow, rotation=90, fontsize=size, parse_math=False)
-    axes.set_yticks(range(len(deep)), deep, fontsize=size, parse_math=False)
-    axes.tick_params(length=2)
-    axes.set_xlim(-0.5, len(shallow) - 0.5)
-    axes.set_ylim(len(deep) - 0.5, -0.5)
-    axes.set_xlabel(
-        f"layers of the shallow model ({_which(deep_is_first, deep=False)})", fontsize=9
-    )
-    axes.set_ylabel(f"layers of the deep model ({_which(deep_is_first, deep=True)})", fontsize=9)
-    axes.set_title("Cost of matching two layers", fontsize=10, pad=8)
-    marks = [Patch(fill=False, edgecolor=_PATH, linewidth=1.5, label="matched")]
-    if forbidden.any():
-        marks.append(
-            Patch(facecolor=_FORBIDDEN, edgecolor="#bdbdbd", hatch="////", label="forbidden")
-        )
-    axes.figure.legend(
-        handles=marks, loc="lower left", fontsize=8, ncols=2, frameon=False, bbox_to_anchor=(0, 0)
-    )
-
-
-def _draw_layers(
-    axes: Axes,
-    alignment: LayerAlignment,
-    deep_is_first: bool,
-    deep: list[str],
-    shallow: list[str],
-    norm: Normalize,
-    box: float,
-) -> None:
-    """Draw both networks from top to bottom, each layer beside its partner."""
-    colours = colormaps["viridis_r"]
-    heights: dict[int, list[int]] = {}
-    for row, (one, k) in enumerate(alignment.steps):
-        if one >= 0:
-            heights.setdefault(k, []).append(row)
-    size = 8 if len(alignment.steps) <= 40 else 7
-
-    def draw_box(right: bool, y: float, text: str, dashed: bool = False) -> None:
-        x = 1 - box if right else 0.0
-        axes.add_patch(
-            FancyBboxPatch(
-                (x + 0.005, y - 0.34),
-                box - 0.01,
-                0.68,
-                boxstyle="round,pad=0,rounding_size=0.02",
-                mutation_aspect=14,
-                facecolor="none" if dashed else "#f4f6fa",
-                edgecolor="#9a9a9a" if dashed else "#4c5a73",
-                linewidth=0.9,
-                linestyle=(0, (3, 2)) if dashed else "solid",
-            )
-        )
-        axes.text(
-            x + box / 2,
-            y,
-            text,
-            ha="center",
-            va="center",
-            fontsize=size,
-            parse_math=False,
-            color="#8a8a8a" if dashed else _INK,
-            style="italic" if dashed else "normal",
-        )
-
-    for row, (one, k) in enumerate(alignment.steps):
-        draw_box(False, row, deep[one] if one >= 0 else "inserted", dashed=one < 0)
-        if one < 0 or k < 0:
-            draw_box(True, row, shallow[k] if k >= 0 else "inserted", dashed=k < 0)
-            axes.plot(
-                [box, 1 - box], [row, row], color="#b0b0b0", linewidth=1, linestyle=(0, (3, 2))
-            )
-            continue
-        y = float(np.mean(heights[k]))
-        cost = float(alignment.cost[one, k])
-        axes.plot([box, 1 - box], [row, y], color=colours(norm(cost)), linewidth=2.2)
-        axes.text(
-            0.5,
-            (row + y) / 2,
-            f"{cost:.2f}",
-            ha="center",
-            va="center",
-            fontsize=7,
-            color=_INK,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )
-    for k, places in heights.items():
-        if k >= 0:
-            draw_box(True, float(np.mean(places)), shallow[k])
-    axes.set_xlim(0, 1)
-    axes.set_ylim(len(alignment.steps) - 0.5, -0.5)
-    axes.axis("off")
-    axes.set_title("Matched layers and their cost", fontsize=10, pad=22)
-    for x, which in ((box / 2, True), (1 - box / 2, False)):
-        axes.annotate(
-            f"{'deep' if which else 'shallow'} ({_which(deep_is_first, deep=which)})",
-            (x, 1),
-            xycoords="axes fraction",
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-            color=_INK,
-        )
 
 
 def values_figure(
@@ -306,19 +118,19 @@ def values_figure(
     grid = np.full((len(names), len(names)), np.nan)
     for (first, second), value in values.items():
         grid[places[first], places[second]] = value
-    shown = list(map(_shortened, names))
+    shown = list(map(short, names))
     cell = float(np.clip(0.42, 2.6 / len(names), max(12 / len(names), 0.02)))
     side, margin = max(cell * len(names), 2.2), 0.07 * max(map(len, shown)) + 0.6
     width, height = side + margin + 1.3, side + margin + 0.3
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes(
-        (margin / width, margin / height, side / width, side / height), facecolor=_FORBIDDEN
+        (margin / width, margin / height, side / width, side / height), facecolor=FORBIDDEN
     )
     finite = grid[np.isfinite(grid)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     norm = Normalize(low, max(high, low + 1e-9))
     axes.imshow(np.ma.masked_invalid(grid), cmap="viridis_r", norm=norm, aspect="auto")
-    if finite.size <= _MOST_NUMBERS:
+    if finite.size <= MOST_NUMBERS:
         for row, column in np.argwhere(np.isfinite(grid)):
             axes.text(
                 column,
@@ -327,7 +139,7 @@ def values_figure(
                 ha="center",
                 va="center",
                 fontsize=7,
-                color=_readable(colormaps["viridis_r"](norm(grid[row, column]))),
+                color=readable(colormaps["viridis_r"](norm(grid[row, column]))),
             )
     size = 8 if cell >= 0.16 else 4
     axes.set_xticks(range(len(shown)), shown, rotation=90, fontsize=size, parse_math=False)
@@ -358,18 +170,68 @@ def stages_figure(seconds: Mapping[str, float]) -> Figure:
     return figure
 
 
-def _which(deep_is_first: bool, *, deep: bool) -> str:
-    return "first" if deep_is_first == deep else "second"
-
-
-def _readable(colour: tuple[float, float, float, float]) -> str:
+def readable(colour: tuple[float, float, float, float]) -> str:
+    """Return the colour of text that can be read on a colour."""
     red, green, blue, _ = colour
     return "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
 
 
-def _shortened(name: str) -> str:
+def short(name: str) -> str:
     """Keep both ends of a long name: the stage at the front, the layer at the back."""
     if len(name) <= _LONGEST_NAME:
         return name
     half = (_LONGEST_NAME - 3) // 2
     return f"{name[:half]}...{name[-half:]}"
+
+
+# --- one model ----------------------------------------------------------------------------------
+
+_FACES = {
+    "identity": ("#dcefe0", "can be inserted as an identity"),
+    "zero": ("#dbe7f6", "can be inserted with a zero residual"),
+    None: ("#f4f6fa", "cannot be inserted"),
+}
+
+
+def model_figure(model: TracedModel) -> Figure:
+    """Draw a model's layers from top to bottom, and beside each what it computes."""
+    names = [short(layer.name) for layer in model.layers]
+    notes = [
+        operations_text(layer.structure)
+        + (f"  ->  {'x'.join(map(str, layer.output_shape))}" if layer.output_shape else "")
+        for layer in model.layers
+    ]
+    box = _LETTER * max(10, *map(len, names)) + 0.3
+    wide = box + _LETTER * max(40, *map(len, notes)) + 0.5
+    cell = float(np.clip(0.34, 0.0, 40 / len(names)))
+    height = cell * len(names) + 1.1
+    figure = Figure(figsize=(wide, height))
+    axes = figure.add_axes((0.0, 0.55 / height, 1.0, cell * len(names) / height))
+    size = 8 if cell > 0.25 else 6
+    for row, (layer, name, note) in enumerate(zip(model.layers, names, notes, strict=True)):
+        face, _ = _FACES[layer.insertable]
+        layer_box(axes, 0.2 / wide, row, box / wide, name, size=size, face=face)
+        axes.text(
+            (box + 0.4) / wide, row, note, va="center", fontsize=size, color=INK, parse_math=False
+        )
+        if row:
+            middle = (0.2 + box / 2) / wide
+            axes.plot([middle, middle], [row - 0.66, row - 0.34], color="#4c5a73", linewidth=0.9)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.axis("off")
+    figure.text(
+        0.2 / wide,
+        1 - 0.28 / height,
+        f"{len(names)} layers, {len(model.groups)} channel groups",
+        va="center",
+        fontsize=11,
+        color=INK,
+    )
+    kinds = dict.fromkeys(layer.insertable for layer in model.layers)
+    marks = [
+        Patch(facecolor=_FACES[kind][0], edgecolor="#4c5a73", label=_FACES[kind][1])
+        for kind in kinds
+    ]
+    figure.legend(handles=marks, loc="lower left", fontsize=8, frameon=False, ncols=len(marks))
+    return figure

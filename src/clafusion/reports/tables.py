@@ -3,140 +3,263 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from clafusion.alignment.models import AlignedModels, PairAlignment
+from clafusion.config import ManyToOne
+from clafusion.merging.problem import Parent
+from clafusion.reports.text import described, fact_lines, plain_table, seconds_text, shortened
+from clafusion.results import FusionResult
 from clafusion.tracing.model import TracedModel
 
 if TYPE_CHECKING:
-    from clafusion.batch.run import PairResult
-    from clafusion.fusion import AlignedPair, FusionResult
+    from clafusion.batch.results import PairResult
 
 __all__ = [
     "alignment_summary",
     "cost_text",
     "fusion_summary",
-    "many_summary",
     "model_summary",
-    "plain_table",
+    "operations_text",
+    "pairs_summary",
     "total_seconds",
 ]
 
 INSERTED = "(inserted)"
+MERGED = "(merged)"
+
+_FORCED = "forced: the structures admit one alignment only, so the costs did not matter"
+_FREE = "free: the least costly of several alignments that the structures admit"
 
 
-def plain_table(
-    titles: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()
-) -> str:
-    """Return a table with aligned columns; those in ``numeric`` are flush right."""
-    widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(len(titles))]
-
-    def line(cells: Sequence[str]) -> str:
-        placed = [
-            cell.rjust(width) if i in numeric else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join(placed).rstrip()
-
-    return "\n".join([line(titles), line(["-" * width for width in widths]), *map(line, rows)])
+# --- alignments ---------------------------------------------------------------------------------
 
 
-def alignment_summary(
-    pair: AlignedPair,
-    *,
-    merged: bool = False,
-    deep_shares: Mapping[tuple[int, int], float] | None = None,
-) -> str:
+def alignment_summary(aligned: AlignedModels) -> str:
     """Return a table of the matched layers, and below it what the alignment was free to choose.
 
-    ``merged`` tells that the deep network's unmatched layers go, where else either network gets the
-    like of what only the other one has. ``deep_shares`` are the deep network's shares of matched
-    pairs of layers.
+    Each row has a layer of the reference, and what every other model has there and at which cost.
+    A layer that a model lacks there is ``(inserted)`` into it; ``(merged)`` where the reference is
+    the shallower one and the other's layer goes.
     """
-    deep, shallow = pair.deep.traced.layers, pair.shallow.traced.layers
-    alignment = pair.alignment
+    reference, names = aligned.reference, aligned.names
+    others = [i for i in range(len(names)) if i != reference]
+    titles = [names[reference]]
+    for i in others:
+        titles += [names[i], "cost"]
+    rows = _layer_rows(aligned, others)
+    numeric = range(2, 2 * len(others) + 1, 2)
+    return f"{plain_table(titles, rows, numeric)}\n\n{fact_lines(_alignment_facts(aligned))}"
+
+
+def _layer_rows(aligned: AlignedModels, others: Sequence[int]) -> list[list[str]]:
+    layers = aligned.layer_names(aligned.reference)
+    # What the other models have at each of the reference's layers, and what comes before it.
+    cells = {i: [[INSERTED, ""] for _ in layers] for i in others}
+    before: list[list[list[str]]] = [[] for _ in range(len(layers) + 1)]
+    totals = []
+    for column, i in enumerate(others):
+        pair, names = _pair(aligned, i), aligned.layer_names(i)
+        missing = MERGED if _is_shallow(pair, aligned.reference) else INSERTED
+        place = 0
+        for own, other in _steps(pair, aligned.reference):
+            if own < 0:
+                row = [missing, *[""] * (2 * len(others))]
+                row[1 + 2 * column] = names[other]
+                before[place].append(row)
+                continue
+            place = own + 1
+            if other >= 0:
+                cells[i][own] = [names[other], f"{_cost(pair, own, other, aligned.reference):.4f}"]
+        totals += ["", f"{pair.alignment.matched_cost:.4f}"]
     rows = []
-    for one, other in alignment.steps:
-        if one < 0:
-            rows.append([INSERTED, shallow[other].name, "", ""])
-        elif other < 0:
-            rows.append([deep[one].name, "(merged)" if merged else INSERTED, "", ""])
+    for own, name in enumerate(layers):
+        rows += [*before[own], [name, *(cell for i in others for cell in cells[i][own])]]
+    return [*rows, *before[-1], ["total", *totals]]
+
+
+def _alignment_facts(aligned: AlignedModels) -> dict[str, str]:
+    names, reference = aligned.names, aligned.reference
+    others = {name: _pair(aligned, i) for i, name in enumerate(names) if i != reference}
+    counts = [
+        f"{name} {len(one.traced.layers)}"
+        for name, one in zip(names, aligned.profiles, strict=True)
+    ]
+    facts = {"layers": f"{', '.join(counts)}; aligned with {names[reference]}"}
+    inserted, merged = [], []
+    for name, pair in others.items():
+        unmatched, gaps = pair.alignment.unmatched, pair.alignment.unmatched_shallow
+        if _is_shallow(pair, reference):
+            merged += [f"{len(unmatched)} of {name}"] if unmatched else []
+            inserted += [f"{len(gaps)} into {name}"] if gaps else []
         else:
-            cost = f"{alignment.cost[one, other]:.4f}"
-            shares = deep_shares or {}
-            share = f"{shares[one, other]:.2f}" if (one, other) in shares else ""
-            rows.append([deep[one].name, shallow[other].name, cost, share])
-    rows.append(["total", "", f"{alignment.matched_cost:.4f}", ""])
-    first, second = ("deep", "shallow") if pair.deep_is_first else ("shallow", "deep")
-    choice = (
-        "forced: the structures admit one alignment only, so the costs did not matter"
-        if alignment.forced
-        else "free: the least costly of several alignments that the structures admit"
-    )
-    facts = {
-        "models": f"the first is the {first} one, the second the {second} one",
-        "layers": f"{len(deep)} deep, {len(shallow)} shallow, "
-        f"{len(alignment.unmatched)} "
-        + ("merged away" if merged else "inserted into the shallow one")
-        + (f", {gaps} into the deep one" if (gaps := len(alignment.unmatched_shallow)) else ""),
-        "alignment": f"by {alignment.mode}; {choice}",
-        "samples": f"{pair.deep.num_samples} compared, {pair.deep.num_inputs} seen",
-    }
-    titles = ["deep layer", "shallow layer", "cost", "deep share"]
-    if deep_shares is None:
-        titles, rows = titles[:3], [row[:3] for row in rows]
-    table = plain_table(titles, rows, numeric=[2, 3])
-    return f"{table}\n\n{_facts(facts)}"
+            inserted += [f"{len(unmatched)} into {name}"] if unmatched else []
+            whose = f" for {name}" if len(others) > 1 else ""
+            inserted += [f"{len(gaps)} into {names[reference]}{whose}"] if gaps else []
+    if inserted:
+        facts["inserted"] = ", ".join(inserted)
+    if merged:
+        facts["merged away"] = ", ".join(merged)
+    facts["alignment"] = f"by {next(iter(others.values())).alignment.mode}; {_choice(others)}"
+    profile = aligned.profiles[reference]
+    facts["samples"] = f"{profile.num_samples} compared, {profile.num_inputs} seen"
+    return facts
+
+
+def _choice(others: dict[str, PairAlignment]) -> str:
+    """Say whether the costs mattered."""
+    forced = [name for name, pair in others.items() if pair.alignment.forced]
+    if len(forced) in (0, len(others)):
+        return _FORCED if forced else _FREE
+    free = [name for name in others if name not in forced]
+    return f"{', '.join(free)} {_FREE}; {', '.join(forced)} {_FORCED}"
+
+
+def _pair(aligned: AlignedModels, position: int) -> PairAlignment:
+    pair = aligned.alignments[position]
+    assert pair is not None, "it is not the reference"
+    return pair
+
+
+def _is_shallow(pair: PairAlignment, reference: int) -> bool:
+    return pair.deep != reference
+
+
+def _steps(pair: PairAlignment, reference: int) -> list[tuple[int, int]]:
+    """Return the layers in order: ``(reference's, other's)``, -1 where one has no partner."""
+    if _is_shallow(pair, reference):
+        return [(shallow, deep) for deep, shallow in pair.alignment.steps]
+    return list(pair.alignment.steps)
+
+
+def _cost(pair: PairAlignment, own: int, other: int, reference: int) -> float:
+    place = (other, own) if _is_shallow(pair, reference) else (own, other)
+    return float(pair.alignment.cost[place])
+
+
+# --- fusions ------------------------------------------------------------------------------------
 
 
 def fusion_summary(result: FusionResult) -> str:
-    """Return :func:`alignment_summary`, the settings of the fusion and the seconds it took."""
+    """Return :func:`alignment_summary`, the layers' weights, the settings and the seconds.
+
+    Of a fusion of one model after another, each step has its own alignment.
+    """
+    parts = []
+    for i, step in enumerate(result.steps, 1):
+        parts.append(f"Step {i}: {' and '.join(step.aligned.names)}")
+        parts.append(alignment_summary(step.aligned))
+    parts = parts or [alignment_summary(result.aligned)]
+    steps = result.steps or (result,)
+    parts += [table for step in steps if (table := _weights_table(step))]
+    facts = fact_lines(_fusion_facts(result))
+    if len(parts) == 1:
+        return f"{parts[0]}\n{facts}"
+    return "\n\n".join([*parts, facts])
+
+
+def _weights_table(result: FusionResult) -> str:
+    """Return a table of the parents' weights in each layer; "" where all layers have the same."""
+    columns = list(zip(*result.layer_weights, strict=True))
+    known = [{weight for weight in column if weight is not None} for column in columns]
+    if all(len(one) <= 1 for one in known):
+        return ""
+    rows = [
+        [layer.name, *("" if weight is None else f"{weight:.2f}" for weight in weights)]
+        for layer, weights in zip(result.problem.target.layers, result.layer_weights, strict=True)
+    ]
+    titles = ["weights in", *result.problem.names]
+    return plain_table(titles, rows, range(1, len(titles)))
+
+
+def _fusion_facts(result: FusionResult) -> dict[str, str]:
     config = result.config
-    deep_share = 1 - config.weight if result.pair.deep_is_first else config.weight
-    matched = [plan for plan in result.plans if plan is not None]
-    widths = sorted({(int(plan.size(0)), int(plan.size(1))) for plan in matched})
-    shown = ", ".join(f"{source} to {target}" for source, target in widths[:6])
+    names = _all_names(result)
+    shown = zip(names, result.weights, strict=True)
+    by_layer = config.merging.layer_weights
     facts = {
-        "channels": f"{len(matched)} of {len(result.plans)} groups matched by "
-        f"{config.channel_cost}, solver {config.solver}"
-        + ("" if config.importance == "uniform" else f", masses by {config.importance}")
-        + (f" (widths {shown}{', ...' if len(widths) > 6 else ''})" if widths else ""),
-        "shares": f"deep {deep_share:.2f}, shallow {1 - deep_share:.2f}"
-        + ("" if config.layer_weights == "uniform" else ", of each matched layer by sensitivity"),
-        "calibration": config.calibration
-        + ("" if result.lean is None else f", lean {result.lean:g}"),
-        "verified": "yes, by permuting copies of both models"
-        if config.verify
-        else "no, verify=False",
-        "seconds": _seconds(result.timings),
+        "weights": ", ".join(f"{name} {weight:.2f}" for name, weight in shown)
+        + ("" if by_layer == "uniform" else f", of each matched layer by {by_layer}"),
+        "target": f"{described(config.target)}, {len(result.problem.target.layers)} layers",
+        "channels": _channels(result),
     }
-    source, target = result.lifting.shallow, result.lifting.deep
-    blocks = []
-    if result.head_orders:
-        moved = [source.layers[source.heads[one].layer].name for one in result.head_orders]
-        blocks.append(f"reordered in {_shortened(moved)}")
-    for numbers in dict.fromkeys(
-        (one.count, other.count)
-        for one, other in zip(source.united_heads, target.united_heads, strict=True)
-    ):
-        named = [
-            target.layers[other.layer].name
-            for one, other in zip(source.united_heads, target.united_heads, strict=True)
-            if (one.count, other.count) == numbers
-        ]
-        blocks.append(f"{numbers[0]} to {numbers[1]} in {_shortened(named)}")
-    if blocks:
-        facts["blocks"] = "; ".join(blocks)
+    heads = _heads(result)
+    if heads:
+        facts["heads"] = heads
+    strategy = config.merging.strategy
+    if not isinstance(strategy, ManyToOne):
+        outcome = "" if result.converged else ", not converged"
+        facts["strategy"] = f"{described(strategy)}, rounds {result.rounds}{outcome}"
+    facts["calibration"] = described(config.calibration)
+    if result.anchor is not None and result.anchor != getattr(config.calibration, "anchor", None):
+        facts["calibration"] += f", anchor {result.anchor:g}"
+    facts["verified"] = (
+        "yes, by permuting copies of all models" if config.verify else "no: verify is off"
+    )
+    facts["seconds"] = seconds_text(result.timings)
     if result.peak_memory:
         stage = max(result.peak_memory, key=result.peak_memory.__getitem__)
         facts["GPU memory"] = f"{result.peak_memory[stage] / 1e6:.1f} MB at the most ({stage})"
-    own = result.shares if len(set(result.shares.values())) > 1 else None
-    table = alignment_summary(result.pair, merged=config.balance == "merge", deep_shares=own)
-    return f"{table}\n{_facts(facts)}"
+    return facts
 
 
-def many_summary(results: Sequence[PairResult]) -> str:
-    """Return a table of all pairs, and below it what became of them and how long it took."""
+def _all_names(result: FusionResult) -> list[str]:
+    """Return the names of all models, also of those that earlier steps fused."""
+    if not result.steps:
+        return list(result.aligned.names)
+    first, *others = result.steps
+    return [*first.aligned.names, *(one.aligned.names[-1] for one in others)]
+
+
+def _channels(result: FusionResult) -> str:
+    """Say by what channels are matched, and how many of which parent."""
+    matching = result.config.matching
+    how = f"by {matching.cost}, solver {described(matching.solver)}"
+    if matching.importance != "uniform":
+        how += f", masses by {matching.importance}"
+    parents = [
+        parent
+        for step in result.steps or (result,)
+        for parent in step.parents
+        if parent.correspondence.source is not parent.correspondence.target
+    ]
+    return "; ".join([how, *map(_groups, parents)])
+
+
+def _groups(parent: Parent) -> str:
+    matched = [plan for plan in parent.plans if plan is not None]
+    widths = sorted({(int(plan.size(0)), int(plan.size(1))) for plan in matched})
+    shown = shortened([f"{source} to {target}" for source, target in widths], 6)
+    return f"{parent.name} {len(matched)} of {len(parent.plans)} groups" + (
+        f" ({shown})" if shown else ""
+    )
+
+
+def _heads(result: FusionResult) -> str:
+    """Say which heads changed places, and which numbers of heads were united."""
+    found = []
+    for parent in (parent for step in result.steps or (result,) for parent in step.parents):
+        source, target = parent.correspondence.source, parent.correspondence.target
+        if parent.head_orders:
+            moved = [source.layers[source.heads[one].layer].name for one in parent.head_orders]
+            found.append(f"of {parent.name} reordered in {shortened(moved)}")
+        united: dict[tuple[int, int], list[str]] = {}
+        for one, other in zip(source.united_heads, target.united_heads, strict=True):
+            name = target.layers[other.layer].name
+            united.setdefault((one.count, other.count), []).append(name)
+        found += [
+            f"of {parent.name} {numbers[0]} to {numbers[1]} in {shortened(names)}"
+            for numbers, names in united.items()
+        ]
+    return "; ".join(found)
+
+
+# --- pairs --------------------------------------------------------------------------------------
+
+
+def pairs_summary(results: Sequence[PairResult]) -> str:
+    """Return a table of all pairs, and below it why some failed and how long all took."""
     rows = [
         [
             one.first,
@@ -144,18 +267,20 @@ def many_summary(results: Sequence[PairResult]) -> str:
             one.deep or "",
             cost_text(one),
             f"{math.fsum(one.seconds.values()):.2f}",
-            "fused before" if one.resumed else "fused" if one.error is None else one.error,
+            "failed" if one.error is not None else "fused before" if one.resumed else "fused",
         ]
         for one in results
     ]
-    failed = sum(one.error is not None for one in results)
+    # Below the table, for an error may be long.
+    errors = {f"{one.first}, {one.second}": one.error for one in results if one.error is not None}
     facts = {
-        "pairs": f"{len(results)}, {failed} failed, "
+        **errors,
+        "pairs": f"{len(results)}, {len(errors)} failed, "
         f"{sum(one.resumed for one in results)} taken over from an earlier run",
-        "seconds": _seconds(total_seconds(results)),
+        "seconds": seconds_text(total_seconds(results)),
     }
-    table = plain_table(["first", "second", "deep", "cost", "seconds", "outcome"], rows, [3, 4])
-    return f"{table}\n\n{_facts(facts)}"
+    titles = ["first", "second", "deep", "cost", "seconds", "outcome"]
+    return f"{plain_table(titles, rows, [3, 4])}\n\n{fact_lines(facts)}"
 
 
 def cost_text(result: PairResult) -> str:
@@ -172,20 +297,24 @@ def total_seconds(results: Sequence[PairResult]) -> dict[str, float]:
     return total
 
 
-def model_summary(graph: TracedModel) -> str:
+# --- models -------------------------------------------------------------------------------------
+
+_INSERTABLE = {"identity": "identity layer", "zero": "zero residual", None: "no"}
+
+
+def model_summary(model: TracedModel) -> str:
     """Return tables of a model's layers and of its channel groups."""
-    target_only_layers = {"identity": "identity layer", "zero": "silent block", None: "no"}
     layers = plain_table(
         ["layer", "kind", "operations", "output", "can be inserted"],
         [
             [
                 layer.name,
                 layer.kind,
-                _operations(layer.structure),
+                operations_text(layer.structure),
                 "x".join(map(str, layer.output_shape)) or "-",
-                target_only_layers[layer.insertable],
+                _INSERTABLE[layer.insertable],
             ]
-            for layer in graph.layers
+            for layer in model.layers
         ],
     )
     groups = plain_table(
@@ -194,36 +323,25 @@ def model_summary(graph: TracedModel) -> str:
             [
                 one.name,
                 str(one.size),
-                _shortened(
-                    list(dict.fromkeys(group_axis.use.parameter for group_axis in one.axes))
-                ),
+                shortened(list(dict.fromkeys(axis.use.parameter for axis in one.axes))),
             ]
-            for one in graph.groups
+            for one in model.groups
         ],
         numeric=[1],
     )
-    count = sum(parameter.numel() for parameter in graph.model.parameters())
+    count = sum(parameter.numel() for parameter in model.model.parameters())
     facts = {
         "parameters": f"{count:,}",
-        "layers": str(len(graph.layers)),
-        "groups": f"{len(graph.groups)}, {sum(one.size for one in graph.groups):,} channels",
+        "layers": str(len(model.layers)),
+        "groups": f"{len(model.groups)}, {sum(one.size for one in model.groups):,} channels",
     }
-    if graph.heads:
-        named = [f"{len(one.members)} in {graph.layers[one.layer].name}" for one in graph.heads]
-        facts["blocks"] = f"exchangeable as wholes: {_shortened(named)}"
-    return f"{layers}\n\n{groups}\n\n{_facts(facts)}"
+    if model.heads:
+        named = [f"{len(one.members)} in {model.layers[one.layer].name}" for one in model.heads]
+        facts["heads"] = f"exchangeable as wholes: {shortened(named)}"
+    return f"{layers}\n\n{groups}\n\n{fact_lines(facts)}"
 
 
-def _facts(facts: Mapping[str, str]) -> str:
-    return "\n".join(f"{name:<12} {value}" for name, value in facts.items())
-
-
-def _seconds(timings: Mapping[str, float]) -> str:
-    stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in timings.items())
-    return f"{math.fsum(timings.values()):.2f} ({stages})"
-
-
-def _operations(structure: tuple[object, ...]) -> str:
+def operations_text(structure: tuple[object, ...]) -> str:
     """Return the names of the operations in a layer's structure, repeats counted."""
     names = [one[0] for one in structure if isinstance(one, tuple) and one]
     counted: list[list[object]] = []
@@ -232,9 +350,4 @@ def _operations(structure: tuple[object, ...]) -> str:
             counted[-1][1] = int(str(counted[-1][1])) + 1
         else:
             counted.append([name, 1])
-    return _shortened([f"{name}" if n == 1 else f"{n} {name}" for name, n in counted], 6)
-
-
-def _shortened(names: Sequence[str], most: int = 3) -> str:
-    more = f", ... {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return shortened([f"{name}" if n == 1 else f"{n} {name}" for name, n in counted], 6)

@@ -1,24 +1,24 @@
 """Exported graph -> channel groups, by running the graph on labels.
 
-Which channels of which tensors must move together is found by abstract interpretation. Every
-tensor of the graph gets a *label tensor* of its own shape that holds, per element,
+Abstract interpretation finds which channels of which tensors must move together. Every tensor of
+the graph gets a *label tensor* of its own shape. Each element of it is
 
 - an *atom* (a number >= 0): the channel that the element belongs to; atoms live in a union-find;
-- a *fixed id* (a number < 0): the element moves with no channel. It comes from the model's input,
-  from a constant or from a reduction over channels. Equal ids mean equal values.
+- or a *fixed id* (a number < 0): the element moves with no channel. It comes from the model's
+  input, from a constant or from a reduction over channels. Equal ids mean equal values.
 
 Weighted operations create atoms, operations of two activations unite them, and structural
-operations (view, permute, cat, slice...) simply run on the label tensor. Where an atom meets a
-fixed element (a mask, a rotary angle, an attention score), it takes on the sequence of fixed ids
-that it meets as a *fingerprint*. Atoms are exchangeable, and so form one group, exactly if they
-occupy the same axes of the same parameters and carry the same fingerprints.
+operations (view, permute, cat, slice...) run on the label tensor as they are. Where an atom meets
+fixed elements (a mask, a rotary angle, an attention score), their sequence becomes a *fingerprint*
+of the atom. Atoms are exchangeable, and so form one channel group, exactly if they occupy the same
+axes of the same parameters and carry the same fingerprints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class NodeChannels:
     Attributes
     ----------
     axis
-        The only axis along which the labels vary, or None where there is no such single axis.
+        The only axis along which the labels vary; None where they vary along none or several.
     groups, members
         ``(num_channels,)``: the group of each channel (-1: fixed) and its position in it.
     moving
@@ -60,7 +60,19 @@ class NodeChannels:
 
 @dataclass(frozen=True)
 class Channels:
-    """What the analysis found: the groups, the parameter views, and the nodes' channels."""
+    """What the labels show of a graph.
+
+    Attributes
+    ----------
+    groups
+        The channel groups with more than one channel.
+    uses
+        Every view of every parameter, in graph order.
+    nodes
+        The channels of each node that carries any, by the node's name.
+    shapes
+        The shape of each node's value, for the example inputs.
+    """
 
     groups: tuple[ChannelGroup, ...]
     uses: tuple[ParameterUse, ...]
@@ -75,7 +87,7 @@ def find_channels(
     buffers: frozenset[str],
     inputs: Sequence[Tensor],
 ) -> Channels:
-    """Find the channel groups of an exported graph.
+    """Return the channel groups of an exported graph.
 
     Parameters
     ----------
@@ -93,54 +105,61 @@ def find_channels(
     Raises
     ------
     UnsupportedOpError
-        An operation has no rule; the message names it, where it stands and what to do.
+        An operation has no rule, or one element of a parameter would have to move in two ways;
+        the message names the operation, where it stands and what to do.
     """
     labels = LabelPropagation(state, buffers)
     shapes = labels.run(module, placeholders, inputs)
     if labels.undecided:
-        # A parameter met several atoms, which later operations may have united: look again,
-        # knowing which.
+        # A parameter met several atoms. Later operations may have united them: run again with
+        # the atoms united from the start.
         labels = LabelPropagation(state, buffers, labels.parents)
         shapes = labels.run(module, placeholders, inputs)
-    return _compile(labels, shapes)
+    return _channels(labels, shapes)
 
 
-def _compile(labels: LabelPropagation, shapes: Mapping[str, tuple[int, ...]]) -> Channels:
-    """Group the atoms that may change places."""
-    roots = labels.roots(torch.arange(len(labels.parents))).numpy()
-    fingerprints: dict[int, set[int]] = {}
-    for atom, words in labels.fingerprints.items():
-        fingerprints.setdefault(int(roots[atom]), set()).update(words)
-    pinned = {int(roots[atom]) for atom in labels.pinned}
-    counted = {int(roots[atom]) for atom in labels.counted}
+def _channels(labels: LabelPropagation, shapes: Mapping[str, tuple[int, ...]]) -> Channels:
     uses = tuple(
         ParameterUse(use.name, use.role, use.size, use.stride, use.offset, i)
         for i, use in enumerate(labels.uses.values())
     )
     _check_overlaps(uses, labels.state)
+    roots = labels.roots(torch.arange(len(labels.parents))).numpy()
+    groups = _groups(labels, uses, roots)
+    group_of = np.full(len(roots) + 1, -1, dtype=np.int64)
+    member_of = np.full(len(roots) + 1, -1, dtype=np.int64)
+    for group in groups:
+        group_of[group.atoms.numpy()] = group.index
+        member_of[group.atoms.numpy()] = np.arange(group.size)
+    nodes = {
+        node.name: _node_channels(labels, label, group_of, member_of)
+        for node, label in labels.labels.items()
+        if isinstance(label, (Tensor, tuple))
+    }
+    return Channels(groups, uses, nodes, shapes)
 
-    # Where each atom occurs: root -> axis -> positions, in ascending order; and in which order
-    # the labels that were united to it lie there, for repeats must correspond one by one.
-    occurrences: dict[int, dict[tuple[int, int], list[int]]] = {}
-    orders: dict[int, dict[tuple[int, int], list[int]]] = {}
-    for i, use in enumerate(labels.uses.values()):
-        for axis, ids in sorted(use.axes.items()):
-            for position, atom in enumerate(ids.tolist()):
-                if atom >= 0:
-                    root = int(roots[atom])
-                    occurrences.setdefault(root, {}).setdefault((i, axis), []).append(position)
-                    orders.setdefault(root, {}).setdefault((i, axis), []).append(atom)
+
+def _groups(
+    labels: LabelPropagation, uses: Sequence[ParameterUse], roots: NDArray[np.int64]
+) -> tuple[ChannelGroup, ...]:
+    """Put atoms into one group where they have the same axes and the same fingerprints."""
+    fingerprints: dict[int, set[int]] = {}
+    for atom, words in labels.fingerprints.items():
+        fingerprints.setdefault(int(roots[atom]), set()).update(words)
+    pinned = {int(roots[atom]) for atom in labels.pinned}
+    counted = {int(roots[atom]) for atom in labels.counted}
+    positions, orders = _occurrences(labels, roots)
     by_places: dict[tuple[Any, ...], list[int]] = {}
-    for root, group_axes in occurrences.items():
+    for root, axes in positions.items():
         if root not in pinned:
             places = tuple(
                 (place, tuple(np.argsort(orders[root][place], kind="stable").tolist()))
-                for place in sorted(group_axes)
+                for place in sorted(axes)
             )
             mark = tuple(sorted(fingerprints.get(root, ())))
             by_places.setdefault((places, mark), []).append(root)
 
-    raw = list(labels.uses.values())
+    drafts = list(labels.uses.values())
     groups: list[ChannelGroup] = []
     for (places, _), members in sorted(
         by_places.items(), key=lambda item: (item[0][0], min(item[1]))
@@ -148,31 +167,43 @@ def _compile(labels: LabelPropagation, shapes: Mapping[str, tuple[int, ...]]) ->
         if len(members) < 2:
             continue
         first = places[0][0]
-        members.sort(key=lambda root: occurrences[root][first][0])
-        axes_of_group = tuple(
+        members.sort(key=lambda root: positions[root][first][0])
+        group_axes = tuple(
             GroupAxis(
                 uses[i],
                 axis,
-                raw[i].directions[axis],
-                torch.tensor([occurrences[root][i, axis] for root in members]),
+                drafts[i].directions[axis],
+                torch.tensor([positions[root][i, axis] for root in members]),
             )
             for (i, axis), _ in places
         )
-        atoms = torch.tensor(members)
         is_counted = not counted.isdisjoint(members)
-        groups.append(ChannelGroup(len(groups), len(members), atoms, axes_of_group, is_counted))
+        atoms = torch.tensor(members)
+        groups.append(ChannelGroup(len(groups), len(members), atoms, group_axes, is_counted))
+    return tuple(groups)
 
-    group_of = np.full(len(roots) + 1, -1, dtype=np.int64)
-    member_of = np.full(len(roots) + 1, -1, dtype=np.int64)
-    for one in groups:
-        group_of[one.atoms.numpy()] = one.index
-        member_of[one.atoms.numpy()] = np.arange(one.size)
-    nodes = {
-        node.name: _node_channels(labels, label, group_of, member_of)
-        for node, label in labels.labels.items()
-        if isinstance(label, (Tensor, tuple))
-    }
-    return Channels(tuple(groups), uses, nodes, shapes)
+
+_Occurrences: TypeAlias = "dict[int, dict[tuple[int, int], list[int]]]"
+
+
+def _occurrences(
+    labels: LabelPropagation, roots: NDArray[np.int64]
+) -> tuple[_Occurrences, _Occurrences]:
+    """Return where each root occurs: root -> (use, axis) -> positions, in ascending order.
+
+    And, in the same form, which of its atoms lies at each position. Members of one group must
+    have their atoms in the same order, for their positions correspond one by one.
+    """
+    positions: _Occurrences = {}
+    orders: _Occurrences = {}
+    for i, use in enumerate(labels.uses.values()):
+        for axis, ids in sorted(use.axes.items()):
+            for position, atom in enumerate(ids.tolist()):
+                if atom >= 0:
+                    root = int(roots[atom])
+                    positions.setdefault(root, {}).setdefault((i, axis), []).append(position)
+                    orders.setdefault(root, {}).setdefault((i, axis), []).append(atom)
+    return positions, orders
 
 
 def _node_channels(
@@ -181,42 +212,40 @@ def _node_channels(
     group_of: NDArray[np.int64],
     member_of: NDArray[np.int64],
 ) -> NodeChannels:
+    nothing = torch.empty(0, dtype=torch.int64)
     if isinstance(label, tuple):
         parts = [
-            _node_channels(labels, one, group_of, member_of)
-            for one in label
-            if isinstance(one, Tensor)
+            _node_channels(labels, part, group_of, member_of)
+            for part in label
+            if isinstance(part, Tensor)
         ]
-        nothing = torch.empty(0, dtype=torch.int64)
         moving = any(part.moving for part in parts)
         return NodeChannels(None, nothing, nothing, moving, any(part.free for part in parts))
-    (reduced,) = collapse(labels.roots(collapse(label)[0]))
-    axis = None
-    varying = [one for one in range(reduced.dim()) if reduced.size(one) > 1]
-    if len(varying) == 1:
-        axis = varying[0]
-    atoms = reduced.reshape(-1).clamp(min=-1).numpy()
+    (collapsed,) = collapse(labels.roots(collapse(label)[0]))
+    varying = [axis for axis in range(collapsed.dim()) if collapsed.size(axis) > 1]
+    atoms = collapsed.reshape(-1).clamp(min=-1).numpy()
     groups = torch.from_numpy(group_of[atoms])
     members = torch.from_numpy(member_of[atoms])
-    moving, free = bool((reduced >= 0).any()), bool((groups >= 0).any())
-    if axis is None:
-        groups = members = torch.empty(0, dtype=torch.int64)
-    return NodeChannels(axis, groups, members, moving, free)
+    moving, free = bool((collapsed >= 0).any()), bool((groups >= 0).any())
+    if len(varying) != 1:
+        return NodeChannels(None, nothing, nothing, moving, free)
+    return NodeChannels(varying[0], groups, members, moving, free)
 
 
 def _check_overlaps(uses: Sequence[ParameterUse], state: State) -> None:
+    """Raise where two views of a parameter share an element."""
     by_name: dict[str, list[ParameterUse]] = {}
     for use in uses:
         by_name.setdefault(use.parameter, []).append(use)
-    for name, several in by_name.items():
-        if len(several) > 1:
+    for name, views in by_name.items():
+        if len(views) > 1:
             count = torch.zeros(state[name].shape, dtype=torch.int32)
-            for use in several:
+            for use in views:
                 use.view(count).add_(1)
             if int(count.max()) > 1:
                 raise UnsupportedOpError(
                     f"parameter {name!r} is used through overlapping views "
-                    f"({', '.join(sorted({use.role for use in several}))}), so that one "
+                    f"({', '.join(sorted({use.role for use in views}))}), so that one "
                     "element would have to move in two ways. Use separate parameters, or "
                     "always the same view"
                 )

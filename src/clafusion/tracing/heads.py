@@ -1,8 +1,8 @@
-"""Heads of channels that change places as wholes: attention heads and convolution groups.
+"""Heads: runs of channels that change places as wholes, in attentions and grouped convolutions.
 
 Within a head channels are exchangeable, and so are the heads of a layer; but no channel can leave
-its head. So each head has channel groups of its own (:mod:`clafusion.tracing.groups`), perhaps one for
-queries and keys and one for values, which move together.
+its head. So each head has channel groups of its own (see :mod:`clafusion.tracing.groups`), for
+example one for queries and keys and one for values, which move together.
 """
 
 from __future__ import annotations
@@ -24,19 +24,26 @@ from clafusion.tracing.model import (
 
 __all__ = ["exchange_heads", "group_sources", "possible_heads"]
 
-Family: TypeAlias = "list[ChannelGroup]"
+_Family: TypeAlias = "list[ChannelGroup]"
+"""Channel groups with the same axes of the same parameters, at other positions there."""
 
 
 def possible_heads(graph: TracedModel) -> list[tuple[tuple[HeadPartition, ...], ...]]:
-    """Return what looks like heads that can change places; only a trial shows which can.
+    """Return what may be heads that can change places; only a trial shows which can.
 
-    Classes in the same places of the same parameters, but for the positions there, are a family,
-    such as the values of all heads. Of the families of one layer with equally many groups some go
-    together, as those of one attention. Returned are, for each layer and number, alternatives: each
-    is a division of these families, the finest first.
+    A family is a set of channel groups that lie on the same axes of the same parameters, at
+    different positions: the values of all heads, for example. Of the families of one layer with
+    equally many groups some may move together, such as queries with keys and values of one
+    attention.
+
+    Returns
+    -------
+    list
+        For each layer and number of heads the alternatives, the finest first. Each alternative
+        divides these families among partitions that move on their own.
     """
-    families: dict[tuple[Any, ...], list[ChannelGroup]] = {}
-    for one in graph.groups:
+    families: dict[tuple[Any, ...], _Family] = {}
+    for group in graph.groups:
         places = tuple(
             (
                 group_axis.use.parameter,
@@ -45,35 +52,35 @@ def possible_heads(graph: TracedModel) -> list[tuple[tuple[HeadPartition, ...], 
                 group_axis.axis,
                 group_axis.positions.size(1),
             )
-            for group_axis in one.axes
+            for group_axis in group.axes
         )
-        families.setdefault((one.size, places), []).append(one)
-    found: dict[tuple[int, int], list[list[ChannelGroup]]] = {}
+        families.setdefault((group.size, places), []).append(group)
+    by_layer: dict[tuple[int, int], list[_Family]] = {}
     for family in families.values():
         parameters = {group_axis.use.parameter for group_axis in family[0].axes}
-        layers = [one.index for one in graph.layers if parameters & set(one.parameters)]
+        layers = [layer.index for layer in graph.layers if parameters & set(layer.parameters)]
         if len(family) > 1 and layers:
-            family.sort(key=lambda one: _first_place(one.axes[0]))
-            found.setdefault((layers[0], len(family)), []).append(family)
+            family.sort(key=lambda group: _first_place(group.axes[0]))
+            by_layer.setdefault((layers[0], len(family)), []).append(family)
     return [
         tuple(
-            tuple(
-                HeadPartition(
-                    layer, tuple(zip(*([one.index for one in f] for f in part), strict=True))
-                )
-                for part in parts
-            )
-            for parts in _divisions(families)
+            tuple(_partition(layer, moving_together) for moving_together in division)
+            for division in _divisions(families_of_layer)
         )
-        for (layer, _), families in sorted(found.items())
+        for (layer, _), families_of_layer in sorted(by_layer.items())
     ]
 
 
-def _divisions(families: list[Family]) -> Iterator[list[list[Family]]]:
-    """Yield divisions of families into those that may go together, the finest first.
+def _partition(layer: int, families: Sequence[_Family]) -> HeadPartition:
+    indices = ([group.index for group in family] for family in families)
+    return HeadPartition(layer, tuple(zip(*indices, strict=True)))
 
-    An attention has two, of queries with keys and of values. Of several attentions they come one
-    after the other, or side by side.
+
+def _divisions(families: list[_Family]) -> Iterator[list[list[_Family]]]:
+    """Yield divisions of families into those that may move together, the finest first.
+
+    An attention has two families: queries with keys, and values. Those of several attentions come
+    one attention after the other, or first all of one sort and then all of the other.
     """
     half = len(families) // 2
     if len(families) > 2 and len(families) % 2 == 0:
@@ -87,32 +94,45 @@ def _first_place(group_axis: GroupAxis) -> tuple[int, int]:
 
 
 def group_sources(heads: HeadPartition, order: Sequence[int]) -> dict[int, int]:
-    """Return for each group of some heads the one whose channels come there.
+    """Return for each channel group of some heads the group whose channels come there.
 
-    ``order`` tells for every place which head comes there.
+    Parameters
+    ----------
+    heads
+        The heads.
+    order
+        For every place, which head comes there.
     """
     return {
-        to: of
+        target: source
         for place, head in enumerate(order)
-        for to, of in zip(heads.members[place], heads.members[head], strict=True)
+        for target, source in zip(heads.members[place], heads.members[head], strict=True)
     }
 
 
 def exchange_heads(
     graph: TracedModel, state: State, sources: Mapping[int, int]
 ) -> dict[str, Tensor]:
-    """Return a copy of a state in which groups have changed places.
+    """Return a copy of a state in which channel groups have changed places.
 
-    ``sources`` tells for every group that moves, or stays in its heads, which one comes there:
-    see :func:`group_sources`.
+    Parameters
+    ----------
+    graph
+        The traced model.
+    state
+        Its parameters and buffers by name.
+    sources
+        For every group of the heads that move, also one that stays, the group whose channels come
+        there: see :func:`group_sources`.
     """
     exchanged = {name: tensor.detach().clone() for name, tensor in state.items()}
     by_use: dict[ParameterUse, list[tuple[GroupAxis, GroupAxis]]] = {}
-    for to, of in sources.items():
-        for group_axes in zip(graph.groups[to].axes, graph.groups[of].axes, strict=True):
-            by_use.setdefault(group_axes[0].use, []).append(group_axes)
+    for target, source in sources.items():
+        for pair in zip(graph.groups[target].axes, graph.groups[source].axes, strict=True):
+            by_use.setdefault(pair[0].use, []).append(pair)
     for use, moves in by_use.items():
-        # A group's rows are a use of their own, and come as a whole; heads lie along one axis.
+        # The heads of a grouped convolution are uses of their own, and move as wholes. Those of an
+        # attention share a use, and lie side by side on its axis.
         values = moves[0][1].use.view(state[use.parameter])
         for axis in {group_axis.axis for group_axis, _ in moves}:
             index = torch.arange(values.size(axis))

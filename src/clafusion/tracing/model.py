@@ -1,7 +1,7 @@
 """The values that describe a traced model: its operations, layers and channel groups.
 
-Everything here is frozen. The stages of the pipeline take these values and return new ones;
-none of them modifies a model.
+Everything here is frozen. The stages of a fusion take these values and return new ones; none of
+them modifies a model.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = [
     "HookPoint",
     "Layer",
     "ParameterUse",
+    "Stream",
     "TracedModel",
     "UnitedHeads",
 ]
@@ -33,22 +34,23 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ParameterUse:
-    """A view of a parameter in which single axes carry channels.
+    """A view of a parameter whose axes carry channels.
 
-    ``parameter.as_strided(size, stride, offset)`` is the view. It is the whole parameter for most
-    layers, one group's rows for a grouped convolution, and the flattened elements for a parameter
-    that is added or multiplied in.
+    The view is ``parameter.as_strided(size, stride, offset)``. For most layers it is the whole
+    parameter, for a grouped convolution the rows of one of its groups, and for a parameter that is
+    added or multiplied in all its elements in one row.
 
     Attributes
     ----------
     parameter
         Its name in the state dict.
     role
-        Which of the operation's operands it is: ``"weight"``, ``"bias"``, ``"running_mean"``...
+        Which operand of the operation the view is: ``"weight"`` for a weight, ``"element"`` for a
+        parameter whose elements meet an activation one by one (a bias, a norm's gain).
     size, stride, offset
         The view, in elements.
     index
-        Which use of the parameter this is, in graph order.
+        The number of this use among all uses of the model, in graph order.
     """
 
     parameter: str
@@ -67,7 +69,7 @@ class ParameterUse:
 
 @dataclass(frozen=True)
 class GroupAxis:
-    """Where a channel group occurs: one axis of one parameter use.
+    """Where a channel group occurs: an axis of a parameter use.
 
     Attributes
     ----------
@@ -79,7 +81,7 @@ class GroupAxis:
         ``"out"`` where the channels leave the parameter (rows of a weight, biases, norms),
         ``"in"`` where they enter it (columns of a weight).
     positions
-        ``(num_channels, repeats)``: the positions on that axis which each channel occupies.
+        ``(num_channels, repeats)``: the positions on that axis that each channel occupies.
         ``repeats`` is 1, or for example the number of pixels of a flattened image.
     """
 
@@ -91,9 +93,9 @@ class GroupAxis:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that are exchangeable: permuting them in every axis leaves the model as it was.
+    """Exchangeable channels: permuting them on every axis leaves the model's outputs as they are.
 
-    One transport plan per class serves every axis in which it occurs, so that all writers and
+    A group has one transport plan, which serves every axis where it occurs. So all writers and
     readers of a residual stream move together.
 
     Attributes
@@ -105,11 +107,11 @@ class ChannelGroup:
     atoms
         ``(size,)``: the label of each channel in the label tensors of the analysis.
     axes
-        Every place where the class occurs, in graph order.
+        Every axis where the group occurs, in graph order.
     is_counted
         Whether the model adds up values of the channels that no weight multiplies: products of
         queries with keys, sums or a softmax over channels, outputs by the weights of an embedding.
-        A copy of a channel then counts as one more, where a weight could be shared out.
+        A copy of a channel then changes the sum, for no weight can be divided between the two.
     """
 
     index: int
@@ -120,21 +122,21 @@ class ChannelGroup:
 
     @property
     def name(self) -> str:
-        """The parameter that first writes the group, as a readable name."""
+        """The parameter where the group occurs first, as a readable name."""
         return self.axes[0].use.parameter
 
 
 @dataclass(frozen=True)
 class HeadPartition:
-    """Blocks of channels that are exchangeable as wholes, such as the heads of an attention.
+    """Heads that are exchangeable as wholes: of an attention, or the groups of a convolution.
 
     Attributes
     ----------
     layer
         Position in ``TracedModel.layers`` of the first layer that has them.
     members
-        For each block, in the order of their places, the indices of its channel groups; the n-th
-        group of one block corresponds to the n-th of every other one.
+        For each head, in the order of their places, the indices of its channel groups. The n-th
+        group of a head corresponds to the n-th group of every other head.
     """
 
     layer: int
@@ -143,17 +145,18 @@ class HeadPartition:
 
 @dataclass(frozen=True)
 class UnitedHeads:
-    """Blocks whose groups are united, since the other network has another number of them.
+    """Heads whose channel groups are united, since the other network has another number of heads.
 
     Attributes
     ----------
     layer
         Position in ``TracedModel.layers`` of the first layer that has them.
     count
-        How many blocks.
+        How many heads.
     groups
-        Indices of the united groups. The members of each are those of the first block, then those
-        of the second, and so on; a plan moves whole blocks, and those of all these groups alike.
+        Indices of the united groups. The members of each are those of the first head, then those
+        of the second, and so on. A plan moves whole heads, and moves those of all these groups
+        alike.
     """
 
     layer: int
@@ -163,13 +166,13 @@ class UnitedHeads:
 
 @dataclass(frozen=True)
 class HookPoint:
-    """A tensor inside a layer that shows the activations of channel groups.
+    """A value inside a layer that shows the activations of channel groups.
 
     Attributes
     ----------
     post, pre
-        Names of the nodes that hold the value as the next layer reads it, and the same value
-        before its nonlinearity. Equal where there is none.
+        Names of the nodes that hold the value as the next layer reads it, and the value before
+        its nonlinearity. They are equal where there is no nonlinearity.
     axis
         The channel axis.
     positions
@@ -181,8 +184,9 @@ class HookPoint:
     batch
         The axis of the inputs; None where positions are folded into the first axis.
     readers
-        Which of the layer's nodes read it, as which operand; the layer's own output is read by the
-        node after the last. Layers of one structure have points of the same readers.
+        Which of the layer's nodes read it, as which operand: ``(node, operand)``. The reader of
+        the layer's own output is the node after the last. Layers of equal structure have hook
+        points with equal readers.
     """
 
     post: str
@@ -197,7 +201,7 @@ class HookPoint:
 
 @dataclass(frozen=True)
 class CalibrationPoint:
-    """A layer's output whose channels can be rescaled and shifted by its own parameters.
+    """An output inside a layer whose channels the layer's own parameters can rescale and shift.
 
     Attributes
     ----------
@@ -208,15 +212,15 @@ class CalibrationPoint:
         Name of the linear or convolution node, which is ``node`` itself or feeds the BatchNorm;
         None where the BatchNorm follows something else.
     join, shortcut
-        The residual addition into which the output goes next, and what it is added to, where that
-        is computed before the layer; else None.
+        The residual addition that takes the output next, and its other operand; None where there
+        is no such addition, or the other operand is computed later.
     axis
         The channel axis.
     weight, bias
-        The parameters to scale along their first axis; ``bias`` is None where there is none, and
-        the channels cannot be shifted.
+        The parameters to scale along their first axis. ``bias`` is None where the layer has none;
+        then nothing can shift the channels.
     groups, members
-        As for :group:`HookPoint`.
+        As for :class:`HookPoint`.
     """
 
     node: str
@@ -234,37 +238,37 @@ class CalibrationPoint:
 class Layer:
     """The smallest part of a network that can be matched, inserted or removed.
 
-    A weighted layer with its norm and activation in a chain; a whole block where paths part and
-    join again (a residual block, an inception module).
+    In a chain, a weighted operation with its norm and activation. Where paths part and join again,
+    all that lies between (a residual block, an inception module).
 
     Attributes
     ----------
     index
         Position in ``TracedModel.layers``, in topological order.
     name
-        Module path, as a person would call it.
+        Module path; the second layer of a path gets ``#2``, and so on.
     kind
         ``"chain"``, ``"residual_block"`` (paths part and join) or ``"norm"`` (a norm on its own).
     nodes
         Names of its graph nodes, in order.
     output
-        Name of the node that is its true output: after the residual addition and activation.
+        Name of the node that holds its output, after the residual addition and activation.
     structure
-        What another layer must equal to be matched with this one; widths are left out.
+        Operations, settings and wiring. Only layers of equal structure match; widths are left out.
     parameters
         Every parameter and buffer that it uses, in the order of its nodes and their operands.
     hook_points
-        Its tensors whose channels are read by a weighted layer of this layer, and last its own
+        The values inside the layer whose channels one of its own products reads, and last its own
         output, where that has channels to be matched.
     calibration_points
-        Its layers whose outputs can be rescaled, in order.
+        The outputs inside the layer that can be rescaled, in order.
     insertable
-        ``"identity"`` (the weights can be made an identity), ``"zero"`` (a residual branch that
-        can be made to write zero) or None (the layer cannot be inserted).
+        ``"identity"`` (some weights make the layer the identity), ``"zero"`` (some weights make
+        its residual branch write zero) or None (the layer cannot be inserted).
     last_write
         For ``"zero"``: the parameters that, set to zero, make the branch write zero.
     output_shape
-        Shape of the output without the batch and channel axes: the stage the layer belongs to.
+        Shape of the output without the batch and channel axes. Layers of one stage share it.
     """
 
     index: int
@@ -282,8 +286,27 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """A run of values along which layers sit: a chain, a residual stage, a branch, an encoder.
+
+    Layers are ordered, inserted and aligned within a stream; other streams reach it as side
+    inputs. Every layer belongs to exactly one stream.
+
+    Attributes
+    ----------
+    name
+        A readable name.
+    layers
+        Positions in ``TracedModel.layers`` of its layers, in topological order.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class TracedModel:
-    """A traced model: what is computed, by which parameters, and which channels move together.
+    """A traced model: what it computes, by which parameters, and which channels move together.
 
     Attributes
     ----------
@@ -296,24 +319,24 @@ class TracedModel:
     example_inputs
         The few rows of input with which the model was traced.
     keywords
-        The names of the inputs, where the model takes them by keyword.
+        The names of the inputs, where the model takes them by keyword; else empty.
     constants
-        State entries that are not in the model's state dict (lifted constants, buffers that are
-        not persistent).
+        State entries that are neither parameters nor buffers of the model: tensors that its code
+        makes or holds as plain attributes.
     layers
         In topological order.
     groups
         The channel groups with more than one channel.
     heads
-        Which groups may change places.
-    united_heads
-        Blocks that have no groups of their own: see :mod:`clafusion.matching.united_heads`.
+        Which groups may change places as wholes.
     uses
-        Every view of every parameter.
+        Every view of every parameter, in graph order.
     aliases
         Tied state entries: other name -> the name that the graph uses.
     static_batch
         The batch size, where the model admits only the one it was traced with; else None.
+    united_heads
+        Heads whose groups are united: see :mod:`clafusion.matching.united_heads`.
     """
 
     model: nn.Module
@@ -330,55 +353,63 @@ class TracedModel:
     static_batch: int | None
     united_heads: tuple[UnitedHeads, ...] = ()
 
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """The streams along which the layers sit; for now one, the trunk, with all layers."""
+        return (Stream("trunk", tuple(layer.index for layer in self.layers)),)
+
     @cached_property
     def axes_by_parameter(self) -> Mapping[str, tuple[tuple[ChannelGroup, GroupAxis], ...]]:
-        """Every axis of every parameter, with its group."""
-        found: dict[str, list[tuple[ChannelGroup, GroupAxis]]] = {}
+        """The channel axes of every parameter, with their groups."""
+        axes: dict[str, list[tuple[ChannelGroup, GroupAxis]]] = {}
         for group in self.groups:
             for group_axis in group.axes:
-                found.setdefault(group_axis.use.parameter, []).append((group, group_axis))
-        return {name: tuple(group_axes) for name, group_axes in found.items()}
+                axes.setdefault(group_axis.use.parameter, []).append((group, group_axis))
+        return {name: tuple(group_axes) for name, group_axes in axes.items()}
 
     @cached_property
     def uses_by_parameter(self) -> Mapping[str, tuple[ParameterUse, ...]]:
-        """Every view of every parameter that is used, in graph order."""
-        found: dict[str, list[ParameterUse]] = {}
+        """The views of every parameter, in graph order."""
+        by_parameter: dict[str, list[ParameterUse]] = {}
         for use in self.uses:
-            found.setdefault(use.parameter, []).append(use)
-        return {name: tuple(uses) for name, uses in found.items()}
+            by_parameter.setdefault(use.parameter, []).append(use)
+        return {name: tuple(uses) for name, uses in by_parameter.items()}
 
     @cached_property
     def axes_by_use(
         self,
     ) -> Mapping[str, Mapping[tuple[int, int], list[tuple[ChannelGroup, GroupAxis]]]]:
-        """Every parameter's channel axes: ``(which use, axis)`` -> groups, by first position."""
-        found: dict[str, dict[tuple[int, int], list[tuple[ChannelGroup, GroupAxis]]]] = {}
+        """The channel axes of every parameter: ``(which use, axis)`` -> groups on that axis.
+
+        The groups are in the order of their first positions.
+        """
+        by_parameter: dict[str, dict[tuple[int, int], list[tuple[ChannelGroup, GroupAxis]]]] = {}
         for parameter, group_axes in self.axes_by_parameter.items():
             uses = [use.index for use in self.uses_by_parameter[parameter]]
-            axes = found.setdefault(parameter, {})
+            axes = by_parameter.setdefault(parameter, {})
             for group, group_axis in group_axes:
                 place = uses.index(group_axis.use.index), group_axis.axis
                 axes.setdefault(place, []).append((group, group_axis))
             for carried in axes.values():
-                carried.sort(key=lambda one: int(one[1].positions.min()))
-        return found
+                carried.sort(key=lambda pair: int(pair[1].positions.min()))
+        return by_parameter
 
     def axes_of(
         self, parameter: str
     ) -> Mapping[tuple[int, int], list[tuple[ChannelGroup, GroupAxis]]]:
-        """Return a parameter's channel axes: ``(which use, axis)`` -> groups, by first position."""
+        """Return a parameter's channel axes, as in :attr:`axes_by_use`; empty where it has none."""
         return self.axes_by_use.get(parameter, {})
 
     @cached_property
     def outputs(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-        """Shape without the batch axis, and type, of every output."""
+        """Shape without the batch axis, and type, of every output tensor."""
         with torch.no_grad():
-            found = flatten_tensors(list(self.run(self.example_inputs)))
-            return tuple((tuple(one.shape[1:]), one.dtype) for one in found)
+            values = flatten_tensors(list(self.run(self.example_inputs)))
+            return tuple((tuple(value.shape[1:]), value.dtype) for value in values)
 
     def operand_names(self, node: fx.Node) -> dict[str, str]:
-        """Return a node's operands that are state entries: operand name -> state name."""
-        inputs = (one for one in self.module.graph.nodes if one.op == "placeholder")
+        """Return those operands of a node that are state entries: operand name -> entry's name."""
+        inputs = (entry for entry in self.module.graph.nodes if entry.op == "placeholder")
         names = dict(zip(inputs, self.placeholders, strict=True))
         return {
             role: name
@@ -402,9 +433,16 @@ class TracedModel:
         state: State | None = None,
         replace: Callable[[fx.Node, Any], Any] | None = None,
     ) -> tuple[Any, ...]:
-        """Compute the model's outputs (flattened) with the weights in ``state``.
+        """Compute the model's outputs, in one flat tuple.
 
-        ``replace(node, value)`` is called for every node, in order, and what it returns is used
-        in the value's place: return the value itself to observe.
+        Parameters
+        ----------
+        inputs
+            The model's inputs, in the order of ``example_inputs``.
+        state
+            Parameters, buffers and constants by name; default the model's own.
+        replace
+            Called as ``replace(node, value)`` for every node, in order. The run goes on with what
+            it returns: a function that returns the value itself only observes.
         """
         return run_graph(self, inputs, self.state() if state is None else state, replace)

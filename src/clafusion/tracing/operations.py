@@ -1,4 +1,4 @@
-"""What an exported graph's node tells of its operation: name, place and operands."""
+"""What a node of an exported graph says about its operation: name, place and operands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def op_name(node: fx.Node) -> str:
 
 
 def module_path(node: fx.Node) -> str:
-    """Return the dotted path of the module that a node came from."""
+    """Return the dotted path of the module that a node came from; empty at the top level."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     paths = [str(entry[0]) for entry in stack if not str(entry[0]).startswith("_empty_nn_module")]
     return paths[-1] if paths else ""
@@ -47,13 +47,13 @@ def convolution_geometry(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return a convolution's stride, padding and dilation, one number for each spatial axis.
 
-    Of a padding ``"same"`` that is uneven the smaller side is told.
+    For a padding ``"same"`` that is uneven, the padding is that of the smaller side.
     """
     bound = bound_operands(node)
 
     def per_axis(value: Any) -> tuple[int, ...]:
         values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        return tuple(int(one) for one in values) * (len(kernel) if len(values) == 1 else 1)
+        return tuple(int(number) for number in values) * (len(kernel) if len(values) == 1 else 1)
 
     stride, dilation = per_axis(bound["stride"]), per_axis(bound["dilation"])
     padding = bound["padding"]
@@ -67,7 +67,10 @@ def convolution_geometry(
 
 
 def batch_axis(node: fx.Node) -> int | None:
-    """Return the axis of the inputs; None where positions are folded into it."""
+    """Return the axis along which a node's value holds the batch's inputs.
+
+    None where the model's code has merged positions into that axis.
+    """
     value = node.meta["val"]
     shape = (value[0] if isinstance(value, (tuple, list)) else value).shape
     free = [axis for axis, size in enumerate(shape) if not isinstance(size, int)]

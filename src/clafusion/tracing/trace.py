@@ -1,47 +1,27 @@
-"""Module + example inputs -> TracedModel. The only user of ``torch.export``."""
+"""Module + example inputs -> TracedModel."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
-from types import BuiltinFunctionType, FunctionType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 
 from clafusion.errors import InputError, UnsupportedOpError
+from clafusion.tracing.architecture import Architecture, architecture
+from clafusion.tracing.export import export_model, first_line, refuse_changed_inputs
 from clafusion.tracing.groups import find_channels
 from clafusion.tracing.layers import find_layers
 from clafusion.tracing.model import TracedModel
-from clafusion.tracing.operations import module_path, op_name
 from clafusion.tracing.verify import with_proved_heads
 
-__all__ = ["architecture", "traced_like", "trace", "trace_like"]
+__all__ = ["Architecture", "architecture", "copied", "trace", "trace_like", "traced_like"]
 
-Architecture: TypeAlias = tuple[Any, ...]
-
-_PLAIN = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type,
-    type(None),
-    FunctionType,
-    BuiltinFunctionType,
-    torch.dtype,
-    torch.device,
-    torch.Size,
-)
-_EXAMPLE_ROWS = 3  # enough for a batch that is not special; labels are as large as activations
+_EXAMPLE_ROWS = 3  # few, for labels are as large as activations; but 1 is special to torch.export
 
 
 def trace(
@@ -53,9 +33,9 @@ def trace(
 ) -> TracedModel:
     """Find a model's layers and its channel groups, and prove the groups.
 
-    The model is exported with ``torch.export`` in eval mode; the channels that must move together
-    are found by running the graph on labels (see :mod:`clafusion.tracing.groups`). The model itself is
-    not modified.
+    ``torch.export`` exports a copy of the model in eval mode. Running the exported graph on labels
+    finds the channels that must move together (see :mod:`clafusion.tracing.groups`). The model
+    itself is not modified.
 
     Parameters
     ----------
@@ -65,8 +45,8 @@ def trace(
         The model's inputs: a tensor, a tuple of tensors (positional) or a mapping (keywords).
         The first axis of each is the batch; the first three rows are used.
     verify
-        Permute every group of a copy at random and compare outputs. Costs a few forward passes;
-        without it a mistake of the analysis would go unnoticed.
+        Permute every group of a copy at random and compare outputs. This costs a few forward
+        passes. Without it, a mistake of the analysis would go unnoticed.
     seed
         Seed of those permutations.
 
@@ -82,50 +62,20 @@ def trace(
     """
     _check_model(model)
     arguments, keywords = _example(example_inputs)
-    device = next((one.device for one in model.parameters()), None)
+    device = next((parameter.device for parameter in model.parameters()), None)
     if device is not None:
-        arguments = tuple(one.to(device) for one in arguments)
-        keywords = {name: one.to(device) for name, one in keywords.items()}
-    with _quiet_export():
-        program = _export(
-            copied(model).eval(),
-            tuple(one.clone() for one in arguments),
-            {name: one.clone() for name, one in keywords.items()},
-        )
+        arguments = tuple(value.to(device) for value in arguments)
+        keywords = {name: value.to(device) for name, value in keywords.items()}
+    program = export_model(copied(model).eval(), arguments, keywords)
     module = program.graph_module
-    _inline_subgraphs(module)
-
     aliases = _aliases(model)
-    known = {*dict(model.named_parameters()), *dict(model.named_buffers())}
-    placeholders: list[str | None] = []
-    constants: dict[str, Tensor] = {}
-    used = {node.name for node in module.graph.nodes if node.op == "placeholder" and node.users}
-    trainable: set[str] = set()
-    for spec in program.graph_signature.input_specs:
-        if spec.kind is InputKind.USER_INPUT:
-            placeholders.append(None)
-            continue
-        target = str(spec.target)
-        name = aliases.get(target, target)
-        if spec.kind is InputKind.PARAMETER:
-            trainable.add(name)
-        if name not in known:
-            found = program.constants.get(target, program.state_dict.get(target))
-            if not isinstance(found, Tensor):
-                if getattr(spec.arg, "name", None) in used:
-                    raise UnsupportedOpError(
-                        f"the model uses the constant {target!r} of type {type(found).__name__}"
-                    )
-                found = torch.empty(0)
-            constants[name] = found
-        placeholders.append(name)
-
-    _refuse_changed_inputs(module, placeholders)
+    placeholders, constants, trainable = _sources(program, model, aliases)
+    refuse_changed_inputs(module, placeholders)
     inputs = (*arguments, *keywords.values())
-    graph = TracedModel(
+    traced = TracedModel(
         model=model,
         module=module,
-        placeholders=tuple(placeholders),
+        placeholders=placeholders,
         example_inputs=inputs,
         keywords=tuple(keywords),
         constants=constants,
@@ -136,125 +86,99 @@ def trace(
         aliases=aliases,
         static_batch=None,
     )
-    state = graph.state()
+    state = traced.state()
     with torch.no_grad():
         channels = find_channels(module, placeholders, state, frozenset(state) - trainable, inputs)
         layers = find_layers(module, placeholders, state, channels)
-    graph = replace(
-        graph,
+    traced = replace(
+        traced,
         layers=layers,
         groups=channels.groups,
         uses=channels.uses,
-        static_batch=_static_batch(graph),
+        static_batch=_static_batch(traced),
     )
-    return with_proved_heads(graph, inputs, verify=verify, seed=seed)
+    return with_proved_heads(traced, inputs, verify=verify, seed=seed)
 
 
 def trace_like(model: nn.Module, like: TracedModel) -> TracedModel:
-    """Trace a model with another one's example inputs; its analysis is not proven again."""
+    """Trace a model with the example inputs of another; its channel groups are not proved again.
+
+    Parameters and errors are those of :func:`trace`, with ``verify=False``.
+    """
     names, example = like.keywords, like.example_inputs
     inputs = dict(zip(names, example, strict=True)) if names else example
     return trace(model, inputs, verify=False)
 
 
 def traced_like(known: TracedModel, model: nn.Module) -> TracedModel:
-    """Return the graph of a model of the same :func:`architecture` as a traced one's.
+    """Return a traced model with another model's weights; both have the same :func:`architecture`.
 
-    It is not proved yet: that takes the model's own weights.
+    Its channel groups are not proved yet: the proof takes the model's own weights.
+
+    Raises
+    ------
+    InputError
+        The model is unusable, as for :func:`trace`.
     """
     _check_model(model)
     return replace(known, model=model)
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a copy of a module, or say why there can be none."""
+    """Return a deep copy of a module.
+
+    Raises
+    ------
+    InputError
+        The module cannot be copied; the message says what to take off.
+    """
     try:
         return copy.deepcopy(model)
     except Exception as error:
         raise InputError(
-            f"{type(model).__name__} cannot be copied ({_first_line(error)}). Take off what "
+            f"{type(model).__name__} cannot be copied ({first_line(error)}). Take off what "
             "computes a weight from others (remove_weight_norm, remove_spectral_norm, "
             "torch.nn.utils.prune.remove) or keeps a result of forward"
         ) from error
 
 
-def architecture(model: nn.Module) -> Architecture | None:
-    """Return all that an export can depend on; equal for models that export to the same graph.
+def _sources(
+    program: torch.export.ExportedProgram, model: nn.Module, aliases: Mapping[str, str]
+) -> tuple[tuple[str | None, ...], dict[str, Tensor], frozenset[str]]:
+    """Return what feeds each of a graph's inputs, the constants, and the names of parameters.
 
-    That is every submodule's group and attributes, the parameters' and buffers' shapes, types and
-    ties, and the values of buffers, but for a norm's statistics. None where an attribute is not
-    plain, for then nobody can tell: a hook, a tensor, an object of a group of its own.
+    A model input has no state entry, which None stands for. Constants are the state entries that
+    the model's state dict lacks.
     """
-    seen: dict[int, int] = {}
-
-    def tensor(name: str, value: Tensor | None, owner: nn.Module) -> Any:
-        if value is None:
-            return name, None
-        number = seen.setdefault(id(value), len(seen))
-        facts = type(value), value.shape, value.stride(), value.dtype, value.device
-        is_statistic = type(owner).__module__ == "torch.nn.modules.batchnorm"
-        if not isinstance(value, nn.Parameter) and not is_statistic:
-            values = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            return name, number, facts, values.numpy().tobytes()
-        return name, number, facts, value.requires_grad
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, _PLAIN):
-            return type(value), value
-        if isinstance(value, (list, tuple)):
-            return type(value), tuple(plain(one) for one in value)
-        if isinstance(value, (set, frozenset)) and all(isinstance(one, str) for one in value):
-            return type(value), frozenset(value)
-        if isinstance(value, dict) and not value:
-            return type(value), ()
-        raise TypeError
-
-    found: list[Any] = []
-    try:
-        for path, module in model.named_modules(remove_duplicate=False):
-            own = dict(vars(module))
-            parameters, buffers, children = (
-                own.pop(kind) for kind in ("_parameters", "_buffers", "_modules")
-            )
-            found.append(
-                (
-                    path,
-                    type(module),
-                    seen.setdefault(id(module), len(seen)),
-                    tuple((name, child is None) for name, child in children.items()),
-                    tuple(tensor(name, one, module) for name, one in parameters.items()),
-                    tuple(tensor(name, one, module) for name, one in buffers.items()),
-                    tuple((name, plain(value)) for name, value in own.items()),
-                )
-            )
-        hash(tuple(found))
-    except (TypeError, AttributeError, RuntimeError):
-        return None
-    return tuple(found)
-
-
-def _refuse_changed_inputs(module: fx.GraphModule, placeholders: Sequence[str | None]) -> None:
-    """Refuse an operation in place on an input or on a view of one: it would change the data."""
-    nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
-    inputs = {node for node, name in zip(nodes, placeholders, strict=True) if name is None}
-    for node in module.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    known = {*dict(model.named_parameters()), *dict(model.named_buffers())}
+    nodes = [node for node in program.graph_module.graph.nodes if node.op == "placeholder"]
+    used = {node.name for node in nodes if node.users}
+    placeholders: list[str | None] = []
+    constants: dict[str, Tensor] = {}
+    trainable: set[str] = set()
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            placeholders.append(None)
             continue
-        schema = node.target._schema
-        first = node.args[0] if node.args else None
-        if first not in inputs:
-            continue
-        if schema.is_mutable:
-            raise UnsupportedOpError(
-                f"the model changes its input in place ({op_name(node)} in "
-                f"{module_path(node) or 'forward'}), which would change the data: write it without "
-                "the underscore or inplace=True"
-            )
-        if schema.returns and schema.returns[0].alias_info is not None:
-            inputs.add(node)
+        target = str(spec.target)
+        name = aliases.get(target, target)
+        if spec.kind is InputKind.PARAMETER:
+            trainable.add(name)
+        if name not in known:
+            value = program.constants.get(target, program.state_dict.get(target))
+            if not isinstance(value, Tensor):
+                if getattr(spec.arg, "name", None) in used:
+                    raise UnsupportedOpError(
+                        f"the model uses the constant {target!r} of type {type(value).__name__}"
+                    )
+                value = torch.empty(0)
+            constants[name] = value
+        placeholders.append(name)
+    return tuple(placeholders), constants, frozenset(trainable)
 
 
 def _check_model(model: nn.Module) -> None:
+    """Raise InputError where a model is no usable module or holds unusable weights."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -285,7 +209,7 @@ def _check_model(model: nn.Module) -> None:
 def _example(
     example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Split example inputs into positional and keyword tensors of a few rows."""
+    """Return positional and keyword tensors of the first rows of example inputs."""
 
     def rows(name: str, value: Any) -> Tensor:
         if not isinstance(value, Tensor):
@@ -295,7 +219,7 @@ def _example(
                 f"{name} must have a batch of at least one row; got shape {tuple(value.shape)}"
             )
         value = value.detach()
-        # A batch of one is special to torch.export: it would fix the batch size.
+        # torch.export would take a batch of one for a fixed batch size.
         return torch.cat([value, value]) if value.size(0) == 1 else value[:_EXAMPLE_ROWS]
 
     if isinstance(example_inputs, Tensor):
@@ -313,109 +237,8 @@ def _example(
     )
 
 
-@contextmanager
-def _quiet_export() -> Iterator[None]:
-    """Keep PyTorch's fused transformer kernels out of the graph, and its warnings to itself.
-
-    The kernels hide the layers; the warnings are about the exported program's use elsewhere.
-    """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-def _export(
-    model: nn.Module, arguments: tuple[Tensor, ...], keywords: Mapping[str, Tensor]
-) -> torch.export.ExportedProgram:
-    auto = {0: torch.export.Dim.AUTO}
-    by_name: dict[str, Any] = {}
-    signature = inspect.signature(model.forward)
-    try:
-        bound = signature.bind(*arguments, **keywords)
-    except TypeError as error:
-        raise InputError(
-            f"the model's forward{signature} does not take these inputs: {error}"
-        ) from error
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            by_name[name] = tuple(auto for _ in value)
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            by_name[name] = dict.fromkeys(value, auto)
-        else:
-            by_name[name] = auto
-    shapes: Any = by_name if keywords else tuple(by_name.values())
-    failure: Exception | None = None
-    try:
-        program = torch.export.export(
-            model, arguments, dict(keywords), dynamic_shapes=shapes, strict=False
-        )
-    except Exception as error:
-        failure = error
-    try:  # a model that cannot run on these inputs may be exported, and the other way round
-        with torch.no_grad():
-            model(*arguments, **keywords)
-    except Exception as cause:
-        inputs = (*arguments, *keywords.values())
-        shown = ", ".join(f"{tuple(one.shape)} {one.dtype}" for one in inputs)
-        types = ", ".join(sorted({str(one.dtype) for one in model.parameters()}))
-        raise InputError(
-            f"the model does not run on the example inputs {shown}, with parameters of "
-            f"{types or 'no type'}: {cause}"
-        ) from cause
-    if failure is not None:
-        raise UnsupportedOpError(
-            f"torch.export cannot export {type(model).__name__}: {_first_line(failure)}. Rewrite "
-            "data-dependent control flow, or fuse the part of the model that can be exported"
-        ) from failure
-    return program
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), repr(error))
-
-
-def _inline_subgraphs(module: fx.GraphModule) -> None:
-    """Put the bodies of ``wrap_with_set_grad_enabled`` and the like into the graph itself."""
-    changed = False
-    for node in list(module.graph.nodes):
-        if not isinstance(node.target, torch._ops.HigherOrderOperator):
-            continue
-        if "wrap_with" not in str(node.target):
-            raise UnsupportedOpError(
-                f"operation {node.target} (node {node.name!r}) is not supported: its body depends "
-                "on values. Export the model without data-dependent control flow"
-            )
-        body_at = next(
-            i
-            for i, one in enumerate(node.args)
-            if isinstance(one, fx.Node)
-            and one.op == "get_attr"
-            and isinstance(getattr(module, str(one.target)), fx.GraphModule)
-        )
-        body = getattr(module, str(node.args[body_at].target))
-        _inline_subgraphs(body)
-        inner = [one for one in body.graph.nodes if one.op == "placeholder"]
-        mapping = dict(zip(inner, node.args[body_at + 1 :], strict=True))
-        with module.graph.inserting_before(node):
-            results = module.graph.graph_copy(body.graph, mapping)
-        for user in list(node.users):  # the body returns a tuple, its users take items
-            item = results[user.args[1]] if isinstance(results, (tuple, list)) else results
-            user.replace_all_uses_with(item)
-            module.graph.erase_node(user)
-        module.graph.erase_node(node)
-        changed = True
-    if changed:
-        module.recompile()
-
-
 def _aliases(model: nn.Module) -> dict[str, str]:
-    """Return for every tied entry the name that stands for it."""
+    """Return for every tied state entry but the first the name of the first."""
     first: dict[int, str] = {}
     aliases = {}
     entries = [
@@ -430,12 +253,12 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def _static_batch(graph: TracedModel) -> int | None:
-    """Return the batch size where the model's code, and so the graph, fixes it."""
-    size = graph.example_inputs[0].size(0)
+def _static_batch(traced: TracedModel) -> int | None:
+    """Return the batch size, where the model's code fixes it; else None."""
+    size = traced.example_inputs[0].size(0)
     try:
         with torch.no_grad():
-            graph.run(tuple(one[: size - 1] for one in graph.example_inputs))
+            traced.run(tuple(value[: size - 1] for value in traced.example_inputs))
     except (RuntimeError, AssertionError):
         return size
     return None

@@ -38,15 +38,14 @@ def permute_channels(
     permutations
         For each group a permutation ``(size,)``.
     """
-    # A parameter that is used as a whole moves once along each axis; of another one, parts do.
+    # A parameter that is used as a whole moves once along each axis. Of one that is used through
+    # views, each view moves.
     of_parts: list[tuple[GroupAxis, Tensor]] = []
     of_wholes: dict[str, dict[int, Tensor]] = {}
     for group, permutation in zip(groups, permutations, strict=True):
         for group_axis in group.axes:
-            name, sources = (
-                group_axis.use.parameter,
-                group_axis.positions[permutation.cpu()].reshape(-1),
-            )
+            name = group_axis.use.parameter
+            sources = group_axis.positions[permutation.cpu()].reshape(-1)
             if group_axis.use.size != tuple(state[name].shape):
                 of_parts.append((group_axis, sources))
                 continue
@@ -69,15 +68,25 @@ def permute_channels(
 
 
 def verify_graph(graph: TracedModel, inputs: tuple[Tensor, ...], *, seed: int = 0) -> None:
-    """Permute every group at random and compare the model's outputs with the original ones.
+    """Prove that permuting channels and exchanging heads leaves the model's outputs as they are.
 
-    Each group is moved by a cycle through all its channels and by a swap of two, which together
-    generate every permutation; once with the model's own weights and once with random ones, for
-    a gate at zero would hide a mistake behind it.
+    Each channel group moves by a cycle through all its channels and by a swap of two channels,
+    which together generate every permutation; the heads of each layer likewise. The outputs are
+    compared once with the model's own weights and once with random weights, for a gate at zero
+    would hide a mistake behind it.
 
     The model itself runs, not the traced graph, in float64 where it allows that (bound 1e-9 of
     the largest output; 1e-4 where the model casts values to a shorter type inside), else in
     float32 (1e-3). The traced graph's own output is compared, too.
+
+    Parameters
+    ----------
+    graph
+        The traced model.
+    inputs
+        A few rows of input, such as ``graph.example_inputs``.
+    seed
+        Seed of the permutations and the random weights.
 
     Raises
     ------
@@ -86,9 +95,9 @@ def verify_graph(graph: TracedModel, inputs: tuple[Tensor, ...], *, seed: int = 
     """
     trial = _Trial(graph, inputs, seed)
     _verify_groups(trial)
-    if not _hold(graph.heads, trial):
+    if not _can_be_exchanged(graph.heads, trial):
         raise GraphVerificationError(
-            "exchanging blocks of channels (attention heads, convolution groups) changed the "
+            "exchanging heads (of an attention, or the groups of a convolution) changed the "
             "output. The analysis does not understand this model: please open an issue with its "
             "code"
         )
@@ -97,10 +106,22 @@ def verify_graph(graph: TracedModel, inputs: tuple[Tensor, ...], *, seed: int = 
 def with_proved_heads(
     graph: TracedModel, inputs: tuple[Tensor, ...], *, verify: bool, seed: int = 0
 ) -> TracedModel:
-    """Return a graph with the blocks of channels that can change places without changing outputs.
+    """Return a traced model with those heads that can change places without changing outputs.
 
-    Tried as :func:`verify_graph` tries permutations, on all that look like such blocks. With
-    ``verify`` the groups are proved as well.
+    The trial is that of :func:`verify_graph`, on all of
+    :func:`clafusion.tracing.heads.possible_heads`.
+
+    Parameters
+    ----------
+    graph, inputs, seed
+        As for :func:`verify_graph`.
+    verify
+        Whether to prove the channel groups as well.
+
+    Raises
+    ------
+    GraphVerificationError
+        With ``verify``, as for :func:`verify_graph`.
     """
     candidates = possible_heads(graph)
     if not (candidates or verify):
@@ -109,16 +130,17 @@ def with_proved_heads(
     if verify:
         _verify_groups(trial)
     heads = list(chain.from_iterable(finest for finest, *_ in candidates))
-    if not _hold(heads, trial):
-        found = (
-            next((heads for heads in alternatives if _hold(heads, trial)), ())
+    if not _can_be_exchanged(heads, trial):  # try each layer's alternatives alone
+        proved = (
+            next((heads for heads in alternatives if _can_be_exchanged(heads, trial)), ())
             for alternatives in candidates
         )
-        heads = list(chain.from_iterable(found))
+        heads = list(chain.from_iterable(proved))
     return replace(graph, heads=tuple(heads))
 
 
 def _verify_groups(trial: _Trial) -> None:
+    """Raise where the traced graph differs from the model, or a permutation changes outputs."""
     graph, fidelity = trial.graph, trial.fidelity
     if not fidelity <= _TOLERANCE[torch.float32]:
         raise GraphVerificationError(
@@ -126,17 +148,19 @@ def _verify_groups(trial: _Trial) -> None:
             f"{fidelity:.1e}); the model may depend on state or randomness that tracing froze"
         )
     for move in (_cycle, _swap):
-        permutations = [move(one.size, trial.generator) for one in graph.groups]
+        permutations = [move(group.size, trial.generator) for group in graph.groups]
 
         def permuted(state: State, chosen: Sequence[ChannelGroup] = graph.groups) -> State:
-            return permute_channels(state, chosen, [permutations[one.index] for one in chosen])  # noqa: B023
+            return permute_channels(state, chosen, [permutations[group.index] for group in chosen])  # noqa: B023
 
         if trial.leaves_outputs(permuted):
             continue
         broken = [
-            one for one in graph.groups if not trial.leaves_outputs(partial(permuted, chosen=[one]))
+            group
+            for group in graph.groups
+            if not trial.leaves_outputs(partial(permuted, chosen=[group]))
         ]
-        named = ", ".join(f"{one.name!r} ({one.size} channels)" for one in broken[:5])
+        named = ", ".join(f"{group.name!r} ({group.size} channels)" for group in broken[:5])
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise GraphVerificationError(
             f"permuting the channel groups changed the output (relative difference "
@@ -146,38 +170,47 @@ def _verify_groups(trial: _Trial) -> None:
         )
 
 
-def _hold(heads: Sequence[HeadPartition], trial: _Trial) -> bool:
-    """Tell whether blocks can change places, each with an order of its own."""
+def _can_be_exchanged(heads: Sequence[HeadPartition], trial: _Trial) -> bool:
+    """Return whether heads can change places, those of each partition in an order of its own."""
     for move in (_cycle, _swap) if heads else ():
         sources: dict[int, int] = {}
-        for one in heads:
-            order = move(len(one.members), trial.generator).tolist()
-            sources |= group_sources(one, order)
+        for partition in heads:
+            order = move(len(partition.members), trial.generator).tolist()
+            sources |= group_sources(partition, order)
         if not trial.leaves_outputs(partial(exchange_heads, trial.graph, sources=sources)):
             return False
     return True
 
 
 class _Trial:
-    """A model with its own and with random weights, on which changes of them can be tried."""
+    """A model with its own and with random weights, to try changes of the weights on.
+
+    Attributes
+    ----------
+    fidelity
+        How far the traced graph's outputs are from the model's, relative to the largest.
+    bound
+        How far outputs may move by rounding alone, relative to the largest.
+    """
 
     def __init__(self, graph: TracedModel, inputs: tuple[Tensor, ...], seed: int) -> None:
         self.graph = graph
         self.generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             plain = copy.deepcopy(graph.model).eval()
-            inputs, outputs = _tried(graph, plain, inputs, self.generator)
-            traced = [one for one in graph.run(inputs) if isinstance(one, Tensor)]
+            inputs, outputs = _trial_inputs(graph, plain, inputs, self.generator)
+            traced = [value for value in graph.run(inputs) if isinstance(value, Tensor)]
             self.fidelity = _difference(traced, outputs)
             self.model, self.inputs, outputs = _widest(plain, inputs, graph.keywords, outputs)
-        types = {one.dtype for one in self.model.parameters() if one.is_floating_point()}
-        self.bound = max((_TOLERANCE.get(one, 1e-2) for one in types), default=1e-3)
+        types = {value.dtype for value in self.model.parameters() if value.is_floating_point()}
+        self.bound = max((_TOLERANCE.get(dtype, 1e-2) for dtype in types), default=1e-3)
         if types == {torch.float64} and _casts(graph):
             self.bound = _ROUNDED_INSIDE
         own = dict(graph.state())
         if self.model is not plain:
             own = {
-                name: one.double() if one.is_floating_point() else one for name, one in own.items()
+                name: value.double() if value.is_floating_point() else value
+                for name, value in own.items()
             }
         redrawn = _redrawn(self.model, own, self.generator)
         self.expected = [(own, outputs), (redrawn, self._outputs(redrawn))]
@@ -188,13 +221,13 @@ class _Trial:
             return call_model(self.model, self.inputs, self.graph.keywords, state=named)
 
     def gap(self, change: Callable[[State], State]) -> float:
-        """Return how far the outputs move, relative to the largest one."""
+        """Return how far a change of the weights moves the outputs, relative to the largest."""
         return max(
             _difference(self._outputs(change(state)), outputs) for state, outputs in self.expected
         )
 
     def leaves_outputs(self, change: Callable[[State], State]) -> bool:
-        """Tell whether a change of the weights leaves the outputs as they are, but for rounding."""
+        """Return whether a change of the weights moves the outputs by no more than rounding."""
         return self.gap(change) <= self.bound
 
 
@@ -209,13 +242,13 @@ def _cycle(size: int, generator: torch.Generator) -> Tensor:
 def _swap(size: int, generator: torch.Generator) -> Tensor:
     """Return a permutation that swaps two random channels."""
     permutation = torch.arange(size)
-    one, other = torch.randperm(size, generator=generator)[:2]
-    permutation[one], permutation[other] = other, one
+    first, second = torch.randperm(size, generator=generator)[:2]
+    permutation[first], permutation[second] = second, first
     return permutation
 
 
 def _redrawn(model: torch.nn.Module, state: State, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return the state with random weights: zero gates and tiny scales would hide mistakes."""
+    """Return a state with random parameters, for zero gates and tiny scales would hide mistakes."""
     drawn = dict(state)
     for name, parameter in model.named_parameters():
         noise = torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype)
@@ -226,7 +259,7 @@ def _redrawn(model: torch.nn.Module, state: State, generator: torch.Generator) -
 
 
 def _casts(graph: TracedModel) -> bool:
-    """Tell whether the model turns values into a type shorter than float64."""
+    """Return whether the model turns values into a type shorter than float64."""
     short = {torch.float32, torch.float16, torch.bfloat16}
     return any(
         node.op == "call_function"
@@ -242,38 +275,40 @@ def _is_dtype(value: object) -> bool:
 def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the largest difference, relative to the largest expected output."""
     worst = 0.0
-    for one, reference in zip(outputs, expected, strict=True):
+    for output, reference in zip(outputs, expected, strict=True):
         if reference.numel() == 0:
             continue
-        one, reference = one.double(), reference.double()
-        same = (one == reference) | (one.isnan() & reference.isnan())
-        gap = torch.where(same, 0.0, (one - reference).abs()).nan_to_num(nan=torch.inf)
+        output, reference = output.double(), reference.double()
+        same = (output == reference) | (output.isnan() & reference.isnan())
+        gap = torch.where(same, 0.0, (output - reference).abs()).nan_to_num(nan=torch.inf)
         finite = reference[reference.isfinite()].abs()
         scale = float(finite.max()) if finite.numel() else 0.0
         worst = max(worst, float(gap.max()) / (scale or 1.0))
     return worst
 
 
-def _tried(
+def _trial_inputs(
     graph: TracedModel,
     model: torch.nn.Module,
     inputs: tuple[Tensor, ...],
     generator: torch.Generator,
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """Return what a model is tried on, and its outputs: the first example, and a shuffled one.
+    """Return the inputs of a trial and the model's outputs: the first example and a shuffled one.
 
-    Examples may all look alike, as padded or blank ones do; of their shuffled elements each place
-    gets another.
+    Examples may be blank, or alike in places. Shuffling an example's elements makes them differ.
     """
-    rows = [
-        one.flatten()[torch.randperm(one.numel(), generator=generator).to(one.device)].view_as(one)
-        for one in inputs
-    ]
+    shuffled = []
+    for value in inputs:
+        order = torch.randperm(value.numel(), generator=generator).to(value.device)
+        shuffled.append(value.flatten()[order].view_as(value))
     others = slice(1, None) if graph.static_batch is not None else slice(1)
-    mixed = tuple(torch.cat([one[:1], row[others]]) for one, row in zip(inputs, rows, strict=True))
+    mixed = tuple(
+        torch.cat([value[:1], mixture[others]])
+        for value, mixture in zip(inputs, shuffled, strict=True)
+    )
     try:
         return mixed, call_model(model, mixed, graph.keywords)
-    except Exception:  # whatever the model thinks of numbers that do not belong together
+    except Exception:  # the model may refuse numbers that do not belong together
         return inputs, call_model(model, inputs, graph.keywords)
 
 
@@ -286,16 +321,16 @@ def _widest(
     """Return model, inputs and outputs in float64 where the model runs in that, else as given."""
     try:
         double = copy.deepcopy(model).double()
-        wide = tuple(one.double() if one.is_floating_point() else one for one in inputs)
-        found = call_model(double, wide, keywords)
-        if all(one.dtype == torch.float64 for one in found if one.is_floating_point()):
-            return double, wide, found
-    except RuntimeError:  # a dtype is fixed somewhere inside
+        wide = tuple(value.double() if value.is_floating_point() else value for value in inputs)
+        results = call_model(double, wide, keywords)
+        if all(value.dtype == torch.float64 for value in results if value.is_floating_point()):
+            return double, wide, results
+    except RuntimeError:  # the model's code fixes a type somewhere
         pass
     return model, inputs, outputs
 
 
 def _named(model: torch.nn.Module, state: State, graph: TracedModel) -> dict[str, Tensor]:
-    """Return what the module itself holds, under every one of its names."""
+    """Return the module's own entries of a state, tied ones under each of their names."""
     full = {**state, **{name: state[source] for name, source in graph.aliases.items()}}
     return {name: full[name] for name, _ in (*model.named_parameters(), *model.named_buffers())}

@@ -1,1 +1,4 @@
-"""Weights in files and modules: state dicts, safetensors, factories, digests, atomic writes."""
+"""Weights in files and modules: state dicts, safetensors, factories, digests, atomic writes.
+
+Nothing here knows of data or of traced models.
+"""

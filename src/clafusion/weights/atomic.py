@@ -1,4 +1,4 @@
-"""Write files so that the old one stays whole until the new one is complete."""
+"""Write files atomically: the old file stays whole until the new one is complete."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def check_output(
     argument: str,
     inputs: Sequence[str | os.PathLike[str]] = (),
 ) -> Path:
-    """Return ``path`` if a file of one of these kinds can be written there, and is no input.
+    """Return ``path`` if a file with one of these endings can be written there.
 
     Raises
     ------
     InputError
-        The ending is unknown, the directory does not exist or may not be written to, or
-        an input or something other than a file is in the way. The message names ``argument``.
+        The ending is unknown, the directory does not exist or may not be written to, the path is
+        one of ``inputs``, or something other than a file is there. The message calls the path
+        ``argument``.
     """
     path = Path(path)
     if path.suffix.lower() not in endings:
@@ -36,7 +37,7 @@ def check_output(
         )
     if path.exists() and not path.is_file():
         raise InputError(f"{argument} {str(path)!r} exists and is no file: choose another name")
-    if path.exists() and any(os.path.exists(one) and path.samefile(one) for one in inputs):
+    if path.exists() and any(os.path.exists(file) and path.samefile(file) for file in inputs):
         raise InputError(
             f"{argument} {str(path)!r} is an input, which would be lost: choose another name"
         )
@@ -52,21 +53,21 @@ def check_output(
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str], argument: str) -> Iterator[Path]:
-    """Give a temporary name in the same directory; afterwards rename what was written there.
+    """Yield a temporary path in the same directory; rename what was written there afterwards.
 
-    The rename is one step: whoever reads ``path`` sees the old file or the new one, even if this
-    process is killed or the disk runs full. After an error nothing temporary is left.
+    The rename is atomic: readers of ``path`` see the old file or the new one, even if this process
+    is killed or the disk runs full. An error leaves nothing temporary behind.
 
     Raises
     ------
     InputError
         Writing failed, for example on a full disk.
     """
-    target = Path(path).resolve()  # through a link, so that the link stays one
+    target = Path(path).resolve()  # follow a link, which the rename would replace
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        # Created here, so that a new file has the permissions that the user's umask gives. Some
-        # writers put a file of their own in its place: the permissions are set again below.
+        # Create the file here, with the permissions that the user's umask gives a new file. Some
+        # writers put a file of their own in its place, so the permissions are set again below.
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         mode = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
         yield temporary
@@ -86,7 +87,7 @@ def replacing(path: str | os.PathLike[str], argument: str) -> Iterator[Path]:
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make the rename itself outlast a power cut, where the system can."""
+    """Make the rename itself survive a power cut, where the system allows that."""
     if os.name == "posix":
         handle = os.open(directory, os.O_RDONLY)
         try:

@@ -1,1 +1,1 @@
-"""Run an exported graph on labels instead of numbers: which channels move together."""
+"""Run an exported graph on labels instead of numbers, to see which channels move together."""

@@ -1,7 +1,7 @@
-"""Label tensors' elements: atoms (>= 0) and fixed ids (< 0), and how ids are made.
+"""The elements of label tensors: atoms (>= 0) and fixed ids (< 0), and how ids are made.
 
-A fixed id names a value that moves with no channel. Ids are hashes, so that equal values get
-equal ids without a table, and are kept short enough to be exact in a float64.
+A fixed id names a value that moves with no channel. Ids are hashes: equal values get equal ids
+without a table. They have 50 bits, so that a float64 holds them exactly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble 64-bit words (the finaliser of SplitMix64)."""
+    """Scramble 64-bit words with the finaliser of SplitMix64 (Steele et al., OOPSLA 2014)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -44,12 +44,12 @@ def _words(ids: Tensor) -> NDArray[np.uint64]:
 
 
 def _as_fixed(words: NDArray[np.uint64]) -> Tensor:
-    """Turn words into fixed ids: negative, and exact when held in a float64."""
+    """Return words as fixed ids: negative, and exact in a float64."""
     return -1 - torch.from_numpy((words >> np.uint64(14)).view(np.int64))
 
 
 def fixed_ids(text: str, shape: Sequence[int]) -> Tensor:
-    """Return a fixed id of its own for every element of ``shape``."""
+    """Return a different fixed id for every element of ``shape``, made from ``text``."""
     count = int(np.prod(shape, dtype=np.int64))
     words = mix(np.arange(count, dtype=np.uint64) + salt(text))
     return _as_fixed(words).reshape(tuple(shape))
@@ -65,7 +65,10 @@ def value_ids(values: Tensor) -> Tensor:
 
 
 def combine(text: str, operands: Sequence[Tensor]) -> Tensor:
-    """Return the fixed ids of an elementwise function of fixed elements."""
+    """Return the fixed ids of the elementwise function ``text`` of fixed elements.
+
+    The operands broadcast. Equal ids in give equal ids out.
+    """
     broadcast = torch.broadcast_tensors(*operands)
     words = np.broadcast_to(salt(text), (broadcast[0].numel(),))
     for ids in broadcast:
@@ -80,19 +83,19 @@ def sequence_ids(ids: Tensor) -> Tensor:
 
 
 def collapse(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Drop every axis along which none of the broadcast tensors varies."""
-    reduced = torch.broadcast_tensors(*tensors)
-    if reduced[0].numel() == 0:
-        return tuple(reduced)
-    for axis in reversed(range(reduced[0].dim())):
-        if not any(varies_along(ids, axis) for ids in reduced):
-            reduced = tuple(ids.narrow(axis, 0, 1) for ids in reduced)
-    return tuple(reduced)
+    """Broadcast tensors; shrink to size 1 every axis along which none of them varies."""
+    collapsed = torch.broadcast_tensors(*tensors)
+    if collapsed[0].numel() == 0:
+        return tuple(collapsed)
+    for axis in reversed(range(collapsed[0].dim())):
+        if not any(varies_along(ids, axis) for ids in collapsed):
+            collapsed = tuple(ids.narrow(axis, 0, 1) for ids in collapsed)
+    return tuple(collapsed)
 
 
 def varies_along(ids: Tensor, axis: int) -> bool:
-    """Tell whether any two entries that differ only in their place on an axis are unequal."""
+    """Return whether any two elements that differ only in their place on ``axis`` are unequal."""
     if ids.size(axis) == 1 or ids.stride(axis) == 0:
         return False
-    # This stops at the first difference, where a comparison would go through all.
+    # torch.equal stops at the first difference; comparing with != would go through all elements.
     return not torch.equal(ids, ids.narrow(axis, 0, 1).expand_as(ids))

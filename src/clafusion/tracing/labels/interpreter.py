@@ -1,6 +1,6 @@
 """Run an exported graph on labels: the interpreter, the union-find and the fingerprints.
 
-What single operations do with labels stands in :mod:`clafusion.tracing.labels.rules`.
+The package :mod:`clafusion.tracing.labels.rules` says what each operation does with labels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["POINTWISE", "Call", "Label", "LabelPropagation", "ParameterView", "r
 
 @dataclass(frozen=True)
 class ParameterView:
-    """A parameter, or a view of one, that has not met an activation yet."""
+    """A parameter, or a view of a parameter, that has not met an activation yet."""
 
     name: str
     tensor: Tensor
@@ -38,7 +38,7 @@ Label: TypeAlias = "Tensor | ParameterView | tuple[Label, ...] | None"
 
 @dataclass
 class DraftUse:
-    """A parameter view whose axes carry ids."""
+    """A parameter view whose axes carry ids; it becomes a ``ParameterUse``."""
 
     name: str
     role: str
@@ -50,7 +50,7 @@ class DraftUse:
 
 
 class Call:
-    """One node with its operands bound to the names of the operation's schema."""
+    """A node with its operands bound to the names of the operation's schema."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Call:
         return self.concrete(self.bound[name])
 
     def concrete(self, argument: Any) -> Any:
-        """Replace the nodes in an operand by their concrete values."""
+        """Return an operand with its nodes replaced by their concrete values."""
         return fx.map_arg(argument, lambda node: self._values[node])
 
     def label(self, name: str) -> Label:
@@ -84,15 +84,15 @@ class Call:
 
     def tensors(self) -> list[tuple[str, fx.Node]]:
         """Return the operands that are tensors, with their names."""
-        found: list[tuple[str, fx.Node]] = []
+        operands: list[tuple[str, fx.Node]] = []
         for name, argument in self.bound.items():
             nodes = argument if isinstance(argument, (list, tuple)) else [argument]
-            found += [
+            operands += [
                 (name, node)
                 for node in nodes
                 if isinstance(node, fx.Node) and isinstance(self._values[node], Tensor)
             ]
-        return found
+        return operands
 
     def label_of(self, node: fx.Node) -> Label:
         """Return a node's label."""
@@ -105,17 +105,25 @@ class Call:
 
 Rule = Callable[["LabelPropagation", Call], Label]
 RULES: dict[str, Rule] = {}
-
+"""The rule of every operation, by the operation's base name (``relu`` for ``aten.relu_``)."""
 
 POINTWISE = "pointwise"
-"""The rule for every operation that PyTorch tags as pointwise and that has no rule of its own."""
+"""The name of the rule for operations that PyTorch tags as pointwise and that have no other."""
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a function as the rule for the named operations."""
+    """Register a function as the rule for the named operations.
+
+    Raises
+    ------
+    ValueError
+        An operation has a rule already.
+    """
 
     def register(function: Rule) -> Rule:
         for name in names:
+            if name in RULES:
+                raise ValueError(f"operation {name!r} has two rules")
             RULES[name] = function
         return function
 
@@ -123,15 +131,38 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 class LabelPropagation:
-    """The state of one run: the union-find, the fingerprints and the parameter uses."""
+    """The state of one run: the union-find, the fingerprints and the parameter uses.
+
+    Parameters
+    ----------
+    state, buffers
+        As for :func:`clafusion.tracing.groups.find_channels`.
+    parents
+        The union-find of an earlier run over the same graph. Atoms are numbered in the order of
+        their creation, which is the same in every run.
+
+    Attributes
+    ----------
+    parents
+        The union-find: the parent of each atom; a root is its own parent.
+    undecided
+        Whether a parameter's element met several atoms. A second run may find them united.
+    pinned, counted
+        Atoms that keep their places; atoms whose values the model adds up without a weight.
+    fingerprints
+        For each atom the hashes of what it met; exchangeable atoms have equal fingerprints.
+    uses
+        Every view of every parameter, by name, size, stride and offset.
+    labels
+        The label of each node.
+    """
 
     def __init__(
-        self, state: State, buffers: frozenset[str], united_heads: NDArray[np.int64] | None = None
+        self, state: State, buffers: frozenset[str], parents: NDArray[np.int64] | None = None
     ) -> None:
         self.state = state
         self.buffers = buffers
-        # Atoms are numbered in the order of their creation, the same in every run.
-        self.parents = np.empty(0, dtype=np.int64) if united_heads is None else united_heads.copy()
+        self.parents = np.empty(0, dtype=np.int64) if parents is None else parents.copy()
         self.created = 0
         self.undecided = False
         self.pinned: set[int] = set()
@@ -150,6 +181,11 @@ class LabelPropagation:
         """Give every node a label; return the shapes of the nodes' values.
 
         Parameters are those of :func:`clafusion.tracing.groups.find_channels`.
+
+        Raises
+        ------
+        UnsupportedOpError
+            An operation has no rule, or its rule refuses it.
         """
         values: dict[fx.Node, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -184,9 +220,9 @@ class LabelPropagation:
         return ParameterView(name, value)
 
     def _visit(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
-        arguments = fx.map_arg((node.args, node.kwargs), lambda one: values[one])
+        arguments = fx.map_arg((node.args, node.kwargs), lambda operand: values[operand])
         values[node] = node.target(*arguments[0], **arguments[1])
-        labels = [self.labels[one] for one in node.all_input_nodes]
+        labels = [self.labels[operand] for operand in node.all_input_nodes]
         if node.target is operator.getitem:
             whole = self.labels[node.args[0]]
             self.labels[node] = whole[node.args[1]] if isinstance(whole, tuple) else None
@@ -202,19 +238,19 @@ class LabelPropagation:
         if not isinstance(node.target, torch._ops.OpOverload):
             raise self.unsupported(node)
         call = Call(node, self.labels, values)
-        found = RULES.get(call.name)
-        if found is None and torch.Tag.pointwise in node.target.tags:
-            found = RULES[POINTWISE]
-        if found is None:
+        function = RULES.get(call.name)
+        if function is None and torch.Tag.pointwise in node.target.tags:
+            function = RULES[POINTWISE]
+        if function is None:
             raise self.unsupported(node)
-        self.labels[node] = found(self, call)
+        self.labels[node] = function(self, call)
         self._mark(node)
         if node.target._schema.name.endswith("_") and isinstance(node.args[0], fx.Node):
-            # In place: whoever reads the operand later sees the result.
+            # The operation works in place: later nodes that read the operand see the result.
             self.labels[node.args[0]] = self.labels[node]
 
     def _mark(self, node: fx.Node) -> None:
-        """Let the atoms remember the operation: one that treats only some of them splits them."""
+        """Give the atoms the node as a fingerprint: a node that some atoms skip sets them apart."""
         label = self.labels[node]
         mark = int(salt(node.name)[0])
         for ids in label if isinstance(label, tuple) else (label,):
@@ -227,7 +263,7 @@ class LabelPropagation:
     def unsupported(
         node: fx.Node, why: str = "the channel analysis has no rule for it"
     ) -> Exception:
-        """Return the error that refuses an operation."""
+        """Return the error that refuses an operation; the caller raises it."""
         where = module_path(node) or "the top level"
         return UnsupportedOpError(
             f"operation {node.target} in {where!r} (node {node.name!r}) is not supported: {why}. "
@@ -235,11 +271,11 @@ class LabelPropagation:
         )
 
     def is_trained(self, label: Label) -> TypeGuard[ParameterView]:
-        """Tell whether a value is a trained parameter, or a view of one."""
+        """Return whether a value is a trained parameter, or a view of one."""
         return isinstance(label, ParameterView) and label.name not in self.buffers
 
     def is_constant(self, label: Label) -> bool:
-        """Tell whether a value depends neither on the input nor on a trained parameter."""
+        """Return whether a value depends neither on the input nor on a trained parameter."""
         return label is None or (isinstance(label, ParameterView) and label.name in self.buffers)
 
     # --- atoms ---------------------------------------------------------------------------------
@@ -252,18 +288,18 @@ class LabelPropagation:
         return torch.arange(start, self.created)
 
     def roots(self, ids: Tensor) -> Tensor:
-        """Return ids with every atom replaced by its representative."""
+        """Return ids with every atom replaced by its root in the union-find."""
         array = ids.numpy()
         moving = array >= 0
         if not moving.any():
             return ids
-        found = np.where(moving, array, 0)
+        atoms = np.where(moving, array, 0)
         while True:
-            parent = self.parents[found]
-            if np.array_equal(parent, found):
+            parents = self.parents[atoms]
+            if np.array_equal(parents, atoms):
                 break
-            found = parent
-        return torch.from_numpy(np.where(moving, found, array))
+            atoms = parents
+        return torch.from_numpy(np.where(moving, atoms, array))
 
     def _find(self, atom: int) -> int:
         root = atom
@@ -274,7 +310,7 @@ class LabelPropagation:
         return root
 
     def unite(self, first: Tensor, second: Tensor) -> None:
-        """Unite atoms element by element; where one is fixed, the other takes its fingerprint."""
+        """Unite atoms element by element; an atom that meets a fixed id takes a fingerprint."""
         first, second = collapse(first, second)
         first, second = (self.roots(ids).reshape(-1) for ids in (first, second))
         both = (first >= 0) & (second >= 0) & (first != second)
@@ -285,21 +321,24 @@ class LabelPropagation:
         self.meet(second, first)
 
     def pin(self, ids: Tensor) -> None:
-        """Fix every atom in ``ids`` to its place."""
+        """Keep every atom in ``ids`` at its place: it joins no channel group."""
         (ids,) = collapse(ids)
         self.pinned.update(int(atom) for atom in ids[ids >= 0].unique())
 
     def count(self, ids: Tensor) -> None:
-        """Note that values of every atom in ``ids`` are added up without a weight."""
+        """Note that the model adds up values of every atom in ``ids`` without a weight."""
         (ids,) = collapse(ids)
         self.counted.update(int(atom) for atom in ids[ids >= 0].unique())
 
-    def meet(self, ids: Tensor, partners: Tensor) -> None:
-        """Give every atom in ``ids`` the sequence of fixed ids among its partners."""
-        ids, partners = collapse(ids, partners)
-        ids, partners = self.roots(ids).reshape(-1), partners.reshape(-1)
-        chosen = (ids >= 0) & (partners < 0)
-        atoms, fixed = ids[chosen].numpy(), partners[chosen].numpy()
+    def meet(self, ids: Tensor, others: Tensor) -> None:
+        """Give every atom in ``ids`` the sequence of fixed ids that it meets as a fingerprint.
+
+        A single id that all atoms meet sets none apart, and is left out.
+        """
+        ids, others = collapse(ids, others)
+        ids, others = self.roots(ids).reshape(-1), others.reshape(-1)
+        chosen = (ids >= 0) & (others < 0)
+        atoms, fixed = ids[chosen].numpy(), others[chosen].numpy()
         if len(atoms) == 0 or (fixed == fixed[0]).all():
             return
         order = np.argsort(atoms, kind="stable")
@@ -313,7 +352,10 @@ class LabelPropagation:
     # --- labels --------------------------------------------------------------------------------
 
     def activation(self, label: Label, value: Tensor) -> Tensor:
-        """Return a label tensor, whatever the value is."""
+        """Return the label tensor of an operand that acts as an activation.
+
+        A trained parameter gets an atom for each element, a constant the ids of its values.
+        """
         if isinstance(label, Tensor):
             return label
         if self.is_trained(label):
@@ -321,7 +363,7 @@ class LabelPropagation:
         return value_ids(value)
 
     def element_ids(self, view: ParameterView) -> Tensor:
-        """Return the labels of a parameter that is used as a value: an atom for each element."""
+        """Return the labels of a parameter that acts as an activation: an atom for each element."""
         base = self.state[view.name]
         if view.name not in self.elements:
             self.elements[view.name] = self.fresh(base.numel())
@@ -332,10 +374,10 @@ class LabelPropagation:
         return self.elements[view.name].as_strided(view.tensor.shape, view.tensor.stride(), offset)
 
     def scale(self, view: ParameterView, ids: Tensor, shape: Sequence[int] | None = None) -> None:
-        """Let a parameter act element by element on an activation.
+        """Let a parameter act element by element on an activation with the labels ``ids``.
 
-        An element that meets one atom moves with it. An element that several atoms share (a
-        positional bias, a common slope) stays where it is.
+        An element that meets one atom moves with that atom. An element that several atoms share
+        (a positional bias, a common slope) is pinned. ``shape`` broadcasts the parameter.
         """
         tensor = view.tensor if shape is None else view.tensor.reshape(tuple(shape))
         elements = self.element_ids(ParameterView(view.name, tensor))
@@ -344,10 +386,10 @@ class LabelPropagation:
         flat = elements.reshape(-1).numpy()
         moving = roots >= 0
         pairs = np.unique(np.stack([flat[moving], roots[moving]], 1), axis=0)
-        partners, counts = np.unique(pairs[:, 0], return_counts=True)
-        alone = np.isin(flat, partners[counts == 1])
+        met, counts = np.unique(pairs[:, 0], return_counts=True)
+        alone = np.isin(flat, met[counts == 1])
         self.undecided |= bool((counts > 1).any())
-        # Elements that meet a single atom move with it; the others are fixed.
+        # The negative id -1 - flat fixes an element.
         fixed = torch.from_numpy(np.where(alone, flat, -1 - flat))
         self.pin(torch.from_numpy(flat[~alone]))
         self.unite(fixed.reshape(elements.shape), ids)
@@ -358,6 +400,17 @@ class LabelPropagation:
         """Record that axes of a parameter view carry ids; return the ids now on them.
 
         A second use of the same view unites its ids with those of the first.
+
+        Parameters
+        ----------
+        view
+            The parameter view.
+        role
+            Which of the operation's operands it is.
+        axes
+            For each axis that carries channels, their ids.
+        inward
+            Those axes whose channels enter the parameter; the others leave it.
         """
         base = self.state[view.name]
         order = sorted(range(view.tensor.dim()), key=view.tensor.stride, reverse=True)
@@ -366,22 +419,25 @@ class LabelPropagation:
         offset = int(view.tensor.storage_offset() - base.storage_offset())
         key = (view.name, size, stride, offset)
         use = self.uses.setdefault(key, DraftUse(view.name, role, size, stride, offset))
-        found = {}
+        current = {}
         for axis, ids in axes.items():
             place = order.index(axis)
             if place in use.axes:
                 self.unite(use.axes[place], ids)
                 if (use.directions[place] == "in") != (axis in inward):
-                    self.count(ids)  # the one weight writes and reads them
+                    self.count(ids)  # one weight both writes and reads these channels
                 use.axes[place] = torch.where(use.axes[place] >= 0, use.axes[place], ids)
             else:
                 use.axes[place] = ids
                 use.directions[place] = "in" if axis in inward else "out"
-            found[axis] = use.axes[place]
-        return found
+            current[axis] = use.axes[place]
+        return current
 
     def common_row(self, rows: Tensor) -> Tensor:
-        """Unite the rows of a label matrix ``(num_rows, num_channels)`` into one row."""
+        """Unite the rows of a label matrix ``(num_rows, num_channels)``; return the one row.
+
+        A column without an atom gets the fixed id of its sequence.
+        """
         first = rows[:1].expand(rows.shape)
         if rows.size(0) > 1:
             self.unite(first, rows)
@@ -395,7 +451,7 @@ class LabelPropagation:
 
 
 def _last_users(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node, the nodes whose value nobody needs after it."""
+    """Return for each node the nodes whose values no later node needs."""
     seen: set[fx.Node] = set()
     finished: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(graph.nodes):

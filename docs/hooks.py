@@ -1,0 +1,169 @@
+"""What mkdocs makes of the sources: the table of options, the gallery, two pages of the root.
+
+The package has to be installed, for the options are asked of it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from clafusion.config import FusionConfig, Option, Settings, options_of
+
+ROOT = Path(__file__).parents[1]
+OPTIONS_MARK = "<!-- table of all options -->"
+# Page -> the file at the root that it shows. Links in it lead to docs/ where they can.
+PAGES_OF_THE_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+
+
+# --- what mkdocs calls --------------------------------------------------------------------------
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages that are no files in docs/."""
+    from mkdocs.structure.files import File
+
+    pages = {page: page_of_root(file) for page, file in PAGES_OF_THE_ROOT.items()}
+    pages["gallery.md"] = gallery(ROOT / "examples", ROOT / "docs" / "gallery")
+    for page, content in pages.items():
+        files.append(File.generated(config, page, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the table of options where its mark is."""
+    return markdown.replace(OPTIONS_MARK, options()) if OPTIONS_MARK in markdown else markdown
+
+
+def page_of_root(file: str) -> str:
+    """Return a file of the root as a page, with the links into docs/ that it has there."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for page, other in PAGES_OF_THE_ROOT.items():
+        text = text.replace(f"]({other}", f"]({page}")
+    return re.sub(r"\]\(docs/", "](", text)
+
+
+# --- options ------------------------------------------------------------------------------------
+
+
+def options(config: type[Settings] = FusionConfig) -> str:
+    """Return all options as Markdown: a section for each stage, and one for those of none."""
+    every = options_of(config)
+    sections: list[str] = []
+    single = [one.name for one in fields(config) if one.metadata["kind"] != "nested"]
+    for stage in fields(config):
+        if stage.metadata["kind"] == "nested":
+            inner: type[Settings] = stage.metadata["settings"]
+            own = [one for one in every if one.path.partition(".")[0] == stage.name]
+            what = f"{_sentence(stage.metadata['help'])} {_advice(inner)}".strip()
+            shorthand = _shorthand(stage.name, inner, stage.default)
+            sections += [f"## {stage.name}", f"{what} {shorthand}", _table(own)]
+    rest = [one for one in every if one.path in single]
+    sections += ["## Others", _table(rest)]
+    return "\n\n".join(sections)
+
+
+def _advice(settings: type[Settings]) -> str:
+    """Return what the settings' docstring advises those who are not sure."""
+    found = re.search(r"If you are not sure[^.]*\.", " ".join((settings.__doc__ or "").split()))
+    return found.group() if found else ""
+
+
+def _shorthand(name: str, settings: type[Settings], default: Any) -> str:
+    if settings.variants():
+        return f'A string chooses a variant with its defaults: `{name}="{default.name}"`.'
+    first = next(iter(fields(settings)))
+    if first.metadata["kind"] != "choice":
+        return f"Give `{name}={settings.__name__}(...)` or a mapping."
+    return (
+        f"A string stands for `{first.name}`: `{name}={first.default!r}` is "
+        f"`{name}={settings.__name__}({first.name}={first.default!r})`."
+    ).replace("'", '"')
+
+
+def _table(found: list[Option]) -> str:
+    lines = ["| Option | Values | Default | Meaning |", "|---|---|---|---|"]
+    for one in found:
+        names = f"`{one.path}`<br>`{one.flag}`"
+        if one.kind == "flag":
+            names += f", `--no-{one.flag.removeprefix('--')}`"
+        meaning = _sentence(one.help)
+        if one.needs:
+            meaning += f" With `{one.needs}` {_listed(one.of)}."
+        cells = [names, _values(one), _default(one), meaning]
+        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def _values(option: Option) -> str:
+    rule = option.rule
+    if option.choices:
+        return "<br>".join(f"`{name}`: {_capital(text)}" for name, text in option.choices.items())
+    if option.kind == "flag":
+        return "`True`, `False`"
+    if option.kind == "count":
+        return _limits("a whole number", rule["least"], rule["most"])
+    if option.kind == "number":
+        limits = _limits("a number", rule["low"], rule["high"], rule["above_low"])
+        return limits if rule["word"] is None else f"{limits}, or `{rule['word']}`"
+    return {"int": "text, or a whole number", "Module": "a module"}.get(
+        rule["also"].__name__, "text"
+    )
+
+
+def _limits(what: str, low: float, high: float | None, above: bool = False) -> str:
+    if high is None or high >= 2**63 - 1:
+        return f"{what} {'above' if above else 'of at least'} {low:g}"
+    return f"{what} {'above' if above else 'from'} {low:g} {'up ' if above else ''}to {high:g}"
+
+
+def _default(option: Option) -> str:
+    return "" if option.default in (None, "") else f"`{option.default}`"
+
+
+def _capital(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}"
+
+
+def _sentence(text: str) -> str:
+    return f"{_capital(text)}."
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return " or ".join(f"`{name}`" for name in names)
+
+
+# --- examples -----------------------------------------------------------------------------------
+
+
+def gallery(examples: Path, pictures: Path) -> str:
+    """Return the page of all examples: title and text of the docstring, picture, code.
+
+    An example's picture is the file of its name in ``pictures``, if there is one.
+    """
+    text = [
+        "# Examples",
+        "Each is a script that runs in a few minutes. With `--out FILE` it draws its picture.",
+    ]
+    for path in sorted(examples.glob("[!_]*.py")):
+        source = path.read_text(encoding="utf-8")
+        module = ast.parse(source)
+        title, _, rest = (ast.get_docstring(module) or path.stem).partition("\n")
+        text += [f"## {title.rstrip('.')}", f"`python examples/{path.name} --out picture.png`"]
+        text += [rest.strip()] if rest.strip() else []
+        shown = sorted(pictures.glob(f"{path.stem}.*"))
+        text += [f"![{title.rstrip('.')}]({pictures.name}/{one.name})" for one in shown]
+        text.append(f"~~~~python\n{_without_docstring(source, module)}\n~~~~")
+    if len(text) == 2:
+        text.append("There are none in this version.")
+    return "\n\n".join(text) + "\n"
+
+
+def _without_docstring(source: str, module: ast.Module) -> str:
+    lines = source.splitlines()
+    if ast.get_docstring(module) is not None:
+        lines = lines[module.body[0].end_lineno :]
+    return "\n".join(lines).strip()

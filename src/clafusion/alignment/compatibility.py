@@ -1,0 +1,142 @@
+"""Which layers of two networks can match at all, before any cost is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clafusion.alignment.dynamic_program import align_layers
+from clafusion.errors import AlignmentError, StructureError
+from clafusion.tracing.model import Layer, TracedModel
+
+__all__ = ["Fit", "allowed_pairs", "check_outputs", "fit_layers", "gap_costs", "skip_costs"]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the layers of two networks can match.
+
+    ``allowed`` ``(m, n)`` are the pairs that can match; ``needs_gaps`` tells whether layers of both
+    networks must go unmatched.
+    """
+
+    allowed: NDArray[np.bool_]
+    needs_gaps: bool
+
+
+def allowed_pairs(deep: Sequence[Layer], shallow: Sequence[Layer]) -> NDArray[np.bool_]:
+    """Return ``(m, n)``: which layers have the same structure and stage, and so can match."""
+    return np.array(
+        [
+            [
+                one.structure == other.structure and one.output_shape == other.output_shape
+                for other in shallow
+            ]
+            for one in deep
+        ],
+        dtype=bool,
+    ).reshape(len(deep), len(shallow))
+
+
+def skip_costs(deep: Sequence[Layer]) -> NDArray[np.float64]:
+    """Return ``(m,)``: 0 where a layer that changes nothing can stand in, else ``inf``."""
+    return np.array([0.0 if layer.insertable else np.inf for layer in deep])
+
+
+def gap_costs(
+    deep: Sequence[Layer], shallow: Sequence[Layer], costs: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return ``(n,)``: what leaving a shallow layer unmatched costs, where both have gaps.
+
+    More than all pairs together, so that as few as possible are; ``inf`` where no layer that
+    changes nothing can stand in for it, and where the deep network has none of its kind in any
+    stage.
+    """
+    kinds = {layer.structure for layer in deep}
+    dear = 1.0 + 2.0 * float(np.abs(costs[np.isfinite(costs)]).sum())
+    return np.array(
+        [dear if layer.insertable and layer.structure in kinds else np.inf for layer in shallow]
+    )
+
+
+def check_outputs(names: tuple[str, str], first: TracedModel, second: TracedModel) -> None:
+    """Refuse two networks that put out different things.
+
+    Raises
+    ------
+    StructureError
+        The message shows both outputs.
+    """
+    if first.outputs != second.outputs:
+        shown = [
+            ", ".join(f"{('batch', *shape)} {dtype}" for shape, dtype in one.outputs)
+            for one in (first, second)
+        ]
+        raise StructureError(
+            f"the models have different outputs: {names[0]} {shown[0]} and {names[1]} {shown[1]}. "
+            "Only models with the same inputs and outputs can be fused"
+        )
+
+
+def fit_layers(names: tuple[str, str], deep: Sequence[Layer], shallow: Sequence[Layer]) -> Fit:
+    """Say how two networks' layers can match, before anything takes long.
+
+    ``names`` are what errors call the deep and the shallow network.
+
+    Raises
+    ------
+    StructureError
+        No alignment exists; the message names the layers that stand in the way.
+    """
+    allowed = allowed_pairs(deep, shallow)
+    costs, skip = np.where(allowed, 0.0, np.inf), skip_costs(deep)
+    try:
+        align_layers(costs, skip=skip)
+        return Fit(allowed, False)
+    except AlignmentError:
+        pass
+    try:
+        align_layers(costs, skip=skip, skip_shallow=gap_costs(deep, shallow, costs))
+        return Fit(allowed, True)
+    except AlignmentError as error:
+        reasons = _reasons(names, deep, shallow, allowed, error)
+        raise StructureError(
+            f"{names[0]} ({len(deep)} layers) and {names[1]} ({len(shallow)} layers) cannot be "
+            f"brought to one structure: {'; '.join(reasons) or error}. Inspect both with "
+            "clafusion.trace or 'clafusion inspect'"
+        ) from error
+
+
+def _reasons(
+    names: tuple[str, str],
+    deep: Sequence[Layer],
+    shallow: Sequence[Layer],
+    allowed: NDArray[np.bool_],
+    error: AlignmentError,
+) -> list[str]:
+    """Say which layers an alignment got stuck at, and why."""
+    stuck, k = error.reached_deep, error.reached_shallow
+    reasons = []
+    if k < len(shallow):
+        layer = shallow[k]
+        if not allowed[:, k].any():
+            reasons.append(
+                f"layer {layer.name!r} of {names[1]} has no counterpart of its structure "
+                f"(operations, kernel sizes, strides, stage) in {names[0]}, the deeper one"
+            )
+        else:
+            found = [deep[int(i)].name for i in np.flatnonzero(allowed[:, k])]
+            reasons.append(
+                f"layer {layer.name!r} of {names[1]} could only match "
+                f"{', '.join(map(repr, found[:4]))} of {names[0]}, which comes too early or is "
+                "taken"
+            )
+    if stuck < len(deep) and not deep[stuck].insertable:
+        reasons.append(
+            f"layer {deep[stuck].name!r} of {names[0]} has no partner, and nothing that leaves "
+            "the function as it is can stand in for it"
+        )
+    return reasons

@@ -1,0 +1,191 @@
+"""Profiles of any number of models -> their layers' alignments with one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clafusion.alignment.compatibility import check_outputs, fit_layers, gap_costs, skip_costs
+from clafusion.alignment.dynamic_program import AlignmentMode, LayerAlignment, align_layers
+from clafusion.alignment.layer_costs import layer_costs
+from clafusion.config import FusionConfig, Shallower
+from clafusion.errors import InputError, StructureError
+from clafusion.profiling.profile import ModelProfile
+from clafusion.tracing.model import Layer, TracedModel
+
+__all__ = ["AlignedModels", "PairAlignment", "align_models", "align_pair", "check_models", "label"]
+
+
+@dataclass(frozen=True)
+class PairAlignment:
+    """The alignment of two models' layers.
+
+    Attributes
+    ----------
+    deep, shallow
+        Positions of the models among those that are aligned. The deep one has at least as many
+        layers.
+    costs
+        ``(m, n)``: the costs of all pairs of layers, before structure forbids some.
+    alignment
+        The layers' alignment. Its cost matrix is ``inf`` where structures differ.
+    """
+
+    deep: int
+    shallow: int
+    costs: NDArray[np.float64]
+    alignment: LayerAlignment
+
+
+@dataclass(frozen=True)
+class AlignedModels:
+    """Traced and profiled models, and how their layers correspond.
+
+    Attributes
+    ----------
+    names
+        What the caller calls the models.
+    profiles
+        Their profiles.
+    reference
+        Position of the model with which all others are aligned: the deepest, or for a shallower
+        result the shallowest.
+    alignments
+        The alignment of each model with the reference; None for the reference itself.
+    timings
+        Seconds of each stage.
+    peak_memory
+        On a GPU: bytes that PyTorch held there at the most, in each stage. Else empty.
+    """
+
+    names: tuple[str, ...]
+    profiles: tuple[ModelProfile, ...]
+    reference: int
+    alignments: tuple[PairAlignment | None, ...]
+    timings: Mapping[str, float] = field(default_factory=dict)
+    peak_memory: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def pairs(self) -> tuple[PairAlignment, ...]:
+        """All alignments, in the order of the models."""
+        return tuple(one for one in self.alignments if one is not None)
+
+    @property
+    def alignment(self) -> LayerAlignment:
+        """The only alignment, of two models.
+
+        Raises
+        ------
+        InputError
+            There are more than two models: see ``alignments``.
+        """
+        if len(self.pairs) != 1:
+            raise InputError(
+                f"{len(self.names)} models have {len(self.pairs)} alignments: see .alignments"
+            )
+        return self.pairs[0].alignment
+
+    def layer_names(self, position: int) -> list[str]:
+        """Return the names of a model's layers."""
+        return [layer.name for layer in self.profiles[position].traced.layers]
+
+
+def label(name: str) -> str:
+    """Return how errors call a model: as the caller would write it."""
+    return name if name.startswith("models[") else f"models[{name!r}]"
+
+
+def reference_of(models: Sequence[TracedModel], config: FusionConfig) -> int:
+    """Return the position of the model that gives the depth: the deepest, or the shallowest."""
+    depths = [len(one.layers) for one in models]
+    if isinstance(config.target, Shallower):
+        return max(range(len(depths)), key=lambda i: (-depths[i], i))
+    return max(range(len(depths)), key=lambda i: (depths[i], -i))
+
+
+def check_models(names: Sequence[str], models: Sequence[TracedModel], config: FusionConfig) -> None:
+    """Refuse traced models that cannot be brought to one structure, before anything takes long.
+
+    Raises
+    ------
+    StructureError
+        The message names the layers that stand in the way.
+    """
+    reference = reference_of(models, config)
+    for i, model in enumerate(models):
+        if i != reference:
+            deep, shallow = _by_depth(models, reference, i)
+            called = label(names[deep]), label(names[shallow])
+            check_outputs((label(names[reference]), label(names[i])), models[reference], model)
+            fit_layers(called, models[deep].layers, models[shallow].layers)
+
+
+def align_models(
+    names: Sequence[str], profiles: Sequence[ModelProfile], config: FusionConfig
+) -> AlignedModels:
+    """Align every model's layers with those of the one that gives the depth.
+
+    Raises
+    ------
+    InputError
+        The profiles are of different inputs.
+    StructureError, AlignmentError
+        The models cannot be brought to one structure.
+    """
+    models = [one.traced for one in profiles]
+    reference = reference_of(models, config)
+    alignments: list[PairAlignment | None] = []
+    for i, model in enumerate(models):
+        if i == reference:
+            alignments.append(None)
+            continue
+        deep, shallow = _by_depth(models, reference, i)
+        check_outputs((label(names[reference]), label(names[i])), models[reference], model)
+        called = label(names[deep]), label(names[shallow])
+        costs = layer_costs(
+            profiles[deep], profiles[shallow], metric=config.alignment.cost, names=called
+        )
+        found = align_pair(called, models[deep].layers, models[shallow].layers, costs, config)
+        alignments.append(PairAlignment(deep, shallow, costs, found))
+    return AlignedModels(tuple(names), tuple(profiles), reference, tuple(alignments))
+
+
+def _by_depth(models: Sequence[TracedModel], reference: int, other: int) -> tuple[int, int]:
+    """Return the reference and another model, the deep one first; of equals the earlier one."""
+    depths = [len(models[one].layers) for one in (reference, other)]
+    if depths[0] == depths[1]:
+        return min(reference, other), max(reference, other)
+    return (reference, other) if depths[0] > depths[1] else (other, reference)
+
+
+def align_pair(
+    names: tuple[str, str],
+    deep: Sequence[Layer],
+    shallow: Sequence[Layer],
+    costs: NDArray[np.float64],
+    config: FusionConfig,
+) -> LayerAlignment:
+    """Align the layers of two networks, given what each pair costs."""
+    fit = fit_layers(names, deep, shallow)
+    skip_shallow = None
+    if fit.needs_gaps:
+        if config.alignment.mode != "layer":
+            raise StructureError(
+                f"{names[0]} and {names[1]} are each the deeper one somewhere, and so each needs "
+                "gaps; they are in alignment.mode='layer' only, and this is "
+                f"alignment.mode={config.alignment.mode!r}"
+            )
+        skip_shallow = gap_costs(deep, shallow, np.where(fit.allowed, costs, 0.0))
+    return align_layers(
+        np.where(fit.allowed, costs, np.inf),
+        skip=skip_costs(deep),
+        skip_shallow=skip_shallow,
+        mode=cast(AlignmentMode, config.alignment.mode),
+        pin_first=config.alignment.pin_ends,
+        pin_last=config.alignment.pin_ends,
+        seed=config.seed,
+    )

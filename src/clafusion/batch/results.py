@@ -1,0 +1,224 @@
+"""The result of one pair, and the facts as which it is sent and kept: plain data for JSON."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from clafusion.alignment.dynamic_program import LayerAlignment
+from clafusion.alignment.models import label
+from clafusion.errors import InputError
+from clafusion.results import FusionResult
+from clafusion.weights.build import fill
+from clafusion.weights.factories import ModelFile
+from clafusion.weights.state_files import load_state
+
+__all__ = ["Model", "Pair", "PairResult", "facts_of", "result_of"]
+
+Model: TypeAlias = "nn.Module | ModelFile"
+Pair: TypeAlias = "tuple[str, str]"
+"""The names of the first and the second model."""
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """The result of one pair.
+
+    It is small enough to be sent between processes and kept for hundreds of pairs: it holds
+    neither the parents nor their profiles, as :class:`clafusion.FusionResult` does.
+
+    Attributes
+    ----------
+    first, second
+        The models' names.
+    error
+        Why the pair could not be fused; None where it was fused. After an error the attributes
+        below are None or empty.
+    deep
+        The name of the model with more layers; of equals the first.
+    structure
+        The name of the model whose architecture the fused model has. Its widths may be others.
+    deep_layers, shallow_layers
+        The names of both models' layers.
+    alignment
+        The alignment of the layers, as in ``FusionResult.alignment``.
+    layer_weights
+        For each layer of the fused model the weights of the first and the second model; None where
+        a model has no such layer. As in ``FusionResult.layer_weights``.
+    seconds
+        How long each stage took. Stages that models share are counted in the pair for which they
+        were done.
+    warnings
+        The texts of the warnings.
+    path
+        The file of the fused weights; None without ``out_dir``.
+    resumed
+        Whether an earlier run fused the pair.
+    """
+
+    first: str
+    second: str
+    error: str | None
+    deep: str | None
+    structure: str | None
+    deep_layers: tuple[str, ...]
+    shallow_layers: tuple[str, ...]
+    alignment: LayerAlignment | None
+    layer_weights: tuple[tuple[float | None, ...], ...]
+    seconds: Mapping[str, float]
+    warnings: tuple[str, ...]
+    path: Path | None
+    resumed: bool
+    _state: Mapping[str, Tensor] | None = field(repr=False)
+    _architecture: Model | None = field(repr=False)
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """The fused weights, read from ``path`` where there is a file.
+
+        Raises
+        ------
+        InputError
+            The pair failed, or the file is gone.
+        """
+        if self._state is not None:
+            return self._state
+        if self.path is None:
+            raise InputError(
+                f"{label(self.first)} and {label(self.second)} were not fused: {self.error}"
+            )
+        return load_state(self.path)
+
+    @property
+    def model(self) -> nn.Module:
+        """The fused model: a new one of ``structure``'s architecture with the fused weights.
+
+        Raises
+        ------
+        InputError
+            The pair failed, or the file is gone.
+        """
+        state = self.state
+        kind = self._architecture
+        assert kind is not None, "a fused pair has an architecture"
+        built = kind.build() if isinstance(kind, ModelFile) else copy.deepcopy(kind)
+        fill(built, state)
+        return built
+
+
+def facts_of(result: FusionResult) -> dict[str, Any]:
+    """Return what is kept of a fusion of two models, but for their names and the weights."""
+    aligned = result.aligned
+    (pair,) = aligned.pairs
+    return {
+        "deep": aligned.names[pair.deep],
+        "structure": _structure(result),
+        "deep_layers": aligned.layer_names(pair.deep),
+        "shallow_layers": aligned.layer_names(pair.shallow),
+        "alignment": _alignment_facts(pair.alignment),
+        "layer_weights": [list(one) for one in result.layer_weights],
+        "seconds": dict(result.timings),
+    }
+
+
+def _structure(result: FusionResult) -> str:
+    """Return the name of the model whose architecture the fused model has."""
+    aligned, target = result.aligned, result.problem.target
+    reference = aligned.reference
+    for i in (reference, 1 - reference):
+        if aligned.profiles[i].traced.module is target.module:
+            return aligned.names[i]
+    return aligned.names[reference]  # with other widths
+
+
+def result_of(
+    facts: Mapping[str, Any],
+    *,
+    models: Mapping[str, Model],
+    folder: Path | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    resumed: bool = False,
+) -> PairResult:
+    """Return the result that the facts describe.
+
+    Parameters
+    ----------
+    facts
+        Those of :func:`facts_of` with the pair's names, its error, its warnings and its file. Of
+        a pair that failed all but the file and those of :func:`facts_of`.
+    models
+        The models by name.
+    folder
+        Where the file lies; None where there is no file.
+    state
+        The fused weights, where there is no file.
+    resumed
+        Whether an earlier run fused the pair.
+    """
+    is_fused = facts["error"] is None
+    return PairResult(
+        first=facts["first"],
+        second=facts["second"],
+        error=facts["error"],
+        deep=facts.get("deep"),
+        structure=facts.get("structure"),
+        deep_layers=tuple(facts.get("deep_layers", ())),
+        shallow_layers=tuple(facts.get("shallow_layers", ())),
+        alignment=_alignment_of(facts["alignment"]) if is_fused else None,
+        layer_weights=tuple(tuple(one) for one in facts.get("layer_weights", ())),
+        seconds={stage: float(one) for stage, one in facts.get("seconds", {}).items()},
+        warnings=tuple(facts["warnings"]),
+        path=folder / facts["file"] if is_fused and folder is not None else None,
+        resumed=resumed,
+        _state=state,
+        _architecture=models[facts["structure"]] if is_fused else None,
+    )
+
+
+def _alignment_facts(alignment: LayerAlignment) -> dict[str, Any]:
+    gaps = alignment.skip_shallow
+    return {
+        "deep_to_shallow": list(alignment.deep_to_shallow),
+        "total_cost": alignment.total_cost,
+        "cost": _finite(alignment.cost.tolist()),
+        "skip": _finite(alignment.skip.tolist()),
+        "skip_shallow": None if gaps is None else _finite(gaps.tolist()),
+        "mode": alignment.mode,
+        "pin_first": alignment.pin_first,
+        "pin_last": alignment.pin_last,
+    }
+
+
+def _alignment_of(facts: Mapping[str, Any]) -> LayerAlignment:
+    gaps = facts["skip_shallow"]
+    return LayerAlignment(
+        tuple(facts["deep_to_shallow"]),
+        facts["total_cost"],
+        _array(facts["cost"]),
+        _array(facts["skip"]),
+        facts["mode"],
+        facts["pin_first"],
+        facts["pin_last"],
+        None if gaps is None else _array(gaps),
+    )
+
+
+def _finite(values: list[Any]) -> list[Any]:
+    """Return nested lists with None for infinity, which JSON does not have."""
+    return [
+        _finite(one) if isinstance(one, list) else one if math.isfinite(one) else None
+        for one in values
+    ]
+
+
+def _array(values: Any) -> NDArray[np.float64]:
+    numbers = np.array(values, dtype=np.float64)  # None becomes NaN
+    return np.where(np.isnan(numbers), np.inf, numbers)

@@ -1,0 +1,208 @@
+"""What a run keeps: a file of weights for each pair, and a line for each pair in results.jsonl.
+
+A line carries a key, the hash of all that the result depends on, and the hash of the file. So a
+later run resumes what is whole, and fuses what is stale, corrupt or missing again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clafusion.batch.results import Model, Pair, PairResult, result_of
+from clafusion.batch.worker import Job, Outcome, described
+from clafusion.errors import InputError
+from clafusion.weights.atomic import replacing
+from clafusion.weights.digests import digest_of, structure_digest, tensors_digest, versions
+from clafusion.weights.factories import ModelFile
+from clafusion.weights.state_files import file_digest, save_state, tensors_of
+
+__all__ = ["CACHE", "RESULTS", "Store", "check_names"]
+
+RESULTS = "results.jsonl"
+CACHE = "profiles"
+
+_LONGEST = 255 - len(".") - len(".12345678.tmp")  # a file's name, while it is being written
+
+
+def check_names(folder: Path, pairs: Sequence[Pair], models: Mapping[str, Model]) -> None:
+    """Refuse pairs whose files cannot be written.
+
+    Raises
+    ------
+    InputError
+        The names are too long for a file's name, or a file would replace a model's own.
+    """
+    for pair in pairs:
+        if len(_file_name(pair).encode()) > _LONGEST:
+            raise InputError(
+                f"pairs: the names {pair[0]!r} and {pair[1]!r} are too long for a file's name "
+                f"together: {_LONGEST} bytes with the ending are possible"
+            )
+    results = {folder.resolve() / _file_name(pair) for pair in pairs}
+    for name, model in models.items():
+        if isinstance(model, ModelFile) and Path(model.path).resolve() in results:
+            raise InputError(
+                f"models[{name!r}]: {str(model.path)!r} would be written over by a pair's "
+                "result: choose another out_dir"
+            )
+
+
+class Store:
+    """Turns outcomes into results, and keeps them in a folder if there is a folder."""
+
+    def __init__(self, folder: Path | None, models: Mapping[str, Model], job: Job) -> None:
+        self._folder = folder
+        self._models = models
+        self._job = job
+        self._digests: dict[str, str] = {}
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether there is a folder."""
+        return self._folder is not None
+
+    def add(self, pair: Pair, outcome: Outcome) -> PairResult:
+        """Write a pair's weights, then its line; without a folder keep the weights in memory.
+
+        Raises
+        ------
+        InputError
+            A file cannot be written.
+        """
+        facts, state = dict(outcome.facts), outcome.state
+        if self._folder is None:
+            return result_of(facts, models=self._models, state=state)
+        facts["key"] = self._key(pair)
+        if state is not None:
+            path = self._folder / _file_name(pair)
+            save_state(state, path)
+            facts["file"], facts["sha256"] = path.name, file_digest(path)
+        line = json.dumps(facts, allow_nan=False) + "\n"
+        try:
+            with (self._folder / RESULTS).open("a", encoding="utf-8") as lines:
+                lines.write(line)
+                lines.flush()
+                os.fsync(lines.fileno())
+        except OSError as error:
+            raise InputError(
+                f"cannot write to out_dir {str(self._folder)!r}: {error.strerror or error}; "
+                "what is done is kept. Call again to go on"
+            ) from error
+        return result_of(facts, models=self._models, folder=self._folder)
+
+    def resume(self, pairs: Sequence[Pair], *, keep: bool = True) -> dict[Pair, PairResult]:
+        """Return the results of an earlier run that are whole, and drop the lines of the others.
+
+        Lines of pairs that are not asked for stay as they are. With ``keep=False`` no result is
+        whole.
+
+        Raises
+        ------
+        InputError
+            The lines cannot be read or written.
+        """
+        if self._folder is None or not (self._folder / RESULTS).exists():
+            return {}
+        path = self._folder / RESULTS
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError as error:
+            raise InputError(
+                f"out_dir: {str(path)!r} cannot be read: {error.strerror or error}; choose another "
+                "out_dir"
+            ) from error
+        wanted = set(pairs)
+        kept: dict[Pair, str] = {}
+        whole: dict[Pair, PairResult] = {}
+        for line in lines:
+            try:
+                facts = json.loads(line)
+                pair = facts["first"], facts["second"]
+                if pair in wanted:
+                    kept.pop(pair, None)
+                    whole.pop(pair, None)
+                    if not (keep and self._is_whole(self._folder, pair, facts)):
+                        continue
+                    whole[pair] = _checked(
+                        result_of(facts, models=self._models, folder=self._folder, resumed=True)
+                    )
+                kept[pair] = line
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue  # a line that was cut short, or that this version did not write
+        with replacing(path, "out_dir") as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept.values()), encoding="utf-8")
+        return whole
+
+    def _is_whole(self, folder: Path, pair: Pair, facts: Mapping[str, Any]) -> bool:
+        if facts["error"] is not None or facts["key"] != self._key(pair):
+            return False
+        path = folder / _file_name(pair)
+        if not path.is_file():
+            return False
+        try:
+            return bool(file_digest(path) == facts["sha256"])
+        except OSError:  # it may not be read, but perhaps replaced
+            return False
+
+    def _key(self, pair: Pair) -> str:
+        """Return the hash of all that a pair's result depends on."""
+        job = self._job
+        leaves = torch.utils._pytree.tree_leaves(job.example_inputs)
+        return digest_of(
+            {
+                **versions(),
+                "models": [self._digest(name) for name in pair],
+                "data": job.data_hash,
+                "example": tensors_digest({str(i): one for i, one in enumerate(leaves)}),
+                "weights": job.weights,
+                "config": job.config.to_dict(),
+                "device": None if job.device is None else torch.device(job.device).type,
+            }
+        )
+
+    def _digest(self, name: str) -> str:
+        if name not in self._digests:
+            model = self._models[name]
+            try:
+                self._digests[name] = (
+                    model.digest()
+                    if isinstance(model, ModelFile)
+                    else digest_of([structure_digest(model), tensors_digest(tensors_of(model))])
+                )
+            except (InputError, OSError) as error:  # the pair itself reports it
+                self._digests[name] = described(error)
+        return self._digests[name]
+
+
+def _file_name(pair: Pair) -> str:
+    return f"{pair[0]}+{pair[1]}.safetensors"
+
+
+def _checked(result: PairResult) -> PairResult:
+    """Return a result that was read from a line if its parts fit each other.
+
+    Raises
+    ------
+    ValueError
+        They do not.
+    """
+    sizes = len(result.deep_layers), len(result.shallow_layers)
+    alignment = result.alignment
+    if alignment is None or not (
+        alignment.cost.shape == sizes
+        and len(alignment.deep_to_shallow) == sizes[0]
+        and isinstance(alignment.total_cost, float)
+        and result.deep in (result.first, result.second)
+        and len(result.layer_weights) in sizes
+        and all(len(one) == 2 for one in result.layer_weights)
+        and all(isinstance(one, str) for one in (*result.deep_layers, *result.shallow_layers))
+        and all(isinstance(one, str) for one in result.warnings)
+    ):
+        raise ValueError("this version did not write the line")
+    return result

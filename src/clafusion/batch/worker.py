@@ -1,0 +1,197 @@
+"""Prepares the models that a pair needs, fuses the pair, and stays within the memory limit."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from clafusion.alignment.models import label
+from clafusion.batch.prepared import KnownModels, PreparedModel, prepare
+from clafusion.batch.results import Model, Pair, facts_of
+from clafusion.config import FusionConfig
+from clafusion.errors import FusionWarning, InputError, StructureError
+from clafusion.fusion import align_profiles, fuse_aligned
+from clafusion.profiling.batches import Data
+from clafusion.results import FusionResult
+from clafusion.stages import ExampleInputs
+from clafusion.tracing.trace import copied
+from clafusion.weights.factories import ModelFile
+from clafusion.weights.state_files import tensors_of
+
+__all__ = ["Job", "Outcome", "Worker", "described"]
+
+Source: TypeAlias = "Callable[[str], Model]"
+"""Returns a model by its name."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all pairs share. It can be pickled if the data can be."""
+
+    data: Data
+    example_inputs: ExampleInputs
+    weights: tuple[float, ...]
+    config: FusionConfig
+    device: str | None
+    cache_dir: str | None
+    memory_limit: int | None
+    data_hash: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker returns for a pair.
+
+    Attributes
+    ----------
+    facts
+        See :func:`clafusion.batch.results.result_of`.
+    state
+        The fused weights; None where the pair failed.
+    categories
+        The categories of the warnings.
+    """
+
+    facts: dict[str, Any]
+    state: dict[str, Tensor] | None
+    categories: tuple[type[Warning], ...] = ()
+
+
+class _ModelError(Exception):
+    """No pair can use a model; the message says why."""
+
+
+class Worker:
+    """Prepares models when a pair needs them, fuses pairs, and frees models to stay in memory.
+
+    Attributes
+    ----------
+    prepared
+        The models at hand, the oldest first.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.prepared: OrderedDict[str, PreparedModel] = OrderedDict()
+        self._job = job
+        self._known: KnownModels = {}
+        self._failed: dict[str, str] = {}
+        self._largest = 0
+
+    def fuse(self, pair: Pair, source: Source) -> Outcome:
+        """Fuse a pair. An error is an outcome too, for the other pairs go on."""
+        facts: dict[str, Any] = {"first": pair[0], "second": pair[1], "error": None}
+        state = None
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", FusionWarning)
+            try:
+                result = self._fuse(pair, source)
+                facts |= facts_of(result)
+                state = tensors_of(result.model)
+            except _ModelError as error:
+                facts["error"] = str(error)
+            except Exception as error:
+                facts["error"] = described(error)
+        facts["warnings"] = []
+        categories = []
+        for one in caught:
+            if issubclass(one.category, FusionWarning):
+                facts["warnings"].append(" ".join(str(one.message).split()))
+                categories.append(one.category)
+            else:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        return Outcome(facts, state, tuple(categories))
+
+    def prepare(self, name: str, source: Source) -> None:
+        """Prepare a model. An error is kept for the pairs that need the model."""
+        with suppress(_ModelError, InputError):
+            self._prepared(name, (name, name), source)
+
+    def _fuse(self, pair: Pair, source: Source) -> FusionResult:
+        started = time.perf_counter()
+        profiles = [self._prepared(name, pair, source).profile for name in pair]
+        before = {"prepare": time.perf_counter() - started}
+        job = self._job
+        aligned = align_profiles(pair, profiles, job.config, timings=before)
+        if aligned.alignment.unmatched_shallow:
+            raise StructureError(
+                f"{label(pair[0])} and {label(pair[1])} are each the deeper one somewhere. Their "
+                "union is a network that neither's code builds: fuse the two by clafusion.fuse"
+            )
+        return fuse_aligned(aligned, job.data, job.weights, job.config)
+
+    def _prepared(self, name: str, pair: Pair, source: Source) -> PreparedModel:
+        if name in self._failed:
+            raise _ModelError(self._failed[name])
+        if name not in self.prepared:
+            self._make_room(pair, self._largest)
+            try:
+                made = self._prepare(name, source(name))
+            except Exception as error:
+                self._failed[name] = described(error, label(name))
+                raise _ModelError(self._failed[name]) from error
+            self.prepared[name] = made
+            self._largest = max(self._largest, made.num_bytes)
+            self._make_room(pair, 0)
+            self._check_limit(pair)
+        return self.prepared[name]
+
+    def _prepare(self, name: str, kind: Model) -> PreparedModel:
+        job = self._job
+        model = kind.load() if isinstance(kind, ModelFile) else kind
+        example = job.example_inputs
+        if job.device is not None:
+            model = copied(model).to(job.device)
+            example = torch.utils._pytree.tree_map(lambda x: x.to(job.device), example)
+        return prepare(
+            name,
+            model,
+            job.data,
+            example,
+            job.config,
+            data_hash=job.data_hash,
+            cache_dir=None if job.cache_dir is None else Path(job.cache_dir),
+            known=self._known,
+        )
+
+    # --- memory ---
+
+    def _make_room(self, pair: Pair, coming: int) -> None:
+        """Free the newest models first: the oldest are the core that meets all others."""
+        limit = self._job.memory_limit
+        if limit is None:
+            return
+        for name in reversed(list(self.prepared)):
+            if self._num_bytes() + coming <= limit:
+                return
+            if name not in pair:
+                del self.prepared[name]
+
+    def _check_limit(self, pair: Pair) -> None:
+        limit, taken = self._job.memory_limit, self._num_bytes()
+        if limit is not None and taken > limit:
+            for name in pair:
+                self.prepared.pop(name, None)
+            raise InputError(
+                f"memory_limit is {limit:,} bytes, but the models of this pair take {taken:,}; "
+                "raise it, or lower profiling.alignment_samples or profiling.matching_rows"
+            )
+
+    def _num_bytes(self) -> int:
+        return sum(one.num_bytes for one in self.prepared.values())
+
+
+def described(error: BaseException, where: str = "") -> str:
+    """Return an error as one line, with ``where`` before its message unless it begins so."""
+    message = " ".join(str(error).split())
+    if not message.startswith(where):
+        message = f"{where}: {message}"
+    return f"{type(error).__name__}: {message}".removesuffix(": ")

@@ -1,0 +1,151 @@
+"""The regression of one layer: its rows, its normal equations, and how a solution is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from clafusion.calibration.least_squares.places import Place
+from clafusion.execution.call import State
+from clafusion.execution.walk import Walk
+from clafusion.tracing.model import CalibrationPoint
+from clafusion.tracing.operations import bound_operands, convolution_geometry
+
+__all__ = [
+    "NormalEquations",
+    "channels_last",
+    "chosen_rows",
+    "incoming_node",
+    "patches",
+    "stacked",
+    "store_solution",
+    "with_ones",
+]
+
+_ROUNDS = 2  # of the majorisation of a ReLU
+
+
+class NormalEquations:
+    """A regression: sums over rows, and the rows themselves where a ReLU needs them again.
+
+    It is solved for the change of the weights, so that where the parents agree nothing is left and
+    the weights stay exactly as they are.
+    """
+
+    def __init__(self, start: Tensor) -> None:
+        self.start = start
+        self.inputs = start.new_zeros(len(start), len(start))
+        self.residuals = torch.zeros_like(start)
+        self.rows = 0
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, x: Tensor, goal: Tensor, active: Tensor | None) -> None:
+        """Add rows: inputs, what they should become, and what that should be after the ReLU."""
+        self.inputs += (x.T @ x).double()
+        self.residuals += (x.T @ (goal - x @ self.start.to(x))).double()
+        self.rows += len(x)
+        if active is not None:
+            self._kept.append((x, active))
+
+    def solved(self, ridge: float) -> Tensor:
+        """Return the weights ``(num_features (+ 1), num_channels)``."""
+        penalty = ridge * self.inputs.diagonal().mean().clamp(min=1e-30)
+        identity = torch.eye(len(self.inputs), dtype=torch.float64, device=self.inputs.device)
+        factor = torch.linalg.cholesky(self.inputs + penalty * identity)
+        weights = self.start + torch.cholesky_solve(self.residuals, factor)
+        for _ in range(_ROUNDS if self._kept else 0):
+            residuals = torch.zeros_like(weights)
+            for x, active in self._kept:
+                found = x @ weights.to(x)
+                goal = torch.where(active > 0, active, found.clamp(max=0))
+                residuals += (x.T @ (goal - found)).double()
+            weights = weights + torch.cholesky_solve(residuals, factor)
+        return weights
+
+
+def channels_last(walk: Walk, node: str, point: CalibrationPoint) -> Tensor:
+    """Return a layer's output, channels last."""
+    value: Tensor = walk.reach(node)
+    return value.movedim(point.axis, -1)
+
+
+def incoming_node(affine: fx.Node) -> str:
+    """Return the name of the node that feeds a layer."""
+    return str(bound_operands(affine)["input"].name)
+
+
+def chosen_rows(value: Tensor, chosen: Tensor) -> Tensor:
+    """Return ``(num_rows, num_channels)``: a value, channels last, at some of its positions."""
+    return value.flatten(1, -2)[:, chosen].flatten(0, 1) if value.dim() > 2 else value
+
+
+def with_ones(place: Place, inputs: Tensor) -> Tensor:
+    """Return rows of inputs, with a 1 behind each where the layer has a bias."""
+    rows = inputs.flatten(0, 1)
+    if place.point.bias is None:
+        return rows
+    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+
+
+def patches(affine: fx.Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
+    """Return a layer's inputs ``(num_inputs, num_positions, num_features)``."""
+    if not kernel:
+        return x.reshape(x.size(0), -1, x.size(-1))
+    stride, padding, dilation = convolution_geometry(affine, kernel)
+    sizes = tuple(kernel)
+    if len(sizes) == 1:  # an image of one row
+        x = x.unsqueeze(2)
+        sizes, stride, dilation = (1, *sizes), (1, *stride), (1, *dilation)
+        padding = (0, *padding)
+    return F.unfold(x, sizes, dilation, padding, stride).mT
+
+
+def stacked(place: Place, state: State) -> Tensor:
+    """Return a layer with its BatchNorm as ``(num_features (+ 1), num_channels)``, in float64.
+
+    The last row is the bias, where there is one.
+    """
+    weight = state[place.kernel].double().flatten(1)
+    bias = weight.new_zeros(len(weight))
+    if place.kernel_bias is not None:
+        bias = state[place.kernel_bias].double()
+    if place.norm is not None:
+        norm = {role: state[name].double() for role, name in place.norm.items()}
+        factor = norm["weight"] / (norm["running_var"] + place.epsilon).sqrt()
+        weight = weight * factor[:, None]
+        bias = (bias - norm["running_mean"]) * factor + norm["bias"]
+    return weight.T if place.point.bias is None else torch.cat([weight.T, bias[None]])
+
+
+def store_solution(
+    place: Place, state: dict[str, Tensor], solved: Tensor, equations: NormalEquations
+) -> None:
+    """Put a solution ``(num_features (+ 1), num_channels)`` into the parameters."""
+    has_bias = place.point.bias is not None
+    weight = (solved[:-1] if has_bias else solved).T
+    bias = solved[-1] if has_bias else None
+
+    def put(name: str, value: Tensor) -> None:
+        state[name] = value.reshape(state[name].shape).to(state[name])
+
+    put(place.kernel, weight)
+    if place.norm is None:
+        if place.kernel_bias is not None and bias is not None:
+            put(place.kernel_bias, bias)
+        return
+    # The BatchNorm takes away what the layer's output has and puts back what the solution wants,
+    # so that it is an honest norm of these data and can be trained on.
+    assert bias is not None
+    moments = equations.inputs / equations.rows
+    mean = weight @ moments[:-1, -1]
+    squares = torch.einsum("cf,fg,cg->c", weight, moments[:-1, :-1], weight)
+    variance = (squares - mean.square()).clamp(min=0)
+    if place.kernel_bias is not None:
+        put(place.kernel_bias, torch.zeros_like(mean))
+    put(place.norm["running_mean"], mean)
+    put(place.norm["running_var"], variance)
+    put(place.norm["weight"], (variance + place.epsilon).sqrt())
+    put(place.norm["bias"], bias + mean)

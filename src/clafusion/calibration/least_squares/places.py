@@ -1,0 +1,158 @@
+"""Which layers of the target are regressed, and where the parents show what they should put out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from clafusion.correspondence.correspondence import Correspondence
+from clafusion.execution.call import State
+from clafusion.merging.problem import FusionProblem
+from clafusion.tracing.model import CalibrationPoint, Layer
+from clafusion.tracing.operations import bound_operands, op_name
+
+__all__ = ["Place", "View", "regressed_places"]
+
+
+@dataclass(frozen=True)
+class View:
+    """Where a parent shows what a layer of the target puts out: the channels and the node."""
+
+    point: CalibrationPoint
+    node: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer of the target, and the nodes of all networks that it is regressed by.
+
+    Attributes
+    ----------
+    point
+        Its calibration point.
+    affine, incoming
+        Its linear or convolution node, and the node that feeds it.
+    kernel, kernel_bias, kernel_size
+        Its weight and bias, and the size of a convolution's kernel (else empty).
+    norm, epsilon
+        The parameters of the BatchNorm behind it by role, or None, and what that adds to variances.
+    shortcut
+        What a residual addition adds to the layer's output, where the layer aims at the parents'
+        sums.
+    rectified
+        Whether only a ReLU reads it.
+    views
+        For each parent where it shows the goal, None where the parent has no such layer.
+    """
+
+    point: CalibrationPoint
+    affine: fx.Node
+    incoming: str
+    kernel: str
+    kernel_bias: str | None
+    kernel_size: tuple[int, ...]
+    norm: Mapping[str, str] | None
+    epsilon: float
+    shortcut: str | None
+    rectified: bool
+    views: tuple[View | None, ...]
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of the layer's parameters and of its BatchNorm's."""
+        names = [self.kernel, self.kernel_bias, *(self.norm or {}).values()]
+        return [name for name in names if name is not None]
+
+
+def regressed_places(problem: FusionProblem, state: State) -> list[Place]:
+    """Return the layers that can be regressed, in the order in which they are computed."""
+    order = {node.name: i for i, node in enumerate(problem.target.module.graph.nodes)}
+    places = [
+        place
+        for layer in problem.target.layers
+        for point in layer.calibration_points
+        if (place := _place(problem, state, layer, point)) is not None
+    ]
+    shared = Counter(place.kernel for place in places)  # by several layers: no one solution
+    places = [place for place in places if shared[place.kernel] == 1]
+    return sorted(places, key=lambda place: order[place.affine.name])
+
+
+def _place(
+    problem: FusionProblem, state: State, layer: Layer, point: CalibrationPoint
+) -> Place | None:
+    """Return what a layer is regressed by; None where it cannot be."""
+    target = problem.target
+    nodes = {node.name: node for node in target.module.graph.nodes}
+    if point.affine is None:
+        return None
+    affine = nodes[point.affine]
+    names = target.operand_names(affine)
+    if "weight" not in names:
+        return None
+    kernel_size = tuple(state[names["weight"]].shape[2:])
+    if not _is_solvable(affine, kernel_size):
+        return None
+    norm, epsilon = None, 0.0
+    if point.node != point.affine:
+        norm = target.operand_names(nodes[point.node])
+        epsilon = float(bound_operands(nodes[point.node])["eps"])
+        if set(norm) != {"weight", "bias", "running_mean", "running_var"}:
+            return None
+    of_parents = [one.correspondence for one in problem.parents]
+    if any(
+        one.origins[point.weight] == "identity" and point.node not in one.points
+        for one in of_parents
+    ):
+        return None  # what flows past an inserted layer does not show: there is no goal
+    is_sum = point.join is not None and all(_has_sum(one, layer, point) for one in of_parents)
+    views = tuple(_view(one, layer, point, is_sum) for one in of_parents)
+    if not any(views):
+        return None
+    return Place(
+        point,
+        affine,
+        bound_operands(affine)["input"].name,
+        names["weight"],
+        names.get("bias"),
+        kernel_size,
+        norm,
+        epsilon,
+        point.shortcut if is_sum else None,
+        not is_sum and _is_rectified(nodes[point.node]),
+        views,
+    )
+
+
+def _has_sum(correspondence: Correspondence, layer: Layer, point: CalibrationPoint) -> bool:
+    """Say whether a parent shows the sum of a residual addition, or what flows past it."""
+    other = correspondence.points.get(point.node)
+    return layer.index in correspondence.passing or (other is not None and other.join is not None)
+
+
+def _view(
+    correspondence: Correspondence, layer: Layer, point: CalibrationPoint, is_sum: bool
+) -> View | None:
+    if is_sum and layer.index in correspondence.passing:
+        passing = correspondence.passing[layer.index]
+        return View(passing, passing.node)
+    other = correspondence.points.get(point.node)
+    if other is None:
+        return None
+    return View(other, other.join if is_sum and other.join is not None else other.node)
+
+
+def _is_rectified(node: fx.Node) -> bool:
+    return bool(node.users) and all(op_name(user) == "relu" for user in node.users)
+
+
+def _is_solvable(affine: fx.Node, kernel: Sequence[int]) -> bool:
+    name = op_name(affine)
+    if name == "linear":
+        return True
+    bound = bound_operands(affine)
+    uneven = bound["padding"] == "same" and any(size % 2 == 0 for size in kernel)
+    return name in ("conv1d", "conv2d") and bound["groups"] == 1 and not uneven

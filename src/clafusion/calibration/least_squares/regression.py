@@ -1,0 +1,182 @@
+"""Regress all layers of a fused network, anchored where the parents' features differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from clafusion.calibration.least_squares.places import regressed_places
+from clafusion.calibration.least_squares.walks import Walks
+from clafusion.config import LeastSquares
+from clafusion.execution.call import State
+from clafusion.merging.mean import average, weighted_mean
+from clafusion.merging.problem import FusionProblem, MergeWeights
+from clafusion.profiling.batches import Data, batches
+from clafusion.tracing.model import TracedModel
+
+__all__ = ["anchored_weights", "regress", "regress_anchored"]
+
+ANCHORS = (0.0, 0.8)
+"""What ``"auto"`` tries."""
+
+_CHUNK = 125  # inputs whose patches are held at once
+
+
+def anchored_weights(problem: FusionProblem, anchor: float) -> list[MergeWeights]:
+    """Return the parents' weights inside the network.
+
+    ``anchor`` in [0, 1] is how far they go from the parents' own to the parent that has most of the
+    outputs; of equals that is the problem's reference. Those of each layer add up to 1.
+    """
+    own = [one.weights for one in problem.parents]
+    most = max(range(len(own)), key=lambda i: (own[i].overall, i == problem.reference))
+
+    def anchored(given: Sequence[float]) -> tuple[float, ...]:
+        moved = [weight + anchor * (float(i == most) - weight) for i, weight in enumerate(given)]
+        return (max(1.0 - sum(moved[1:]), 0.0), *moved[1:])
+
+    overall = anchored([one.overall for one in own])
+    names = dict.fromkeys(name for one in own for name in one.own)
+    by_name = {name: anchored([one.of(name) for one in own]) for name in names}
+    return [
+        MergeWeights(weight, {name: of_layer[i] for name, of_layer in by_name.items()})
+        for i, weight in enumerate(overall)
+    ]
+
+
+def regress(
+    problem: FusionProblem,
+    fused: State,
+    data: Data,
+    *,
+    anchor: float = 0.0,
+    ridge: float = 1e-3,
+    samples: int = 2000,
+    seed: int = 0,
+    device: torch.device | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Return the fused state with every layer regressed onto the parents.
+
+    Parameters
+    ----------
+    problem
+        The target and its parents. Sums on a residual stream aim at the mean by the overall
+        weights, inner layers at that by the weights of their own.
+    fused
+        The state averaged with the interior's weights.
+    data
+        Unlabelled inputs; the first ``samples`` are used. The activations at the current layer
+        are held for all of them, of all parents and the fused network: this bounds the memory.
+    anchor
+        How far the interior leans towards one parent: see :func:`anchored_weights`.
+    ridge
+        The penalty on changes, relative to the mean square of the layer's inputs.
+    samples
+        How many inputs to use.
+    seed
+        Seed of the choice of positions.
+    device
+        Where to compute; default where the state is.
+    progress
+        Called with a text and the number of layers done.
+    """
+    state = {name: tensor.clone() for name, tensor in fused.items()}
+    where = device or next(iter(state.values())).device
+    places = regressed_places(problem, state)
+    inputs = list(_limited(data, problem.target, where, samples))
+    walks = Walks(problem, state, inputs, places, ridge)
+    own = [one.weights for one in problem.parents]
+    inside = anchored_weights(problem, anchor)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for done, place in enumerate(places):
+            is_output = bool((place.point.groups < 0).all())
+            given = own if is_output else inside
+            # The sums on a stream are the work of all its layers: no layer's own weight is theirs.
+            is_sum = place.shortcut is not None
+            of_layer = [one.overall if is_sum else one.of(place.point.weight) for one in given]
+            walks.solve(place, of_layer, generator)
+            if progress is not None:
+                progress("calibrate", done + 1)
+    return state
+
+
+def regress_anchored(
+    problem: FusionProblem,
+    data: Data,
+    settings: LeastSquares,
+    *,
+    seed: int = 0,
+    progress: Callable[[str, int], None] | None = None,
+) -> tuple[dict[str, Tensor], float]:
+    """Average and regress, the interior anchored as it should be; return the state and the anchor.
+
+    ``"auto"`` tries all of ``ANCHORS`` and takes the one whose outputs come nearest to the parents'
+    weighted mean.
+    """
+    overall = [one.weights.overall for one in problem.parents]
+    if isinstance(settings.anchor, str):
+        anchors = ANCHORS if max(overall) < 1.0 else ANCHORS[:1]
+    else:
+        anchors = (settings.anchor,)
+    best: tuple[dict[str, Tensor], float] | None = None
+    least = math.inf
+    plain = average(problem)
+    axes = problem.target.axes_by_parameter
+    # Channels leave these in no group: the outputs' parameters, which are not anchored.
+    outputs = {
+        name for name in plain if all(one.direction == "in" for _, one in axes.get(name, ()))
+    }
+    for anchor in anchors:
+        inside = average(problem, anchored_weights(problem, anchor))
+        state = regress(
+            problem,
+            {name: plain[name] if name in outputs else inside[name] for name in plain},
+            data,
+            anchor=anchor,
+            ridge=settings.ridge,
+            samples=settings.samples,
+            seed=seed,
+            progress=progress,
+        )
+        distance = 0.0
+        if len(anchors) > 1:
+            distance = _distance(problem, state, data, settings.samples)
+        if best is None or distance < least:
+            best, least = (state, anchor), distance
+    assert best is not None
+    return best
+
+
+def _distance(problem: FusionProblem, state: State, data: Data, samples: int) -> float:
+    """Return the squared distance of a network's outputs from the parents' weighted mean."""
+    models = [one.traced for one in problem.parents]
+    weights = [one.weights.overall for one in problem.parents]
+    where = next(iter(state.values())).device
+    states = [one.state() for one in models]
+    total = 0.0
+    with torch.no_grad():
+        for inputs in _limited(data, problem.target, where, samples):
+            outputs = problem.target.run(inputs, state=state)
+            wanted = [model.run(inputs, state=of) for model, of in zip(models, states, strict=True)]
+            for output, *goals in zip(outputs, *wanted, strict=True):
+                if isinstance(output, Tensor) and output.is_floating_point():
+                    goal = weighted_mean([one.double() for one in goals], weights)
+                    total += float((output.double() - goal).square().sum())
+    return total
+
+
+def _limited(
+    data: Data, target: TracedModel, device: torch.device, samples: int
+) -> Iterator[tuple[Tensor, ...]]:
+    left = samples
+    for inputs in batches(data, target.example_inputs, target.keywords, device=device):
+        taken = tuple(one[:left] for one in inputs)
+        left -= taken[0].size(0)
+        yield from zip(*(one.split(_CHUNK) for one in taken), strict=True)
+        if left <= 0:
+            return

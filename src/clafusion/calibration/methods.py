@@ -1,0 +1,126 @@
+"""Which function does which calibration. Add one of your own by :func:`calibrates`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from clafusion.calibration.batchnorm import reset_batchnorm
+from clafusion.calibration.least_squares import regress_anchored
+from clafusion.calibration.repair import moment_goals, repair
+from clafusion.config import BatchNorm, Calibration, LeastSquares, NoCalibration, Repair
+from clafusion.errors import InputError
+from clafusion.merging.mean import average
+from clafusion.merging.problem import FusionProblem
+from clafusion.profiling.batches import Data, Progress
+from clafusion.weights.build import with_state
+
+__all__ = ["Calibrated", "Method", "calibrate", "calibrates"]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A calibrated network.
+
+    Attributes
+    ----------
+    model
+        The network.
+    anchor
+        See :class:`clafusion.FusionResult`; None for calibrations that have none.
+    """
+
+    model: nn.Module
+    anchor: float | None = None
+
+
+Method: TypeAlias = Callable[..., "Calibrated | dict[str, Tensor]"]
+"""``(problem, data, settings, *, seed, progress)`` -> the calibrated state, or what it became."""
+
+_METHODS: dict[type[Calibration], Method] = {}
+
+
+def calibrates(settings: type[Calibration]) -> Callable[[Method], Method]:
+    """Register the function that does a calibration with settings of this type.
+
+    It is called as ``function(problem, data, settings, seed=..., progress=...)`` and returns the
+    state of the fused network, or a :class:`Calibrated`. The mean of the parents is
+    :func:`clafusion.merging.mean.average` of the problem.
+    """
+
+    def register(function: Method) -> Method:
+        _METHODS[settings] = function
+        return function
+
+    return register
+
+
+def calibrate(
+    problem: FusionProblem,
+    data: Data,
+    settings: Calibration,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Calibrated:
+    """Average the parents and calibrate the mean.
+
+    Raises
+    ------
+    InputError
+        No function is registered for the settings.
+    """
+    method = _METHODS.get(type(settings))
+    if method is None:
+        raise InputError(
+            f"no function does the calibration {settings.name!r}: register one by "
+            "clafusion.calibrates"
+        )
+    outcome = method(problem, data, settings, seed=seed, progress=progress)
+    if isinstance(outcome, Calibrated):
+        return outcome
+    return Calibrated(_built(problem, outcome))
+
+
+def _built(problem: FusionProblem, state: dict[str, Tensor]) -> nn.Module:
+    return with_state(problem.target.model, state, problem.target.aliases)
+
+
+@calibrates(NoCalibration)
+def _plain_mean(problem: FusionProblem, *_: Any, **__: Any) -> dict[str, Tensor]:
+    return average(problem)
+
+
+@calibrates(BatchNorm)
+def _batchnorm(problem: FusionProblem, data: Data, *_: Any, **__: Any) -> Calibrated:
+    model = _built(problem, average(problem))
+    reset_batchnorm(model, data, problem.target.example_inputs, problem.target.keywords)
+    return Calibrated(model)
+
+
+@calibrates(Repair)
+def _repair(
+    problem: FusionProblem,
+    data: Data,
+    *_: Any,
+    progress: Progress | None = None,
+    **__: Any,
+) -> dict[str, Tensor]:
+    goals = moment_goals(problem)
+    return repair(problem.target, average(problem), data, goals, progress=progress)
+
+
+@calibrates(LeastSquares)
+def _least_squares(
+    problem: FusionProblem,
+    data: Data,
+    settings: LeastSquares,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Calibrated:
+    state, anchor = regress_anchored(problem, data, settings, seed=seed, progress=progress)
+    return Calibrated(_built(problem, state), anchor)

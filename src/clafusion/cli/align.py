@@ -1,0 +1,83 @@
+"""``clafusion align``: which layers of models belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from clafusion.cli.facts import alignment_facts
+from clafusion.cli.inputs import (
+    Archs,
+    AsJson,
+    ConfigFile,
+    DataFile,
+    DataKey,
+    DataOptions,
+    Device,
+    Limit,
+    Mean,
+    NamedFiles,
+    Plot,
+    Scale,
+    Shape,
+    Std,
+    archs_of,
+    check_device,
+    check_plot,
+    load_models,
+    named_files,
+    samples_of,
+    try_models,
+)
+from clafusion.cli.options import configured, errors_by_flags
+from clafusion.cli.settings import read_config
+from clafusion.cli.show import print_json, print_line, progress
+from clafusion.config import NoCalibration
+from clafusion.fusion import align
+from clafusion.reports import plot as draw
+from clafusion.reports import summary
+
+__all__ = ["STAGES", "align_command"]
+
+STAGES = ("profiling", "alignment", "verify", "seed")
+"""The fields of the configuration that count for an alignment."""
+
+
+def align_command(
+    weights: NamedFiles,
+    arch: Archs,
+    data: DataFile,
+    config: ConfigFile = None,
+    data_key: DataKey = None,
+    limit: Limit = 400,
+    shape: Shape = None,
+    scale: Scale = None,
+    mean: Mean = None,
+    std: Std = None,
+    device: Device = "cpu",
+    plot: Plot = None,
+    as_json: AsJson = False,
+    *,
+    options: Mapping[str, str | bool],
+) -> None:
+    """Show which layers of models belong together, and at what cost. Fuse nothing."""
+    files = named_files(weights)
+    archs = archs_of(arch, list(files))
+    base = None if config is None else read_config(config, "--config")
+    # What only a calibration needs is not recorded.
+    settings = replace(configured(options, base), calibration=NoCalibration())
+    check_device(device)
+    check_plot(plot)
+    models = load_models(files, archs)
+    samples = samples_of(data, limit, DataOptions(data_key, shape, scale, mean, std))
+    try_models(models, samples)
+    with progress(len(samples)) as report, errors_by_flags():
+        aligned = align(models, samples, settings, device=device, progress=report)
+    if plot is not None:
+        draw(aligned, plot)
+    if as_json:
+        shown = None if plot is None else str(plot)
+        print_json({**alignment_facts(aligned), "plot": shown, "seconds": dict(aligned.timings)})
+        return
+    print(summary(aligned))
+    print_line("picture", plot)

@@ -1,0 +1,89 @@
+"""``clafusion inspect``: a model's layers and channels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from clafusion.cli.facts import model_facts
+from clafusion.cli.inputs import (
+    Arch,
+    AsJson,
+    DataKey,
+    DataOptions,
+    Mean,
+    Plot,
+    Scale,
+    Shape,
+    Std,
+    check_plot,
+    samples_of,
+    try_models,
+)
+from clafusion.cli.options import configured
+from clafusion.cli.parsing import numbers_of
+from clafusion.cli.show import print_json, print_line
+from clafusion.errors import InputError
+from clafusion.reports import plot as draw
+from clafusion.reports import summary
+from clafusion.tracing.trace import trace
+from clafusion.weights.factories import build_model, load_model
+
+__all__ = ["STAGES", "inspect_command"]
+
+STAGES = ("verify", "seed")
+"""The fields of the configuration that count for one model."""
+
+_ROWS = 8
+
+
+def inspect_command(
+    arch: Arch,
+    weights: Annotated[
+        Path | None, typer.Argument(help="Weights of the model; default: as the factory sets them.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Inputs of the model: a few samples are used.")
+    ] = None,
+    input_shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of data: random inputs of this shape, without the batch axis, for "
+            "example 3,32,32.",
+            metavar="N,N,...",
+        ),
+    ] = None,
+    data_key: DataKey = None,
+    shape: Shape = None,
+    scale: Scale = None,
+    mean: Mean = None,
+    std: Std = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+    *,
+    options: dict[str, str | bool],
+) -> None:
+    """Show a model's layers and the channels that can be matched."""
+    settings = configured(options)
+    if (data is None) == (input_shape is None):
+        raise InputError("give either --data FILE or --input-shape N,N,...: inputs to trace with")
+    check_plot(plot)
+    model = build_model(arch) if weights is None else load_model(arch, weights)
+    if data is not None:
+        samples = samples_of(data, _ROWS, DataOptions(data_key, shape, scale, mean, std))
+    else:
+        sizes = numbers_of("--input-shape", input_shape, int) or []
+        generator = torch.Generator().manual_seed(settings.seed)
+        samples = torch.randn(_ROWS, *sizes, generator=generator)
+    try_models({"": model}, samples)
+    traced = trace(model, samples, verify=settings.verify, seed=settings.seed)
+    if plot is not None:
+        draw(traced, plot)
+    if as_json:
+        print_json({**model_facts(traced), "plot": None if plot is None else str(plot)})
+        return
+    print(summary(traced))
+    print_line("picture", plot)

@@ -1,0 +1,329 @@
+"""The options of :class:`clafusion.FusionConfig` on the command line.
+
+Parameters of commands are made from what ``config.py`` says of each option, and what is typed is
+put back into a configuration. An option that is added there is one here, with nothing to do.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
+from typing import Annotated, Any, cast
+
+import typer
+import typer.core
+from torch import nn
+
+from clafusion.config import FusionConfig, Like, Option, Settings, options_of
+from clafusion.errors import ClafusionError, InputError
+from clafusion.weights.factories import build_model
+
+__all__ = [
+    "CommandWithSections",
+    "advice",
+    "changed",
+    "configured",
+    "errors_by_flags",
+    "option_table",
+    "setting_at",
+    "with_options",
+]
+
+
+# --- from config.py to parameters ---------------------------------------------------------------
+
+
+def with_options(command: Callable[..., None], *stages: str) -> Callable[..., None]:
+    """Return a command with one more parameter for each option of a fusion.
+
+    ``command`` gets what was typed as ``options``: path of the option -> text, or True or False.
+    ``stages`` are the fields of the configuration whose options it has; default all.
+    """
+    options = [one for one in options_of(FusionConfig) if not stages or _stage(one) in stages]
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        typed = {one.path: arguments.pop(_parameter(one)) for one in options}
+        given = {path: value for path, value in typed.items() if value is not None}
+        command(**arguments, options=given)
+
+    own = [
+        one.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for one in inspect.signature(command, eval_str=True).parameters.values()
+        if one.name != "options"
+    ]
+    made = [
+        inspect.Parameter(
+            _parameter(one),
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=_annotation(one),
+        )
+        for one in options
+    ]
+    # typer reads both.
+    run.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in (*own, *made)}
+    return run
+
+
+def _stage(option: Option) -> str:
+    return option.path.partition(".")[0]
+
+
+def _parameter(option: Option) -> str:
+    return option.path.replace(".", "__")
+
+
+def _annotation(option: Option) -> Any:
+    if option.kind == "flag":
+        flags = f"{option.flag}/{_negated(option)}"
+        return Annotated[bool | None, typer.Option(flags, help=_help(option))]
+    shown = typer.Option(option.flag, help=_help(option), metavar=_metavar(option))
+    return Annotated[str | None, shown]
+
+
+def _negated(option: Option) -> str:
+    return f"--no-{option.flag.removeprefix('--')}"
+
+
+def _metavar(option: Option) -> str:
+    if option.choices:
+        return f"[{'|'.join(option.choices)}]"
+    if option.kind == "number":
+        word = option.rule["word"]
+        return "X" if word is None else f"X|{word}"
+    if option.kind == "count":
+        return "N"
+    return "MODULE:FACTORY" if _is_module(option.rule) else "TEXT"
+
+
+def _help(option: Option) -> str:
+    parts = [_sentence(option.help)]
+    if option.needs:
+        parts.append(f"For {_needed(option)}.")
+    default = _default(option)
+    if default:
+        parts.append(f"[default: {default}]")
+    return " ".join(parts)
+
+
+def _sentence(line: str) -> str:
+    return f"{line[:1].upper()}{line[1:]}."
+
+
+def _default(option: Option) -> str:
+    """Return an option's default as it is typed; "" where there is none."""
+    if option.default is None or option.default == "":
+        return ""
+    if option.kind == "flag":
+        return "yes" if option.default else "no"
+    return str(option.default)
+
+
+def _needed(option: Option) -> str:
+    """Return which value of another option an option is for, as it is typed."""
+    other = next(one for one in options_of(FusionConfig) if one.path == option.needs)
+    return f"{other.flag} {' or '.join(option.of)}"
+
+
+def _is_module(rule: Mapping[str, Any]) -> bool:
+    return issubclass(rule.get("also", str), nn.Module)
+
+
+class CommandWithSections(typer.core.TyperCommand):
+    """A command of which the help lists the options of each stage of a fusion on their own."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write all parameters, by section."""
+        stages = {one.flag: _stage(one) for one in options_of(FusionConfig)}
+        titles = {
+            one.name: f"{one.name.capitalize()}: {one.metadata['help']}"
+            for one in fields(FusionConfig)
+            if one.metadata["kind"] == "nested"
+        }
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            title = titles.get(stages.get(parameter.opts[0], ""), "Options")
+            if parameter.param_type_name == "argument":
+                title = "Arguments"
+            sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+# --- from parameters to a configuration ---------------------------------------------------------
+
+
+def configured(given: Mapping[str, str | bool], base: FusionConfig | None = None) -> FusionConfig:
+    """Return a configuration with the options that were typed; errors name them by their flags.
+
+    Raises
+    ------
+    InputError
+        An option is out of its range, does not belong to the chosen variant, or lacks another one.
+    """
+    with errors_by_flags():
+        config = changed(base or FusionConfig(), given)
+        for option in options_of(FusionConfig):
+            if _is_module(option.rule) and setting_at(config, option.path) == "":
+                raise InputError(f"{_needed(option)} needs {option.flag} {_metavar(option)}")
+    return config
+
+
+def changed(config: FusionConfig, given: Mapping[str, str | bool]) -> FusionConfig:
+    """Return a configuration with some options, given by their paths as text, changed.
+
+    A variant that is chosen anew has its own defaults.
+
+    Raises
+    ------
+    InputError
+        As for :func:`configured`; the message has the option's path.
+    """
+    return cast(FusionConfig, _changed(config, FusionConfig, given, ""))
+
+
+def setting_at(settings: Settings, path: str) -> Any:
+    """Return the value of an option; None where the chosen variants do not have it."""
+    found: Any = settings
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _changed(
+    base: Settings, family: type[Settings], given: Mapping[str, str | bool], path: str
+) -> Settings:
+    prefix = f"{path}." if path else ""
+    inner = [one for one in given if one.startswith(prefix)]
+    chosen = str(given.get(path, base.name))
+    if not inner and chosen == base.name:
+        return base
+    kind, values = type(base), dict[str, Any]()
+    if family.variants():
+        values["name"] = chosen
+        if chosen not in family.variants():
+            return family.parse(chosen, path)  # which refuses it
+        kind = kind if chosen == base.name else family.variants()[chosen]
+    for one in fields(kind):
+        where = f"{prefix}{one.name}"
+        value: Any = getattr(base, one.name) if kind is type(base) else one.default
+        if one.metadata["kind"] == "nested":
+            value = _changed(value, one.metadata["settings"], given, where)
+        elif where in given:
+            value = _parsed(given[where], one.metadata)
+        if value is not MISSING:
+            values[one.name] = value
+    _check_places(inner, kind, prefix)
+    return family.parse(values, path)
+
+
+def _check_places(paths: list[str], kind: type[Settings], prefix: str) -> None:
+    """Refuse options that the chosen variant does not have."""
+    known = {one.name for one in fields(kind)}
+    for path in paths:
+        if path.removeprefix(prefix).partition(".")[0] not in known:
+            option = next(one for one in options_of(FusionConfig) if one.path == path)
+            raise InputError(f"{option.flag} is for {_needed(option)}; this is {kind.name}")
+
+
+def _parsed(value: str | bool, rule: Mapping[str, Any]) -> Any:
+    """Return what a text stands for; what is no number is left for the settings to refuse."""
+    if isinstance(value, bool):
+        return value
+    if _is_module(rule):
+        return build_model(value)
+    number: type[int] | type[float] | None = {"number": float, "count": int}.get(rule["kind"])
+    if rule["kind"] == "text" and issubclass(rule["also"], int):
+        number = int
+    try:
+        return value if number is None or value == rule.get("word") else number(value)
+    except ValueError:
+        return value
+
+
+# --- errors as they are typed -------------------------------------------------------------------
+
+
+@contextmanager
+def errors_by_flags() -> Iterator[None]:
+    """Let errors call options and models as the command line does, not as Python."""
+    try:
+        yield
+    except ClafusionError as error:
+        told = _by_flags(str(error))
+        if told == str(error):
+            raise
+        raise type(error)(told) from error
+
+
+def _by_flags(message: str) -> str:
+    options = options_of(FusionConfig)
+    paths = {one.path: one for one in options}
+    start = message.partition(" ")[0]
+
+    def option_of(name: str) -> Option | None:
+        """Return the option of this path or, where only one is called so, of this name."""
+        stage = start.partition(".")[0]
+        found = [one for one in options if one.field == name]
+        near = [one for one in found if _stage(one) == stage] if len(found) > 1 else found
+        return paths.get(name) or (near[0] if len(near) == 1 else None)
+
+    def with_value(found: re.Match[str]) -> str:
+        option, value = option_of(found["name"]), found["value"]
+        if option is None or (found["between"] == " " and value not in option.choices):
+            return found[0]
+        return f"{option.flag} {value}"
+
+    message = re.sub(r"models\[(?P<name>'[^']*')\]", r"model \g<name>", message)
+    template = next(one for one in options if _is_module(one.rule) and Like.name in one.of)
+    wanted = f"{_needed(template)} {template.flag} {_metavar(template)}"
+    message = message.replace(f"{template.needs}={Like.__name__}(module)", wanted)
+    value = r"(?P<name>[a-z_]+(?:\.[a-z_]+)*)(?P<between>=| )'(?P<value>\w+)'"
+    message = re.sub(rf"(?<![-\w.]){value}", with_value, message)
+    if start in paths:
+        message = re.sub(rf"^{re.escape(start)}(?= )", paths[start].flag, message)
+    dotted = "|".join(re.escape(one) for one in sorted(paths, key=len, reverse=True) if "." in one)
+    return re.sub(rf"(?<![-\w.])({dotted})(?![\w])", lambda found: paths[found[1]].flag, message)
+
+
+def advice(flag: str) -> str:
+    """Return what may have been meant by an unknown option: one whose last name it is; or ""."""
+    name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+    found = [one.flag for one in options_of(FusionConfig) if one.field == name]
+    return f"Did you mean {' or '.join(found)}? " if found else ""
+
+
+# --- the page of all options --------------------------------------------------------------------
+
+
+def option_table() -> str:
+    """Return a table, in Markdown, of every option: its flag, values, default and meaning."""
+    lines = ["| Option | Values | Default | Meaning |", "| --- | --- | --- | --- |"]
+    for one in options_of(FusionConfig):
+        flag, default = one.flag, _default(one)
+        values = ", ".join(f"`{name}`" for name in one.choices) or f"`{_metavar(one)}`"
+        if one.kind == "flag":
+            values = f"`{flag}`, `{_negated(one)}`"
+        meaning = _sentence(one.help)
+        if one.needs:
+            meaning += f" For `{_needed(one)}`."
+        for name, line in one.choices.items():
+            meaning += f"<br>`{name}`: {_sentence(line)}"
+        values, meaning = values.replace("|", r"\|"), meaning.replace("|", r"\|")
+        lines.append(f"| `{flag}` | {values} | {f'`{default}`' if default else ''} | {meaning} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(option_table())

@@ -1,0 +1,160 @@
+"""``clafusion fuse-pairs``: many pairs of models, as a manifest says."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from clafusion.cli.inputs import AsJson, Device, check_device
+from clafusion.cli.manifest import Manifest, read_manifest
+from clafusion.cli.parsing import bytes_of
+from clafusion.cli.show import pair_progress, print_json, print_line
+from clafusion.errors import InputError
+from clafusion.profiling.samples import load_samples
+from clafusion.reports.tables import pairs_summary, total_seconds
+from clafusion.weights.atomic import check_output
+
+if TYPE_CHECKING:
+    from clafusion.batch.results import PairResult
+
+__all__ = ["pairs_command"]
+
+
+def pairs_command(
+    manifest: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML or JSON: models, factory, pairs, data, weights, settings, out. Files in it "
+            "are relative to it."
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory for the results; default: the manifest's.", metavar="DIR"),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="How many processes work on it.")] = 1,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="What models at hand may take in each process, for example 2GB or 500MB.",
+            metavar="SIZE",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Keep pairs that are done already.")
+    ] = True,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where to write the HTML report; default: report.html beside the results.",
+            metavar="FILE",
+        ),
+    ] = None,
+    chosen: Annotated[
+        str | None,
+        typer.Option(help="The pair whose alignment the report shows.", metavar="FIRST,SECOND"),
+    ] = None,
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Fuse many pairs of models. If some fail, the others are done, and the exit code is 1."""
+    given = read_manifest(manifest)
+    folder = out or given.out
+    if folder is None:
+        raise InputError(f"give --out DIR, or an entry out in {str(manifest)!r}")
+    limit = None if memory_limit is None else bytes_of("--memory-limit", memory_limit)
+    if jobs < 1:
+        raise InputError(f"--jobs must be at least 1; got {jobs}")
+    check_device(device)
+    page = _page(report, folder)
+    pair = None if chosen is None else _chosen(chosen, given)
+    results = _fused(given, folder, page, jobs, limit, resume, device)
+    if not as_json:
+        print(pairs_summary(results), flush=True)
+    _write_report(results, page, pair)
+    if as_json:
+        print_json({"out": str(folder), "report": str(page), **_facts(results)})
+    else:
+        print_line("written", folder)
+        print_line("report", page)
+    if any(one.error is not None for one in results):
+        raise typer.Exit(1)
+
+
+def _page(report: Path | None, folder: Path) -> Path:
+    page = report or folder / "report.html"
+    if page.resolve().parent != folder.resolve():  # which need not be there yet
+        check_output(page, (".html",), "--report")
+    return page
+
+
+def _facts(results: Sequence[PairResult]) -> dict[str, Any]:
+    return {
+        "pairs": len(results),
+        "failed": sum(one.error is not None for one in results),
+        "resumed": sum(one.resumed for one in results),
+        "seconds": total_seconds(results),
+    }
+
+
+def _fused(
+    given: Manifest,
+    folder: Path,
+    page: Path,
+    jobs: int,
+    memory_limit: int | None,
+    resume: bool,
+    device: str,
+) -> list[PairResult]:
+    from clafusion.batch.run import fuse_pairs
+
+    settings = {**given.data}
+    samples = load_samples(settings.pop("file"), **settings)
+    with pair_progress() as report:
+        run = fuse_pairs(
+            given.models,
+            samples,
+            given.pairs,
+            given.weights,
+            given.config,
+            executor=None if jobs == 1 else jobs,
+            out_dir=folder,
+            resume=resume,
+            memory_limit=memory_limit,
+            device=None if device == "cpu" else device,
+            progress=report,
+        )
+        check_output(page, (".html",), "--report")  # now that the folder is there
+        return list(run)
+
+
+def _write_report(
+    results: Sequence[PairResult], page: Path, chosen: tuple[str, str] | None
+) -> None:
+    from clafusion.reports.page import write_report
+
+    if any((one.first, one.second) == chosen and one.error is not None for one in results):
+        assert chosen is not None
+        print(
+            f"clafusion: warning: --chosen {','.join(chosen)} was not fused, so the report shows "
+            "another pair's alignment",
+            file=sys.stderr,
+        )
+        chosen = None
+    write_report(results, page, chosen=chosen)
+
+
+def _chosen(text: str, manifest: Manifest) -> tuple[str, str]:
+    first, _, second = (part.strip() for part in text.partition(","))
+    pairs = manifest.pairs
+    if isinstance(pairs, str):
+        pairs = list(itertools.combinations(manifest.models, 2))
+    if (first, second) in pairs:
+        return first, second
+    hint = f"; it has {second},{first}" if (second, first) in pairs else ""
+    raise InputError(f"--chosen {text!r} is none of the manifest's pairs FIRST,SECOND{hint}")

@@ -1,0 +1,71 @@
+"""Numbers, lists of numbers and sizes, as they are typed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+from clafusion.errors import InputError
+
+__all__ = ["bytes_of", "merge_weights_of", "numbers_of"]
+
+N = TypeVar("N", int, float)
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?(?:e\+?\d\d?)?)\s*(?:([kmgt])(i?))?b?")
+
+
+def numbers_of(option: str, text: str | None, kind: type[N]) -> list[N] | None:
+    """Return the numbers between commas, or None for no text.
+
+    Raises
+    ------
+    InputError
+        Something is no number of this kind.
+    """
+    if text is None:
+        return None
+    try:
+        return [kind(one) for one in text.strip("()[] ").split(",")]
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"{option} takes {what} between commas; got {text!r}") from error
+
+
+def merge_weights_of(option: str, text: str | None, names: Sequence[str]) -> list[float] | None:
+    """Return one weight for each model, given as ``2,1,1`` or ``2:1:1``; None for no text.
+
+    Raises
+    ------
+    InputError
+        There are not as many numbers as models, one is negative, or all are 0.
+    """
+    found = numbers_of(option, None if text is None else text.replace(":", ","), float)
+    if found is None:
+        return None
+    if len(found) != len(names):
+        raise InputError(
+            f"{option} must be one number for each model ({', '.join(names)}); got {text!r}"
+        )
+    if not all(0 <= one < math.inf for one in found) or not any(found):
+        raise InputError(f"{option} must be numbers of at least 0, not all 0; got {text!r}")
+    return found
+
+
+def bytes_of(option: str, text: str) -> int:
+    """Return how many bytes a size such as ``500MB``, ``2GB`` or ``2GiB`` is.
+
+    Raises
+    ------
+    InputError
+        It is no size, or less than a byte.
+    """
+    matched = _SIZE.fullmatch(text.strip().lower())
+    if matched is None:
+        raise InputError(f"{option} takes a size such as 500MB, 2GB or 2GiB; got {text!r}")
+    size = (1024 if matched[3] else 1000) ** " kmgt".index(matched[2] or " ")
+    found = int(float(matched[1]) * size)
+    if found < 1:
+        raise InputError(f"{option} must be at least 1 byte; got {text!r}")
+    return found

@@ -1,0 +1,159 @@
+"""The source's weights in the target's structure, in the source's own channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from clafusion.correspondence.correspondence import Correspondence
+from clafusion.errors import StructureError
+from clafusion.execution.call import call_model, flatten_tensors
+from clafusion.tracing.model import Layer, TracedModel
+from clafusion.tracing.operations import bound_operands, op_name
+from clafusion.weights.build import with_state
+
+__all__ = ["check_inserted", "inserted_model", "resized_shape", "structured_state"]
+
+
+def structured_state(correspondence: Correspondence) -> dict[str, Tensor]:
+    """Return the source's state in the target's structure and in its own widths."""
+    target_state, source_state = correspondence.target.state(), correspondence.source.state()
+    sizes = {
+        one.index: correspondence.source.groups[other].size
+        for one, other in zip(correspondence.target.groups, correspondence.groups, strict=True)
+        if other >= 0
+    }
+    state: dict[str, Tensor] = {}
+    for name, tensor in target_state.items():
+        origin = correspondence.origins[name]
+        if name in correspondence.products:
+            state[name] = correspondence.products[name].to(tensor)
+            continue
+        if name in correspondence.names:
+            state[name] = source_state[correspondence.names[name]].clone()
+            continue
+        shape = resized_shape(correspondence.target, name, tensor.shape, sizes)
+        if origin == "zero_residual" or shape != tuple(tensor.shape):
+            # Any value will do inside an inserted block; where the widths differ, zero is one.
+            state[name] = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+        else:
+            state[name] = tensor.clone()
+        if origin == "identity":
+            state[name] = _identity(correspondence.target, name, shape).to(tensor)
+    return state
+
+
+def resized_shape(
+    model: TracedModel, name: str, shape: Sequence[int], sizes: Mapping[int, int]
+) -> tuple[int, ...]:
+    """Return a parameter's shape where channel groups (by index) have other sizes."""
+    resized = list(shape)
+    for use in model.uses_by_parameter.get(name, ()):
+        if use.size != tuple(shape):
+            continue  # flattened elements: no axis of their own
+        for group, axis in model.axes_by_parameter.get(name, ()):
+            if axis.use == use and group.index in sizes:
+                grown = sizes[group.index] - group.size
+                resized[axis.axis] += grown * axis.positions.size(1)
+    return tuple(resized)
+
+
+def _identity(target: TracedModel, name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return what makes an inserted layer the identity."""
+    layer = next(one for one in target.layers if name in one.parameters)
+    if len(shape) > 1:  # a linear layer, or a convolution that passes its centre on
+        weight = torch.zeros(shape)
+        centre = weight
+        for size in reversed(shape[2:]):
+            centre = centre.select(-1, size // 2)
+        centre.fill_diagonal_(1.0)
+        return weight
+    if name.endswith("running_var"):
+        # (x - 0) / sqrt(var + eps) = x
+        return torch.ones(shape) - _epsilon(target, layer)
+    norm = {p.rsplit(".", 1)[0] for p in layer.parameters if p.endswith("running_var")}
+    is_scale = name.endswith("weight") and name.rsplit(".", 1)[0] in norm
+    return torch.ones(shape) if is_scale else torch.zeros(shape)
+
+
+def _epsilon(model: TracedModel, layer: Layer) -> float:
+    for node in model.module.graph.nodes:
+        if node.name in layer.nodes and op_name(node) == "batch_norm":
+            return float(bound_operands(node)["eps"])
+    return 0.0
+
+
+def inserted_model(target: nn.Module, correspondence: Correspondence) -> nn.Module:
+    """Build the source with the target's structure: it computes the same as the source.
+
+    Its widths are the source's; ``in_channels`` and the like are set accordingly.
+
+    Raises
+    ------
+    StructureError
+        A width is fixed in the target module's code, so that what is built does not run or
+        computes something else.
+    """
+    aliases = correspondence.target.aliases
+    built = with_state(target, structured_state(correspondence), aliases)
+    try:
+        found = _outputs_of(built, correspondence)
+    except RuntimeError as error:
+        raise StructureError(
+            "the source with the target's layers does not run: a width is fixed in the target "
+            f"module's code ({error})"
+        ) from error
+    _compare(found, correspondence)
+    return built
+
+
+def check_inserted(correspondence: Correspondence) -> None:
+    """Check that the layers that are inserted into the source leave its function as it is.
+
+    What does not run, since a width is fixed in the target module's code, is not refused: the
+    result has the target's widths.
+
+    Raises
+    ------
+    StructureError
+        They change it.
+    """
+    target = correspondence.target
+    state = structured_state(correspondence)
+    if all(state[name].shape == one.shape for name, one in target.state().items()):
+        with torch.no_grad():
+            outputs = target.run(target.example_inputs, state=state)
+        found = list(flatten_tensors(list(outputs)))
+    else:
+        built = with_state(target.model, state, target.aliases)
+        try:
+            found = _outputs_of(built, correspondence)
+        except RuntimeError:
+            return
+    _compare(found, correspondence)
+
+
+def _outputs_of(built: nn.Module, correspondence: Correspondence) -> list[Tensor]:
+    target = correspondence.target
+    mode = built.training
+    try:
+        with torch.no_grad():
+            return call_model(built.eval(), target.example_inputs, target.keywords)
+    finally:
+        built.train(mode)
+
+
+def _compare(found: Sequence[Tensor], correspondence: Correspondence) -> None:
+    with torch.no_grad():
+        inputs = correspondence.target.example_inputs
+        wanted = list(flatten_tensors(list(correspondence.source.run(inputs))))
+    for one, other in zip(found, wanted, strict=True):
+        gap = float((one.double() - other.double()).abs().max())
+        if not gap <= 1e-3 * max(float(other.abs().max()), 1e-30):
+            raise StructureError(
+                f"brought to the other's depth, a network's outputs change by {gap:.1e}: the "
+                "inserted layers change them. The two networks differ in what lies between layers "
+                "(poolings, activations) or in a norm's eps, or share parameters among layers"
+            )

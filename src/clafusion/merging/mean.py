@@ -1,0 +1,103 @@
+r"""The one weighted mean: of parameters, of statistics, of outputs.
+
+.. math:: \bar x = \frac{\sum_p w_p\, x_p}{\sum_p w_p}
+
+over the parents that have something there. Inside a block that a parent lacks only the others
+count; what such a block adds to its stream is zero for that parent. That averages the functions,
+where averaging every weight with zero would shrink the block once a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
+from clafusion.tracing.model import TracedModel
+
+__all__ = ["Weight", "average", "counted", "weighted_mean"]
+
+Weight = float | Tensor
+
+
+def weighted_mean(values: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor:
+    """Return the mean of tensors by their weights.
+
+    A weight is a number, or a tensor that broadcasts to the values. Where no weight is above 0, the
+    last value counts. Equal values give exactly that value, and a weight of 1 beside zeros exactly
+    the value that it belongs to.
+    """
+    mean, total = values[0], weights[0]
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        total = total + weight
+        if isinstance(total, Tensor):
+            part = torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 1.0)
+            mean = torch.lerp(mean, value, part.to(mean))
+        else:
+            mean = torch.lerp(mean, value, float(weight / total) if total > 0 else 1.0)
+    return mean
+
+
+def counted(weights: Sequence[float], masks: Sequence[Tensor | None]) -> list[Weight]:
+    """Return the weights with which parents count, given the channels into which each moves.
+
+    Where none of those that move there has a weight, all of them count alike.
+    """
+    if all(one is None for one in masks):
+        return list(weights)
+    shape = next(one.shape for one in masks if one is not None)
+    present = [torch.ones(shape) if one is None else one.float() for one in masks]
+    present = [one.double() for one in present]
+    found = [weight * one for weight, one in zip(weights, present, strict=True)]
+    total = torch.stack(found).sum(0)
+    return [torch.where(total > 0, one, mask) for one, mask in zip(found, present, strict=True)]
+
+
+def average(
+    problem: FusionProblem, weights: Sequence[MergeWeights] | None = None
+) -> dict[str, Tensor]:
+    """Return the weighted mean of all parents' parameters in the target's structure.
+
+    Parameters
+    ----------
+    problem
+        The target and its parents.
+    weights
+        Weights to be taken instead of the parents' own.
+
+    Raises
+    ------
+    StructureError
+        Matched parameters differ in an axis that is no channel axis.
+    """
+    weights = [one.weights for one in problem.parents] if weights is None else weights
+    states = [one.state(problem.normalisation) for one in problem.parents]
+    fused: dict[str, Tensor] = {}
+    for name, tensor in problem.target.state().items():
+        present = [i for i, state in enumerate(states) if name in state]
+        if not present:
+            fused[name] = tensor.clone()
+            continue
+        parents = [problem.parents[i] for i in present]
+        masks = [_rows_covered(one, name, tensor) for one in parents]
+        own = counted([weights[i].of(name) for i in present], masks)
+        mean = weighted_mean([states[i][name].double() for i in present], own)
+        fused[name] = mean.to(tensor) if len(present) > 1 else states[present[0]][name].to(tensor)
+    return fused
+
+
+def _rows_covered(parent: Parent, name: str, tensor: Tensor) -> Tensor | None:
+    """Return for each entry of a parameter whether its channel is made of the parent's."""
+    if all(one is None for one in parent.covered):
+        return None
+    target: TracedModel = parent.correspondence.target
+    mask = torch.ones(tensor.shape, dtype=torch.bool)
+    for group, axis in target.axes_by_parameter.get(name, ()):
+        covered = parent.covered[group.index]
+        if axis.direction == "out" and covered is not None:
+            rows = axis.use.view(mask).movedim(axis.axis, 0)
+            by_position = covered.repeat_interleave(axis.positions.size(1))
+            rows[axis.positions.reshape(-1)] = by_position.view(-1, *[1] * (rows.dim() - 1))
+    return mask

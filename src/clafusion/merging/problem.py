@@ -1,0 +1,174 @@
+"""One target, any number of parents: all that averaging and calibration need to know.
+
+The network that gives the target its structure is a parent as all others, with the identity
+correspondence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from clafusion.correspondence.correspondence import Correspondence
+from clafusion.correspondence.moving import move_state, move_values, outgoing_map
+from clafusion.profiling.profile import ModelProfile
+from clafusion.tracing.model import CalibrationPoint, TracedModel
+
+__all__ = ["FusionProblem", "MergeWeights", "Parent"]
+
+
+@dataclass(frozen=True)
+class MergeWeights:
+    """A parent's weight in each layer of the target.
+
+    Attributes
+    ----------
+    overall
+        Its weight in the outputs, and in every layer that has no weight of its own.
+    own
+        Parameter (or buffer) of the target -> the parent's weight.
+    """
+
+    overall: float
+    own: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, parameter: str) -> float:
+        """Return the parent's weight in a parameter, and in the layer that it belongs to."""
+        return self.own.get(parameter, self.overall)
+
+    def of_layers(self, target: TracedModel) -> tuple[float, ...]:
+        """Return the parent's weight in each layer of the target."""
+        return tuple(
+            next((self.own[name] for name in layer.parameters if name in self.own), self.overall)
+            for layer in target.layers
+        )
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A network that is fused, and how it maps to the target.
+
+    Attributes
+    ----------
+    name
+        What the caller calls it.
+    profile
+        What it does on the data. ``profile.traced`` is ``correspondence.source``.
+    correspondence
+        How it maps to the target.
+    plans
+        For each channel group of ``correspondence.target`` its transport plan
+        ``(num_source, num_target)``, or None where the source has no such channels.
+    weights
+        Its merge weights.
+    output_plan
+        A plan for the outputs, which are otherwise never moved.
+    head_orders
+        Where attention heads or convolution groups had to change places to match the target's:
+        index in ``correspondence.source.heads`` -> for every place the one that came there.
+        ``correspondence.source`` is of a copy with that order.
+    """
+
+    name: str
+    profile: ModelProfile
+    correspondence: Correspondence
+    plans: tuple[Tensor | None, ...]
+    weights: MergeWeights
+    output_plan: Tensor | None = None
+    head_orders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def traced(self) -> TracedModel:
+        """The parent's own traced model."""
+        return self.correspondence.source
+
+    @cached_property
+    def is_identity(self) -> bool:
+        """Whether the parent is the target itself, and none of its channels moves."""
+        return self.correspondence.source is self.correspondence.target and all(
+            plan is not None and _is_identity(plan) for plan in self.plans
+        )
+
+    @cached_property
+    def covered(self) -> tuple[Tensor | None, ...]:
+        """For each group of the target into which of its channels some mass moves; None for all."""
+        found: list[Tensor | None] = []
+        for plan in self.plans:
+            into = None if plan is None else plan.sum(0) > 0
+            found.append(None if into is None or bool(into.all()) else into.cpu())
+        return tuple(found)
+
+    def state(self, normalisation: str = "two") -> dict[str, Tensor]:
+        """Return the parent's parameters in the target's structure, channels and widths."""
+        if self.is_identity and self.output_plan is None:
+            return {
+                name: one for name, one in self.traced.state().items() if one.is_floating_point()
+            }
+        state = move_state(self.correspondence, self.plans, normalisation)
+        if self.output_plan is not None:
+            point = self.correspondence.target.layers[-1].calibration_points[-1]
+            rows = outgoing_map(self.output_plan).T
+            for name in (point.weight, point.bias):
+                if name is not None:
+                    moved = torch.tensordot(rows, state[name].to(rows), dims=1)
+                    state[name] = moved.to(state[name])
+        return state
+
+    def moved(self, values: Tensor, node: str, source: CalibrationPoint) -> Tensor:
+        """Bring values, channels last, from a point of the parent to the target's at ``node``."""
+        if self.is_identity:
+            return values
+        target = self.correspondence.target_points[node]
+        return move_values(values, self.correspondence, self.plans, target, source)
+
+    def covers(self, node: str) -> Tensor | None:
+        """Return into which channels of the target's point some mass moves; None for all."""
+        if all(one is None for one in self.covered):
+            return None
+        point = self.correspondence.target_points[node]
+        mask = torch.ones(len(point.groups), dtype=torch.bool)
+        for one in point.groups[point.groups >= 0].unique().tolist():
+            covered = self.covered[one]
+            if covered is not None:
+                places = torch.nonzero(point.groups == one).squeeze(1)
+                mask[places] = covered[point.members[places]]
+        return mask
+
+
+@dataclass(frozen=True)
+class FusionProblem:
+    """One target and its parents.
+
+    Attributes
+    ----------
+    target
+        The structure of the result. Its module's weights are those of the channels' frame: of the
+        parents that fix the order and the number of each group's channels.
+    parents
+        At least one, with weights that add up to 1 in every layer that all have.
+    reference
+        Position of the parent that fixes most of the target's channels; of equal parents the
+        interior leans towards it.
+    normalisation
+        How plans are normalised: ``"two"`` or ``"single"``.
+    """
+
+    target: TracedModel
+    parents: tuple[Parent, ...]
+    reference: int = 0
+    normalisation: str = "two"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parents' names."""
+        return tuple(one.name for one in self.parents)
+
+
+def _is_identity(plan: Tensor) -> bool:
+    """Say whether a plan leaves every channel where it is, without making another one."""
+    diagonal = plan.diagonal()
+    return bool((diagonal == 1.0).all()) and int(plan.count_nonzero()) == len(diagonal) == len(plan)

@@ -1,0 +1,62 @@
+"""Plain text: tables, and lines of a name and a value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+
+from torch import nn
+
+from clafusion.config import Settings
+
+__all__ = ["described", "fact_lines", "plain_table", "seconds_text", "shortened"]
+
+
+def plain_table(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()
+) -> str:
+    """Return a table with aligned columns; those in ``numeric`` are flush right."""
+    widths = [max(len(row[i]) for row in (titles, *rows)) for i in range(len(titles))]
+
+    def line(cells: Sequence[str]) -> str:
+        placed = [
+            cell.rjust(width) if i in numeric else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(placed).rstrip()
+
+    return "\n".join([line(titles), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def fact_lines(facts: Mapping[str, str]) -> str:
+    """Return one line for each fact: its name and its value."""
+    return "\n".join(f"{name:<12} {value}" for name, value in facts.items())
+
+
+def seconds_text(timings: Mapping[str, float]) -> str:
+    """Return the seconds in all and of each stage."""
+    stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in timings.items())
+    return f"{math.fsum(timings.values()):.2f} ({stages})"
+
+
+def shortened(names: Sequence[str], most: int = 3) -> str:
+    """Return the names between commas, and how many more there are than ``most``."""
+    more = f", ... {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def described(settings: Settings) -> str:
+    """Return what settings are called, and which of their fields are not the default."""
+    changed = []
+    for one in fields(settings):
+        value = getattr(settings, one.name)
+        if isinstance(value, Settings):
+            value = described(value)
+        elif isinstance(value, nn.Module):
+            value = type(value).__qualname__
+        elif one.default is not MISSING and value == one.default:
+            continue
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        changed.append(f"{one.name.replace('_', ' ')} {shown}")
+    return settings.name + (f" ({', '.join(changed)})" if changed else "")

@@ -1,0 +1,92 @@
+"""What a fusion returns: plain data. Tables and pictures are drawn elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from clafusion.alignment.dynamic_program import LayerAlignment
+from clafusion.alignment.models import AlignedModels
+from clafusion.config import FusionConfig
+from clafusion.merging.problem import FusionProblem, Parent
+
+__all__ = ["FusionResult"]
+
+
+@dataclass(frozen=True)
+class FusionResult:
+    """A fused model and how it came about.
+
+    Attributes
+    ----------
+    model
+        The fused network, in the mode (train or eval) of the parent that gives the structure, and
+        trainable as that one is.
+    aligned
+        The parents' profiles, layer costs and alignments.
+    problem
+        The target and its parents, with their correspondences, plans and merge weights.
+    config
+        The options.
+    weights
+        Each parent's weight; they add up to 1.
+    anchor
+        How far the interior leans towards one parent; None but for least squares.
+    rounds
+        How many times all parents were matched with the target.
+    converged
+        Whether the plans stopped changing, for a barycentre; else True.
+    steps
+        For the strategy ``"iterative"`` the results of the fusions one after another, the last one
+        without its own steps. ``problem`` and ``aligned`` are those of the last. Else empty.
+    timings
+        Seconds of each stage, in order.
+    peak_memory
+        On a GPU: bytes that PyTorch held there at the most, in each stage. Else empty.
+    """
+
+    model: nn.Module
+    aligned: AlignedModels
+    problem: FusionProblem
+    config: FusionConfig
+    weights: tuple[float, ...]
+    anchor: float | None
+    timings: Mapping[str, float]
+    peak_memory: Mapping[str, int] = field(default_factory=dict)
+    rounds: int = 1
+    converged: bool = True
+    steps: tuple[FusionResult, ...] = ()
+
+    @property
+    def parents(self) -> tuple[Parent, ...]:
+        """The parents, in the order in which the models were given."""
+        return self.problem.parents
+
+    @property
+    def alignment(self) -> LayerAlignment:
+        """The alignment of the layers of two models.
+
+        Raises
+        ------
+        InputError
+            There are more than two: see ``aligned.alignments``.
+        """
+        return self.aligned.alignment
+
+    @property
+    def layer_weights(self) -> tuple[tuple[float | None, ...], ...]:
+        """For each layer of the target every parent's weight; None where a parent has no such."""
+        columns = [
+            [
+                weight if k >= 0 else None
+                for weight, k in zip(
+                    one.weights.of_layers(self.problem.target),
+                    one.correspondence.layer_map,
+                    strict=True,
+                )
+            ]
+            for one in self.parents
+        ]
+        return tuple(zip(*columns, strict=True))

@@ -1,0 +1,266 @@
+"""What all ways to fuse share: checked arguments, traced and profiled parents, clocks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from clafusion.alignment.models import label
+from clafusion.config import Barycentre, FusionConfig, LeastSquares, Like, Repair
+from clafusion.errors import ClafusionError, InputError, StructureError
+from clafusion.matching.activation_costs import MAX_CHANNELS
+from clafusion.profiling.batches import Data, Progress
+from clafusion.profiling.importance import (
+    channel_importance,
+    layer_sensitivities,
+    sensitivities,
+)
+from clafusion.profiling.profile import ModelProfile, profile_models
+from clafusion.tracing.model import TracedModel
+from clafusion.tracing.trace import copied, trace
+
+__all__ = [
+    "Clock",
+    "ExampleInputs",
+    "copied_to",
+    "device_of",
+    "device_of_profile",
+    "merge_weights",
+    "moved_to",
+    "named_models",
+    "needs_moments",
+    "profile_traced",
+    "traced_parent",
+    "traced_template",
+]
+
+ExampleInputs: TypeAlias = "Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]"
+"""What a model is traced with: one input, several positional ones, or keyword inputs."""
+
+
+def profile_traced(
+    models: Sequence[TracedModel],
+    data: Data,
+    config: FusionConfig,
+    progress: Progress | None = None,
+) -> list[ModelProfile]:
+    """Profile traced models in one pass, with all that the options of a fusion need of them."""
+    options = config.profiling
+    profiles = profile_models(
+        models,
+        data,
+        alignment_samples=options.alignment_samples,
+        matching_rows=options.matching_rows,
+        layer_values=options.layer_values,
+        max_inputs=options.inputs,
+        moments=needs_moments(config),
+        seed=config.seed,
+        progress=progress,
+    )
+    if config.matching.importance == config.merging.layer_weights == "uniform":
+        return profiles
+    return [_with_importance(one, data, config, progress) for one in profiles]
+
+
+def needs_moments(config: FusionConfig) -> bool:
+    """Say whether a fusion needs the parents' statistics."""
+    is_barycentre = isinstance(config.merging.strategy, Barycentre)
+    return isinstance(config.calibration, Repair) or (
+        is_barycentre and isinstance(config.calibration, LeastSquares)
+    )
+
+
+def _with_importance(
+    profile: ModelProfile, data: Data, config: FusionConfig, progress: Progress | None
+) -> ModelProfile:
+    model, count = profile.traced, config.profiling.inputs
+    products = sensitivity = None
+    if "sensitivity" in (config.matching.importance, config.merging.layer_weights):
+        products = sensitivities(model, data, max_inputs=count, progress=progress)
+        if config.merging.layer_weights == "sensitivity":
+            sensitivity = layer_sensitivities(model, products)
+    importance = channel_importance(
+        model,
+        data,
+        config.matching.importance,
+        max_inputs=count,
+        progress=progress,
+        products=products,
+    )
+    return replace(profile, importance=importance, sensitivity=sensitivity)
+
+
+# --- arguments ----------------------------------------------------------------------------------
+
+
+def named_models(models: Sequence[nn.Module] | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the models by what errors and tables call them."""
+    if isinstance(models, nn.Module) or not isinstance(models, (Sequence, Mapping)):
+        raise InputError(
+            "models must be a list or a mapping of at least two networks; got "
+            f"{type(models).__name__}"
+        )
+    if isinstance(models, Mapping):
+        for name in models:
+            if not isinstance(name, str) or not name:
+                raise InputError(f"models: a name must be text; got {name!r}")
+        named = dict(models)
+    else:
+        named = {f"models[{i}]": one for i, one in enumerate(models)}
+    for name, model in named.items():
+        if not isinstance(model, nn.Module):
+            raise InputError(f"{label(name)} must be a torch.nn.Module; got {type(model).__name__}")
+    if len(named) < 2:
+        raise InputError(f"models must be at least two networks; got {len(named)}")
+    return named
+
+
+def merge_weights(
+    weights: Sequence[float] | Mapping[str, float] | None, names: Sequence[str]
+) -> tuple[float, ...]:
+    """Return each model's weight; they add up to 1.
+
+    Raises
+    ------
+    InputError
+        The weights do not fit the models, are negative or all 0.
+    """
+    if weights is None:
+        return (1.0 / len(names),) * len(names)
+    keys: Sequence[int | str] = range(len(names))
+    if isinstance(weights, Mapping):
+        unknown = [name for name in weights if name not in names]
+        missing = [name for name in names if name not in weights]
+        if unknown or missing:
+            what = f"unknown {unknown[0]!r}" if unknown else f"none for {missing[0]!r}"
+            raise InputError(f"weights must have one entry for each model; {what}")
+        weights, keys = [weights[name] for name in names], names
+    if isinstance(weights, (str, Tensor)) or not isinstance(weights, Sequence):
+        raise InputError(f"weights must be a list of numbers; got {weights!r}")
+    if len(weights) != len(names):
+        raise InputError(
+            f"weights must have one entry for each model, {len(names)}; got {len(weights)}"
+        )
+    for key, one in zip(keys, weights, strict=True):
+        is_number = isinstance(one, (int, float)) and not isinstance(one, bool)
+        if not (is_number and 0 <= one < float("inf")):
+            raise InputError(f"weights[{key!r}] must be a number of at least 0; got {one!r}")
+    total = float(sum(weights))
+    if not total > 0:
+        raise InputError(f"weights must not be all 0; got {list(weights)}")
+    return tuple(float(one) / total for one in weights)
+
+
+def copied_to(name: str, model: nn.Module, device: str | torch.device) -> nn.Module:
+    """Return a copy of a model on a device; errors name the model."""
+    try:
+        return copied(model).to(device)
+    except InputError as error:
+        raise InputError(f"{label(name)}: {error}") from error
+
+
+def moved_to(inputs: ExampleInputs, device: torch.device) -> ExampleInputs:
+    """Return example inputs on a device."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device)
+    if isinstance(inputs, Mapping):
+        return {name: value.to(device) for name, value in inputs.items()}
+    return tuple(value.to(device) for value in inputs)
+
+
+def traced_parent(
+    name: str, model: nn.Module, example_inputs: ExampleInputs, config: FusionConfig
+) -> TracedModel:
+    """Trace a model and refuse what no fusion could use; errors name the model.
+
+    Raises
+    ------
+    InputError, UnsupportedOpError, GraphVerificationError
+        As for :func:`clafusion.trace`.
+    StructureError
+        The model has no layer with weights.
+    """
+    try:
+        traced = trace(model, example_inputs, verify=config.verify, seed=config.seed)
+    except ClafusionError as error:
+        raise type(error)(f"{label(name)}: {error}") from error
+    for group in traced.groups:
+        if group.size > MAX_CHANNELS:
+            raise InputError(
+                f"{label(name)}: {group.name!r} has {group.size} channels; matching them would "
+                f"take about {16 * group.size * group.size / 1e9:.1f} GB. Layers of up to "
+                f"{MAX_CHANNELS} channels are supported"
+            )
+    if not traced.layers:
+        raise StructureError(f"{label(name)} has no layer with weights")
+    return traced
+
+
+def traced_template(target: Like, like: nn.Module, example_inputs: ExampleInputs) -> TracedModel:
+    """Trace a copy of the module that gives the result its structure.
+
+    It gets the type, the place and the mode (train or eval) of ``like``, one of those to be fused.
+
+    Raises
+    ------
+    InputError
+        The template is no module.
+    ClafusionError
+        As for :func:`clafusion.trace`.
+    """
+    if not isinstance(target.template, nn.Module):
+        raise InputError(
+            "target.template must be a torch.nn.Module of the wanted structure; got "
+            f"{target.template!r}"
+        )
+    known = next((one for one in like.parameters() if one.is_floating_point()), torch.empty(0))
+    try:
+        module = copied(target.template).to(known.device, known.dtype)
+        return trace(module.train(like.training), example_inputs)
+    except ClafusionError as error:
+        raise type(error)(f"target.template: {error}") from error
+
+
+# --- clocks -------------------------------------------------------------------------------------
+
+
+def device_of_profile(profile: ModelProfile) -> torch.device:
+    """Return where a profiled model computes."""
+    return profile.traced.example_inputs[0].device
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Return where a model's parameters are; None for a model without any."""
+    return next((one.device for one in model.parameters()), None)
+
+
+class Clock:
+    """Measure the stages: seconds, and on a GPU how much memory PyTorch held there at the most."""
+
+    def __init__(
+        self,
+        device: torch.device | None,
+        seconds: Mapping[str, float] | None = None,
+        peak_memory: Mapping[str, int] | None = None,
+    ) -> None:
+        self.seconds = dict(seconds or {})
+        self.peak_memory = dict(peak_memory or {})
+        self._gpu = device if device is not None and device.type == "cuda" else None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measure what runs in here, and call it ``name``."""
+        if self._gpu is not None:
+            torch.cuda.reset_peak_memory_stats(self._gpu)
+        start = time.perf_counter()
+        yield
+        if self._gpu is not None:
+            torch.cuda.synchronize(self._gpu)  # what is queued belongs to this stage
+            self.peak_memory[name] = torch.cuda.max_memory_allocated(self._gpu)
+        self.seconds[name] = time.perf_counter() - start

@@ -1,0 +1,184 @@
+"""Module + inputs -> exported graph. The only user of ``torch.export``."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from clafusion.errors import InputError, UnsupportedOpError
+from clafusion.tracing.operations import module_path, op_name
+
+__all__ = ["export_model", "first_line", "refuse_changed_inputs"]
+
+
+def export_model(
+    model: nn.Module, arguments: Sequence[Tensor], keywords: Mapping[str, Tensor]
+) -> torch.export.ExportedProgram:
+    """Export a model in eval mode, with a free batch size where its code allows that.
+
+    The bodies of nested graphs become part of the graph itself.
+
+    Parameters
+    ----------
+    model
+        A copy that may be changed, in eval mode.
+    arguments, keywords
+        Example inputs, positional and by name; they are copied.
+
+    Raises
+    ------
+    InputError
+        The model does not run on the inputs.
+    UnsupportedOpError
+        ``torch.export`` cannot export the model, or the graph holds control flow.
+    """
+    with _quiet_export():
+        program = _export(
+            model,
+            tuple(value.clone() for value in arguments),
+            {name: value.clone() for name, value in keywords.items()},
+        )
+    _inline_subgraphs(program.graph_module)
+    return program
+
+
+def refuse_changed_inputs(module: fx.GraphModule, placeholders: Sequence[str | None]) -> None:
+    """Refuse a graph that changes an input in place, for that would change the caller's data.
+
+    Parameters
+    ----------
+    module
+        The exported graph.
+    placeholders
+        For each of its inputs the state entry's name, or None for a model input.
+
+    Raises
+    ------
+    UnsupportedOpError
+        An operation works in place on an input or on a view of an input.
+    """
+    nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
+    inputs = {node for node, name in zip(nodes, placeholders, strict=True) if name is None}
+    for node in module.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        schema = node.target._schema
+        first = node.args[0] if node.args else None
+        if first not in inputs:
+            continue
+        if schema.is_mutable:
+            raise UnsupportedOpError(
+                f"the model changes its input in place ({op_name(node)} in "
+                f"{module_path(node) or 'forward'}), which would change the data: write it without "
+                "the underscore or inplace=True"
+            )
+        if schema.returns and schema.returns[0].alias_info is not None:
+            inputs.add(node)
+
+
+@contextmanager
+def _quiet_export() -> Iterator[None]:
+    """Switch off PyTorch's fused transformer kernels and its warnings about exports.
+
+    The kernels would hide the layers. The warnings are about other uses of exported programs.
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def _export(
+    model: nn.Module, arguments: tuple[Tensor, ...], keywords: Mapping[str, Tensor]
+) -> torch.export.ExportedProgram:
+    auto = {0: torch.export.Dim.AUTO}
+    by_name: dict[str, Any] = {}
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*arguments, **keywords)
+    except TypeError as error:
+        raise InputError(
+            f"the model's forward{signature} does not take these inputs: {error}"
+        ) from error
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            by_name[name] = tuple(auto for _ in value)
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            by_name[name] = dict.fromkeys(value, auto)
+        else:
+            by_name[name] = auto
+    shapes: Any = by_name if keywords else tuple(by_name.values())
+    failure: Exception | None = None
+    try:
+        program = torch.export.export(
+            model, arguments, dict(keywords), dynamic_shapes=shapes, strict=False
+        )
+    except Exception as error:
+        failure = error
+    try:  # export and forward may each fail alone; an error of forward says more
+        with torch.no_grad():
+            model(*arguments, **keywords)
+    except Exception as cause:
+        inputs = (*arguments, *keywords.values())
+        shown = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in inputs)
+        types = ", ".join(sorted({str(value.dtype) for value in model.parameters()}))
+        raise InputError(
+            f"the model does not run on the example inputs {shown}, with parameters of "
+            f"{types or 'no type'}: {cause}"
+        ) from cause
+    if failure is not None:
+        raise UnsupportedOpError(
+            f"torch.export cannot export {type(model).__name__}: {first_line(failure)}. Rewrite "
+            "data-dependent control flow, or fuse the part of the model that can be exported"
+        ) from failure
+    return program
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the error's type where it has none."""
+    return next(iter(str(error).strip().splitlines()), repr(error))
+
+
+def _inline_subgraphs(module: fx.GraphModule) -> None:
+    """Put the bodies of nested graphs, as of ``wrap_with_set_grad_enabled``, into the graph."""
+    changed = False
+    for node in list(module.graph.nodes):
+        if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        if "wrap_with" not in str(node.target):
+            raise UnsupportedOpError(
+                f"operation {node.target} (node {node.name!r}) is not supported: its body depends "
+                "on values. Export the model without data-dependent control flow"
+            )
+        body_at = next(
+            i
+            for i, argument in enumerate(node.args)
+            if isinstance(argument, fx.Node)
+            and argument.op == "get_attr"
+            and isinstance(getattr(module, str(argument.target)), fx.GraphModule)
+        )
+        body = getattr(module, str(node.args[body_at].target))
+        _inline_subgraphs(body)
+        inputs = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+        mapping = dict(zip(inputs, node.args[body_at + 1 :], strict=True))
+        with module.graph.inserting_before(node):
+            results = module.graph.graph_copy(body.graph, mapping)
+        for user in list(node.users):  # the body returns a tuple, of which each user takes an item
+            item = results[user.args[1]] if isinstance(results, (tuple, list)) else results
+            user.replace_all_uses_with(item)
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+        changed = True
+    if changed:
+        module.recompile()

@@ -1,0 +1,115 @@
+"""Whether a layer can be inserted without changing what a network computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import fx
+
+from clafusion.tracing.cuts import Draft
+from clafusion.tracing.flow import NORMS, Flow
+from clafusion.tracing.operations import bound_operands, convolution_geometry, op_name
+
+__all__ = ["insertable"]
+
+# f(f(x)) = f(x): after such an activation, an inserted layer with identity weights and the same
+# activation changes nothing.
+_IDEMPOTENT = frozenset("relu relu6 hardtanh clamp clamp_min abs".split())
+_ZERO_AT_ZERO = frozenset("relu relu6 gelu silu tanh hardswish leaky_relu elu selu mish".split())
+
+
+def insertable(
+    flow: Flow, draft: Draft
+) -> tuple[Literal["identity", "zero"] | None, tuple[str, ...]]:
+    """Return :class:`~clafusion.tracing.model.Layer`'s ``insertable`` and ``last_write``."""
+    if draft.kind == "chain" and _can_be_identity(flow, draft):
+        return "identity", ()
+    if draft.kind == "residual_block":
+        last_write = _last_write(flow, draft)
+        if last_write:
+            return "zero", last_write
+    return None, ()
+
+
+def _has_passed(flow: Flow, node: fx.Node | None, activations: Sequence[fx.Node]) -> bool:
+    """Return whether ``activations`` leave a value as it is, for it has passed the same before."""
+    if not activations:
+        return True
+    kinds = {(op_name(activation), flow.settings(activation)) for activation in activations}
+    if len(kinds) > 1 or op_name(activations[0]) not in _IDEMPOTENT:
+        return False
+    while node is not None and flow.is_glue(node) and len(flow.operands(node)) == 1:
+        node = flow.operands(node)[0]
+    return node is not None and (op_name(node), flow.settings(node)) in kinds
+
+
+def _can_be_identity(flow: Flow, draft: Draft) -> bool:
+    """Return whether some weights make a chain layer the identity."""
+    affine, *rest = draft.nodes
+    if rest and op_name(rest[0]) == "batch_norm":
+        rest = rest[1:]
+    operands = flow.operands(affine)
+    if len(operands) != 1 or not all(flow.freedom(affine) or ()):
+        return False
+    before, after = (flow.channels.nodes[value.name] for value in (operands[0], affine))
+    if before.axis is None or before.axis != after.axis or bool((before.groups < 0).any()):
+        return False
+    if len(before.groups.unique()) > 1 or len(after.groups.unique()) > 1:
+        return False
+    if len(before.members.unique()) != len(before.members):
+        return False  # several positions for each channel, as after a flatten
+    if op_name(affine) in ("conv1d", "conv2d", "conv3d"):
+        if not _keeps_positions(flow, affine):
+            return False
+    elif op_name(affine) != "linear":
+        return False
+    return _has_passed(flow, operands[0], rest)
+
+
+def _keeps_positions(flow: Flow, convolution: fx.Node) -> bool:
+    """Return whether a kernel with a single 1 in the middle makes a convolution the identity."""
+    kernel, *_, groups = flow.settings(convolution)
+    stride, padding, dilation = convolution_geometry(convolution, kernel)
+    same = all(2 * p == d * (k - 1) for k, p, d in zip(kernel, padding, dilation, strict=True))
+    odd = all(k % 2 == 1 for k in kernel)
+    return same and odd and all(step == 1 for step in stride) and bool(groups == 1)
+
+
+def _last_write(flow: Flow, draft: Draft) -> tuple[str, ...]:
+    """Return the parameters that, set to zero, make a residual branch write zero."""
+    joins = [node for node in draft.nodes if _joins(flow, node, draft)]
+    if len(joins) != 1:
+        return ()
+    join = joins[0]
+    after = draft.nodes[draft.nodes.index(join) + 1 :]
+    if not _has_passed(flow, draft.entry, after):
+        return ()
+    (node,) = (operand for operand in flow.operands(join) if operand is not draft.entry)
+    while True:
+        parameters = flow.parameters(node)
+        name = op_name(node)
+        if parameters and flow.is_weighted(node):
+            return tuple(parameters)
+        if parameters and name in NORMS:
+            bound = bound_operands(node)
+            affine = (bound.get(role) for role in ("weight", "bias"))
+            return tuple(flow.sources[operand] for operand in affine if operand in flow.sources)
+        operands = flow.operands(node)
+        if name == "mul" and parameters:
+            return tuple(parameters)
+        if len(operands) != 1 or not (flow.is_glue(node) or name in _ZERO_AT_ZERO):
+            return ()
+        node = operands[0]
+
+
+def _joins(flow: Flow, node: fx.Node, draft: Draft) -> bool:
+    """Return whether a node adds the branch's value to the value that entered the block."""
+    operands = flow.operands(node)
+    return (
+        op_name(node) == "add"
+        and draft.entry is not None
+        and len(operands) == 2
+        and draft.entry in operands
+        and bound_operands(node).get("alpha", 1) == 1
+    )

@@ -1,0 +1,127 @@
+"""Matrix products, with a weight or of two activations, and attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from clafusion.tracing.labels.ids import collapse, fixed_ids, sequence_ids
+from clafusion.tracing.labels.interpreter import Call, Label, LabelPropagation, rule
+from clafusion.tracing.labels.rules.common import collapse_within, combined, joined, reduced
+from clafusion.tracing.labels.rules.weighted import linear_labels
+
+
+@rule(*"matmul mm bmm addmm baddbmm".split())
+def _matmul(propagation: LabelPropagation, call: Call) -> Label:
+    """Multiply matrices: as a linear layer where a trained matrix takes part, else contract."""
+    names = {
+        "addmm": ("mat1", "mat2"),
+        "baddbmm": ("batch1", "batch2"),
+        "bmm": ("self", "mat2"),
+        "mm": ("self", "mat2"),
+    }.get(call.name, ("self", "other"))
+    first, second = (call.label(name) for name in names)
+    result: Tensor
+    if propagation.is_trained(second) and second.tensor.dim() == 2:
+        ids = propagation.activation(first, call.value(names[0]))
+        result = linear_labels(propagation, call, ids, second, (1, 0))
+    elif propagation.is_trained(first) and first.tensor.dim() == 2:
+        ids = propagation.activation(second, call.value(names[1]))
+        if ids.dim() < 2:
+            raise propagation.unsupported(call.node, "a matrix parameter times a vector")
+        result = linear_labels(propagation, call, ids.mT, first, (0, 1)).mT
+    else:
+        left, right = (
+            propagation.activation(label, call.value(name))
+            for label, name in zip((first, second), names, strict=True)
+        )
+        left = left.unsqueeze(0) if left.dim() == 1 else left
+        right = right.unsqueeze(1) if right.dim() == 1 else right
+        result = _contracted(propagation, call.node.name, left, right).reshape(call.output.shape)
+    if call.name in ("addmm", "baddbmm"):
+        return combined(
+            propagation,
+            call.node.name + "_sum",
+            [(call.label("self"), call.value("self")), (result, call.output)],
+        )
+    return result
+
+
+@rule("scaled_dot_product_attention")
+def _attention(propagation: LabelPropagation, call: Call) -> Label:
+    """Contract queries with keys, add the mask, take the softmax, mix the values."""
+    query, key, value = (
+        propagation.activation(call.label(name), call.value(name))
+        for name in ("query", "key", "value")
+    )
+    if call.value("enable_gqa"):
+        key, value = (
+            ids.repeat_interleave(query.size(-3) // ids.size(-3), -3) for ids in (key, value)
+        )
+    scores = _contracted(propagation, call.node.name + "_scores", query, key.mT)
+    mask = call.bound.get("attn_mask")
+    if isinstance(mask, fx.Node):
+        ids = propagation.activation(call.label("attn_mask"), call.value("attn_mask"))
+        propagation.unite(scores, ids.expand(scores.shape))
+        scores = joined(call.node.name + "_mask", [scores, ids], scores.shape)
+    reduced(propagation, call.node.name + "_softmax", scores, [-1])
+    return _contracted(propagation, call.node.name, scores, value)
+
+
+def _contracted(propagation: LabelPropagation, text: str, left: Tensor, right: Tensor) -> Tensor:
+    """Return the labels of a product of two activations.
+
+    Parameters
+    ----------
+    propagation
+        The running propagation.
+    text
+        Names the product.
+    left, right
+        Labels ``(..., m, k)`` and ``(..., k, n)``; the leading axes broadcast.
+
+    Returns
+    -------
+    Tensor
+        Labels ``(..., m, n)``.
+    """
+    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    m, k, n = left.size(-2), left.size(-1), right.size(-1)
+    left, right = left.expand(*batch, m, k), right.expand(*batch, k, n)
+    moving = [bool((collapse(ids)[0] >= 0).any()) for ids in (left, right)]
+    places = fixed_ids(text, (*batch, 1))  # an id for each product in the batch
+    if not any(moving):
+        return fixed_ids(text, (*batch, m, n))
+    if not moving[1]:
+        return _contracted(propagation, text, right.mT, left.mT).mT
+    if not moving[0]:
+        if _constant_along(right, -2):
+            # The left side mixes positions (attention): the channels of the right side stay.
+            weights = sequence_ids(left.flatten(-2))
+            propagation.meet(right[..., 0, :], weights.unsqueeze(-1).expand(*batch, n))
+            return right[..., :1, :].expand(*batch, m, n)
+        if _constant_along(right, -1):
+            propagation.count(right[..., 0])
+            propagation.meet(right[..., 0], sequence_ids(left.mT))
+            return fixed_ids(text, (*batch, m, n))
+        propagation.pin(right)
+        return fixed_ids(text, (*batch, m, n))
+    if _constant_along(left, -2) and _constant_along(right, -1):
+        # The product contracts channels (query with key): they move together, and the result
+        # moves with none.
+        propagation.unite(left[..., 0, :], right[..., :, 0])
+        propagation.count(left[..., 0, :])
+        propagation.meet(left[..., 0, :], places.expand(*batch, k))
+        return fixed_ids(text, (*batch, m, n))
+    propagation.pin(left)
+    if _constant_along(left, -1) and _constant_along(right, -2):
+        # The product contracts positions (key with value in linear attention). Each result
+        # belongs to two channels, but a label names one: the left side's channels are pinned.
+        propagation.meet(right[..., 0, :], places.expand(*batch, n))
+        return right[..., :1, :].expand(*batch, m, n)
+    propagation.pin(right)
+    return fixed_ids(text, (*batch, m, n))
+
+
+def _constant_along(ids: Tensor, axis: int) -> bool:
+    return collapse_within(ids, [axis % ids.dim()]).size(axis) == 1

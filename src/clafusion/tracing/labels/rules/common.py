@@ -1,0 +1,192 @@
+"""What the rules of several families share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from clafusion.tracing.labels.ids import collapse, combine, fixed_ids, value_ids, varies_along
+from clafusion.tracing.labels.interpreter import Call, Label, LabelPropagation, ParameterView
+
+__all__ = [
+    "collapse_within",
+    "combined",
+    "joined",
+    "reduced",
+    "rows_along",
+    "scale_channels",
+    "trained_weight",
+]
+
+
+def combined(
+    propagation: LabelPropagation, text: str, operands: Sequence[tuple[Label, Tensor]]
+) -> Label:
+    """Return the label of an elementwise function of several operands; unite what it joins.
+
+    Parameters
+    ----------
+    propagation
+        The running propagation.
+    text
+        Names the function: equal fixed ids under equal names give equal results.
+    operands
+        The label and the value of each operand. The values' shapes broadcast.
+
+    Returns
+    -------
+    Label
+        Labels of the broadcast shape; the parameter view itself for a function of one trained
+        parameter alone.
+    """
+    views = [label for label, _ in operands if propagation.is_trained(label)]
+    if len(operands) == 1 and views:
+        return views[0]  # an elementwise function of a parameter moves as the parameter does
+    activations = [
+        propagation.activation(label, value)
+        for label, value in operands
+        if not propagation.is_trained(label)
+    ]
+    shape = torch.broadcast_shapes(*(value.shape for _, value in operands))
+    if not activations:
+        activations = [propagation.element_ids(views[0])]
+        for view in views[1:]:
+            propagation.unite(activations[0], propagation.element_ids(view))
+        return activations[0].expand(shape)
+    for view in views:
+        # Any of the activations may be the one whose channels the parameter meets.
+        for ids in activations:
+            if bool((collapse(ids)[0] >= 0).any()):
+                propagation.scale(view, ids.expand(shape))
+                break
+    elements = [propagation.element_ids(view) for view in views]
+    if elements and not any(bool((collapse(ids)[0] >= 0).any()) for ids in activations):
+        for ids in elements:  # a parameter that meets only fixed elements stays in its place
+            propagation.pin(ids)
+        elements = [-1 - ids for ids in elements]
+    for first, second in combinations(activations, 2):
+        propagation.unite(first.expand(shape), second)
+    return joined(text, [*activations, *elements], shape)
+
+
+def joined(text: str, operands: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """Return the labels of an elementwise result: an operand's atom where there is one.
+
+    Where every operand is fixed, the result is a new fixed id, made of theirs and ``text``.
+    """
+    for ids in operands:
+        if bool((collapse(ids)[0] >= 0).all()) and ids.expand(shape).shape == torch.Size(shape):
+            return ids.expand(shape)
+    collapsed = collapse(*operands)
+    result = combine(text, [ids.clamp(max=-1) for ids in collapsed])
+    for ids in collapsed:
+        result = torch.where(ids >= 0, ids, result)
+    return result.expand(shape)
+
+
+def scale_channels(
+    propagation: LabelPropagation, call: Call, name: str, ids: Tensor, axis: int = 1
+) -> None:
+    """Let the operand ``name`` ``(num_channels,)`` act along an axis of an activation.
+
+    A missing operand does nothing. A constant gives the channels a fingerprint.
+
+    Raises
+    ------
+    UnsupportedOpError
+        The operand is computed from other values.
+    """
+    label = call.label(name)
+    value = call.value(name)
+    if not isinstance(value, Tensor):
+        return
+    if axis < 0:
+        axis += ids.dim()
+    shape = [-1 if i == axis and value.numel() > 1 else 1 for i in range(ids.dim())]
+    if isinstance(label, ParameterView):
+        propagation.scale(label, ids, shape)
+    elif label is None:
+        propagation.meet(ids, value_ids(value).reshape(shape))
+    else:
+        raise propagation.unsupported(call.node, f"its {name} is computed from other values")
+
+
+def reduced(
+    propagation: LabelPropagation, text: str, ids: Tensor, axes: Sequence[int], counts: bool = False
+) -> Tensor:
+    """Return the labels of a reduction that ignores the order along ``axes``.
+
+    Where the labels do not vary along ``axes`` (positions of one channel), the label stays. A
+    reduction over different channels gives a fixed result. Its fixed id becomes a fingerprint of
+    the channels, so that they change places only within the reduction.
+
+    Parameters
+    ----------
+    propagation
+        The running propagation.
+    text
+        Names the reduction.
+    ids
+        The labels that are reduced.
+    axes
+        The axes that are reduced; negative ones count from the end.
+    counts
+        Whether a copy of a channel would change the result, as in a sum.
+
+    Returns
+    -------
+    Tensor
+        Labels in which the reduced axes have size 1.
+    """
+    axes = [axis % max(ids.dim(), 1) for axis in axes]
+    kept = [axis for axis in range(ids.dim()) if axis not in axes]
+    roots = propagation.roots(collapse_within(ids, axes)) if ids.dim() else ids
+    rows = roots.permute(*kept, *axes).flatten(len(kept)) if ids.dim() else ids.reshape(1)
+    low, high = rows.amin(-1), rows.amax(-1)
+    alike = low == high
+    shape = [1 if axis in axes else ids.size(axis) for axis in range(ids.dim())]
+    results = torch.where(alike, low, fixed_ids(text, low.shape))
+    results = torch.where(alike & (low < 0), combine(text, [low.clamp(max=-1)]), results)
+    results = results.reshape(shape)
+    if not bool(alike.all()):
+        mask = alike.reshape(shape).expand(ids.shape)
+        propagation.meet(torch.where(mask, -1, ids), results.clamp(max=-1).expand(ids.shape))
+        if counts:
+            propagation.count(torch.where(mask, -1, ids))
+    return results
+
+
+def collapse_within(ids: Tensor, axes: Sequence[int]) -> Tensor:
+    """Shrink to size 1 each of ``axes`` along which the labels do not vary."""
+    for axis in axes:
+        if ids.size(axis) > 1 and not varies_along(ids, axis):
+            ids = ids.narrow(axis, 0, 1)
+    return ids
+
+
+def trained_weight(propagation: LabelPropagation, call: Call, name: str) -> ParameterView:
+    """Return the operand ``name``, which must be a trained parameter or a view of one.
+
+    Raises
+    ------
+    UnsupportedOpError
+        The operand is a constant or is computed from other values.
+    """
+    label = call.label(name)
+    if not propagation.is_trained(label):
+        raise propagation.unsupported(
+            call.node,
+            f"its {name} is {'a constant' if label is None else 'computed from other values'}, "
+            "not a parameter (remove parametrizations such as weight_norm first)",
+        )
+    return label
+
+
+def rows_along(ids: Tensor, axis: int) -> Tensor:
+    """Return the different rows ``(num_rows, num_channels)`` of labels along ``axis``."""
+    moved = ids.movedim(axis, -1)
+    (distinct,) = collapse(moved)
+    return distinct.expand(*distinct.shape[:-1], moved.size(-1)).reshape(-1, moved.size(-1))

@@ -1,0 +1,94 @@
+"""Operations that take many values to few: sums, extremes, softmax, sorts, pooling."""
+
+from __future__ import annotations
+
+import torch
+
+from clafusion.tracing.labels.ids import combine, fixed_ids
+from clafusion.tracing.labels.interpreter import Call, Label, LabelPropagation, rule
+from clafusion.tracing.labels.rules.common import collapse_within, joined, reduced
+from clafusion.tracing.labels.rules.elementwise import elementwise
+
+# Reductions whose result changes when a value is there twice.
+_COUNTING = frozenset("sum nansum norm logsumexp prod linalg_vector_norm count_nonzero".split())
+
+
+@rule(
+    *"""sum mean amax amin var std norm logsumexp prod any all nansum var_mean std_mean
+    linalg_vector_norm max min median max_pool_all count_nonzero aminmax""".split()
+)
+def _reduction(propagation: LabelPropagation, call: Call) -> Label:
+    """Reduce one operand over the axes ``dim``; ``max(a, b)`` and ``min(a, b)`` are elementwise."""
+    operands = call.tensors()
+    if len(operands) == 2:
+        return elementwise(propagation, call)
+    ids = propagation.activation(call.label_of(operands[0][1]), call.value_of(operands[0][1]))
+    axes = call.concrete(call.bound.get("dim"))
+    axes = [axes] if isinstance(axes, int) else list(axes or range(ids.dim()))
+    axes = [axis % max(ids.dim(), 1) for axis in axes]
+    results = reduced(propagation, call.node.name, ids, axes, call.name in _COUNTING)
+    if call.name in ("max", "min", "median") and isinstance(call.output, tuple):
+        used = {user.args[1] for user in call.node.users if user.users}
+        if used - {0}:  # the model uses the index of the extreme value, so channels keep places
+            propagation.pin(torch.where(results < 0, ids, -1))
+    outputs = call.output if isinstance(call.output, tuple) else (call.output,)
+    if outputs[0].dim() < ids.dim():
+        results = results.flatten() if outputs[0].dim() == 0 else results.squeeze(tuple(axes))
+        results = results.reshape(outputs[0].shape)
+    return (results,) * len(outputs) if isinstance(call.output, tuple) else results
+
+
+@rule(*"softmax _softmax log_softmax _log_softmax _safe_softmax softmin".split())
+def _softmax(propagation: LabelPropagation, call: Call) -> Label:
+    """Divide every value by a sum along one axis: each keeps its own label."""
+    ids = propagation.activation(call.label("self"), call.value("self"))
+    sums = reduced(propagation, call.node.name, ids, [call.value("dim")], counts=True)
+    return joined(call.node.name, [ids, sums.clamp(max=-1)], ids.shape)
+
+
+@rule(*"cumsum cumprod logcumsumexp cummax cummin sort argsort topk argmax argmin kthvalue".split())
+def _ordered(propagation: LabelPropagation, call: Call) -> Label:
+    """Pin the channels along the axis, for the result depends on their order."""
+    ids = propagation.activation(call.label("self"), call.value("self"))
+    axis = call.concrete(call.bound.get("dim"))
+    axes = list(range(ids.dim())) if axis is None else [axis % max(ids.dim(), 1)]
+    if collapse_within(ids, axes).numel() != ids.numel() and call.name.startswith("cum"):
+        return ids
+    propagation.pin(ids)
+    outputs = call.output if isinstance(call.output, tuple) else (call.output,)
+    labels = tuple(
+        fixed_ids(f"{call.node.name}{i}", output.shape) for i, output in enumerate(outputs)
+    )
+    return labels if isinstance(call.output, tuple) else labels[0]
+
+
+@rule(
+    *"""max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
+    _adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
+    max_pool2d_with_indices max_pool3d_with_indices max_pool1d_with_indices
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d
+    upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa
+    _upsample_bicubic2d_aa lp_pool2d _upsample_nearest_exact1d _upsample_nearest_exact2d""".split()
+)
+def _pooling(propagation: LabelPropagation, call: Call) -> Label:
+    """Mix positions: the label stays where all positions of a channel have the same label."""
+    node = call.tensors()[0][1]
+    ids = propagation.activation(call.label_of(node), call.value_of(node))
+    outputs = call.output if isinstance(call.output, tuple) else (call.output,)
+    spatial = _spatial_axes(call.name, ids.dim())
+    label = collapse_within(ids, spatial)
+    if all(label.size(axis) == 1 for axis in spatial):
+        if bool((label < 0).any()):
+            label = torch.where(label >= 0, label, combine(call.node.name, [label.clamp(max=-1)]))
+        label = label.expand(outputs[0].shape)
+    else:
+        propagation.pin(ids)  # channels along a pooled axis keep their places
+        label = fixed_ids(call.node.name, outputs[0].shape)
+    return (label,) * len(outputs) if isinstance(call.output, tuple) else label
+
+
+def _spatial_axes(name: str, dims: int) -> list[int]:
+    """Return the last axes, as many as the digit in the operation's name says."""
+    count = next(int(digit) for digit in name if digit.isdigit())
+    return list(range(dims - count, dims))

@@ -1,0 +1,133 @@
+"""The points of a layer at which its channels are observed or rescaled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from clafusion.tracing.cuts import Draft
+from clafusion.tracing.flow import NORMS, SAME_VALUES, Flow, is_matrix_product, is_pointwise
+from clafusion.tracing.model import CalibrationPoint, HookPoint
+from clafusion.tracing.operations import batch_axis, bound_operands, op_name
+
+__all__ = ["calibration_points", "hook_points"]
+
+
+def hook_points(flow: Flow, draft: Draft) -> tuple[HookPoint, ...]:
+    """Return the values that a layer's products read, and last the layer's own output."""
+    points: dict[str, HookPoint] = {}
+    readers: dict[str, set[tuple[int, int]]] = {}
+    for place, node in enumerate(draft.nodes):
+        is_product = flow.is_weighted(node) or is_matrix_product(node)
+        if is_product or op_name(node) == "scaled_dot_product_attention":
+            for i, operand in enumerate(flow.operands(node)):
+                point = _hook_point(flow, operand)
+                if point is not None:
+                    points.setdefault(point.post, point)
+                    readers.setdefault(point.post, set()).add((place, i))
+    output = _hook_point(flow, draft.nodes[-1])
+    if output is not None:
+        points.pop(output.post, None)
+        points[output.post] = output
+        readers.setdefault(output.post, set()).add((len(draft.nodes), 0))
+    return tuple(replace(point, readers=frozenset(readers[post])) for post, point in points.items())
+
+
+def _hook_point(flow: Flow, node: fx.Node) -> HookPoint | None:
+    """Walk from a layer's operand back to the activation that it reads.
+
+    The walk ends where channels and inputs have axes of their own, and before it would change
+    how many positions there are.
+    """
+    while (
+        flow.is_glue(node)
+        and len(flow.operands(node)) == 1
+        and (
+            flow.channels.nodes[node.name].axis is None
+            or op_name(node) in SAME_VALUES
+            or batch_axis(node) is None
+        )
+    ):
+        node = flow.operands(node)[0]
+    channels = flow.channels.nodes[node.name]
+    if channels.axis in (None, batch_axis(node)) or not channels.free:
+        return None
+    pre = node
+    before = flow.operands(node)
+    if len(before) == 1 and is_pointwise(node) and not flow.parameters(node):
+        same = flow.channels.nodes[before[0].name]
+        if same.axis == channels.axis and torch.equal(same.groups, channels.groups):
+            pre = before[0]
+    shape = flow.channels.shapes[node.name]
+    batch = batch_axis(node)
+    return HookPoint(
+        node.name,
+        pre.name,
+        channels.axis,
+        tuple(size for axis, size in enumerate(shape) if axis not in (batch, channels.axis)),
+        channels.groups,
+        channels.members,
+        batch,
+    )
+
+
+def calibration_points(flow: Flow, draft: Draft) -> tuple[CalibrationPoint, ...]:
+    """Return the outputs inside a layer that its own parameters can rescale, in order."""
+    points = (_calibration_point(flow, node) for node in draft.nodes)
+    return tuple(point for point in points if point is not None)
+
+
+def _calibration_point(flow: Flow, node: fx.Node) -> CalibrationPoint | None:
+    name = op_name(node)
+    if name not in ("batch_norm", "linear", "conv1d", "conv2d", "conv3d"):
+        return None
+    if len(node.users) == 1 and op_name(next(iter(node.users))) in NORMS:
+        return None  # the norm undoes any change here
+    weight, bias = (flow.sources.get(bound_operands(node).get(role)) for role in ("weight", "bias"))
+    shape = flow.channels.shapes[node.name]
+    axis = len(shape) - 1 if name == "linear" else 1
+    if weight is None or flow.state[weight].size(0) != shape[axis]:
+        return None
+    channels = flow.channels.nodes[node.name]
+    if channels.free and channels.axis != axis:
+        return None
+    affine: fx.Node | None = node
+    if name == "batch_norm":
+        (affine,) = flow.operands(node) or (None,)
+        if affine is not None and not (flow.is_weighted(affine) and len(affine.users) == 1):
+            affine = None  # another reader of the affine layer would see it rescaled
+    join, shortcut = _join_of(flow, node, affine or node)
+    fixed = torch.full((shape[axis],), -1)
+    return CalibrationPoint(
+        node.name,
+        None if affine is None else affine.name,
+        join,
+        shortcut,
+        axis,
+        weight,
+        bias,
+        channels.groups if channels.free else fixed,
+        channels.members if channels.free else fixed,
+    )
+
+
+def _join_of(flow: Flow, node: fx.Node, affine: fx.Node) -> tuple[str | None, str | None]:
+    """Return the addition that takes a layer's output, and its other operand."""
+    value = node
+    while len(value.users) == 1 and op_name(next(iter(value.users))) in SAME_VALUES:
+        (value,) = value.users
+    if len(value.users) != 1:
+        return None, None
+    (join,) = value.users
+    others = [operand for operand in flow.operands(join) if operand is not value]
+    if (
+        op_name(join) != "add"
+        or bound_operands(join).get("alpha", 1) != 1
+        or len(others) != 1
+        or flow.channels.shapes[others[0].name] != flow.channels.shapes[node.name]
+        or flow.order[others[0]] > flow.order[affine]
+    ):
+        return None, None
+    return join.name, others[0].name

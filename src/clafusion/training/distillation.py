@@ -1,0 +1,192 @@
+"""Train a student to give its teachers' outputs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clafusion.errors import InputError
+from clafusion.profiling.batches import Progress
+from clafusion.training.checkpoint import model_digest
+from clafusion.training.data import Batch, LabelledData, device_of
+from clafusion.training.loop import TrainingResult, train
+from clafusion.training.losses import Loss, cross_entropy_of, is_finite, logits_of
+from clafusion.training.settings import (
+    Schedule,
+    Settings,
+    check_model,
+    check_number,
+    milestones_of,
+    plain_number,
+)
+
+__all__ = ["distill"]
+
+
+def distill(
+    student: nn.Module,
+    teachers: nn.Module | Sequence[nn.Module],
+    data: LabelledData | Tensor,
+    *,
+    temperature: float = 4.0,
+    alpha: float = 0.9,
+    epochs: int | None = None,
+    steps: int | None = None,
+    learning_rate: float = 0.01,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    schedule: Schedule = "cosine",
+    milestones: Sequence[int] = (),
+    decay: float = 0.1,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    batch_size: int = 128,
+    validation: LabelledData | None = None,
+    patience: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    mixed_precision: bool = False,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> TrainingResult:
+    r"""Train a copy of a student to give the outputs of one or more teachers.
+
+    With logits :math:`z` of the student, the mean :math:`p` of the teachers' probabilities at
+    temperature :math:`T`, and labels :math:`y`, the loss is
+
+    .. math:: \alpha\, T^2\, \mathrm{KL}\bigl(p \,\|\, \mathrm{softmax}(z / T)\bigr)
+              + (1 - \alpha)\, \mathrm{CE}(z, y)
+
+    (Hinton et al., arXiv 1503.02531, section 2). The factor :math:`T^2` keeps the gradient's size
+    as the temperature changes.
+
+    Parameters
+    ----------
+    student
+        The model to train; it is not modified.
+    teachers
+        A model or a list of models with the student's inputs and classes; they are not modified,
+        and run in eval mode.
+    data
+        As for :func:`finetune`. With ``alpha=1`` the loss uses no labels, and ``data`` may be a
+        tensor of inputs or batches without labels. The last entry of a batch that is a tuple of
+        two or more still counts as labels.
+    temperature
+        Above 0; higher values give small probabilities more weight.
+    alpha
+        The weight of the teachers' part of the loss, in [0, 1].
+    epochs, steps, learning_rate, momentum, weight_decay, schedule, milestones, decay, optimizer
+        As for :func:`finetune`.
+    batch_size, validation, patience, checkpoint, mixed_precision, device, seed
+        As for :func:`finetune`.
+    progress
+        Called after each step with ``"distill"`` and the number of steps done.
+
+    Returns
+    -------
+    TrainingResult
+        With the trained copy of the student as ``.model``.
+
+    Raises
+    ------
+    InputError
+        As for :func:`finetune`, or a teacher's outputs have another shape than the student's.
+    DivergenceError
+        The loss is no longer finite.
+    """
+    check_number("temperature", temperature, above=0.0)
+    check_number("alpha", alpha, least=0.0, most=1.0)
+    temperature, alpha = plain_number(temperature), plain_number(alpha)
+    if isinstance(data, Tensor) and alpha < 1.0:
+        raise InputError(
+            f"data is a tensor of inputs alone, but with alpha={alpha:g} labels are needed: give "
+            "(inputs, labels), or alpha=1"
+        )
+    originals = _listed_teachers(teachers)
+    settings = Settings(
+        stage="distill",
+        epochs=epochs,
+        steps=steps,
+        learning_rate=learning_rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        milestones=milestones_of(milestones),
+        decay=decay,
+        batch_size=batch_size,
+        patience=patience,
+        mixed_precision=mixed_precision,
+        seed=seed,
+        loss={
+            "temperature": temperature,
+            "alpha": alpha,
+            "teachers": [model_digest(teacher) for teacher in originals],
+        },
+    )
+    check_model("student", student)
+    target = device_of(device, student)
+    frozen = [copy.deepcopy(teacher).to(target).eval() for teacher in originals]
+    return train(
+        student,
+        (data, None) if isinstance(data, Tensor) else data,
+        _distillation_loss(frozen, temperature, alpha),
+        settings,
+        optimizer=optimizer,
+        validation=validation,
+        checkpoint=checkpoint,
+        device=device,
+        progress=progress,
+        labelled=alpha < 1.0,
+    )
+
+
+def _listed_teachers(teachers: Any) -> list[nn.Module]:
+    """Return the teachers as a list; raise InputError where there is none."""
+    is_module = isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList)
+    models: list[Any] = [teachers]
+    if not is_module:
+        models = list(teachers) if isinstance(teachers, Iterable) else []
+    if not models or not all(isinstance(model, nn.Module) for model in models):
+        raise InputError("teachers must be a torch.nn.Module or a list of at least one")
+    return models
+
+
+def _distillation_loss(teachers: Sequence[nn.Module], temperature: float, alpha: float) -> Loss:
+    """Return the loss that :func:`distill` documents."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        logits = logits_of(model, batch)
+        with torch.no_grad():
+            outputs = [
+                logits_of(teacher, batch, f"teacher {i}") for i, teacher in enumerate(teachers)
+            ]
+            for i, output in enumerate(outputs):
+                if output.shape != logits.shape:
+                    raise InputError(
+                        f"teacher {i} gives outputs of shape {tuple(output.shape)}, the student of "
+                        f"{tuple(logits.shape)}: distillation needs the same classes"
+                    )
+            softened = [(output / temperature).softmax(1) for output in outputs]
+            probabilities = torch.stack(softened).mean(0)
+        log_probabilities = (logits / temperature).log_softmax(1)
+        # An output (batch, classes, ...) holds many predictions: take the mean over all of them.
+        divergences = F.kl_div(log_probabilities, probabilities, reduction="none").sum(1)
+        soft = temperature**2 * divergences.mean()
+        if not math.isfinite(float(soft.detach())) and is_finite(batch):
+            for i, output in enumerate(outputs):
+                if not bool(torch.isfinite(output).all()):
+                    raise InputError(
+                        f"teacher {i} gives NaN or infinite outputs: check its weights and the "
+                        "scale of the data"
+                    )
+        if alpha == 1.0:
+            return soft
+        return alpha * soft + (1.0 - alpha) * cross_entropy_of(logits, batch[2])
+
+    return loss

@@ -1,0 +1,62 @@
+"""Put weights of any widths into a module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["fill", "with_state"]
+
+
+def with_state(
+    module: nn.Module, state: Mapping[str, Tensor], aliases: Mapping[str, str]
+) -> nn.Module:
+    """Return a copy of a module that holds ``state``, whatever the widths in it are.
+
+    ``aliases`` maps the other names of tied entries to those in ``state``.
+    """
+    with torch.inference_mode(False):  # in which nothing is made that can be trained
+        built = copy.deepcopy(module)
+        fill(built, {**state, **{alias: state[name] for alias, name in aliases.items()}})
+    return built
+
+
+def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put ``state`` into a module in place, whatever the widths in it are."""
+    with torch.no_grad():
+        for kind in (module.named_parameters(), module.named_buffers()):
+            for name, tensor in list(kind):
+                if name in state:
+                    tensor.data = state[name].detach().to(tensor).clone()
+    for submodule in module.modules():
+        _set_widths(submodule)
+
+
+def _set_widths(module: nn.Module) -> None:
+    """Make a layer's attributes agree with its parameters' shapes."""
+    weight: Any = getattr(module, "weight", None)
+    if isinstance(module, nn.modules.conv._ConvNd):
+        into, out = weight.size(1), weight.size(0)
+        if module.transposed:
+            into, out = out, into
+            module.in_channels, module.out_channels = into, out * module.groups
+        else:
+            if module.groups == module.in_channels > 1 and into == 1:
+                module.groups = out * module.in_channels // module.out_channels
+            module.in_channels, module.out_channels = into * module.groups, out
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        known = weight if weight is not None else module.running_mean
+        if known is not None:
+            module.num_features = known.size(0)
+    elif isinstance(module, nn.GroupNorm) and weight is not None:
+        module.num_channels = weight.size(0)
+    elif isinstance(module, nn.LayerNorm) and weight is not None:
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape

@@ -1,0 +1,313 @@
+"""Factories of models, written ``MODULE:FACTORY``, and models whose weights lie in files."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import os
+import re
+import sys
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from clafusion.errors import InputError
+from clafusion.weights.messages import listed, one_line
+from clafusion.weights.state_files import (
+    READABLE,
+    check_input,
+    file_digest,
+    stored_state,
+    without_prefixes,
+)
+
+__all__ = ["ModelFile", "build_model", "load_model"]
+
+_SPEC = re.compile(r"(?P<module>.+?):(?P<call>[A-Za-z_]\w*(\.\w+)*\s*(\(.*\))?)", re.DOTALL)
+
+
+def build_model(factory: str) -> nn.Module:
+    """Return a new model, in eval mode, from a factory ``MODULE:FACTORY``.
+
+    Parameters
+    ----------
+    factory
+        ``package.module:name`` or ``path/to/file.py:name``, where ``name`` is a function or class
+        that returns the model. Literal arguments may follow: ``resnet.py:make(depth=20)``.
+
+    Raises
+    ------
+    InputError
+        The module cannot be imported, the name is missing or cannot be called, or calling it
+        fails or returns no module.
+    """
+    matched = _matched(factory)
+    name, positional, keywords = _call(factory, matched["call"])
+    maker: Any = _import(factory, matched["module"])
+    for part in name.split("."):
+        if not hasattr(maker, part):
+            raise InputError(
+                f"factory {factory!r}: {matched['module']!r} has no {part!r}"
+                f"{_alternatives(part, vars(maker))}"
+            )
+        maker = getattr(maker, part)
+    if isinstance(maker, nn.Module) or not callable(maker):
+        raise InputError(
+            f"factory {factory!r} is a {type(maker).__name__}; it must be a function or class "
+            "that returns a new model when it is called"
+        )
+    try:
+        model = maker(*positional, **keywords)
+    except Exception as error:
+        raise InputError(f"factory {factory!r} failed: {one_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"factory {factory!r} returned a {type(model).__name__}; it must return a "
+            "torch.nn.Module"
+        )
+    return model.eval()
+
+
+def load_model(factory: str, path: str | os.PathLike[str]) -> nn.Module:
+    """Return a new model, in eval mode, with the weights in a file.
+
+    Parameters
+    ----------
+    factory
+        As for :func:`build_model`.
+    path
+        As for :func:`clafusion.weights.state_files.load_state`.
+
+    Raises
+    ------
+    InputError
+        As for these two functions; or the file does not fit the model. Then the message lists the
+        missing names, the unexpected names and the shapes that differ.
+    """
+    stored = stored_state(path)
+    model = build_model(factory)
+    own = model.state_dict()
+    # A model may have a submodule that is itself called "module": take off prefixes only if needed.
+    state = stored if stored.keys() == own.keys() else without_prefixes(stored)
+    problems = _differences(model, own, state)
+    if problems:
+        raise InputError(f"{str(path)!r} does not fit {factory!r}: {'; '.join(problems)}")
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise InputError(f"{str(path)!r} does not fit {factory!r}: {one_line(error)}") from error
+    return model
+
+
+def _differences(
+    model: nn.Module, own: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> list[str]:
+    """Return what keeps a model from taking a state, in words; ``own`` is its own state."""
+    missing = [
+        name
+        for name in own
+        if name not in state
+        and not name.endswith("num_batches_tracked")  # old files lack it, and eval mode needs none
+        and not _is_tied(model, name, state)
+    ]
+    unexpected = [name for name in state if name not in own]
+    reshaped = [
+        f"{name!r} is {_shape(state[name])} in the file and {_shape(tensor)} in the model"
+        for name, tensor in own.items()
+        if name in state and isinstance(tensor, Tensor) and tensor.shape != state[name].shape
+    ]
+    return [
+        f"{len(names)} {what}: {listed(shown)}"
+        for what, names, shown in (
+            ("missing from the file", missing, map(repr, missing)),
+            ("not in the model", unexpected, map(repr, unexpected)),
+            ("of another shape", reshaped, reshaped),
+        )
+        if names
+    ]
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model whose weights lie in a file until they are needed.
+
+    Attributes
+    ----------
+    factory
+        The factory of the model, ``MODULE:FACTORY``, as for
+        :func:`clafusion.weights.factories.build_model`.
+    path
+        The file of its weights, as for :func:`clafusion.weights.state_files.load_state`.
+    """
+
+    factory: str
+    path: str | os.PathLike[str]
+
+    def load(self) -> nn.Module:
+        """Return the model with its weights, in eval mode; errors are :func:`load_model`'s."""
+        return load_model(self.factory, self.path)
+
+    def build(self) -> nn.Module:
+        """Return the model, in eval mode, with the weights that the factory gives it."""
+        return build_model(self.factory)
+
+    def check(self) -> None:
+        """Check what can be checked without running code or reading weights.
+
+        Raises
+        ------
+        InputError
+            The factory is malformed, or its file or that of the weights is missing or may not be
+            read.
+        """
+        matched = _matched(self.factory)
+        _call(self.factory, matched["call"])
+        _check_code(self.factory, matched["module"])
+        check_input(self.path, READABLE, "checkpoint")
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the weights, the factory's text and the file that defines it.
+
+        What that file imports does not enter.
+
+        Raises
+        ------
+        InputError
+            The file is missing or may not be read.
+        """
+        digest = hashlib.sha256(self.factory.encode())
+        digest.update(file_digest(check_input(self.path, READABLE, "checkpoint")).encode())
+        matched = _SPEC.fullmatch(self.factory.strip())
+        code = _source(matched["module"]) if matched is not None else None
+        if code is not None and code.is_file():
+            digest.update(code.read_bytes())
+        return digest.hexdigest()
+
+
+def _is_tied(model: nn.Module, name: str, state: Mapping[str, Tensor]) -> bool:
+    """Return whether another name of the same tensor is in the file."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    return any(other in state for other, value in tensors.items() if value is tensors.get(name))
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a single number"
+
+
+def _matched(factory: str) -> re.Match[str]:
+    """Return the parts of ``MODULE:FACTORY``; raise InputError for any other text."""
+    matched = _SPEC.fullmatch(factory.strip())
+    if matched is None:
+        raise InputError(
+            f"{factory!r} is no factory: write MODULE:FACTORY, for example "
+            "'package.module:make_model', 'file.py:Model' or 'file.py:make_model(depth=20)'"
+        )
+    return matched
+
+
+def _check_code(factory: str, name: str) -> bool:
+    """Return whether the module is given by its file; refuse a file that is missing."""
+    is_file = name.endswith(".py")
+    if is_file and not Path(name).is_file():
+        raise InputError(f"factory {factory!r}: the file {name!r} does not exist")
+    return is_file
+
+
+def _call(factory: str, text: str) -> tuple[str, list[Any], dict[str, Any]]:
+    """Return name, arguments and keywords of ``name(1, key=2)``, without running anything."""
+    try:
+        node = ast.parse(text, mode="eval").body
+        if not isinstance(node, ast.Call):
+            return ast.unparse(node), [], {}
+        if any(keyword.arg is None for keyword in node.keywords):
+            raise ValueError("** is not possible here")
+        return (
+            ast.unparse(node.func),
+            [ast.literal_eval(argument) for argument in node.args],
+            {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords},
+        )
+    except (SyntaxError, ValueError) as error:
+        raise InputError(
+            f"factory {factory!r}: the arguments must be literals, as in make(depth=20); "
+            f"{one_line(error)}"
+        ) from error
+
+
+def _import(factory: str, name: str) -> ModuleType:
+    """Import the module or the file of a factory; raise InputError where that fails."""
+    is_file = _check_code(factory, name)
+    # As `python file.py` and `python -m module` do, so that the module can import its neighbours.
+    directory = str(Path(name).resolve().parent) if is_file else str(Path.cwd())
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+    try:
+        return _import_file(Path(name).resolve()) if is_file else importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            raise InputError(
+                f"factory {factory!r}: there is no module {error.name!r}; install it, or run from "
+                "the directory that contains it"
+            ) from error
+        raise InputError(
+            f"factory {factory!r}: importing {name!r} failed: {one_line(error)}"
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise InputError(
+            f"factory {factory!r}: importing {name!r} failed: {one_line(error)}"
+        ) from error
+
+
+def _source(name: str) -> Path | None:
+    """Return the file of a module, or the file that ``name`` is; import nothing."""
+    if name.endswith(".py"):
+        return Path(name)
+    directories: Sequence[str] | None = [str(Path.cwd()), *sys.path]
+    spec = None
+    parts = name.split(".")
+    try:
+        for i in range(len(parts)):
+            spec = PathFinder.find_spec(".".join(parts[: i + 1]), directories)
+            if spec is None:
+                return None
+            directories = spec.submodule_search_locations
+    except (ImportError, KeyError, ValueError):  # in a package without a file of its own
+        return None
+    return None if spec is None or not spec.has_location else Path(str(spec.origin))
+
+
+def _import_file(path: Path) -> ModuleType:
+    # Files of the same name in different directories are different modules.
+    name = f"{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None, "the ending is .py"
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _alternatives(wanted: str, names: Mapping[str, Any]) -> str:
+    """Return the end of a message: which other callables a module has, near ones if any."""
+    callables: list[str] = [
+        name
+        for name, value in names.items()
+        if callable(value) and not name.startswith("_") and not isinstance(value, ModuleType)
+    ]
+    near = [name for name in callables if name.lower().startswith(wanted[:3].lower())]
+    return f"; it has {listed(near or callables)}" if callables else ""

@@ -1,0 +1,204 @@
+"""Regression onto the parents: what must come back exactly, and what it must leave alone."""
+
+import copy
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from clafusion import Alignment, LeastSquares, MergeWeights, UnsupportedOpError, fuse, trace
+from clafusion.calibration.least_squares import anchored_weights
+from clafusion.merging.mean import weighted_mean
+from tests.support.assertions import assert_same_function
+from tests.support.networks import mlp, output, resnet
+
+VECTORS = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def chain(*widths, seed=0, inplace=False):
+    torch.manual_seed(seed)
+    layers = []
+    for into, out in pairwise((8, *widths)):
+        layers += [nn.Linear(into, out), nn.ReLU(inplace=inplace)]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], 4)).eval()
+
+
+class Residual(nn.Module):
+    """A block on a stream that is the raw input's, whose channels may not move."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.first, self.second = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return x + self.second(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.8, "auto"])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_operations_in_place_spoil_no_goal(weight, anchor):
+    models = [chain(16, 12, inplace=True), chain(16, 12, seed=1, inplace=True)]
+    calibration = LeastSquares(anchor=anchor)
+    fused = fuse(models, VECTORS, [1 - weight, weight], calibration=calibration).model
+    # Weight 0 is the first network, which gives the target; 1 the second one, in its channels.
+    assert_same_function(fused, models[int(weight)], VECTORS, "least_squares")
+
+
+def test_a_copy_in_place_is_itself():
+    model = chain(16, 12, inplace=True)
+    fused = fuse([model, copy.deepcopy(model)], VECTORS, calibration="least_squares").model
+    assert_same_function(fused, model, VECTORS, "least_squares")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_layers_may_be_merged_at_any_place(seed):
+    deep, shallow = chain(10, 12, 9), chain(11, 9, seed=1)
+    result = fuse(
+        [deep, shallow],
+        VECTORS,
+        target="shallower",
+        calibration="least_squares",
+        alignment=Alignment(mode="random"),
+        seed=seed,
+        verify=False,
+    )
+    assert torch.isfinite(output(result.model, VECTORS)).all()
+    assert len(result.model) == len(shallow)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_stream_whose_channels_may_not_move(weight):
+    torch.manual_seed(0)
+    deep = nn.Sequential(Residual(8, 12), Residual(8, 12), nn.Linear(8, 4)).eval()
+    shallow = nn.Sequential(Residual(8, 12), nn.Linear(8, 4)).eval()
+    weights = [1 - weight, weight]
+    fused = fuse([deep, shallow], VECTORS, weights, calibration="least_squares").model
+    assert_same_function(fused, (deep, shallow)[int(weight)], VECTORS, "least_squares")
+
+
+def test_outputs_that_cannot_be_regressed_are_not_anchored():
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv3d(2, 6, 3, padding=1), nn.ReLU(), nn.Conv3d(6, 3, 1)).eval()
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        second[2].weight.neg_()
+        second[2].bias.neg_()
+    inputs = torch.randn(40, 2, 4, 4, 4)
+    fused = fuse([first, second], inputs, calibration=LeastSquares(anchor=0.8)).model
+    assert float(output(fused, inputs).abs().max()) < 1e-5
+
+
+def test_a_weight_that_two_layers_share_stays_the_average():
+    class Shared(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.first, self.twice = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.last = nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = torch.relu(self.first(x))
+            return self.last(torch.relu(self.twice(torch.relu(self.twice(x)))))
+
+    models = [Shared(seed).eval() for seed in (0, 1)]
+    results = [
+        fuse(models, VECTORS, calibration=calibration).model
+        for calibration in ("none", LeastSquares(anchor=0.0))
+    ]
+    assert torch.equal(results[0].twice.weight, results[1].twice.weight)
+    assert not torch.equal(results[0].last.weight, results[1].last.weight)
+
+
+def test_bytes_do_not_depend_on_torch_threads():
+    deep, shallow = resnet(2, 1), resnet(1, 1, seed=1)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            model = fuse([deep, shallow], IMAGES, calibration="least_squares").model
+            found.append(b"".join(one.detach().numpy().tobytes() for one in model.parameters()))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
+def test_auto_takes_what_comes_nearer_to_the_mean():
+    deep, shallow = mlp(8, 12, 10, 4), mlp(8, 12, 4, seed=1)
+    goal = (output(deep, VECTORS) + output(shallow, VECTORS)) / 2
+    results = [
+        fuse([deep, shallow], VECTORS, calibration=LeastSquares(anchor=anchor))
+        for anchor in ("auto", 0.0, 0.8)
+    ]
+    auto, *distances = (
+        float((output(one.model, VECTORS) - goal).square().sum()) for one in results
+    )
+    assert auto == pytest.approx(min(distances), rel=1e-4)
+    assert results[0].anchor == (0.0, 0.8)[distances.index(min(distances))]
+
+
+def with_weights(weights, reference=0):
+    """Return a problem of copies of one network, of which only the weights matter."""
+    problem = fuse([chain(6)] * len(weights), VECTORS, calibration="none", verify=False).problem
+    parents = [replace(one, weights=of) for one, of in zip(problem.parents, weights, strict=True)]
+    return replace(problem, parents=tuple(parents), reference=reference)
+
+
+def test_the_interior_is_anchored_at_the_largest_weight():
+    def inside(weights, anchor):
+        problem = with_weights([*map(MergeWeights, weights)], reference=len(weights) - 1)
+        return tuple(one.overall for one in anchored_weights(problem, anchor))
+
+    assert inside((0.5, 0.5), 0.0) == (0.5, 0.5)
+    assert inside((0.5, 0.5), 1.0) == (0.0, 1.0)  # of equals to the reference
+    assert inside((0.6, 0.4), 1.0) == (1.0, 0.0)
+    assert inside((0.25, 0.75), 0.5) == (0.125, 0.875)
+    assert inside((0.25, 0.5, 0.25), 0.5) == (0.125, 0.75, 0.125)
+    for weights in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.1, 0.2, 0.3, 0.4), (1 / 3,) * 3):
+        for anchor in (0.0, 0.3, 1.0):
+            found = inside(weights, anchor)
+            assert sum(found) == pytest.approx(1.0, abs=1e-15)
+            assert min(found) >= 0.0
+            if max(weights) == 1.0:
+                assert found == weights
+
+
+def test_of_equals_the_reference_is_the_anchor_wherever_it_stands():
+    for reference in range(3):
+        problem = with_weights([MergeWeights(1 / 3)] * 3, reference)
+        found = [one.overall for one in anchored_weights(problem, 1.0)]
+        assert found == pytest.approx([float(i == reference) for i in range(3)], abs=1e-15)
+
+
+def test_a_layers_own_weights_are_anchored_at_the_same_network_as_the_outputs():
+    own = MergeWeights(0.6, {"a": 0.25, "b": 1.0}), MergeWeights(0.4, {"a": 0.75, "b": 0.0})
+    first, second = anchored_weights(with_weights(own), 0.5)
+    assert (first.overall, first.of("a"), first.of("b")) == (0.8, 0.625, 1.0)
+    assert (second.overall, second.of("a"), second.of("b")) == pytest.approx((0.2, 0.375, 0.0))
+
+
+def test_the_weighted_mean_counts_weights_of_their_sum():
+    values = [torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([6.0])]
+    assert float(weighted_mean(values, [0.2, 0.2, 0.2])) == pytest.approx(3.0)
+    assert float(weighted_mean(values, [0.0, 0.1, 0.3])) == pytest.approx(5.0)
+    assert float(weighted_mean(values, [0.0, 0.5, 0.0])) == 2.0
+    assert float(weighted_mean(values, [0.0, 0.0, 0.0])) == 6.0
+
+
+def test_a_model_that_changes_its_input_is_refused():
+    class Changes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, x):
+            x.view(-1).mul_(0.5)
+            return self.layer(x)
+
+    inputs = VECTORS.clone()
+    with pytest.raises(UnsupportedOpError, match="changes its input in place"):
+        trace(Changes(), inputs, verify=False)
+    assert torch.equal(inputs, VECTORS)

@@ -1,0 +1,188 @@
+"""Every option of the configuration on the command line: its flag, its value, its refusals."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import typer
+
+from clafusion import FusionConfig, InputError
+from clafusion.cli.align import STAGES
+from clafusion.cli.app import main, make_app
+from clafusion.cli.options import configured, errors_by_flags, setting_at
+from clafusion.config import Calibration, LeastSquares, Settings, count, number, options_of
+
+OPTIONS = {one.path: one for one in options_of(FusionConfig)}
+FUSE = ["fuse", "a.pt", "b.pt", "--arch=m:n", "--data=data.npy", "--out=out.pt"]
+
+
+def parameters(command):
+    """Return the flags of a command's parameters, in order."""
+    found = typer.main.get_command(make_app()).commands[command].params
+    return [flag for one in found for flag in (*one.opts, *one.secondary_opts)]
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """Return a function that types options after ``clafusion fuse`` and returns the settings."""
+
+    def config(*options):
+        found = []
+
+        def stop(*given):
+            found.append(configured(*given))
+            raise InputError("stop here")
+
+        monkeypatch.setattr("clafusion.cli.fuse.configured", stop)
+        assert main([*FUSE, *options]) == 2
+        return found[0] if found else None
+
+    return config
+
+
+def needed(option):
+    """Return the options without which this one does not count."""
+    found = []
+    while option.needs:
+        found.append(f"{OPTIONS[option.needs].flag}={option.of[0]}")
+        option = OPTIONS[option.needs]
+    return found[::-1]
+
+
+def value_at(config, path):
+    """Return an option's value; of a variant its name."""
+    found = setting_at(config, path)
+    return found.name if isinstance(found, Settings) else found
+
+
+def other_values(option):
+    if option.choices:
+        return [one for one in option.choices if one != option.default]
+    return {"number": [0.25], "count": [7], "flag": [not option.default], "text": ["narrow"]}[
+        option.kind
+    ]
+
+
+CASES = [
+    (path, value)
+    for path, one in OPTIONS.items()
+    for value in (["torch.nn:Identity"] if path == "target.template" else other_values(one))
+]
+
+
+@pytest.mark.parametrize(("path", "value"), CASES)
+def test_every_option_reaches_the_settings(typed, path, value):
+    option = OPTIONS[path]
+    more = [f"{option.flag}={value}"]
+    if option.kind == "flag":
+        more = [option.flag if value else f"--no-{option.flag[2:]}"]
+    if path == "matching.outputs":
+        more.append("--profiling-layer-values=preactivation")
+    if path == "target" and value == "like":
+        more.append("--target-template=torch.nn:Identity")
+    config = typed(*needed(option), *more)
+    if path == "target.template":
+        assert isinstance(config.target.template, torch.nn.Identity)
+    else:
+        assert (value_at(config, path), type(value_at(config, path))) == (value, type(value))
+    base = FusionConfig(target="like") if option.of == ("like",) else typed(*needed(option))
+    for other in OPTIONS:
+        touched = f"{other}.".startswith(f"{path}.")
+        if not touched and (path, other) != ("matching.outputs", "profiling.layer_values"):
+            assert value_at(config, other) == value_at(base, other)
+
+
+def test_nothing_typed_gives_the_defaults(typed):
+    assert typed() == FusionConfig()
+
+
+def test_each_command_has_its_options_once():
+    for command in ("fuse", "align", "inspect", "demo"):
+        flags = parameters(command)
+        assert len(flags) == len(set(flags))
+        stages = {"fuse": [path.partition(".")[0] for path in OPTIONS], "demo": ["seed"]}
+        stages["align"] = STAGES
+        stages["inspect"] = ["verify", "seed"]
+        for path, option in OPTIONS.items():
+            assert (option.flag in flags) == (path.partition(".")[0] in stages[command])
+
+
+def test_the_help_has_every_choice_default_and_line(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["fuse", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for option in OPTIONS.values():
+        line = option.help[0].upper() + option.help[1:]
+        assert line in shown
+        if option.choices:
+            assert f"{option.flag} [{'|'.join(option.choices)}]" in shown
+            assert f"[default: {option.default}]" in shown
+    assert "For --matching-solver sinkhorn or unbalanced. [default: 0.05]" in shown
+    assert "Calibration: how what is lost is restored:" in shown
+
+
+def test_a_variant_from_elsewhere_has_its_options(typed, capsys, monkeypatch):
+    monkeypatch.setattr(Calibration, "_variants", dict(Calibration._variants))
+
+    @dataclass(frozen=True)
+    class Doubled(Calibration, name="doubled"):
+        """Double everything."""
+
+        factor: float = number(2.0, "how much more")
+        samples: int = count(10, "how many inputs are doubled")
+
+    config = typed("--calibration=doubled", "--calibration-factor=3", "--calibration-samples=4")
+    assert config.calibration == Doubled(3.0, 4)
+    assert typed("--calibration-factor=3") is None
+    assert "--calibration-factor is for --calibration doubled; this is repair" in (
+        capsys.readouterr().err
+    )
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["fuse", "--help"])
+    shown = capsys.readouterr().out
+    assert "[none|batchnorm|repair|least_squares|doubled]" in shown
+    assert "How much more. For --calibration doubled. [default: 2.0]" in shown
+
+
+def test_options_come_before_the_file(typed, tmp_path, capsys):
+    path = tmp_path / "settings.yaml"
+    path.write_text("calibration: {name: least_squares, anchor: 5e-1, ridge: 1e-2}\nseed: 3\n")
+    config = typed(f"--config={path}", "--calibration-anchor=auto", "--matching-solver=exact")
+    assert config.calibration == LeastSquares(anchor="auto", ridge=0.01)
+    assert (config.seed, config.matching.solver.name) == (3, "exact")
+    assert typed(f"--config={path}", "--calibration=least_squares") == typed(f"--config={path}")
+    config = typed(f"--config={path}", "--calibration=repair", "--seed=0")
+    assert config == FusionConfig()  # of another variant, what the first one has is not kept
+    path.write_text("calibration: {name: least_squares, anchor: 2}\n")
+    capsys.readouterr()
+    assert typed(f"--config={path}") is None
+    told = capsys.readouterr().err
+    assert told == (
+        f"clafusion: --config '{path}': calibration.anchor must be 'auto' or in [0, 1]; got 2\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("calibration.anchor must be 'auto'", "--calibration-anchor must be 'auto'"),
+        ("matching.cost must be one of", "--matching-cost must be one of"),
+        ("seed must be a whole number", "--seed must be a whole number"),
+        ("only in alignment.mode='layer'", "only in --alignment-mode layer"),
+        (
+            "matching.solver 'zip' needs cost='both'",
+            "--matching-solver zip needs --matching-cost both",
+        ),
+        ("use solver='auto'", "use --matching-solver auto"),
+        ("alignment needs cost='cka'", "alignment needs --alignment-cost cka"),
+        ("give cost='cka'", "give cost='cka'"),
+        ("models['a'] has no layer", "model 'a' has no layer"),
+        ("give target=Like(module), a", "give --target like --target-template MODULE:FACTORY, a"),
+        ("the seed of 'repair' is the target", "the seed of 'repair' is the target"),
+        ("inputs must be a tensor", "inputs must be a tensor"),
+    ],
+)
+def test_errors_call_options_as_they_are_typed(message, shown):
+    with pytest.raises(InputError) as caught, errors_by_flags():
+        raise InputError(message)
+    assert str(caught.value) == shown

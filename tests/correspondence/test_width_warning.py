@@ -1,0 +1,164 @@
+"""Channels that are added up without weights are found, and told where widths differ there."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import clafusion
+from clafusion import Barycentre, Deeper, Like, WidthWarning, fuse, trace
+from tests.support import networks
+
+INPUTS = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(0, 9, (80, 5), generator=torch.Generator().manual_seed(1))
+
+
+class Net(nn.Module):
+    """Two layers with something between them."""
+
+    def __init__(self, between, width=8, into=6):
+        super().__init__()
+        self.between = between
+        self.first, self.last = nn.Linear(into, width), nn.Linear(width, 4)
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x)))
+
+
+class Summed(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, width), nn.Linear(6, width)
+        self.last = nn.Linear(1, 4)
+
+    def forward(self, x):
+        return self.last((self.first(x) * self.second(x)).sum(1, keepdim=True))
+
+
+class Ones(Summed):
+    """The same by a product with ones."""
+
+    def forward(self, x):
+        ones = torch.ones(self.first.out_features, 1)
+        return self.last((self.first(x) * self.second(x)) @ ones)
+
+
+class Scores(nn.Module):
+    """The sums of the products of all queries with all keys."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.queries, self.keys = nn.Linear(6, width), nn.Linear(6, width)
+        self.last = nn.Linear(3, 4)
+
+    def forward(self, x):
+        x = torch.stack([x, x.sin(), x.cos()], 1)
+        return self.last((self.queries(x) @ self.keys(x).mT).mean(1))
+
+
+class Tied(nn.Module):
+    """The weights of an embedding give the outputs, too."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.embedding = nn.Embedding(9, width)
+        self.hidden = nn.Linear(width, width)
+
+    def forward(self, x):
+        x = self.embedding(x).mean(1)
+        return F.linear(x + self.hidden(x).relu(), self.embedding.weight)
+
+
+def softmax(width=8):
+    return Net(nn.Softmax(1), width)
+
+
+def layer_norm(width=8):
+    return Net(nn.LayerNorm(width), width)
+
+
+def mean(width=8):
+    return Net(MeanSubtracted(), width)
+
+
+class MeanSubtracted(nn.Module):
+    def forward(self, x):
+        return (x - x.mean(1, keepdim=True)).relu()
+
+
+COUNTED = {
+    "softmax": (softmax, INPUTS),
+    "sum": (Summed, INPUTS),
+    "ones": (Ones, INPUTS),
+    "queries and keys": (Scores, INPUTS),
+    "tied embedding": (Tied, TOKENS),
+}
+WEIGHED = {
+    "norm": (layer_norm, INPUTS),
+    "mean": (mean, INPUTS),
+    "plain": (lambda width=8: networks.mlp(6, width, 4), INPUTS),
+}
+
+
+def pair(make):
+    torch.manual_seed(0)
+    return networks.randomise(make(8)), networks.randomise(make(5), 1)
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_channels_that_are_added_up_are_found_and_told(name):
+    make, inputs = COUNTED[name]
+    wide, narrow = pair(make)
+    assert any(one.is_counted for one in trace(wide, inputs).groups)
+    with pytest.warns(WidthWarning, match="5 in one network and 8 in the other"):
+        fuse([wide, narrow], inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fuse([wide, wide], inputs)
+
+
+@pytest.mark.parametrize("name", WEIGHED)
+def test_channels_that_only_layers_read_are_not(name):
+    make, inputs = WEIGHED[name]
+    wide, narrow = pair(make)
+    assert not any(one.is_counted for one in trace(wide, inputs).groups)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fuse([wide, narrow], inputs)
+
+
+@pytest.mark.parametrize("strategy", ["many_to_one", "iterative", Barycentre(max_rounds=2)])
+def test_users_of_more_than_two_models_are_told_as_well(strategy):
+    wide, narrow = pair(Scores)
+    for models in ([wide, narrow], [wide, wide, narrow]):
+        with pytest.warns(WidthWarning, match="5 in one network and 8 in the other"):
+            fuse(models, INPUTS, merging={"strategy": strategy})
+
+
+def test_the_warning_points_to_the_callers_line():
+    wide, narrow = pair(Scores)
+    with pytest.warns(WidthWarning) as told:
+        fuse([wide, narrow], INPUTS)
+    assert told[0].filename == __file__
+
+
+def test_widths_of_another_parent_are_told_as_well():
+    wide, narrow = pair(Scores)
+    with pytest.warns(WidthWarning, match="8 in one network and 5 in the other"):
+        fuse([wide, narrow], INPUTS, target=Deeper(width="narrow"))
+
+
+def test_a_template_is_told_as_well():
+    narrow = networks.randomise(softmax(5))
+    with pytest.warns(WidthWarning, match="5 in one network and 8 in the other"):
+        fuse([narrow, narrow], INPUTS, target=Like(softmax(8)))
+
+
+def test_many_pairs_keep_the_warning():
+    wide, narrow = pair(Scores)
+    with pytest.warns(WidthWarning, match="added up without weights"):
+        (result,) = clafusion.fuse_pairs({"wide": wide, "narrow": narrow}, INPUTS)
+    (text,) = result.warnings
+    assert "added up without weights" in text
