@@ -413,7 +413,7 @@ def test_plans_of_sources_are_those_of_their_channels_side_by_side():
     found = [plans[0] for plans in zip_plans(sources.sources, 0.3)]
     values = torch.cat([standardised(output(one[0], VECTORS)) for one in models], 1)
     costs = 1 - (values.T @ values / len(values)).double()
-    assert set(grouped(found)) == zip_ref(costs.numpy(), (9, 6, 11), 9, 0.3)
+    assert set(grouped(found)) == zip_ref(costs.numpy(), (9, 6, 11), 9, 0.3, 0)
 
 
 def test_what_does_not_go_with_zipping_is_refused():
