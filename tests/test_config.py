@@ -62,8 +62,10 @@ FAMILIES = {
 # --- giving ---------------------------------------------------------------------------------------
 
 
-def test_a_string_stands_for_a_value_with_its_defaults():
+def test_a_string_or_the_value_inside_stands_for_a_value_with_its_defaults():
     for given, wanted in [
+        ({"merging": Barycentre(max_rounds=2)}, {"merging": {"strategy": Barycentre(2)}}),
+        ({"matching": Zip()}, {"matching": Matching(solver=Zip())}),
         ({"calibration": "least_squares"}, {"calibration": LeastSquares()}),
         ({"calibration": "none"}, {"calibration": NoCalibration()}),
         ({"target": "shallower"}, {"target": Shallower()}),

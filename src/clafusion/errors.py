@@ -3,6 +3,9 @@
 Each message names what was found, where, and what to do about it.
 """
 
+import sys
+import warnings
+
 __all__ = [
     "AlignmentError",
     "ClafusionError",
@@ -14,6 +17,7 @@ __all__ = [
     "StructureError",
     "UnsupportedOpError",
     "WidthWarning",
+    "warn",
 ]
 
 
@@ -79,3 +83,13 @@ class WidthWarning(FusionWarning):
 
     Where one has more of them, copies of a channel add up: see ``ChannelGroup.is_counted``.
     """
+
+
+def warn(message: str, category: type[FusionWarning]) -> None:
+    """Give a warning that points at the line that called clafusion, however deep it arose."""
+    level = 2
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("clafusion"):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, category, stacklevel=level)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,7 +23,7 @@ from clafusion.config import (
     config_from,
 )
 from clafusion.correspondence.moving import outgoing_map
-from clafusion.errors import ConvergenceWarning
+from clafusion.errors import ConvergenceWarning, warn
 from clafusion.matching.plans import Matched, match_sources
 from clafusion.merging.layer_weights import weigh_layers
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
@@ -395,11 +394,10 @@ def _barycentre(
         problem = again
         rounds += 1
     if not converged:
-        warnings.warn(
+        warn(
             f"the plans still changed after {max_rounds} rounds; the last mean is taken. Raise "
             "merging.strategy.max_rounds, or use merging='many_to_one'",
             ConvergenceWarning,
-            stacklevel=3,
         )
     return problem, rounds, converged
 

@@ -134,8 +134,9 @@ class Settings:
     def parse(cls: type[S], value: Any, where: str) -> S:
         """Return settings from what a user may give for them.
 
-        That is the settings themselves, a name (of a variant; else the first field's value), or a
-        mapping of the fields, with the variant's name as ``name``. Errors call it ``where``.
+        That is the settings themselves, a name (of a variant; else the first field's value), a
+        value of one nested field, or a mapping of the fields, with the variant's name as ``name``.
+        Errors call it ``where``.
         """
         if isinstance(value, cls):
             return value
@@ -153,6 +154,10 @@ class Settings:
                     )
                 kind = cls._variant(given.pop("name"), where)
             return made(cast("type[S]", kind), given, where)
+        if isinstance(value, Settings) and not cls._is_family:
+            for one in fields(cls):
+                if isinstance(value, one.metadata.get("settings", ())):
+                    return made(cls, {one.name: value}, where)
         raise InputError(
             f"{where} must be one of {_listed(cls._variants)}, or settings of that kind; got "
             f"{value!r}"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import ExitStack, closing, nullcontext
@@ -35,7 +34,7 @@ from clafusion.batch.tasks import (
 )
 from clafusion.batch.worker import Job, Outcome, Worker, described
 from clafusion.config import FusionConfig, Like, config_from
-from clafusion.errors import ClafusionError, InputError
+from clafusion.errors import ClafusionError, InputError, warn
 from clafusion.profiling.batches import Data, data_digest, first_batch
 from clafusion.stages import ExampleInputs, merge_weights
 from clafusion.weights.factories import ModelFile
@@ -361,7 +360,7 @@ class _Run:
         """Store a pair's outcome, and keep its result until its turn comes."""
         result = self._finished[pair] = self._store.add(pair, outcome)
         for text, category in zip(result.warnings, outcome.categories, strict=True):
-            warnings.warn(f"{label(pair[0])} and {label(pair[1])}: {text}", category, stacklevel=4)
+            warn(f"{label(pair[0])} and {label(pair[1])}: {text}", category)
         self._count += 1
         self._report()
 

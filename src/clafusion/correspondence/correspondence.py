@@ -9,7 +9,6 @@ out, or multiplied into the next one.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clafusion.correspondence.hooks import HookPair, hook_pairs, source_hook
-from clafusion.errors import StructureError, WidthWarning
+from clafusion.errors import StructureError, WidthWarning, warn
 from clafusion.tracing.model import CalibrationPoint, HookPoint, Layer, TracedModel
 
 __all__ = [
@@ -287,11 +286,10 @@ def warn_of_counted_channels(correspondence: Correspondence) -> None:
             found.setdefault(sizes, []).append(one.name)
     for (of_source, of_target), names in found.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        warnings.warn(
+        warn(
             f"the channels of {names[0]!r}{more}, {of_source} in one network and {of_target} in "
             "the other, are added up without weights (queries with keys, a softmax or sum over "
             "channels, an embedding's weights used again for the outputs), so that each copy of "
             "them counts: what the network of the other width computes there is not kept",
             WidthWarning,
-            stacklevel=5,
         )

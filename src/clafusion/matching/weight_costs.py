@@ -8,7 +8,6 @@ costs added, both spaces decide (MuDSC, Xu et al., arXiv 2403.01753).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from clafusion.config import Auto, Solver
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.moving import move_along
-from clafusion.errors import ConvergenceWarning
+from clafusion.errors import ConvergenceWarning, warn
 from clafusion.execution.call import State
 from clafusion.matching.head_plans import HeadPairs, plan_heads
 from clafusion.tracing.model import ChannelGroup
@@ -162,10 +161,9 @@ def match_by_weights(
                 plans[index] = plan.to(before)
         if not changed:
             return plans
-    warnings.warn(
+    warn(
         f"matching by weights still changed after {max_sweeps} sweeps; its last plans are taken",
         ConvergenceWarning,
-        stacklevel=2,
     )
     return plans
 

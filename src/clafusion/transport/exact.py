@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clafusion import _native
-from clafusion.errors import ConvergenceWarning
+from clafusion.errors import ConvergenceWarning, warn
 from clafusion.transport.solution import TransportSolution, optimal
 
 __all__ = ["transport_exactly"]
@@ -60,7 +60,7 @@ def transport_exactly(
         )
         if log["warning"] is not None:
             status = f"the network simplex stopped early ({log['warning']}); use solver='sinkhorn'"
-            warnings.warn(status, ConvergenceWarning, stacklevel=3)
+            warn(status, ConvergenceWarning)
             solution = replace(solution, converged=torch.tensor(False), status=status)
         solutions.append(solution)
     return solutions

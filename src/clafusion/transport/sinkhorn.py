@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, overload
 
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clafusion import _native
-from clafusion.errors import ConvergenceWarning, InputError
+from clafusion.errors import ConvergenceWarning, InputError, warn
 from clafusion.transport.checks import (
     check_cost,
     check_memory,
@@ -324,7 +323,7 @@ def _advise(
         f"{errors[failed[0]]:.1e}, tolerance {tolerance:.1e}; "
         "raise epsilon, tolerance or max_iterations"
     )
-    warnings.warn(status, ConvergenceWarning, stacklevel=4)
+    warn(status, ConvergenceWarning)
     return status
 
 
