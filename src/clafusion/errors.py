@@ -85,11 +85,14 @@ class WidthWarning(FusionWarning):
     """
 
 
-def warn(message: str, category: type[FusionWarning]) -> None:
+def warn(message: str, category: type[Warning]) -> None:
     """Give a warning that points at the line that called clafusion, however deep it arose."""
     level = 2
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("clafusion"):
+    while (
+        frame.f_back is not None
+        and frame.f_globals.get("__name__", "").split(".")[0] == "clafusion"
+    ):
         frame = frame.f_back
         level += 1
     warnings.warn(message, category, stacklevel=level)
