@@ -203,7 +203,22 @@ def test_a_configuration_is_a_value():
             {"calibration": {"name": "least_squares", "ridge": 0.0}},
             r"calibration\.ridge must be a positive number; got 0.0",
         ),
-        ({"matching": 3}, r"matching must be Matching\(\.\.\.\) or a mapping of its fields; got 3"),
+        (
+            {"matching": "zip"},
+            r"matching\.cost .* got 'zip', which is a matching\.solver: write match",
+        ),
+        (
+            {"merging": "sensitivity"},
+            r"merging.* is a merging\.layer_weights: write merg",
+        ),
+        (
+            {"target": nn.ReLU()},
+            r"target must not be a module; got ReLU: write target=Like",
+        ),
+        (
+            {"matching": 3},
+            r"matching must be Matching\(\.\.\.\), a mapping .* or a string; got 3",
+        ),
         ({"matching": {"cots": "both"}}, "matching has no option 'cots'; did you mean 'cost'"),
         ({"matching": {"cost": 1}}, r"matching\.cost must be one of 'correlation', .*; got 1"),
         ({"matching": "dual"}, r"matching\.cost must be one of 'correlation', .*; got 'dual'"),
@@ -225,10 +240,19 @@ def test_a_configuration_is_a_value():
             r"matching\.solver\.budget must be in \[0, 1\]; got 1.1",
         ),
         ({"merging": {"strategy": 1}}, r"merging\.strategy must be one of 'many_to_one', 'iter"),
-        ({"target": {"name": "deeper", "width": 1.5}}, r"target\.width must be text; got 1.5"),
-        ({"target": {"name": "deeper", "width": True}}, r"target\.width must be text; got True"),
+        (
+            {"target": {"name": "deeper", "width": 1.5}},
+            r"target\.width must be text or a .*; got 1.5",
+        ),
+        (
+            {"target": {"name": "deeper", "width": True}},
+            r"target\.width must be text or a .*; got True",
+        ),
         ({"target": {"name": "shallower", "merge": "max"}}, r"target\.merge must be one of"),
-        ({"target": {"name": "like", "template": 3}}, r"target\.template must be text; got 3"),
+        (
+            {"target": {"name": "like", "template": 3}},
+            r"target\.template must be text or a torch\.nn\.Module; got 3",
+        ),
         ({"profiling": {"inputs": 1}}, r"profiling\.inputs must be a whole number of at least 2"),
         ({"alignment": {"mode": "free"}}, r"alignment\.mode must be one of 'layer', 'chain', 'ra"),
     ],
@@ -248,8 +272,11 @@ def test_what_is_wrong_is_named_by_its_path(given, message):
 def test_an_unknown_option_is_answered_by_the_nearest():
     for name, message in [
         ("calibratoin", "'calibratoin' is no option; did you mean 'calibration'?"),
-        ("epsilon", "'epsilon' is no option: it is part of matching.solver.epsilon. The options"),
-        ("cost", "'cost' is no option: it is part of alignment.cost."),
+        (
+            "epsilon",
+            "'epsilon' is no option of its own; it is matching.solver.epsilon. The",
+        ),
+        ("cost", "'cost' is no option of its own; it is alignment.cost."),
         ("zzz", "'zzz' is no option. The options are profiling, alignment, target, matching, "),
     ]:
         with pytest.raises(InputError) as caught:
@@ -282,15 +309,15 @@ def test_an_unknown_option_is_answered_by_the_nearest():
         ),
         (
             {"matching": {"solver": "zip"}, "merging": {"layer_weights": "sensitivity"}},
-            "solver 'zip' needs layer_weights='uniform', for each channel has its own",
+            "matching.solver='zip' needs merging.layer_weights='uniform', for each channel",
         ),
         (
             {"matching": {"solver": "zip"}, "merging": {"normalisation": "single"}},
-            "solver 'zip' needs normalisation='two'",
+            "matching.solver='zip' needs merging.normalisation='two'",
         ),
         (
             {"matching": {"solver": "zip"}, "calibration": "least_squares"},
-            "solver 'zip' goes with the calibrations 'repair', 'batchnorm' and 'none'",
+            "matching.solver='zip' does not go with calibration='least_squares'",
         ),
         (
             {"matching": {"outputs": True}},

@@ -6,7 +6,7 @@ page are all made from here. This module imports no stage. To add an option, add
 Options that only make sense together are one value: a solver carries its own regularisation, a
 calibration its own settings, a target its own widths. Where a value has variants (a *family*), each
 variant is a class; its name is what a string, a manifest or the command line calls it. Subclassing
-a family adds a variant, also from outside of this package.
+``Calibration`` or ``Target`` adds a variant, also from outside of this package.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any
+from operator import attrgetter
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -222,7 +223,11 @@ class Calibration(Settings, family=True):
     """How what averaging destroys is restored.
 
     If you are not sure, take "least_squares", which is more accurate, or "repair", which is faster.
+    ``needs_moments`` says whether it needs the parents' statistics, as
+    :func:`clafusion.calibration.repair.moment_goals` does.
     """
+
+    needs_moments: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -238,6 +243,8 @@ class BatchNorm(Calibration, name="batchnorm"):
 @dataclass(frozen=True)
 class Repair(Calibration, name="repair"):
     """Give every layer's outputs the parents' mean statistics (REPAIR, arXiv 2211.08403)."""
+
+    needs_moments: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -261,12 +268,18 @@ class LeastSquares(Calibration, name="least_squares"):
 
 @dataclass(frozen=True)
 class Target(Settings, family=True):
-    """Which structure the result gets. If you are not sure, take "deeper"."""
+    """Which structure the result gets. If you are not sure, take "deeper".
+
+    ``reference`` says with which parent the others are aligned: the deepest or the shallowest, of
+    equals the first.
+    """
+
+    reference: ClassVar[Literal["deepest", "shallowest"]] = "deepest"
 
 
 _WIDTH = (
-    "whose widths: own (of the parent that gives the depth), narrow, wide, or a parent's name or "
-    "position"
+    "whose widths: own (of the parent that gives the depth; of equally deep ones the first), "
+    "narrow, wide, or a parent's name or position"
 )
 
 
@@ -280,6 +293,8 @@ class Deeper(Target, name="deeper"):
 @dataclass(frozen=True)
 class Shallower(Target, name="shallower"):
     """As deep as the shallowest parent; the others' layers that it lacks go."""
+
+    reference: ClassVar[Literal["deepest", "shallowest"]] = "shallowest"
 
     width: str | int = text("own", _WIDTH, also=int)
     merge: str = choice("least_squares", MERGES, "how the layers go that the result lacks")
@@ -406,15 +421,16 @@ class FusionConfig(Settings):
         super().__post_init__()
         if isinstance(self.matching.solver, Zip):
             _check_needed(
-                "solver 'zip'",
-                self.merging,
-                ("layer_weights", "uniform", "each channel has its own weights already"),
-                ("normalisation", "two", "what leaves and what enters a group differ"),
+                "matching.solver='zip'",
+                self,
+                ("merging.layer_weights", "uniform", "each channel has its own weights already"),
+                ("merging.normalisation", "two", "what leaves and what enters a group differ"),
             )
             if isinstance(self.calibration, LeastSquares):
                 raise InputError(
-                    "solver 'zip' goes with the calibrations 'repair', 'batchnorm' and 'none'; "
-                    "'least_squares' chooses from all parents' channels itself: use solver='auto'"
+                    "matching.solver='zip' does not go with calibration='least_squares', which "
+                    "chooses from all parents' channels itself: use matching.solver='auto' or "
+                    "another calibration"
                 )
         if self.matching.outputs and self.profiling.layer_values != "preactivation":
             raise InputError(
@@ -424,9 +440,9 @@ class FusionConfig(Settings):
 
 
 def _check_needed(who: str, settings: Settings, *needs: tuple[str, Any, str]) -> None:
-    for name, needed, reason in needs:
-        if getattr(settings, name) != needed:
-            raise InputError(f"{who} needs {name}={needed!r}, for {reason}")
+    for path, needed, reason in needs:
+        if attrgetter(path)(settings) != needed:
+            raise InputError(f"{who} needs {path}={needed!r}, for {reason}")
 
 
 def config_from(
@@ -449,7 +465,7 @@ def config_from(
     if unknown:
         places = [one.path for one in options_of(FusionConfig) if one.field == unknown[0]]
         close = get_close_matches(unknown[0], [*given, *keywords], 1)
-        hint = f": it is part of {places[0]}." if places else "."
+        hint = f" of its own; it is {places[0]}." if places else "."
         if close and not places:
             hint = f"; did you mean {close[0]!r}?"
         raise InputError(f"{unknown[0]!r} is no option{hint} The options are {', '.join(given)}")

@@ -18,13 +18,16 @@ from clafusion.config import (
     Iterative,
     LeastSquares,
     Like,
+    ManyToOne,
     Repair,
     Shallower,
+    Strategy,
     config_from,
 )
 from clafusion.correspondence.moving import outgoing_map
-from clafusion.errors import ConvergenceWarning, warn
+from clafusion.errors import ConvergenceWarning, InputError, warn
 from clafusion.matching.plans import Matched, match_sources
+from clafusion.matching.weight_costs import is_at_rest
 from clafusion.merging.layer_weights import weigh_layers
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
 from clafusion.profiling.batches import Data, Progress, first_batch
@@ -130,7 +133,7 @@ def fuse(
         example_inputs = moved_to(example_inputs, torch.device(device))
     template = None
     if isinstance(config.target, Like):
-        template = traced_template(config.target, next(iter(named.values())), example_inputs)
+        template = traced_template(config, next(iter(named.values())), example_inputs)
     if isinstance(config.merging.strategy, Iterative) and len(named) > 2:
         return _one_after_another(named, data, given, config, example_inputs, template, progress)
     aligned = align(named, data, config, example_inputs=example_inputs, progress=progress)
@@ -239,6 +242,7 @@ def fuse_aligned(
     """
     config = config or FusionConfig()
     given = merge_weights(weights, aligned.names)
+    _check_strategy(config.merging.strategy, len(aligned.names))
     clock = Clock(device_of_profile(aligned.profiles[0]), aligned.timings, aligned.peak_memory)
     with clock.stage("target"):
         chosen = choose_target(aligned, config, template)
@@ -268,6 +272,21 @@ def fuse_aligned(
         rounds=rounds,
         converged=converged,
     )
+
+
+def _check_strategy(strategy: Strategy, count: int) -> None:
+    """Refuse a strategy that aligned models cannot be fused by."""
+    if not isinstance(strategy, (ManyToOne, Iterative, Barycentre)):
+        raise InputError(
+            f"merging.strategy={strategy.name!r} is unknown: strategies of your own are not "
+            "supported. Take 'many_to_one', 'iterative' or 'barycentre'"
+        )
+    if isinstance(strategy, Iterative) and count > 2:
+        raise InputError(
+            f"merging.strategy='iterative' aligns each model with what came of those before, but "
+            f"these {count} are aligned already: call clafusion.fuse with the models, or take "
+            "'many_to_one'"
+        )
 
 
 def _problem(
@@ -329,9 +348,12 @@ def _one_after_another(
             called = f"({called})"
         steps.append(step)
     timings: dict[str, float] = {}
+    peak_memory: dict[str, int] = {}
     for step in steps:
         for stage, seconds in step.timings.items():
             timings[stage] = timings.get(stage, 0.0) + seconds
+        for stage, held in step.peak_memory.items():
+            peak_memory[stage] = max(peak_memory.get(stage, 0), held)
     return replace(
         steps[-1],
         config=config,
@@ -339,6 +361,7 @@ def _one_after_another(
         rounds=len(steps),
         steps=tuple(steps),
         timings=timings,
+        peak_memory=peak_memory,
     )
 
 
@@ -395,7 +418,7 @@ def _barycentre(
         rounds += 1
     if not converged:
         warn(
-            f"the plans still changed after {max_rounds} rounds; the last mean is taken. Raise "
+            f"the plans are not at rest after {max_rounds} round(s); the last mean is taken. Raise "
             "merging.strategy.max_rounds, or use merging='many_to_one'",
             ConvergenceWarning,
         )
@@ -411,7 +434,7 @@ def _same(before: FusionProblem, after: FusionProblem) -> bool:
             or (
                 one is not None
                 and other is not None
-                and torch.equal(outgoing_map(one), outgoing_map(other))
+                and is_at_rest(outgoing_map(one), outgoing_map(other))
             )
             for one, other in zip(left.plans, right.plans, strict=True)
         )

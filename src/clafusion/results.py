@@ -33,7 +33,8 @@ class FusionResult:
     weights
         Each parent's weight; they add up to 1.
     anchor
-        How far the interior leans towards one parent; None but for least squares.
+        How far the interior leans towards one parent; None but for least squares. For the strategy
+        ``"iterative"`` that of the last step; ``steps`` have the others.
     rounds
         How many times all parents were matched with the target.
     converged
@@ -61,7 +62,10 @@ class FusionResult:
 
     @property
     def parents(self) -> tuple[Parent, ...]:
-        """The parents, in the order in which the models were given."""
+        """The parents, in the order in which the models were given.
+
+        For the strategy ``"iterative"`` those of the last step.
+        """
         return self.problem.parents
 
     @property

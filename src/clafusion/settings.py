@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -123,6 +124,8 @@ class Settings:
             cls._variants = {}
         elif name:
             cls._is_family = False
+            if name in cls._variants:
+                raise ValueError(f"two classes have the name {name!r}: give yours another")
             cls._variants[name] = cls
 
     @classmethod
@@ -142,7 +145,7 @@ class Settings:
             return value
         if isinstance(value, str):
             if not cls._is_family:
-                return made(cls, {fields(cls)[0].name: value}, where)
+                return cls._by_first_field(value, where)
             return made(cast("type[S]", cls._variant(value, where)), {}, where)
         if isinstance(value, Mapping):
             given = {str(key): one for key, one in value.items()}
@@ -158,12 +161,37 @@ class Settings:
             for one in fields(cls):
                 if isinstance(value, one.metadata.get("settings", ())):
                     return made(cls, {one.name: value}, where)
+        if isinstance(value, nn.Module):
+            holders = [
+                one.__name__
+                for one in cls.variants().values()
+                if any(field.metadata.get("also") is nn.Module for field in fields(one))
+            ]
+            hint = f": write {where}={holders[0]}(module)" if holders else ""
+            raise InputError(f"{where} must not be a module; got {type(value).__name__}{hint}")
         raise InputError(
             f"{where} must be one of {_listed(cls._variants)}, or settings of that kind; got "
             f"{value!r}"
             if cls._is_family
-            else f"{where} must be {cls.__name__}(...) or a mapping of its fields; got {value!r}"
+            else f"{where} must be {cls.__name__}(...), a mapping of its fields or a string; got "
+            f"{value!r}"
         )
+
+    @classmethod
+    def _by_first_field(cls: type[S], value: str, where: str) -> S:
+        """Return settings from a string, which stands for their first field."""
+        try:
+            return made(cls, {fields(cls)[0].name: value}, where)
+        except InputError as error:
+            for one in fields(cls):
+                family = one.metadata.get("settings")
+                known = family.variants() if family else one.metadata.get("choices", ())
+                if value in known:
+                    raise InputError(
+                        f"{error}, which is a {where}.{one.name}: write "
+                        f"{where}={{{one.name!r}: {value!r}}}"
+                    ) from None
+            raise
 
     @classmethod
     def _variant(cls, name: Any, where: str) -> type[Settings]:
@@ -182,12 +210,17 @@ class Settings:
                 _check(one.name, value, one.metadata)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the settings as plain data, which :meth:`parse` reads again."""
+        """Return the settings as plain data, which :meth:`parse` reads again.
+
+        A module (a target's template) is given by its class only, which cannot be read again.
+        """
         found: dict[str, Any] = {"name": self.name} if self.name else {}
         for one in fields(self):
             value = getattr(self, one.name)
             if isinstance(value, Settings):
                 value = value.to_dict()
+            elif isinstance(value, Real) and not isinstance(value, (bool, int)):
+                value = int(value) if isinstance(value, Integral) else float(value)
             elif isinstance(value, nn.Module):
                 value = type(value).__qualname__
             found[one.name] = value
@@ -209,6 +242,9 @@ def made(kind: type[S], given: Mapping[str, Any], where: str) -> S:
         raise InputError(f"{where}.{error}" if where else str(error)) from None
 
 
+_WORDS = {int: "a whole number", nn.Module: "a torch.nn.Module"}
+
+
 def _check(name: str, value: Any, rule: Mapping[str, Any]) -> None:
     kind = rule["kind"]
     if kind == "choice":
@@ -222,14 +258,15 @@ def _check(name: str, value: Any, rule: Mapping[str, Any]) -> None:
     elif kind == "number":
         _check_number(name, value, rule)
     elif not isinstance(value, (str, rule["also"])) or isinstance(value, bool):
-        raise InputError(f"{name} must be text; got {value!r}")
+        also = "" if rule["also"] is str else f" or {_WORDS[rule['also']]}"
+        raise InputError(f"{name} must be text{also}; got {value!r}")
 
 
 def _check_count(name: str, value: Any, rule: Mapping[str, Any]) -> None:
     if value is None and rule["none"]:
         return
     least, most = rule["least"], rule["most"]
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    is_whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not is_whole or value < least or (most is not None and value > most):
         limits = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise InputError(f"{name} must be a whole number {limits}; got {value!r}")
@@ -239,7 +276,7 @@ def _check_number(name: str, value: Any, rule: Mapping[str, Any]) -> None:
     if rule["word"] is not None and value == rule["word"]:
         return
     low, high = rule["low"], rule["high"]
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     inside = is_number and math.isfinite(value) and low <= value <= high
     if inside and not (rule["above_low"] and value == low):
         return

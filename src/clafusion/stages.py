@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeAlias
+from numbers import Real
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clafusion.alignment.models import label
-from clafusion.config import Barycentre, FusionConfig, LeastSquares, Like, Repair
+from clafusion.config import Barycentre, FusionConfig, LeastSquares, Like
 from clafusion.errors import ClafusionError, InputError, StructureError
 from clafusion.matching.activation_costs import MAX_CHANNELS
 from clafusion.profiling.batches import Data, Progress
@@ -35,6 +38,7 @@ __all__ = [
     "moved_to",
     "named_models",
     "needs_moments",
+    "profile_options",
     "profile_traced",
     "traced_parent",
     "traced_template",
@@ -71,9 +75,21 @@ def profile_traced(
 def needs_moments(config: FusionConfig) -> bool:
     """Say whether a fusion needs the parents' statistics."""
     is_barycentre = isinstance(config.merging.strategy, Barycentre)
-    return isinstance(config.calibration, Repair) or (
+    return config.calibration.needs_moments or (
         is_barycentre and isinstance(config.calibration, LeastSquares)
     )
+
+
+def profile_options(config: FusionConfig) -> dict[str, Any]:
+    """Return all options on which a profile depends, as plain data."""
+    return {
+        "profiling": config.profiling.to_dict(),
+        "importance": config.matching.importance,
+        "layer_weights": config.merging.layer_weights,
+        "moments": needs_moments(config),
+        "seed": config.seed,
+        "verify": config.verify,
+    }
 
 
 def _with_importance(
@@ -108,8 +124,8 @@ def named_models(models: Sequence[nn.Module] | Mapping[str, nn.Module]) -> dict[
         )
     if isinstance(models, Mapping):
         for name in models:
-            if not isinstance(name, str) or not name:
-                raise InputError(f"models: a name must be text; got {name!r}")
+            if not isinstance(name, str) or not name.strip() or not name.isprintable():
+                raise InputError(f"models: a name must be text on one line; got {name!r}")
         named = dict(models)
     else:
         named = {f"models[{i}]": one for i, one in enumerate(models)}
@@ -141,20 +157,25 @@ def merge_weights(
             what = f"unknown {unknown[0]!r}" if unknown else f"none for {missing[0]!r}"
             raise InputError(f"weights must have one entry for each model; {what}")
         weights, keys = [weights[name] for name in names], names
-    if isinstance(weights, (str, Tensor)) or not isinstance(weights, Sequence):
+    if isinstance(weights, (Tensor, np.ndarray)) and weights.ndim == 1:
+        weights = weights.tolist()
+    if isinstance(weights, str) or not isinstance(weights, Sequence):
         raise InputError(f"weights must be a list of numbers; got {weights!r}")
     if len(weights) != len(names):
         raise InputError(
             f"weights must have one entry for each model, {len(names)}; got {len(weights)}"
         )
     for key, one in zip(keys, weights, strict=True):
-        is_number = isinstance(one, (int, float)) and not isinstance(one, bool)
+        is_number = isinstance(one, Real) and not isinstance(one, bool)
         if not (is_number and 0 <= one < float("inf")):
             raise InputError(f"weights[{key!r}] must be a number of at least 0; got {one!r}")
-    total = float(sum(weights))
-    if not total > 0:
+    largest = float(max(weights))
+    if not largest > 0:
         raise InputError(f"weights must not be all 0; got {list(weights)}")
-    return tuple(float(one) / total for one in weights)
+    given = [float(one) for one in weights]
+    if math.isinf(sum(given)):
+        given = [one / largest for one in given]
+    return tuple(one / sum(given) for one in given)
 
 
 def copied_to(name: str, model: nn.Module, device: str | torch.device) -> nn.Module:
@@ -202,7 +223,9 @@ def traced_parent(
     return traced
 
 
-def traced_template(target: Like, like: nn.Module, example_inputs: ExampleInputs) -> TracedModel:
+def traced_template(
+    config: FusionConfig, like: nn.Module, example_inputs: ExampleInputs
+) -> TracedModel:
     """Trace a copy of the module that gives the result its structure.
 
     It gets the type, the place and the mode (train or eval) of ``like``, one of those to be fused.
@@ -214,6 +237,8 @@ def traced_template(target: Like, like: nn.Module, example_inputs: ExampleInputs
     ClafusionError
         As for :func:`clafusion.trace`.
     """
+    target = config.target
+    assert isinstance(target, Like)
     if not isinstance(target.template, nn.Module):
         raise InputError(
             "target.template must be a torch.nn.Module of the wanted structure; got "
@@ -222,7 +247,8 @@ def traced_template(target: Like, like: nn.Module, example_inputs: ExampleInputs
     known = next((one for one in like.parameters() if one.is_floating_point()), torch.empty(0))
     try:
         module = copied(target.template).to(known.device, known.dtype)
-        return trace(module.train(like.training), example_inputs)
+        module.train(like.training)
+        return trace(module, example_inputs, verify=config.verify, seed=config.seed)
     except ClafusionError as error:
         raise type(error)(f"target.template: {error}") from error
 

@@ -155,7 +155,7 @@ BAD = {
     "number of weights": ({"weights": [1, 1, 1]}, "one entry for each model, 2; got 3"),
     "weights by name": ({"weights": {"a": 1}}, "weights must be two numbers"),
     "option": ({"calibration": "magic"}, "calibration must be one of"),
-    "flat option": ({"pin_ends": True}, "'pin_ends' is no option: it is part of alignment"),
+    "flat option": ({"pin_ends": True}, "'pin_ends' is no option of its own; it is alignment"),
     "template": ({"target": Like(networks.mlp(12, 5))}, "does not take the target 'like'"),
     "data": ({"data": []}, "data is empty"),
 }

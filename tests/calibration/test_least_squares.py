@@ -202,3 +202,20 @@ def test_a_model_that_changes_its_input_is_refused():
     with pytest.raises(UnsupportedOpError, match="changes its input in place"):
         trace(Changes(), inputs, verify=False)
     assert torch.equal(inputs, VECTORS)
+
+
+def test_a_model_of_one_batch_size_gets_whole_batches():
+    class Fixed(nn.Module):
+        def __init__(self, *widths):
+            super().__init__()
+            self.inner = mlp(*widths)
+
+        def forward(self, x):
+            return self.inner(x.reshape(3, -1))
+
+    data = list(torch.randn(30, 12, generator=torch.Generator().manual_seed(0)).split(3))
+    for samples in (10, 2000):
+        calibration = LeastSquares(samples=samples)
+        models = [Fixed(12, 9, 8, 5).eval(), Fixed(12, 9, 5).eval()]
+        fused = fuse(models, data, calibration=calibration).model
+        assert torch.isfinite(fused(data[0])).all()

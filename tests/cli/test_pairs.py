@@ -225,7 +225,7 @@ BAD = {
         None,
         MANIFEST.replace("settings:", "settings:\n  epsilon: 1"),
         [],
-        "settings: 'epsilon' is no option: it is part of matching.solver.epsilon",
+        "settings: 'epsilon' is no option of its own; it is matching.solver.epsilon",
     ),
     "list": (None, MANIFEST.partition("weights: [3")[0] + "settings: []", [], "settings must be a"),
     "value": (

@@ -44,7 +44,7 @@ def test_a_template_is_built_from_beside_the_file(tmp_path):
     [
         (
             {"epsilon": 1},
-            r"settings: 'epsilon' is no option: it is part of matching.solver.epsilon",
+            r"settings: 'epsilon' is no option of its own; it is matching.solver.epsilon",
         ),
         ({"calibratoin": "none"}, r"settings: 'calibratoin' is no option; did you mean 'calibrat"),
         ({"calibration": "train"}, r"settings.calibration must be one of 'none', 'batchnorm', "),

@@ -311,7 +311,7 @@ def test_unknown_arguments_are_refused_with_a_hint(function):
     models = model if function is profile else [model, model]
     for given, message in [
         ({"calibratoin": "none"}, "'calibratoin' is no option; did you mean 'calibration'?"),
-        ({"epsilon": 0.1}, "'epsilon' is no option: it is part of matching.solver.epsilon"),
+        ({"epsilon": 0.1}, "'epsilon' is no option of its own; it is matching.solver.epsilon"),
         ({"config": {"seed": 1}}, "config must be a FusionConfig; got dict"),
     ]:
         with pytest.raises(InputError) as caught:

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,10 +10,13 @@ from torch import nn
 from clafusion import (
     Barycentre,
     ConvergenceWarning,
+    FusionConfig,
     InputError,
     StructureError,
+    align,
     fuse,
 )
+from clafusion.fusion import fuse_aligned
 from tests.support.networks import mlp, output, permuted_copy, resnet, vgg
 
 VECTORS = torch.randn(400, 12, generator=torch.Generator().manual_seed(0))
@@ -214,8 +218,14 @@ def test_refusals_by_name():
         ({"models": models[0]}, "at least two"),
         ({"models": {"one": models[0]}}, "at least two networks; got 1"),
         ({"models": 3}, "models must be a list or a mapping of at least two networks; got int"),
-        ({"models": {1: models[0], 2: models[1]}}, "models: a name must be text; got 1"),
-        ({"models": {"": models[0], "b": models[1]}}, "models: a name must be text; got ''"),
+        (
+            {"models": {1: models[0], 2: models[1]}},
+            "a name must be text on one line; got 1",
+        ),
+        (
+            {"models": {"": models[0], "b": models[1]}},
+            "a name must be text on one line; got ''",
+        ),
         ({"models": [models[0], None]}, r"models\[1\] must be a torch\.nn\.Module; got NoneType"),
         ({"models": {"a": models[0], "b": "b.pt"}}, r"models\['b'\] must be a torch\.nn\.Module"),
         ({"weights": [1.0]}, "weights must have one entry for each model, 2; got 1"),
@@ -224,7 +234,7 @@ def test_refusals_by_name():
         ({"weights": [1.0, float("nan")]}, r"weights\[1\] must be a number of at least 0; got nan"),
         ({"weights": [float("inf"), 1.0]}, r"weights\[0\] must be a number of at least 0; got inf"),
         ({"weights": [0.0, 0.0]}, "weights must not be all 0"),
-        ({"weights": torch.ones(2)}, "weights must be a list of numbers"),
+        ({"weights": torch.ones(2, 2)}, "weights must be a list of numbers"),
         ({"merging": "other"}, r"merging\.strategy must be one of"),
         (
             {"merging": {"strategy": {"name": "barycentre", "max_rounds": 0}}},
@@ -237,6 +247,28 @@ def test_refusals_by_name():
         given = {"models": models, **arguments}
         with pytest.raises(InputError, match=message):
             fuse(given.pop("models"), VECTORS, **given)
+
+
+def test_any_numbers_may_be_weights_also_huge_ones():
+    models = [mlp(12, 9, 5), mlp(12, 9, 5, seed=1)]
+    for weights in (np.array([1, 3]), torch.tensor([1.0, 3.0]), [np.float32(1), np.int64(3)]):
+        assert fuse(models, VECTORS, weights).weights == (0.25, 0.75)
+    assert fuse(models, VECTORS, [1e308, 1e308]).weights == (0.5, 0.5)
+
+
+def test_aligned_models_are_not_fused_one_after_another():
+    models = [mlp(12, 9, 5, seed=i) for i in range(3)]
+    aligned = align(models, VECTORS)
+    with pytest.raises(InputError, match=r"these 3 are aligned already: call clafusion\.fuse"):
+        fuse_aligned(aligned, VECTORS, config=FusionConfig(merging="iterative"))
+
+
+def test_a_model_with_the_name_of_a_width_is_given_by_its_position():
+    models = {"narrow": mlp(12, 9, 5), "b": mlp(12, 6, 5, seed=1)}
+    with pytest.raises(InputError, match="also the name of a model: give the model's position, 0"):
+        fuse(models, VECTORS, target={"name": "deeper", "width": "narrow"})
+    result = fuse(models, VECTORS, target={"name": "deeper", "width": 1})
+    assert result.model[0].out_features == 6
 
 
 def test_a_mapping_of_weights_names_every_model_and_no_other():
@@ -286,6 +318,6 @@ def test_errors_name_the_model_as_the_caller_did(strategy):
 
 def test_a_barycentre_that_is_not_at_rest_says_so():
     models = [mlp(12, 9, 9, 5), mlp(12, 9, 5, seed=1), mlp(12, 9, 5, seed=2)]
-    with pytest.warns(ConvergenceWarning, match="still changed after 1 rounds"):
+    with pytest.warns(ConvergenceWarning, match="not at rest after 1 round"):
         result = fuse(models, VECTORS, merging={"strategy": Barycentre(max_rounds=1)})
     assert not result.converged

@@ -479,7 +479,7 @@ def test_what_has_no_layer_weights_is_refused():
     model = networks.mlp(12, 9, 5)
     with pytest.raises(InputError, match=r"merging\.layer_weights must be one of 'uniform', 'sens"):
         FusionConfig(merging={"layer_weights": "fisher"})
-    with pytest.raises(InputError, match="solver 'zip' needs layer_weights='uniform'"):
+    with pytest.raises(InputError, match=r"solver='zip' needs merging\.layer_weights='uniform'"):
         FusionConfig(matching={"solver": "zip"}, **OWN)
     profiled = profile(trace(model, VECTORS), VECTORS)
     aligned = align_profiles(["one", "other"], [profiled, profiled])

@@ -55,7 +55,7 @@ def test_the_order_of_the_union():
         aligned.alignment.pairs
     )
     assert sum(min(place) < 0 for place in places) == 4
-    union = union_model(models, aligned.reference, places)
+    union = union_model(aligned.names, models, aligned.reference, places)
     assert [one.structure for one in union.layers] == [
         layer_at(models, place).structure for place in places
     ]
@@ -113,7 +113,7 @@ def test_the_union_of_three(order):
     assert all(
         sum(k >= 0 for k in place) >= 2 for place, k in zip(places, third, strict=True) if k >= 0
     )
-    union = union_model(models, aligned.reference, places)
+    union = union_model(aligned.names, models, aligned.reference, places)
     assert len(union.layers) == 8
     assert place_in_template(union, aligned.profiles, places) == places
 
@@ -178,7 +178,7 @@ def test_what_finds_no_place_is_named():
     aligned = align([vgg(3, 1), vgg(1, 3, seed=1), vgg(2, 2, seed=2)], IMAGES)
     places = union_places(aligned, FusionConfig())
     template = trace(vgg(2, 2), IMAGES[:3])
-    with pytest.raises(StructureError, match="the template has 5 layers, and layer '6' of the"):
+    with pytest.raises(StructureError, match=r"the template has 5 layer\(s\), and layer '6' of"):
         place_in_template(template, aligned.profiles, places, name="the template")
     template = trace(mlp(20, 9, 5), DIGITS[:3])
     chains = align([mlp(20, 9, 8, 5), mlp(20, 9, 5, seed=1)], DIGITS)

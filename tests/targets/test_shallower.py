@@ -194,7 +194,7 @@ def test_merging_refuses_by_name():
         Shallower(merge="other")
     with pytest.raises(InputError, match=r"target\.merge must be one of 'least_squares', 'sum'"):
         FusionConfig(target={"name": "shallower", "merge": "other"})
-    with pytest.raises(InputError, match=r"'merge' is no option: it is part of target\.merge"):
+    with pytest.raises(InputError, match=r"'merge' is no option of its own; it is target\.merge"):
         fuse([deep, shallow], IMAGES, merge="sum")
 
 

@@ -132,7 +132,7 @@ def test_refuses_what_cannot_hold_all():
         fuse([first, second], IMAGES, target=Like("vgg"))
     with pytest.raises(InputError, match=r"target\.template must be a torch.nn.Module"):
         fuse([first, second], IMAGES, target="like")
-    with pytest.raises(InputError, match=r"template must be text; got 3"):
+    with pytest.raises(InputError, match=r"template must be text or a torch\.nn\.Module; got 3"):
         Like(3)
     # A template has widths and a depth: neither is asked for beside it.
     for name, value in (("merge", "sum"), ("width", "wide")):

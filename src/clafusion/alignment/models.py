@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -12,12 +13,20 @@ from numpy.typing import NDArray
 from clafusion.alignment.compatibility import check_outputs, fit_layers, gap_costs, skip_costs
 from clafusion.alignment.dynamic_program import AlignmentMode, LayerAlignment, align_layers
 from clafusion.alignment.layer_costs import layer_costs
-from clafusion.config import FusionConfig, Shallower
+from clafusion.config import FusionConfig
 from clafusion.errors import InputError, StructureError
 from clafusion.profiling.profile import ModelProfile
 from clafusion.tracing.model import Layer, TracedModel
 
-__all__ = ["AlignedModels", "PairAlignment", "align_models", "align_pair", "check_models", "label"]
+__all__ = [
+    "AlignedModels",
+    "PairAlignment",
+    "align_models",
+    "align_pair",
+    "check_models",
+    "label",
+    "naming",
+]
 
 
 @dataclass(frozen=True)
@@ -99,12 +108,19 @@ def label(name: str) -> str:
     return name if name.startswith("models[") else f"models[{name!r}]"
 
 
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Let errors about a model in here begin with what its caller calls it."""
+    try:
+        yield
+    except StructureError as error:
+        raise StructureError(f"{label(name)}: {error}") from error
+
+
 def reference_of(models: Sequence[TracedModel], config: FusionConfig) -> int:
     """Return the position of the model that gives the depth: the deepest, or the shallowest."""
     depths = [len(one.layers) for one in models]
-    if isinstance(config.target, Shallower):
-        return max(range(len(depths)), key=lambda i: (-depths[i], i))
-    return max(range(len(depths)), key=lambda i: (depths[i], -i))
+    return depths.index(min(depths) if config.target.reference == "shallowest" else max(depths))
 
 
 def check_models(names: Sequence[str], models: Sequence[TracedModel], config: FusionConfig) -> None:

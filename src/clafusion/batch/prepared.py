@@ -15,7 +15,7 @@ from clafusion.errors import InputError
 from clafusion.profiling.batches import Data
 from clafusion.profiling.cache import profile_key, read_profile, write_profile
 from clafusion.profiling.profile import ModelProfile
-from clafusion.stages import ExampleInputs, needs_moments, profile_traced, traced_parent
+from clafusion.stages import ExampleInputs, profile_options, profile_traced, traced_parent
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.trace import Architecture, architecture, traced_like
 from clafusion.tracing.verify import verify_graph
@@ -83,8 +83,7 @@ def prepare(
     traced = _traced(name, model, example_inputs, config, {} if known is None else known)
     key = ""
     if cache_dir is not None:
-        moments = needs_moments(config)
-        key = profile_key(traced, config, moments=moments, data_digest=data_hash)
+        key = profile_key(traced, profile_options(config), data_hash)
         cached = read_profile(cache_dir, key, traced)
         if cached is not None:
             return PreparedModel(cached, _num_bytes(cached), True)

@@ -141,6 +141,8 @@ def fuse_pairs(
         )
     models = _checked_models(models)
     wanted = _checked_pairs(pairs, models)
+    if not isinstance(resume, bool):
+        raise InputError(f"resume must be True or False; got {resume!r}")
     _check_executor(executor)
     _check_memory_limit(memory_limit)
     given = _checked_weights(weights)
@@ -193,6 +195,8 @@ def _checked_pairs(pairs: Iterable[Pair] | str, models: Mapping[str, Model]) -> 
             raise InputError(f"pairs must be 'all' or a list of pairs of names; got {pairs!r}")
         names = list(models)
         return [(one, other) for i, one in enumerate(names) for other in names[i + 1 :]]
+    if isinstance(pairs, Mapping) or not isinstance(pairs, Iterable):
+        raise InputError(f"pairs must be 'all' or a list of pairs of names; got {pairs!r}")
     wanted: list[Pair] = []
     for i, pair in enumerate(pairs):
         if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
@@ -232,6 +236,8 @@ def _check_memory_limit(limit: int | None) -> None:
 
 
 def _made(path: str | os.PathLike[str], argument: str) -> Path:
+    if not os.fspath(path):
+        raise InputError(f"{argument} must be a directory; got {path!r}")
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -348,7 +354,8 @@ class _Run:
         """Return the error for an executor that failed."""
         return ClafusionError(
             (
-                "a worker process died, perhaps for lack of memory; "
+                "a worker process died, perhaps for lack of memory, or because the script that "
+                "started it has no 'if __name__ == \"__main__\":'; "
                 if isinstance(error, BrokenExecutor)
                 else f"the executor failed ({described(error)}); "
             )

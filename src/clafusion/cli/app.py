@@ -84,7 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(str(error), 2, debug)
     except _UsageError as error:
         hint = advice(getattr(error, "option_name", None) or "")
-        return _refuse(f"{error.format_message()} {hint}Try 'clafusion --help'.", 2, debug)
+        said = error.format_message()
+        said += "" if said.endswith((".", "?")) else "."
+        known = getattr(getattr(error, "ctx", None), "command_path", None) or "clafusion"
+        return _refuse(f"{said}{hint} Try '{known} --help'.", 2, debug)
     except MemoryError as error:
         return _refuse(f"not enough memory: {error}; use fewer samples (--limit)", 2, debug)
 

@@ -132,7 +132,7 @@ def _fused(
     template = None
     if isinstance(config.target, Like):
         like = aligned.profiles[0].traced
-        template = traced_template(config.target, like.model, like.example_inputs)
+        template = traced_template(config, like.model, like.example_inputs)
     return fuse_aligned(aligned, samples, weights, config, template=template, progress=report)
 
 

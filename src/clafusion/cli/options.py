@@ -298,10 +298,12 @@ def _by_flags(message: str) -> str:
 
 
 def advice(flag: str) -> str:
-    """Return what may have been meant by an unknown option: one whose last name it is; or ""."""
+    """Return what to say of an unknown option: that others have it, or what may have been meant."""
     name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
     found = [one.flag for one in options_of(FusionConfig) if one.field == name]
-    return f"Did you mean {' or '.join(found)}? " if found else ""
+    if flag in [one.flag for one in options_of(FusionConfig)]:
+        return " It is an option of 'clafusion fuse'."
+    return f" Did you mean {' or '.join(found)}?" if found else ""
 
 
 # --- the page of all options --------------------------------------------------------------------

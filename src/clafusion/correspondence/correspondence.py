@@ -261,7 +261,7 @@ def identity_plans(model: TracedModel) -> tuple[Tensor, ...]:
     return tuple(torch.eye(one.size, dtype=torch.float64) for one in model.groups)
 
 
-def warn_of_counted_channels(correspondence: Correspondence) -> None:
+def warn_of_counted_channels(correspondence: Correspondence, name: str = "the source") -> None:
     """Warn where the networks' numbers of channels differ, and copies of a channel add up.
 
     Warns
@@ -287,9 +287,9 @@ def warn_of_counted_channels(correspondence: Correspondence) -> None:
     for (of_source, of_target), names in found.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         warn(
-            f"the channels of {names[0]!r}{more}, {of_source} in one network and {of_target} in "
-            "the other, are added up without weights (queries with keys, a softmax or sum over "
+            f"the channels of {names[0]!r}{more}, {of_source} in {name} and {of_target} in the "
+            "result, are added up without weights (queries with keys, a softmax or sum over "
             "channels, an embedding's weights used again for the outputs), so that each copy of "
-            "them counts: what the network of the other width computes there is not kept",
+            "them counts: what the network computes there is not kept",
             WidthWarning,
         )

@@ -23,9 +23,14 @@ from clafusion.matching.head_plans import HeadPairs, plan_heads
 from clafusion.tracing.model import ChannelGroup
 from clafusion.transport.solve import solve_transport
 
-__all__ = ["index_plan", "index_plans", "match_by_weights"]
+__all__ = ["index_plan", "index_plans", "is_at_rest", "match_by_weights"]
 
 _AT_REST = 1e-5  # of the mass: what Sinkhorn's float32 leaves
+
+
+def is_at_rest(before: Tensor, after: Tensor) -> bool:
+    """Return whether a plan is the same as the one before, but for what a soft solver leaves."""
+    return float((after - before).abs().sum()) / 2 <= _AT_REST * float(before.sum())
 
 
 def index_plan(num_source: int, num_target: int) -> Tensor:
@@ -156,8 +161,7 @@ def match_by_weights(
             for index, plan in zip(indices, match(), strict=True):
                 before = plans[index]
                 assert before is not None, "groups without a partner are left out"
-                moved = float((plan.to(before) - before).abs().sum() / before.sum()) / 2
-                changed |= moved > _AT_REST
+                changed |= not is_at_rest(before, plan.to(before))
                 plans[index] = plan.to(before)
         if not changed:
             return plans

@@ -265,7 +265,8 @@ def _joint_costs(sources: Sequence[Source], index: int) -> tuple[Tensor, bool]:
             block = torch.zeros(size, other, dtype=torch.float64)
             for key in common:
                 block += (standardised(x[key]).T @ standardised(y[key]) / len(x[key])).to(block)
-            blocks.append(1.0 - block / len(common) if common else block)
+            # What no data shows together counts as uncorrelated.
+            blocks.append(1.0 - block / max(len(common), 1))
             shows |= bool(common) and x is not y
         rows.append(torch.cat(blocks, 1))
     return torch.cat(rows), shows

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
+from clafusion.errors import InputError
 from clafusion.matching.head_order import exchanged_model
 from clafusion.matching.weight_costs import index_plans
 from clafusion.merging.mean import average
@@ -24,10 +25,18 @@ def naive_average(problem: FusionProblem, weights: Sequence[float] | None = None
     Parameters
     ----------
     problem
-        The parents and the target of a fusion: ``result.problem``.
+        The parents and the target of a fusion: ``result.problem``. Of networks that were fused one
+        after another that is the last step's, whose first parent is a fused network itself.
     weights
         The parents' weights; default those of the fusion.
+
+    Raises
+    ------
+    InputError
+        ``problem`` is something else.
     """
+    if not isinstance(problem, FusionProblem):
+        raise InputError(f"problem must be result.problem; got {type(problem).__name__}")
     parents = tuple(_unmatched(one) for one in problem.parents)
     given = [one.weights.overall for one in problem.parents] if weights is None else list(weights)
     state = average(replace(problem, parents=parents), [MergeWeights(weight) for weight in given])
@@ -35,13 +44,14 @@ def naive_average(problem: FusionProblem, weights: Sequence[float] | None = None
 
 
 def _unmatched(parent: Parent) -> Parent:
-    """Return a parent whose channels, and heads, are in their own order."""
+    """Return a parent whose channels, heads and outputs are in their own order."""
     if parent.is_identity:
-        return parent
+        return replace(parent, output_plan=None)
     source = parent.traced
     sources: dict[int, int] = {}
     for index, order in parent.head_orders.items():  # heads go back to where they were
         sources |= group_sources(source.heads[index], np.argsort(order).tolist())
     own = exchanged_model(source, sources) if sources else source
     correspondence = replace(parent.correspondence, source=own)
-    return replace(parent, correspondence=correspondence, plans=tuple(index_plans(correspondence)))
+    plans = tuple(index_plans(correspondence))
+    return replace(parent, correspondence=correspondence, plans=plans, output_plan=None)

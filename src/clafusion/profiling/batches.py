@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from clafusion.errors import InputError
+from clafusion.tracing.model import TracedModel
 from clafusion.weights.digests import add_tensor
 
-__all__ = ["Data", "Progress", "batches", "data_digest", "first_batch"]
+__all__ = ["Data", "Progress", "batches", "data_digest", "first_batch", "in_chunks"]
 
 Data: TypeAlias = "Tensor | Iterable[Any]"
 """A tensor of samples, or an iterable of batches (a list, a DataLoader).
@@ -91,6 +92,30 @@ def batches(
         yield tuple(value.to(device) for value in inputs) if device is not None else inputs
     if count == 0:
         raise InputError("data is empty: give at least one batch")
+
+
+def in_chunks(
+    data: Data,
+    model: TracedModel,
+    max_inputs: int | None,
+    chunk: int,
+    *,
+    device: torch.device | None = None,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the first ``max_inputs`` inputs (None: all), at most ``chunk`` of them at a time.
+
+    A model that admits one batch size only gets whole batches.
+    """
+    whole = model.static_batch is not None
+    seen = 0
+    for inputs in batches(data, model.example_inputs, model.keywords, device=device):
+        if max_inputs is not None and not whole:
+            inputs = tuple(one[: max_inputs - seen] for one in inputs)
+        size = inputs[0].size(0)
+        yield from zip(*(one.split(size if whole else chunk) for one in inputs), strict=True)
+        seen += size
+        if max_inputs is not None and seen >= max_inputs:
+            return
 
 
 def _check_kind(data: Any) -> None:

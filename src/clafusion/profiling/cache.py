@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clafusion.config import FusionConfig
 from clafusion.errors import InputError
 from clafusion.profiling.moments import BatchMoments
 from clafusion.profiling.profile import ModelProfile
@@ -31,19 +30,15 @@ __all__ = ["profile_key", "read_profile", "write_profile"]
 _LOG = logging.getLogger("clafusion")
 
 
-def profile_key(
-    model: TracedModel, config: FusionConfig, *, moments: bool, data_digest: str
-) -> str:
+def profile_key(model: TracedModel, options: Mapping[str, Any], data_digest: str) -> str:
     """Return the hash of all that a model's profile depends on.
 
     Parameters
     ----------
     model
         The traced model.
-    config
-        The options.
-    moments
-        Whether the profile holds moments.
+    options
+        The options on which a profile depends, as plain data.
     data_digest
         The hash of the data.
     """
@@ -54,12 +49,7 @@ def profile_key(
             "code": hashlib.sha256(str(model.module.graph).encode()).hexdigest(),
             "data": data_digest,
             "example": tensors_digest({str(i): x for i, x in enumerate(model.example_inputs)}),
-            "profiling": config.profiling.to_dict(),
-            "importance": config.matching.importance,
-            "layer_weights": config.merging.layer_weights,
-            "seed": config.seed,
-            "verify": config.verify,
-            "moments": moments,
+            "options": options,
             "device": _device(model).type,
         }
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from clafusion.errors import InputError
-from clafusion.profiling.batches import Data, batches
+from clafusion.profiling.batches import Data, in_chunks
 from clafusion.threads import one_thread
 from clafusion.tracing.model import TracedModel
 
@@ -214,15 +214,9 @@ def _limited(
 ) -> Iterator[tuple[Tensor, ...]]:
     device = next((one.device for one in graph.model.parameters()), None)
     seen = 0
-    for inputs in batches(data, graph.example_inputs, graph.keywords, device=device):
-        if max_inputs is not None:
-            inputs = tuple(one[: max_inputs - seen] for one in inputs)
-        size = inputs[0].size(0)
-        if size == 0:
-            return
-        chunk = _CHUNK if graph.static_batch is None else size
-        yield from zip(*(one.split(chunk) for one in inputs), strict=True)
-        seen += size
+    for inputs in in_chunks(data, graph, max_inputs, _CHUNK, device=device):
+        yield inputs
+        seen += inputs[0].size(0)
         if progress is not None:
             progress("importance", seen)
 

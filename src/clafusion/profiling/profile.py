@@ -42,6 +42,7 @@ __all__ = [
     "standardised",
 ]
 
+_LEAST_INPUTS = 3  # of two, every two channels are correlated by 1 or -1
 _BLOCK_FEATURES = 4096
 
 
@@ -206,6 +207,11 @@ def profile_models(
             if seen or sum(one[0].size(0) for one in waiting) >= alignment_samples:
                 flush()
         flush()
+    if seen < _LEAST_INPUTS:
+        raise InputError(
+            f"data has {seen} sample(s), of which nothing can be learnt: give at least "
+            f"{_LEAST_INPUTS}, better a few hundred"
+        )
     profiles = [recorder.profile(seen, key) for recorder in recorders]
     if moments and not at_once:
         return [_with_moments(one, data) for one in profiles]

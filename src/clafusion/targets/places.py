@@ -211,8 +211,9 @@ def place_in_template(
             if not one.insertable
         ]
         raise StructureError(
-            f"{name} has {len(template.layers)} layers, and {'; '.join(reasons) or error}. It must "
-            "have the layers of all networks, stage by stage; only residual blocks may be left out"
+            f"{name} has {len(template.layers)} layer(s), and {'; '.join(reasons) or error}. It "
+            "must have the layers of all networks, stage by stage; only residual blocks may be "
+            "left out"
         ) from error
     nobody = (-1,) * len(profiles)
     return tuple(places[i] if i >= 0 else nobody for i in found.deep_to_shallow)

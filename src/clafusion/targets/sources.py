@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from clafusion.alignment.models import AlignedModels
+from clafusion.alignment.models import AlignedModels, label, naming
 from clafusion.correspondence.correspondence import (
     Correspondence,
     correspond,
@@ -28,7 +28,7 @@ from clafusion.correspondence.structure import check_inserted
 from clafusion.profiling.profile import ModelProfile
 from clafusion.targets.resizing import resizing_plan
 from clafusion.targets.target import ChosenTarget
-from clafusion.tracing.model import Layer, TracedModel
+from clafusion.tracing.model import ChannelGroup, Layer, TracedModel
 from clafusion.weights.build import with_state
 
 __all__ = ["Source", "TargetSources", "source_of", "sources_of"]
@@ -99,8 +99,9 @@ def sources_of(chosen: ChosenTarget, aligned: AlignedModels) -> TargetSources:
         if i == chosen.owner:
             continue
         if correspondence.uses_all_layers and not correspondence.target.united_heads:
-            check_inserted(correspondence)
-        warn_of_counted_channels(correspondence)
+            with naming(aligned.names[i]):
+                check_inserted(correspondence)
+        warn_of_counted_channels(correspondence, label(aligned.names[i]))
     return found
 
 
@@ -125,7 +126,9 @@ def _of_owner(chosen: ChosenTarget, aligned: AlignedModels, owner: int) -> Targe
             own = identity_correspondence(target.traced)
             sources.append(Source(own, target, target, plans))
         else:
-            sources.append(source_of(target, profile, chosen.layer_maps[i], chosen.products[i]))
+            with naming(aligned.names[i]):
+                source = source_of(target, profile, chosen.layer_maps[i], chosen.products[i])
+            sources.append(source)
     return TargetSources(target, tuple(sources), owner)
 
 
@@ -135,11 +138,12 @@ def _of_owner(chosen: ChosenTarget, aligned: AlignedModels, owner: int) -> Targe
 def _of_template(chosen: ChosenTarget, aligned: AlignedModels) -> TargetSources:
     template = chosen.model
     drafts: list[_Draft] = []
-    for profile, of, products in zip(
-        aligned.profiles, chosen.layer_maps, chosen.products, strict=True
+    for name, profile, of, products in zip(
+        aligned.names, aligned.profiles, chosen.layer_maps, chosen.products, strict=True
     ):
         view, source = unite_models(template, profile.traced, of)
-        drafts.append(_Draft(correspond(view, source, of, products), profile))
+        with naming(name):
+            drafts.append(_Draft(correspond(view, source, of, products), profile))
     order = _order([one.correspondence for one in drafts])
     givers = _givers([one.correspondence for one in drafts], order, template)
     plans = [_given_plans(i, one, givers, template) for i, one in enumerate(drafts)]
@@ -298,8 +302,18 @@ def _composed_importance(
     for group in target.groups:
         given = torch.full((group.size,), 1 / group.size, dtype=torch.float64)
         giver = givers[group.index]
-        if giver >= 0 and not drafts[giver].correspondence.target.united_heads:
-            of_source = drafts[giver].correspondence.groups[group.index]
-            given = drafts[giver].profile.importance[of_source] @ plans[giver][group.index]
+        if giver >= 0:
+            correspondence, profile = drafts[giver].correspondence, drafts[giver].profile
+            view = _same_group(correspondence.target, group)
+            if view is not None:  # else it is part of united heads, whose channels count alike
+                of_source = correspondence.source.groups[correspondence.groups[view.index]]
+                own = _same_group(profile.traced, of_source)
+                if own is not None:
+                    given = profile.importance[own.index] @ plans[giver][view.index]
         masses.append(given / given.sum())
     return tuple(masses)
+
+
+def _same_group(model: TracedModel, group: ChannelGroup) -> ChannelGroup | None:
+    """Return a model's group of the same channels; None where heads were united, or were not."""
+    return next((one for one in model.groups if torch.equal(one.atoms, group.atoms)), None)

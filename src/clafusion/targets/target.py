@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clafusion.alignment.compatibility import check_outputs
-from clafusion.alignment.models import AlignedModels, label
+from clafusion.alignment.models import AlignedModels, label, naming
 from clafusion.config import Deeper, FusionConfig, Like, Shallower, Target
 from clafusion.correspondence.correspondence import Correspondence, correspond
 from clafusion.correspondence.heads import unite_models
@@ -133,7 +133,7 @@ def _deeper(
         raise _no_structure(target)
     places = union_places(aligned, config)
     models = [one.traced for one in aligned.profiles]
-    union = union_model(models, aligned.reference, places)
+    union = union_model(aligned.names, models, aligned.reference, places)
     return _chosen(union, None, places, name="the union")
 
 
@@ -178,11 +178,11 @@ def _chosen(
 
 def _with_products(chosen: ChosenTarget, aligned: AlignedModels, merge: str) -> ChosenTarget:
     """Multiply the layers that the target lacks into the next ones."""
-    products = tuple(
-        layer_products(chosen.model, profile, of, merge)
-        for profile, of in zip(aligned.profiles, chosen.layer_maps, strict=True)
-    )
-    return replace(chosen, products=products)
+    products = []
+    for name, profile, of in zip(aligned.names, aligned.profiles, chosen.layer_maps, strict=True):
+        with naming(name):
+            products.append(layer_products(chosen.model, profile, of, merge))
+    return replace(chosen, products=tuple(products))
 
 
 # --- widths -------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def width_position(names: Sequence[str], width: str | int) -> int | None:
     Raises
     ------
     InputError
-        The width names no model.
+        The width names no model, or could mean two things.
     """
     if isinstance(width, int):
         if not 0 <= width < len(names):
@@ -264,9 +264,16 @@ def width_position(names: Sequence[str], width: str | int) -> int | None:
                 f"{width}"
             )
         return width
-    if width in names and width != "own":
-        return list(names).index(width)
-    if width not in ("own", "narrow", "wide"):
+    is_word = width in ("own", "narrow", "wide")
+    if width in names:
+        at = list(names).index(width)
+        if is_word:
+            raise InputError(
+                f"target.width={width!r} is a word, and also the name of a model: give the "
+                f"model's position, {at}, or call the model something else"
+            )
+        return at
+    if not is_word:
         raise InputError(
             "target.width must be 'own', 'narrow', 'wide' or a model's name or position "
             f"({', '.join(map(label, names))}); got {width!r}"

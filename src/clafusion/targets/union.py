@@ -15,6 +15,7 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
+from clafusion.alignment.models import naming
 from clafusion.correspondence.correspondence import correspond
 from clafusion.correspondence.structure import resized_shape
 from clafusion.errors import ClafusionError, StructureError
@@ -39,7 +40,7 @@ class _Children:
 
 
 def union_model(
-    models: Sequence[TracedModel], reference: int, places: Sequence[Place]
+    names: Sequence[str], models: Sequence[TracedModel], reference: int, places: Sequence[Place]
 ) -> TracedModel:
     """Build and trace the union's module: the reference's, with copies put in.
 
@@ -61,9 +62,10 @@ def union_model(
             continue
         owner = next(p for p, k in enumerate(place) if k >= 0)
         layer = models[owner].layers[place[owner]]
-        path, position = _anchor(base, of_base, i, layer)
         matched = tuple(one[owner] for one in places if one[reference] >= 0)
-        copies = _copies(base, models[owner], matched, of_base[:i], layer)
+        with naming(names[owner]):
+            path, position = _anchor(base, of_base, i, layer)
+            copies = _copies(base, models[owner], matched, of_base[:i], layer)
         insertions.setdefault(path, []).append((position, copies))
     # Found before anything moves: a container may lie in another one.
     containers = [(module.get_submodule(path), inserted) for path, inserted in insertions.items()]
@@ -100,7 +102,7 @@ def _anchor(base: TracedModel, of_base: Sequence[int], place: int, layer: Layer)
         if children is not None:
             return children.container, children.last + 1 if is_before else children.first
     raise StructureError(
-        f"layer {layer.name!r} of a shallower network has no place in the deeper one: its "
+        f"layer {layer.name!r} has no place in the network that gives the structure: its "
         f"neighbours there are in no nn.Sequential or nn.ModuleList; {_ADVICE}"
     )
 
@@ -173,7 +175,7 @@ def _copies(
     children = _children(owner, layer)
     if children is None:
         raise StructureError(
-            f"layer {layer.name!r} of a shallower network cannot be copied: it is in no "
+            f"layer {layer.name!r} cannot be copied into another network: it is in no "
             f"nn.Sequential or nn.ModuleList; {_ADVICE}"
         )
     sizes = _sizes(base, owner, matched, before, layer)

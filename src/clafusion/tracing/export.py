@@ -119,14 +119,7 @@ def _export(
         else:
             by_name[name] = auto
     shapes: Any = by_name if keywords else tuple(by_name.values())
-    failure: Exception | None = None
-    try:
-        program = torch.export.export(
-            model, arguments, dict(keywords), dynamic_shapes=shapes, strict=False
-        )
-    except Exception as error:
-        failure = error
-    try:  # export and forward may each fail alone; an error of forward says more
+    try:  # before the export, which would log the same failure at length
         with torch.no_grad():
             model(*arguments, **keywords)
     except Exception as cause:
@@ -137,12 +130,15 @@ def _export(
             f"the model does not run on the example inputs {shown}, with parameters of "
             f"{types or 'no type'}: {cause}"
         ) from cause
-    if failure is not None:
+    try:
+        return torch.export.export(
+            model, arguments, dict(keywords), dynamic_shapes=shapes, strict=False
+        )
+    except Exception as failure:
         raise UnsupportedOpError(
             f"torch.export cannot export {type(model).__name__}: {first_line(failure)}. Rewrite "
             "data-dependent control flow, or fuse the part of the model that can be exported"
         ) from failure
-    return program
 
 
 def first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
+from torch.nn.parameter import is_lazy
 
 from clafusion.errors import InputError, UnsupportedOpError
 from clafusion.tracing.architecture import Architecture, architecture
@@ -190,6 +191,12 @@ def _check_model(model: nn.Module) -> None:
             "in torch.inference_mode() a model would be made that cannot be trained: leave it, or "
             "use torch.no_grad()"
         )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise InputError(
+                f"{name!r} has no shape yet, as its module is lazy: run the model once on a batch, "
+                "then load its weights"
+            )
     for name, tensor in model.named_parameters():
         if tensor.is_inference():
             raise InputError(
@@ -218,6 +225,9 @@ def _example(
             raise InputError(
                 f"{name} must have a batch of at least one row; got shape {tuple(value.shape)}"
             )
+        if value.is_meta or value.layout is not torch.strided:
+            kind = "on the meta device" if value.is_meta else f"of layout {value.layout}"
+            raise InputError(f"{name} must be an ordinary (dense) tensor; it is {kind}")
         value = value.detach()
         # torch.export would take a batch of one for a fixed batch size.
         return torch.cat([value, value]) if value.size(0) == 1 else value[:_EXAMPLE_ROWS]

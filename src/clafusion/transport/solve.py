@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clafusion import _native
-from clafusion.config import Auto, Sinkhorn, Solver, Unbalanced, Zip
+from clafusion.config import Assignment, Auto, Exact, Sinkhorn, Solver, Unbalanced, Zip
 from clafusion.errors import InputError
 from clafusion.transport.assignment import assign, is_assignable
 from clafusion.transport.checks import (
@@ -83,6 +83,11 @@ def solve_transport(
         raise InputError(
             "solver 'zip' also compares the channels within each network, of which these costs "
             "say nothing; it is for clafusion.fuse, and for clafusion.matching.zipping.zip_channels"
+        )
+    if not isinstance(settings, (Assignment, Auto, Exact, Sinkhorn, Unbalanced)):
+        raise InputError(
+            f"solver {settings.name!r} is unknown: solvers of your own are not supported. Take "
+            "'auto', 'assignment', 'exact', 'sinkhorn' or 'unbalanced'"
         )
     problems = listed(costs, "costs")
     for i, cost in enumerate(problems):

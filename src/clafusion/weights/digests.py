@@ -153,4 +153,5 @@ def add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
 
 def versions() -> dict[str, str]:
     """Return the releases of those packages on which the bytes of a result may depend."""
-    return {"clafusion": version("clafusion"), "torch": torch.__version__}
+    packages = ("clafusion", "numpy", "scipy", "pot")
+    return {"torch": torch.__version__} | {name: version(name) for name in packages}

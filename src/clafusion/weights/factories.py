@@ -70,8 +70,7 @@ def build_model(factory: str) -> nn.Module:
         raise InputError(f"factory {factory!r} failed: {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"factory {factory!r} returned a {type(model).__name__}; it must return a "
-            "torch.nn.Module"
+            f"factory {factory!r} must return a torch.nn.Module; it returned {type(model).__name__}"
         )
     return model.eval()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from clafusion.config import LeastSquares
 from clafusion.execution.call import State
 from clafusion.merging.mean import average, weighted_mean
 from clafusion.merging.problem import FusionProblem, MergeWeights
-from clafusion.profiling.batches import Data, batches
-from clafusion.tracing.model import TracedModel
+from clafusion.profiling.batches import Data, in_chunks
 
 __all__ = ["anchored_weights", "regress", "regress_anchored"]
 
@@ -87,7 +86,7 @@ def regress(
     state = {name: tensor.clone() for name, tensor in fused.items()}
     where = device or next(iter(state.values())).device
     places = regressed_places(problem, state)
-    inputs = list(_limited(data, problem.target, where, samples))
+    inputs = list(in_chunks(data, problem.target, samples, _CHUNK, device=where))
     walks = Walks(problem, state, inputs, places, ridge)
     own = [one.weights for one in problem.parents]
     inside = anchored_weights(problem, anchor)
@@ -160,7 +159,7 @@ def _distance(problem: FusionProblem, state: State, data: Data, samples: int) ->
     states = [one.state() for one in models]
     total = 0.0
     with torch.no_grad():
-        for inputs in _limited(data, problem.target, where, samples):
+        for inputs in in_chunks(data, problem.target, samples, _CHUNK, device=where):
             outputs = problem.target.run(inputs, state=state)
             wanted = [model.run(inputs, state=of) for model, of in zip(models, states, strict=True)]
             for output, *goals in zip(outputs, *wanted, strict=True):
@@ -168,15 +167,3 @@ def _distance(problem: FusionProblem, state: State, data: Data, samples: int) ->
                     goal = weighted_mean([one.double() for one in goals], weights)
                     total += float((output.double() - goal).square().sum())
     return total
-
-
-def _limited(
-    data: Data, target: TracedModel, device: torch.device, samples: int
-) -> Iterator[tuple[Tensor, ...]]:
-    left = samples
-    for inputs in batches(data, target.example_inputs, target.keywords, device=device):
-        taken = tuple(one[:left] for one in inputs)
-        left -= taken[0].size(0)
-        yield from zip(*(one.split(_CHUNK) for one in taken), strict=True)
-        if left <= 0:
-            return
