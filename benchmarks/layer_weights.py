@@ -30,8 +30,8 @@ WAYS: dict[str, Calibration] = {
     "averaged": NoCalibration(),
     "BatchNorm reset": BatchNorm(),
     "REPAIR": Repair(),
-    "least squares, lean 0": LeastSquares(anchor=0.0),
-    "least squares, lean 0.8": LeastSquares(anchor=0.8),
+    "least squares, anchor 0": LeastSquares(anchor=0.0),
+    "least squares, anchor 0.8": LeastSquares(anchor=0.8),
 }
 EPOCHS = 5
 

@@ -25,10 +25,10 @@ def marginals(
     InputError
         A network's importance is missing.
     """
-    for graph, given in ((correspondence.target, target), (correspondence.source, source)):
-        if len(given) != len(graph.groups):
+    for model, given in ((correspondence.target, target), (correspondence.source, source)):
+        if len(given) != len(model.groups):
             raise InputError(
-                f"importance must be known of all {len(graph.groups)} channel groups; the "
+                f"importance must be known of all {len(model.groups)} channel groups; the "
                 f"profile has it of {len(given)}: profile the model by the same settings"
             )
     found: list[tuple[Tensor, Tensor] | None] = []

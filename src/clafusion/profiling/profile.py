@@ -112,7 +112,7 @@ def standardised(rows: Tensor) -> Tensor:
 
 
 def profile_models(
-    graphs: Sequence[TracedModel],
+    models: Sequence[TracedModel],
     data: Data,
     *,
     alignment_samples: int = 400,
@@ -133,7 +133,7 @@ def profile_models(
 
     Parameters
     ----------
-    graphs
+    models
         Traced models with the same inputs.
     data
         A tensor, a list of batches or a DataLoader, with or without labels.
@@ -171,9 +171,9 @@ def profile_models(
     at_once = moments and max_inputs is None  # one pass sees all inputs
     recorders = [
         _Recorder(
-            graph, alignment_samples, matching_rows, nonlinearity, layer_values, at_once, seed
+            model, alignment_samples, matching_rows, nonlinearity, layer_values, at_once, seed
         )
-        for graph in graphs
+        for model in models
     ]
     waiting: list[tuple[Tensor, ...]] = []
     sizes: list[int] = []
@@ -191,10 +191,10 @@ def profile_models(
             if progress is not None:
                 progress("profile", seen)
 
-    graph = graphs[0]
-    target = device if device is not None else _device(graph)
+    model = models[0]
+    target = device if device is not None else _device(model)
     with torch.no_grad():
-        for inputs in batches(data, graph.example_inputs, graph.keywords, device=target):
+        for inputs in batches(data, model.example_inputs, model.keywords, device=target):
             if max_inputs is not None:
                 left = max_inputs - seen - sum(one[0].size(0) for one in waiting)
                 if left <= 0:
@@ -225,7 +225,7 @@ class _Recorder:
 
     def __init__(
         self,
-        graph: TracedModel,
+        model: TracedModel,
         alignment_samples: int,
         matching_rows: int,
         nonlinearity: bool,
@@ -233,37 +233,37 @@ class _Recorder:
         moments: bool,
         seed: int,
     ) -> None:
-        self.graph = graph
-        self.state = graph.state()
+        self.model = model
+        self.state = model.state()
         self.alignment_samples = alignment_samples
         self.matching_rows = matching_rows
         self.seed = seed
         before = layer_values == "preactivation"
         self.layers = {
-            _preactivation(layer) if before else layer.output: layer.index for layer in graph.layers
+            _preactivation(layer) if before else layer.output: layer.index for layer in model.layers
         }
         self.batch_axes = {
             node.name: batch_axis(node)
-            for node in graph.module.graph.nodes
+            for node in model.module.graph.nodes
             if node.name in self.layers
         }
         self.points: dict[str, list[tuple[tuple[int, int], HookPoint]]] = {}
-        for layer in graph.layers:
+        for layer in model.layers:
             for i, point in enumerate(layer.hook_points):
                 node = point.post if nonlinearity else point.pre
                 self.points.setdefault(node, []).append(((layer.index, i), point))
                 if before:
                     self.points.setdefault(point.post, []).append(((layer.index, ~i), point))
-        if before and graph.layers:
-            self._add_classifier(graph.layers[-1])
+        if before and model.layers:
+            self._add_classifier(model.layers[-1])
         self.grams: dict[int, Tensor] = {}
         self.features: dict[int, int] = {}
         self.samplers: dict[int, _Sampler] = {}
         self.rows: dict[str, Tensor] = {}
-        self.axes = moment_axes(graph) if moments else {}
+        self.axes = moment_axes(model) if moments else {}
         self.moments: list[BatchMoments] | None = [] if moments else None
         watched = {*self.layers, *self.points, *self.axes}
-        self.watched = [node.name for node in graph.module.graph.nodes if node.name in watched]
+        self.watched = [node.name for node in model.module.graph.nodes if node.name in watched]
 
     def _add_classifier(self, layer: Layer) -> None:
         """Record the outputs of a last layer whose channels are never moved."""
@@ -279,16 +279,16 @@ class _Recorder:
         size = sum(inputs[0].size(0) for inputs in waiting)
         for sampler in self.samplers.values():
             sampler.advance(start, size)
-        static = self.graph.static_batch
+        static = self.model.static_batch
         for inputs in waiting:
             if static is not None and inputs[0].size(0) != static:
                 raise InputError(
                     f"the model admits only batches of {static}, but one of {inputs[0].size(0)} "
                     "is given; it fixes the batch size in its code"
                 )
-        in_parts = [parts(self.graph, one) for one in waiting]
+        in_parts = [parts(self.model, one) for one in waiting]
         walks = [
-            [Walk(self.graph, part, self.state, set(self.watched)) for part in of_batch]
+            [Walk(self.model, part, self.state, set(self.watched)) for part in of_batch]
             for of_batch in in_parts
         ]
         counts = [part[0].size(0) for of_batch in in_parts for part in of_batch]
@@ -319,7 +319,7 @@ class _Recorder:
             one = value[0] if isinstance(value, (tuple, list)) else value
             if one.dim() == 0 or one.size(axis or 0) % count:
                 raise StructureError(
-                    f"layer {self.graph.layers[self.layers[node]].name!r} puts out a tensor of "
+                    f"layer {self.model.layers[self.layers[node]].name!r} puts out a tensor of "
                     f"shape {tuple(one.shape)} for {count} inputs, and so none of its own for each"
                 )
             rows.append(one.movedim(axis or 0, 0).reshape(count, -1))
@@ -358,9 +358,9 @@ class _Recorder:
         rows = {
             place: self.rows[node] for node, places in self.points.items() for place, _ in places
         }
-        count = len(self.graph.layers)
+        count = len(self.model.layers)
         return ModelProfile(
-            self.graph,
+            self.model,
             tuple(self.grams[i] for i in range(count)),
             tuple(self.features[i] for i in range(count)),
             rows,
@@ -436,5 +436,5 @@ def _data_key(key: int, inputs: tuple[Tensor, ...]) -> int:
     return zlib.crc32(sums.tobytes(), key)
 
 
-def _device(graph: TracedModel) -> torch.device:
-    return next((one.device for one in graph.model.parameters()), torch.device("cpu"))
+def _device(model: TracedModel) -> torch.device:
+    return next((one.device for one in model.model.parameters()), torch.device("cpu"))

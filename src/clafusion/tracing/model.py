@@ -336,7 +336,7 @@ class TracedModel:
     static_batch
         The batch size, where the model admits only the one it was traced with; else None.
     united_heads
-        Heads whose groups are united: see :mod:`clafusion.matching.united_heads`.
+        Heads whose groups are united: see :mod:`clafusion.correspondence.heads`.
     """
 
     model: nn.Module
