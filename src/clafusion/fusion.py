@@ -24,6 +24,7 @@ from clafusion.config import (
 )
 from clafusion.correspondence.moving import outgoing_map
 from clafusion.errors import ConvergenceWarning, warn
+from clafusion.execution.call import device_of
 from clafusion.matching.plans import Matched, match_sources
 from clafusion.merging.layer_weights import weigh_layers
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
@@ -34,8 +35,6 @@ from clafusion.stages import (
     Clock,
     ExampleInputs,
     copied_to,
-    device_of,
-    device_of_profile,
     merge_weights,
     moved_to,
     named_models,
@@ -187,7 +186,7 @@ def align_profiles(
         The models cannot be brought to one structure.
     """
     config = config or FusionConfig()
-    clock = clock or Clock(device_of_profile(profiles[0]), timings)
+    clock = clock or Clock(profiles[0].traced.device, timings)
     with clock.stage("align"):
         aligned = align_models(names, profiles, config)
     return replace(aligned, timings=clock.seconds, peak_memory=clock.peak_memory)
@@ -239,7 +238,7 @@ def fuse_aligned(
     """
     config = config or FusionConfig()
     given = merge_weights(weights, aligned.names)
-    clock = Clock(device_of_profile(aligned.profiles[0]), aligned.timings, aligned.peak_memory)
+    clock = Clock(aligned.profiles[0].traced.device, aligned.timings, aligned.peak_memory)
     with clock.stage("target"):
         chosen = choose_target(aligned, config, template)
         sources = sources_of(chosen, aligned)

@@ -29,8 +29,6 @@ __all__ = [
     "Clock",
     "ExampleInputs",
     "copied_to",
-    "device_of",
-    "device_of_profile",
     "merge_weights",
     "moved_to",
     "named_models",
@@ -228,16 +226,6 @@ def traced_template(target: Like, like: nn.Module, example_inputs: ExampleInputs
 
 
 # --- clocks -------------------------------------------------------------------------------------
-
-
-def device_of_profile(profile: ModelProfile) -> torch.device:
-    """Return where a profiled model computes."""
-    return profile.traced.example_inputs[0].device
-
-
-def device_of(model: nn.Module) -> torch.device | None:
-    """Return where a model's parameters are; None for a model without any."""
-    return next((one.device for one in model.parameters()), None)
 
 
 class Clock:

@@ -35,7 +35,6 @@ __all__ = [
     "Shape",
     "Std",
     "archs_of",
-    "check_device",
     "check_plot",
     "load_models",
     "named_files",
@@ -213,21 +212,6 @@ def samples_of(data: Path, limit: int, options: DataOptions) -> Tensor:
         mean=numbers_of("--mean", options.mean, float),
         std=numbers_of("--std", options.std, float),
     )
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that cannot be used here.
-
-    Raises
-    ------
-    InputError
-        The message has PyTorch's reason.
-    """
-    try:
-        torch.empty(0, device=torch.device(device))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device!r} cannot be used here: {reason}") from error
 
 
 def check_plot(plot: Path | None) -> None:

@@ -60,7 +60,7 @@ def profile_key(
             "seed": config.seed,
             "verify": config.verify,
             "moments": moments,
-            "device": _device(model).type,
+            "device": model.device.type,
         }
     )
 
@@ -111,10 +111,6 @@ def _path(folder: Path, key: str) -> Path:
     return folder / f"{key[:40]}.safetensors"
 
 
-def _device(model: TracedModel) -> torch.device:
-    return next((one.device for one in model.model.parameters()), torch.device("cpu"))
-
-
 # --- profiles and tensors -----------------------------------------------------------------------
 
 
@@ -140,7 +136,7 @@ def _tensors_of(profile: ModelProfile) -> tuple[dict[str, Tensor], list[list[Any
 def _profile_of(
     model: TracedModel, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> ModelProfile:
-    device = _device(model)
+    device = model.device
     return ModelProfile(
         traced=model,
         grams=tuple(tensors[f"gram.{i}"].to(device) for i in range(len(model.layers))),

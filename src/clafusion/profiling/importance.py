@@ -212,9 +212,8 @@ def _limited(
     max_inputs: int | None,
     progress: Callable[[str, int], None] | None,
 ) -> Iterator[tuple[Tensor, ...]]:
-    device = next((one.device for one in model.model.parameters()), None)
     seen = 0
-    for inputs in batches(data, model.example_inputs, model.keywords, device=device):
+    for inputs in batches(data, model.example_inputs, model.keywords, device=model.device):
         if max_inputs is not None:
             inputs = tuple(one[: max_inputs - seen] for one in inputs)
         size = inputs[0].size(0)

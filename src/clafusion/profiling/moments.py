@@ -87,11 +87,10 @@ def observed_moments(model: TracedModel, data: Data) -> list[BatchMoments]:
         ``data`` is empty or does not fit the model.
     """
     axes = moment_axes(model)
-    device = next((one.device for one in model.model.parameters()), torch.device("cpu"))
     with torch.no_grad():
         return [
             batch_moments(model, inputs, axes)
-            for inputs in batches(data, model.example_inputs, model.keywords, device=device)
+            for inputs in batches(data, model.example_inputs, model.keywords, device=model.device)
         ]
 
 

@@ -192,7 +192,7 @@ def profile_models(
                 progress("profile", seen)
 
     model = models[0]
-    target = device if device is not None else _device(model)
+    target = device if device is not None else model.device
     with torch.no_grad():
         for inputs in batches(data, model.example_inputs, model.keywords, device=target):
             if max_inputs is not None:
@@ -434,7 +434,3 @@ def _data_key(key: int, inputs: tuple[Tensor, ...]) -> int:
     """Go on with a checksum of each input's sum, which does not depend on the batches."""
     sums = inputs[0].double().flatten(1).sum(1).cpu().numpy()
     return zlib.crc32(sums.tobytes(), key)
-
-
-def _device(model: TracedModel) -> torch.device:
-    return next((one.device for one in model.model.parameters()), torch.device("cpu"))
