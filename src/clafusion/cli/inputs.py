@@ -17,6 +17,7 @@ from clafusion.errors import InputError
 from clafusion.profiling.samples import load_samples
 from clafusion.weights.atomic import check_output
 from clafusion.weights.factories import load_model
+from clafusion.weights.messages import one_line
 
 __all__ = [
     "Arch",
@@ -182,8 +183,7 @@ def try_models(models: Mapping[str, nn.Module], samples: Tensor) -> None:
             called = f"model {name!r}" if name else "the model"
             raise InputError(
                 f"{called} does not run on the data (a sample has shape "
-                f"{tuple(samples.shape[1:])}, {samples.dtype}): {type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}"
+                f"{tuple(samples.shape[1:])}, {samples.dtype}): {one_line(error)}"
             ) from error
 
 

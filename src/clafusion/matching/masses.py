@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.errors import InputError
+from clafusion.profiling.importance import equal_masses
 
 __all__ = ["marginals"]
 
@@ -40,9 +40,6 @@ def marginals(
         elif points:
             found.append((source[other], target[one.index]))
         else:
-            found.append((_equal(correspondence.source.groups[other].size), _equal(one.size)))
+            size = correspondence.source.groups[other].size
+            found.append((equal_masses(size), equal_masses(one.size)))
     return found
-
-
-def _equal(size: int) -> Tensor:
-    return torch.full((size,), 1 / size, dtype=torch.float64)

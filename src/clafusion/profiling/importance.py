@@ -21,6 +21,7 @@ from clafusion.tracing.model import TracedModel
 
 __all__ = [
     "channel_importance",
+    "equal_masses",
     "layer_sensitivities",
     "sensitivities",
 ]
@@ -162,7 +163,8 @@ def layer_sensitivities(model: TracedModel, products: Mapping[str, Tensor]) -> T
     return torch.tensor(found, dtype=torch.float64)
 
 
-def _equal(size: int) -> Tensor:
+def equal_masses(size: int) -> Tensor:
+    """Return the masses of channels that all matter as much ``(num_channels,)``, float64."""
     return torch.full((size,), 1 / size, dtype=torch.float64)
 
 
@@ -173,7 +175,7 @@ def _masses(scores: Tensor, name: str, kind: str) -> Tensor:
         )
     mean = scores.mean()
     if mean == 0:
-        return _equal(len(scores))
+        return equal_masses(len(scores))
     kept = scores.clamp(min=float(_LEAST * mean))
     return kept / kept.sum()
 
