@@ -60,9 +60,10 @@ class ModelProfile:
         For each layer the length of a flattened output.
     rows
         For each hook point ``(layer, index)`` the values ``(num_rows, num_channels)`` of its
-        channels at the chosen pairs of input and position. With ``layer_values="preactivation"``
-        also, with the key ``(layer, ~index)``, the values after the nonlinearity, and for the last
-        layer, with the index after its last hook point, the outputs of a classifier.
+        channels at the chosen pairs of input and position, before the nonlinearity, where no
+        channel is dead. With ``layer_values="preactivation"`` also, with the key
+        ``(layer, ~index)``, the values after the nonlinearity, and for the last layer, with the
+        index after its last hook point, the outputs of a classifier.
     num_samples, num_inputs
         How many inputs the Gram matrices are over, and how many were seen in all.
     data_key
@@ -115,14 +116,12 @@ def profile_models(
     models: Sequence[TracedModel],
     data: Data,
     *,
-    alignment_samples: int = 400,
-    matching_rows: int = 8192,
-    nonlinearity: bool = False,
+    alignment_samples: int,
+    matching_rows: int,
     layer_values: str = "output",
     max_inputs: int | None = None,
     moments: bool = False,
     seed: int = 0,
-    device: torch.device | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[ModelProfile]:
     """Profile several models on the same batches, in one pass over the data.
@@ -142,9 +141,6 @@ def profile_models(
         bounds the memory.
     matching_rows
         How many (input, position) pairs are kept for each hook point.
-    nonlinearity
-        Take the channels' values after the nonlinearity instead of before it. Before it, no
-        channel is dead.
     layer_values
         What the Gram matrices are of: the layers' outputs, or these before their nonlinearity.
     max_inputs
@@ -153,8 +149,6 @@ def profile_models(
         Whether to record each batch's moments, too, over all inputs: what REPAIR needs.
     seed
         Seed of the choice of pairs.
-    device
-        Where to compute; default where the model is.
     progress
         Called with a text and the number of inputs done.
 
@@ -170,9 +164,7 @@ def profile_models(
             raise InputError(f"{name} must be at least 2; got {value}")
     at_once = moments and max_inputs is None  # one pass sees all inputs
     recorders = [
-        _Recorder(
-            model, alignment_samples, matching_rows, nonlinearity, layer_values, at_once, seed
-        )
+        _Recorder(model, alignment_samples, matching_rows, layer_values, at_once, seed)
         for model in models
     ]
     waiting: list[tuple[Tensor, ...]] = []
@@ -192,9 +184,8 @@ def profile_models(
                 progress("profile", seen)
 
     model = models[0]
-    target = device if device is not None else model.device
     with torch.no_grad():
-        for inputs in batches(data, model.example_inputs, model.keywords, device=target):
+        for inputs in batches(data, model.example_inputs, model.keywords, device=model.device):
             if max_inputs is not None:
                 left = max_inputs - seen - sum(one[0].size(0) for one in waiting)
                 if left <= 0:
@@ -228,7 +219,6 @@ class _Recorder:
         model: TracedModel,
         alignment_samples: int,
         matching_rows: int,
-        nonlinearity: bool,
         layer_values: str,
         moments: bool,
         seed: int,
@@ -250,8 +240,7 @@ class _Recorder:
         self.points: dict[str, list[tuple[tuple[int, int], HookPoint]]] = {}
         for layer in model.layers:
             for i, point in enumerate(layer.hook_points):
-                node = point.post if nonlinearity else point.pre
-                self.points.setdefault(node, []).append(((layer.index, i), point))
+                self.points.setdefault(point.pre, []).append(((layer.index, i), point))
                 if before:
                     self.points.setdefault(point.post, []).append(((layer.index, ~i), point))
         if before and model.layers:
