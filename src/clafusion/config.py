@@ -42,6 +42,7 @@ __all__ = [
     "LAYER_WEIGHTS",
     "MERGES",
     "NORMALISATIONS",
+    "WIDTHS",
     "Alignment",
     "Assignment",
     "Auto",
@@ -114,6 +115,8 @@ LAYER_VALUES = Choices(
     output="the layers' outputs",
     preactivation="their values before the nonlinearity",
 )
+WIDTHS = ("own", "narrow", "wide")
+"""The words that a target's ``width`` can be; else it is a parent's name or position."""
 NORMALISATIONS = Choices(
     two="one for what leaves a layer and one for what enters it",
     single="the published one, which shrinks where widths differ",
@@ -264,9 +267,10 @@ class Target(Settings, family=True):
     """Which structure the result gets. If you are not sure, take "deeper"."""
 
 
+_OWN, *_BY_SIZE = WIDTHS
 _WIDTH = (
-    "whose widths: own (of the parent that gives the depth), narrow, wide, or a parent's name or "
-    "position"
+    f"whose widths: {_OWN} (of the parent that gives the depth), {', '.join(_BY_SIZE)}, or a "
+    "parent's name or position"
 )
 
 
@@ -274,14 +278,14 @@ _WIDTH = (
 class Deeper(Target, name="deeper"):
     """As deep as the deepest parent; where several are the deeper one somewhere, as their union."""
 
-    width: str | int = text("own", _WIDTH, also=int)
+    width: str | int = text(_OWN, _WIDTH, also=int)
 
 
 @dataclass(frozen=True)
 class Shallower(Target, name="shallower"):
     """As deep as the shallowest parent; the others' layers that it lacks go."""
 
-    width: str | int = text("own", _WIDTH, also=int)
+    width: str | int = text(_OWN, _WIDTH, also=int)
     merge: str = choice("least_squares", MERGES, "how the layers go that the result lacks")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from clafusion.config import IMPORTANCES
 from clafusion.errors import InputError
 from clafusion.profiling.batches import Data, batches
 from clafusion.threads import one_thread
@@ -88,10 +89,8 @@ def channel_importance(
                 products = sensitivities(model, data, max_inputs=max_inputs, progress=progress)
             scores = _over_axes(model, products, ("out", "in"))
         else:
-            raise InputError(
-                "importance must be one of 'uniform', 'norm', 'activation', 'sensitivity'; "
-                f"got {kind!r}"
-            )
+            known = ", ".join(map(repr, IMPORTANCES))
+            raise InputError(f"importance must be one of {known}; got {kind!r}")
         return tuple(
             _masses(score, one.name, kind) for score, one in zip(scores, model.groups, strict=True)
         )

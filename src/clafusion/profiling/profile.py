@@ -36,7 +36,6 @@ from clafusion.tracing.operations import batch_axis
 
 __all__ = [
     "ModelProfile",
-    "check_same_inputs",
     "gram_matrix",
     "profile_models",
     "standardised",
@@ -90,16 +89,6 @@ class ModelProfile:
     moments: tuple[BatchMoments, ...] | None = None
     sensitivity: Tensor | None = None
     batch_sizes: tuple[int, ...] = ()
-
-
-def check_same_inputs(deep: ModelProfile, shallow: ModelProfile) -> None:
-    """Refuse to compare profiles of different inputs, or of the same in another order."""
-    if deep.data_key != shallow.data_key:
-        raise InputError(
-            "the profiles come from different inputs: profile both models on the same inputs in "
-            "the same order, together or from data that is not shuffled (a DataLoader that "
-            "shuffles gives another order each time)"
-        )
 
 
 def standardised(rows: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clafusion.alignment.compatibility import check_outputs
 from clafusion.alignment.models import AlignedModels, label
-from clafusion.config import Deeper, FusionConfig, Like, Shallower, Target
+from clafusion.config import WIDTHS, Deeper, FusionConfig, Like, Shallower, Target
 from clafusion.correspondence.correspondence import Correspondence, correspond
 from clafusion.correspondence.heads import unite_models
 from clafusion.correspondence.structure import resized_shape
@@ -266,9 +266,9 @@ def width_position(names: Sequence[str], width: str | int) -> int | None:
         return width
     if width in names and width != "own":
         return list(names).index(width)
-    if width not in ("own", "narrow", "wide"):
+    if width not in WIDTHS:
         raise InputError(
-            "target.width must be 'own', 'narrow', 'wide' or a model's name or position "
+            f"target.width must be {', '.join(map(repr, WIDTHS))} or a model's name or position "
             f"({', '.join(map(label, names))}); got {width!r}"
         )
     return None
