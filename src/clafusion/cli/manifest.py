@@ -156,7 +156,7 @@ def _model(where: str, found: Any, common: Any, root: Path) -> ModelFile:
 
 
 def _pairs(found: Any, models: Mapping[str, ModelFile]) -> list[tuple[str, str]] | str:
-    if found in ("all", "all-pairs"):
+    if found == "all":
         return "all"
     if isinstance(found, Mapping):
         base = _entries(found, "pairs", ("base",)).get("base")
