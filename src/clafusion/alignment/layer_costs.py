@@ -18,7 +18,7 @@ from clafusion.errors import InputError
 from clafusion.profiling.profile import ModelProfile, gram_matrix, standardised
 from clafusion.transport.solve import solve_transport
 
-__all__ = ["cka", "gram", "layer_costs", "linear_cka", "mean_cca"]
+__all__ = ["check_same_inputs", "cka", "gram", "layer_costs", "linear_cka", "mean_cca"]
 
 _VARIANCE_KEPT = 0.99
 
