@@ -87,7 +87,7 @@ def fuse_command(
     """
     files = named_files(weights)
     archs = archs_of(arch, list(files))
-    shares = merge_weights_of("--weights", merge_weights, list(files))
+    given = merge_weights_of("--weights", merge_weights, list(files))
     base = None if config is None else read_config(config, "--config")
     settings = configured(options, base)
     usable_device(device, "--device")
@@ -97,7 +97,7 @@ def fuse_command(
     samples = samples_of(data, limit, DataOptions(data_key, shape, scale, mean, std))
     try_models(models, samples)
     with progress(len(samples)) as report, errors_by_flags():
-        result = _fused(models, samples, shares, settings, device, report)
+        result = _fused(models, samples, given, settings, device, report)
     save_model(result.model, out)
     if plot is not None:
         draw(result, plot)
