@@ -31,12 +31,12 @@ def main() -> None:
 
     result = fuse([shallow, deep], calibration, calibration="none")
     parent, target = result.parents[0], result.problem.target
-    lifted = inserted_model(deep, parent.correspondence).eval()
+    deepened = inserted_model(deep, parent.correspondence).eval()
     # The shallow network alone, in the deep one's structure and order of channels.
     moved = with_state(deep, {**target.state(), **parent.state()}, target.aliases).eval()
     exact = {
-        "lifted ResNet-20 against ResNet-20": lifted,
-        "lifted and permuted ResNet-20 against ResNet-20": moved,
+        "deepened ResNet-20 against ResNet-20": deepened,
+        "deepened and permuted ResNet-20 against ResNet-20": moved,
     }
     wanted = logits(shallow, images)
     differences = {
@@ -72,7 +72,7 @@ def main() -> None:
         "matched": fused("none"),
         "matched, BatchNorm reset": fused("batchnorm"),
         "matched, REPAIR": fused("repair"),
-        "matched, least squares, lean 0": fused(LeastSquares(anchor=0.0)),
+        "matched, least squares, anchor 0": fused(LeastSquares(anchor=0.0)),
         "matched, least squares": fused("least_squares"),
     }
     curves = {}

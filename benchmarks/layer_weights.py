@@ -3,7 +3,7 @@
     CLAFUSION_DATA=... python -m benchmarks.layer_weights [--seeds 5] [--test 2000] [--images 2000]
 
 The two CIFAR-10 checkpoints (ResNet-20 and ResNet-32) and the MNIST pair, at weight 0.5: zero-shot
-test accuracy, and the shares.
+test accuracy, and the layer weights.
 """
 
 import argparse
@@ -30,8 +30,8 @@ WAYS: dict[str, Calibration] = {
     "averaged": NoCalibration(),
     "BatchNorm reset": BatchNorm(),
     "REPAIR": Repair(),
-    "least squares, lean 0": LeastSquares(anchor=0.0),
-    "least squares, lean 0.8": LeastSquares(anchor=0.8),
+    "least squares, anchor 0": LeastSquares(anchor=0.0),
+    "least squares, anchor 0.8": LeastSquares(anchor=0.8),
 }
 EPOCHS = 5
 
@@ -39,7 +39,7 @@ EPOCHS = 5
 def accuracies(
     first: nn.Module, second: nn.Module, calibration: Tensor, test: tuple[Tensor, Tensor]
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """Return each way's accuracy with each kind of layer weights, and the shares."""
+    """Return each way's accuracy with each kind of layer weights, and these weights."""
     result: FusionResult | None = None
     found: dict[str, dict[str, float]] = {}
     for name, how in WAYS.items():
@@ -64,18 +64,18 @@ def main() -> None:
     arguments = parser.parse_args()
 
     calibration, _ = cifar10("train", arguments.images)
-    cifar, shares = accuracies(*checkpoint_pair(), calibration, cifar10("test", arguments.test))
-    print({name: round(share, 3) for name, share in shares.items()})
+    cifar, weights = accuracies(*checkpoint_pair(), calibration, cifar10("test", arguments.test))
+    print({name: round(weight, 3) for name, weight in weights.items()})
 
     images, labels = mnist("train")
     test = mnist("test", arguments.test)
-    of_mnist, shares_mnist = [], []
+    of_mnist, weights_mnist = [], []
     for seed in range(arguments.seeds):
         deep = train(mlp(DEEP, seed), images, labels, EPOCHS, seed)
         shallow = train(mlp(SHALLOW, seed + 1000), images, labels, EPOCHS, seed + 1000)
         found, own = accuracies(deep, shallow, images[: arguments.images], test)
         of_mnist.append(found)
-        shares_mnist.append(own)
+        weights_mnist.append(own)
     table = {
         name: {
             kind: {
@@ -94,8 +94,8 @@ def main() -> None:
         "layer_weights",
         {
             "calibration_images": arguments.images,
-            "cifar_pair": {"accuracies": cifar, "deep_shares": shares},
-            "mnist_pair": {"accuracies": table, "deep_shares": shares_mnist},
+            "cifar_pair": {"accuracies": cifar, "deep_weights": weights},
+            "mnist_pair": {"accuracies": table, "deep_weights": weights_mnist},
         },
     )
 

@@ -51,10 +51,10 @@ def main() -> None:
                     models, calibration, weights, merging=Merging(method), calibration=way
                 )
                 steps = result.steps or (result,)
-                leans = [step.anchor for step in steps if step.anchor is not None]
+                anchors = [step.anchor for step in steps if step.anchor is not None]
                 name = f"{method}, {way}, weights {weights}"
                 scores[name] = accuracy(result.model.eval(), *test)
-                print(f"{name:48s} {100 * scores[name]:6.2f} %  leans {leans}", flush=True)
+                print(f"{name:48s} {100 * scores[name]:6.2f} %  anchors {anchors}", flush=True)
                 write_results(
                     "three_models",
                     {

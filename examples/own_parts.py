@@ -40,9 +40,9 @@ def output_moments(problem, data, settings, **_):
     weight, bias = problem.target.layers[-1].parameters
     outputs = problem.target.run((data,), state=state)[0]
     wanted = [one.traced.run((data,))[0] for one in problem.parents]
-    shares = [one.weights.overall for one in problem.parents]
-    mean = sum(share * one.mean(0) for share, one in zip(shares, wanted, strict=True))
-    deviation = sum(share * one.std(0) for share, one in zip(shares, wanted, strict=True))
+    weights = [one.weights.overall for one in problem.parents]
+    mean = sum(part * one.mean(0) for part, one in zip(weights, wanted, strict=True))
+    deviation = sum(part * one.std(0) for part, one in zip(weights, wanted, strict=True))
     factor = (deviation / outputs.std(0)) ** settings.strength
     shift = settings.strength * (mean - outputs.mean(0))
     state[weight] = state[weight] * factor[:, None]

@@ -53,7 +53,7 @@ def main() -> None:
             "from scratch (deep)": lambda: fresh(settings, "deep", seed + 2000).to(given.device),
             "fused, REPAIR": lambda: fuse([deep, shallow], unlabelled, seed=seed).model,
             "fused, least squares": lambda: by_least_squares("auto"),
-            "fused, least squares, lean 0": lambda: by_least_squares(0.0),
+            "fused, least squares, anchor 0": lambda: by_least_squares(0.0),
         }
         found = {}
         for name, make in starts.items():

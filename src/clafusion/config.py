@@ -43,6 +43,7 @@ __all__ = [
     "LAYER_WEIGHTS",
     "MERGES",
     "NORMALISATIONS",
+    "WIDTHS",
     "Alignment",
     "Assignment",
     "Auto",
@@ -115,6 +116,8 @@ LAYER_VALUES = Choices(
     output="the layers' outputs",
     preactivation="their values before the nonlinearity",
 )
+WIDTHS = ("own", "narrow", "wide")
+"""The words that a target's ``width`` can be; else it is a parent's name or position."""
 NORMALISATIONS = Choices(
     two="one for what leaves a layer and one for what enters it",
     single="the published one, which shrinks where widths differ",
@@ -277,9 +280,10 @@ class Target(Settings, family=True):
     reference: ClassVar[Literal["deepest", "shallowest"]] = "deepest"
 
 
+_OWN, *_BY_SIZE = WIDTHS
 _WIDTH = (
-    "whose widths: own (of the parent that gives the depth; of equally deep ones the first), "
-    "narrow, wide, or a parent's name or position"
+    f"whose widths: {_OWN} (of the parent that gives the depth; of equally deep ones the first), "
+    f"{', '.join(_BY_SIZE)}, or a parent's name or position"
 )
 
 
@@ -287,7 +291,7 @@ _WIDTH = (
 class Deeper(Target, name="deeper"):
     """As deep as the deepest parent; where several are the deeper one somewhere, as their union."""
 
-    width: str | int = text("own", _WIDTH, also=int)
+    width: str | int = text(_OWN, _WIDTH, also=int)
 
 
 @dataclass(frozen=True)
@@ -296,7 +300,7 @@ class Shallower(Target, name="shallower"):
 
     reference: ClassVar[Literal["deepest", "shallowest"]] = "shallowest"
 
-    width: str | int = text("own", _WIDTH, also=int)
+    width: str | int = text(_OWN, _WIDTH, also=int)
     merge: str = choice("least_squares", MERGES, "how the layers go that the result lacks")
 
 

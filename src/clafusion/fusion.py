@@ -26,6 +26,7 @@ from clafusion.config import (
 )
 from clafusion.correspondence.moving import outgoing_map
 from clafusion.errors import ConvergenceWarning, InputError, warn
+from clafusion.execution.call import device_of, usable_device
 from clafusion.matching.plans import Matched, match_sources
 from clafusion.matching.weight_costs import is_at_rest
 from clafusion.merging.layer_weights import weigh_layers
@@ -37,8 +38,6 @@ from clafusion.stages import (
     Clock,
     ExampleInputs,
     copied_to,
-    device_of,
-    device_of_profile,
     merge_weights,
     moved_to,
     named_models,
@@ -129,8 +128,9 @@ def fuse(
     if example_inputs is None:
         example_inputs = first_batch(data)
     if device is not None:
+        device = usable_device(device)
         named = {name: copied_to(name, one, device) for name, one in named.items()}
-        example_inputs = moved_to(example_inputs, torch.device(device))
+        example_inputs = moved_to(example_inputs, device)
     template = None
     if isinstance(config.target, Like):
         template = traced_template(config, next(iter(named.values())), example_inputs)
@@ -159,8 +159,9 @@ def align(
     if example_inputs is None:
         example_inputs = first_batch(data)
     if device is not None:
+        device = usable_device(device)
         named = {name: copied_to(name, one, device) for name, one in named.items()}
-        example_inputs = moved_to(example_inputs, torch.device(device))
+        example_inputs = moved_to(example_inputs, device)
     clock = Clock(device_of(next(iter(named.values()))))
     with clock.stage("trace"):
         traced = [
@@ -190,7 +191,7 @@ def align_profiles(
         The models cannot be brought to one structure.
     """
     config = config or FusionConfig()
-    clock = clock or Clock(device_of_profile(profiles[0]), timings)
+    clock = clock or Clock(profiles[0].traced.device, timings)
     with clock.stage("align"):
         aligned = align_models(names, profiles, config)
     return replace(aligned, timings=clock.seconds, peak_memory=clock.peak_memory)
@@ -214,7 +215,7 @@ def profile(
     config = config_from(config, overrides)
     if not isinstance(model, TracedModel):
         if device is not None:
-            model = copied(model).to(device)
+            model = copied(model).to(usable_device(device))
         example_inputs = first_batch(data) if example_inputs is None else example_inputs
         model = trace(model, example_inputs, verify=config.verify, seed=config.seed)
     return profile_traced([model], data, config, progress)[0]
@@ -243,7 +244,7 @@ def fuse_aligned(
     config = config or FusionConfig()
     given = merge_weights(weights, aligned.names)
     _check_strategy(config.merging.strategy, len(aligned.names))
-    clock = Clock(device_of_profile(aligned.profiles[0]), aligned.timings, aligned.peak_memory)
+    clock = Clock(aligned.profiles[0].traced.device, aligned.timings, aligned.peak_memory)
     with clock.stage("target"):
         chosen = choose_target(aligned, config, template)
         sources = sources_of(chosen, aligned)

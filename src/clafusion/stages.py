@@ -32,8 +32,6 @@ __all__ = [
     "Clock",
     "ExampleInputs",
     "copied_to",
-    "device_of",
-    "device_of_profile",
     "merge_weights",
     "moved_to",
     "named_models",
@@ -254,16 +252,6 @@ def traced_template(
 
 
 # --- clocks -------------------------------------------------------------------------------------
-
-
-def device_of_profile(profile: ModelProfile) -> torch.device:
-    """Return where a profiled model computes."""
-    return profile.traced.example_inputs[0].device
-
-
-def device_of(model: nn.Module) -> torch.device | None:
-    """Return where a model's parameters are; None for a model without any."""
-    return next((one.device for one in model.parameters()), None)
 
 
 class Clock:

@@ -1,6 +1,5 @@
 """Whatever the networks and the options, a pair is fused as `fuse` does it alone."""
 
-import warnings
 from dataclasses import fields
 
 import pytest
@@ -17,6 +16,7 @@ from clafusion import (
     fuse,
     trace,
 )
+from clafusion.batch import prepared
 from clafusion.batch.run import fuse_pairs
 from tests.support import networks
 
@@ -127,9 +127,34 @@ def test_a_union_is_refused_by_name():
     assert "StructureError: models['a'] and models['b'] are each the deeper one" in result.error
 
 
+# For each option a value with which something else comes out than with the default.
+OTHERS = {
+    "profiling": {"matching_rows": 12},
+    "alignment": {"mode": "random"},
+    "target": "shallower",
+    "matching": "euclidean",
+    "merging": {"normalisation": "single"},
+    "calibration": "batchnorm",
+    "verify": False,
+    "seed": 3,
+}
+
+
 @pytest.mark.parametrize("name", [one.name for one in fields(FusionConfig)])
-def test_every_option_is_a_keyword(name):
-    models = {name: networks.mlp(6, 5, 4, seed=i) for i, name in enumerate("ab")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fuse_pairs(models, VECTORS, **{name: getattr(FusionConfig(), name)})
+def test_every_option_is_a_keyword(name, monkeypatch):
+    models = {
+        "deep": networks.mlp(6, 9, 8, 7, 8, 4, seed=0),
+        "shallow": networks.mlp(6, 7, 10, 4, seed=1),
+    }
+    proofs = []
+    monkeypatch.setattr(prepared, "verify_graph", lambda traced, *_, **__: proofs.append(traced))
+    base = FusionConfig(profiling={"matching_rows": 12}) if name == "seed" else FusionConfig()
+    (usual,) = fuse_pairs(models, VECTORS, config=base)
+    assert len(proofs) == 2
+    (other,) = fuse_pairs(models, VECTORS, config=base, **{name: OTHERS[name]})
+    assert len(proofs) == (2 if name == "verify" else 4)
+    alike = usual.state.keys() == other.state.keys() and all(
+        torch.equal(usual.state[key], other.state[key]) for key in usual.state
+    )
+    assert alike == (name == "verify")
+    assert_fused_alike(models, VECTORS, config=base, **{name: OTHERS[name]})

@@ -254,9 +254,15 @@ BAD = {
     "no directory": (replaced("--out", "none/fused.safetensors"), "does not exist"),
     "unknown ending": (replaced("--out", "fused.weights"), "must end with one of"),
     "unknown picture": ([*FUSE, "--plot=a.gif"], "must end with one of"),
-    "one weight": ([*FUSE, "--weights=2"], "one number for each model (first, second); got '2'"),
-    "negative": ([*FUSE, "--weights=2,-1"], "--weights must be numbers of at least 0"),
-    "nothing": ([*FUSE, "--weights=0:0"], "--weights must be numbers of at least 0, not all 0"),
+    "one weight": (
+        [*FUSE, "--weights=2"],
+        "--weights must have one entry for each model, 2;",
+    ),
+    "negative": (
+        [*FUSE, "--weights=2,-1"],
+        "--weights[1] must be a number of at least 0",
+    ),
+    "nothing": ([*FUSE, "--weights=0:0"], "--weights must not be all 0"),
     "no weight": ([*FUSE, "--weights=a,b"], "--weights takes numbers between commas"),
     "solver": ([*FUSE, "--matching-solver=magic"], "--matching-solver must be one of"),
     "calibration": ([*FUSE, "--calibration=training"], "--calibration must be one of"),

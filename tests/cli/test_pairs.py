@@ -245,10 +245,10 @@ BAD = {
     "true": (None, MANIFEST.replace("limit: 200", "limit: true"), [], "data, limit is not"),
     "scale": (None, MANIFEST.replace("limit: 200", "scale: yes"), [], "data, scale is not"),
     "nan": (None, MANIFEST.replace("limit: 200", "mean: .nan"), [], "data, mean must be a list"),
-    "weight": (None, MANIFEST.replace("[3, 1]", "[yes, 1]"), [], "weights must be two numbers"),
+    "weight": (None, MANIFEST.replace("[3, 1]", "[yes, 1]"), [], "weights[0] must be a number"),
     "one weight": (None, MANIFEST.replace("[3, 1]", "0.5"), [], "weights must be two numbers"),
-    "negative": (None, MANIFEST.replace("[3, 1]", "[3, -1]"), [], "weights must be two numbers"),
-    "nothing": (None, MANIFEST.replace("[3, 1]", "[0, 0]"), [], "not both 0"),
+    "negative": (None, MANIFEST.replace("[3, 1]", "[3, -1]"), [], "weights[1] must be a number"),
+    "nothing": (None, MANIFEST.replace("[3, 1]", "[0, 0]"), [], "weights must not be all 0"),
     "deep": (None, "[" * 3000, [], "cannot be read"),
     "none": (None, MANIFEST + "pairs: []", [], "pairs has no pair"),
     "colon": (

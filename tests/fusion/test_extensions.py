@@ -211,6 +211,21 @@ def test_a_cost_may_be_made_of_the_mean_over_the_hook_points():
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+@pytest.mark.parametrize("name", ["correlation", "weights", "both", "angle"])
+def test_a_cost_is_not_replaced(name):
+    register_angle()
+    helps = dict(CHANNEL_COSTS)
+    with pytest.raises(ValueError, match=f"there is a channel cost '{name}' already"):
+        channel_cost(name, "another one")(lambda x, y: x.T @ y)
+    assert dict(CHANNEL_COSTS) == helps
+
+
+def test_a_cost_of_others_needs_a_line_of_help():
+    with pytest.raises(ValueError, match="channel cost 'mute' needs a line of help"):
+        channel_cost("mute")(lambda x, y: x.T @ y)
+    assert "mute" not in CHANNEL_COSTS
+
+
 def test_what_a_test_registers_is_forgotten():
     assert "angle" not in CHANNEL_COSTS
     assert "shrink" not in Calibration.variants()

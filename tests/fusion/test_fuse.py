@@ -317,3 +317,22 @@ def test_unknown_arguments_are_refused_with_a_hint(function):
         with pytest.raises(InputError) as caught:
             function(models, VECTORS, **given)
         assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("device", ["nowhere", "mps:7", 5.5])
+def test_a_device_that_cannot_be_used_is_refused_with_the_reason(device):
+    model = networks.mlp(12, 9, 5)
+    for call in (
+        lambda: fuse([model, model], VECTORS, device=device),
+        lambda: align([model, model], VECTORS, device=device),
+        lambda: profile(model, VECTORS, device=device),
+    ):
+        with pytest.raises(InputError, match=f"device {device!r} cannot be used here: "):
+            call()
+
+
+def test_too_few_samples_are_refused():
+    model = networks.mlp(12, 9, 5)
+    for count in (1, 2):
+        with pytest.raises(InputError, match=f"data has {count} sample\\(s\\), of which nothing"):
+            fuse([model, model], VECTORS[:count])

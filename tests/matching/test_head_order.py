@@ -14,6 +14,7 @@ from clafusion.profiling.profile import profile_models
 from tests.support import networks
 from tests.support.assertions import assert_same_function
 from tests.support.attention import MODELS, TOKENS, Encoder, built, shuffled
+from tests.support.data import PROFILED
 
 
 @pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
@@ -115,7 +116,7 @@ def test_moved_moments_are_those_of_the_moved_model(name):
     graph = trace(model, inputs)
     other = trace(shuffled(model, graph), inputs)
     data = list(inputs.split(50))
-    one, two = profile_models([graph, other], data, moments=True)
+    one, two = profile_models([graph, other], data, **PROFILED, moments=True)
     layers = tuple(range(len(graph.layers)))
     _, moved, orders = order_heads(correspond(one.traced, two.traced, layers), one, two)
     assert orders

@@ -10,6 +10,7 @@ from clafusion.fusion import align_profiles, fuse_aligned
 from clafusion.profiling.moments import channel_moments, observed_moments
 from clafusion.profiling.profile import profile_models
 from tests.support import networks
+from tests.support.data import PROFILED
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_moments_are_taken_where_they_are_needed(settings, wanted):
 def test_profiling_takes_the_same_moments(name):
     data = inputs_for(name)
     graph = trace(PAIRS[name]()[0], data)
-    (profile,) = profile_models([graph], data, moments=True)
+    (profile,) = profile_models([graph], data, **PROFILED, moments=True)
     observed = observed_moments(graph, data)
     assert len(profile.moments) == len(observed) == 2
     for one, other in zip(profile.moments, observed, strict=True):
@@ -110,8 +111,8 @@ def test_profiling_takes_the_same_moments(name):
 def test_moments_are_of_all_inputs_however_few_are_profiled(name, limit):
     data = list(inputs_for(name).split(70))
     graphs = [trace(model, data[0]) for model in PAIRS[name]()]
-    profiles = profile_models(graphs, data, moments=True, max_inputs=limit)
-    plain = profile_models(graphs, data, max_inputs=limit)
+    profiles = profile_models(graphs, data, **PROFILED, moments=True, max_inputs=limit)
+    plain = profile_models(graphs, data, **PROFILED, max_inputs=limit)
     for graph, found, one in zip(graphs, profiles, plain, strict=True):
         assert found.num_inputs == min(limit, 300) == one.num_inputs
         assert found.data_key == one.data_key

@@ -8,6 +8,7 @@ from clafusion import FusionConfig, InputError, Profiling, correspond, profile, 
 from clafusion.matching.activation_costs import activation_costs
 from clafusion.profiling.profile import profile_models
 from tests.support import networks
+from tests.support.data import PROFILED
 
 IMAGES = torch.randn(90, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -51,7 +52,8 @@ def test_rows_are_values_of_the_activation_and_agree_however_the_data_is_batched
 
 def test_rows_of_two_models_belong_to_the_same_inputs_and_positions():
     model = networks.vgg(1, 1)
-    one, other = profile_models([trace(model, IMAGES)] * 2, IMAGES, matching_rows=300)
+    sizes = {**PROFILED, "matching_rows": 300}
+    one, other = profile_models([trace(model, IMAGES)] * 2, IMAGES, **sizes)
     for place in one.rows:
         assert torch.equal(one.rows[place], other.rows[place])
 
@@ -101,7 +103,7 @@ def test_sizes_must_be_positive(name):
     with pytest.raises(InputError, match=message):
         profile(networks.vgg(1, 1), IMAGES, profiling={name: 0})
     with pytest.raises(InputError, match=f"{name} must be at least 2; got 0"):
-        profile_models([trace(networks.vgg(1, 1), IMAGES)], IMAGES, **{name: 0})
+        profile_models([trace(networks.vgg(1, 1), IMAGES)], IMAGES, **{**PROFILED, name: 0})
 
 
 def test_a_model_that_fixes_its_batch_is_refused_for_other_batches():

@@ -27,4 +27,6 @@ PAIRS = {
     ),
 }
 
+PROFILED = {"alignment_samples": 400, "matching_rows": 8192}  # what profiles are of, by default
+
 CALIBRATIONS = ["none", "repair", "least_squares"]

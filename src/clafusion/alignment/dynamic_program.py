@@ -7,13 +7,13 @@ one its columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from clafusion import _native
 from clafusion.alignment.layer_alignment import (
+    MODES,
     AlignmentMode,
     LayerAlignment,
     LayerAlignmentBatch,
@@ -114,8 +114,8 @@ def align_layers_batch(
     ``costs`` and ``skips`` may also be single arrays ``(count, m, n)`` and ``(count, m)``, which
     is fastest.
     """
-    if mode not in get_args(AlignmentMode):
-        raise InputError(f"mode must be one of {get_args(AlignmentMode)}; got {mode!r}")
+    if mode not in MODES:
+        raise InputError(f"mode must be one of {MODES}; got {mode!r}")
     if skips is not None and len(skips) != len(costs):
         raise InputError(f"skips must have one entry per problem: {len(costs)}, got {len(skips)}")
     if skips_shallow is not None:

@@ -10,16 +10,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, overload
+from typing import TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clafusion import _native
+from clafusion.config import ALIGNMENT_MODES
 
-__all__ = ["AlignmentMode", "LayerAlignment", "LayerAlignmentBatch"]
+__all__ = ["MODES", "AlignmentMode", "LayerAlignment", "LayerAlignmentBatch"]
 
-AlignmentMode = Literal["layer", "segment", "chain", "random"]
+MODES = (*ALIGNMENT_MODES, "segment")
+"""The option's modes, and one that is for :func:`clafusion.align_layers` only."""
+
+AlignmentMode: TypeAlias = str
+"""One of ``MODES``."""
 
 
 @dataclass(frozen=True)

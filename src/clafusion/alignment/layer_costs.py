@@ -15,12 +15,22 @@ from clafusion import _native
 from clafusion._native import gram
 from clafusion.config import LAYER_COSTS
 from clafusion.errors import InputError
-from clafusion.profiling.profile import ModelProfile, check_same_inputs, gram_matrix, standardised
+from clafusion.profiling.profile import ModelProfile, gram_matrix, standardised
 from clafusion.transport.solve import solve_transport
 
-__all__ = ["cka", "gram", "layer_costs", "linear_cka", "mean_cca"]
+__all__ = ["check_same_inputs", "cka", "gram", "layer_costs", "linear_cka", "mean_cca"]
 
 _VARIANCE_KEPT = 0.99
+
+
+def check_same_inputs(one: ModelProfile, other: ModelProfile) -> None:
+    """Refuse to compare profiles of different inputs, or of the same in another order."""
+    if one.data_key != other.data_key:
+        raise InputError(
+            "the profiles come from different inputs: profile both models on the same inputs in "
+            "the same order, together or from data that is not shuffled (a DataLoader that "
+            "shuffles gives another order each time)"
+        )
 
 
 def layer_costs(

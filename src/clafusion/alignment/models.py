@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clafusion.alignment.compatibility import check_outputs, fit_layers, gap_costs, skip_costs
-from clafusion.alignment.dynamic_program import AlignmentMode, LayerAlignment, align_layers
+from clafusion.alignment.dynamic_program import LayerAlignment, align_layers
 from clafusion.alignment.layer_costs import layer_costs
 from clafusion.config import FusionConfig
 from clafusion.errors import InputError, StructureError
@@ -200,7 +199,7 @@ def align_pair(
         np.where(fit.allowed, costs, np.inf),
         skip=skip_costs(deep),
         skip_shallow=skip_shallow,
-        mode=cast(AlignmentMode, config.alignment.mode),
+        mode=config.alignment.mode,
         pin_first=config.alignment.pin_ends,
         pin_last=config.alignment.pin_ends,
         seed=config.seed,

@@ -32,12 +32,13 @@ from clafusion.batch.tasks import (
     packed_models,
     prepare_model_task,
 )
-from clafusion.batch.worker import Job, Outcome, Worker, described
+from clafusion.batch.worker import Job, Outcome, Worker
 from clafusion.config import FusionConfig, Like, config_from
 from clafusion.errors import ClafusionError, InputError, warn
 from clafusion.profiling.batches import Data, data_digest, first_batch
 from clafusion.stages import ExampleInputs, merge_weights
 from clafusion.weights.factories import ModelFile
+from clafusion.weights.messages import one_line
 
 __all__ = ["fuse_pairs"]
 
@@ -357,7 +358,7 @@ class _Run:
                 "a worker process died, perhaps for lack of memory, or because the script that "
                 "started it has no 'if __name__ == \"__main__\":'; "
                 if isinstance(error, BrokenExecutor)
-                else f"the executor failed ({described(error)}); "
+                else f"the executor failed ({one_line(error, most=None)}); "
             )
             + f"{self._count} of {len(self._pairs)} pairs are done. Call again to go on"
             + ("" if self._store.is_on_disk else " (with out_dir, what is done is kept)")

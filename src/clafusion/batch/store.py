@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from clafusion.batch.results import Model, Pair, PairResult, result_of
-from clafusion.batch.worker import Job, Outcome, described
+from clafusion.batch.worker import Job, Outcome
 from clafusion.errors import InputError
 from clafusion.weights.atomic import replacing
 from clafusion.weights.digests import digest_of, structure_digest, tensors_digest, versions
 from clafusion.weights.factories import ModelFile
+from clafusion.weights.messages import one_line
 from clafusion.weights.state_files import file_digest, save_state, tensors_of
 
 __all__ = ["CACHE", "RESULTS", "Store", "check_names"]
@@ -176,7 +177,7 @@ class Store:
                     else digest_of([structure_digest(model), tensors_digest(tensors_of(model))])
                 )
             except (InputError, OSError) as error:  # the pair itself reports it
-                self._digests[name] = described(error)
+                self._digests[name] = one_line(error, most=None)
         return self._digests[name]
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from clafusion.batch.processes import stoppable
 from clafusion.batch.results import Model, Pair
-from clafusion.batch.worker import Job, Outcome, Worker, described
+from clafusion.batch.worker import Job, Outcome, Worker
 from clafusion.errors import InputError
+from clafusion.weights.messages import one_line
 
 __all__ = [
     "SentJob",
@@ -74,8 +75,8 @@ def packed_models(models: Mapping[str, Model], spill: str | None = None) -> dict
             pickled = pickle.dumps(model)
         except Exception as error:
             raise InputError(
-                f"models[{name!r}] cannot be sent to other processes ({described(error)}): give a "
-                "clafusion.ModelFile, which is loaded there"
+                f"models[{name!r}] cannot be sent to other processes "
+                f"({one_line(error, most=None)}): give a clafusion.ModelFile, which is loaded there"
             ) from error
         packed[name] = pickled if spill is None else _spilled(pickled, spill, f"model-{i}")
     return packed

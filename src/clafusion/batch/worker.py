@@ -25,9 +25,10 @@ from clafusion.results import FusionResult
 from clafusion.stages import ExampleInputs
 from clafusion.tracing.trace import copied
 from clafusion.weights.factories import ModelFile
+from clafusion.weights.messages import one_line
 from clafusion.weights.state_files import tensors_of
 
-__all__ = ["Job", "Outcome", "Worker", "described"]
+__all__ = ["Job", "Outcome", "Worker"]
 
 Source: TypeAlias = "Callable[[str], Model]"
 """Returns a model by its name."""
@@ -99,7 +100,7 @@ class Worker:
             except _ModelError as error:
                 facts["error"] = str(error)
             except Exception as error:
-                facts["error"] = described(error)
+                facts["error"] = one_line(error, most=None)
         facts["warnings"] = []
         categories = []
         for one in caught:
@@ -136,7 +137,7 @@ class Worker:
             try:
                 made = self._prepare(name, source(name))
             except Exception as error:
-                self._failed[name] = described(error, label(name))
+                self._failed[name] = one_line(error, label(name), most=None)
                 raise _ModelError(self._failed[name]) from error
             self.prepared[name] = made
             self._largest = max(self._largest, made.num_bytes)
@@ -187,11 +188,3 @@ class Worker:
 
     def _num_bytes(self) -> int:
         return sum(one.num_bytes for one in self.prepared.values())
-
-
-def described(error: BaseException, where: str = "") -> str:
-    """Return an error as one line, with ``where`` before its message unless it begins so."""
-    message = " ".join(str(error).split())
-    if not message.startswith(where):
-        message = f"{where}: {message}"
-    return f"{type(error).__name__}: {message}".removesuffix(": ")

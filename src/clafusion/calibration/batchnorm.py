@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from clafusion.execution.call import call_model
+from clafusion.execution.call import call_model, device_of
 from clafusion.profiling.batches import Data, batches
 
 __all__ = ["reset_batchnorm"]
@@ -26,7 +26,7 @@ def reset_batchnorm(
     norms = [one for one in norms if one.running_mean is not None]
     if not norms:
         return
-    device = next((one.device for one in model.parameters()), None)
+    device = device_of(model)
     modes = {one: one.training for one in model.modules()}
     momenta = [one.momentum for one in norms]
     model.eval()

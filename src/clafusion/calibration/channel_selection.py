@@ -1,14 +1,14 @@
-r"""Which hidden channels to keep of two networks that stand side by side.
+r"""Which hidden channels to keep of networks that stand side by side.
 
 Channels that a single layer writes and a single layer reads need no partner: laid side by side,
-both networks' channels ``h`` give the reading layer's weighted mean output exactly,
+all networks' channels ``h`` give the reading layer's weighted mean output exactly,
 
-.. math:: (1-w) W_A h_A + w W_B h_B,
+.. math:: \sum_p w_p W_p h_p,
 
 only with too many channels. So channels are taken away one by one, each time the one that is
 missed least once the rest have taken over its part by least squares: the optimal brain surgeon
 (Hassibi and Stork, NeurIPS 1992) with a channel's columns in place of a single weight. Matching
-and averaging (OTFusion) blurs two channels that do not agree; this keeps the one that says more.
+and averaging (OTFusion) blurs channels that do not agree; this keeps those that say most.
 """
 
 from __future__ import annotations

@@ -128,7 +128,6 @@ def repair(
     data: Data,
     goals: MomentGoals,
     *,
-    device: torch.device | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> dict[str, Tensor]:
     r"""Rescale and shift every layer's outputs to the statistics that they should have (REPAIR).
@@ -153,8 +152,6 @@ def repair(
         The inputs over which the goals are; in the same batches.
     goals
         The statistics: see :func:`moment_goals`.
-    device
-        Where to compute; default where the weights are.
     progress
         Called with a text and the number of inputs done.
 
@@ -172,7 +169,7 @@ def repair(
     order = [one.name for one in target.module.graph.nodes]  # as they are computed
     points = {node: by_node[node] for node in order if node in by_node and node in goals.overall}
     measured = {node: Moments() for node in points}
-    where = device or next((one.device for one in state.values()), torch.device("cpu"))
+    where = next((one.device for one in state.values()), torch.device("cpu"))
     seen = done = 0
     with torch.no_grad():
         for inputs in batches(data, target.example_inputs, target.keywords, device=where):

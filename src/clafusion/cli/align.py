@@ -22,7 +22,6 @@ from clafusion.cli.inputs import (
     Shape,
     Std,
     archs_of,
-    check_device,
     check_plot,
     load_models,
     named_files,
@@ -33,6 +32,7 @@ from clafusion.cli.options import configured, errors_by_flags
 from clafusion.cli.settings import read_config
 from clafusion.cli.show import print_json, print_line, progress
 from clafusion.config import NoCalibration
+from clafusion.execution.call import usable_device
 from clafusion.fusion import align
 from clafusion.reports import plot as draw
 from clafusion.reports import summary
@@ -66,7 +66,7 @@ def align_command(
     base = None if config is None else read_config(config, "--config")
     # What only a calibration needs is not recorded.
     settings = replace(configured(options, base), calibration=NoCalibration())
-    check_device(device)
+    usable_device(device, "--device")
     check_plot(plot)
     models = load_models(files, archs)
     samples = samples_of(data, limit, DataOptions(data_key, shape, scale, mean, std))

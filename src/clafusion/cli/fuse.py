@@ -27,7 +27,6 @@ from clafusion.cli.inputs import (
     Shape,
     Std,
     archs_of,
-    check_device,
     check_plot,
     load_models,
     named_files,
@@ -40,6 +39,7 @@ from clafusion.cli.settings import read_config
 from clafusion.cli.show import print_json, print_line, progress
 from clafusion.config import FusionConfig, Iterative, Like
 from clafusion.errors import StructureError
+from clafusion.execution.call import usable_device
 from clafusion.fusion import align, fuse, fuse_aligned
 from clafusion.profiling.batches import Progress
 from clafusion.reports import plot as draw
@@ -87,17 +87,17 @@ def fuse_command(
     """
     files = named_files(weights)
     archs = archs_of(arch, list(files))
-    shares = merge_weights_of("--weights", merge_weights, list(files))
+    given = merge_weights_of("--weights", merge_weights, list(files))
     base = None if config is None else read_config(config, "--config")
     settings = configured(options, base)
-    check_device(device)
+    usable_device(device, "--device")
     check_output(out, WRITABLE, "--out", (*files.values(), data))
     check_plot(plot)
     models = load_models(files, archs)
     samples = samples_of(data, limit, DataOptions(data_key, shape, scale, mean, std))
     try_models(models, samples)
     with progress(len(samples)) as report, errors_by_flags():
-        result = _fused(models, samples, shares, settings, device, report)
+        result = _fused(models, samples, given, settings, device, report)
     save_model(result.model, out)
     if plot is not None:
         draw(result, plot)

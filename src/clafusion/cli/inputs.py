@@ -17,6 +17,7 @@ from clafusion.errors import InputError
 from clafusion.profiling.samples import load_samples
 from clafusion.weights.atomic import check_output
 from clafusion.weights.factories import load_model
+from clafusion.weights.messages import one_line
 
 __all__ = [
     "Arch",
@@ -35,7 +36,6 @@ __all__ = [
     "Shape",
     "Std",
     "archs_of",
-    "check_device",
     "check_plot",
     "load_models",
     "named_files",
@@ -183,8 +183,7 @@ def try_models(models: Mapping[str, nn.Module], samples: Tensor) -> None:
             called = f"model {name!r}" if name else "the model"
             raise InputError(
                 f"{called} does not run on the data (a sample has shape "
-                f"{tuple(samples.shape[1:])}, {samples.dtype}): {type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}"
+                f"{tuple(samples.shape[1:])}, {samples.dtype}): {one_line(error)}"
             ) from error
 
 
@@ -213,21 +212,6 @@ def samples_of(data: Path, limit: int, options: DataOptions) -> Tensor:
         mean=numbers_of("--mean", options.mean, float),
         std=numbers_of("--std", options.std, float),
     )
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that cannot be used here.
-
-    Raises
-    ------
-    InputError
-        The message has PyTorch's reason.
-    """
-    try:
-        torch.empty(0, device=torch.device(device))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device!r} cannot be used here: {reason}") from error
 
 
 def check_plot(plot: Path | None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from clafusion.cli.settings import config_of, read_mapping, rooted
 from clafusion.config import FusionConfig
 from clafusion.errors import InputError
+from clafusion.stages import merge_weights
 from clafusion.weights.factories import ModelFile
 
 __all__ = ["DATA_KEYS", "KEYS", "Manifest", "read_manifest"]
@@ -118,12 +119,12 @@ def _data(found: Any, root: Path) -> dict[str, Any]:
 def _weights(found: Any) -> tuple[float, float] | None:
     if found is None:
         return None
-    is_right = isinstance(found, list) and len(found) == 2 and all(map(_is_number, found))
-    if not is_right or min(found) < 0 or not any(found):
+    if not isinstance(found, list):
         raise InputError(
-            "weights must be two numbers of at least 0, not both 0, of the first and the second "
-            f"model of each pair; got {found!r}"
+            "weights must be two numbers, of the first and the second model of each pair; got "
+            f"{found!r}"
         )
+    merge_weights(found, ("first", "second"))  # which refuses what are no weights
     return float(found[0]), float(found[1])
 
 
@@ -155,7 +156,7 @@ def _model(where: str, found: Any, common: Any, root: Path) -> ModelFile:
 
 
 def _pairs(found: Any, models: Mapping[str, ModelFile]) -> list[tuple[str, str]] | str:
-    if found in ("all", "all-pairs"):
+    if found == "all":
         return "all"
     if isinstance(found, Mapping):
         base = _entries(found, "pairs", ("base",)).get("base")

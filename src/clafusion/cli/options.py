@@ -28,7 +28,6 @@ __all__ = [
     "changed",
     "configured",
     "errors_by_flags",
-    "option_table",
     "setting_at",
     "with_options",
 ]
@@ -304,28 +303,3 @@ def advice(flag: str) -> str:
     if flag in [one.flag for one in options_of(FusionConfig)]:
         return " It is an option of 'clafusion fuse'."
     return f" Did you mean {' or '.join(found)}?" if found else ""
-
-
-# --- the page of all options --------------------------------------------------------------------
-
-
-def option_table() -> str:
-    """Return a table, in Markdown, of every option: its flag, values, default and meaning."""
-    lines = ["| Option | Values | Default | Meaning |", "| --- | --- | --- | --- |"]
-    for one in options_of(FusionConfig):
-        flag, default = one.flag, _default(one)
-        values = ", ".join(f"`{name}`" for name in one.choices) or f"`{_metavar(one)}`"
-        if one.kind == "flag":
-            values = f"`{flag}`, `{_negated(one)}`"
-        meaning = _sentence(one.help)
-        if one.needs:
-            meaning += f" For `{_needed(one)}`."
-        for name, line in one.choices.items():
-            meaning += f"<br>`{name}`: {_sentence(line)}"
-        values, meaning = values.replace("|", r"\|"), meaning.replace("|", r"\|")
-        lines.append(f"| `{flag}` | {values} | {f'`{default}`' if default else ''} | {meaning} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(option_table())

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clafusion.cli.inputs import AsJson, Device, check_device
+from clafusion.cli.inputs import AsJson, Device
 from clafusion.cli.manifest import Manifest, read_manifest
 from clafusion.cli.parsing import bytes_of
 from clafusion.cli.show import pair_progress, print_json, print_line
 from clafusion.errors import InputError
+from clafusion.execution.call import usable_device
 from clafusion.profiling.samples import load_samples
 from clafusion.reports.tables import pairs_summary, total_seconds
 from clafusion.weights.atomic import check_output
@@ -70,7 +71,7 @@ def pairs_command(
     limit = None if memory_limit is None else bytes_of("--memory-limit", memory_limit)
     if jobs < 1:
         raise InputError(f"--jobs must be at least 1; got {jobs}")
-    check_device(device)
+    usable_device(device, "--device")
     page = _page(report, folder)
     pair = None if chosen is None else _chosen(chosen, given)
     results = _fused(given, folder, page, jobs, limit, resume, device)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import TypeVar
 
 from clafusion.errors import InputError
+from clafusion.stages import merge_weights
 
 __all__ = ["bytes_of", "merge_weights_of", "numbers_of"]
 
@@ -39,17 +39,15 @@ def merge_weights_of(option: str, text: str | None, names: Sequence[str]) -> lis
     Raises
     ------
     InputError
-        There are not as many numbers as models, one is negative, or all are 0.
+        A weight is no number, or as for :func:`clafusion.stages.merge_weights`.
     """
     found = numbers_of(option, None if text is None else text.replace(":", ","), float)
     if found is None:
         return None
-    if len(found) != len(names):
-        raise InputError(
-            f"{option} must be one number for each model ({', '.join(names)}); got {text!r}"
-        )
-    if not all(0 <= one < math.inf for one in found) or not any(found):
-        raise InputError(f"{option} must be numbers of at least 0, not all 0; got {text!r}")
+    try:
+        merge_weights(found, names)
+    except InputError as error:
+        raise InputError(f"{option}{str(error).removeprefix('weights')}") from error
     return found
 
 

@@ -58,7 +58,7 @@ def _unequal(
 
 
 def _counterparts(
-    graph: TracedModel, other: TracedModel, layer: int, other_unit: int, names: Mapping[str, str]
+    model: TracedModel, other: TracedModel, layer: int, other_layer: int, names: Mapping[str, str]
 ) -> Iterator[tuple[HeadPartition, HeadPartition]]:
     """Yield a layer's heads with those of the other network, of which it has another number."""
     by_places: dict[Any, list[ChannelGroup]] = {}
@@ -70,33 +70,33 @@ def _counterparts(
         for column in zip(*heads.members, strict=True)
         if _in_one_use(other, column)
     }
-    for heads in graph.heads:
+    for heads in model.heads:
         if heads.layer != layer:
             continue
         found: dict[int, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
         for column in zip(*heads.members, strict=True):
-            alike = by_places.get(_places(graph, graph.groups[column[0]], names), [])
+            alike = by_places.get(_places(model, model.groups[column[0]], names), [])
             theirs = tuple(one.index for one in sorted(alike, key=_first_place))
-            if _in_one_use(graph, column) and (len(theirs) == 1 or theirs in free):
+            if _in_one_use(model, column) and (len(theirs) == 1 or theirs in free):
                 found.setdefault(len(theirs), []).append((column, theirs))
         for count, columns in found.items():
             ours, others = zip(*columns, strict=True)
-            # Of an attention's head channels are counted; else one class may be of many heads of
+            # Of an attention's head channels are counted; else one group may be of many heads of
             # one channel each, as are groups of a norm.
             is_head = any(other.groups[one[0]].is_counted for one in others)
             if count != len(heads.members) and (count > 1 or is_head):
                 yield (
                     HeadPartition(layer, tuple(zip(*ours, strict=True))),
-                    HeadPartition(other_unit, tuple(zip(*others, strict=True))),
+                    HeadPartition(other_layer, tuple(zip(*others, strict=True))),
                 )
 
 
-def _places(graph: TracedModel, one: ChannelGroup, names: Mapping[str, str] | None) -> Any:
-    """Return where a class occurs, but for its positions there."""
+def _places(model: TracedModel, one: ChannelGroup, names: Mapping[str, str] | None) -> Any:
+    """Return where a group occurs, but for its positions there."""
     found = []
     for group_axis in one.axes:
         name = group_axis.use.parameter
-        uses = [use.index for use in graph.uses_by_parameter[name]]
+        uses = [use.index for use in model.uses_by_parameter[name]]
         shown = name if names is None else names.get(name)
         place = uses.index(group_axis.use.index)
         found.append(
@@ -109,10 +109,10 @@ def _first_place(one: ChannelGroup) -> int:
     return int(one.axes[0].positions.min())
 
 
-def _in_one_use(graph: TracedModel, groups: Sequence[int]) -> bool:
+def _in_one_use(model: TracedModel, groups: Sequence[int]) -> bool:
     """Say whether some groups lie side by side, and not in views of their own as groups do."""
     places = [
-        [(group_axis.use.index, group_axis.axis) for group_axis in graph.groups[one].axes]
+        [(group_axis.use.index, group_axis.axis) for group_axis in model.groups[one].axes]
         for one in groups
     ]
     return all(one == places[0] for one in places)
@@ -128,22 +128,22 @@ def _united_profile(profile: ModelProfile, groups: Sequence[HeadPartition]) -> M
     return replace(profile, traced=_united(profile.traced, groups), importance=importance)
 
 
-def _parts(graph: TracedModel, partitions: Sequence[HeadPartition]) -> list[tuple[int, ...]]:
+def _parts(model: TracedModel, partitions: Sequence[HeadPartition]) -> list[tuple[int, ...]]:
     """Return for each group that there is afterwards those of which it is made."""
     columns = {column[0]: column for one in partitions for column in zip(*one.members, strict=True)}
     gone = {index for column in columns.values() for index in column[1:]}
-    return [columns.get(one.index, (one.index,)) for one in graph.groups if one.index not in gone]
+    return [columns.get(one.index, (one.index,)) for one in model.groups if one.index not in gone]
 
 
-def _united(graph: TracedModel, partitions: Sequence[HeadPartition]) -> TracedModel:
-    """Return a graph in which the groups of some heads are united."""
+def _united(model: TracedModel, partitions: Sequence[HeadPartition]) -> TracedModel:
+    """Return a model in which the groups of some heads are united."""
     if not partitions:
-        return graph
+        return model
     groups: list[ChannelGroup] = []
-    new_group = torch.full((len(graph.groups) + 1,), -1)  # the last for fixed channels
-    offset = torch.zeros(len(graph.groups) + 1, dtype=torch.int64)
-    for indices in _parts(graph, partitions):
-        parts = [graph.groups[index] for index in indices]
+    new_group = torch.full((len(model.groups) + 1,), -1)  # the last for fixed channels
+    offset = torch.zeros(len(model.groups) + 1, dtype=torch.int64)
+    for indices in _parts(model, partitions):
+        parts = [model.groups[index] for index in indices]
         for place, part in enumerate(parts):
             new_group[part.index] = len(groups)
             offset[part.index] = place * part.size
@@ -166,11 +166,11 @@ def _united(graph: TracedModel, partitions: Sequence[HeadPartition]) -> TracedMo
             hook_points=tuple(map(renamed, layer.hook_points)),
             calibration_points=tuple(map(renamed, layer.calibration_points)),
         )
-        for layer in graph.layers
+        for layer in model.layers
     )
     gone = {index for one in partitions for head in one.members for index in head}
     left = []
-    for heads in graph.heads:
+    for heads in model.heads:
         kept = [
             [int(new_group[index]) for index in column]
             for column in zip(*heads.members, strict=True)
@@ -185,5 +185,5 @@ def _united(graph: TracedModel, partitions: Sequence[HeadPartition]) -> TracedMo
         for one in partitions
     )
     return replace(
-        graph, layers=layers, groups=tuple(groups), heads=tuple(left), united_heads=united_heads
+        model, layers=layers, groups=tuple(groups), heads=tuple(left), united_heads=united_heads
     )

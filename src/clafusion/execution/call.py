@@ -1,4 +1,4 @@
-"""Run modules, and list the tensors that they put out."""
+"""Run modules, list the tensors that they put out, and say where they compute."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-__all__ = ["State", "call_model", "flatten_tensors"]
+from clafusion.errors import InputError
+
+__all__ = ["State", "call_model", "device_of", "flatten_tensors", "usable_device"]
 
 State: TypeAlias = Mapping[str, Tensor]
 """Parameters and buffers by name, as in ``Module.state_dict()``."""
@@ -48,3 +50,24 @@ def flatten_tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in a nested output, in order."""
     leaves, _ = torch.utils._pytree.tree_flatten(value)
     yield from (leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Return where a module's parameters are; None for a module without any."""
+    return next((one.device for one in model.parameters()), None)
+
+
+def usable_device(device: str | torch.device, name: str = "device") -> torch.device:
+    """Return a device that PyTorch can use here; errors call the argument ``name``.
+
+    Raises
+    ------
+    InputError
+        It cannot; the message has PyTorch's reason.
+    """
+    try:
+        torch.empty(0, device=torch.device(device))
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{name} {device!r} cannot be used here: {reason}") from error
+    return torch.device(device)

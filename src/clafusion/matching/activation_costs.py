@@ -12,11 +12,12 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from clafusion.alignment.layer_costs import check_same_inputs
 from clafusion.config import CHANNEL_COSTS
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.hooks import HookPair
 from clafusion.errors import InputError, StructureError
-from clafusion.profiling.profile import ModelProfile, check_same_inputs, standardised
+from clafusion.profiling.profile import ModelProfile, standardised
 
 __all__ = [
     "MAX_CHANNELS",
@@ -46,7 +47,7 @@ _MEASURES: dict[str, _Measure] = {}
 
 def channel_cost(
     name: str,
-    help: str,  # noqa: A002
+    help: str | None = None,  # noqa: A002
     *,
     of_mean: Callable[[Tensor], Tensor] = lambda mean: mean,
 ) -> Callable[[ChannelCost], ChannelCost]:
@@ -61,13 +62,22 @@ def channel_cost(
     name
         What the option ``matching.cost`` calls it.
     help
-        One line for the reference.
+        One line for the reference; not for those of :mod:`clafusion.config`, which have theirs.
     of_mean
         What the mean over the hook points is turned into, for example its root.
+
+    Raises
+    ------
+    ValueError
+        There is a cost of this name already, or a new one has no ``help``.
     """
 
     def register(function: ChannelCost) -> ChannelCost:
+        if name in _MEASURES or (help is not None and name in CHANNEL_COSTS):
+            raise ValueError(f"there is a channel cost {name!r} already")
         if name not in CHANNEL_COSTS:
+            if help is None:
+                raise ValueError(f"channel cost {name!r} needs a line of help")
             CHANNEL_COSTS.add(name, help)
         _MEASURES[name] = _Measure(function, of_mean)
         return function
@@ -75,12 +85,12 @@ def channel_cost(
     return register
 
 
-@channel_cost("correlation", CHANNEL_COSTS["correlation"], of_mean=lambda mean: 1.0 - mean)
+@channel_cost("correlation", of_mean=lambda mean: 1.0 - mean)
 def _correlations(x: Tensor, y: Tensor) -> Tensor:
     return standardised(x).T @ standardised(y) / len(x)
 
 
-@channel_cost("euclidean", CHANNEL_COSTS["euclidean"], of_mean=torch.sqrt)
+@channel_cost("euclidean", of_mean=torch.sqrt)
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """Return the mean of ``(x - y)^2`` over the rows for every two channels."""
     x, y = x.double(), y.double()

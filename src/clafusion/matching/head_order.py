@@ -46,7 +46,7 @@ def order_heads(
     -------
     (correspondence, source, orders)
         What was given, where no head moves. Else of a copy of the source; and ``orders``:
-        index in ``source.graph.heads`` -> for every place the head that came there.
+        index in ``source.traced.heads`` -> for every place the head that came there.
     """
     orders: dict[int, tuple[int, ...]] = {}
     sources: dict[int, int] = {}
@@ -113,11 +113,11 @@ def _order(
 
 def _moved(profile: ModelProfile, sources: Mapping[int, int]) -> ModelProfile:
     """Return a profile of a copy of the network, with its groups exchanged."""
-    graph = profile.traced
+    model = profile.traced
 
     rows = {}
     for (layer, place), values in profile.rows.items():
-        points = graph.layers[layer].hook_points
+        points = model.layers[layer].hook_points
         index = ~place if place < 0 else place
         if index < len(points):  # else the outputs of a classifier
             values = values[:, _columns(points[index], sources)]
@@ -127,7 +127,7 @@ def _moved(profile: ModelProfile, sources: Mapping[int, int]) -> ModelProfile:
     )
     return replace(
         profile,
-        traced=exchanged_model(graph, sources),
+        traced=exchanged_model(model, sources),
         rows=rows,
         moments=_moved_moments(profile, sources),
         importance=importance,
@@ -153,11 +153,11 @@ def _moved_moments(
     )
 
 
-def exchanged_model(graph: TracedModel, sources: Mapping[int, int]) -> TracedModel:
-    """Return the graph of a copy of a model in which groups have changed places."""
-    state = exchange_heads(graph, graph.state(), sources)
-    constants = {name: state[name] for name in graph.constants}
-    return replace(graph, model=with_state(graph.model, state, graph.aliases), constants=constants)
+def exchanged_model(model: TracedModel, sources: Mapping[int, int]) -> TracedModel:
+    """Return a copy of a model in which groups have changed places."""
+    state = exchange_heads(model, model.state(), sources)
+    constants = {name: state[name] for name in model.constants}
+    return replace(model, model=with_state(model.model, state, model.aliases), constants=constants)
 
 
 def _columns(point: HookPoint | CalibrationPoint, sources: Mapping[int, int]) -> Tensor:

@@ -83,7 +83,7 @@ def plan_heads(
     Parameters
     ----------
     costs
-        For each class ``(num_source, num_target)``, head after head.
+        For each group ``(num_source, num_target)``, head after head.
     counts
         How many heads the source and the target have.
     pairs

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.errors import InputError
+from clafusion.profiling.importance import equal_masses
 
 __all__ = ["marginals"]
 
@@ -25,10 +25,10 @@ def marginals(
     InputError
         A network's importance is missing.
     """
-    for graph, given in ((correspondence.target, target), (correspondence.source, source)):
-        if len(given) != len(graph.groups):
+    for model, given in ((correspondence.target, target), (correspondence.source, source)):
+        if len(given) != len(model.groups):
             raise InputError(
-                f"importance must be known of all {len(graph.groups)} channel groups; the "
+                f"importance must be known of all {len(model.groups)} channel groups; the "
                 f"profile has it of {len(given)}: profile the model by the same settings"
             )
     found: list[tuple[Tensor, Tensor] | None] = []
@@ -40,9 +40,6 @@ def marginals(
         elif points:
             found.append((source[other], target[one.index]))
         else:
-            found.append((_equal(correspondence.source.groups[other].size), _equal(one.size)))
+            size = correspondence.source.groups[other].size
+            found.append((equal_masses(size), equal_masses(one.size)))
     return found
-
-
-def _equal(size: int) -> Tensor:
-    return torch.full((size,), 1 / size, dtype=torch.float64)

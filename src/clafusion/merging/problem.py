@@ -146,8 +146,8 @@ class FusionProblem:
     Attributes
     ----------
     target
-        The structure of the result. Its module's weights are those of the channels' frame: of the
-        parents that fix the order and the number of each group's channels.
+        The structure of the result. Its module's weights are those of the parents that fix
+        the order and the number of each group's channels.
     parents
         At least one, with weights that add up to 1 in every layer that all have.
     reference

@@ -50,7 +50,7 @@ def profile_key(model: TracedModel, options: Mapping[str, Any], data_digest: str
             "data": data_digest,
             "example": tensors_digest({str(i): x for i, x in enumerate(model.example_inputs)}),
             "options": options,
-            "device": _device(model).type,
+            "device": model.device.type,
         }
     )
 
@@ -101,10 +101,6 @@ def _path(folder: Path, key: str) -> Path:
     return folder / f"{key[:40]}.safetensors"
 
 
-def _device(model: TracedModel) -> torch.device:
-    return next((one.device for one in model.model.parameters()), torch.device("cpu"))
-
-
 # --- profiles and tensors -----------------------------------------------------------------------
 
 
@@ -130,7 +126,7 @@ def _tensors_of(profile: ModelProfile) -> tuple[dict[str, Tensor], list[list[Any
 def _profile_of(
     model: TracedModel, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> ModelProfile:
-    device = _device(model)
+    device = model.device
     return ModelProfile(
         traced=model,
         grams=tuple(tensors[f"gram.{i}"].to(device) for i in range(len(model.layers))),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from clafusion.config import IMPORTANCES
 from clafusion.errors import InputError
 from clafusion.profiling.batches import Data, in_chunks
 from clafusion.threads import one_thread
@@ -21,6 +22,7 @@ from clafusion.tracing.model import TracedModel
 
 __all__ = [
     "channel_importance",
+    "equal_masses",
     "layer_sensitivities",
     "sensitivities",
 ]
@@ -30,7 +32,7 @@ _CHUNK = 64  # inputs whose activations are held for a gradient at once
 
 
 def channel_importance(
-    graph: TracedModel,
+    model: TracedModel,
     data: Data,
     kind: str,
     *,
@@ -55,7 +57,7 @@ def channel_importance(
 
     Parameters
     ----------
-    graph
+    model
         The traced model.
     data
         Unlabelled inputs; not read for ``"norm"``.
@@ -78,26 +80,24 @@ def channel_importance(
         return ()
     with one_thread():  # sums, and from them plans, would depend on how many there are
         if kind == "norm":
-            squares = {name: one.square() for name, one in _parameters(graph).items()}
-            scores = [one.sqrt() for one in _over_slots(graph, squares, ("out",))]
+            squares = {name: one.square() for name, one in _parameters(model).items()}
+            scores = [one.sqrt() for one in _over_axes(model, squares, ("out",))]
         elif kind == "activation":
-            scores = _activations(graph, _limited(graph, data, max_inputs, progress))
+            scores = _activations(model, _limited(model, data, max_inputs, progress))
         elif kind == "sensitivity":
             if products is None:
-                products = sensitivities(graph, data, max_inputs=max_inputs, progress=progress)
-            scores = _over_slots(graph, products, ("out", "in"))
+                products = sensitivities(model, data, max_inputs=max_inputs, progress=progress)
+            scores = _over_axes(model, products, ("out", "in"))
         else:
-            raise InputError(
-                "importance must be one of 'uniform', 'norm', 'activation', 'sensitivity'; "
-                f"got {kind!r}"
-            )
+            known = ", ".join(map(repr, IMPORTANCES))
+            raise InputError(f"importance must be one of {known}; got {kind!r}")
         return tuple(
-            _masses(score, one.name, kind) for score, one in zip(scores, graph.groups, strict=True)
+            _masses(score, one.name, kind) for score, one in zip(scores, model.groups, strict=True)
         )
 
 
 def sensitivities(
-    graph: TracedModel,
+    model: TracedModel,
     data: Data,
     *,
     max_inputs: int | None = None,
@@ -117,13 +117,13 @@ def sensitivities(
     InputError
         No output depends on the weights in a way that has a gradient.
     """
-    state = graph.state()
-    leaves = {name: one.clone().requires_grad_() for name, one in _parameters(graph).items()}
+    state = model.state()
+    leaves = {name: one.clone().requires_grad_() for name, one in _parameters(model).items()}
     with one_thread(), torch.enable_grad():
-        for some in _limited(graph, data, max_inputs, progress):
+        for some in _limited(model, data, max_inputs, progress):
             outputs = [
                 one
-                for one in graph.run(some, state={**state, **leaves})
+                for one in model.run(some, state={**state, **leaves})
                 if isinstance(one, Tensor) and one.requires_grad
             ]
             if not outputs:
@@ -140,8 +140,8 @@ def sensitivities(
     }
 
 
-def layer_sensitivities(graph: TracedModel, products: Mapping[str, Tensor]) -> Tensor:
-    """Return the sum of each layer's :func:`sensitivities` ``(num_units,)``, float64.
+def layer_sensitivities(model: TracedModel, products: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of each layer's :func:`sensitivities` ``(num_layers,)``, float64.
 
     Raises
     ------
@@ -152,9 +152,9 @@ def layer_sensitivities(graph: TracedModel, products: Mapping[str, Tensor]) -> T
         sums = {name: float(one.double().sum()) for name, one in products.items()}
     found = [
         math.fsum(sums[name] for name in dict.fromkeys(layer.parameters) if name in sums)
-        for layer in graph.layers
+        for layer in model.layers
     ]
-    for layer, one in zip(graph.layers, found, strict=True):
+    for layer, one in zip(model.layers, found, strict=True):
         if not math.isfinite(one):
             raise InputError(
                 f"layer_weights='sensitivity' is not finite for layer {layer.name!r}; use 'uniform'"
@@ -162,7 +162,8 @@ def layer_sensitivities(graph: TracedModel, products: Mapping[str, Tensor]) -> T
     return torch.tensor(found, dtype=torch.float64)
 
 
-def _equal(size: int) -> Tensor:
+def equal_masses(size: int) -> Tensor:
+    """Return the masses of channels that all matter as much ``(num_channels,)``, float64."""
     return torch.full((size,), 1 / size, dtype=torch.float64)
 
 
@@ -173,27 +174,27 @@ def _masses(scores: Tensor, name: str, kind: str) -> Tensor:
         )
     mean = scores.mean()
     if mean == 0:
-        return _equal(len(scores))
+        return equal_masses(len(scores))
     kept = scores.clamp(min=float(_LEAST * mean))
     return kept / kept.sum()
 
 
-def _parameters(graph: TracedModel) -> dict[str, Tensor]:
+def _parameters(model: TracedModel) -> dict[str, Tensor]:
     """Return the weights, without buffers: those are statistics of activations."""
-    names = {name for name, _ in graph.model.named_parameters(remove_duplicate=False)}
+    names = {name for name, _ in model.model.named_parameters(remove_duplicate=False)}
     return {
         name: one
-        for name, one in graph.state().items()
+        for name, one in model.state().items()
         if name in names and one.is_floating_point()
     }
 
 
-def _over_slots(
-    graph: TracedModel, values: Mapping[str, Tensor], directions: tuple[str, ...]
+def _over_axes(
+    model: TracedModel, values: Mapping[str, Tensor], directions: tuple[str, ...]
 ) -> list[Tensor]:
     """Add up what the parameters have in each channel's axes."""
     totals = []
-    for one in graph.groups:
+    for one in model.groups:
         total = torch.zeros(one.size, dtype=torch.float64)
         for group_axis in one.axes:
             if group_axis.direction in directions and group_axis.use.parameter in values:
@@ -207,23 +208,22 @@ def _over_slots(
 
 
 def _limited(
-    graph: TracedModel,
+    model: TracedModel,
     data: Data,
     max_inputs: int | None,
     progress: Callable[[str, int], None] | None,
 ) -> Iterator[tuple[Tensor, ...]]:
-    device = next((one.device for one in graph.model.parameters()), None)
     seen = 0
-    for inputs in in_chunks(data, graph, max_inputs, _CHUNK, device=device):
+    for inputs in in_chunks(data, model, max_inputs, _CHUNK, device=model.device):
         yield inputs
         seen += inputs[0].size(0)
         if progress is not None:
             progress("importance", seen)
 
 
-def _activations(graph: TracedModel, inputs: Iterator[tuple[Tensor, ...]]) -> list[Tensor]:
+def _activations(model: TracedModel, inputs: Iterator[tuple[Tensor, ...]]) -> list[Tensor]:
     """Return each channel's mean magnitude over inputs, positions and hook points."""
-    points = {point.post: point for layer in graph.layers for point in layer.hook_points}
+    points = {point.post: point for layer in model.layers for point in layer.hook_points}
     totals = {
         name: torch.zeros(len(one.groups), dtype=torch.float64) for name, one in points.items()
     }
@@ -236,14 +236,14 @@ def _activations(graph: TracedModel, inputs: Iterator[tuple[Tensor, ...]]) -> li
             totals[node.name] += flat.abs().double().sum(0).cpu() / per_input
         return value
 
-    state = graph.state()
+    state = model.state()
     with torch.no_grad():
         for some in inputs:
             size = some[0].size(0)
             count += size
-            graph.run(some, state=state, replace=observe)
+            model.run(some, state=state, replace=observe)
     scores = []
-    for one in graph.groups:
+    for one in model.groups:
         total, shown = torch.zeros(2, one.size, dtype=torch.float64)
         for name, point in points.items():
             places = torch.nonzero(point.groups == one.index).squeeze(1)

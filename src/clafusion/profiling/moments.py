@@ -78,7 +78,7 @@ def _deviation(mean: Tensor, squares: Tensor) -> Tensor:
     return (squares - mean.square()).clamp(min=0).sqrt()
 
 
-def observed_moments(graph: TracedModel, data: Data) -> list[BatchMoments]:
+def observed_moments(model: TracedModel, data: Data) -> list[BatchMoments]:
     """Return for each batch the moments of all values that :func:`repair` may ask of a network.
 
     Raises
@@ -86,24 +86,23 @@ def observed_moments(graph: TracedModel, data: Data) -> list[BatchMoments]:
     InputError
         ``data`` is empty or does not fit the model.
     """
-    axes = moment_axes(graph)
-    device = next((one.device for one in graph.model.parameters()), torch.device("cpu"))
+    axes = moment_axes(model)
     with torch.no_grad():
         return [
-            batch_moments(graph, inputs, axes)
-            for inputs in batches(data, graph.example_inputs, graph.keywords, device=device)
+            batch_moments(model, inputs, axes)
+            for inputs in batches(data, model.example_inputs, model.keywords, device=model.device)
         ]
 
 
-def moment_axes(graph: TracedModel) -> dict[str, int]:
+def moment_axes(model: TracedModel) -> dict[str, int]:
     """Return the nodes of which :func:`observed_moments` tells, with their channel axes."""
-    axes = {point.post: point.axis for layer in graph.layers for point in layer.hook_points}
-    axes |= {point.node: point.axis for layer in graph.layers for point in layer.calibration_points}
+    axes = {point.post: point.axis for layer in model.layers for point in layer.hook_points}
+    axes |= {point.node: point.axis for layer in model.layers for point in layer.calibration_points}
     return axes
 
 
 def batch_moments(
-    graph: TracedModel, inputs: tuple[Tensor, ...], axes: Mapping[str, int]
+    model: TracedModel, inputs: tuple[Tensor, ...], axes: Mapping[str, int]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Run a network and return the nodes' means and deviations on this batch."""
     found = {node: Moments() for node in axes}
@@ -113,17 +112,17 @@ def batch_moments(
             found[node.name].add(value.numel(), *channel_moments(value, axes[node.name]))
         return value
 
-    state = graph.state()
-    for part in parts(graph, inputs):
-        graph.run(part, state=state, replace=observe)
+    state = model.state()
+    for part in parts(model, inputs):
+        model.run(part, state=state, replace=observe)
     return {node: moments.result() for node, moments in found.items()}
 
 
-def parts(graph: TracedModel, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+def parts(model: TracedModel, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     """Split a batch so that activations stay in a core's cache, where memory is no bottleneck."""
     size = inputs[0].size(0)
-    points = [point for layer in graph.layers for point in layer.hook_points]
-    if graph.static_batch is not None or inputs[0].device.type != "cpu":
+    points = [point for layer in model.layers for point in layer.hook_points]
+    if model.static_batch is not None or inputs[0].device.type != "cpu":
         return [inputs]
     if any(point.batch is None for point in points):  # the order of inputs and positions is unknown
         return [inputs]

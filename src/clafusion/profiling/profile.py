@@ -36,7 +36,6 @@ from clafusion.tracing.operations import batch_axis
 
 __all__ = [
     "ModelProfile",
-    "check_same_inputs",
     "gram_matrix",
     "profile_models",
     "standardised",
@@ -61,9 +60,10 @@ class ModelProfile:
         For each layer the length of a flattened output.
     rows
         For each hook point ``(layer, index)`` the values ``(num_rows, num_channels)`` of its
-        channels at the chosen pairs of input and position. With ``layer_values="preactivation"``
-        also, with the key ``(layer, ~index)``, the values after the nonlinearity, and for the last
-        layer, with the index after its last hook point, the outputs of a classifier.
+        channels at the chosen pairs of input and position, before the nonlinearity, where no
+        channel is dead. With ``layer_values="preactivation"`` also, with the key
+        ``(layer, ~index)``, the values after the nonlinearity, and for the last layer, with the
+        index after its last hook point, the outputs of a classifier.
     num_samples, num_inputs
         How many inputs the Gram matrices are over, and how many were seen in all.
     data_key
@@ -92,16 +92,6 @@ class ModelProfile:
     batch_sizes: tuple[int, ...] = ()
 
 
-def check_same_inputs(deep: ModelProfile, shallow: ModelProfile) -> None:
-    """Refuse to compare profiles of different inputs, or of the same in another order."""
-    if deep.data_key != shallow.data_key:
-        raise InputError(
-            "the profiles come from different inputs: profile both models on the same inputs in "
-            "the same order, together or from data that is not shuffled (a DataLoader that "
-            "shuffles gives another order each time)"
-        )
-
-
 def standardised(rows: Tensor) -> Tensor:
     """Return channels ``(num_rows, num_channels)`` with zero mean and unit variance.
 
@@ -113,17 +103,15 @@ def standardised(rows: Tensor) -> Tensor:
 
 
 def profile_models(
-    graphs: Sequence[TracedModel],
+    models: Sequence[TracedModel],
     data: Data,
     *,
-    alignment_samples: int = 400,
-    matching_rows: int = 8192,
-    nonlinearity: bool = False,
+    alignment_samples: int,
+    matching_rows: int,
     layer_values: str = "output",
     max_inputs: int | None = None,
     moments: bool = False,
     seed: int = 0,
-    device: torch.device | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[ModelProfile]:
     """Profile several models on the same batches, in one pass over the data.
@@ -134,7 +122,7 @@ def profile_models(
 
     Parameters
     ----------
-    graphs
+    models
         Traced models with the same inputs.
     data
         A tensor, a list of batches or a DataLoader, with or without labels.
@@ -143,9 +131,6 @@ def profile_models(
         bounds the memory.
     matching_rows
         How many (input, position) pairs are kept for each hook point.
-    nonlinearity
-        Take the channels' values after the nonlinearity instead of before it. Before it, no
-        channel is dead.
     layer_values
         What the Gram matrices are of: the layers' outputs, or these before their nonlinearity.
     max_inputs
@@ -154,8 +139,6 @@ def profile_models(
         Whether to record each batch's moments, too, over all inputs: what REPAIR needs.
     seed
         Seed of the choice of pairs.
-    device
-        Where to compute; default where the model is.
     progress
         Called with a text and the number of inputs done.
 
@@ -171,10 +154,8 @@ def profile_models(
             raise InputError(f"{name} must be at least 2; got {value}")
     at_once = moments and max_inputs is None  # one pass sees all inputs
     recorders = [
-        _Recorder(
-            graph, alignment_samples, matching_rows, nonlinearity, layer_values, at_once, seed
-        )
-        for graph in graphs
+        _Recorder(model, alignment_samples, matching_rows, layer_values, at_once, seed)
+        for model in models
     ]
     waiting: list[tuple[Tensor, ...]] = []
     sizes: list[int] = []
@@ -192,10 +173,9 @@ def profile_models(
             if progress is not None:
                 progress("profile", seen)
 
-    graph = graphs[0]
-    target = device if device is not None else _device(graph)
+    model = models[0]
     with torch.no_grad():
-        for inputs in batches(data, graph.example_inputs, graph.keywords, device=target):
+        for inputs in batches(data, model.example_inputs, model.keywords, device=model.device):
             if max_inputs is not None:
                 left = max_inputs - seen - sum(one[0].size(0) for one in waiting)
                 if left <= 0:
@@ -231,45 +211,43 @@ class _Recorder:
 
     def __init__(
         self,
-        graph: TracedModel,
+        model: TracedModel,
         alignment_samples: int,
         matching_rows: int,
-        nonlinearity: bool,
         layer_values: str,
         moments: bool,
         seed: int,
     ) -> None:
-        self.graph = graph
-        self.state = graph.state()
+        self.model = model
+        self.state = model.state()
         self.alignment_samples = alignment_samples
         self.matching_rows = matching_rows
         self.seed = seed
         before = layer_values == "preactivation"
         self.layers = {
-            _preactivation(layer) if before else layer.output: layer.index for layer in graph.layers
+            _preactivation(layer) if before else layer.output: layer.index for layer in model.layers
         }
         self.batch_axes = {
             node.name: batch_axis(node)
-            for node in graph.module.graph.nodes
+            for node in model.module.graph.nodes
             if node.name in self.layers
         }
         self.points: dict[str, list[tuple[tuple[int, int], HookPoint]]] = {}
-        for layer in graph.layers:
+        for layer in model.layers:
             for i, point in enumerate(layer.hook_points):
-                node = point.post if nonlinearity else point.pre
-                self.points.setdefault(node, []).append(((layer.index, i), point))
+                self.points.setdefault(point.pre, []).append(((layer.index, i), point))
                 if before:
                     self.points.setdefault(point.post, []).append(((layer.index, ~i), point))
-        if before and graph.layers:
-            self._add_classifier(graph.layers[-1])
+        if before and model.layers:
+            self._add_classifier(model.layers[-1])
         self.grams: dict[int, Tensor] = {}
         self.features: dict[int, int] = {}
         self.samplers: dict[int, _Sampler] = {}
         self.rows: dict[str, Tensor] = {}
-        self.axes = moment_axes(graph) if moments else {}
+        self.axes = moment_axes(model) if moments else {}
         self.moments: list[BatchMoments] | None = [] if moments else None
         watched = {*self.layers, *self.points, *self.axes}
-        self.watched = [node.name for node in graph.module.graph.nodes if node.name in watched]
+        self.watched = [node.name for node in model.module.graph.nodes if node.name in watched]
 
     def _add_classifier(self, layer: Layer) -> None:
         """Record the outputs of a last layer whose channels are never moved."""
@@ -285,16 +263,16 @@ class _Recorder:
         size = sum(inputs[0].size(0) for inputs in waiting)
         for sampler in self.samplers.values():
             sampler.advance(start, size)
-        static = self.graph.static_batch
+        static = self.model.static_batch
         for inputs in waiting:
             if static is not None and inputs[0].size(0) != static:
                 raise InputError(
                     f"the model admits only batches of {static}, but one of {inputs[0].size(0)} "
                     "is given; it fixes the batch size in its code"
                 )
-        in_parts = [parts(self.graph, one) for one in waiting]
+        in_parts = [parts(self.model, one) for one in waiting]
         walks = [
-            [Walk(self.graph, part, self.state, set(self.watched)) for part in of_batch]
+            [Walk(self.model, part, self.state, set(self.watched)) for part in of_batch]
             for of_batch in in_parts
         ]
         counts = [part[0].size(0) for of_batch in in_parts for part in of_batch]
@@ -325,7 +303,7 @@ class _Recorder:
             one = value[0] if isinstance(value, (tuple, list)) else value
             if one.dim() == 0 or one.size(axis or 0) % count:
                 raise StructureError(
-                    f"layer {self.graph.layers[self.layers[node]].name!r} puts out a tensor of "
+                    f"layer {self.model.layers[self.layers[node]].name!r} puts out a tensor of "
                     f"shape {tuple(one.shape)} for {count} inputs, and so none of its own for each"
                 )
             rows.append(one.movedim(axis or 0, 0).reshape(count, -1))
@@ -364,9 +342,9 @@ class _Recorder:
         rows = {
             place: self.rows[node] for node, places in self.points.items() for place, _ in places
         }
-        count = len(self.graph.layers)
+        count = len(self.model.layers)
         return ModelProfile(
-            self.graph,
+            self.model,
             tuple(self.grams[i] for i in range(count)),
             tuple(self.features[i] for i in range(count)),
             rows,
@@ -440,7 +418,3 @@ def _data_key(key: int, inputs: tuple[Tensor, ...]) -> int:
     """Go on with a checksum of each input's sum, which does not depend on the batches."""
     sums = inputs[0].double().flatten(1).sum(1).cpu().numpy()
     return zlib.crc32(sums.tobytes(), key)
-
-
-def _device(graph: TracedModel) -> torch.device:
-    return next((one.device for one in graph.model.parameters()), torch.device("cpu"))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from clafusion.errors import InputError
+from clafusion.weights.messages import one_line
 from clafusion.weights.state_files import check_input, read_safetensors, read_torch
 
 __all__ = ["ENDINGS", "load_samples"]
@@ -159,10 +160,7 @@ def _read_numpy(path: Path, key: str | None) -> Tensor:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(
-            f"data file {str(path)!r} cannot be read: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}"
-        ) from error
+        raise InputError(f"data file {str(path)!r} cannot be read: {one_line(error)}") from error
     try:
         return torch.from_numpy(np.asarray(stored, stored.dtype.newbyteorder("="), order="C"))
     except TypeError as error:

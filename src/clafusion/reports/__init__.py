@@ -1,4 +1,4 @@
-"""Tables, pictures and pages of results. Only the command line and the demo import this package."""
+"""Tables, pictures and pages of results. No stage imports this package."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from clafusion.alignment.compatibility import skip_costs
+from clafusion.alignment.compatibility import allowed_pairs, skip_costs
 from clafusion.alignment.dynamic_program import align_layers
 from clafusion.alignment.layer_costs import layer_costs
 from clafusion.alignment.models import AlignedModels, align_pair, label
@@ -180,17 +180,7 @@ def place_in_template(
     """
     models = [one.traced for one in profiles]
     layers = [layer_at(models, place) for place in places]
-    cost = np.array(
-        [
-            [
-                0.0
-                if one.structure == other.structure and one.output_shape == other.output_shape
-                else np.inf
-                for other in layers
-            ]
-            for one in template.layers
-        ]
-    ).reshape(len(template.layers), len(layers))
+    cost = np.where(allowed_pairs(template.layers, layers), 0.0, np.inf)
     changes = [_changes(one) for one in profiles]
     leaving_out = np.full(len(places), np.inf)
     for i, (layer, place) in enumerate(zip(layers, places, strict=True)):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clafusion.alignment.compatibility import check_outputs
 from clafusion.alignment.models import AlignedModels, label, naming
-from clafusion.config import Deeper, FusionConfig, Like, Shallower, Target
+from clafusion.config import WIDTHS, Deeper, FusionConfig, Like, Shallower, Target
 from clafusion.correspondence.correspondence import Correspondence, correspond
 from clafusion.correspondence.heads import unite_models
 from clafusion.correspondence.structure import resized_shape
@@ -264,18 +264,17 @@ def width_position(names: Sequence[str], width: str | int) -> int | None:
                 f"{width}"
             )
         return width
-    is_word = width in ("own", "narrow", "wide")
     if width in names:
         at = list(names).index(width)
-        if is_word:
+        if width in WIDTHS:
             raise InputError(
                 f"target.width={width!r} is a word, and also the name of a model: give the "
                 f"model's position, {at}, or call the model something else"
             )
         return at
-    if not is_word:
+    if width not in WIDTHS:
         raise InputError(
-            "target.width must be 'own', 'narrow', 'wide' or a model's name or position "
+            f"target.width must be {', '.join(map(repr, WIDTHS))} or a model's name or position "
             f"({', '.join(map(label, names))}); got {width!r}"
         )
     return None

@@ -28,7 +28,7 @@ _Family: TypeAlias = "list[ChannelGroup]"
 """Channel groups with the same axes of the same parameters, at other positions there."""
 
 
-def possible_heads(graph: TracedModel) -> list[tuple[tuple[HeadPartition, ...], ...]]:
+def possible_heads(model: TracedModel) -> list[tuple[tuple[HeadPartition, ...], ...]]:
     """Return what may be heads that can change places; only a trial shows which can.
 
     A family is a set of channel groups that lie on the same axes of the same parameters, at
@@ -43,7 +43,7 @@ def possible_heads(graph: TracedModel) -> list[tuple[tuple[HeadPartition, ...], 
         divides these families among partitions that move on their own.
     """
     families: dict[tuple[Any, ...], _Family] = {}
-    for group in graph.groups:
+    for group in model.groups:
         places = tuple(
             (
                 group_axis.use.parameter,
@@ -58,7 +58,7 @@ def possible_heads(graph: TracedModel) -> list[tuple[tuple[HeadPartition, ...], 
     by_layer: dict[tuple[int, int], list[_Family]] = {}
     for family in families.values():
         parameters = {group_axis.use.parameter for group_axis in family[0].axes}
-        layers = [layer.index for layer in graph.layers if parameters & set(layer.parameters)]
+        layers = [layer.index for layer in model.layers if parameters & set(layer.parameters)]
         if len(family) > 1 and layers:
             family.sort(key=lambda group: _first_place(group.axes[0]))
             by_layer.setdefault((layers[0], len(family)), []).append(family)
@@ -111,13 +111,13 @@ def group_sources(heads: HeadPartition, order: Sequence[int]) -> dict[int, int]:
 
 
 def exchange_heads(
-    graph: TracedModel, state: State, sources: Mapping[int, int]
+    model: TracedModel, state: State, sources: Mapping[int, int]
 ) -> dict[str, Tensor]:
     """Return a copy of a state in which channel groups have changed places.
 
     Parameters
     ----------
-    graph
+    model
         The traced model.
     state
         Its parameters and buffers by name.
@@ -128,7 +128,7 @@ def exchange_heads(
     exchanged = {name: tensor.detach().clone() for name, tensor in state.items()}
     by_use: dict[ParameterUse, list[tuple[GroupAxis, GroupAxis]]] = {}
     for target, source in sources.items():
-        for pair in zip(graph.groups[target].axes, graph.groups[source].axes, strict=True):
+        for pair in zip(model.groups[target].axes, model.groups[source].axes, strict=True):
             by_use.setdefault(pair[0].use, []).append(pair)
     for use, moves in by_use.items():
         # The heads of a grouped convolution are uses of their own, and move as wholes. Those of an

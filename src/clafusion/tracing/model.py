@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from clafusion.execution.call import State, flatten_tensors
+from clafusion.execution.call import State, device_of, flatten_tensors
 from clafusion.execution.walk import run_graph
 from clafusion.tracing.operations import bound_operands
 
@@ -336,7 +336,7 @@ class TracedModel:
     static_batch
         The batch size, where the model admits only the one it was traced with; else None.
     united_heads
-        Heads whose groups are united: see :mod:`clafusion.matching.united_heads`.
+        Heads whose groups are united: see :mod:`clafusion.correspondence.heads`.
     """
 
     model: nn.Module
@@ -352,6 +352,11 @@ class TracedModel:
     aliases: Mapping[str, str]
     static_batch: int | None
     united_heads: tuple[UnitedHeads, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; the CPU for a model without parameters."""
+        return device_of(self.model) or torch.device("cpu")
 
     @property
     def streams(self) -> tuple[Stream, ...]:

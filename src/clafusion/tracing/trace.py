@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind
 from torch.nn.parameter import is_lazy
 
 from clafusion.errors import InputError, UnsupportedOpError
+from clafusion.execution.call import device_of
 from clafusion.tracing.architecture import Architecture, architecture
 from clafusion.tracing.export import export_model, first_line, refuse_changed_inputs
 from clafusion.tracing.groups import find_channels
@@ -63,7 +64,7 @@ def trace(
     """
     _check_model(model)
     arguments, keywords = _example(example_inputs)
-    device = next((parameter.device for parameter in model.parameters()), None)
+    device = device_of(model)
     if device is not None:
         arguments = tuple(value.to(device) for value in arguments)
         keywords = {name: value.to(device) for name, value in keywords.items()}

@@ -67,7 +67,7 @@ def permute_channels(
     return permuted
 
 
-def verify_graph(graph: TracedModel, inputs: tuple[Tensor, ...], *, seed: int = 0) -> None:
+def verify_graph(traced: TracedModel, inputs: tuple[Tensor, ...], *, seed: int = 0) -> None:
     """Prove that permuting channels and exchanging heads leaves the model's outputs as they are.
 
     Each channel group moves by a cycle through all its channels and by a swap of two channels,
@@ -81,10 +81,10 @@ def verify_graph(graph: TracedModel, inputs: tuple[Tensor, ...], *, seed: int = 
 
     Parameters
     ----------
-    graph
+    traced
         The traced model.
     inputs
-        A few rows of input, such as ``graph.example_inputs``.
+        A few rows of input, such as ``traced.example_inputs``.
     seed
         Seed of the permutations and the random weights.
 
@@ -93,9 +93,9 @@ def verify_graph(graph: TracedModel, inputs: tuple[Tensor, ...], *, seed: int = 
     GraphVerificationError
         The outputs differ; the message names the groups that change them on their own.
     """
-    trial = _Trial(graph, inputs, seed)
+    trial = _Trial(traced, inputs, seed)
     _verify_groups(trial)
-    if not _can_be_exchanged(graph.heads, trial):
+    if not _can_be_exchanged(traced.heads, trial):
         raise GraphVerificationError(
             "exchanging heads (of an attention, or the groups of a convolution) changed the "
             "output. The analysis does not understand this model: please open an issue with its "
@@ -104,7 +104,7 @@ def verify_graph(graph: TracedModel, inputs: tuple[Tensor, ...], *, seed: int = 
 
 
 def with_proved_heads(
-    graph: TracedModel, inputs: tuple[Tensor, ...], *, verify: bool, seed: int = 0
+    traced: TracedModel, inputs: tuple[Tensor, ...], *, verify: bool, seed: int = 0
 ) -> TracedModel:
     """Return a traced model with those heads that can change places without changing outputs.
 
@@ -113,7 +113,7 @@ def with_proved_heads(
 
     Parameters
     ----------
-    graph, inputs, seed
+    traced, inputs, seed
         As for :func:`verify_graph`.
     verify
         Whether to prove the channel groups as well.
@@ -123,10 +123,10 @@ def with_proved_heads(
     GraphVerificationError
         With ``verify``, as for :func:`verify_graph`.
     """
-    candidates = possible_heads(graph)
+    candidates = possible_heads(traced)
     if not (candidates or verify):
-        return graph
-    trial = _Trial(graph, inputs, seed)
+        return traced
+    trial = _Trial(traced, inputs, seed)
     if verify:
         _verify_groups(trial)
     heads = list(chain.from_iterable(finest for finest, *_ in candidates))
@@ -136,28 +136,28 @@ def with_proved_heads(
             for alternatives in candidates
         )
         heads = list(chain.from_iterable(proved))
-    return replace(graph, heads=tuple(heads))
+    return replace(traced, heads=tuple(heads))
 
 
 def _verify_groups(trial: _Trial) -> None:
     """Raise where the traced graph differs from the model, or a permutation changes outputs."""
-    graph, fidelity = trial.graph, trial.fidelity
+    traced, fidelity = trial.traced, trial.fidelity
     if not fidelity <= _TOLERANCE[torch.float32]:
         raise GraphVerificationError(
             f"the traced graph computes something else than the model (relative difference "
             f"{fidelity:.1e}); the model may depend on state or randomness that tracing froze"
         )
     for move in (_cycle, _swap):
-        permutations = [move(group.size, trial.generator) for group in graph.groups]
+        permutations = [move(group.size, trial.generator) for group in traced.groups]
 
-        def permuted(state: State, chosen: Sequence[ChannelGroup] = graph.groups) -> State:
+        def permuted(state: State, chosen: Sequence[ChannelGroup] = traced.groups) -> State:
             return permute_channels(state, chosen, [permutations[group.index] for group in chosen])  # noqa: B023
 
         if trial.leaves_outputs(permuted):
             continue
         broken = [
             group
-            for group in graph.groups
+            for group in traced.groups
             if not trial.leaves_outputs(partial(permuted, chosen=[group]))
         ]
         named = ", ".join(f"{group.name!r} ({group.size} channels)" for group in broken[:5])
@@ -177,7 +177,7 @@ def _can_be_exchanged(heads: Sequence[HeadPartition], trial: _Trial) -> bool:
         for partition in heads:
             order = move(len(partition.members), trial.generator).tolist()
             sources |= group_sources(partition, order)
-        if not trial.leaves_outputs(partial(exchange_heads, trial.graph, sources=sources)):
+        if not trial.leaves_outputs(partial(exchange_heads, trial.traced, sources=sources)):
             return False
     return True
 
@@ -193,20 +193,20 @@ class _Trial:
         How far outputs may move by rounding alone, relative to the largest.
     """
 
-    def __init__(self, graph: TracedModel, inputs: tuple[Tensor, ...], seed: int) -> None:
-        self.graph = graph
+    def __init__(self, traced: TracedModel, inputs: tuple[Tensor, ...], seed: int) -> None:
+        self.traced = traced
         self.generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            plain = copy.deepcopy(graph.model).eval()
-            inputs, outputs = _trial_inputs(graph, plain, inputs, self.generator)
-            traced = [value for value in graph.run(inputs) if isinstance(value, Tensor)]
-            self.fidelity = _difference(traced, outputs)
-            self.model, self.inputs, outputs = _widest(plain, inputs, graph.keywords, outputs)
+            plain = copy.deepcopy(traced.model).eval()
+            inputs, outputs = _trial_inputs(traced, plain, inputs, self.generator)
+            own_outputs = [value for value in traced.run(inputs) if isinstance(value, Tensor)]
+            self.fidelity = _difference(own_outputs, outputs)
+            self.model, self.inputs, outputs = _widest(plain, inputs, traced.keywords, outputs)
         types = {value.dtype for value in self.model.parameters() if value.is_floating_point()}
         self.bound = max((_TOLERANCE.get(dtype, 1e-2) for dtype in types), default=1e-3)
-        if types == {torch.float64} and _casts(graph):
+        if types == {torch.float64} and _casts(traced):
             self.bound = _ROUNDED_INSIDE
-        own = dict(graph.state())
+        own = dict(traced.state())
         if self.model is not plain:
             own = {
                 name: value.double() if value.is_floating_point() else value
@@ -216,9 +216,9 @@ class _Trial:
         self.expected = [(own, outputs), (redrawn, self._outputs(redrawn))]
 
     def _outputs(self, state: State) -> list[Tensor]:
-        named = _named(self.model, state, self.graph)
+        named = _named(self.model, state, self.traced)
         with torch.no_grad():
-            return call_model(self.model, self.inputs, self.graph.keywords, state=named)
+            return call_model(self.model, self.inputs, self.traced.keywords, state=named)
 
     def gap(self, change: Callable[[State], State]) -> float:
         """Return how far a change of the weights moves the outputs, relative to the largest."""
@@ -258,13 +258,13 @@ def _redrawn(model: torch.nn.Module, state: State, generator: torch.Generator) -
     return drawn
 
 
-def _casts(graph: TracedModel) -> bool:
+def _casts(traced: TracedModel) -> bool:
     """Return whether the model turns values into a type shorter than float64."""
     short = {torch.float32, torch.float16, torch.bfloat16}
     return any(
         node.op == "call_function"
         and any(value in short for value in (*node.args, *node.kwargs.values()) if _is_dtype(value))
-        for node in graph.module.graph.nodes
+        for node in traced.module.graph.nodes
     )
 
 
@@ -288,7 +288,7 @@ def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def _trial_inputs(
-    graph: TracedModel,
+    traced: TracedModel,
     model: torch.nn.Module,
     inputs: tuple[Tensor, ...],
     generator: torch.Generator,
@@ -301,15 +301,15 @@ def _trial_inputs(
     for value in inputs:
         order = torch.randperm(value.numel(), generator=generator).to(value.device)
         shuffled.append(value.flatten()[order].view_as(value))
-    others = slice(1, None) if graph.static_batch is not None else slice(1)
+    others = slice(1, None) if traced.static_batch is not None else slice(1)
     mixed = tuple(
         torch.cat([value[:1], mixture[others]])
         for value, mixture in zip(inputs, shuffled, strict=True)
     )
     try:
-        return mixed, call_model(model, mixed, graph.keywords)
+        return mixed, call_model(model, mixed, traced.keywords)
     except Exception:  # the model may refuse numbers that do not belong together
-        return inputs, call_model(model, inputs, graph.keywords)
+        return inputs, call_model(model, inputs, traced.keywords)
 
 
 def _widest(
@@ -330,7 +330,7 @@ def _widest(
     return model, inputs, outputs
 
 
-def _named(model: torch.nn.Module, state: State, graph: TracedModel) -> dict[str, Tensor]:
+def _named(model: torch.nn.Module, state: State, traced: TracedModel) -> dict[str, Tensor]:
     """Return the module's own entries of a state, tied ones under each of their names."""
-    full = {**state, **{name: state[source] for name, source in graph.aliases.items()}}
+    full = {**state, **{name: state[source] for name, source in traced.aliases.items()}}
     return {name: full[name] for name, _ in (*model.named_parameters(), *model.named_buffers())}

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.errors import InputError
+from clafusion.execution.call import device_of, usable_device
 
 __all__ = [
     "Batch",
     "LabelledData",
     "batches_of",
     "check_data",
-    "device_of",
     "is_pair",
     "num_batches",
+    "training_device",
 ]
 
 LabelledData: TypeAlias = "tuple[Tensor, Tensor] | Iterable[Any]"
@@ -172,19 +173,16 @@ def _kind(batch: Any) -> str:
     return type(batch).__name__
 
 
-def device_of(device: str | torch.device | None, model: nn.Module) -> torch.device:
-    """Return the device to train on; default that of the model's parameters.
+def training_device(device: str | torch.device | None, model: nn.Module) -> torch.device:
+    """Return the device to train on; default that of the model, which has parameters.
 
     Raises
     ------
     InputError
         PyTorch cannot use the device here.
     """
-    if device is None:
-        return next(parameter.device for parameter in model.parameters())
-    try:
-        torch.empty(0, device=torch.device(device))
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device {device!r} cannot be used here: {reason}") from error
-    return torch.device(device)
+    if device is not None:
+        return usable_device(device)
+    own = device_of(model)
+    assert own is not None, "a model without parameters is refused before"
+    return own

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from clafusion.errors import InputError
 from clafusion.profiling.batches import Progress
 from clafusion.training.checkpoint import model_digest
-from clafusion.training.data import Batch, LabelledData, device_of
+from clafusion.training.data import Batch, LabelledData, training_device
 from clafusion.training.loop import TrainingResult, train
 from clafusion.training.losses import Loss, cross_entropy_of, is_finite, logits_of
 from clafusion.training.settings import (
@@ -130,7 +130,7 @@ def distill(
         },
     )
     check_model("student", student)
-    target = device_of(device, student)
+    target = training_device(device, student)
     frozen = [copy.deepcopy(teacher).to(target).eval() for teacher in originals]
     return train(
         student,

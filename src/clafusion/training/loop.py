@@ -29,8 +29,8 @@ from clafusion.training.data import (
     LabelledData,
     batches_of,
     check_data,
-    device_of,
     num_batches,
+    training_device,
 )
 from clafusion.training.losses import Loss, checked_labels, is_finite, logits_of
 from clafusion.training.settings import Settings, check_model
@@ -111,7 +111,7 @@ def train(
     check_model("student" if settings.stage == "distill" else "model", model)
     if settings.patience is not None and validation is None:
         raise InputError("patience needs validation, on which a better epoch shows")
-    target = device_of(device, model)
+    target = training_device(device, model)
     if settings.mixed_precision:
         _check_mixed_precision(target)
     check_data("data", data, labelled)

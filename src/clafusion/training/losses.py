@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from clafusion.errors import ClafusionError, InputError
 from clafusion.training.data import Batch
+from clafusion.weights.messages import one_line
 
 __all__ = ["Loss", "checked_labels", "cross_entropy", "cross_entropy_of", "is_finite", "logits_of"]
 
@@ -61,8 +62,7 @@ def logits_of(
         shown = [f"{x.dtype} of shape {tuple(x.shape)}" for x in inputs]
         shown += [f"{name!r}, {x.dtype} of shape {tuple(x.shape)}" for name, x in named.items()]
         raise InputError(
-            f"{who} does not run on a batch of {where} ({'; '.join(shown)}): "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            f"{who} does not run on a batch of {where} ({'; '.join(shown)}): {one_line(error)}"
         ) from error
     output = getattr(output, "logits", output)
     if not isinstance(output, Tensor) or output.dim() < 2:

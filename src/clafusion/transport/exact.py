@@ -1,4 +1,4 @@
-"""Exact optimal transport by POT"s network simplex."""
+"""Exact optimal transport by POT's network simplex."""
 
 from __future__ import annotations
 

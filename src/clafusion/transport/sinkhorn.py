@@ -1,4 +1,4 @@
-"""Entropic optimal transport by Sinkhorn"s iteration, one problem or many, on CPU and GPU."""
+"""Entropic optimal transport by Sinkhorn's iteration, one problem or many, on CPU and GPU."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def sinkhorn(
         with sum 1.
     epsilon
         Regularisation relative to the largest ``|cost|`` of each problem, so that it has no
-        layer. 0.05 blurs, 0.001 is close to exact and slow.
+        unit. 0.05 blurs, 0.001 is close to exact and slow.
     tolerance
         Where a problem stops: the L1 distance of its plan's marginals from the weights, as a
         share of the mass; at least 1e-7. POT's ``stopThr`` bounds the L2 distance of one marginal,

@@ -22,7 +22,7 @@ class TransportSolution:
         ``(num_source, num_target)``: the mass that moves from each source to each target.
     source_potential, target_potential
         ``(num_source,)`` and ``(num_target,)``, float64. Sinkhorn: ``f`` and ``g`` with
-        ``plan = exp((f[:, None] + g - cost) / epsilon)``, in layers of the cost, ``-inf`` where
+        ``plan = exp((f[:, None] + g - cost) / epsilon)``, in units of the cost, ``-inf`` where
         a weight is 0. Assignment and exact: the dual solution, ``f[:, None] + g <= cost`` with
         equality where mass moves.
     cost

@@ -9,10 +9,23 @@ __all__ = ["listed", "one_line"]
 _LISTED = 5
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's type and message on a single line of moderate length."""
+def one_line(error: BaseException, where: str = "", *, most: int | None = 200) -> str:
+    """Return an error's type and message on a single line.
+
+    Parameters
+    ----------
+    error
+        The error.
+    where
+        What stands before its message unless it begins so.
+    most
+        How many characters of the message are kept; None for all.
+    """
     text = " ".join(str(error).split())
-    text = text if len(text) <= 200 else text[:197] + "..."
+    if most is not None and len(text) > most:
+        text = text[: most - 3] + "..."
+    if not text.startswith(where):
+        text = f"{where}: {text}".removesuffix(": ")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -51,11 +51,10 @@ def regress(
     fused: State,
     data: Data,
     *,
+    ridge: float,
+    samples: int,
     anchor: float = 0.0,
-    ridge: float = 1e-3,
-    samples: int = 2000,
     seed: int = 0,
-    device: torch.device | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Return the fused state with every layer regressed onto the parents.
@@ -78,13 +77,11 @@ def regress(
         How many inputs to use.
     seed
         Seed of the choice of positions.
-    device
-        Where to compute; default where the state is.
     progress
         Called with a text and the number of layers done.
     """
     state = {name: tensor.clone() for name, tensor in fused.items()}
-    where = device or next(iter(state.values())).device
+    where = next(iter(state.values())).device
     places = regressed_places(problem, state)
     inputs = list(in_chunks(data, problem.target, samples, _CHUNK, device=where))
     walks = Walks(problem, state, inputs, places, ridge)

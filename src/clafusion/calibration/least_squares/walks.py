@@ -62,7 +62,7 @@ class Walks:
         target, models = problem.target, [one.traced for one in problem.parents]
         self.of_target = target.state()
         self.states = [one.state() for one in models]
-        self.lifted = [structured_state(one.correspondence) for one in problem.parents]
+        self.structured = [structured_state(one.correspondence) for one in problem.parents]
         self.hidden = hidden_channels(problem, places, self.states, self.of_target)
         self.uses = Counter(key for place in places for key in self._reached(place))
         kept = [{name for i, name in self.uses if i == one} for one in range(len(models))]
@@ -268,14 +268,14 @@ class Walks:
 
     def _aligned(self, place: Place, hidden: Hidden, part: Part, kept: Kept) -> dict[str, Tensor]:
         """Return a layer's parameters from a parent, with the channels that are kept of it."""
-        parent, lifted = self.parents[part.parent], self.lifted[part.parent]
+        parent, state = self.parents[part.parent], self.structured[part.parent]
         plan = torch.zeros(len(part.columns), len(hidden.columns), dtype=torch.float64)
         plan[kept.taken, kept.own] = 1.0
         plans = list(parent.plans)
         plans[part.group] = plan
         return {
             name: move_parameter(
-                parent.correspondence, plans, name, lifted[name], self.of_target[name]
+                parent.correspondence, plans, name, state[name], self.of_target[name]
             )
             for name in place.parameters
         }
