@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from clafusion.alignment.differences import differences, nearest
 from clafusion.alignment.dynamic_program import align_layers
 from clafusion.errors import AlignmentError, StructureError
 from clafusion.tracing.model import Layer, TracedModel
@@ -32,7 +33,9 @@ def allowed_pairs(deep: Sequence[Layer], shallow: Sequence[Layer]) -> NDArray[np
     return np.array(
         [
             [
-                one.structure == other.structure and one.output_shape == other.output_shape
+                one.structure == other.structure
+                and one.output_shape == other.output_shape
+                and one.beside == other.beside
                 for other in shallow
             ]
             for one in deep
@@ -123,9 +126,11 @@ def _reasons(
     if k < len(shallow):
         layer = shallow[k]
         if not allowed[:, k].any():
+            closest = nearest(layer, deep)
+            what = "; ".join(differences(layer, closest)[:4])
             reasons.append(
-                f"layer {layer.name!r} of {names[1]} has no counterpart of its structure "
-                f"(operations, kernel sizes, strides, stage) in {names[0]}, the deeper one"
+                f"layer {layer.name!r} of {names[1]} has no counterpart of its structure in "
+                f"{names[0]}: the nearest, {closest.name!r}, differs ({what})"
             )
         else:
             found = [deep[int(i)].name for i in np.flatnonzero(allowed[:, k])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +114,8 @@ def check_inserted(correspondence: Correspondence) -> None:
     """Check that the layers that are inserted into the source leave its function as it is.
 
     What does not run, since a width is fixed in the target module's code, is not refused: the
-    result has the target's widths.
+    result has the target's widths. Networks with other numbers of heads have none in common to run;
+    of them what lies between the layers is compared.
 
     Raises
     ------
@@ -121,6 +123,14 @@ def check_inserted(correspondence: Correspondence) -> None:
         They change it.
     """
     target = correspondence.target
+    if target.united_heads:
+        own, other = (
+            {entry for layer in one.layers for entry in layer.between}
+            for one in (correspondence.source, target)
+        )
+        if own != other:
+            raise StructureError(_reason(correspondence))
+        return
     state = structured_state(correspondence)
     if all(state[name].shape == one.shape for name, one in target.state().items()):
         with torch.no_grad():
@@ -153,7 +163,29 @@ def _compare(found: Sequence[Tensor], correspondence: Correspondence) -> None:
         gap = float((one.double() - other.double()).abs().max())
         if not gap <= 1e-3 * max(float(other.abs().max()), 1e-30):
             raise StructureError(
-                f"brought to the other's depth, a network's outputs change by {gap:.1e}: the "
-                "inserted layers change them. The two networks differ in what lies between layers "
-                "(poolings, activations) or in a norm's eps, or share parameters among layers"
+                f"in the result's structure the network's outputs change by {gap:.1e}: "
+                f"{_reason(correspondence)}"
             )
+
+
+def _reason(correspondence: Correspondence) -> str:
+    """Say what may change a network's outputs in the target's structure."""
+    between = [
+        [entry for layer in one.layers for entry in layer.between]
+        for one in (correspondence.source, correspondence.target)
+    ]
+    own, other = (
+        ", ".join(_shown(one) for one in dict.fromkeys(mine) if mine.count(one) != rest.count(one))
+        for mine, rest in (between, between[::-1])
+    )
+    if own or other:
+        return f"between its layers lies {own or 'nothing'}, and in the result {other or 'nothing'}"
+    if -1 in correspondence.layer_map:
+        return "the inserted layers change them, or layers share parameters"
+    return "its module's code fixes a number, such as a size, that the result's code has otherwise"
+
+
+def _shown(entry: tuple[str, tuple[tuple[str, Any], ...]]) -> str:
+    name, settings = entry
+    text = ", ".join(f"{key} {value}" for key, value in settings)
+    return f"{name} ({text})" if text else name

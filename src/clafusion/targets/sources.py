@@ -98,7 +98,7 @@ def sources_of(chosen: ChosenTarget, aligned: AlignedModels) -> TargetSources:
         correspondence = one.correspondence
         if i == chosen.owner:
             continue
-        if correspondence.uses_all_layers and not correspondence.target.united_heads:
+        if correspondence.uses_all_layers:
             with naming(aligned.names[i]):
                 check_inserted(correspondence)
         warn_of_counted_channels(correspondence, label(aligned.names[i]))

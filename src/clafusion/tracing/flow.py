@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,15 @@ from clafusion.execution.call import State
 from clafusion.tracing.groups import Channels
 from clafusion.tracing.operations import bound_operands, op_name
 
-__all__ = ["CONVOLUTIONS", "NORMS", "SAME_VALUES", "Flow", "is_matrix_product", "is_pointwise"]
+__all__ = [
+    "CONVOLUTIONS",
+    "NORMS",
+    "RESHAPES",
+    "SAME_VALUES",
+    "Flow",
+    "is_matrix_product",
+    "is_pointwise",
+]
 
 CONVOLUTIONS = frozenset(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution".split()
@@ -28,6 +37,22 @@ _GLUE = frozenset(
     expand contiguous clone detach alias dropout feature_dropout _to_copy to getitem
     chunk split split_with_sizes slice select narrow movedim swapaxes cat pad
     constant_pad_nd mean amax sum pixel_shuffle identity mT unbind""".split()
+)
+
+
+# Operands that two networks may differ in and still do the same: what only training reads, what
+# says where and how numbers are stored, and sizes.
+_NO_SETTINGS = frozenset(
+    """momentum training train dropout dropout_p cudnn_enable cudnn_enabled padding_idx
+    scale_grad_by_freq sparse dtype layout device pin_memory memory_format non_blocking copy
+    implicit enable_gqa size sizes shape split_size split_sizes sections chunks normalized_shape
+    num_groups repeats sym_size""".split()
+)
+
+
+RESHAPES = SAME_VALUES | frozenset(
+    """view reshape _unsafe_view flatten unflatten permute transpose t squeeze unsqueeze expand
+    movedim swapaxes mT to _to_copy getitem""".split()
 )
 
 
@@ -50,6 +75,8 @@ class Flow:
         The nodes of the flow.
     sources
         For each input node that is a state entry, the entry's name.
+    inputs
+        The other input nodes.
     order
         The position of each node in the graph.
     """
@@ -64,10 +91,11 @@ class Flow:
         self.graph = module.graph
         self.state = state
         self.channels = channels
-        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        feeds = [node for node in self.graph.nodes if node.op == "placeholder"]
         self.sources = {
-            node: name for node, name in zip(inputs, placeholders, strict=True) if name is not None
+            node: name for node, name in zip(feeds, placeholders, strict=True) if name is not None
         }
+        self.inputs = [node for node in feeds if node not in self.sources]
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         self.nodes = self._nodes()
         self._inside = frozenset(self.nodes)
@@ -86,6 +114,18 @@ class Flow:
             if channels.moving or any(operand in flow for operand in node.all_input_nodes):
                 flow[node] = None
         return list(flow)
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """The state entries that are a norm's running mean or variance."""
+        roles = ("running_mean", "running_var")
+        return frozenset(
+            self.sources[operand]
+            for node in self.graph.nodes
+            if op_name(node) in NORMS
+            for role, operand in bound_operands(node).items()
+            if role in roles and operand in self.sources
+        )
 
     def __contains__(self, node: fx.Node) -> bool:
         return node in self._inside
@@ -129,36 +169,67 @@ class Flow:
         involved = [*self.operands(node), node]
         return tuple(self.channels.nodes[value.name].free for value in involved)
 
-    def settings(self, node: fx.Node) -> tuple[Any, ...]:
-        """Return what else than widths two nodes must have in common to do the same.
+    def settings(self, node: fx.Node) -> tuple[tuple[str, Any], ...]:
+        """Return what else than widths two nodes must have in common to do the same, by name.
 
-        The geometry of a convolution or pooling, the numbers of a pointwise operation.
+        That is the geometry of a convolution or pooling, and every number, flag and word of any
+        other operation, such as a norm's eps; but no sizes along the channels.
         """
         name = op_name(node)
+        if name in SAME_VALUES:
+            return ()
+        if node.target is operator.getitem:
+            return (("item", node.args[1]),)
+        bound = bound_operands(node)
         if name in CONVOLUTIONS:
             weight = self.state[self.parameters(node)[0]]
-            bound = bound_operands(node)
             groups = bound["groups"]
             depthwise = groups > 1 and weight.size(1) == 1
             return (
-                tuple(weight.shape[2:]),
-                *(_frozen(bound[key]) for key in ("stride", "padding", "dilation")),
-                "depthwise" if depthwise else groups,
+                ("kernel", tuple(weight.shape[2:])),
+                *((key, _frozen(bound[key])) for key in ("stride", "padding", "dilation")),
+                ("groups", "depthwise" if depthwise else groups),
             )
-        if "pool" in name:
-            values = bound_operands(node).values()
-            return tuple(_frozen(value) for value in values if not isinstance(value, fx.Node))
-        if isinstance(node.target, torch._ops.OpOverload) and (
-            torch.Tag.pointwise in node.target.tags
-        ):
-            return tuple(
-                self._by_head_size(node, value)
-                for value in bound_operands(node).values()
-                if isinstance(value, (float, int, str))
-            )
-        return ()
+        found = []
+        for key, value in bound.items():
+            if key not in _NO_SETTINGS:
+                value = self._setting(node, key, value)
+                if value is not None and _is_plain(value):
+                    found.append((key, value))
+        return tuple(found)
 
-    def _by_head_size(self, node: fx.Node, value: float | int | str) -> float | int | str:
+    def _setting(self, node: fx.Node, key: str, value: Any) -> Any:
+        """Return a setting without what is a width in it; None for what is nothing else."""
+        name = op_name(node)
+        if name == "scaled_dot_product_attention" and key == "scale":
+            return self._power_of_head_size(node.all_input_nodes[0], value or None)
+        if name in ("slice", "select", "narrow") and key in ("start", "end", "length", "index"):
+            return value if self._is_along_positions(node) else None
+        if name in ("constant_pad_nd", "pad") and key == "pad":
+            return self._pads_of_positions(node, value)
+        if name in ("full", "scalar_tensor") and key in ("fill_value", "s"):
+            node = next((user for user in node.users if user in self), node)
+        return self._by_head_size(node, _frozen(value))
+
+    def _is_along_positions(self, node: fx.Node) -> bool:
+        """Return whether a slice is surely along another axis than the channels'."""
+        operand = node.all_input_nodes[0]
+        if operand not in self:
+            return True
+        axis = self.channels.nodes[operand.name].axis
+        dim = bound_operands(node)["dim"] % len(self.channels.shapes[operand.name])
+        return axis is not None and axis != dim
+
+    def _pads_of_positions(self, node: fx.Node, pads: Sequence[Any]) -> tuple[Any, ...]:
+        """Return a padding's numbers, from the last axis to the first, without the channels'."""
+        operand = node.all_input_nodes[0]
+        if operand not in self:
+            return tuple(pads)
+        axis, rank = self.channels.nodes[operand.name].axis, len(self.channels.shapes[operand.name])
+        kept = [i for i in range(len(pads) // 2) if rank - 1 - i != axis]
+        return tuple(pad for i in kept for pad in pads[2 * i : 2 * i + 2])
+
+    def _by_head_size(self, node: fx.Node, value: Any) -> Any:
         """Name a factor of attention scores by the size of the heads, which is a width."""
         if op_name(node) not in ("mul", "div") or not isinstance(value, float) or value <= 0:
             return value
@@ -170,11 +241,15 @@ class Flow:
                 if len(users) != 1 or not (product is node or self.is_glue(product)):
                     return value
                 (product,) = users
-        size = self.channels.shapes[product.all_input_nodes[0].name][-1]
+        return self._power_of_head_size(product.all_input_nodes[0], value)
+
+    def _power_of_head_size(self, operand: fx.Node, value: float | None) -> float | str:
+        """Name a factor by the size of the last axis of an operand; None is the usual factor."""
+        size = self.channels.shapes[operand.name][-1]
         for power in (-0.5, 0.5, -0.25, 0.25):
-            if math.isclose(value, size**power, rel_tol=1e-6):
+            if value is None or math.isclose(value, size**power, rel_tol=1e-6):
                 return f"head size to the power of {power}"
-        return value
+        return value or 0.0
 
 
 def is_matrix_product(node: fx.Node) -> bool:
@@ -192,3 +267,9 @@ def is_pointwise(node: fx.Node) -> bool:
 
 def _frozen(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str))

@@ -69,7 +69,8 @@ def _can_be_identity(flow: Flow, draft: Draft) -> bool:
 
 def _keeps_positions(flow: Flow, convolution: fx.Node) -> bool:
     """Return whether a kernel with a single 1 in the middle makes a convolution the identity."""
-    kernel, *_, groups = flow.settings(convolution)
+    settings = dict(flow.settings(convolution))
+    kernel, groups = settings["kernel"], settings["groups"]
     stride, padding, dilation = convolution_geometry(convolution, kernel)
     same = all(2 * p == d * (k - 1) for k, p, d in zip(kernel, padding, dilation, strict=True))
     odd = all(k % 2 == 1 for k in kernel)

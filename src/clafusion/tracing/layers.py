@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx
 
 from clafusion.execution.call import State
 from clafusion.tracing.cuts import Draft, cut_into_drafts, side_nodes
-from clafusion.tracing.flow import Flow
+from clafusion.tracing.fixed_values import Constant, FixedValues
+from clafusion.tracing.flow import RESHAPES, Flow
 from clafusion.tracing.groups import Channels
 from clafusion.tracing.insertion import insertable
 from clafusion.tracing.model import Layer
@@ -24,17 +25,19 @@ def find_layers(
     placeholders: Sequence[str | None],
     state: State,
     channels: Channels,
+    buffers: frozenset[str],
 ) -> tuple[Layer, ...]:
     """Return the layers of an exported graph, in topological order.
 
     Parameters
     ----------
-    module, placeholders, state
+    module, placeholders, state, buffers
         As for :func:`clafusion.tracing.groups.find_channels`.
     channels
         What it returned.
     """
     flow = Flow(module, placeholders, state, channels)
+    fixed = FixedValues(flow, module, buffers - flow.statistics)
     drafts = cut_into_drafts(flow)
     side = side_nodes(flow, drafts)
     counts: dict[str, int] = {}
@@ -44,17 +47,25 @@ def find_layers(
         counts[name] = counts.get(name, 0) + 1
         if counts[name] > 1:
             name = f"{name}#{counts[name]}"
-        layers.append(_layer(flow, i, name, draft, side.get(i, [])))
+        layers.append(_layer(flow, fixed, i, name, draft, side.get(i, [])))
     return tuple(layers)
 
 
-def _layer(flow: Flow, index: int, name: str, draft: Draft, side: Sequence[fx.Node]) -> Layer:
+def _layer(
+    flow: Flow,
+    fixed: FixedValues,
+    index: int,
+    name: str,
+    draft: Draft,
+    side: Sequence[fx.Node],
+) -> Layer:
     before = sorted([*side, *draft.leading, *draft.nodes], key=flow.order.__getitem__)
     nodes = [*before, *draft.trailing]
     output = draft.nodes[-1]
     channels = flow.channels.nodes[output.name]
     shape = flow.channels.shapes.get(output.name, ())
     way, last_write = insertable(flow, draft)
+    structure, beside = _structure(flow, fixed, draft, side)
     parameters = dict.fromkeys(entry for node in nodes for entry in flow.parameters(node))
     return Layer(
         index,
@@ -62,7 +73,13 @@ def _layer(flow: Flow, index: int, name: str, draft: Draft, side: Sequence[fx.No
         draft.kind,
         tuple(node.name for node in nodes),
         output.name,
-        _structure(flow, draft, side),
+        structure,
+        beside,
+        tuple(
+            (op_name(node), flow.settings(node))
+            for node in [*draft.leading, *draft.trailing]
+            if op_name(node) not in RESHAPES
+        ),
         tuple(parameters),
         hook_points(flow, draft),
         calibration_points(flow, draft),
@@ -87,21 +104,38 @@ def _name(flow: Flow, draft: Draft) -> str:
     return ".".join(common) or op_name(draft.nodes[-1])
 
 
-def _structure(flow: Flow, draft: Draft, side: Sequence[fx.Node]) -> tuple[Any, ...]:
-    """Describe operations, their settings and how they are wired, but no widths."""
-    described = sorted([*side, *draft.nodes], key=flow.order.__getitem__)
-    place = {node: i for i, node in enumerate(described)}
-    entries: list[Any] = [draft.kind]
-    for node in described:
-        wiring = []
-        for operand in node.all_input_nodes:
-            if operand in place:
-                wiring.append(str(place[operand]))
-            elif operand is draft.entry:
-                wiring.append("entry")
-            elif operand in flow.sources:
-                wiring.append("parameter")
-            elif operand.name in flow.channels.nodes:
-                wiring.append("outside")
-        entries.append((op_name(node), flow.settings(node), tuple(wiring), flow.freedom(node)))
-    return tuple(entries)
+def _structure(
+    flow: Flow, fixed: FixedValues, draft: Draft, side: Sequence[fx.Node]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Describe operations, their settings and how they are wired, but no widths.
+
+    And, in the same way, the operations beside the flow whose results they read.
+    """
+    own = sorted([*side, *draft.nodes], key=flow.order.__getitem__)
+    beside = fixed.before(own)
+    place = {node: str(i) for i, node in enumerate(own)}
+    place |= {node: f"beside {i}" for i, node in enumerate(beside)}
+
+    def described(node: fx.Node) -> tuple[Any, ...]:
+        wiring = tuple(_wire(flow, fixed, draft, place, one) for one in node.all_input_nodes)
+        return op_name(node), flow.settings(node), wiring, flow.freedom(node)
+
+    return (draft.kind, *map(described, own)), tuple(map(described, beside))
+
+
+def _wire(
+    flow: Flow, fixed: FixedValues, draft: Draft, place: Mapping[fx.Node, str], operand: fx.Node
+) -> str | Constant:
+    """Say where an operand comes from."""
+    if operand in place:
+        return place[operand]
+    if operand is draft.entry:
+        return "entry"
+    constant = fixed.constant(operand)
+    if constant is not None:
+        return constant
+    if operand.op == "placeholder" and operand not in flow.sources:
+        return f"input {flow.inputs.index(operand)}"
+    if operand in flow:
+        return "outside"
+    return "size" if operand.name not in flow.channels.shapes else "parameter"

@@ -255,6 +255,12 @@ class Layer:
         Name of the node that holds its output, after the residual addition and activation.
     structure
         Operations, settings and wiring. Only layers of equal structure match; widths are left out.
+    beside
+        The same of the operations that compute what the layer reads beside its input and weights,
+        as masks and tables of positions. They, too, must be equal in layers that match.
+    between
+        Operations and settings of what lies between the layer before and this one (of the last
+        layer also of what follows it): poolings and the like, which belong to no layer.
     parameters
         Every parameter and buffer that it uses, in the order of its nodes and their operands.
     hook_points
@@ -277,6 +283,8 @@ class Layer:
     nodes: tuple[str, ...]
     output: str
     structure: tuple[Any, ...]
+    beside: tuple[Any, ...]
+    between: tuple[Any, ...]
     parameters: tuple[str, ...]
     hook_points: tuple[HookPoint, ...]
     calibration_points: tuple[CalibrationPoint, ...]

@@ -90,8 +90,9 @@ def trace(
     )
     state = traced.state()
     with torch.no_grad():
-        channels = find_channels(module, placeholders, state, frozenset(state) - trainable, inputs)
-        layers = find_layers(module, placeholders, state, channels)
+        buffers = frozenset(state) - trainable
+        channels = find_channels(module, placeholders, state, buffers, inputs)
+        layers = find_layers(module, placeholders, state, channels, buffers)
     traced = replace(
         traced,
         layers=layers,
