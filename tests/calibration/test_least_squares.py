@@ -12,7 +12,7 @@ from clafusion import Alignment, LeastSquares, MergeWeights, UnsupportedOpError,
 from clafusion.calibration.least_squares import anchored_weights
 from clafusion.merging.mean import weighted_mean
 from tests.support.assertions import assert_same_function
-from tests.support.networks import mlp, output, resnet
+from tests.support.networks import Block, mlp, output, resnet
 
 VECTORS = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -219,3 +219,22 @@ def test_a_model_of_one_batch_size_gets_whole_batches():
         models = [Fixed(12, 9, 8, 5).eval(), Fixed(12, 9, 5).eval()]
         fused = fuse(models, data, calibration=calibration).model
         assert torch.isfinite(fused(data[0])).all()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("pooling", [nn.MaxPool2d(2), nn.AvgPool2d(3, 1, 1), nn.Identity()])
+def test_what_flows_past_a_block_is_taken_behind_the_pooling_before_it(pooling, seed):
+    def network(blocks, seed):
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), pooling]
+        layers += [Block(8, 8, 1, "pad") for _ in range(blocks)]
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
+        return nn.Sequential(*layers).eval()
+
+    deep, shallow = network(3, 0), network(1, 1)
+    alignment = Alignment(mode="random")
+    settings = {"alignment": alignment, "seed": seed, "calibration": "least_squares"}
+    for weights, parent in (([1, 0], deep), ([0, 1], shallow)):
+        fused = fuse([deep, shallow], IMAGES, weights, **settings).model
+        assert_same_function(fused, parent, IMAGES, "least_squares")
+    assert torch.isfinite(output(fuse([deep, shallow], IMAGES, **settings).model, IMAGES)).all()

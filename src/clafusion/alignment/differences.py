@@ -70,7 +70,7 @@ def _of_operations(ones: Sequence[Any], others: Sequence[Any]) -> list[str]:
         if wiring != wiring_of:
             found.append(_of_wiring(name, wiring, wiring_of))
         elif freedom != freedom_of:
-            found.append(f"{name}: which channels can change places")
+            found.append(f"{name}: {_of_freedom(freedom, freedom_of)}")
     return found
 
 
@@ -85,6 +85,13 @@ def _of_wiring(name: str, wiring: Sequence[Any], wiring_of: Sequence[Any]) -> st
             again = "" if one.name == other.name else f" ({other.name!r})"
             return f"{one!r}{again}: its values"
     return f"{name}: what it reads"
+
+
+def _of_freedom(freedom: Sequence[Any], freedom_of: Sequence[Any]) -> str:
+    if freedom[:-1] != freedom_of[:-1]:
+        return "which channels can change places"
+    turns = [", ".join(map(str, one[-1])) or "no" for one in (freedom, freedom_of)]
+    return f"a channel stands in {turns[0]} and {turns[1]} place(s)"
 
 
 def _operations(own: Sequence[str], than: Sequence[str]) -> str:

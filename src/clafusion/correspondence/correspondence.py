@@ -10,7 +10,7 @@ out, or multiplied into the next one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -124,7 +124,7 @@ def correspond(
         for parameter in layer.parameters:
             origins.setdefault(parameter, inner)
         origins.update(dict.fromkeys(layer.last_write, "zero_residual"))
-        shown = _passing(source, layer_map, layer)
+        shown = _passing(target, source, layer_map, layer)
         if shown is not None and layer.insertable == "zero":
             passing[layer.index] = shown
         elif shown is not None:  # what leaves an identity is what flows past it in the source
@@ -145,18 +145,30 @@ def correspond(
 
 
 def _passing(
-    source: TracedModel, layer_map: tuple[int, ...], layer: Layer
+    target: TracedModel, source: TracedModel, layer_map: tuple[int, ...], layer: Layer
 ) -> CalibrationPoint | None:
     """Return the source's value that flows past an inserted layer, where it shows."""
     if layer.insertable == "identity":
         key = source_hook(source, layer_map, layer, len(layer.hook_points) - 1)
         return None if key is None else _flow_point(source.layers[key[0]].hook_points[key[1]])
-    if layer.insertable == "zero":
-        for k in [one for one in layer_map[: layer.index] if one >= 0][-1:]:
-            last = source.layers[k]
-            if last.hook_points and last.hook_points[-1].post == last.output:
-                return _flow_point(last.hook_points[-1])
+    matched = [i for i in range(layer.index) if layer_map[i] >= 0][-1:]
+    if layer.insertable == "zero" and matched:
+        last, following = _following(source, layer_map[matched[0]])
+        glue = [
+            name for one in target.layers[matched[0] + 1 : layer.index + 1] for name in one.leading
+        ]
+        if last.hook_points and last.hook_points[-1].post == last.output:
+            # As many poolings lie before the block as in the target.
+            nodes = [last.output, *following]
+            if len(glue) < len(nodes) and not set(following[: len(glue)]) & source.reshapes:
+                return replace(_flow_point(last.hook_points[-1]), node=nodes[len(glue)])
     return None
+
+
+def _following(source: TracedModel, k: int) -> tuple[Layer, tuple[str, ...]]:
+    """Return a layer, and the nodes between it and the next one."""
+    rest = source.layers[k + 1 : k + 2]
+    return source.layers[k], rest[0].leading if rest else ()
 
 
 def _flow_point(hook: HookPoint) -> CalibrationPoint:

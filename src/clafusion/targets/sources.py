@@ -286,7 +286,10 @@ def _shown(correspondence: Correspondence, layer: Layer, index: int) -> tuple[in
     if index != len(layer.hook_points) - 1 or layer.hook_points[index].post != layer.output:
         return None
     before = [one for one in correspondence.layer_map[: layer.index] if one >= 0][-1]
-    return before, len(correspondence.source.layers[before].hook_points) - 1
+    hooks = correspondence.source.layers[before].hook_points
+    if hooks[-1].positions != layer.hook_points[index].positions:  # a pooling lies between
+        return None
+    return before, len(hooks) - 1
 
 
 def _composed_importance(

@@ -12,13 +12,11 @@ from torch import fx
 
 from clafusion.execution.call import State
 from clafusion.tracing.groups import Channels
-from clafusion.tracing.operations import bound_operands, op_name
+from clafusion.tracing.operations import SAME_VALUES, bound_operands, op_name
 
 __all__ = [
     "CONVOLUTIONS",
     "NORMS",
-    "RESHAPES",
-    "SAME_VALUES",
     "Flow",
     "is_matrix_product",
     "is_pointwise",
@@ -28,7 +26,6 @@ CONVOLUTIONS = frozenset(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution".split()
 )
 NORMS = frozenset("batch_norm layer_norm group_norm instance_norm rms_norm".split())
-SAME_VALUES = frozenset("contiguous clone detach alias dropout feature_dropout identity".split())
 
 _MATRIX_PRODUCTS = frozenset("matmul mm addmm bmm baddbmm".split())
 _WEIGHTED = CONVOLUTIONS | frozenset("linear embedding lstm gru rnn_tanh rnn_relu".split())
@@ -47,12 +44,6 @@ _NO_SETTINGS = frozenset(
     scale_grad_by_freq sparse dtype layout device pin_memory memory_format non_blocking copy
     implicit enable_gqa size sizes shape split_size split_sizes sections chunks normalized_shape
     num_groups repeats sym_size""".split()
-)
-
-
-RESHAPES = SAME_VALUES | frozenset(
-    """view reshape _unsafe_view flatten unflatten permute transpose t squeeze unsqueeze expand
-    movedim swapaxes mT to _to_copy getitem""".split()
 )
 
 
@@ -159,15 +150,19 @@ class Flow:
             return False
         return op_name(node) in _GLUE or "pool" in op_name(node) or "upsample" in op_name(node)
 
-    def freedom(self, node: fx.Node) -> tuple[bool, ...] | None:
+    def freedom(self, node: fx.Node) -> tuple[bool | tuple[int, ...], ...] | None:
         """Return for each operand and the result of a weighted node whether its channels are free.
 
-        None for a node without a weight.
+        And last, in how many places of the result a channel stands. None for a node without a
+        weight.
         """
         if not self.is_weighted(node):
             return None
-        involved = [*self.operands(node), node]
-        return tuple(self.channels.nodes[value.name].free for value in involved)
+        involved = [self.channels.nodes[one.name] for one in (*self.operands(node), node)]
+        result = involved[-1]
+        places = torch.stack([result.groups, result.members])[:, result.groups >= 0]
+        turns = places.unique(dim=1, return_counts=True)[1].unique()
+        return (*(one.free for one in involved), tuple(turns.tolist()))
 
     def settings(self, node: fx.Node) -> tuple[tuple[str, Any], ...]:
         """Return what else than widths two nodes must have in common to do the same, by name.

@@ -50,7 +50,7 @@ def _can_be_identity(flow: Flow, draft: Draft) -> bool:
     if rest and op_name(rest[0]) == "batch_norm":
         rest = rest[1:]
     operands = flow.operands(affine)
-    if len(operands) != 1 or not all(flow.freedom(affine) or ()):
+    if len(operands) != 1 or not all((flow.freedom(affine) or ())[:-1]):
         return False
     before, after = (flow.channels.nodes[value.name] for value in (operands[0], affine))
     if before.axis is None or before.axis != after.axis or bool((before.groups < 0).any()):

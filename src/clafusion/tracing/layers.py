@@ -10,11 +10,11 @@ from torch import fx
 from clafusion.execution.call import State
 from clafusion.tracing.cuts import Draft, cut_into_drafts, side_nodes
 from clafusion.tracing.fixed_values import Constant, FixedValues
-from clafusion.tracing.flow import RESHAPES, Flow
+from clafusion.tracing.flow import Flow
 from clafusion.tracing.groups import Channels
 from clafusion.tracing.insertion import insertable
 from clafusion.tracing.model import Layer
-from clafusion.tracing.operations import module_path, op_name
+from clafusion.tracing.operations import RESHAPES, module_path, op_name
 from clafusion.tracing.points import calibration_points, hook_points
 
 __all__ = ["find_layers"]
@@ -75,6 +75,7 @@ def _layer(
         output.name,
         structure,
         beside,
+        tuple(node.name for node in draft.leading),
         tuple(
             (op_name(node), flow.settings(node))
             for node in [*draft.leading, *draft.trailing]

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from clafusion.execution.call import State, device_of, flatten_tensors
 from clafusion.execution.walk import run_graph
-from clafusion.tracing.operations import bound_operands
+from clafusion.tracing.operations import RESHAPES, bound_operands, op_name
 
 __all__ = [
     "CalibrationPoint",
@@ -258,6 +258,8 @@ class Layer:
     beside
         The same of the operations that compute what the layer reads beside its input and weights,
         as masks and tables of positions. They, too, must be equal in layers that match.
+    leading
+        Names of the nodes that lie between the layer before and this one.
     between
         Operations and settings of what lies between the layer before and this one (of the last
         layer also of what follows it): poolings and the like, which belong to no layer.
@@ -284,6 +286,7 @@ class Layer:
     output: str
     structure: tuple[Any, ...]
     beside: tuple[Any, ...]
+    leading: tuple[str, ...]
     between: tuple[Any, ...]
     parameters: tuple[str, ...]
     hook_points: tuple[HookPoint, ...]
@@ -370,6 +373,12 @@ class TracedModel:
     def streams(self) -> tuple[Stream, ...]:
         """The streams along which the layers sit; for now one, the trunk, with all layers."""
         return (Stream("trunk", tuple(layer.index for layer in self.layers)),)
+
+    @cached_property
+    def reshapes(self) -> frozenset[str]:
+        """Names of the nodes that change the shape of a value and nothing else."""
+        nodes = self.module.graph.nodes
+        return frozenset(node.name for node in nodes if op_name(node) in RESHAPES)
 
     @cached_property
     def axes_by_parameter(self) -> Mapping[str, tuple[tuple[ChannelGroup, GroupAxis], ...]]:

@@ -8,7 +8,22 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["batch_axis", "bound_operands", "convolution_geometry", "module_path", "op_name"]
+__all__ = [
+    "RESHAPES",
+    "SAME_VALUES",
+    "batch_axis",
+    "bound_operands",
+    "convolution_geometry",
+    "module_path",
+    "op_name",
+]
+
+# Operations in eval mode that leave every value as it is, and those that only move values.
+SAME_VALUES = frozenset("contiguous clone detach alias dropout feature_dropout identity".split())
+RESHAPES = SAME_VALUES | frozenset(
+    """view reshape _unsafe_view flatten unflatten permute transpose t squeeze unsqueeze expand
+    movedim swapaxes mT to _to_copy getitem""".split()
+)
 
 
 def op_name(node: fx.Node) -> str:

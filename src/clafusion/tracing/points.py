@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from clafusion.tracing.cuts import Draft
-from clafusion.tracing.flow import NORMS, SAME_VALUES, Flow, is_matrix_product, is_pointwise
+from clafusion.tracing.flow import NORMS, Flow, is_matrix_product, is_pointwise
 from clafusion.tracing.model import CalibrationPoint, HookPoint
-from clafusion.tracing.operations import batch_axis, bound_operands, op_name
+from clafusion.tracing.operations import SAME_VALUES, batch_axis, bound_operands, op_name
 
 __all__ = ["calibration_points", "hook_points"]
 
