@@ -238,3 +238,11 @@ def test_what_flows_past_a_block_is_taken_behind_the_pooling_before_it(pooling, 
         fused = fuse([deep, shallow], IMAGES, weights, **settings).model
         assert_same_function(fused, parent, IMAGES, "least_squares")
     assert torch.isfinite(output(fuse([deep, shallow], IMAGES, **settings).model, IMAGES)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_regressed_with_sums_in_single(dtype):
+    data = VECTORS[:40].to(dtype)  # few rows: the sums are all but singular
+    models = [mlp(8, 64, 64, 4).to(dtype), mlp(8, 64, 4, seed=1).to(dtype)]
+    fused = fuse(models, data, calibration="least_squares").model
+    assert torch.isfinite(output(fused, data)).all()

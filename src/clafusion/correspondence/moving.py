@@ -91,7 +91,8 @@ def move_parameter(
         return source.clone()
     if correspondence.origins[name] == "zero_residual":
         return torch.zeros_like(target)
-    result = target.clone()
+    # What no use of the parameter shows stays the source's.
+    result = (source if source.shape == target.shape else target).clone()
     for i, use in enumerate(model.uses_by_parameter.get(name, ())):
         carried = {axis: axes[place, axis] for place, axis in axes if place == i}
         moved, source_axes = source, dict[int, list[tuple[ChannelGroup, GroupAxis]]]()

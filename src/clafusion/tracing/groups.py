@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 import clafusion.tracing.labels.rules  # noqa: F401  (registers the rules)
-from clafusion.errors import UnsupportedOpError
+from clafusion.errors import FusionWarning, UnsupportedOpError, warn
 from clafusion.execution.call import State
 from clafusion.tracing.labels.ids import collapse
 from clafusion.tracing.labels.interpreter import Label, LabelPropagation
@@ -115,6 +115,12 @@ def find_channels(
         # the atoms united from the start.
         labels = LabelPropagation(state, buffers, labels.parents)
         shapes = labels.run(module, placeholders, inputs)
+    for name, count in labels.settle_unreached().items():
+        warn(
+            f"the example inputs reach all but {count} entries of {name!r}, which keep their "
+            "places. Give example_inputs as long as those that the model is for",
+            FusionWarning,
+        )
     return _channels(labels, shapes)
 
 

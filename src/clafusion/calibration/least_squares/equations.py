@@ -44,11 +44,14 @@ class NormalEquations:
 
     def add(self, x: Tensor, goal: Tensor, active: Tensor | None) -> None:
         """Add rows: inputs, what they should become, and what that should be after the ReLU."""
+        # Sums of products in half precision are too coarse to be positive definite.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, goal = x.to(wide), goal.to(wide)
         self.inputs += (x.T @ x).double()
         self.residuals += (x.T @ (goal - x @ self.start.to(x))).double()
         self.rows += len(x)
         if active is not None:
-            self._kept.append((x, active))
+            self._kept.append((x, active.to(wide)))
 
     def solved(self, ridge: float) -> Tensor:
         """Return the weights ``(num_features (+ 1), num_channels)``."""

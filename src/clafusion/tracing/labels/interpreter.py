@@ -170,6 +170,7 @@ class LabelPropagation:
         self.fingerprints: dict[int, set[int]] = {}
         self.uses: dict[tuple[Any, ...], DraftUse] = {}
         self.elements: dict[str, Tensor] = {}
+        self.reached: dict[str, Tensor] = {}
         self.labels: dict[fx.Node, Label] = {}
 
     def run(
@@ -370,8 +371,40 @@ class LabelPropagation:
             use = DraftUse(view.name, "element", (base.numel(),), (1,), 0)
             use.axes[0], use.directions[0] = self.elements[view.name], "out"
             self.uses[view.name, "elements"] = use
+            self.reached[view.name] = torch.zeros(base.numel(), dtype=torch.bool)
         offset = view.tensor.storage_offset() - base.storage_offset()
-        return self.elements[view.name].as_strided(view.tensor.shape, view.tensor.stride(), offset)
+        place = view.tensor.shape, view.tensor.stride(), offset
+        self.reached[view.name].as_strided(*place).fill_(True)
+        return self.elements[view.name].as_strided(*place)
+
+    def settle_unreached(self) -> dict[str, int]:
+        """Let elements that no input reached move with those that some did; pin the rest.
+
+        A table of positions may be longer than the examples. Where every row that is reached has
+        the same channels in the same places, so have the others. Returns for each parameter how
+        many elements were pinned.
+        """
+        pinned = {}
+        for name, reached in self.reached.items():
+            if bool(reached.all()):
+                continue
+            shape = self.state[name].shape
+            elements, known = self.elements[name].view(shape), reached.view(shape).clone()
+            for axis in range(elements.dim()):
+                lines = known.any(axis) & ~known.all(axis)
+                if not bool(lines.any()):
+                    continue
+                first = known.to(torch.uint8).argmax(axis, keepdim=True)
+                of_line = self.roots(elements).gather(axis, first).expand(shape)
+                certain = (self.roots(elements) == of_line) | ~known
+                if bool(certain.all()):
+                    follow = ~known & known.any(axis, keepdim=True)
+                    self.unite(elements[follow], of_line[follow])
+                    known |= follow
+            if not bool(known.all()):
+                self.pin(elements[~known])
+                pinned[name] = int((~known).sum())
+        return pinned
 
     def scale(self, view: ParameterView, ids: Tensor, shape: Sequence[int] | None = None) -> None:
         """Let a parameter act element by element on an activation with the labels ``ids``.

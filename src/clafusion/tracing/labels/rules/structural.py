@@ -37,7 +37,9 @@ def _structural(propagation: LabelPropagation, call: Call) -> Label:
     target: Any = call.node.target
     indices = {node for name, node in tensors if name in ("indices", "index", "repeats")}
     if any(node in indices for node in sources):
-        raise propagation.unsupported(call.node, "it indexes by values that depend on the input")
+        raise propagation.unsupported(
+            call.node, f"it indexes by values that depend on the input{_hint(propagation, call)}"
+        )
     if len(sources) == 1 and isinstance(call.label_of(sources[0]), ParameterView):
         view = call.label_of(sources[0])
         assert isinstance(view, ParameterView)
@@ -120,3 +122,16 @@ def _unchanged(_propagation: LabelPropagation, call: Call) -> Label:
     """
     label = call.label_of(call.tensors()[0][1])
     return (label, None) if isinstance(call.output, tuple) else label
+
+
+def _hint(propagation: LabelPropagation, call: Call) -> str:
+    """Say which input may stand in for a buffer that an operation indexes; or ""."""
+    waiting = [node for name, node in call.tensors() if name not in ("indices", "index")]
+    while waiting:
+        node = waiting.pop()
+        label = propagation.labels.get(node)
+        if isinstance(label, ParameterView):
+            name = label.name.rpartition(".")[2]
+            return f" (it reads {label.name!r}; if the model takes {name!r} as an input, give it)"
+        waiting += node.all_input_nodes
+    return ""

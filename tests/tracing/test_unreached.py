@@ -1,0 +1,75 @@
+"""Tables that are longer than the example inputs."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from clafusion import FusionWarning, fuse, trace
+from tests.support.assertions import assert_same_function
+
+SHORT = torch.randint(0, 20, (60, 8), generator=torch.Generator().manual_seed(0))
+LONG = torch.randint(0, 20, (60, 24), generator=torch.Generator().manual_seed(1))
+
+TABLES = {
+    "parameter": lambda: nn.Parameter(torch.randn(1, 24, 16)),
+    "embedding's weight": lambda: nn.Embedding(24, 16),
+    "embedding": lambda: nn.Embedding(24, 16),
+    "transposed": lambda: nn.Parameter(torch.randn(16, 24)),
+}
+READ = {
+    "parameter": lambda table, t: table[:, :t],
+    "embedding's weight": lambda table, t: table.weight[:t],
+    "embedding": lambda table, t: table(torch.arange(t)),
+    "transposed": lambda table, t: table[:, :t].T,
+}
+
+
+class Net(nn.Module):
+    def __init__(self, kind, depth, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.kind = kind
+        self.embed, self.table = nn.Embedding(20, 16), TABLES[kind]()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+            for _ in range(depth)
+        )
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, tokens):
+        h = self.embed(tokens) + READ[self.kind](self.table, tokens.shape[1])
+        for one in self.blocks:
+            h = h + one(h)
+        return self.head(h.mean(1))
+
+
+@pytest.mark.parametrize("depths", [(2, 2), (3, 2), (2, 3)])
+@pytest.mark.parametrize("kind", TABLES)
+def test_rows_that_no_example_reaches_move_with_those_that_some_do(kind, depths):
+    models = [Net(kind, depth, seed).eval() for seed, depth in enumerate(depths)]
+    for weights, parent in (([1, 0], models[0]), ([0, 1], models[1])):
+        fused = fuse(models, SHORT, weights, calibration="none").model
+        assert_same_function(fused, parent, SHORT)
+        assert_same_function(fused, parent, LONG)
+
+
+class Shuffled(nn.Module):
+    """A table of which each row holds its channels in another order."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Parameter(torch.randn(12, 8))
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        for i in range(x.shape[1]):
+            hidden = hidden + self.table[i].roll(i)
+        return self.last(F.relu(hidden))
+
+
+def test_rows_of_which_no_order_is_certain_stay_and_that_is_told():
+    with pytest.warns(FusionWarning, match="reach all but 32 entries of 'table'"):
+        trace(Shuffled().eval(), torch.randn(4, 8))
