@@ -448,3 +448,15 @@ def test_an_error_says_where_it_arose_if_asked(capsys):
     shown = capsys.readouterr().err
     assert shown.startswith("Traceback")
     assert shown.splitlines()[-1].startswith("clafusion: --seed must be")
+
+
+def test_a_fault_of_our_own_is_one_line_that_asks_for_a_report(monkeypatch, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("shape mismatch\nin some kernel")
+
+    monkeypatch.setattr("clafusion.cli.app.make_app", broken)
+    assert main(["doctor"]) == 3
+    assert capsys.readouterr().err == (
+        "clafusion: internal error: RuntimeError: shape mismatch in some kernel. Please report "
+        "it, with what the same command prints with --debug\n"
+    )

@@ -58,6 +58,8 @@ def make_app() -> typer.Typer:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 if some of many pairs failed, 2 after bad input.
 
+    After a fault of clafusion itself it is 3.
+
     After an interruption it is 130, after SIGTERM 143 and after SIGHUP 129.
 
     Every refusal is one line on stderr.
@@ -90,6 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"{said}{hint} Try '{known} --help'.", 2, debug)
     except MemoryError as error:
         return _refuse(f"not enough memory: {error}; use fewer samples (--limit)", 2, debug)
+    except Exception as error:  # a fault of ours
+        what = " ".join(str(error).split())[:200]
+        return _refuse(
+            f"internal error: {type(error).__name__}: {what}. Please report it, with what "
+            "the same command prints with --debug",
+            3,
+            debug,
+        )
 
 
 @contextlib.contextmanager
