@@ -62,7 +62,7 @@ from clafusion.merging.mean import average
 from clafusion.merging.naive import naive_average
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
 from clafusion.profiling.profile import ModelProfile
-from clafusion.reports import plot, summary
+from clafusion.reports import explain, plot, summary
 from clafusion.results import FusionResult
 from clafusion.targets.target import chooses
 from clafusion.tracing.model import (
@@ -148,6 +148,7 @@ __all__ = [
     "cka",
     "correspond",
     "distill",
+    "explain",
     "finetune",
     "fuse",
     "fuse_pairs",

@@ -21,11 +21,13 @@ class Fit:
     """How the layers of two networks can match.
 
     ``allowed`` ``(m, n)`` are the pairs that can match; ``needs_gaps`` tells whether layers of both
-    networks must go unmatched.
+    networks must go unmatched; ``layer_map`` is one way to match them: for each layer of the deep
+    network the shallow one's, or -1.
     """
 
     allowed: NDArray[np.bool_]
     needs_gaps: bool
+    layer_map: tuple[int, ...]
 
 
 def allowed_pairs(deep: Sequence[Layer], shallow: Sequence[Layer]) -> NDArray[np.bool_]:
@@ -97,19 +99,19 @@ def fit_layers(names: tuple[str, str], deep: Sequence[Layer], shallow: Sequence[
     allowed = allowed_pairs(deep, shallow)
     costs, skip = np.where(allowed, 0.0, np.inf), skip_costs(deep)
     try:
-        align_layers(costs, skip=skip)
-        return Fit(allowed, False)
+        found = align_layers(costs, skip=skip)
+        return Fit(allowed, False, found.deep_to_shallow)
     except AlignmentError:
         pass
     try:
-        align_layers(costs, skip=skip, skip_shallow=gap_costs(deep, shallow, costs))
-        return Fit(allowed, True)
+        found = align_layers(costs, skip=skip, skip_shallow=gap_costs(deep, shallow, costs))
+        return Fit(allowed, True, found.deep_to_shallow)
     except AlignmentError as error:
         reasons = _reasons(names, deep, shallow, allowed, error)
         raise StructureError(
             f"{names[0]} ({len(deep)} layers) and {names[1]} ({len(shallow)} layers) cannot be "
-            f"brought to one structure: {'; '.join(reasons) or error}. Inspect both with "
-            "clafusion.trace or 'clafusion inspect'"
+            f"brought to one structure: {'; '.join(reasons) or error}. clafusion.explain, "
+            "or 'clafusion explain', compares all of both"
         ) from error
 
 

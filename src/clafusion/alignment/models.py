@@ -25,6 +25,7 @@ __all__ = [
     "check_models",
     "label",
     "naming",
+    "reference_of",
 ]
 
 

@@ -22,6 +22,8 @@ from clafusion.cli.align import align_command
 from clafusion.cli.demo import STAGES as OF_DEMO
 from clafusion.cli.demo import demo_command
 from clafusion.cli.doctor import doctor_command
+from clafusion.cli.explain import STAGES as OF_EXPLAIN
+from clafusion.cli.explain import explain_command
 from clafusion.cli.fuse import fuse_command
 from clafusion.cli.inspect import STAGES as OF_INSPECT
 from clafusion.cli.inspect import inspect_command
@@ -50,6 +52,7 @@ def make_app() -> typer.Typer:
     app.command("fuse-pairs")(pairs_command)
     app.command("align", cls=sections)(with_options(align_command, *OF_ALIGN))
     app.command("inspect", cls=sections)(with_options(inspect_command, *OF_INSPECT))
+    app.command("explain", cls=sections)(with_options(explain_command, *OF_EXPLAIN))
     app.command("demo", cls=sections)(with_options(demo_command, *OF_DEMO))
     app.command("doctor")(doctor_command)
     return app

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from clafusion.alignment.models import AlignedModels
 from clafusion.errors import InputError
+from clafusion.reports.explanation import explain
 from clafusion.reports.tables import (
     alignment_summary,
     fusion_summary,
@@ -20,7 +21,7 @@ from clafusion.tracing.model import TracedModel
 if TYPE_CHECKING:
     from clafusion.batch.results import PairResult
 
-__all__ = ["plot", "summary"]
+__all__ = ["explain", "plot", "summary"]
 
 
 def summary(thing: FusionResult | AlignedModels | TracedModel | Sequence[PairResult]) -> str:

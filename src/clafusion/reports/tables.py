@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clafusion.alignment.models import AlignedModels, PairAlignment
 from clafusion.config import ManyToOne
@@ -305,12 +305,13 @@ _INSERTABLE = {"identity": "identity layer", "zero": "zero residual", None: "no"
 def model_summary(model: TracedModel) -> str:
     """Return tables of a model's layers and of its channel groups."""
     layers = plain_table(
-        ["layer", "kind", "operations", "output", "can be inserted"],
+        ["layer", "kind", "operations", "settings", "output", "can be inserted"],
         [
             [
                 layer.name,
                 layer.kind,
                 operations_text(layer.structure),
+                settings_text(layer.structure),
                 "x".join(map(str, layer.output_shape)) or "-",
                 _INSERTABLE[layer.insertable],
             ]
@@ -339,6 +340,19 @@ def model_summary(model: TracedModel) -> str:
         named = [f"{len(one.members)} in {model.layers[one.layer].name}" for one in model.heads]
         facts["heads"] = f"exchangeable as wholes: {shortened(named)}"
     return f"{layers}\n\n{groups}\n\n{fact_lines(facts)}"
+
+
+def settings_text(structure: tuple[Any, ...]) -> str:
+    """Return the settings in a layer's structure that people compare: kernel, groups, eps, bias."""
+    found: dict[str, None] = {}
+    for _, settings, wiring, freedom in structure[1:]:
+        for key, value in settings:
+            sizes = value if isinstance(value, tuple) else (value,)
+            if key in ("kernel", "stride", "groups", "eps") and set(sizes) != {1}:
+                found[f"{key} {'x'.join(map(str, sizes))}"] = None
+        if freedom is not None and "parameter" in wiring:
+            found["bias" if wiring.count("parameter") > 1 else "no bias"] = None
+    return shortened(list(found), 5) or "-"
 
 
 def operations_text(structure: tuple[object, ...]) -> str:
