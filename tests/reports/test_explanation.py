@@ -1,5 +1,7 @@
 """Comparing models in words."""
 
+from itertools import pairwise
+
 import pytest
 from torch import nn
 
@@ -10,7 +12,7 @@ from tests.support.networks import mlp
 
 def chain(*widths, slope, bias=True):
     layers = []
-    for into, out in zip(widths, widths[1:-1], strict=False):
+    for into, out in pairwise(widths[:-1]):
         layers += [nn.Linear(into, out, bias=bias), nn.LeakyReLU(slope)]
     return nn.Sequential(*layers, nn.Linear(*widths[-2:])).eval()
 
