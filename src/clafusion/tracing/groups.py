@@ -17,7 +17,7 @@ axes of the same parameters and carry the same fingerprints.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -65,7 +65,10 @@ class Channels:
     Attributes
     ----------
     groups
-        The channel groups with more than one channel.
+        The channel groups: those with more than one channel, and those that were asked for.
+    alone
+        The channels that are exchangeable with no other, as groups of one. In whole heads they may
+        still change places.
     uses
         Every view of every parameter, in graph order.
     nodes
@@ -75,6 +78,7 @@ class Channels:
     """
 
     groups: tuple[ChannelGroup, ...]
+    alone: tuple[ChannelGroup, ...]
     uses: tuple[ParameterUse, ...]
     nodes: Mapping[str, NodeChannels]
     shapes: Mapping[str, tuple[int, ...]]
@@ -86,6 +90,7 @@ def find_channels(
     state: State,
     buffers: frozenset[str],
     inputs: Sequence[Tensor],
+    singles: frozenset[int] = frozenset(),
 ) -> Channels:
     """Return the channel groups of an exported graph.
 
@@ -101,6 +106,8 @@ def find_channels(
         Which entries of ``state`` are not trained: outside of norms they count as constants.
     inputs
         A small example; the label tensors are as large as its activations.
+    singles
+        Atoms of ``Channels.alone`` that are to be groups of one channel.
 
     Raises
     ------
@@ -121,17 +128,21 @@ def find_channels(
             "places. Give example_inputs as long as those that the model is for",
             FusionWarning,
         )
-    return _channels(labels, shapes)
+    return _channels(labels, shapes, singles)
 
 
-def _channels(labels: LabelPropagation, shapes: Mapping[str, tuple[int, ...]]) -> Channels:
+def _channels(
+    labels: LabelPropagation, shapes: Mapping[str, tuple[int, ...]], singles: frozenset[int]
+) -> Channels:
     uses = tuple(
         ParameterUse(use.name, use.role, use.size, use.stride, use.offset, i)
         for i, use in enumerate(labels.uses.values())
     )
     _check_overlaps(uses, labels.state)
     roots = labels.roots(torch.arange(len(labels.parents))).numpy()
-    groups = _groups(labels, uses, roots)
+    found = _groups(labels, uses, roots)
+    kept = [one for one in found if one.size > 1 or int(one.atoms[0]) in singles]
+    groups = tuple(replace(one, index=i) for i, one in enumerate(kept))
     group_of = np.full(len(roots) + 1, -1, dtype=np.int64)
     member_of = np.full(len(roots) + 1, -1, dtype=np.int64)
     for group in groups:
@@ -142,7 +153,8 @@ def _channels(labels: LabelPropagation, shapes: Mapping[str, tuple[int, ...]]) -
         for node, label in labels.labels.items()
         if isinstance(label, (Tensor, tuple))
     }
-    return Channels(groups, uses, nodes, shapes)
+    alone = tuple(one for one in found if one.size == 1)
+    return Channels(groups, alone, uses, nodes, shapes)
 
 
 def _groups(
@@ -170,8 +182,6 @@ def _groups(
     for (places, _), members in sorted(
         by_places.items(), key=lambda item: (item[0][0], min(item[1]))
     ):
-        if len(members) < 2:
-            continue
         first = places[0][0]
         members.sort(key=lambda root: positions[root][first][0])
         group_axes = tuple(

@@ -18,11 +18,12 @@ from clafusion.tracing.model import (
     ChannelGroup,
     GroupAxis,
     HeadPartition,
+    Layer,
     ParameterUse,
     TracedModel,
 )
 
-__all__ = ["exchange_heads", "group_sources", "possible_heads"]
+__all__ = ["channels_of_heads", "exchange_heads", "group_sources", "possible_heads"]
 
 _Family: TypeAlias = "list[ChannelGroup]"
 """Channel groups with the same axes of the same parameters, at other positions there."""
@@ -42,8 +43,56 @@ def possible_heads(model: TracedModel) -> list[tuple[tuple[HeadPartition, ...], 
         For each layer and number of heads the alternatives, the finest first. Each alternative
         divides these families among partitions that move on their own.
     """
+    by_layer: dict[tuple[int, int], list[_Family]] = {}
+    of_singles: list[tuple[int, _Family]] = []
+    for family in _families(model.groups):
+        layer = _layer_of(family, model.layers)
+        if layer is None:
+            continue
+        if family[0].size == 1:
+            of_singles.append((layer, family))
+        elif len(family) > 1:
+            by_layer.setdefault((layer, len(family)), []).append(family)
+    with_singles = set()
+    for layer, family in of_singles:
+        for key in [one for one in by_layer if one[0] == layer and len(family) % one[1] == 0]:
+            by_layer[key] += _by_rank(family, key[1])
+            with_singles.add(key)
+    return [
+        tuple(
+            tuple(_partition(layer, moving_together) for moving_together in division)
+            for division in (
+                [[families]] if (layer, count) in with_singles else _divisions(families)
+            )
+        )
+        for (layer, count), families in sorted(by_layer.items())
+    ]
+
+
+def channels_of_heads(
+    groups: Sequence[ChannelGroup], alone: Sequence[ChannelGroup], layers: Sequence[Layer]
+) -> frozenset[int]:
+    """Return the atoms of those lone channels that may move with whole heads.
+
+    Rotary positions turn each pair of a head's query and key channels by an angle of its own: no
+    two are exchangeable within a head, but the head moves as a whole with its values.
+    """
+    counts: dict[int | None, set[int]] = {}
+    for family in _families(groups):
+        if len(family) > 1:
+            counts.setdefault(_layer_of(family, layers), set()).add(len(family))
+    found: set[int] = set()
+    for family in _families(alone):
+        of_layer = counts.get(_layer_of(family, layers), set())
+        if any(len(family) % count == 0 and len(family) > count for count in of_layer):
+            found.update(int(one.atoms[0]) for one in family)
+    return frozenset(found)
+
+
+def _families(groups: Sequence[ChannelGroup]) -> list[_Family]:
+    """Collect groups with the same axes of the same parameters, in the order of their places."""
     families: dict[tuple[Any, ...], _Family] = {}
-    for group in model.groups:
+    for group in groups:
         places = tuple(
             (
                 group_axis.use.parameter,
@@ -55,20 +104,20 @@ def possible_heads(model: TracedModel) -> list[tuple[tuple[HeadPartition, ...], 
             for group_axis in group.axes
         )
         families.setdefault((group.size, places), []).append(group)
-    by_layer: dict[tuple[int, int], list[_Family]] = {}
     for family in families.values():
-        parameters = {group_axis.use.parameter for group_axis in family[0].axes}
-        layers = [layer.index for layer in model.layers if parameters & set(layer.parameters)]
-        if len(family) > 1 and layers:
-            family.sort(key=lambda group: _first_place(group.axes[0]))
-            by_layer.setdefault((layers[0], len(family)), []).append(family)
-    return [
-        tuple(
-            tuple(_partition(layer, moving_together) for moving_together in division)
-            for division in _divisions(families_of_layer)
-        )
-        for (layer, _), families_of_layer in sorted(by_layer.items())
-    ]
+        family.sort(key=lambda group: _first_place(group.axes[0]))
+    return list(families.values())
+
+
+def _layer_of(family: _Family, layers: Sequence[Layer]) -> int | None:
+    parameters = {group_axis.use.parameter for group_axis in family[0].axes}
+    return next((one.index for one in layers if parameters & set(one.parameters)), None)
+
+
+def _by_rank(family: _Family, count: int) -> list[_Family]:
+    """Divide lone channels among heads that lie side by side: the first of each, the second..."""
+    size = len(family) // count
+    return [family[rank::size] for rank in range(size)]
 
 
 def _partition(layer: int, families: Sequence[_Family]) -> HeadPartition:

@@ -17,6 +17,7 @@ from clafusion.execution.call import device_of
 from clafusion.tracing.architecture import Architecture, architecture
 from clafusion.tracing.export import export_model, first_line, refuse_changed_inputs
 from clafusion.tracing.groups import find_channels
+from clafusion.tracing.heads import channels_of_heads
 from clafusion.tracing.layers import find_layers
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.verify import with_proved_heads
@@ -93,13 +94,16 @@ def trace(
         buffers = frozenset(state) - trainable
         channels = find_channels(module, placeholders, state, buffers, inputs)
         layers = find_layers(module, placeholders, state, channels, buffers)
-    traced = replace(
-        traced,
-        layers=layers,
-        groups=channels.groups,
-        uses=channels.uses,
-        static_batch=_static_batch(traced),
-    )
+        traced = replace(traced, static_batch=_static_batch(traced))
+        singles = channels_of_heads(channels.groups, channels.alone, layers)
+        if singles:
+            whole = find_channels(module, placeholders, state, buffers, inputs, singles)
+            of_whole = find_layers(module, placeholders, state, whole, buffers)
+            rotary = replace(traced, layers=of_whole, groups=whole.groups, uses=whole.uses)
+            proved = with_proved_heads(rotary, inputs, verify=verify, seed=seed)
+            if any(proved.groups[i].size == 1 for one in proved.heads for i in one.members[0]):
+                return proved
+    traced = replace(traced, layers=layers, groups=channels.groups, uses=channels.uses)
     return with_proved_heads(traced, inputs, verify=verify, seed=seed)
 
 

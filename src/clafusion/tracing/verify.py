@@ -263,6 +263,8 @@ def _cycle(size: int, generator: torch.Generator) -> Tensor:
 def _swap(size: int, generator: torch.Generator) -> Tensor:
     """Return a permutation that swaps two random channels."""
     permutation = torch.arange(size)
+    if size < 2:
+        return permutation
     first, second = torch.randperm(size, generator=generator)[:2]
     permutation[first], permutation[second] = second, first
     return permutation

@@ -1,0 +1,71 @@
+"""Copies of rotary transformers whose heads, or groups of heads, stand in another order."""
+
+import copy
+
+import pytest
+import torch
+
+from clafusion import fuse, trace
+from tests.support.assertions import assert_same_logits
+
+transformers = pytest.importorskip("transformers")
+
+TOKENS = torch.randint(0, 60, (60, 9), generator=torch.Generator().manual_seed(0))
+SIZE = 8  # of a head
+
+
+def network(kind, groups, heads, layers=2, seed=0):
+    """Build a small Llama or Qwen3: ``groups`` of keys and values, ``heads`` of queries."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=SIZE,
+        max_position_embeddings=64,
+        use_cache=False,
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def shuffled(model, groups, heads, order):
+    """Return a copy in which the groups stand in another order, with their queries."""
+    moved = copy.deepcopy(model)
+    each = heads // groups
+    with torch.no_grad():
+        for layer in moved.model.layers:
+            attention = layer.self_attn
+            for part, size in (("q", each * SIZE), ("k", SIZE), ("v", SIZE)):
+                weight = getattr(attention, f"{part}_proj").weight
+                weight.copy_(weight.view(groups, size, -1)[order].reshape(weight.shape))
+            weight = attention.o_proj.weight
+            weight.copy_(weight.view(len(weight), groups, -1)[:, order].reshape(weight.shape))
+    return moved
+
+
+@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize(
+    ("kind", "groups", "heads"), [("Llama", 4, 4), ("Llama", 2, 4), ("Qwen3", 4, 4)]
+)
+def test_heads_that_stand_in_another_order_are_matched(kind, groups, heads, calibration):
+    model = network(kind, groups, heads)
+    order = list(reversed(range(groups)))
+    moved = shuffled(model, groups, heads, order)
+    assert_same_logits(moved, model, TOKENS)
+    assert [len(one.members) for one in trace(moved, TOKENS).heads] == [groups, groups]
+    fused = fuse([model, moved], TOKENS, calibration=calibration).model
+    assert_same_logits(fused, model, TOKENS)
+
+
+def test_depths_may_differ_beside():
+    deep, shallow = network("Llama", 4, 4, layers=3), network("Llama", 4, 4, layers=2, seed=1)
+    for weights, parent in (([1, 0], deep), ([0, 1], shallow)):
+        fused = fuse([deep, shallow], TOKENS, weights, calibration="none").model
+        assert_same_logits(fused, parent, TOKENS)
