@@ -57,7 +57,7 @@ def accuracy(model):
     return 100 * float((model(images[test]).argmax(1) == labels[test]).float().mean())
 
 
-models = {"wide": trained(24, 1, seed=1), "narrow": trained(8, 2, seed=2)}
+models = {"of 24": trained(24, 1, seed=1), "of 8": trained(8, 2, seed=2)}
 
 # --- fused into several widths --------------------------------------------------------------------
 

@@ -178,7 +178,7 @@ def test_what_finds_no_place_is_named():
     aligned = align([vgg(3, 1), vgg(1, 3, seed=1), vgg(2, 2, seed=2)], IMAGES)
     places = union_places(aligned, FusionConfig())
     template = trace(vgg(2, 2), IMAGES[:3])
-    with pytest.raises(StructureError, match=r"the template has 5 layer\(s\), and layer '6' of"):
+    with pytest.raises(StructureError, match=r"the template has 5 layers, and layer '6' of"):
         place_in_template(template, aligned.profiles, places, name="the template")
     template = trace(mlp(20, 9, 5), DIGITS[:3])
     chains = align([mlp(20, 9, 8, 5), mlp(20, 9, 5, seed=1)], DIGITS)

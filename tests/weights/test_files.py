@@ -192,7 +192,7 @@ def test_two_factories_of_one_file_share_their_classes():
         ("factories.py:number", "is a int; it must be a function"),
         ("factories.py:ready", "is a Net; it must be a function"),
         ("factories.py:fails", "failed: RuntimeError: no such luck, in two lines"),
-        ("factories.py:text", "returned a str"),
+        ("factories.py:text", "must return a torch.nn.Module; it returned str"),
         ("factories.py:Net(nothing=1)", "failed: TypeError"),
         ("factories.py:Net(number)", "must be literals"),
         ("factories.py:Net(**{})", "must be literals"),

@@ -200,8 +200,10 @@ def place_in_template(
             for one in stuck
             if not one.insertable
         ]
+        count = len(template.layers)
+        plural = "" if count == 1 else "s"
         raise StructureError(
-            f"{name} has {len(template.layers)} layer(s), and {'; '.join(reasons) or error}. It "
+            f"{name} has {count} layer{plural}, and {'; '.join(reasons) or error}. It "
             "must have the layers of all networks, stage by stage; only residual blocks may be "
             "left out"
         ) from error
