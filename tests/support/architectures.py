@@ -2187,7 +2187,7 @@ def table() -> str:
     from clafusion.tracing.trace import trace
 
     lines = [
-        "| Architecture | Outcome | Classes | Free channels |",
+        "| Architecture | Outcome | Groups | Free channels |",
         "|---|---|---|---|",
     ]
     for entry in ARCHITECTURES.values():
