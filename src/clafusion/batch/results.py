@@ -19,7 +19,7 @@ from clafusion.errors import InputError
 from clafusion.results import FusionResult
 from clafusion.weights.build import fill
 from clafusion.weights.factories import ModelFile
-from clafusion.weights.state_files import load_state
+from clafusion.weights.state_files import stored_content
 
 __all__ = ["Model", "Pair", "PairResult", "facts_of", "result_of"]
 
@@ -95,7 +95,9 @@ class PairResult:
             raise InputError(
                 f"{label(self.first)} and {label(self.second)} were not fused: {self.error}"
             )
-        return load_state(self.path)
+        # With the names as they were written: a model's own may begin with "module.".
+        state: Mapping[str, Tensor] = stored_content(self.path)
+        return state
 
     @property
     def model(self) -> nn.Module:
