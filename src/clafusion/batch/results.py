@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from clafusion.alignment.dynamic_program import LayerAlignment
 from clafusion.alignment.models import label
@@ -77,12 +77,14 @@ class PairResult:
     warnings: tuple[str, ...]
     path: Path | None
     resumed: bool
-    _state: Mapping[str, Tensor] | None = field(repr=False)
+    _state: Mapping[str, Any] | None = field(repr=False)
     _architecture: Model | None = field(repr=False)
 
     @property
-    def state(self) -> Mapping[str, Tensor]:
+    def state(self) -> Mapping[str, Any]:
         """The fused weights, read from ``path`` where there is a file.
+
+        They are tensors, and what modules' ``get_extra_state`` returned.
 
         Raises
         ------
@@ -96,7 +98,7 @@ class PairResult:
                 f"{label(self.first)} and {label(self.second)} were not fused: {self.error}"
             )
         # With the names as they were written: a model's own may begin with "module.".
-        state: Mapping[str, Tensor] = stored_content(self.path)
+        state: Mapping[str, Any] = stored_content(self.path)
         return state
 
     @property
@@ -146,7 +148,7 @@ def result_of(
     *,
     models: Mapping[str, Model],
     folder: Path | None = None,
-    state: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Any] | None = None,
     resumed: bool = False,
 ) -> PairResult:
     """Return the result that the facts describe.

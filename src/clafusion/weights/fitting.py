@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from clafusion.errors import InputError
+from clafusion.tracing.ties import aliases_of
 from clafusion.weights.checkpoints import (
     StoredState,
     choose,
@@ -157,23 +158,10 @@ def _needed(model: nn.Module, missing: Sequence[str], entries: Mapping[str, Any]
 
 def _is_tied(model: nn.Module, name: str, entries: Mapping[str, Any]) -> bool:
     """Return whether another name of the same tensor is in the file."""
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors.update(model.named_buffers(remove_duplicate=False))
-    own = tensors.get(name)
-    return own is not None and any(
-        other in entries and (value is own or _same_memory(value, own))
-        for other, value in tensors.items()
-        if other != name
-    )
-
-
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    return (
-        one.numel() > 0
-        and one.data_ptr() == other.data_ptr()
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-        and one.dtype == other.dtype
+    aliases = aliases_of(model)
+    first = aliases.get(name, name)
+    return any(
+        other in entries for other in (first, *(a for a, one in aliases.items() if one == first))
     )
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "EXTRA_STATE",
     "READABLE",
     "WRITABLE",
+    "check_extra_state",
     "check_input",
     "file_digest",
     "read_safetensors",
@@ -96,8 +97,8 @@ def save_state(
     """Write a state dict, as :func:`save_model` does, with the same errors."""
     check_output(path, WRITABLE, "path")
     ending = Path(path).suffix.lower()
+    check_extra_state(state, ending)
     others = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-    _check_others(others, ending)
     tensors = {
         name: value.detach().cpu().contiguous()
         for name, value in state.items()
@@ -120,9 +121,18 @@ def save_state(
             check(_content(temporary, ending, "path"))
 
 
-def _check_others(others: Mapping[str, Any], ending: str) -> None:
-    """Refuse what a module's ``get_extra_state`` returned if a file cannot give it back."""
-    for name, value in others.items():
+def check_extra_state(state: Mapping[str, Any], ending: str) -> None:
+    """Refuse what a module's ``get_extra_state`` returned if a file cannot give it back.
+
+    Raises
+    ------
+    InputError
+        It is no tensor, and the file is to end with ``.safetensors``; or it is an object that only
+        code could make again.
+    """
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            continue
         kind = type(value).__name__
         if ending == ".safetensors":
             raise InputError(
