@@ -236,6 +236,33 @@ def test_parts_of_a_checkpoint_are_read_by_their_index(here):
         model.load()
 
 
+def test_what_does_not_fit_is_told_by_the_models_names():
+    (state,) = states(1)
+    for prefix in ("model.", "a.b."):
+        for left in state:
+            rest = {name: value for name, value in state.items() if name != left}
+            with pytest.raises(InputError, match=f"fit 'nets.py:mlp': 1 missing.*'{left}'$"):
+                loaded({"state_dict": prefixed(prefix, rest)})
+    with pytest.raises(InputError, match=r"key must be a text, the place of a state dict; got 3"):
+        loaded(state, key=3)
+
+
+def test_one_state_dict_under_two_keys_is_one():
+    (state,) = states(1)
+    content = {"state_dict": state, "best": state}
+    content["self"] = content
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_equal(loaded(content), state)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_is_named():
+    torch.jit.script(nn.Linear(4, 3)).save("w.pt")
+    with pytest.raises(InputError, match=r"is a TorchScript archive; in the program that made"):
+        load_state("w.pt")
+
+
 # --- hooks --------------------------------------------------------------------------------------
 
 

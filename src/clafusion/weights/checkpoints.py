@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
@@ -136,6 +137,8 @@ def states_in(content: Any, key: str | None, called: str) -> list[StoredState]:
             f"{called} holds a {type(content).__name__}, not a state dict (names and tensors)"
         )
     if key is not None:
+        if not isinstance(key, str):
+            raise InputError(f"key must be a text, the place of a state dict; got {key!r}")
         for place in _places(content, key):
             found = list(_found(place, key, 0)) if isinstance(place, Mapping) else [place]
             if found:
@@ -143,8 +146,11 @@ def states_in(content: Any, key: str | None, called: str) -> list[StoredState]:
         raise InputError(f"{called} has no state dict {key!r}; it has {_shown(content)}")
     found = list(_found(content, "", 0))
     if not found:
-        raise InputError(f"{called} holds no state dict: {_lack(content)}")
-    return found
+        raise InputError(
+            f"{called} holds no state dict: {_lack(content)}; in the program that made it, save "
+            "the state dict alone: torch.save(model.state_dict(), 'weights.pt')"
+        )
+    return list({id(one.entries): one for one in reversed(found)}.values())[::-1]
 
 
 def _found(content: Mapping[Any, Any], where: str, depth: int) -> Iterator[StoredState]:
@@ -281,9 +287,12 @@ def named_for(state: StoredState, own: Collection[str]) -> Iterator[StoredState]
     if not own:
         return
     anchor = max(own, key=lambda name: name.count("."))  # which few other names end with
-    prefixes = {n.removesuffix(anchor) for n in entries if n.endswith(f".{anchor}")}
-    for prefix in sorted(prefixes, key=len):
-        yield state.below(prefix)
+    prefixes = [name.removesuffix(anchor) for name in entries if name.endswith(f".{anchor}")]
+    ends = zip(min(entries).split(".")[:-1], max(entries).split(".")[:-1], strict=False)
+    common = "".join(f"{one}." for one, _ in takewhile(lambda pair: pair[0] == pair[1], ends))
+    for prefix in dict.fromkeys([*sorted(prefixes, key=len), common]):
+        if prefix:
+            yield state.below(prefix)
     parts = anchor.split(".")[:-1]
     for i in range(1, len(parts) + 1):  # the file may be that of the network inside the model
         prefix = ".".join(parts[:i]) + "."

@@ -68,7 +68,8 @@ def model_with(
                 if not put_state(model, guess):
                     return model
                 model = build()  # without what the failed attempt has left
-        problems = put_state(model, without_prefixes(likely[0]))
+        told = min(_named(likely, model), key=lambda one: _misfits(model, one))
+        problems = put_state(model, told)
     raise InputError(f"{path!r} does not fit {factory!r}: {'; '.join(problems)}")
 
 
@@ -144,6 +145,11 @@ def _names_fit(model: nn.Module, state: StoredState) -> bool:
     if _needed(model, [name for name in own if name not in state.entries], state.entries):
         return False
     return not _reshaped(own, state.entries)
+
+
+def _misfits(model: nn.Module, state: StoredState) -> int:
+    """Return how many names a model and a state dict do not have in common."""
+    return len(model.state_dict().keys() ^ state.entries.keys())
 
 
 def _needed(model: nn.Module, missing: Sequence[str], entries: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,9 @@ def read_torch(path: Path, what: str) -> Any:
         The file is corrupt, or holds Python objects or code. The message calls it ``what``.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of formats that the errors below name
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         found = unreadable_content(path, error)
         if found is not None:
