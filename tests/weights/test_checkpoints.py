@@ -274,6 +274,16 @@ def test_a_modules_own_hooks_decide():
     assert_equal(found, {"0.weight": weight, "0.bias": bias})
 
 
+def test_hooks_go_with_prefixes_and_values_that_mean_something_else():
+    weight, bias = torch.randn(3, 4), torch.randn(3)
+    state = {"0.w": weight.T.contiguous(), "0.bias": bias}
+    found = loaded({"state_dict": prefixed("model.", state)}, "nets.py:renames")
+    assert_equal(found, {"0.weight": weight, "0.bias": bias})
+    for dtype in (torch.int8, torch.complex64):
+        with pytest.raises(InputError, match=r"'0\.w' is (int8|complex64) in the file and float32"):
+            loaded({**state, "0.w": state["0.w"].to(dtype)}, "nets.py:renames")
+
+
 def test_the_versions_of_modules_reach_their_hooks():
     state = OrderedDict({"module.weight": torch.ones(3)})
     state._metadata = OrderedDict({"": {"version": 1}, "module": {"version": 2}})

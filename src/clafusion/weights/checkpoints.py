@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any
 
 from torch import Tensor
@@ -289,10 +289,9 @@ def named_for(state: StoredState, own: Collection[str]) -> Iterator[StoredState]
     anchor = max(own, key=lambda name: name.count("."))  # which few other names end with
     prefixes = [name.removesuffix(anchor) for name in entries if name.endswith(f".{anchor}")]
     ends = zip(min(entries).split(".")[:-1], max(entries).split(".")[:-1], strict=False)
-    common = "".join(f"{one}." for one, _ in takewhile(lambda pair: pair[0] == pair[1], ends))
-    for prefix in dict.fromkeys([*sorted(prefixes, key=len), common]):
-        if prefix:
-            yield state.below(prefix)
+    shared = (f"{one}." for one, _ in takewhile(lambda pair: pair[0] == pair[1], ends))
+    for prefix in dict.fromkeys([*sorted(prefixes, key=len), *accumulate(shared)]):
+        yield state.below(prefix)
     parts = anchor.split(".")[:-1]
     for i in range(1, len(parts) + 1):  # the file may be that of the network inside the model
         prefix = ".".join(parts[:i]) + "."

@@ -18,7 +18,6 @@ from clafusion.weights.checkpoints import (
     named_for,
     ranked,
     states_in,
-    without_prefixes,
 )
 from clafusion.weights.messages import listed, one_line
 from clafusion.weights.values import unlike_values, unusable_values
@@ -63,12 +62,13 @@ def model_with(
             return model
     else:
         likely = ranked(states)
-        for one in likely:  # perhaps the model's own hooks rename what they load
-            for guess in (one, without_prefixes(one)):
-                if not put_state(model, guess):
-                    return model
-                model = build()  # without what the failed attempt has left
-        told = min(_named(likely, model), key=lambda one: _misfits(model, one))
+        guesses = list(_distinct(_named(likely, model)))
+        for guess in guesses:  # perhaps the model's own hooks rename what they load
+            if not put_state(model, guess):
+                choose([guess], called)  # which warns of what was left out
+                return model
+            model = build()  # without what the failed attempt has left
+        told = min(guesses, key=lambda one: _misfits(model, one))
         problems = put_state(model, told)
     raise InputError(f"{path!r} does not fit {factory!r}: {'; '.join(problems)}")
 

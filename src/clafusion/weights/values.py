@@ -38,7 +38,12 @@ def unlike_values(model: nn.Module, entries: Mapping[str, Any]) -> list[str]:
         if isinstance(module, nn.modules.batchnorm._NormBase)
         for name in ("running_mean", "running_var")
     }
-    found = []
+    found = [
+        f"{name!r} {problem}"
+        for name, value in entries.items()
+        if isinstance(value, Tensor) and name not in own  # the model's own hooks may rename it
+        if (problem := _unlike_all(value, own)) is not None
+    ]
     for name, value in entries.items():
         if isinstance(value, Tensor) and name in own and _unusable(value) is None:
             problem = _unlike(value, own[name])
@@ -98,6 +103,16 @@ def _unlike(value: Tensor, own: Tensor) -> str | None:
         if lost:
             return f"{between}, which cannot hold {lost} of its values: build the model as it is"
     return None
+
+
+def _unlike_all(value: Tensor, own: Mapping[str, Tensor]) -> str | None:
+    """Say that no tensor of a model is of a value's kind, if that is one of 8 bits or complex."""
+    is_packed = value.element_size() == 1 and value.dtype != torch.bool
+    if not (is_packed or value.is_complex()) or _unusable(value) is not None:
+        return None
+    if not own or any(one.dtype == value.dtype or one.is_complex() for one in own.values()):
+        return None
+    return _unlike(value, next((one for one in own.values() if one.is_floating_point()), value))
 
 
 def _is_kept(value: Tensor, own: Tensor) -> bool:
