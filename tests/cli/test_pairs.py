@@ -20,7 +20,8 @@ from clafusion.cli.app import main
 from clafusion.cli.manifest import read_manifest
 from clafusion.cli.parsing import bytes_of
 from clafusion.reports.page import write_report
-from clafusion.weights.state_files import load_state, save_model
+from clafusion.weights.checkpoints import load_state
+from clafusion.weights.state_files import save_model
 from tests.support import networks
 from tests.support.many_pairs import FACTORY, WIDTHS, modules
 

@@ -1,6 +1,7 @@
 """Digests of what a model is besides its weights."""
 
 import torch
+from torch import nn
 
 from clafusion.weights.digests import structure_digest
 from tests.support import networks
@@ -22,3 +23,15 @@ def test_equal_models_have_equal_structure_digests():
     assert one != structure_digest(model(times(3)))
     assert one != structure_digest(model(times(2), 2.5))
     assert one != structure_digest(model(torch.relu))
+
+
+def test_what_the_state_dict_lacks_and_what_is_tied_enter():
+    def model(value=1.0, share=False):
+        made = networks.mlp(5, 5, 5)
+        made.register_buffer("hidden", torch.full((3,), value), persistent=False)
+        if share:
+            made[2].weight = nn.Parameter(made[0].weight.detach())
+        return structure_digest(made)
+
+    assert model() == model()
+    assert len({model(), model(2.0), model(share=True)}) == 3

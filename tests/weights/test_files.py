@@ -1,19 +1,22 @@
 """Files of weights and factories: what is read, what is refused, what a failed write leaves."""
 
+import argparse
 import os
 import stat
 import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from clafusion import InputError
+from clafusion.weights.checkpoints import load_state
 from clafusion.weights.factories import build_model, load_model
-from clafusion.weights.state_files import load_state, save_model
+from clafusion.weights.state_files import save_model
 from tests.support import networks
 
 FACTORIES = """
@@ -83,8 +86,10 @@ def assert_equal(state, expected):
 # --- reading ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", [".pt", ".pth", ".th", ".bin"])
-@pytest.mark.parametrize("wrapping", [None, "state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("ending", [".pt", ".pth", ".th", ".bin", ".ckpt"])
+@pytest.mark.parametrize(
+    "wrapping", [None, "state_dict", "model_state_dict", "model", "net", "anything"]
+)
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 def test_wrappings_and_prefixes_are_taken_off(tmp_path, ending, wrapping, prefix):
     state = networks.mlp(3, 4, 2).state_dict()
@@ -105,7 +110,30 @@ UNREADABLE = {
     "another ending": ("weights.zip", b"PK", "unknown ending"),
     "empty": ("weights.pt", b"", "is empty"),
     "a broken archive": ("weights.pt", b"PK\x03\x04broken", "corrupt"),
-    "text": ("weights.th", b"version https://git-lfs", "corrupt"),
+    "text": ("weights.th", b"some text", "corrupt"),
+    "a pointer": (
+        "weights.safetensors",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "pointer of Git LFS.*git lfs pull",
+    ),
+    "a web page": ("weights.pt", b"\n<!DOCTYPE html><html>", "is a web page.*download it again"),
+    "a part": (
+        "model-00001-of-00003.safetensors",
+        b"\xff" * 64,
+        "is part 1 of 3 of a checkpoint: fetch its index 'model.safetensors.index.json'",
+    ),
+    "no index": ("model.safetensors.index.json", b"{}", "no index of a checkpoint.*'weight_map'"),
+    "no JSON": ("model.safetensors.index.json", b"{", "cannot be read"),
+    "an index without files": (
+        "model.safetensors.index.json",
+        b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}',
+        "names files that are not beside it: 'model-00001-of-00002.safetensors'; fetch them",
+    ),
+    "an index of a file elsewhere": (
+        "model.safetensors.index.json",
+        b'{"weight_map": {"a": "../a.safetensors"}}',
+        "the file of 'a' must be a name in the same folder",
+    ),
     "no safetensors": ("weights.safetensors", b"\xff" * 64, "corrupt"),
 }
 
@@ -146,10 +174,25 @@ def test_what_is_no_state_dict_is_refused(tmp_path, stored, message):
         load_state(tmp_path / "weights.pt")
 
 
-def test_a_pickled_module_is_refused_and_told_what_to_do(tmp_path):
-    torch.save(networks.mlp(3, 2), tmp_path / "weights.pt")
-    with pytest.raises(InputError, match=r"save the state dict alone"):
-        load_state(tmp_path / "weights.pt")
+@pytest.mark.parametrize(
+    ("stored", "named"),
+    [
+        (nn.Linear(3, 2), r"a whole module \(torch\.nn\.modules\.linear\.Linear\)"),
+        ({"args": argparse.Namespace(lr=1)}, r"a program's arguments \(argparse\.Namespace\)"),
+        ({"o": torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)}, "a whole optimizer"),
+        ({"best": np.float64(0.9)}, "NumPy values"),
+        (nn.LazyLinear(3).state_dict(), "the weights of a lazy module that never ran"),
+    ],
+)
+@pytest.mark.parametrize("is_old", [False, True])
+def test_what_is_no_tensor_is_named_and_told_what_to_do(tmp_path, stored, named, is_old):
+    path = tmp_path / "weights.pt"
+    torch.save(stored, path, _use_new_zipfile_serialization=not is_old)
+    with pytest.raises(InputError, match=f"holds more than tensors: {named}") as caught:
+        load_state(path)
+    assert "save the state dict alone: torch.save(model.state_dict()" in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+    assert "In PyTorch 2.6" not in str(caught.value)
 
 
 # --- factories ----------------------------------------------------------------------------------

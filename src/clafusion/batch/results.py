@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from clafusion.alignment.dynamic_program import LayerAlignment
 from clafusion.alignment.models import label
@@ -19,7 +19,7 @@ from clafusion.errors import InputError
 from clafusion.results import FusionResult
 from clafusion.weights.build import fill
 from clafusion.weights.factories import ModelFile
-from clafusion.weights.state_files import load_state
+from clafusion.weights.state_files import stored_content
 
 __all__ = ["Model", "Pair", "PairResult", "facts_of", "result_of"]
 
@@ -77,12 +77,14 @@ class PairResult:
     warnings: tuple[str, ...]
     path: Path | None
     resumed: bool
-    _state: Mapping[str, Tensor] | None = field(repr=False)
+    _state: Mapping[str, Any] | None = field(repr=False)
     _architecture: Model | None = field(repr=False)
 
     @property
-    def state(self) -> Mapping[str, Tensor]:
+    def state(self) -> Mapping[str, Any]:
         """The fused weights, read from ``path`` where there is a file.
+
+        They are tensors, and what modules' ``get_extra_state`` returned.
 
         Raises
         ------
@@ -95,7 +97,9 @@ class PairResult:
             raise InputError(
                 f"{label(self.first)} and {label(self.second)} were not fused: {self.error}"
             )
-        return load_state(self.path)
+        # With the names as they were written: a model's own may begin with "module.".
+        state: Mapping[str, Any] = stored_content(self.path)
+        return state
 
     @property
     def model(self) -> nn.Module:
@@ -144,7 +148,7 @@ def result_of(
     *,
     models: Mapping[str, Model],
     folder: Path | None = None,
-    state: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Any] | None = None,
     resumed: bool = False,
 ) -> PairResult:
     """Return the result that the facts describe.

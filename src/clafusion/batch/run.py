@@ -93,8 +93,8 @@ def fuse_pairs(
         importable, and the files of :class:`clafusion.ModelFile` readable.
     out_dir
         Where results are written, one by one: the fused weights of a pair as
-        ``FIRST+SECOND.safetensors`` and a line in ``results.jsonl``. Default: results are kept in
-        memory only.
+        ``FIRST+SECOND.safetensors`` (``.pt`` where ``get_extra_state`` of a module returns no
+        tensor) and a line in ``results.jsonl``. Default: results are kept in memory only.
     resume
         Keep the pairs in ``out_dir`` that are whole and were made from the same models, data and
         options. Failed, stale and corrupt pairs are fused again. False: fuse all pairs again. Of

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clafusion.batch.results import Model, Pair, PairResult, result_of
 from clafusion.batch.worker import Job, Outcome
@@ -21,13 +22,20 @@ from clafusion.weights.atomic import replacing
 from clafusion.weights.digests import digest_of, structure_digest, tensors_digest, versions
 from clafusion.weights.factories import ModelFile
 from clafusion.weights.messages import one_line
-from clafusion.weights.state_files import file_digest, save_state, tensors_of
+from clafusion.weights.state_files import (
+    check_extra_state,
+    file_digest,
+    save_state,
+    tensors_of,
+)
 
 __all__ = ["CACHE", "RESULTS", "Store", "check_names"]
 
 RESULTS = "results.jsonl"
 CACHE = "profiles"
 
+_ENDINGS = (".safetensors", ".pt")
+"""How a pair's file ends; the second where a module's extra state is no tensor."""
 _LONGEST = 255 - len(".") - len(".12345678.tmp")  # a file's name, while it is being written
 
 
@@ -45,7 +53,7 @@ def check_names(folder: Path, pairs: Sequence[Pair], models: Mapping[str, Model]
                 f"pairs: the names {pair[0]!r} and {pair[1]!r} are too long for a file's name "
                 f"together: {_LONGEST} bytes with the ending are possible"
             )
-    results = {folder.resolve() / _file_name(pair) for pair in pairs}
+    results = {folder.resolve() / _file_name(pair, ending) for pair in pairs for ending in _ENDINGS}
     for name, model in models.items():
         if isinstance(model, ModelFile) and Path(model.path).resolve() in results:
             raise InputError(
@@ -81,7 +89,14 @@ class Store:
             return result_of(facts, models=self._models, state=state)
         facts["key"] = self._key(pair)
         if state is not None:
-            path = self._folder / _file_name(pair)
+            try:
+                check_extra_state(state, _ENDINGS[-1])
+            except InputError as error:  # which is this pair's only
+                facts = {one: facts[one] for one in ("first", "second", "warnings", "key")}
+                facts, state = facts | {"error": str(error)}, None
+        if state is not None:
+            is_all_tensors = all(isinstance(one, Tensor) for one in state.values())
+            path = self._folder / _file_name(pair, _ENDINGS[0 if is_all_tensors else 1])
             save_state(state, path)
             facts["file"], facts["sha256"] = path.name, file_digest(path)
         line = json.dumps(facts, allow_nan=False) + "\n"
@@ -143,8 +158,9 @@ class Store:
     def _is_whole(self, folder: Path, pair: Pair, facts: Mapping[str, Any]) -> bool:
         if facts["error"] is not None or facts["key"] != self._key(pair):
             return False
-        path = folder / _file_name(pair)
-        if not path.is_file():
+        path = folder / str(facts["file"])
+        known = [_file_name(pair, ending) for ending in _ENDINGS]
+        if path.name not in known or path.parent != folder or not path.is_file():
             return False
         try:
             return bool(file_digest(path) == facts["sha256"])
@@ -181,8 +197,8 @@ class Store:
         return self._digests[name]
 
 
-def _file_name(pair: Pair) -> str:
-    return f"{pair[0]}+{pair[1]}.safetensors"
+def _file_name(pair: Pair, ending: str = _ENDINGS[0]) -> str:
+    return f"{pair[0]}+{pair[1]}{ending}"
 
 
 def _checked(result: PairResult) -> PairResult:

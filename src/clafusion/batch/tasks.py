@@ -113,7 +113,9 @@ def fuse_pairs_task(job: SentJob, models: Mapping[str, Sent], pairs: Sequence[Pa
             outcome = worker.fuse(pair, lambda name: _unpacked(models[name]))
         state = outcome.state
         if state is not None:
-            state = {name: one.cpu() for name, one in state.items()}
+            state = {
+                name: one.cpu() if isinstance(one, Tensor) else one for name, one in state.items()
+            }
         outcomes.append(replace(outcome, state=state))
     return pickle.dumps(outcomes)
 

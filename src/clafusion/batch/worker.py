@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
 from clafusion.alignment.models import label
 from clafusion.batch.prepared import KnownModels, PreparedModel, prepare
@@ -26,7 +25,8 @@ from clafusion.stages import ExampleInputs
 from clafusion.tracing.trace import copied
 from clafusion.weights.factories import ModelFile
 from clafusion.weights.messages import one_line
-from clafusion.weights.state_files import tensors_of
+from clafusion.weights.round_trip import check_round_trip
+from clafusion.weights.state_files import state_of
 
 __all__ = ["Job", "Outcome", "Worker"]
 
@@ -57,13 +57,13 @@ class Outcome:
     facts
         See :func:`clafusion.batch.results.result_of`.
     state
-        The fused weights; None where the pair failed.
+        The fused weights, and what ``get_extra_state`` returned; None where the pair failed.
     categories
         The categories of the warnings.
     """
 
     facts: dict[str, Any]
-    state: dict[str, Tensor] | None
+    state: dict[str, Any] | None
     categories: tuple[type[Warning], ...] = ()
 
 
@@ -85,6 +85,7 @@ class Worker:
         self._job = job
         self._known: KnownModels = {}
         self._failed: dict[str, str] = {}
+        self._files: dict[str, ModelFile] = {}
         self._largest = 0
 
     def fuse(self, pair: Pair, source: Source) -> Outcome:
@@ -95,8 +96,11 @@ class Worker:
             warnings.simplefilter("always", FusionWarning)
             try:
                 result = self._fuse(pair, source)
-                facts |= facts_of(result)
-                state = tensors_of(result.model)
+                made = facts_of(result)
+                kept = state_of(result.model)
+                self._check(result, made["structure"], kept)
+                facts |= made
+                state = kept
             except _ModelError as error:
                 facts["error"] = str(error)
             except Exception as error:
@@ -129,6 +133,31 @@ class Worker:
             )
         return fuse_aligned(aligned, job.data, job.weights, job.config)
 
+    def _check(self, result: FusionResult, structure: str, state: dict[str, Any]) -> None:
+        """Refuse a result that would compute something else when it comes back from its file."""
+        if structure not in self._files:  # a module, of which nobody knows how it is built
+            return
+        fresh = self._files[structure].build()
+        shapes = [
+            {name: getattr(one, "shape", None) for name, one in kept.items()}
+            for kept in (state, fresh.state_dict())
+        ]
+        if shapes[0] != shapes[1]:  # of other widths, which no factory builds
+            return
+        parent = next(
+            profile.traced
+            for name, profile in zip(result.aligned.names, result.aligned.profiles, strict=True)
+            if name == structure
+        )
+        check_round_trip(
+            result.model,
+            state,
+            lambda: fresh,
+            parent.example_inputs,
+            parent.keywords,
+            called=repr(self._files[structure].factory),
+        )
+
     def _prepared(self, name: str, pair: Pair, source: Source) -> PreparedModel:
         if name in self._failed:
             raise _ModelError(self._failed[name])
@@ -147,7 +176,11 @@ class Worker:
 
     def _prepare(self, name: str, kind: Model) -> PreparedModel:
         job = self._job
-        model = kind.load() if isinstance(kind, ModelFile) else kind
+        if isinstance(kind, ModelFile):
+            self._files[name] = kind
+            model = kind.load()
+        else:
+            model = kind
         example = job.example_inputs
         if job.device is not None:
             model = copied(model).to(job.device)

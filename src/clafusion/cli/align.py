@@ -9,6 +9,7 @@ from clafusion.cli.facts import alignment_facts
 from clafusion.cli.inputs import (
     Archs,
     AsJson,
+    CheckpointKeys,
     ConfigFile,
     DataFile,
     DataKey,
@@ -23,6 +24,7 @@ from clafusion.cli.inputs import (
     Std,
     archs_of,
     check_plot,
+    keys_of,
     load_models,
     named_files,
     samples_of,
@@ -47,6 +49,7 @@ def align_command(
     weights: NamedFiles,
     arch: Archs,
     data: DataFile,
+    checkpoint_key: CheckpointKeys = None,
     config: ConfigFile = None,
     data_key: DataKey = None,
     limit: Limit = 400,
@@ -63,12 +66,13 @@ def align_command(
     """Show which layers of models belong together, and at what cost. Fuse nothing."""
     files = named_files(weights)
     archs = archs_of(arch, list(files))
+    keys = keys_of(checkpoint_key, list(files))
     base = None if config is None else read_config(config, "--config")
     # What only a calibration needs is not recorded.
     settings = replace(configured(options, base), calibration=NoCalibration())
     usable_device(device, "--device")
     check_plot(plot)
-    models = load_models(files, archs)
+    models = load_models(files, archs, keys)
     samples = samples_of(data, limit, DataOptions(data_key, shape, scale, mean, std))
     try_models(models, samples)
     with progress(len(samples)) as report, errors_by_flags():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from clafusion.cli.facts import fusion_facts
 from clafusion.cli.inputs import (
     Archs,
     AsJson,
+    CheckpointKeys,
     ConfigFile,
     DataFile,
     DataKey,
@@ -28,6 +30,7 @@ from clafusion.cli.inputs import (
     Std,
     archs_of,
     check_plot,
+    keys_of,
     load_models,
     named_files,
     samples_of,
@@ -46,10 +49,15 @@ from clafusion.reports import plot as draw
 from clafusion.reports import summary
 from clafusion.results import FusionResult
 from clafusion.stages import traced_template
+from clafusion.tracing.trace import copied
 from clafusion.weights.atomic import check_output
+from clafusion.weights.factories import build_model
+from clafusion.weights.round_trip import check_round_trip
 from clafusion.weights.state_files import WRITABLE, save_model
 
 __all__ = ["fuse_command"]
+
+_TEMPLATE = "the template"  # what messages call one that a file of settings names
 
 
 def fuse_command(
@@ -67,6 +75,7 @@ def fuse_command(
             metavar="X,X,...",
         ),
     ] = None,
+    checkpoint_key: CheckpointKeys = None,
     config: ConfigFile = None,
     data_key: DataKey = None,
     limit: Limit = 2000,
@@ -87,26 +96,25 @@ def fuse_command(
     """
     files = named_files(weights)
     archs = archs_of(arch, list(files))
+    keys = keys_of(checkpoint_key, list(files))
     given = merge_weights_of("--weights", merge_weights, list(files))
     base = None if config is None else read_config(config, "--config")
     settings = configured(options, base)
     usable_device(device, "--device")
     check_output(out, WRITABLE, "--out", (*files.values(), data))
     check_plot(plot)
-    models = load_models(files, archs)
+    models = load_models(files, archs, keys)
     samples = samples_of(data, limit, DataOptions(data_key, shape, scale, mean, std))
     try_models(models, samples)
     with progress(len(samples)) as report, errors_by_flags():
         result = _fused(models, samples, given, settings, device, report)
-    save_model(result.model, out)
+    built_by = _architecture(result, archs, options)
+    save_model(result.model, out, _round_trip(result, built_by, archs))
     if plot is not None:
         draw(result, plot)
-    built_by = _architecture(result, archs, options)
     if as_json:
-        shown = None if plot is None else str(plot)
-        print_json(
-            {"out": str(out), "plot": shown, "architecture": built_by, **fusion_facts(result)}
-        )
+        shown = {"out": str(out), "plot": plot and str(plot), "architecture": built_by}
+        print_json({**shown, **fusion_facts(result)})
         return
     print(summary(result))
     print_line("written", f"{out}, weights of {built_by}")
@@ -150,7 +158,7 @@ def _architecture(
 ) -> str:
     """Say into which architecture the fused weights load."""
     if isinstance(result.config.target, Like):
-        return str(options.get("target.template", "the template"))
+        return str(options.get("target.template", _TEMPLATE))
     shapes = _shapes(result.model)
     aligned = (result.steps or (result,))[0].aligned
     reference = aligned.names[aligned.reference]
@@ -162,6 +170,29 @@ def _architecture(
     if owners:
         return archs[reference if reference in owners else owners[0]]
     return f"{archs[reference]} with other widths"
+
+
+def _round_trip(
+    result: FusionResult, built_by: str, archs: Mapping[str, str]
+) -> Callable[[Mapping[str, Any]], None] | None:
+    """Return the check of what is written; None where no factory builds such a model."""
+    target = result.config.target
+    build: Callable[[], nn.Module]
+    if isinstance(target, Like) and built_by == _TEMPLATE:
+        assert isinstance(target.template, nn.Module), "else nothing would have been fused"
+        build = partial(copied, target.template)
+    elif isinstance(target, Like) or built_by in archs.values():
+        build = partial(build_model, built_by)
+    else:
+        return None
+    aligned = (result.steps or (result,))[0].aligned
+    example = aligned.profiles[aligned.reference].traced
+
+    def check(state: Mapping[str, Any]) -> None:
+        inputs, names = example.example_inputs, example.keywords
+        check_round_trip(result.model, state, build, inputs, names, called=repr(built_by))
+
+    return check
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

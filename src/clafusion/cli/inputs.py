@@ -23,6 +23,8 @@ __all__ = [
     "Arch",
     "Archs",
     "AsJson",
+    "CheckpointKey",
+    "CheckpointKeys",
     "ConfigFile",
     "DataFile",
     "DataKey",
@@ -37,6 +39,7 @@ __all__ = [
     "Std",
     "archs_of",
     "check_plot",
+    "keys_of",
     "load_models",
     "named_files",
     "samples_of",
@@ -50,8 +53,9 @@ _FACTORY = (
 NamedFiles = Annotated[
     list[str],
     typer.Argument(
-        help="Weights of two or more models (.safetensors, .pt, .pth, .th, .bin). They are called "
-        "first, second, third and so on, or as NAME=FILE says.",
+        help="Weights of two or more models (.safetensors, .pt, .pth, .th, .bin, .ckpt, or the "
+        ".index.json of several files). They are called first, second, third and so on, or as "
+        "NAME=FILE says.",
         metavar="WEIGHTS",
     ),
 ]
@@ -64,6 +68,19 @@ Archs = Annotated[
         "--arch",
         help=f"What makes the models: {_FACTORY}. Once for all, or once for each, in their order.",
         metavar="MODULE:FACTORY",
+    ),
+]
+_KEY = (
+    "Which state dict of a checkpoint that holds several: its key, for example model_ema, or keys "
+    "and a prefix of its names, as state_dict.teacher."
+)
+CheckpointKey = Annotated[str | None, typer.Option(help=_KEY, metavar="KEY")]
+CheckpointKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--checkpoint-key",
+        help=f"{_KEY} Once for all, or once for each, in their order; empty for the usual one.",
+        metavar="KEY",
     ),
 ]
 DataFile = Annotated[
@@ -162,9 +179,30 @@ def archs_of(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
     return dict(zip(names, every, strict=True))
 
 
-def load_models(files: Mapping[str, Path], archs: Mapping[str, str]) -> dict[str, nn.Module]:
+def keys_of(given: Sequence[str] | None, names: Sequence[str]) -> dict[str, str | None]:
+    """Return the key of each model's checkpoint by the model's name; None for the usual one.
+
+    Raises
+    ------
+    InputError
+        There are neither one nor as many as models.
+    """
+    if not given:
+        return dict.fromkeys(names)
+    if len(given) not in (1, len(names)):
+        raise InputError(
+            f"give --checkpoint-key once, or once for each of the {len(names)} models "
+            f"({', '.join(names)}); got {len(given)}"
+        )
+    every = given if len(given) > 1 else [given[0]] * len(names)
+    return {name: key or None for name, key in zip(names, every, strict=True)}
+
+
+def load_models(
+    files: Mapping[str, Path], archs: Mapping[str, str], keys: Mapping[str, str | None]
+) -> dict[str, nn.Module]:
     """Return the models with their weights; errors are those of ``load_model``."""
-    return {name: load_model(archs[name], file) for name, file in files.items()}
+    return {name: load_model(archs[name], file, keys[name]) for name, file in files.items()}
 
 
 def try_models(models: Mapping[str, nn.Module], samples: Tensor) -> None:

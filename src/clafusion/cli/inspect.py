@@ -12,6 +12,7 @@ from clafusion.cli.facts import model_facts
 from clafusion.cli.inputs import (
     Arch,
     AsJson,
+    CheckpointKey,
     DataKey,
     DataOptions,
     Mean,
@@ -45,6 +46,7 @@ def inspect_command(
     weights: Annotated[
         Path | None, typer.Argument(help="Weights of the model; default: as the factory sets them.")
     ] = None,
+    checkpoint_key: CheckpointKey = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Inputs of the model: a few samples are used.")
     ] = None,
@@ -71,7 +73,7 @@ def inspect_command(
     if (data is None) == (input_shape is None):
         raise InputError("give either --data FILE or --input-shape N,N,...: inputs to trace with")
     check_plot(plot)
-    model = build_model(arch) if weights is None else load_model(arch, weights)
+    model = build_model(arch) if weights is None else load_model(arch, weights, checkpoint_key)
     if data is not None:
         samples = samples_of(data, _ROWS, DataOptions(data_key, shape, scale, mean, std))
     else:

@@ -53,10 +53,11 @@ class Manifest:
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Read a ``.yaml``, ``.yml`` or ``.json`` file.
 
-    Its entries: ``models`` maps names to ``{factory: MODULE:FACTORY, weights: FILE}``, or to
-    ``FILE`` alone where ``factory`` gives the factory of all; ``pairs`` is ``all`` (the default),
-    a list of pairs of names, or ``{base: NAME}`` for every model with that one first; ``data`` is
-    a file or ``{file: FILE, limit: N, shape: [..], scale: X, mean: [..], std: [..], key: NAME}``;
+    Its entries: ``models`` maps names to ``{factory: MODULE:FACTORY, weights: FILE, key: KEY}``,
+    the key only for a file of several state dicts, or to ``FILE`` alone where ``factory`` gives the
+    factory of all; ``pairs`` is ``all`` (the default), a list of pairs of names, or
+    ``{base: NAME}`` for every model with that one first; ``data`` is a file or
+    ``{file: FILE, limit: N, shape: [..], scale: X, mean: [..], std: [..], key: NAME}``;
     ``weights`` are two numbers, of the first and the second model; ``settings`` is the nested
     mapping of :class:`clafusion.FusionConfig`; ``out`` is the directory for the results.
 
@@ -139,7 +140,7 @@ def _entries(found: Any, where: str, known: Sequence[str]) -> dict[str, Any]:
 
 def _model(where: str, found: Any, common: Any, root: Path) -> ModelFile:
     one = {"weights": found} if isinstance(found, str) else found
-    one = _entries(one, where, ("factory", "weights"))
+    one = _entries(one, where, ("factory", "weights", "key"))
     factory = one.get("factory", common)
     if factory is None:
         raise InputError(f"{where}: factory is missing; write MODULE:FACTORY")
@@ -147,7 +148,10 @@ def _model(where: str, found: Any, common: Any, root: Path) -> ModelFile:
         raise InputError(f"{where}: factory must be MODULE:FACTORY; got {factory!r}")
     if not isinstance(one.get("weights"), str):
         raise InputError(f"{where}: weights must name a file")
-    file = ModelFile(rooted(factory, root), root / one["weights"])
+    key = one.get("key")
+    if key is not None and not isinstance(key, str):
+        raise InputError(f"{where}: key must be a text; got {key!r}")
+    file = ModelFile(rooted(factory, root), root / one["weights"], key)
     try:
         file.check()
     except InputError as error:

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from clafusion.tracing.ties import identity_of
+
 __all__ = ["Architecture", "architecture"]
 
 Architecture: TypeAlias = tuple[Any, ...]
@@ -40,7 +42,7 @@ def architecture(model: nn.Module) -> Architecture | None:
     None if some attribute is no plain value (a hook, a tensor, an object of a type of its own), so
     that nothing can be said about it.
     """
-    numbers: dict[int, int] = {}
+    numbers: dict[Any, int] = {}
     entries: list[Any] = []
     try:
         for path, module in model.named_modules(remove_duplicate=False):
@@ -66,7 +68,7 @@ def architecture(model: nn.Module) -> Architecture | None:
 
 
 def _facts(
-    tensors: Mapping[str, Tensor | None], owner: nn.Module, numbers: dict[int, int]
+    tensors: Mapping[str, Tensor | None], owner: nn.Module, numbers: dict[Any, int]
 ) -> tuple[Any, ...]:
     """Return what an export may depend on of a module's tensors; equal numbers show ties."""
     facts: list[tuple[Any, ...]] = []
@@ -74,7 +76,7 @@ def _facts(
         if value is None:
             facts.append((name, None))
             continue
-        number = numbers.setdefault(id(value), len(numbers))
+        number = numbers.setdefault(identity_of(value), len(numbers))
         form = type(value), value.shape, value.stride(), value.dtype, value.device
         is_statistic = type(owner).__module__ == "torch.nn.modules.batchnorm"
         if isinstance(value, nn.Parameter) or is_statistic:

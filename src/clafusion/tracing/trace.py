@@ -20,6 +20,7 @@ from clafusion.tracing.groups import find_channels
 from clafusion.tracing.heads import channels_of_heads
 from clafusion.tracing.layers import find_layers
 from clafusion.tracing.model import TracedModel
+from clafusion.tracing.ties import aliases_of
 from clafusion.tracing.verify import with_proved_heads
 
 __all__ = ["Architecture", "architecture", "copied", "trace", "trace_like", "traced_like"]
@@ -71,7 +72,7 @@ def trace(
         keywords = {name: value.to(device) for name, value in keywords.items()}
     program = export_model(copied(model).eval(), arguments, keywords)
     module = program.graph_module
-    aliases = _aliases(model)
+    aliases = aliases_of(model)
     placeholders, constants, trainable = _sources(program, model, aliases)
     refuse_changed_inputs(module, placeholders)
     inputs = (*arguments, *keywords.values())
@@ -251,22 +252,6 @@ def _example(
         "example_inputs must be a tensor, a tuple of tensors or a mapping of names to tensors; "
         f"got {type(example_inputs).__name__}"
     )
-
-
-def _aliases(model: nn.Module) -> dict[str, str]:
-    """Return for every tied state entry but the first the name of the first."""
-    first: dict[int, str] = {}
-    aliases = {}
-    entries = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    for name, tensor in entries:
-        if id(tensor) in first:
-            aliases[name] = first[id(tensor)]
-        else:
-            first[id(tensor)] = name
-    return aliases
 
 
 def _static_batch(traced: TracedModel) -> int | None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clafusion.weights.state_files import EXTRA_STATE
+
 __all__ = ["fill", "with_state"]
 
 
@@ -25,8 +27,11 @@ def with_state(
     return built
 
 
-def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put ``state`` into a module in place, whatever the widths in it are."""
+def fill(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Put ``state`` into a module in place, whatever the widths in it are.
+
+    What ``get_extra_state`` returned goes to ``set_extra_state`` of the same submodule.
+    """
     with torch.no_grad():
         for kind in (module.named_parameters(), module.named_buffers()):
             for name, tensor in list(kind):
@@ -34,6 +39,10 @@ def fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
                     tensor.data = state[name].detach().to(tensor).clone()
     for submodule in module.modules():
         _set_widths(submodule)
+    for path, submodule in module.named_modules():
+        name = f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
+        if name in state:
+            submodule.set_extra_state(state[name])
 
 
 def _set_widths(module: nn.Module) -> None:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clafusion.tracing.ties import identity_of
+
 __all__ = ["add_tensor", "digest_of", "structure_digest", "tensors_digest", "versions"]
 
 _SHOWN_BY_REPR = (
@@ -56,6 +58,7 @@ def structure_digest(model: nn.Module) -> str:
     the code calls. It may differ for equal models with attributes of unusual types.
     """
     seen: dict[int, int] = {}
+    ties: dict[Any, int] = {}
     entries: list[Any] = []
     for path, module in model.named_modules(remove_duplicate=False):
         own = dict(vars(module))
@@ -72,7 +75,10 @@ def structure_digest(model: nn.Module) -> str:
                 seen.setdefault(id(module), len(seen)),
                 [[name, child is None] for name, child in children.items()],
                 [
-                    [name, None if value is None else seen.setdefault(id(value), len(seen))]
+                    [
+                        name,
+                        None if value is None else ties.setdefault(identity_of(value), len(ties)),
+                    ]
                     for name, value in (*parameters.items(), *buffers.items())
                 ],
                 [[name, _as_json(buffers.get(name), seen, 0)] for name in sorted(hidden)],

@@ -17,17 +17,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from clafusion.errors import InputError
+from clafusion.weights.fitting import model_with
 from clafusion.weights.messages import listed, one_line
-from clafusion.weights.state_files import (
-    READABLE,
-    check_input,
-    file_digest,
-    stored_state,
-    without_prefixes,
-)
+from clafusion.weights.state_files import READABLE, check_input, stored_content, weights_digest
 
 __all__ = ["ModelFile", "build_model", "load_model"]
 
@@ -75,63 +70,28 @@ def build_model(factory: str) -> nn.Module:
     return model.eval()
 
 
-def load_model(factory: str, path: str | os.PathLike[str]) -> nn.Module:
+def load_model(factory: str, path: str | os.PathLike[str], key: str | None = None) -> nn.Module:
     """Return a new model, in eval mode, with the weights in a file.
+
+    A prefix that all or some names in the file have is taken off where the rest then fits the
+    model, and of several state dicts that one is taken that fits. A warning says what was left.
 
     Parameters
     ----------
     factory
         As for :func:`build_model`.
-    path
-        As for :func:`clafusion.weights.state_files.load_state`.
+    path, key
+        As for :func:`clafusion.weights.checkpoints.load_state`.
 
     Raises
     ------
     InputError
         As for these two functions; or the file does not fit the model. Then the message lists the
-        missing names, the unexpected names and the shapes that differ.
+        missing names, the unexpected names, and the shapes and kinds of numbers that differ. Or the
+        model is lazy or on the meta device.
     """
-    stored = stored_state(path)
-    model = build_model(factory)
-    own = model.state_dict()
-    # A model may have a submodule that is itself called "module": take off prefixes only if needed.
-    state = stored if stored.keys() == own.keys() else without_prefixes(stored)
-    problems = _differences(model, own, state)
-    if problems:
-        raise InputError(f"{str(path)!r} does not fit {factory!r}: {'; '.join(problems)}")
-    try:
-        model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise InputError(f"{str(path)!r} does not fit {factory!r}: {one_line(error)}") from error
-    return model
-
-
-def _differences(
-    model: nn.Module, own: Mapping[str, Any], state: Mapping[str, Tensor]
-) -> list[str]:
-    """Return what keeps a model from taking a state, in words; ``own`` is its own state."""
-    missing = [
-        name
-        for name in own
-        if name not in state
-        and not name.endswith("num_batches_tracked")  # old files lack it, and eval mode needs none
-        and not _is_tied(model, name, state)
-    ]
-    unexpected = [name for name in state if name not in own]
-    reshaped = [
-        f"{name!r} is {_shape(state[name])} in the file and {_shape(tensor)} in the model"
-        for name, tensor in own.items()
-        if name in state and isinstance(tensor, Tensor) and tensor.shape != state[name].shape
-    ]
-    return [
-        f"{len(names)} {what}: {listed(shown)}"
-        for what, names, shown in (
-            ("missing from the file", missing, map(repr, missing)),
-            ("not in the model", unexpected, map(repr, unexpected)),
-            ("of another shape", reshaped, reshaped),
-        )
-        if names
-    ]
+    content = stored_content(path)
+    return model_with(lambda: build_model(factory), content, key, str(path), factory)
 
 
 @dataclass(frozen=True)
@@ -144,15 +104,22 @@ class ModelFile:
         The factory of the model, ``MODULE:FACTORY``, as for
         :func:`clafusion.weights.factories.build_model`.
     path
-        The file of its weights, as for :func:`clafusion.weights.state_files.load_state`.
+        The file of its weights: ``.safetensors``, ``.pt``, ``.pth``, ``.th``, ``.bin``, ``.ckpt``,
+        or the ``.index.json`` of a checkpoint in several files.
+    key
+        Which of the state dicts in the file, as for
+        :func:`clafusion.weights.checkpoints.load_state`: ``"model_ema"``, or with a prefix of its
+        names ``"state_dict.teacher"``. Default: the one that fits the model; of several the one in
+        a known place, with a warning.
     """
 
     factory: str
     path: str | os.PathLike[str]
+    key: str | None = None
 
     def load(self) -> nn.Module:
         """Return the model with its weights, in eval mode; errors are :func:`load_model`'s."""
-        return load_model(self.factory, self.path)
+        return load_model(self.factory, self.path, self.key)
 
     def build(self) -> nn.Module:
         """Return the model, in eval mode, with the weights that the factory gives it."""
@@ -183,23 +150,14 @@ class ModelFile:
             The file is missing or may not be read.
         """
         digest = hashlib.sha256(self.factory.encode())
-        digest.update(file_digest(check_input(self.path, READABLE, "checkpoint")).encode())
+        digest.update(weights_digest(self.path).encode())
+        if self.key is not None:
+            digest.update(f"key {self.key}".encode())
         matched = _SPEC.fullmatch(self.factory.strip())
         code = _source(matched["module"]) if matched is not None else None
         if code is not None and code.is_file():
             digest.update(code.read_bytes())
         return digest.hexdigest()
-
-
-def _is_tied(model: nn.Module, name: str, state: Mapping[str, Tensor]) -> bool:
-    """Return whether another name of the same tensor is in the file."""
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors.update(model.named_buffers(remove_duplicate=False))
-    return any(other in state for other, value in tensors.items() if value is tensors.get(name))
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "a single number"
 
 
 def _matched(factory: str) -> re.Match[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,73 +19,92 @@ from torch import Tensor, nn
 from clafusion.errors import InputError
 from clafusion.weights.atomic import check_output, replacing
 from clafusion.weights.messages import listed, one_line
+from clafusion.weights.recognition import is_shard, stands_for_another, unreadable_content
+from clafusion.weights.shards import INDEX, is_index, shards_of
 
 __all__ = [
+    "EXTRA_STATE",
     "READABLE",
     "WRITABLE",
+    "check_extra_state",
     "check_input",
     "file_digest",
-    "load_state",
     "read_safetensors",
     "read_torch",
     "save_model",
     "save_state",
-    "stored_state",
+    "state_of",
+    "stored_content",
     "tensors_of",
-    "without_prefixes",
+    "weights_digest",
 ]
 
-_TORCH_ENDINGS = (".pt", ".pth", ".th", ".bin")
-READABLE = (".safetensors", *_TORCH_ENDINGS)
-"""The endings of files that :func:`load_state` reads."""
+_TORCH_ENDINGS = (".pt", ".pth", ".th", ".bin", ".ckpt")
+READABLE = (".safetensors", *_TORCH_ENDINGS, INDEX)
+"""The endings of files of weights that are read."""
 WRITABLE = (".safetensors", ".pt", ".pth")
 """The endings of files that :func:`save_model` writes."""
-_WRAPPINGS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")  # DataParallel's and torch.compile's
+EXTRA_STATE = "_extra_state"
+"""How the name of an entry ends that a module's own ``get_extra_state`` returned."""
 
 
-def load_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a state dict from a ``.safetensors``, ``.pt``, ``.pth``, ``.th`` or ``.bin`` file.
-
-    It loads weights only: it runs no code that a file may contain. A state dict may lie under
-    ``state_dict``, ``model_state_dict`` or ``model``. A prefix ``module.`` or ``_orig_mod.`` that
-    all names have is taken off.
-
-    Raises
-    ------
-    InputError
-        The file is missing, unreadable, corrupt, of another kind, or holds no state dict.
-    """
-    return without_prefixes(stored_state(path))
-
-
-def save_model(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+) -> None:
     """Write a model's state dict to a ``.safetensors``, ``.pt`` or ``.pth`` file.
 
     The old file stays as it is until the new one is complete. The file holds tied weights under
     each of their names, so that ``load_state_dict`` of the same architecture takes it as it is.
 
+    Parameters
+    ----------
+    model
+        The model.
+    path
+        The file.
+    check
+        Called with what the new file holds, before the file gets its name. If it raises, no file
+        is left behind, and an old one stays.
+
     Raises
     ------
     InputError
-        The ending is unknown, or the file cannot be written, for example on a full disk.
+        The ending is unknown, the file cannot be written, for example on a full disk, or a module's
+        ``get_extra_state`` returns what such a file cannot hold.
     """
-    save_state(tensors_of(model), path)
+    save_state(state_of(model), path, check)
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Return a model's state dict: tensors, detached, and what ``get_extra_state`` returns."""
+    return {
+        name: value.detach() if isinstance(value, Tensor) else value
+        for name, value in model.state_dict().items()
+    }
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors in a model's state dict, detached."""
-    return {
-        name: value.detach()
-        for name, value in model.state_dict().items()
-        if isinstance(value, Tensor)
-    }
+    return {name: value for name, value in state_of(model).items() if isinstance(value, Tensor)}
 
 
-def save_state(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+def save_state(
+    state: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+) -> None:
     """Write a state dict, as :func:`save_model` does, with the same errors."""
     check_output(path, WRITABLE, "path")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    ending = Path(path).suffix.lower()
+    check_extra_state(state, ending)
+    others = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    tensors = {
+        name: value.detach().cpu().contiguous()
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
     storages: set[int] = set()
     for name, tensor in tensors.items():  # safetensors refuses names that share memory
         if tensor.untyped_storage().data_ptr() in storages:
@@ -91,12 +112,45 @@ def save_state(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Non
         storages.add(tensor.untyped_storage().data_ptr())
     with replacing(path, "path") as temporary:
         try:
-            if Path(path).suffix.lower() == ".safetensors":
+            if ending == ".safetensors":
                 save_file(tensors, temporary, metadata={"format": "pt"})
             else:
-                torch.save(tensors, temporary)
+                torch.save({**tensors, **others}, temporary)
         except (SafetensorError, RuntimeError) as error:  # so safetensors and torch report it
             raise OSError(None, one_line(error)) from error
+        if check is not None:
+            check(_content(temporary, ending, "path"))
+
+
+def check_extra_state(state: Mapping[str, Any], ending: str) -> None:
+    """Refuse what a module's ``get_extra_state`` returned if a file cannot give it back.
+
+    Raises
+    ------
+    InputError
+        It is no tensor, and the file is to end with ``.safetensors``; or it is an object that only
+        code could make again.
+    """
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            continue
+        kind = type(value).__name__
+        if ending == ".safetensors":
+            raise InputError(
+                f"{name!r} is a {kind} (from get_extra_state), and a .safetensors file holds "
+                "tensors only: write a .pt file"
+            )
+        memory = io.BytesIO()
+        try:
+            torch.save(value, memory)
+            memory.seek(0)
+            torch.load(memory, weights_only=True)
+        except Exception as error:
+            raise InputError(
+                f"{name!r} is a {kind} (from get_extra_state) that cannot be read back without "
+                "running code: let get_extra_state return tensors, numbers, texts, and lists or "
+                "dicts of them"
+            ) from error
 
 
 def file_digest(path: Path) -> str:
@@ -114,14 +168,15 @@ def check_input(path: str | os.PathLike[str], endings: Sequence[str], what: str)
     Raises
     ------
     InputError
-        There is no such file, or it is empty or may not be read. The message calls it ``what``.
+        There is no such file, it is empty or may not be read, or it is a pointer of Git LFS or a
+        web page. The message calls it ``what``.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"{what} {str(path)!r} does not exist")
     if not path.is_file():
         raise InputError(f"{what} {str(path)!r} is no file")
-    if path.suffix.lower() not in endings:
+    if not path.name.lower().endswith(tuple(endings)):
         raise InputError(
             f"{what} {str(path)!r} has an unknown ending; known are {', '.join(endings)}"
         )
@@ -129,6 +184,9 @@ def check_input(path: str | os.PathLike[str], endings: Sequence[str], what: str)
         raise InputError(f"{what} {str(path)!r} may not be read: check its permissions")
     if path.stat().st_size == 0:
         raise InputError(f"{what} {str(path)!r} is empty")
+    replaced = stands_for_another(path)
+    if replaced is not None:
+        raise InputError(f"{what} {str(path)!r} {replaced}")
     return path
 
 
@@ -141,19 +199,25 @@ def read_torch(path: Path, what: str) -> Any:
         The file is corrupt, or holds Python objects or code. The message calls it ``what``.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-            raise InputError(
-                f"{what} {str(path)!r} holds Python objects beside tensors, and loading them "
-                "could run any code; save the state dict alone: torch.save(model.state_dict(), ...)"
-            ) from error
-        raise InputError(_corrupt(what, path, error)) from error
+        with warnings.catch_warnings():  # of formats that the errors below name
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        found = unreadable_content(path, error)
+        if found is not None:
+            raise InputError(
+                f"{what} {str(path)!r} holds more than tensors: {found}. Loading that could run "
+                "any code. In the program that made it, save the state dict alone: "
+                "torch.save(model.state_dict(), 'weights.pt')"
+            ) from error
         if "TorchScript" in str(error):
             raise InputError(
-                f"{what} {str(path)!r} is a TorchScript archive; save the state dict alone"
+                f"{what} {str(path)!r} is a TorchScript archive; in the program that made it, save "
+                "the state dict alone: torch.save(model.state_dict(), 'weights.pt')"
             ) from error
+        if isinstance(error, pickle.UnpicklingError) and error.__context__ is not None:
+            # torch's own message is advice to load the file without a check.
+            raise InputError(_corrupt(what, path, error.__context__)) from error
         raise InputError(_corrupt(what, path, error)) from error
 
 
@@ -172,39 +236,58 @@ def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
     return tensors
 
 
-def stored_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a state dict as :func:`load_state` does, with the names as the file has them."""
-    what = "checkpoint"
+def stored_content(path: str | os.PathLike[str], what: str = "checkpoint") -> Any:
+    """Return what a file of weights holds, as it is; of an index what its files hold.
+
+    Raises
+    ------
+    InputError
+        The file is missing, unreadable, corrupt, of another kind or one part of several. The
+        message calls it ``what``.
+    """
     path = check_input(path, READABLE, what)
-    if path.suffix.lower() == ".safetensors":
-        return read_safetensors(path, what)
-    stored = read_torch(path, what)
-    while isinstance(stored, Mapping):
-        inner = [key for key in _WRAPPINGS if isinstance(stored.get(key), Mapping)]
-        if not inner:
-            break
-        stored = stored[inner[0]]
-    if not isinstance(stored, Mapping):
-        raise InputError(
-            f"{what} {str(path)!r} holds a {type(stored).__name__}, not a state dict (names and "
-            "tensors)"
-        )
-    others = [str(key) for key, value in stored.items() if not isinstance(value, Tensor)]
-    if others or not stored:
-        raise InputError(
-            f"{what} {str(path)!r} holds no state dict: "
-            + (f"not tensors: {listed(map(repr, others))}" if others else "it has no entries")
-        )
-    return {str(key): value for key, value in stored.items()}
+    if is_index(path):
+        return _sharded(path, what)
+    part = is_shard(path)
+    if part is not None:
+        raise InputError(f"{what} {str(path)!r} {part}")
+    return _content(path, path.suffix.lower(), what)
 
 
-def without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take off the prefixes ``module.`` and ``_orig_mod.``, where all names have them."""
-    for prefix in (*_PREFIXES, *_PREFIXES):  # either order
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+def weights_digest(path: str | os.PathLike[str], what: str = "checkpoint") -> str:
+    """Return the SHA-256 of a file of weights; of an index that of all its files.
+
+    Raises
+    ------
+    InputError
+        The file is missing or may not be read. The message calls it ``what``.
+    """
+    path = check_input(path, READABLE, what)
+    if not is_index(path):
+        return file_digest(path)
+    every = [path, *shards_of(path, what)]
+    return hashlib.sha256("".join(map(file_digest, every)).encode()).hexdigest()
+
+
+def _content(path: Path, ending: str, what: str) -> Any:
+    return read_safetensors(path, what) if ending == ".safetensors" else read_torch(path, what)
+
+
+def _sharded(path: Path, what: str) -> dict[str, Any]:
+    """Return the tensors of a checkpoint in several files."""
+    state: dict[str, Any] = {}
+    for shard, names in shards_of(path, what).items():
+        check_input(shard, READABLE, what)
+        content = _content(shard, shard.suffix.lower(), what)
+        gone = [name for name in names if not isinstance(content, Mapping) or name not in content]
+        if gone:
+            raise InputError(
+                f"{what} {str(shard)!r} lacks {listed(map(repr, gone))}, which "
+                f"{str(path)!r} says it holds: fetch both again"
+            )
+        state.update({name: content[name] for name in names})
     return state
 
 
-def _corrupt(what: str, path: Path, error: Exception) -> str:
+def _corrupt(what: str, path: Path, error: BaseException) -> str:
     return f"{what} {str(path)!r} is corrupt or not what its ending says: {one_line(error)}"

@@ -1,0 +1,233 @@
+"""Put what a file holds into a model; torch's own strict loading decides whether it fits."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from clafusion.errors import InputError
+from clafusion.tracing.ties import aliases_of
+from clafusion.weights.checkpoints import (
+    StoredState,
+    choose,
+    named_for,
+    ranked,
+    states_in,
+)
+from clafusion.weights.messages import listed, one_line
+from clafusion.weights.values import unlike_values, unusable_values
+
+__all__ = ["check_materialised", "model_with", "put_state"]
+
+
+def model_with(
+    build: Callable[[], nn.Module], content: Any, key: str | None, path: str, factory: str
+) -> nn.Module:
+    """Return a new model with a state dict that a file holds.
+
+    Of several state dicts, and of the prefixes that names may have, those are taken that make the
+    names fit. What ``load_state_dict`` accepts fits: a module's own hooks are called.
+
+    Parameters
+    ----------
+    build
+        Makes a new model.
+    content
+        What the file holds.
+    key
+        Which of the state dicts in it, as for :func:`clafusion.weights.checkpoints.load_state`.
+    path, factory
+        What errors call the file and the model.
+
+    Raises
+    ------
+    InputError
+        The file holds no state dict, none that fits, or several that do; or the model is lazy or
+        on the meta device. The message lists the missing names, the unexpected names, and the
+        shapes and kinds of numbers that differ.
+    """
+    called = f"checkpoint {path!r}"
+    states = states_in(content, key, called)
+    model = build()
+    check_materialised(model, f"factory {factory!r}")
+    fits = [one for one in _distinct(_named(states, model)) if _names_fit(model, one)]
+    if fits:
+        problems = put_state(model, choose(fits, called))
+        if not problems:
+            return model
+    else:
+        likely = ranked(states)
+        guesses = list(_distinct(_named(likely, model)))
+        for guess in guesses:  # perhaps the model's own hooks rename what they load
+            if not put_state(model, guess):
+                choose([guess], called)  # which warns of what was left out
+                return model
+            model = build()  # without what the failed attempt has left
+        told = min(guesses, key=lambda one: _misfits(model, one))
+        problems = put_state(model, told)
+    raise InputError(f"{path!r} does not fit {factory!r}: {'; '.join(problems)}")
+
+
+def check_materialised(model: nn.Module, called: str) -> None:
+    """Refuse a model whose weights have no shapes or no values yet.
+
+    Raises
+    ------
+    InputError
+        It is lazy, or on the meta device. The message calls it ``called``.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise InputError(
+                f"{called}: {name!r} has no shape yet, as its module is lazy: run the model once "
+                "on a batch before the factory returns it"
+            )
+        if tensor.is_meta:
+            raise InputError(
+                f"{called}: {name!r} is on the meta device, which holds no values: build the model "
+                "without torch.device('meta')"
+            )
+
+
+def put_state(model: nn.Module, state: StoredState) -> list[str]:
+    """Load a state dict into a model in place; return what keeps it from fitting, in words.
+
+    After a problem the model may hold a part of the state dict.
+    """
+    problems = unusable_values(state.entries)
+    if problems:
+        return problems
+    unlike = unlike_values(model, state.entries)
+    entries: Any = OrderedDict(state.entries)
+    if state.versions is not None:
+        entries._metadata = state.versions
+    try:
+        found = model.load_state_dict(entries, strict=False)
+    except Exception as error:  # of another shape, or a hook's own error
+        differences = _differences(model, state.entries)
+        return [*unlike, *differences] or [one_line(error)]
+    missing = _needed(model, getattr(found, "missing_keys", ()), state.entries)
+    unexpected = getattr(found, "unexpected_keys", ())
+    return [
+        *unlike,
+        *_counted(missing, unexpected, ()),
+        *([] if missing or unexpected else _overwritten(model, state.entries)),
+    ]
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+def _named(states: Sequence[StoredState], model: nn.Module) -> Iterator[StoredState]:
+    own = model.state_dict().keys()
+    for one in states:
+        yield from named_for(one, own)
+
+
+def _distinct(states: Iterator[StoredState]) -> Iterator[StoredState]:
+    seen = set()
+    for one in states:
+        known = one.where, tuple(one.entries)
+        if known not in seen:
+            seen.add(known)
+            yield one
+
+
+def _names_fit(model: nn.Module, state: StoredState) -> bool:
+    own = model.state_dict()
+    if any(name not in own for name in state.entries):
+        return False
+    if _needed(model, [name for name in own if name not in state.entries], state.entries):
+        return False
+    return not _reshaped(own, state.entries)
+
+
+def _misfits(model: nn.Module, state: StoredState) -> int:
+    """Return how many names a model and a state dict do not have in common."""
+    return len(model.state_dict().keys() ^ state.entries.keys())
+
+
+def _needed(model: nn.Module, missing: Sequence[str], entries: Mapping[str, Any]) -> list[str]:
+    """Return which of the names that a file lacks a model needs."""
+    return [
+        name
+        for name in missing
+        # Old files lack the first, and eval mode needs none.
+        if not name.endswith("num_batches_tracked") and not _is_tied(model, name, entries)
+    ]
+
+
+def _is_tied(model: nn.Module, name: str, entries: Mapping[str, Any]) -> bool:
+    """Return whether another name of the same tensor is in the file."""
+    aliases = aliases_of(model)
+    first = aliases.get(name, name)
+    return any(
+        other in entries for other in (first, *(a for a, one in aliases.items() if one == first))
+    )
+
+
+# --- what differs -------------------------------------------------------------------------------
+
+
+def _differences(model: nn.Module, entries: Mapping[str, Any]) -> list[str]:
+    """Return which names and shapes differ between a file and a model, in words."""
+    own = model.state_dict()
+    return _counted(
+        _needed(model, [name for name in own if name not in entries], entries),
+        [name for name in entries if name not in own],
+        _reshaped(own, entries),
+    )
+
+
+def _reshaped(own: Mapping[str, Any], entries: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{name!r} is {_shape(entries[name])} in the file and {_shape(tensor)} in the model"
+        for name, tensor in own.items()
+        if isinstance(tensor, Tensor)
+        and isinstance(entries.get(name), Tensor)
+        and not unusable_values({name: entries[name]})
+        and tensor.shape != entries[name].shape
+    ]
+
+
+def _counted(
+    missing: Sequence[str], unexpected: Sequence[str], reshaped: Sequence[str]
+) -> list[str]:
+    return [
+        f"{len(names)} {what}: {listed(shown)}"
+        for what, names, shown in (
+            ("missing from the file", missing, map(repr, missing)),
+            ("not in the model", unexpected, map(repr, unexpected)),
+            ("of another shape", reshaped, reshaped),
+        )
+        if names
+    ]
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a single number"
+
+
+def _overwritten(model: nn.Module, entries: Mapping[str, Any]) -> list[str]:
+    """Return which entries were lost, as others lie in the same memory of the model, in words."""
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    of_storage: dict[int, list[str]] = {}
+    for name, value in own.items():
+        if name in entries and value.numel():
+            of_storage.setdefault(value.untyped_storage().data_ptr(), []).append(name)
+    lost = []
+    for names in of_storage.values():
+        for name in names if len(names) > 1 else ():
+            wanted = entries[name].to(own[name])
+            if not torch.equal(torch.nan_to_num(wanted), torch.nan_to_num(own[name])):
+                others = listed(repr(other) for other in names if other != name)
+                lost.append(
+                    f"{name!r} and {others} are tied in the model and differ in the file: remove "
+                    "the one that is not meant, or give a model that does not tie them"
+                )
+    return lost[:1]

@@ -1,0 +1,87 @@
+"""What a file is that cannot be read as weights, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from clafusion.weights.messages import listed
+
+__all__ = ["is_shard", "stands_for_another", "unreadable_content"]
+
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<ending>\.\w+)")
+_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+_TENSORS_HELPERS = ("builtins.", "collections.")  # which say nothing to those who read of them
+_KINDS = (
+    ("torch.nn.parameter.UninitializedParameter", "the weights of a lazy module that never ran"),
+    ("torch.nn.parameter.UninitializedBuffer", "the weights of a lazy module that never ran"),
+    ("torch.nn.modules.", "a whole module"),
+    ("torch.optim.lr_scheduler.", "a whole scheduler"),
+    ("torch.optim.", "a whole optimizer"),
+    ("argparse.Namespace", "a program's arguments"),
+    ("omegaconf.", "a configuration"),
+    ("numpy.", "NumPy values"),
+    ("pathlib.", "paths"),
+)
+
+
+def stands_for_another(path: Path) -> str | None:
+    """Return what a file is that was put in the place of another one, and what to do; else None.
+
+    These are pointers of Git LFS, and web pages that a failed download left.
+    """
+    with path.open("rb") as file:
+        head = file.read(256).lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return (
+            "is a pointer of Git LFS, not the file itself: fetch that by 'git lfs pull' in its "
+            "repository"
+        )
+    if head.startswith((b"<!doctype html", b"<html")):
+        return (
+            "is a web page, not what its ending says: the download failed, perhaps for want of a "
+            "login; download it again"
+        )
+    return None
+
+
+def is_shard(path: Path) -> str | None:
+    """Return what to do with a file whose name says that it is one part of several; else None."""
+    matched = _SHARD.fullmatch(path.name)
+    if matched is None or int(matched["count"]) < 2:
+        return None
+    index = path.with_name(f"{matched['stem']}{matched['ending']}.index.json")
+    told = (
+        f"give its index {index.name!r} instead, which names them all"
+        if index.is_file()
+        else f"fetch its index {index.name!r} and all parts into one folder, and give the index"
+    )
+    return f"is part {int(matched['number'])} of {int(matched['count'])} of a checkpoint: {told}"
+
+
+def unreadable_content(path: Path, error: BaseException) -> str | None:
+    """Say what a file holds that is no tensor, where that is why it was not loaded; else None.
+
+    Parameters
+    ----------
+    path
+        A file of ``torch.save``.
+    error
+        The error of loading it.
+    """
+    said = " ".join(str(one) for one in (error, error.__context__))
+    if "Unsupported global" not in said and "Unsupported class" not in said:
+        return None
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # the file has the format that torch wrote before 1.6
+        found = _GLOBAL.findall(said)
+    shown = [name for name in found if not name.startswith(_TENSORS_HELPERS)] or found
+    return listed(dict.fromkeys(map(_described, shown))) or "Python objects"
+
+
+def _described(name: str) -> str:
+    kind = next((words for start, words in _KINDS if name.startswith(start)), None)
+    return name if kind is None else f"{kind} ({name})"
