@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from clafusion.cli.inputs import (
     Archs,
+    CheckpointKeys,
     DataFile,
     DataKey,
     DataOptions,
@@ -15,6 +16,7 @@ from clafusion.cli.inputs import (
     Shape,
     Std,
     archs_of,
+    keys_of,
     load_models,
     named_files,
     samples_of,
@@ -35,6 +37,7 @@ def explain_command(
     weights: NamedFiles,
     arch: Archs,
     data: DataFile,
+    checkpoint_key: CheckpointKeys = None,
     data_key: DataKey = None,
     shape: Shape = None,
     scale: Scale = None,
@@ -46,7 +49,8 @@ def explain_command(
     """Compare models layer by layer: what matches, what does not, and why. Fuse nothing."""
     files = named_files(weights)
     settings = configured(options)
-    models = load_models(files, archs_of(arch, list(files)))
+    names = list(files)
+    models = load_models(files, archs_of(arch, names), keys_of(checkpoint_key, names))
     samples = samples_of(data, _ROWS, DataOptions(data_key, shape, scale, mean, std))
     try_models(models, samples)
     print(explain(models, samples, verify=settings.verify))
