@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,42 @@ class FusionAssessment:
             f"{self.parents[name]}; the result {self.result}"
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures and the verdict as plain data for JSON; None for infinity."""
+        return {
+            "kind": self.kind,
+            "result": _plain(self.result),
+            "parents": {name: _plain(one) for name, one in self.parents.items()},
+            "between_parents": _plain(self.between_parents),
+            "num_inputs": self.num_inputs,
+            "held_out": self.held_out,
+            "verdict": self.verdict,
+        }
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> FusionAssessment:
+        """Return the assessment of which :meth:`to_dict` gave the facts."""
+        return cls(
+            facts["kind"],
+            _read(facts["result"]),
+            {name: _read(one) for name, one in facts["parents"].items()},
+            _read(facts["between_parents"]),
+            facts["num_inputs"],
+            facts["held_out"],
+        )
+
+
+def _plain(one: Nearness) -> dict[str, Any]:
+    return {
+        "distance": one.distance if math.isfinite(one.distance) else None,
+        "agreement": one.agreement,
+    }
+
+
+def _read(facts: Mapping[str, Any]) -> Nearness:
+    distance = facts["distance"]
+    return Nearness(math.inf if distance is None else distance, facts["agreement"])
+
 
 # --- which part ---------------------------------------------------------------------------------
 
@@ -189,7 +225,10 @@ def _compared(model: TracedModel, settings: Assessment) -> tuple[int, Kind] | No
     shape = (-1, *model.outputs[floating[0]][0])
     axis, count = settings.axis, len(shape)
     is_axis = -count < axis < count and axis != 0 and shape[axis] >= 2
-    if settings.outputs == "classes" and not is_axis:
+    is_wanted = settings.outputs == "classes" or (
+        settings.outputs == "auto" and axis != Assessment.axis
+    )
+    if is_wanted and not is_axis:
         raise InputError(
             f"assessment.axis={axis} must be an axis with at least 2 classes; the outputs have the "
             f"shape ({', '.join(['batch', *map(str, shape[1:])])})"

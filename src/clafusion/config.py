@@ -386,10 +386,16 @@ class Merging(Settings):
 
 @dataclass(frozen=True)
 class Assessment(Settings):
-    """How the result is assessed, without labels."""
+    """How the result is assessed, without labels: see :class:`clafusion.FusionAssessment`.
+
+    The first floating output counts. By default it is taken as classes where it has the shape
+    ``(batch, classes)`` or ``(batch, positions, classes)`` with at least 2 classes, or where you
+    give the axis. It is taken as values where it has more axes, as an image, or one number for each
+    input. Say ``outputs="values"`` for a regression with several numbers.
+    """
 
     outputs: str = choice("auto", ASSESSED_OUTPUTS, "how the first floating output is compared")
-    axis: int = count(-1, "the axis of the classes; the batch has axis 0", least=-8, most=8)
+    axis: int = count(-1, "the axis of the classes; the batch has axis 0", least=-8)
     held_out: float = number(
         0.1, "the share of the inputs that is kept out of the fusion for it", high=0.5
     )
