@@ -17,6 +17,7 @@ from clafusion import (
     fuse,
     fuse_pairs,
 )
+from clafusion.assessment import Nearness, _is_nearer, warn_of
 from clafusion.fusion import align, fuse_aligned
 from clafusion.profiling.batches import Part, has_rows, keeps_order
 from tests.support import networks
@@ -61,7 +62,11 @@ class Image(nn.Module):
     def __init__(self, width, depth=1, seed=0):
         super().__init__()
         torch.manual_seed(seed)
-        inner = [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()] * depth
+        inner = [
+            layer
+            for _ in range(depth)
+            for layer in (nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
+        ]
         self.body = nn.Sequential(
             nn.Conv2d(2, width, 3, padding=1), nn.ReLU(), *inner, nn.Conv2d(width, 3, 1)
         )
@@ -70,15 +75,26 @@ class Image(nn.Module):
         return self.body(x)
 
 
-class OneSize(nn.Module):
-    """Admits the batch size 40 only."""
+class Free(nn.Module):
+    """The same for any batch size."""
 
     def __init__(self, *widths, seed=0):
         super().__init__()
         self.body = networks.mlp(*widths, seed=seed)
 
     def forward(self, x):
-        return self.body(x.reshape(40, 6))
+        return self.body(x.reshape(-1, 6))
+
+
+class OneSize(nn.Module):
+    """Admits the batch size 3 only."""
+
+    def __init__(self, *widths, seed=0):
+        super().__init__()
+        self.body = networks.mlp(*widths, seed=seed)
+
+    def forward(self, x):
+        return self.body(x.reshape(3, 6))
 
 
 # --- the figures --------------------------------------------------------------------------------
@@ -137,8 +153,8 @@ def test_a_network_fused_with_itself_is_as_near_as_can_be(outputs, calibration):
     assert found.result.distance == pytest.approx(0, abs=1e-5)
     assert found.result.agreement in (None, 1.0)
     assert found.between_parents.distance == 0
-    assert found.is_nearest
-    assert "as near to the parents together as each parent alone or nearer" in found.verdict
+    assert not found.nearer
+    assert "No parent alone comes clearly nearer" in found.verdict
 
 
 def test_all_the_weight_on_one_parent_is_that_parent():
@@ -164,7 +180,7 @@ def test_a_result_that_is_not_finite_is_infinitely_far():
         """Make everything NaN."""
 
     @clafusion.calibrates(Broken)
-    def _broken(problem, data, settings, *, seed, progress):
+    def _broken(problem, *_, **__):
         return {name: one * math.nan for name, one in clafusion.average(problem).items()}
 
     try:
@@ -185,7 +201,7 @@ class Destroy(clafusion.Calibration, name="destroy_by_test"):
 
 
 @clafusion.calibrates(Destroy)
-def _destroy(problem, data, settings, *, seed, progress):
+def _destroy(problem, *_, **__):
     return {name: -5 * one for name, one in clafusion.average(problem).items()}
 
 
@@ -202,7 +218,7 @@ def test_a_destroyed_result_is_told_with_what_to_try():
     assert " alone comes nearer to the parents together than the result, on 20 inputs" in text
     assert "Try calibration='least_squares', more data, a wider target" in text
     assert text.endswith("training (clafusion.distill)")
-    assert not result.assessment.is_nearest
+    assert result.assessment.nearer
     assert text.startswith(f"{result.assessment.verdict}. Try ")
     shown = clafusion.summary(result)
     assert f"assessed     {result.assessment.verdict}" in shown
@@ -211,16 +227,33 @@ def test_a_destroyed_result_is_told_with_what_to_try():
 
 
 def test_least_squares_is_not_advised_to_who_has_it():
-    from clafusion.assessment import Nearness, warn_of
-
     bad = FusionAssessment(
-        "values", Nearness(2.0), {"a": Nearness(0.5), "b": Nearness(0.4)}, Nearness(1.0), 9, False
+        kind="values",
+        result=Nearness(2.0),
+        parents={"a": Nearness(0.5), "b": Nearness(0.4)},
+        between_parents=Nearness(1.0),
+        num_inputs=9,
+        held_out=False,
+        nearer=("a", "b"),
     )
     with pytest.warns(AssessmentWarning, match="Try more data, a wider target") as told:
         warn_of(bad, FusionConfig(calibration="least_squares"))
     assert str(told[0].message).startswith(
         "b alone comes nearer to the parents together than the result, on 9 inputs: relative"
     )
+
+
+def test_a_difference_within_the_noise_is_no_reason_to_warn():
+    parent = torch.rand(50, generator=torch.Generator().manual_seed(1)).double()
+    noise = torch.randn(50, generator=torch.Generator().manual_seed(2)).double()
+    noise = (noise - noise.mean()) / noise.std()
+    error = 50**-0.5
+    assert not _is_nearer(parent, parent + 1.9 * error + noise)
+    assert _is_nearer(parent, parent + 2.1 * error + noise)
+    assert not _is_nearer(parent, parent + 0.9e-4)
+    assert _is_nearer(parent[:1], parent[:1] + 1.1e-4)
+    assert _is_nearer(parent, parent * math.inf)
+    assert not _is_nearer(parent * math.inf, parent * math.inf)
 
 
 # --- what is held out ---------------------------------------------------------------------------
@@ -301,11 +334,11 @@ def test_of_few_inputs_none_is_held_out(count, held_out):
 
 
 def test_models_of_one_batch_size_see_all_batches():
-    batches = list(VECTORS.split(40))
+    batches = list(VECTORS[:198].split(3))
     models = {"one": OneSize(6, 9, 8, 4, seed=1), "other": OneSize(6, 7, 4, seed=2)}
     found = fuse(models, batches).assessment
-    assert (found.num_inputs, found.held_out) == (COUNT, False)
-    models["free"] = networks.mlp(6, 8, 4, seed=3)
+    assert (found.num_inputs, found.held_out) == (198, False)
+    models["free"] = Free(6, 8, 8, 4, seed=3)
     mixed = {name: models[name] for name in ("one", "free")}
     result = fuse(mixed, batches)
     assert not result.assessment.held_out
@@ -365,6 +398,7 @@ def test_every_way_to_fuse_gives_the_same_figures(tmp_path):
     (paired,) = fuse_pairs(models, VECTORS, weights=[2, 1], out_dir=tmp_path)
     assert paired.assessment == usual.assessment
     assert paired.distance == usual.assessment.result.distance
+    assert paired.agreement == usual.assessment.result.agreement
     assert same_bytes(paired.model, usual.model)
     (again,) = fuse_pairs(models, VECTORS, weights=[2, 1], out_dir=tmp_path)
     assert again.resumed

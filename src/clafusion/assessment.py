@@ -42,7 +42,8 @@ _LEAST_HELD = 5  # so few say nothing
 _MOST = 2000  # inputs on which the networks are compared
 _CHUNK, _CHUNK_NUMBERS = 256, 1 << 22  # rows, and numbers in an output, at a time
 _FAR = 100.0  # nats: a probability of 0 counts as exp(-100), so that one row does not hide all
-_NOISE = 1e-4  # a result as near as that needs no warning
+_ROUNDING = 1e-12  # nats, which is none
+_NOISE, _ERRORS = 1e-4, 2.0  # a difference counts that is above both; the latter in standard errors
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,9 @@ class FusionAssessment:
     held_out
         Whether these inputs were kept out of the fusion. If not, the result has seen them, and on
         others it may be further away.
+    nearer
+        The names of the parents that alone are nearer than the result. A difference counts that is
+        above two standard errors of the mean over the inputs, and above 0.0001.
     """
 
     kind: Kind
@@ -98,6 +102,7 @@ class FusionAssessment:
     between_parents: Nearness
     num_inputs: int
     held_out: bool
+    nearer: tuple[str, ...] = ()
 
     @property
     def nearest_parent(self) -> str:
@@ -105,24 +110,18 @@ class FusionAssessment:
         return min(self.parents, key=lambda name: self.parents[name].distance)
 
     @property
-    def is_nearest(self) -> bool:
-        """Whether no parent alone is nearer to the parents together than the result is."""
-        distance = self.result.distance
-        return distance <= max(_NOISE, self.parents[self.nearest_parent].distance)
-
-    @property
     def verdict(self) -> str:
         """What the figures say, in one sentence."""
         name = self.nearest_parent
         on = f"{self.num_inputs} inputs" + (" kept out of the fusion" if self.held_out else "")
-        if self.is_nearest:
+        if self.nearer:
             return (
-                f"The result comes as near to the parents together as each parent alone or nearer, "
-                f"on {on}: {self.result}; {name} alone {self.parents[name]}"
+                f"{name} alone comes nearer to the parents together than the result, on {on}: "
+                f"{self.parents[name]}; the result {self.result}"
             )
         return (
-            f"{name} alone comes nearer to the parents together than the result, on {on}: "
-            f"{self.parents[name]}; the result {self.result}"
+            f"No parent alone comes clearly nearer to the parents together than the result, on "
+            f"{on}: {self.result}; {name} alone {self.parents[name]}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -134,6 +133,7 @@ class FusionAssessment:
             "between_parents": _plain(self.between_parents),
             "num_inputs": self.num_inputs,
             "held_out": self.held_out,
+            "nearer": list(self.nearer),
             "verdict": self.verdict,
         }
 
@@ -147,6 +147,7 @@ class FusionAssessment:
             _read(facts["between_parents"]),
             facts["num_inputs"],
             facts["held_out"],
+            tuple(facts["nearer"]),
         )
 
 
@@ -352,7 +353,8 @@ class _Sums:
         self._are_probabilities: bool | None = None
         count = len(weights) + 1
         self._rows = 0
-        self._distances, self._agreements = [0.0] * count, [0] * count
+        self._distances: list[list[Tensor]] = [[] for _ in range(count)]  # of each input
+        self._agreements = [0] * count
         self._apart, self._alike = 0.0, 0  # between the parents
         self._squares, self._total = 0.0, torch.zeros(())
 
@@ -378,12 +380,12 @@ class _Sums:
         choices = [one.argmax(-1) for one in logs]
         self._rows += chosen.numel()
         for i, (log, choice) in enumerate(zip(logs, choices, strict=True)):
-            self._distances[i] += _divergence(mean, log)
+            self._distances[i].append(_divergence(mean, log))
             self._agreements[i] += int((choice == chosen).sum())
         alike = torch.stack([one == choices[0] for one in choices[:-1]]).all(0)
         self._alike += int(alike.sum())
         self._apart += sum(
-            _divergence(one, log)
+            float(_divergence(one, log).sum())
             for i, one in enumerate(parts)
             for j, log in enumerate(logs[:-1])
             if i != j
@@ -392,9 +394,8 @@ class _Sums:
     def _add_values(self, outputs: list[Tensor]) -> None:
         parents = outputs[:-1]
         mean = _mean(parents, self._weights)
-        self._rows += mean.size(0)
         for i, one in enumerate(outputs):
-            self._distances[i] += float((one - mean).square().sum())
+            self._distances[i].append((one - mean).square().flatten(1).sum(1))
         self._squares += float(mean.square().sum())
         self._total = self._total.to(mean) + mean.sum(0)
         self._apart += sum(
@@ -407,12 +408,13 @@ class _Sums:
     def assessment(self, names: Sequence[str], held_out: bool) -> FusionAssessment:
         """Return what the sums say."""
         is_classes = self._kind == "classes"
-        scale = float(self._rows) if is_classes else self._variation()
+        scale = 1.0 if is_classes else self._variation() / self.num_inputs
+        distances = [torch.cat(one) / scale for one in self._distances]
         all_of_them = [
-            Nearness(_finite(distance / scale), count / self._rows if is_classes else None)
-            for distance, count in zip(self._distances, self._agreements, strict=True)
+            Nearness(_finite(distance.mean()), count / self._rows if is_classes else None)
+            for distance, count in zip(distances, self._agreements, strict=True)
         ]
-        pairs = len(names) * (len(names) - 1)
+        pairs = len(names) * (len(names) - 1) * self.num_inputs
         between = Nearness(
             _finite(self._apart / scale / pairs), self._alike / self._rows if is_classes else None
         )
@@ -423,11 +425,16 @@ class _Sums:
             between,
             self.num_inputs,
             held_out,
+            tuple(
+                name
+                for name, one in zip(names, distances[:-1], strict=True)
+                if _is_nearer(one, distances[-1])
+            ),
         )
 
     def _variation(self) -> float:
         """Return how much the parents' mean varies; of a constant one its squares."""
-        around = self._squares - float(self._total.square().sum()) / self._rows
+        around = self._squares - float(self._total.square().sum()) / self.num_inputs
         return max(around if around > 1e-9 * self._squares else self._squares, 1e-30)
 
 
@@ -440,10 +447,21 @@ def _mean(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return mean
 
 
-def _divergence(of: Tensor, log: Tensor) -> float:
-    """Return the sum over all rows of the divergence of ``exp(log)`` from ``of``."""
-    terms = torch.special.xlogy(of, of) - of * log.clamp(min=-_FAR)
-    return max(float(terms.sum()), 0.0) if bool(torch.isfinite(terms).all()) else math.inf
+def _divergence(of: Tensor, log: Tensor) -> Tensor:
+    """Return each input's divergence of ``exp(log)`` from ``of``, the mean of its positions."""
+    terms = (torch.special.xlogy(of, of) - of * log.clamp(min=-_FAR)).sum(-1)
+    found = terms.reshape(len(terms), -1).mean(1).clamp(min=0)
+    found = torch.where(found > _ROUNDING, found, 0.0 * found)
+    return torch.where(torch.isfinite(found), found, math.inf)
+
+
+def _is_nearer(one: Tensor, result: Tensor) -> bool:
+    """Say whether distances of the inputs are clearly less than the result's."""
+    if not bool(torch.isfinite(result).all()):
+        return bool(torch.isfinite(one).all())
+    further = result - one
+    error = further.std() / math.sqrt(len(further)) if len(further) > 1 else torch.zeros(())
+    return float(further.mean()) > max(_NOISE, _ERRORS * float(error))
 
 
 def _are_probabilities(outputs: Tensor) -> bool:
@@ -452,22 +470,22 @@ def _are_probabilities(outputs: Tensor) -> bool:
     return bool((outputs >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
 
 
-def _finite(distance: float) -> float:
-    return distance if math.isfinite(distance) else math.inf
+def _finite(distance: float | Tensor) -> float:
+    return float(distance) if math.isfinite(distance) else math.inf
 
 
 # --- the warning --------------------------------------------------------------------------------
 
 
 def warn_of(assessment: FusionAssessment | None, config: FusionConfig) -> None:
-    """Warn where a parent alone is nearer to all together than the result; say what to try.
+    """Warn where a parent alone is clearly nearer than the result; say what to try.
 
     Warns
     -----
     AssessmentWarning
         See above.
     """
-    if assessment is None or assessment.is_nearest:
+    if assessment is None or not assessment.nearer:
         return
     remedies = ["more data", "a wider target (width='wide')", "training (clafusion.distill)"]
     if not isinstance(config.calibration, LeastSquares):

@@ -76,7 +76,7 @@ class FusionWarning(UserWarning):
 
 
 class AssessmentWarning(FusionWarning):
-    """A parent alone comes nearer to what the parents put out together than the result does."""
+    """A parent alone comes clearly nearer to what all put out together than the result does."""
 
 
 class ConvergenceWarning(FusionWarning):

@@ -119,7 +119,7 @@ def fuse(
     WidthWarning, ConvergenceWarning
         See there.
     AssessmentWarning
-        A parent alone comes nearer to what the parents put out together than the result does.
+        A parent alone comes clearly nearer to what all put out together than the result does.
 
     Examples
     --------

@@ -86,6 +86,14 @@ class PairResult:
     _architecture: Model | None = field(repr=False)
 
     @property
+    def agreement(self) -> float | None:
+        """How often the result and both models together choose the same class; None for no classes.
+
+        From 0 to 1. Of classes this orders pairs better than :attr:`distance`.
+        """
+        return None if self.assessment is None else self.assessment.result.agreement
+
+    @property
     def distance(self) -> float:
         """How far the result is from both models together, to sort by; inf where that is unknown.
 
