@@ -34,7 +34,7 @@ def residual(*stages, widths=(8, 16), seed=0):
 
 
 def composed(models, inputs, template, **settings):
-    config = FusionConfig(target=Like(template), **settings)
+    config = FusionConfig(target=Like(template), assessment="none", **settings)
     aligned = align(models, inputs, config)
     chosen = choose_target(aligned, config, trace(template, inputs))
     return aligned, config, sources_of(chosen, aligned)
