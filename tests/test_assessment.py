@@ -472,7 +472,7 @@ def test_one_number_for_each_input_is_a_value():
         ({"axis": 2}, r"assessment.axis=2 .* have the shape \(batch, 4\)"),
         ({"outputs": "classes", "axis": -2}, "assessment.axis=-2 must"),
         ({"outputs": "labels"}, "assessment.outputs must be one of 'auto', 'classes'"),
-        ({"held_out": 0.6}, r"assessment.held_out must be in \[0, 0.5\]; got 0.6"),
+        ({"held_out": 0.95}, r"assessment.held_out must be in \[0, 0.9\]; got 0.95"),
         ({"share": 0.1}, "assessment has no option 'share'"),
         (0.2, r"assessment must be Assessment\(...\)"),
     ],

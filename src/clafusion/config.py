@@ -397,7 +397,7 @@ class Assessment(Settings):
     outputs: str = choice("auto", ASSESSED_OUTPUTS, "how the first floating output is compared")
     axis: int = count(-1, "the axis of the classes; the batch has axis 0", least=-8)
     held_out: float = number(
-        0.1, "the share of the inputs that is kept out of the fusion for it", high=0.5
+        0.1, "the share of the inputs that is kept out of the fusion for it", high=0.9
     )
 
 
