@@ -364,6 +364,9 @@ def test_all_options_are_listed_once_with_a_line_of_help():
         "calibration.anchor",
         "calibration.ridge",
         "calibration.samples",
+        "assessment.outputs",
+        "assessment.axis",
+        "assessment.held_out",
         "verify",
         "seed",
     ]

@@ -12,11 +12,13 @@ from clafusion.alignment.dynamic_program import (
 )
 from clafusion.alignment.layer_costs import cka, layer_costs, linear_cka
 from clafusion.alignment.models import AlignedModels
+from clafusion.assessment import FusionAssessment, Nearness
 from clafusion.batch.results import PairResult
 from clafusion.batch.run import fuse_pairs
 from clafusion.calibration.methods import Calibrated, calibrates
 from clafusion.config import (
     Alignment,
+    Assessment,
     Assignment,
     Auto,
     Barycentre,
@@ -46,6 +48,7 @@ from clafusion.correspondence.correspondence import Correspondence, correspond
 from clafusion.correspondence.structure import inserted_model
 from clafusion.errors import (
     AlignmentError,
+    AssessmentWarning,
     ClafusionError,
     ConvergenceWarning,
     DivergenceError,
@@ -85,6 +88,8 @@ __all__ = [
     "AlignedModels",
     "Alignment",
     "AlignmentError",
+    "Assessment",
+    "AssessmentWarning",
     "Assignment",
     "Auto",
     "Barycentre",
@@ -98,6 +103,7 @@ __all__ = [
     "Deeper",
     "DivergenceError",
     "Exact",
+    "FusionAssessment",
     "FusionConfig",
     "FusionProblem",
     "FusionResult",
@@ -118,6 +124,7 @@ __all__ = [
     "Merging",
     "ModelFile",
     "ModelProfile",
+    "Nearness",
     "NoCalibration",
     "PairResult",
     "Parent",

@@ -36,6 +36,7 @@ from clafusion.settings import (
 
 __all__ = [
     "ALIGNMENT_MODES",
+    "ASSESSED_OUTPUTS",
     "CHANNEL_COSTS",
     "IMPORTANCES",
     "LAYER_COSTS",
@@ -45,6 +46,7 @@ __all__ = [
     "NORMALISATIONS",
     "WIDTHS",
     "Alignment",
+    "Assessment",
     "Assignment",
     "Auto",
     "Barycentre",
@@ -121,6 +123,12 @@ WIDTHS = ("own", "narrow", "wide")
 NORMALISATIONS = Choices(
     two="one for what leaves a layer and one for what enters it",
     single="the published one, which shrinks where widths differ",
+)
+ASSESSED_OUTPUTS = Choices(
+    auto="as classes where there are two or three axes and two or more entries, else as values",
+    classes="by which class is the largest, and by the Kullback-Leibler divergence",
+    values="by the relative squared error",
+    none="not at all, and nothing is kept out of the fusion",
 )
 MERGES = Choices(
     least_squares="they are left out, and least squares makes up for them",
@@ -377,6 +385,23 @@ class Merging(Settings):
 
 
 @dataclass(frozen=True)
+class Assessment(Settings):
+    """How the result is assessed, without labels: see :class:`clafusion.FusionAssessment`.
+
+    The first floating output counts. By default it is taken as classes where it has the shape
+    ``(batch, classes)`` or ``(batch, positions, classes)`` with at least 2 classes, or where you
+    give the axis. It is taken as values where it has more axes, as an image, or one number for each
+    input. Say ``outputs="values"`` for a regression with several numbers.
+    """
+
+    outputs: str = choice("auto", ASSESSED_OUTPUTS, "how the first floating output is compared")
+    axis: int = count(-1, "the axis of the classes; the batch has axis 0", least=-8)
+    held_out: float = number(
+        0.1, "the share of the inputs that is kept out of the fusion for it", high=0.9
+    )
+
+
+@dataclass(frozen=True)
 class FusionConfig(Settings):
     """How to fuse: every option that there is.
 
@@ -395,6 +420,7 @@ class FusionConfig(Settings):
     matching: Matching = nested(Matching, Matching(), "which channels belong together")
     merging: Merging = nested(Merging, Merging(), "how the parents are averaged")
     calibration: Calibration = nested(Calibration, Repair(), "how what is lost is restored")
+    assessment: Assessment = nested(Assessment, Assessment(), "how the result is assessed")
     verify: bool = flag(True, "prove the analysis of each parent by permuting a copy")
     seed: int = count(0, "seed of every random choice", least=0, most=2**63 - 1)
 
@@ -405,8 +431,8 @@ class FusionConfig(Settings):
         Profiles are pre-activations of the first 200 inputs; layers are aligned by linear CKA with
         the first and last pinned; channels are matched exactly by the Euclidean distance of their
         pre-activations; plans are normalised once (OTFusion, arXiv 1910.05653, algorithm 1);
-        nothing is calibrated. The published code matches the classifier's outputs too, unless it
-        is told to skip the last layer.
+        nothing is calibrated, and no inputs are kept out. The published code matches the
+        classifier's outputs too, unless it is told to skip the last layer.
         """
         return cls(
             profiling=Profiling(
@@ -419,6 +445,7 @@ class FusionConfig(Settings):
             matching=Matching(cost="euclidean", solver=Exact(), outputs=match_outputs),
             merging=Merging(normalisation="single"),
             calibration=NoCalibration(),
+            assessment=Assessment(held_out=0.0),
         )
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ import warnings
 
 __all__ = [
     "AlignmentError",
+    "AssessmentWarning",
     "ClafusionError",
     "ConvergenceWarning",
     "DivergenceError",
@@ -72,6 +73,10 @@ class DivergenceError(ClafusionError, ArithmeticError):
 
 class FusionWarning(UserWarning):
     """Base of every warning that clafusion gives about a result."""
+
+
+class AssessmentWarning(FusionWarning):
+    """A parent alone comes clearly nearer to what all put out together than the result does."""
 
 
 class ConvergenceWarning(FusionWarning):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from clafusion.alignment.models import AlignedModels, align_models, check_models
+from clafusion.assessment import Parts, assess, parts_of, warn_of
 from clafusion.calibration.methods import calibrate
 from clafusion.config import (
     Barycentre,
@@ -81,7 +82,8 @@ def fuse(
         names, which then appear in every table and error.
     data
         Unlabelled inputs as the models were trained on: a tensor, a list of batches or a
-        DataLoader (labels are ignored). A few hundred are enough.
+        DataLoader (labels are ignored). A few hundred are enough. Every tenth input is kept out of
+        the fusion, and the result is assessed on it: see :class:`clafusion.Assessment`.
     weights
         Each model's weight, not negative; they are divided by their sum. For a mapping of models a
         mapping, too, or in the same order. Default: equal.
@@ -116,6 +118,8 @@ def fuse(
     -----
     WidthWarning, ConvergenceWarning
         See there.
+    AssessmentWarning
+        A parent alone comes clearly nearer to what all put out together than the result does.
 
     Examples
     --------
@@ -169,7 +173,8 @@ def align(
         ]
     check_models(tuple(named), traced, config)
     with clock.stage("profile"):
-        profiles = profile_traced(traced, data, config, progress)
+        kept = parts_of(data, traced, config.assessment).kept
+        profiles = profile_traced(traced, kept, config, progress)
     return align_profiles(tuple(named), profiles, config, clock=clock)
 
 
@@ -218,7 +223,8 @@ def profile(
             model = copied(model).to(usable_device(device))
         example_inputs = first_batch(data) if example_inputs is None else example_inputs
         model = trace(model, example_inputs, verify=config.verify, seed=config.seed)
-    return profile_traced([model], data, config, progress)[0]
+    kept = parts_of(data, [model], config.assessment).kept
+    return profile_traced([model], kept, config, progress)[0]
 
 
 def fuse_aligned(
@@ -244,12 +250,27 @@ def fuse_aligned(
     config = config or FusionConfig()
     given = merge_weights(weights, aligned.names)
     _check_strategy(config.merging.strategy, len(aligned.names))
+    parents = {name: one.traced for name, one in zip(aligned.names, aligned.profiles, strict=True)}
+    parts = parts_of(data, tuple(parents.values()), config.assessment)
+    result = _fused(aligned, parts.kept, given, config, template, progress)
+    return _assessed(result, parents, parts, progress)
+
+
+def _fused(
+    aligned: AlignedModels,
+    data: Data,
+    weights: tuple[float, ...],
+    config: FusionConfig,
+    template: TracedModel | None,
+    progress: Progress | None,
+) -> FusionResult:
+    """Do what :func:`fuse_aligned` does on the part of the data that a fusion may see."""
     clock = Clock(aligned.profiles[0].traced.device, aligned.timings, aligned.peak_memory)
     with clock.stage("target"):
         chosen = choose_target(aligned, config, template)
         sources = sources_of(chosen, aligned)
     with clock.stage("match"):
-        problem = _problem(aligned.names, sources, given, config)
+        problem = _problem(aligned.names, sources, weights, config)
     rounds, converged = 1, True
     if isinstance(config.merging.strategy, Barycentre):
         with clock.stage("barycentre"):
@@ -266,13 +287,38 @@ def fuse_aligned(
         aligned=aligned,
         problem=problem,
         config=config,
-        weights=given,
+        weights=weights,
         anchor=outcome.anchor,
         timings=clock.seconds,
         peak_memory=clock.peak_memory,
         rounds=rounds,
         converged=converged,
     )
+
+
+def _assessed(
+    result: FusionResult,
+    parents: Mapping[str, TracedModel],
+    parts: Parts,
+    progress: Progress | None,
+) -> FusionResult:
+    """Return the result with its assessment; warn where that is bad."""
+    config = result.config
+    clock = Clock(result.problem.target.device, result.timings, result.peak_memory)
+    with clock.stage("assess"):
+        found = assess(
+            result.model,
+            result.problem,
+            parents,
+            result.weights,
+            parts,
+            config.assessment,
+            progress,
+        )
+    if found is None:
+        return result
+    warn_of(found, config)
+    return replace(result, assessment=found, timings=clock.seconds, peak_memory=clock.peak_memory)
 
 
 def _check_strategy(strategy: Strategy, count: int) -> None:
@@ -335,15 +381,18 @@ def _one_after_another(
     fused, total = named[names[0]], weights[0]
     called = names[0]
     steps: list[FusionResult] = []
+    parents: dict[str, TracedModel] = {}
     for i, (name, weight) in enumerate(zip(names[1:], weights[1:], strict=True), 1):
         total += weight
         part = weight / total if total > 0 else 0.5
         pair = {called: fused, name: named[name]}
         own = _options_of_step(config, names, i)
         aligned = align(pair, data, own, example_inputs=example_inputs, progress=progress)
-        step = fuse_aligned(
-            aligned, data, (1.0 - part, part), own, template=template, progress=progress
-        )
+        traced = [one.traced for one in aligned.profiles]
+        parents.setdefault(names[0], traced[0])
+        parents[name] = traced[1]
+        kept = parts_of(data, traced, own.assessment).kept
+        step = _fused(aligned, kept, (1.0 - part, part), own, template, progress)
         fused, called = step.model, f"{called}+{name}"
         while called in named:
             called = f"({called})"
@@ -355,7 +404,7 @@ def _one_after_another(
             timings[stage] = timings.get(stage, 0.0) + seconds
         for stage, held in step.peak_memory.items():
             peak_memory[stage] = max(peak_memory.get(stage, 0), held)
-    return replace(
+    result = replace(
         steps[-1],
         config=config,
         weights=weights,
@@ -364,6 +413,8 @@ def _one_after_another(
         timings=timings,
         peak_memory=peak_memory,
     )
+    parts = parts_of(data, tuple(parents.values()), config.assessment)
+    return _assessed(result, parents, parts, progress)
 
 
 def _options_of_step(config: FusionConfig, names: Sequence[str], joining: int) -> FusionConfig:

@@ -9,6 +9,7 @@ from torch import nn
 
 from clafusion.alignment.dynamic_program import LayerAlignment
 from clafusion.alignment.models import AlignedModels
+from clafusion.assessment import FusionAssessment
 from clafusion.config import FusionConfig
 from clafusion.merging.problem import FusionProblem, Parent
 
@@ -39,6 +40,11 @@ class FusionResult:
         How many times all parents were matched with the target.
     converged
         Whether the plans stopped changing, for a barycentre; else True.
+    assessment
+        How near the result comes to what the parents put out together, on data that was kept out of
+        the fusion, and how near each parent alone. None with ``assessment="none"``, for models
+        without a floating output and for ``steps``, and where outputs were matched one model after
+        another.
     steps
         For the strategy ``"iterative"`` the results of the fusions one after another, the last one
         without its own steps. ``problem`` and ``aligned`` are those of the last. Else empty.
@@ -58,6 +64,7 @@ class FusionResult:
     peak_memory: Mapping[str, int] = field(default_factory=dict)
     rounds: int = 1
     converged: bool = True
+    assessment: FusionAssessment | None = None
     steps: tuple[FusionResult, ...] = ()
 
     @property

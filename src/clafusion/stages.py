@@ -85,6 +85,7 @@ def profile_options(config: FusionConfig) -> dict[str, Any]:
         "importance": config.matching.importance,
         "layer_weights": config.merging.layer_weights,
         "moments": needs_moments(config),
+        "held_out": 0.0 if config.assessment.outputs == "none" else config.assessment.held_out,
         "seed": config.seed,
         "verify": config.verify,
     }

@@ -113,7 +113,7 @@ class Scores(nn.Module):
 def test_a_warning_is_given_and_kept():
     models = {"wide": networks.randomise(Scores(8)), "narrow": networks.randomise(Scores(5), 1)}
     with pytest.warns(WidthWarning, match=r"models\['wide'\] and .*added up without weights"):
-        (result,) = fuse_pairs(models, VECTORS)
+        (result,) = fuse_pairs(models, VECTORS, assessment="none")
     (text,) = result.warnings
     assert "added up without weights" in text
 
@@ -135,6 +135,7 @@ OTHERS = {
     "matching": "euclidean",
     "merging": {"normalisation": "single"},
     "calibration": "batchnorm",
+    "assessment": {"held_out": 0.3},
     "verify": False,
     "seed": 3,
 }

@@ -136,9 +136,11 @@ def test_json_is_one_object(capsys):
     assert alignment["deep_to_shallow"] == [0, None, None, 1]
     assert facts["weights"] == [0.5, 0.5]
     assert facts["config"]["calibration"] == {"name": "repair"}
+    assert facts["assessment"]["parents"].keys() == {"first", "second"}
+    assert facts["assessment"]["verdict"]
     assert facts["architecture"] == "models.py:deep"
     assert [one["layer_map"] for one in facts["parents"]] == [[0, 1, 2, 3], [0, None, None, 1]]
-    stages = {"trace", "profile", "align", "target", "match", "merge", "calibrate"}
+    stages = {"trace", "profile", "align", "target", "match", "merge", "calibrate", "assess"}
     assert facts["seconds"].keys() >= stages
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from clafusion import (
     Alignment,
+    Assessment,
     BatchNorm,
     FusionConfig,
     InputError,
@@ -49,7 +50,7 @@ def test_unequal_depth_and_width_fuse_to_the_deep_architecture():
 
 def test_resetting_batchnorm_takes_the_statistics_of_the_data():
     model = networks.resnet(1, 1)
-    fused = fuse([model, model], IMAGES, calibration="batchnorm").model
+    fused = fuse([model, model], IMAGES, calibration="batchnorm", assessment="none").model
     seen = {}
     hook = model.stem[0].register_forward_hook(lambda *call: seen.update(out=call[2]))
     output(model, IMAGES)
@@ -289,6 +290,7 @@ OTHERS = {
     "matching": Matching(cost="euclidean"),
     "merging": Merging(layer_weights="sensitivity"),
     "calibration": BatchNorm(),
+    "assessment": Assessment(outputs="values"),
     "verify": False,
     "seed": 3,
 }

@@ -144,7 +144,7 @@ def test_settings_are_described_by_what_is_not_the_default():
 def test_layers_with_weights_of_their_own_have_a_table(three):
     merging = Merging(layer_weights="sensitivity")
     result = clafusion.fuse(three, INPUTS, [2, 1, 1], merging=merging)
-    table = summary(result).split("\n\n")[-2].splitlines()
+    table = summary(result).split("\n\n")[-3].splitlines()
     assert table[0].split() == ["weights", "in", "deep", "flat", "last"]
     layers = [one.name for one in result.problem.target.layers]
     for line, name, weights in zip(table[2:], layers, result.layer_weights, strict=True):

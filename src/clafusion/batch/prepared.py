@@ -10,6 +10,7 @@ from typing import TypeAlias
 from torch import nn
 
 from clafusion.alignment.models import label
+from clafusion.assessment import parts_of
 from clafusion.config import FusionConfig
 from clafusion.errors import InputError
 from clafusion.profiling.batches import Data
@@ -89,7 +90,8 @@ def prepare(
             return PreparedModel(cached, _num_bytes(cached), True)
     if config.verify:
         verify_graph(traced, traced.example_inputs, seed=config.seed)
-    (profile,) = profile_traced([traced], data, config)
+    kept = parts_of(data, [traced], config.assessment).kept
+    (profile,) = profile_traced([traced], kept, config)
     if cache_dir is not None:
         write_profile(cache_dir, key, profile)
     return PreparedModel(profile, _num_bytes(profile), False)

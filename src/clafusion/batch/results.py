@@ -15,6 +15,7 @@ from torch import nn
 
 from clafusion.alignment.dynamic_program import LayerAlignment
 from clafusion.alignment.models import label
+from clafusion.assessment import FusionAssessment
 from clafusion.errors import InputError
 from clafusion.results import FusionResult
 from clafusion.weights.build import fill
@@ -53,6 +54,9 @@ class PairResult:
     layer_weights
         For each layer of the fused model the weights of the first and the second model; None where
         a model has no such layer. As in ``FusionResult.layer_weights``.
+    assessment
+        How near the result comes to what both models put out together, and each model alone; as in
+        ``FusionResult.assessment``.
     seconds
         How long each stage took. Stages that models share are counted in the pair for which they
         were done.
@@ -73,12 +77,30 @@ class PairResult:
     shallow_layers: tuple[str, ...]
     alignment: LayerAlignment | None
     layer_weights: tuple[tuple[float | None, ...], ...]
+    assessment: FusionAssessment | None
     seconds: Mapping[str, float]
     warnings: tuple[str, ...]
     path: Path | None
     resumed: bool
     _state: Mapping[str, Any] | None = field(repr=False)
     _architecture: Model | None = field(repr=False)
+
+    @property
+    def agreement(self) -> float | None:
+        """How often the result and both models together choose the same class; None for no classes.
+
+        From 0 to 1. Of classes this orders pairs better than :attr:`distance`.
+        """
+        return None if self.assessment is None else self.assessment.result.agreement
+
+    @property
+    def distance(self) -> float:
+        """How far the result is from both models together, to sort by; inf where that is unknown.
+
+        The mean Kullback-Leibler divergence in nats, or the relative squared error: see
+        :class:`clafusion.Nearness`.
+        """
+        return math.inf if self.assessment is None else self.assessment.result.distance
 
     @property
     def state(self) -> Mapping[str, Any]:
@@ -129,6 +151,7 @@ def facts_of(result: FusionResult) -> dict[str, Any]:
         "shallow_layers": aligned.layer_names(pair.shallow),
         "alignment": _alignment_facts(pair.alignment),
         "layer_weights": [list(one) for one in result.layer_weights],
+        "assessment": None if result.assessment is None else result.assessment.to_dict(),
         "seconds": dict(result.timings),
     }
 
@@ -168,6 +191,7 @@ def result_of(
         Whether an earlier run fused the pair.
     """
     is_fused = facts["error"] is None
+    assessment = facts.get("assessment")
     return PairResult(
         first=facts["first"],
         second=facts["second"],
@@ -178,6 +202,7 @@ def result_of(
         shallow_layers=tuple(facts.get("shallow_layers", ())),
         alignment=_alignment_of(facts["alignment"]) if is_fused else None,
         layer_weights=tuple(tuple(one) for one in facts.get("layer_weights", ())),
+        assessment=None if assessment is None else FusionAssessment.from_dict(assessment),
         seconds={stage: float(one) for stage, one in facts.get("seconds", {}).items()},
         warnings=tuple(facts["warnings"]),
         path=folder / facts["file"] if is_fused and folder is not None else None,

@@ -220,6 +220,7 @@ def _checked(result: PairResult) -> PairResult:
         and all(len(one) == 2 for one in result.layer_weights)
         and all(isinstance(one, str) for one in (*result.deep_layers, *result.shallow_layers))
         and all(isinstance(one, str) for one in result.warnings)
+        and isinstance(result.distance, float)
     ):
         raise ValueError("this version did not write the line")
     return result

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from clafusion.alignment.models import label
+from clafusion.assessment import parts_of
 from clafusion.batch.prepared import KnownModels, PreparedModel, prepare
 from clafusion.batch.results import Model, Pair, facts_of
 from clafusion.config import FusionConfig
@@ -21,7 +22,7 @@ from clafusion.errors import FusionWarning, InputError, StructureError
 from clafusion.fusion import align_profiles, fuse_aligned
 from clafusion.profiling.batches import Data
 from clafusion.results import FusionResult
-from clafusion.stages import ExampleInputs
+from clafusion.stages import ExampleInputs, profile_traced
 from clafusion.tracing.trace import copied
 from clafusion.weights.factories import ModelFile
 from clafusion.weights.messages import one_line
@@ -125,6 +126,11 @@ class Worker:
         profiles = [self._prepared(name, pair, source).profile for name in pair]
         before = {"prepare": time.perf_counter() - started}
         job = self._job
+        traced = [one.traced for one in profiles]
+        if len({one.static_batch is None for one in traced}) == 2:
+            # Beside a model of one batch size the other one sees all data, as in clafusion.fuse.
+            kept = parts_of(job.data, traced, job.config.assessment).kept
+            profiles = profile_traced(traced, kept, job.config)
         aligned = align_profiles(pair, profiles, job.config, timings=before)
         if aligned.alignment.unmatched_shallow:
             raise StructureError(

@@ -40,7 +40,7 @@ def _pair_facts(aligned: AlignedModels, pair: PairAlignment) -> dict[str, Any]:
 
 
 def fusion_facts(result: FusionResult) -> dict[str, Any]:
-    """Return the alignments, what became of each parent, the options and the seconds.
+    """Return the alignments, what became of each parent, how good it is, options and seconds.
 
     Of a fusion of one model after another the alignments and parents are those of each step.
     """
@@ -51,6 +51,7 @@ def fusion_facts(result: FusionResult) -> dict[str, Any]:
         "anchor": result.anchor,
         "rounds": result.rounds,
         "converged": result.converged,
+        "assessment": None if result.assessment is None else result.assessment.to_dict(),
         "config": result.config.to_dict(),
         "seconds": dict(result.timings),
     }

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from clafusion.errors import InputError
 from clafusion.tracing.model import TracedModel
 from clafusion.weights.digests import add_tensor
 
-__all__ = ["Data", "Progress", "batches", "data_digest", "first_batch", "in_chunks"]
+__all__ = [
+    "Data",
+    "Part",
+    "Progress",
+    "batches",
+    "data_digest",
+    "first_batch",
+    "has_rows",
+    "in_chunks",
+    "keeps_order",
+]
 
 Data: TypeAlias = "Tensor | Iterable[Any]"
 """A tensor of samples, or an iterable of batches (a list, a DataLoader).
@@ -26,6 +38,102 @@ Progress: TypeAlias = Callable[[str, int], None]
 """Called with the stage's name and how many of its inputs are done."""
 
 _BATCH_SIZE = 256  # rows taken at a time from a tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of data, in the data's own batches: an iterable of batches itself.
+
+    Row ``i``, counted over all batches, is held out where ``floor((i + 1) * share)`` is more than
+    ``floor(i * share)``: for a share of 0.1 every tenth. So the rows that are held out are spread
+    over data in any order, say by class, and do not depend on the batches' sizes.
+
+    Attributes
+    ----------
+    data
+        All of the data.
+    share
+        Which share is held out, from 0 to 1.
+    held
+        Whether this part is what is held out; else it is the rest.
+    """
+
+    data: Data
+    share: float
+    held: bool
+
+    def rows(self, first: int, size: int) -> Tensor:
+        """Return which rows of a batch of ``size`` belong to the part; ``first`` came before."""
+        counts = torch.arange(first, first + size + 1, dtype=torch.float64).mul(self.share).floor()
+        is_held = counts[1:] > counts[:-1]
+        return torch.nonzero(is_held == self.held).squeeze(1)
+
+    def __iter__(self) -> Iterator[Any]:
+        seen = 0
+        for batch in _raw(self.data):
+            size = _num_rows(batch)
+            rows = self.rows(seen, size)
+            seen += size
+            if len(rows):
+                yield _taken(batch, rows, size)
+
+
+def _raw(data: Data) -> Iterable[Any]:
+    return data.split(_BATCH_SIZE) if isinstance(data, Tensor) else data
+
+
+def _num_rows(batch: Any) -> int:
+    """Return the size of a batch, that of its first tensor; 0 where there is none."""
+    if isinstance(batch, Tensor):
+        return batch.size(0) if batch.dim() else 0
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    if not isinstance(parts, Iterable):
+        return 0
+    return next((one.size(0) for one in parts if isinstance(one, Tensor) and one.dim()), 0)
+
+
+def _taken(batch: Any, rows: Tensor, size: int) -> Any:
+    """Return some rows of all tensors in a batch that have a row for each input."""
+    if isinstance(batch, Tensor):
+        has_rows = batch.dim() > 0 and batch.size(0) == size
+        return batch[rows.to(batch.device)] if has_rows else batch
+    if isinstance(batch, Mapping):
+        return {name: _taken(one, rows, size) for name, one in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return tuple(_taken(one, rows, size) for one in batch)
+    return batch
+
+
+def has_rows(data: Data, least: int) -> bool:
+    """Say whether there are ``least`` rows; no more batches are read than that takes."""
+    _check_kind(data)
+    count = 0
+    for batch in [data] if isinstance(data, Tensor) else data:
+        count += _num_rows(batch)
+        if count >= least:
+            return True
+    return False
+
+
+def keeps_order(data: Data) -> bool:
+    """Say whether every reading gives the same rows in the same order, as far as can be told.
+
+    That is so for a tensor and a list, and for a DataLoader that takes its samples in order. Of any
+    other iterable the first batch is read twice.
+    """
+    if isinstance(data, (Tensor, Sequence)):
+        return True
+    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+        sampler = data.batch_sampler
+        if type(sampler) is BatchSampler:
+            return isinstance(sampler.sampler, SequentialSampler)
+        return sampler is None and isinstance(data.sampler, SequentialSampler)
+    _check_kind(data)
+    return data_digest(_first(data)) == data_digest(_first(data))
+
+
+def _first(data: Iterable[Any]) -> list[Any]:
+    return [batch for _, batch in zip(range(1), data, strict=False)]
 
 
 def first_batch(data: Data) -> Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]:
@@ -77,19 +185,25 @@ def batches(
     ------
     InputError
         ``data`` is empty or can be read only once, or a batch has another number of inputs,
-        shape or dtype than the example inputs, or NaN or infinite values.
+        shape or dtype than the example inputs, or NaN or infinite values. Of a :class:`Part` the
+        other part's rows are checked, too.
     """
+    part = data if isinstance(data, Part) else None
+    data = data if part is None else part.data
     _check_kind(data)
-    source: Iterable[Any] = data.split(_BATCH_SIZE) if isinstance(data, Tensor) else data
     count = 0
-    for i, batch in enumerate(source):
+    for i, batch in enumerate(_raw(data)):
         inputs = _inputs(batch, len(example_inputs), keywords, i)
         for name, value, example in zip(
             keywords or [""] * len(inputs), inputs, example_inputs, strict=True
         ):
             _check_like(value, example, f"data, batch {i}" + (f", input {name!r}" if name else ""))
-        count += inputs[0].size(0)
-        yield tuple(value.to(device) for value in inputs) if device is not None else inputs
+        size = inputs[0].size(0)
+        if part is not None:  # what is wrong with a row shows wherever the row belongs
+            inputs = _taken(inputs, part.rows(count, size), size)
+        count += size
+        if inputs[0].size(0):
+            yield tuple(value.to(device) for value in inputs) if device is not None else inputs
     if count == 0:
         raise InputError("data is empty: give at least one batch")
 

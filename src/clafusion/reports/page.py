@@ -15,7 +15,7 @@ from clafusion.batch.results import PairResult
 from clafusion.errors import InputError
 from clafusion.reports.alignment_plot import alignment_figure
 from clafusion.reports.plots import stages_figure, values_figure, without_glyph_warnings
-from clafusion.reports.tables import cost_text, total_seconds
+from clafusion.reports.tables import ASSESSED, assessed_cells, cost_text, total_seconds
 from clafusion.weights.atomic import check_output, replacing
 
 __all__ = ["write_report"]
@@ -29,6 +29,13 @@ th, td { padding: .2rem .8rem; text-align: left; border-bottom: 1px solid #ddd; 
 td.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.failed { color: #b3261e; }
 """
+
+_ASSESSED = (
+    "<p>agreement and distance: how near the fused network comes to what both models put out "
+    "together, on inputs that were kept out of the fusion; beside it the distance of the nearest "
+    "model alone. A distance is a Kullback-Leibler divergence, or of values a relative squared "
+    "error: less is better.</p>"
+)
 
 
 def write_report(
@@ -86,7 +93,7 @@ def write_report(
     seconds = total_seconds(results)
     if seconds:
         parts += ["<h2>Time by stage</h2>", _picture(stages_figure(seconds), "seconds by stage")]
-    parts += ["<h2>All pairs</h2>", _table(results)]
+    parts += ["<h2>All pairs</h2>", _ASSESSED, _table(results)]
     with replacing(path, "report") as temporary:
         temporary.write_text(_page(f"clafusion: {len(results)} pairs", parts), encoding="utf-8")
 
@@ -145,12 +152,14 @@ def _picture(figure: Figure, text: str) -> str:
 
 
 def _table(results: Sequence[PairResult]) -> str:
-    rows = ["<tr><th>first</th><th>second</th><th>cost</th><th>seconds</th><th>outcome</th></tr>"]
+    titles = ["first", "second", "cost", *ASSESSED, "seconds", "outcome"]
+    rows = [f"<tr>{''.join(f'<th>{one}</th>' for one in titles)}</tr>"]
     for one in results:
         outcome = "fused" if one.error is None else one.error
+        assessed = "".join(f'<td class="number">{cell}</td>' for cell in assessed_cells(one))
         rows.append(
             f"<tr><td>{html.escape(one.first)}</td><td>{html.escape(one.second)}</td>"
-            f'<td class="number">{cost_text(one)}</td>'
+            f'<td class="number">{cost_text(one)}</td>{assessed}'
             f'<td class="number">{sum(one.seconds.values()):.2f}</td>'
             f'<td class="{"fused" if one.error is None else "failed"}">'
             f"{html.escape(outcome)}</td></tr>"

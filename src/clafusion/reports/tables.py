@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from clafusion.alignment.models import AlignedModels, PairAlignment
+from clafusion.assessment import Nearness
 from clafusion.config import ManyToOne
 from clafusion.merging.problem import Parent
 from clafusion.reports.text import described, fact_lines, plain_table, seconds_text, shortened
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from clafusion.batch.results import PairResult
 
 __all__ = [
+    "ASSESSED",
     "alignment_summary",
+    "assessed_cells",
     "cost_text",
     "fusion_summary",
     "model_summary",
@@ -28,6 +31,9 @@ __all__ = [
 
 INSERTED = "(inserted)"
 MERGED = "(merged)"
+_DISTANCES = {"classes": "divergence", "values": "squared error"}
+ASSESSED = ("agreement", "distance", "parent's")
+"""The columns of many pairs: the result's agreement and distance, and the nearest parent's."""
 
 _FORCED = "forced: the structures admit one alignment only, so the costs did not matter"
 _FREE = "free: the least costly of several alignments that the structures admit"
@@ -142,7 +148,7 @@ def _cost(pair: PairAlignment, own: int, other: int, reference: int) -> float:
 
 
 def fusion_summary(result: FusionResult) -> str:
-    """Return :func:`alignment_summary`, the layers' weights, the settings and the seconds.
+    """Return :func:`alignment_summary`, the layers' weights, how good it is, settings and seconds.
 
     Of a fusion of one model after another, each step has its own alignment.
     """
@@ -153,6 +159,7 @@ def fusion_summary(result: FusionResult) -> str:
     parts = parts or [alignment_summary(result.aligned)]
     steps = result.steps or (result,)
     parts += [table for step in steps if (table := _weights_table(step))]
+    parts += [table] if (table := _assessment_table(result)) else []
     facts = fact_lines(_fusion_facts(result))
     if len(parts) == 1:
         return f"{parts[0]}\n{facts}"
@@ -171,6 +178,39 @@ def _weights_table(result: FusionResult) -> str:
     ]
     titles = ["weights in", *result.problem.names]
     return plain_table(titles, rows, range(1, len(titles)))
+
+
+def _assessment_table(result: FusionResult) -> str:
+    """Return a table of how near each network is to the parents together, or ""."""
+    found = result.assessment
+    if found is None:
+        return ""
+    shown = {
+        "the result": found.result,
+        **{f"{name} alone": one for name, one in found.parents.items()},
+        "one parent and another": found.between_parents,
+    }
+    is_classes = found.kind == "classes"
+    titles = [
+        "to the parents together",
+        *(["agreement"] if is_classes else []),
+        _DISTANCES[found.kind],
+    ]
+    rows = [
+        [name, *([_agreement_text(one)] if is_classes else []), _distance_text(one)]
+        for name, one in shown.items()
+    ]
+    return plain_table(titles, rows, range(1, len(titles)))
+
+
+def _agreement_text(one: Nearness | None) -> str:
+    """Return how often a network and the parents together choose the same class, as shown."""
+    return "" if one is None or one.agreement is None else f"{100 * one.agreement:.1f} %"
+
+
+def _distance_text(one: Nearness | None) -> str:
+    """Return how far a network is from the parents together, as shown."""
+    return "" if one is None else f"{one.distance:.3g}"
 
 
 def _fusion_facts(result: FusionResult) -> dict[str, str]:
@@ -194,6 +234,8 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
     facts["calibration"] = described(config.calibration)
     if result.anchor is not None and result.anchor != getattr(config.calibration, "anchor", None):
         facts["calibration"] += f", anchor {result.anchor:g}"
+    if result.assessment is not None:
+        facts["assessed"] = result.assessment.verdict
     facts["verified"] = (
         "yes, by permuting copies of all models" if config.verify else "no: verify is off"
     )
@@ -266,6 +308,7 @@ def pairs_summary(results: Sequence[PairResult]) -> str:
             one.second,
             one.deep or "",
             cost_text(one),
+            *assessed_cells(one),
             f"{math.fsum(one.seconds.values()):.2f}",
             "failed" if one.error is not None else "fused before" if one.resumed else "fused",
         ]
@@ -279,8 +322,16 @@ def pairs_summary(results: Sequence[PairResult]) -> str:
         f"{sum(one.resumed for one in results)} taken over from an earlier run",
         "seconds": seconds_text(total_seconds(results)),
     }
-    titles = ["first", "second", "deep", "cost", "seconds", "outcome"]
-    return f"{plain_table(titles, rows, [3, 4])}\n\n{fact_lines(facts)}"
+    titles = ["first", "second", "deep", "cost", *ASSESSED, "seconds", "outcome"]
+    return f"{plain_table(titles, rows, range(3, len(titles) - 1))}\n\n{fact_lines(facts)}"
+
+
+def assessed_cells(result: PairResult) -> list[str]:
+    """Return a pair's cells in the columns :data:`ASSESSED`, empty where it was not assessed."""
+    found = result.assessment
+    near = None if found is None else found.result
+    parent = None if found is None else found.parents[found.nearest_parent]
+    return [_agreement_text(near), _distance_text(near), _distance_text(parent)]
 
 
 def cost_text(result: PairResult) -> str:
