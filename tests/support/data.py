@@ -1,5 +1,6 @@
 """Networks, pairs of them and inputs that many tests use."""
 
+import pytest
 import torch
 
 from tests.support import networks
@@ -29,4 +30,5 @@ PAIRS = {
 
 PROFILED = {"alignment_samples": 400, "matching_rows": 8192}  # what profiles are of, by default
 
-CALIBRATIONS = ["none", "repair", "least_squares"]
+# Without a calibration less can go wrong: that is for the nightly run.
+CALIBRATIONS = [pytest.param("none", marks=pytest.mark.nightly), "repair", "least_squares"]

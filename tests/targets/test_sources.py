@@ -62,7 +62,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_template_like_a_parent_gives_that_parents_plans(name, count):
     build, others, inputs = FAMILIES[name]

@@ -31,7 +31,7 @@ def assert_computes(result, model, inputs=IMAGES):
 
 
 @pytest.mark.parametrize("widths", [(8, 16), (12, 40)])
-@pytest.mark.parametrize("stages", [(3, 3), (4, 5)])
+@pytest.mark.parametrize("stages", [(3, 3), pytest.param((4, 5), marks=pytest.mark.nightly)])
 def test_a_larger_architecture_computes_what_the_first_does(stages, widths):
     models = [residual(3, 1), residual(1, 3, seed=1)]
     template = residual(*stages, widths=widths, seed=2)
@@ -59,7 +59,7 @@ def test_chains_take_other_widths_and_depths():
     assert_computes(result, models[0], DIGITS)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.nightly)])
 def test_a_smaller_architecture_keeps_what_tells_the_most(count):
     """A network with every channel twice loses nothing when half of them go."""
     small, wide = vgg(2, 2), widened(vgg(2, 2), 2)
@@ -73,7 +73,7 @@ def test_a_smaller_architecture_keeps_what_tells_the_most(count):
         assert float(gap.abs().max()) < 1e-3 * float(output(small, IMAGES).abs().max())
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.nightly)])
 def test_blocks_without_a_place_are_left_out(count):
     models = [residual(3, 2), residual(1, 3, seed=1), residual(2, 3, seed=3)][:count]
     template = residual(2, 2, seed=2)

@@ -74,6 +74,7 @@ def test_a_layer_goes_behind_the_pooling_that_comes_before_it():
     assert kinds == [type(one).__name__ for one in vgg(2, 2, 2, widths=(8, 8, 8))]
 
 
+@pytest.mark.nightly
 def test_layers_of_one_stage_stand_together_whatever_comes_first():
     """The one network's gap is in the last stage, the other one's in the stage before."""
     for stages in [((1, 3), (2, 1)), ((2, 1), (1, 3))]:
@@ -83,6 +84,7 @@ def test_layers_of_one_stage_stand_together_whatever_comes_first():
         assert_computes(result, second)
 
 
+@pytest.mark.nightly
 def test_no_parent_is_touched_and_the_bytes_repeat():
     models = [residual(3, 1), residual(1, 3, seed=1), residual(2, 2, seed=2)]
     for given in (models[:2], models):
@@ -231,6 +233,7 @@ def test_a_pair_of_many_whose_union_no_factory_builds_is_refused():
 # --- what is shown ------------------------------------------------------------------------------
 
 
+@pytest.mark.nightly
 def test_the_table_and_the_picture_show_gaps_on_both_sides(tmp_path):
     result = fuse([residual(3, 1), residual(1, 3, seed=1)], IMAGES)
     shown = clafusion.summary(result)
