@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import clafusion
+from clafusion.profiling.batches import batches
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output/own_parts.png")
@@ -38,8 +39,9 @@ def output_moments(problem, data, settings, **_):
     """Rescale and shift the last layer of the parents' mean."""
     state = clafusion.average(problem)
     weight, bias = problem.target.layers[-1].parameters
-    outputs = problem.target.run((data,), state=state)[0]
-    wanted = [one.traced.run((data,))[0] for one in problem.parents]
+    inputs = list(batches(data, problem.target.example_inputs))
+    outputs = torch.cat([problem.target.run(batch, state=state)[0] for batch in inputs])
+    wanted = [torch.cat([one.traced.run(batch)[0] for batch in inputs]) for one in problem.parents]
     weights = [one.weights.overall for one in problem.parents]
     mean = sum(part * one.mean(0) for part, one in zip(weights, wanted, strict=True))
     deviation = sum(part * one.std(0) for part, one in zip(weights, wanted, strict=True))

@@ -168,7 +168,7 @@ def test_the_goals_of_a_fusion_are_the_parents_weighted_mean(count):
     models = [mlp(12, 9, 8, 5), mlp(12, 11, 6, 5, seed=1), mlp(12, 7, 10, 5, seed=2)][:count]
     weights = [0.5, 0.2, 0.3] if count == 3 else [0.6, 0.4]
     data = [VECTORS[:150], VECTORS[150:]]
-    problem = fuse(models, data, weights, calibration="repair").problem
+    problem = fuse(models, data, weights, calibration="repair", assessment="none").problem
     goals = moment_goals(problem)
     assert len(goals.batches) == 2
     for inputs, found in ((data[0], goals.batches[0]), (data[1], goals.batches[1])):
@@ -197,7 +197,7 @@ def test_a_parent_writes_nothing_in_a_block_that_it_lacks():
         resnet(1, 1, shortcut="conv", seed=1),
         resnet(2, 1, shortcut="conv", seed=2),
     ]
-    result = fuse(models, IMAGES, [0.5, 0.2, 0.3])
+    result = fuse(models, IMAGES, [0.5, 0.2, 0.3], assessment="none")
     goals = moment_goals(result.problem).overall
     lacking = result.parents[1].correspondence
     (layer,) = (one for one in lacking.target.layers if lacking.layer_map[one.index] < 0)
@@ -222,7 +222,7 @@ def test_a_parent_writes_nothing_in_a_block_that_it_lacks():
 def test_a_fused_network_has_its_parents_mean_statistics(name):
     build, inputs = NETWORKS[name]
     models = [build(seed) for seed in (0, 1, 2)]
-    result = fuse(models, inputs, [0.5, 0.3, 0.2])
+    result = fuse(models, inputs, [0.5, 0.3, 0.2], assessment="none")
     problem = result.problem
     goals = moment_goals(problem)
     state = trace(result.model, inputs).state()

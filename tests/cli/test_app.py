@@ -95,7 +95,7 @@ def test_two_models_go_into_a_third_ones_architecture(tmp_path, monkeypatch, cap
     told = capsys.readouterr().err
     assert told == "clafusion: --target like needs --target-template MODULE:FACTORY\n"
     assert main([*command, "--target-template=nets.py:net(2, 3)"]) == 2
-    assert "--target-template has 6 layer(s)" in capsys.readouterr().err
+    assert "--target-template has 6 layers" in capsys.readouterr().err
     assert main([*command, "--target-template=nets.py:net(3, 4)"]) == 0
     assert "out.safetensors, weights of nets.py:net(3, 4)" in capsys.readouterr().out
     networks.vgg(3, 4).load_state_dict(load_file("out.safetensors"))
