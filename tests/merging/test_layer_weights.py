@@ -91,7 +91,7 @@ def silenced(model, block):
 
 def test_weights_are_those_of_the_formula():
     deep, shallow = networks.mlp(12, 9, 8, 7, 5), networks.mlp(12, 8, 6, 5, seed=1)
-    result = fuse([deep, shallow], VECTORS, [0.7, 0.3], **OWN)
+    result = fuse([deep, shallow], VECTORS, [0.7, 0.3], **OWN, assessment="none")
     partner = result.alignment.deep_to_shallow
     found = [sensitivities_ref(model, VECTORS) for model in (deep, shallow)]
     hidden = [i for i, k in enumerate(partner[:-1]) if k >= 0]
@@ -102,21 +102,21 @@ def test_weights_are_those_of_the_formula():
         assert other == (None if k < 0 else pytest.approx(1 - one, abs=1e-15))
         assert k >= 0 or one == 0.7
     assert np.abs(expected - 0.7).max() > 1e-3
-    swapped = fuse([shallow, deep], VECTORS, [0.3, 0.7], **OWN)
+    swapped = fuse([shallow, deep], VECTORS, [0.3, 0.7], **OWN, assessment="none")
     assert [one[::-1] for one in swapped.layer_weights] == list(result.layer_weights)
 
 
 def test_weights_of_three_are_those_of_the_formula():
     models = [networks.mlp(12, *widths, 5, seed=seed) for seed, widths in enumerate([(9, 8)] * 3)]
     given = np.array([0.5, 0.2, 0.3])
-    result = fuse(models, VECTORS, given.tolist(), **OWN)
+    result = fuse(models, VECTORS, given.tolist(), **OWN, assessment="none")
     found = np.array([sensitivities_ref(model, VECTORS)[:2] for model in models])
     wanted = given[:, None] * found / found.sum(1, keepdims=True)
     wanted /= wanted.sum(0)
     np.testing.assert_allclose(np.array(result.layer_weights[:2]).T, wanted, rtol=1e-5)
     assert result.layer_weights[2] == tuple(given)
     assert np.abs(wanted - given[:, None]).max() > 1e-3
-    rolled = fuse([*models[1:], models[0]], VECTORS, [0.2, 0.3, 0.5], **OWN)
+    rolled = fuse([*models[1:], models[0]], VECTORS, [0.2, 0.3, 0.5], **OWN, assessment="none")
     for one, other in zip(rolled.layer_weights, result.layer_weights, strict=True):
         assert (one[2], *one[:2]) == pytest.approx(other, rel=1e-12)
 

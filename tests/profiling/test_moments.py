@@ -63,12 +63,13 @@ def with_moments(aligned, data):
 def test_moments_taken_beforehand_give_the_same_bytes(name):
     """Those of the profile's own pass, and those of a pass of their own."""
     data = inputs_for(name)
-    aligned = align(PAIRS[name](), data)
+    aligned = align(PAIRS[name](), data, assessment="none")
     assert all(one.moments is not None for one in aligned.profiles)
-    plain = fuse_aligned(aligned, data).model.state_dict()
-    bare = align(PAIRS[name](), data, calibration="none")
+    whole = FusionConfig(assessment="none")
+    plain = fuse_aligned(aligned, data, config=whole).model.state_dict()
+    bare = align(PAIRS[name](), data, calibration="none", assessment="none")
     assert all(one.moments is None for one in bare.profiles)
-    cached = fuse_aligned(with_moments(bare, data), data).model.state_dict()
+    cached = fuse_aligned(with_moments(bare, data), data, config=whole).model.state_dict()
     assert plain.keys() == cached.keys()
     for key, tensor in plain.items():
         assert torch.equal(tensor, cached[key]), key
@@ -86,7 +87,7 @@ def test_moments_taken_beforehand_give_the_same_bytes(name):
     ids=str,
 )
 def test_moments_are_taken_where_they_are_needed(settings, wanted):
-    config = FusionConfig(**settings)
+    config = FusionConfig(**settings, assessment="none")
     profiled = profile(PAIRS["chain"]()[0], inputs_for("chain"), config)
     assert (profiled.moments is not None) == wanted
     assert profiled.batch_sizes == ((256, 44) if wanted else ())

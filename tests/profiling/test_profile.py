@@ -24,7 +24,7 @@ def captured(model, module, inputs):
 
 def test_a_gram_matrix_is_of_the_layers_true_output_over_the_first_samples():
     model = networks.resnet(1, 1)
-    profiled = profile(model, IMAGES, profiling=Profiling(alignment_samples=40))
+    profiled = profile(model, IMAGES, profiling=Profiling(alignment_samples=40), assessment="none")
     block = captured(model, model.blocks[1], IMAGES[:40]).flatten(1).double()
     torch.testing.assert_close(profiled.grams[2], block @ block.T, rtol=1e-5, atol=1e-3)
     assert [tuple(one.shape) for one in profiled.grams] == [(40, 40)] * 4
@@ -76,6 +76,7 @@ def test_labels_are_ignored_and_progress_is_told():
         model,
         [(IMAGES[:50], torch.zeros(50)), (IMAGES[50:], torch.zeros(40))],
         profiling=Profiling(alignment_samples=30),
+        assessment="none",
         progress=lambda stage, done: told.append((stage, done)),
     )
     assert profiled.num_inputs == 90
