@@ -5,7 +5,6 @@ makes the normal run try number 17 alone, or several: ``17,18``.
 """
 
 import collections
-import copy
 import io
 import os
 import pprint
@@ -15,7 +14,11 @@ import warnings
 import pytest
 import torch
 
-from clafusion import ClafusionError, FusionWarning, fuse, trace
+from clafusion import ClafusionError, FusionConfig, FusionWarning, trace
+from clafusion.alignment.models import check_models
+from clafusion.fusion import align_profiles, fuse_aligned
+from clafusion.stages import profile_traced
+from clafusion.tracing.trace import traced_like
 from tests.support import generated, networks
 from tests.support.attention import shuffled
 
@@ -29,10 +32,44 @@ class RefusedError(Exception):
     """A refusal that is permitted; the message is its reason."""
 
 
-def fused(models, data, weights=None, **settings):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FusionWarning)
-        return fuse(models, data, weights, **settings)
+class Family:
+    """The networks of one description, and of that without the blocks that may be dropped.
+
+    Exporting a network takes longer than all the rest: each structure is exported once, and other
+    weights are put into what was found, as fusing many pairs does.
+    """
+
+    def __init__(self, description):
+        self.description = description
+        self.data = self.examples(EXAMPLES[description["inputs"]])
+        self.known = {}
+
+    def examples(self, count, seed=0, longer=False):
+        return generated.examples(self.description, count, seed, longer)
+
+    def traced(self, seed=0, shallow=False):
+        """Return the traced network whose weights have this number."""
+        description = generated.shallower(self.description) if shallow else self.description
+        model, structure = generated.build(description, seed), str(description)
+        if structure not in self.known:
+            self.known[structure] = trace(model, self.data)
+            return self.known[structure]
+        return traced_like(self.known[structure], model)
+
+    def align(self, graphs, calibration):
+        config = FusionConfig(calibration=calibration)
+        names = [f"models[{i}]" for i in range(len(graphs))]
+        check_models(names, graphs, config)
+        return align_profiles(names, profile_traced(graphs, self.data, config), config)
+
+    def fuse(self, aligned, calibration, weights=None):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FusionWarning)
+            config = FusionConfig(calibration=calibration)
+            return fuse_aligned(aligned, self.data, weights, config).model
+
+    def fused(self, graphs, calibration, weights=None):
+        return self.fuse(self.align(graphs, calibration), calibration, weights)
 
 
 def same(found, expected, inputs, calibration, what):
@@ -43,75 +80,72 @@ def same(found, expected, inputs, calibration, what):
     )
 
 
-def data_of(description):
-    return generated.examples(description, EXAMPLES[description["inputs"]])
-
-
 # --- the laws -----------------------------------------------------------------------------------
 
 
-def the_ends_of_the_weight_are_the_parents(description, calibration, flip, longer=False):
-    small = generated.shallower(description)
-    data = data_of(description)
-    other = generated.examples(description, 10, 1, longer) if longer else data
-    models = [generated.build(description, 1), generated.build(small, 2)]
+def the_ends_of_the_weight_are_the_parents(family, calibration, flip, longer=False):
+    graphs = [family.traced(1), family.traced(2, shallow=True)]
     if flip:
-        models.reverse()
-    for weights, parent in zip(([1.0, 0.0], [0.0, 1.0]), models, strict=True):
+        graphs.reverse()
+    inputs = family.examples(10, 1, longer) if longer else family.data
+    for weights, parent in (([1.0, 0.0], graphs[0]), ([0.0, 1.0], graphs[1])):
         try:
-            model = fused(models, data, weights, calibration=calibration).model
+            if parent is graphs[0]:
+                aligned = family.align(graphs, calibration)
+            model = family.fuse(aligned, calibration, weights)
         except ClafusionError as error:
-            if small == description:
+            if len(family.known) == 1:
                 raise
             raise RefusedError(f"{type(error).__name__}: {error}") from error
-        same(model, parent, other, calibration, f"weights {weights}")
+        same(model, parent.model, inputs, calibration, f"weights {weights}")
 
 
-def a_permuted_copy_comes_back(description, calibration, flip):
-    model, data = generated.build(description), data_of(description)
-    graph = trace(model, data)
+def longer_inputs_keep_the_parents(family, calibration, flip):
+    the_ends_of_the_weight_are_the_parents(family, calibration, flip, longer=True)
+
+
+def a_permuted_copy_comes_back(family, calibration, flip):
+    graph = family.traced()
+    model = graph.model
     if flip and graph.heads:
         copied = shuffled(model, graph)
     else:
         copied = networks.permuted(model, graph, networks.orders_of(graph))
-    same(copied, model, data, "none", "the copy itself")
-    models = [copied, model] if flip else [model, copied]
-    same(fused(models, data, calibration=calibration).model, model, data, calibration, "fused")
-
-
-def a_model_with_itself_is_itself(description, calibration, flip):
-    model, data = generated.build(description), data_of(description)
-    other = copy.deepcopy(model) if flip else model
-    found = fused([model, other], data, calibration=calibration).model
-    same(found, model, data, calibration, "fused")
-    same(found, model, generated.examples(description, 20, 7), calibration, "on other inputs")
-
-
-def two_copies_have_the_weight_of_both(description, calibration, flip):
-    data = data_of(description)
-    one, other = (generated.build(description, seed) for seed in (1, 2))
-    three, shares = [one, other, copy.deepcopy(other)], [0.6, 0.3, 0.1]
+    same(copied, model, family.data, "none", "the copy itself")
+    graphs = [graph, traced_like(graph, copied)]
     if flip:
-        three, shares = three[1:] + three[:1], shares[1:] + shares[:1]
-    pair = fused([one, other], data, [0.6, 0.4], calibration=calibration).model
-    found = fused(three, data, shares, calibration=calibration).model
-    same(found, pair, data, calibration, "three")
+        graphs.reverse()
+    same(family.fused(graphs, calibration), model, family.data, calibration, "fused")
 
 
-def a_file_has_all_of_it(description, calibration, flip):
-    data = data_of(description)
-    models = [generated.build(description, seed) for seed in (1, 2)]
-    model = fused(models, data, [0.3, 0.7] if flip else None, calibration=calibration).model
+def a_model_with_itself_is_itself(family, calibration, flip):
+    graph = family.traced()
+    other = family.traced() if flip else graph
+    found = family.fused([graph, other], calibration)
+    same(found, graph.model, family.data, calibration, "fused")
+    same(found, graph.model, family.examples(20, 7), calibration, "on other inputs")
+
+
+def two_copies_have_the_weight_of_both(family, calibration, flip):
+    one, other, again = (family.traced(seed) for seed in (1, 2, 2))
+    three, shares = [one, other, again], [0.6, 0.3, 0.1]
+    if flip:
+        three, shares = [other, again, one], [0.3, 0.1, 0.6]
+    pair = family.fused([one, other], calibration, [0.6, 0.4])
+    found = family.fused(three, calibration, shares)
+    same(found, pair, family.data, calibration, "three")
+
+
+def a_file_has_all_of_it(family, calibration, flip):
+    graphs = [family.traced(seed) for seed in (1, 2)]
+    model = family.fused(graphs, calibration, [0.3, 0.7] if flip else None)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    fresh = generated.build(description, 3)
+    fresh = family.traced(3).model
     fresh.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    data = family.data
     assert torch.equal(networks.output(fresh, data), networks.output(model, data))
-
-
-def longer_inputs_keep_the_parents(description, calibration, flip):
-    the_ends_of_the_weight_are_the_parents(description, calibration, flip, longer=True)
 
 
 LAWS = [
@@ -135,7 +169,7 @@ def trial(seed):
     chosen, calibration, flip = draw.choice(laws), draw.choice(CALIBRATIONS), draw.random() < 0.5
 
     def law(given):
-        chosen(given, calibration, flip)
+        chosen(Family(given), calibration, flip)
 
     return description, law, f"{chosen.__name__}, {calibration}, flip={flip}"
 
