@@ -50,12 +50,12 @@ def describe(seed: int) -> Description:
     inputs = draw.choice(["vectors", "images", "tokens", "words"])
     style = _style(draw)
     blocks: list[Description] = []
-    for _ in range(draw.randint(1, 4)):
+    for _ in range(draw.randint(1, 3)):
         block = _block(draw, inputs, style)
         blocks.append(block)
         if block["kind"] not in ("constant", "pool"):
-            for _ in range(draw.choice([0, 0, 1, 1, 2])):
-                blocks.append(_again(block, draw.random() < 0.6))
+            for _ in range(draw.choice([0, 1, 1, 2])):
+                blocks.append(_again(block, draw.random() < (0.7 if _may_go(block) else 0.1)))
         if draw.random() < 0.15:
             style = _style(draw)
     described: Description = {
@@ -99,6 +99,15 @@ def _style(draw: random.Random) -> Description:
         "order": draw.choice([ORDERS[0]] * 3 + ORDERS),
         "activation": draw.choice(["relu"] * 5 + [one for one in ACTIVATIONS if one != "none"]),
     }
+
+
+def _may_go(block: Description) -> bool:
+    """Return whether a network can most likely be without a block (or the one before it)."""
+    if block["kind"] == "layer":
+        return bool(block["activation"] in ("relu", "relu6", "abs"))
+    if block["kind"] == "attention":
+        return bool(block["way"] != "post")
+    return block["kind"] == "residual" or bool(block.get("residual", False))
 
 
 def _again(block: Description, dropped: bool) -> Description:
