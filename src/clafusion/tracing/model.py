@@ -398,6 +398,16 @@ class TracedModel:
         return {name: tuple(uses) for name, uses in by_parameter.items()}
 
     @cached_property
+    def shared_parameters(self) -> frozenset[str]:
+        """Parameters that several operations read: what serves one of them may harm another."""
+        readers: dict[str, set[fx.Node]] = {}
+        inputs = (node for node in self.module.graph.nodes if node.op == "placeholder")
+        for node, name in zip(inputs, self.placeholders, strict=True):
+            if name is not None:
+                readers.setdefault(name, set()).update(node.users)
+        return frozenset(name for name, nodes in readers.items() if len(nodes) > 1)
+
+    @cached_property
     def axes_by_use(
         self,
     ) -> Mapping[str, Mapping[tuple[int, int], list[tuple[ChannelGroup, GroupAxis]]]]:
