@@ -84,3 +84,27 @@ def test_repair_leaves_alone_what_two_operations_read():
     want = sum(networks.output(one, VECTORS) for one in models) / 2
     error = (networks.output(repaired, VECTORS) - want).square().mean() / want.square().mean()
     assert error < 1.5
+
+
+class Mirrored(nn.Module):
+    """Some residual-free blocks read one weight twice, the second time transposed."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.stem, self.head = nn.Linear(12, 8), nn.Linear(8, 5)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(blocks))
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        for block in self.blocks:
+            x = F.linear(F.relu(block(x)), block.weight.t())
+        return self.head(x)
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+def test_an_inserted_weight_that_two_operations_read_stays_an_identity(calibration):
+    """Least squares solved it for one of them."""
+    models = [networks.randomise(Mirrored(1), 1), networks.randomise(Mirrored(0), 2)]
+    data = VECTORS[:90]
+    found = fuse(models, data, [0.0, 1.0], calibration=calibration).model
+    assert_same_function(found, models[1], data, calibration)
