@@ -137,5 +137,7 @@ def shuffled(model, graph, seed=3):
     assert sources
     state = exchange_heads(graph, graph.state(), sources)
     copied = copy.deepcopy(model)
-    copied.load_state_dict(state)
+    copied.load_state_dict(
+        {name: state[graph.aliases.get(name, name)] for name in model.state_dict()}
+    )
     return networks.permuted(copied, graph, networks.orders_of(graph, seed))

@@ -164,7 +164,8 @@ def orders_of(graph: TracedModel, seed: int = 3) -> list[Tensor]:
 def permuted(model: nn.Module, graph: TracedModel, orders: Sequence[Tensor]) -> nn.Module:
     """Return a copy of a traced model with the channels of each group in another order."""
     copied = copy.deepcopy(model)
-    copied.load_state_dict(permute_channels(model.state_dict(), graph.groups, orders))
+    state = permute_channels(model.state_dict(), graph.groups, orders)
+    copied.load_state_dict(state | {name: state[one] for name, one in graph.aliases.items()})
     return copied
 
 

@@ -69,12 +69,14 @@ def moment_goals(problem: FusionProblem) -> MomentGoals:
 def _points(problem: FusionProblem) -> list[CalibrationPoint]:
     """Return the calibration points at which the goal is known."""
     origins = [(one.correspondence, one.correspondence.origins) for one in problem.parents]
+    shared = problem.target.shared_parameters  # no one factor serves all that read them
     # What flows past an inserted layer does not always show: then its statistics stay as they are.
     return [
         point
         for layer in problem.target.layers
         for point in layer.calibration_points
-        if all(
+        if shared.isdisjoint((point.weight, point.bias))
+        and all(
             point.node in correspondence.points or of[point.weight] != "identity"
             for correspondence, of in origins
         )

@@ -185,8 +185,8 @@ class HookPoint:
         The axis of the inputs; None where positions are folded into the first axis.
     readers
         Which of the layer's nodes read it, as which operand: ``(node, operand)``. The reader of
-        the layer's own output is the node after the last. Layers of equal structure have hook
-        points with equal readers.
+        the layer's own output is the node after the last, and that of the parts which this output
+        joins, as further operands. Layers of equal structure have hook points with equal readers.
     """
 
     post: str
@@ -396,6 +396,16 @@ class TracedModel:
         for use in self.uses:
             by_parameter.setdefault(use.parameter, []).append(use)
         return {name: tuple(uses) for name, uses in by_parameter.items()}
+
+    @cached_property
+    def shared_parameters(self) -> frozenset[str]:
+        """Parameters that several operations read: what serves one of them may harm another."""
+        readers: dict[str, set[fx.Node]] = {}
+        inputs = (node for node in self.module.graph.nodes if node.op == "placeholder")
+        for node, name in zip(inputs, self.placeholders, strict=True):
+            if name is not None:
+                readers.setdefault(name, set()).update(node.users)
+        return frozenset(name for name, nodes in readers.items() if len(nodes) > 1)
 
     @cached_property
     def axes_by_use(

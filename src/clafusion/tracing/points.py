@@ -16,7 +16,11 @@ __all__ = ["calibration_points", "hook_points"]
 
 
 def hook_points(flow: Flow, draft: Draft) -> tuple[HookPoint, ...]:
-    """Return the values that a layer's products read, and last the layer's own output."""
+    """Return the values that a layer's products read, and last the layer's own output.
+
+    Before that, where the output is a concatenation of activations, these: behind a nonlinearity a
+    channel may be dead, though a norm has read it.
+    """
     points: dict[str, HookPoint] = {}
     readers: dict[str, set[tuple[int, int]]] = {}
     for place, node in enumerate(draft.nodes):
@@ -27,7 +31,13 @@ def hook_points(flow: Flow, draft: Draft) -> tuple[HookPoint, ...]:
                 if point is not None:
                     points.setdefault(point.post, point)
                     readers.setdefault(point.post, set()).add((place, i))
-    output = _hook_point(flow, draft.nodes[-1])
+    joined = draft.nodes[-1]
+    for i, operand in enumerate(flow.operands(joined) if op_name(joined) == "cat" else ()):
+        point = _hook_point(flow, operand)
+        if point is not None and point.pre != point.post and operand in draft.nodes:
+            points.setdefault(point.post, point)
+            readers.setdefault(point.post, set()).add((len(draft.nodes), 1 + i))
+    output = _hook_point(flow, joined)
     if output is not None:
         points.pop(output.post, None)
         points[output.post] = output

@@ -36,7 +36,9 @@ def fill(module: nn.Module, state: Mapping[str, Any]) -> None:
         for kind in (module.named_parameters(), module.named_buffers()):
             for name, tensor in list(kind):
                 if name in state:
-                    tensor.data = state[name].detach().to(tensor).clone()
+                    value = state[name].detach().to(tensor)
+                    # What is computed may be laid out otherwise, which no file could keep.
+                    tensor.data = value.clone(memory_format=torch.contiguous_format)
     for submodule in module.modules():
         _set_widths(submodule)
     for path, submodule in module.named_modules():

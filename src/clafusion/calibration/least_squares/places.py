@@ -77,7 +77,14 @@ def regressed_places(problem: FusionProblem, state: State) -> list[Place]:
         if (place := _place(problem, state, layer, point)) is not None
     ]
     shared = Counter(place.kernel for place in places)  # by several layers: no one solution
-    places = [place for place in places if shared[place.kernel] == 1]
+    inserted = {  # that others read as well: what is solved for one would harm the others
+        name
+        for name in problem.target.shared_parameters
+        if any(one.correspondence.origins[name] != "matched" for one in problem.parents)
+    }
+    places = [
+        place for place in places if shared[place.kernel] == 1 and place.kernel not in inserted
+    ]
     return sorted(places, key=lambda place: order[place.affine.name])
 
 
