@@ -22,7 +22,7 @@ from clafusion.fusion import align, fuse_aligned
 from clafusion.profiling.batches import Part, has_rows, keeps_order
 from tests.support import networks
 
-COUNT = 200
+COUNT = 600
 HELD = torch.arange(9, COUNT, 10)
 VECTORS = torch.randn(COUNT, 6, generator=torch.Generator().manual_seed(5))
 
@@ -108,7 +108,7 @@ def test_the_figures_are_those_of_the_equations():
         outputs = [model(x).double().softmax(-1) for model in (*models, result.model)]
     mean = 0.3 * outputs[0] + 0.7 * outputs[1]
     found = result.assessment
-    assert (found.kind, found.num_inputs, found.held_out) == ("classes", 20, True)
+    assert (found.kind, found.num_inputs, found.held_out) == ("classes", 60, True)
     assert list(found.parents) == ["models[0]", "models[1]"]
     for one, near in zip(outputs, (*found.parents.values(), found.result), strict=True):
         divergence = (mean * (mean / one).log()).sum(-1).mean()
@@ -215,7 +215,7 @@ def test_a_destroyed_result_is_told_with_what_to_try():
     (one,) = told
     assert one.filename == __file__
     text = str(one.message)
-    assert " alone comes nearer to the parents together than the result, on 20 inputs" in text
+    assert " alone comes nearer to the parents together than the result, on 60 inputs" in text
     assert "Try calibration='least_squares', more data, a wider target" in text
     assert text.endswith("training (clafusion.distill)")
     assert result.assessment.nearer
@@ -304,7 +304,7 @@ def test_any_form_of_the_data_holds_out_the_same_rows():
     assert usual.held_out
     for name, form in forms.items():
         found = fuse(pair(), form, calibration="none", example_inputs=VECTORS).assessment
-        assert (found.num_inputs, found.held_out) == (20, True), name
+        assert (found.num_inputs, found.held_out) == (60, True), name
         assert found.parents["models[0]"].distance == pytest.approx(
             usual.parents["models[0]"].distance
         ), name
@@ -326,18 +326,18 @@ def test_data_in_another_order_each_time_is_not_held_out():
     assert "kept out" not in found.verdict
 
 
-@pytest.mark.parametrize(("count", "held_out"), [(19, False), (49, False), (50, True)])
+@pytest.mark.parametrize(("count", "held_out"), [(49, False), (499, False), (500, True)])
 def test_of_few_inputs_none_is_held_out(count, held_out):
     found = fuse(pair(), VECTORS[:count], calibration="none").assessment
     assert found.held_out is held_out
-    assert found.num_inputs == (5 if held_out else count)
+    assert found.num_inputs == (50 if held_out else count)
 
 
 def test_models_of_one_batch_size_see_all_batches():
-    batches = list(VECTORS[:198].split(3))
+    batches = list(VECTORS.split(3))
     models = {"one": OneSize(6, 9, 8, 4, seed=1), "other": OneSize(6, 7, 4, seed=2)}
     found = fuse(models, batches).assessment
-    assert (found.num_inputs, found.held_out) == (198, False)
+    assert (found.num_inputs, found.held_out) == (COUNT, False)
     models["free"] = Free(6, 8, 8, 4, seed=3)
     mixed = {name: models[name] for name in ("one", "free")}
     result = fuse(mixed, batches)
@@ -350,7 +350,7 @@ def test_models_of_one_batch_size_see_all_batches():
 def test_the_share_is_an_option_and_nothing_need_be_assessed():
     models = pair()
     half = fuse(models, VECTORS, assessment=Assessment(held_out=0.5)).assessment
-    assert (half.num_inputs, half.held_out) == (100, True)
+    assert (half.num_inputs, half.held_out) == (300, True)
     none = fuse(models, VECTORS, assessment=Assessment(held_out=0))
     assert (none.assessment.num_inputs, none.assessment.held_out) == (COUNT, False)
     off = fuse(models, VECTORS, assessment="none")

@@ -37,8 +37,7 @@ __all__ = ["FusionAssessment", "Nearness", "Parts", "assess", "parts_of", "warn_
 
 Kind = Literal["classes", "values"]
 
-_LEAST = 20  # of fewer inputs none is held out
-_LEAST_HELD = 5  # so few say nothing
+_LEAST_HELD = 50  # of fewer an agreement is known to 14 %, and the fusion misses each of them
 _MOST = 2000  # inputs on which the networks are compared
 _CHUNK, _CHUNK_NUMBERS = 256, 1 << 22  # rows, and numbers in an output, at a time
 _FAR = 100.0  # nats: a probability of 0 counts as exp(-100), so that one row does not hide all
@@ -188,9 +187,9 @@ class Parts:
 def parts_of(data: Data, models: Sequence[TracedModel], settings: Assessment) -> Parts:
     """Return which part of the data a fusion sees, and on which the result is assessed.
 
-    All of the data is for both where nothing can be held out: of fewer than 20 inputs or so few
-    that the part would have fewer than 5, of data that comes in another order each time, and for
-    models that admit one batch size only. The parts depend on the arguments only: with the same
+    All of the data is for both where nothing can be held out: where fewer than 50 inputs
+    would be (so of fewer than 500 by default), of data that comes in another order each time, and
+    for models that admit one batch size only. The parts depend on the arguments only: with the same
     data and options every way to fuse keeps out the same rows.
 
     Raises
@@ -201,7 +200,7 @@ def parts_of(data: Data, models: Sequence[TracedModel], settings: Assessment) ->
     share = settings.held_out
     if _compared(models[0], settings) is None or share == 0.0:
         return Parts(data, data, held_out=False)
-    least = max(_LEAST, math.ceil(_LEAST_HELD / share))
+    least = math.ceil(_LEAST_HELD / share)
     if (
         any(one.static_batch is not None for one in models)
         or not keeps_order(data)
