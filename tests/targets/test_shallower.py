@@ -19,7 +19,7 @@ from clafusion.config import MERGES
 from clafusion.merging.mean import average
 from tests.support.networks import mlp, output, resnet, shapes
 
-DIGITS = torch.randn(600, 20, generator=torch.Generator().manual_seed(0))
+DIGITS = torch.randn(480, 20, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(300, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 

@@ -16,7 +16,7 @@ from clafusion import (
 )
 from tests.support.networks import mlp, output, resnet, shapes, vgg, widened
 
-DIGITS = torch.randn(600, 20, generator=torch.Generator().manual_seed(0))
+DIGITS = torch.randn(480, 20, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(300, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 

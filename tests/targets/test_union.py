@@ -11,7 +11,7 @@ import clafusion
 from clafusion import Alignment, Deeper, Merging, StructureError, fuse, trace
 from tests.support.networks import mlp, output, randomise, resnet, shapes, vgg
 
-DIGITS = torch.randn(600, 20, generator=torch.Generator().manual_seed(0))
+DIGITS = torch.randn(480, 20, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(300, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 

@@ -19,7 +19,7 @@ from clafusion.targets.target import choose_target
 from tests.support.attention import TOKENS, Encoder
 from tests.support.networks import mlp, output, randomise, resnet, shapes
 
-DIGITS = torch.randn(600, 20, generator=torch.Generator().manual_seed(0))
+DIGITS = torch.randn(480, 20, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(300, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 WIDTHS = {0: True, 1: False, "narrow": False, "wide": True}  # whether it is the wide one's
