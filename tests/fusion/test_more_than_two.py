@@ -17,6 +17,7 @@ from clafusion import (
     fuse,
 )
 from clafusion.fusion import fuse_aligned
+from tests.support.data import CALIBRATIONS
 from tests.support.networks import mlp, output, permuted_copy, resnet, vgg
 
 VECTORS = torch.randn(400, 12, generator=torch.Generator().manual_seed(0))
@@ -38,7 +39,7 @@ def test_models_that_differ_between_their_layers_are_refused(strategy):
             fuse(given, IMAGES, merging=strategy)
 
 
-@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 def test_of_two_models_all_strategies_but_the_barycentre_are_the_same(calibration):
     first, second = mlp(12, 9, 9, 5), mlp(12, 10, 5, seed=1)
     settings = {"calibration": calibration}
@@ -66,7 +67,7 @@ def test_a_mapping_gives_names_and_takes_weights_by_them():
     assert [one.name for one in expected.parents] == ["models[0]", "models[1]", "models[2]"]
 
 
-@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_permuted_copies_fuse_to_the_original(strategy, calibration):
     model = mlp(12, 10, 9, 5)

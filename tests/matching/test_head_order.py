@@ -14,10 +14,10 @@ from clafusion.profiling.profile import profile_models
 from tests.support import networks
 from tests.support.assertions import assert_same_function
 from tests.support.attention import MODELS, TOKENS, Encoder, built, shuffled
-from tests.support.data import PROFILED
+from tests.support.data import CALIBRATIONS, PROFILED
 
 
-@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_fused_with_a_shuffled_copy_is_itself(name, calibration):
     model, inputs = built(name)

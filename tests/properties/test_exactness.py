@@ -224,7 +224,7 @@ class BatchSecond(nn.Module):
         return self.head((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
 
 
-@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 @pytest.mark.parametrize("family", [Gated, FusedAttention, BatchSecond])
 def test_channels_that_stand_in_several_places_of_a_layer_move_together(family, calibration):
     models = [networks.randomise(family(), seed) for seed in range(2)]

@@ -7,6 +7,7 @@ import torch
 
 from clafusion import fuse, trace
 from tests.support.assertions import assert_same_logits
+from tests.support.data import CALIBRATIONS
 
 transformers = pytest.importorskip("transformers")
 
@@ -50,7 +51,7 @@ def shuffled(model, groups, heads, order):
     return moved
 
 
-@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 @pytest.mark.parametrize(
     ("kind", "groups", "heads"), [("Llama", 4, 4), ("Llama", 2, 4), ("Qwen3", 4, 4)]
 )

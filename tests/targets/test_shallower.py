@@ -17,6 +17,7 @@ from clafusion import (
 )
 from clafusion.config import MERGES
 from clafusion.merging.mean import average
+from tests.support.data import CALIBRATIONS
 from tests.support.networks import mlp, output, resnet, shapes
 
 DIGITS = torch.randn(480, 20, generator=torch.Generator().manual_seed(0))
@@ -151,7 +152,7 @@ def test_least_squares_makes_up_for_the_layers_that_are_left_out(kind):
 
 
 @pytest.mark.parametrize("merge", MERGES)
-@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 def test_three_networks_become_as_shallow_as_the_shallowest(merge, calibration):
     models = [mlp(20, 16, 12, 14, 5), mlp(20, 11, 9, 5, seed=1), mlp(20, 15, 16, 13, 12, 5, seed=2)]
     target = Shallower(merge=merge)

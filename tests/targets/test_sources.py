@@ -23,6 +23,7 @@ from clafusion.matching.plans import match_sources
 from clafusion.targets.sources import source_of, sources_of
 from clafusion.targets.target import choose_target
 from tests.support.attention import TOKENS, Encoder
+from tests.support.data import CALIBRATIONS
 from tests.support.networks import mlp, output, permuted_copy, randomise, resnet, vgg
 
 VECTORS = torch.randn(300, 12, generator=torch.Generator().manual_seed(0))
@@ -92,7 +93,7 @@ def test_a_template_like_a_parent_gives_that_parents_plans(name, count):
                 assert torch.equal(plan, wanted)
 
 
-@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_and_fuses_to_what_the_parents_architecture_does(name, calibration):
     build, others, inputs = FAMILIES[name]

@@ -14,6 +14,7 @@ from clafusion import (
     StructureError,
     fuse,
 )
+from tests.support.data import CALIBRATIONS
 from tests.support.networks import mlp, output, resnet, shapes, vgg, widened
 
 DIGITS = torch.randn(480, 20, generator=torch.Generator().manual_seed(0))
@@ -102,7 +103,7 @@ def test_three_models_go_into_one_architecture(strategy, position):
     assert_computes(result, models[position])
 
 
-@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 def test_three_chains_go_into_one_that_is_wider_and_deeper(calibration):
     models = [mlp(20, 16, 16, 12, 5), mlp(20, 14, 5, seed=1), mlp(20, 9, 11, 5, seed=2)]
     template = mlp(20, 20, 20, 20, 20, 5)
@@ -151,7 +152,7 @@ def test_a_network_that_the_template_changes_is_refused():
         fuse([vgg(2, 1), vgg(1, 1, seed=1)], IMAGES, target=Like(template))
 
 
-@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 def test_a_stage_that_one_network_lacks(calibration):
     models = [vgg(*one, widths=(8, 8, 8), seed=one[1]) for one in ((1, 0, 2), (1, 2, 0))]
     template = vgg(1, 2, 2, widths=(8, 8, 8))

@@ -9,6 +9,7 @@ from torch import nn
 
 import clafusion
 from clafusion import Alignment, Deeper, Merging, StructureError, fuse, trace
+from tests.support.data import CALIBRATIONS
 from tests.support.networks import mlp, output, randomise, resnet, shapes, vgg
 
 DIGITS = torch.randn(480, 20, generator=torch.Generator().manual_seed(0))
@@ -24,7 +25,7 @@ def assert_computes(result, model, inputs=IMAGES, **tolerance):
     torch.testing.assert_close(output(result.model, inputs), output(model, inputs), **tolerance)
 
 
-@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 @pytest.mark.parametrize("family", ["pad", "conv", "vgg", "no norm"])
 def test_the_union_computes_what_either_parent_does(family, calibration):
     if family in ("pad", "conv"):
@@ -104,7 +105,7 @@ def test_no_parent_is_touched_and_the_bytes_repeat():
 @pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore::clafusion.ConvergenceWarning")
 @pytest.mark.parametrize("strategy", ["many_to_one", "iterative", "barycentre"])
-@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 def test_the_union_of_three_computes_what_each_does(strategy, calibration):
     models = [residual(3, 1), residual(1, 3, seed=1), residual(2, 2, seed=2)]
     for i, model in enumerate(models):

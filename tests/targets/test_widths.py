@@ -17,6 +17,7 @@ from clafusion import (
 from clafusion.targets.sources import sources_of
 from clafusion.targets.target import choose_target
 from tests.support.attention import TOKENS, Encoder
+from tests.support.data import CALIBRATIONS
 from tests.support.networks import mlp, output, randomise, resnet, shapes
 
 DIGITS = torch.randn(480, 20, generator=torch.Generator().manual_seed(0))
@@ -27,7 +28,7 @@ WIDTHS = {0: True, 1: False, "narrow": False, "wide": True}  # whether it is the
 
 @pytest.mark.parametrize("target", [Deeper, Shallower])
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 def test_every_width_can_be_had_at_every_depth(target, width, calibration):
     deep, shallow = (
         resnet(2, 2, widths=(12, 24), shortcut="conv"),
@@ -64,7 +65,7 @@ def test_three_networks_take_the_widths_of_any(target, width, channels):
             assert torch.equal(named.model.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 def test_all_the_weight_on_the_narrow_network_keeps_it_in_the_deep_structure(calibration):
     deep, shallow = (
         resnet(2, 2, widths=(12, 24), shortcut="conv"),
@@ -77,7 +78,7 @@ def test_all_the_weight_on_the_narrow_network_keeps_it_in_the_deep_structure(cal
         )
 
 
-@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
 def test_of_three_the_narrowest_keeps_its_function_in_the_deepest_structure(calibration):
     models = [
         resnet(2, 2, widths=(12, 24), shortcut="conv"),
