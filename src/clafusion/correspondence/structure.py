@@ -174,10 +174,11 @@ def _reason(correspondence: Correspondence) -> str:
         [entry for layer in one.layers for entry in layer.between]
         for one in (correspondence.source, correspondence.target)
     ]
-    own, other = (
-        ", ".join(_shown(one) for one in dict.fromkeys(mine) if mine.count(one) != rest.count(one))
+    only = [
+        [one for one in dict.fromkeys(mine) if mine.count(one) != rest.count(one)]
         for mine, rest in (between, between[::-1])
-    )
+    ]
+    own, other = (", ".join(_shown(one, rest) for one in mine) for mine, rest in (only, only[::-1]))
     if own or other:
         return f"between its layers lies {own or 'nothing'}, and in the result {other or 'nothing'}"
     if -1 in correspondence.layer_map:
@@ -185,7 +186,11 @@ def _reason(correspondence: Correspondence) -> str:
     return "its module's code fixes a number, such as a size, that the result's code has otherwise"
 
 
-def _shown(entry: tuple[str, tuple[tuple[str, Any], ...]]) -> str:
+def _shown(
+    entry: tuple[str, tuple[tuple[str, Any], ...]], others: Sequence[tuple[str, Any]]
+) -> str:
+    """Name an operation, with the settings in which it differs from another of that name."""
     name, settings = entry
-    text = ", ".join(f"{key} {value}" for key, value in settings)
+    twin = next((dict(of) for other, of in others if other == name), dict(settings))
+    text = ", ".join(f"{key} {value}" for key, value in settings if twin.get(key) != value)
     return f"{name} ({text})" if text else name
