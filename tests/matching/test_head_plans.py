@@ -366,6 +366,7 @@ def test_plans_of_heads_are_wholes_and_those_of_all_groups_alike(shape):
     assert more // fewer <= pairs.sum(0 if shape[0] >= shape[1] else 1).min()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
 def test_a_template_may_have_another_number_of_heads(calibration):
     # The deep network has few heads, the shallow one many; the result both its depth and those.

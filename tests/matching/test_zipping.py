@@ -261,6 +261,7 @@ def test_without_a_budget_the_ends_of_the_weight_are_the_parents(name):
     assert_same_function(at_one.model, shallow, inputs)
 
 
+@pytest.mark.nightly
 def test_networks_of_which_each_is_the_deeper_one_somewhere_are_zipped():
     first = networks.resnet(3, 1, shortcut="conv", seed=1)
     second = networks.resnet(1, 2, shortcut="conv", seed=2)

@@ -1703,7 +1703,9 @@ def attention_relative() -> nn.Module:
 
 
 # Rotary angles tell the query and key channels apart; two value heads remain.
-@architecture("Attention, rotary and grouped-query, RMSNorm", SEQUENCE, channels=(16, 20, 4, 4))
+@architecture(
+    "Attention, rotary and grouped-query, RMSNorm", SEQUENCE, channels=(16, 20, 4, 4, 1, 1, 1, 1)
+)
 def attention_rotary() -> nn.Module:
     return Transformer(Attention(16, 4, rotary=True, key_heads=2), RMSNorm)
 
@@ -2085,7 +2087,7 @@ transformers_architecture(
     {"input_ids": TEXT},
     LANGUAGE | {"num_key_value_heads": 2},
     tolerance=1e-5,
-    channels=(16, 20, 20, 4, 4, 4, 4),
+    channels=(16, 20, 20, 4, 4, 4, 4, *(1,) * 8),
 )
 transformers_architecture(
     "transformers Mistral, sliding window",
@@ -2094,7 +2096,7 @@ transformers_architecture(
     {"input_ids": TEXT},
     LANGUAGE | {"num_key_value_heads": 2, "head_dim": 4, "sliding_window": 4},
     tolerance=1e-5,
-    channels=(16, 20, 20, 4, 4, 4, 4),
+    channels=(16, 20, 20, 4, 4, 4, 4, *(1,) * 8),
 )
 transformers_architecture(
     "transformers Qwen3, query and key norms",
@@ -2103,7 +2105,7 @@ transformers_architecture(
     {"input_ids": TEXT},
     LANGUAGE | {"num_key_value_heads": 2, "head_dim": 4},
     tolerance=1e-5,
-    channels=(16, 20, 20, 4, 4, 4, 4),
+    channels=(16, 20, 20, 4, 4, 4, 4, *(1,) * 8),
 )
 transformers_architecture(
     "transformers GPT-NeoX, parallel residual",

@@ -145,6 +145,8 @@ def test_permuting_less_shows(name: str) -> None:
     expected = call(model, inputs)
     generator = torch.Generator().manual_seed(31)
     for group in graph.groups:
+        if group.size == 1:  # moves with its whole head only
+            continue
         cycled = cycle(group.size, generator)
         # Some axes cannot show (a bias before a norm, of a key); one of them must.
         changes = []
