@@ -1702,7 +1702,7 @@ def attention_relative() -> nn.Module:
     return Transformer(Attention(16, 4, kernel="matmul", relative=6))
 
 
-# Rotary angles tell the query and key channels apart; two value heads remain.
+# Rotary angles tell the query and key channels apart: they move with their whole head only.
 @architecture(
     "Attention, rotary and grouped-query, RMSNorm", SEQUENCE, channels=(16, 20, 4, 4, 1, 1, 1, 1)
 )
