@@ -91,7 +91,9 @@ def test_permuted_copies_fuse_to_the_original(strategy, calibration):
     ],
 )
 @pytest.mark.parametrize("chosen", [0, 1, 2])
-@pytest.mark.parametrize("family", ["resnet", "vgg", "mlp"])
+@pytest.mark.parametrize(
+    "family", ["resnet", pytest.param("vgg", marks=pytest.mark.nightly), "mlp"]
+)
 def test_all_the_weight_on_one_model_keeps_its_function(strategy, calibration, chosen, family):
     models, inputs = {
         "resnet": ([resnet(1, 1), resnet(2, 2, seed=1), resnet(1, 2, seed=2)], IMAGES),

@@ -54,7 +54,7 @@ def test_a_model_fused_with_a_permuted_copy_is_itself(name, calibration):
 
 
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
-@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize("factor", [2, pytest.param(3, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(
     ("model", "inputs"),
     [

@@ -26,7 +26,15 @@ def assert_computes(result, model, inputs=IMAGES, **tolerance):
 
 
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
-@pytest.mark.parametrize("family", ["pad", "conv", "vgg", "no norm"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "pad",
+        pytest.param("conv", marks=pytest.mark.nightly),
+        "vgg",
+        pytest.param("no norm", marks=pytest.mark.nightly),
+    ],
+)
 def test_the_union_computes_what_either_parent_does(family, calibration):
     if family in ("pad", "conv"):
         first, second = resnet(3, 1, shortcut=family), resnet(1, 3, shortcut=family, seed=1)
