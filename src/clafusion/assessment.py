@@ -38,7 +38,8 @@ __all__ = ["FusionAssessment", "Nearness", "Parts", "assess", "parts_of", "warn_
 Kind = Literal["classes", "values"]
 
 _LEAST_HELD = 50  # of fewer an agreement is known to 14 %, and the fusion misses each of them
-_MOST = 2000  # inputs on which the networks are compared
+_MOST = 500  # held out inputs on which the networks are compared
+_MOST_SEEN = 100  # the same where none is held out: more would only cost forward passes
 _CHUNK, _CHUNK_NUMBERS = 256, 1 << 22  # rows, and numbers in an output, at a time
 _FAR = 100.0  # nats: a probability of 0 counts as exp(-100), so that one row does not hide all
 _ROUNDING = 1e-12  # nats, which is none
@@ -266,7 +267,7 @@ def assess(
     weights
         Their weights, in order; they add up to 1.
     parts
-        See :func:`parts_of`. At most 2,000 inputs are looked at.
+        See :func:`parts_of`. At most 500 inputs are looked at, and 100 where none is held out.
     settings
         The options.
 
@@ -290,7 +291,7 @@ def assess(
     modes = {one: one.training for one in model.modules()}
     model.eval()
     try:
-        for inputs in _chunks(parts.assessed, traced, output):
+        for inputs in _chunks(parts, traced, output):
             outputs = [
                 _moved(one.run(inputs)[output], plan, axis)
                 for one, plan in zip(traced, plans, strict=True)
@@ -304,9 +305,12 @@ def assess(
     return sums.assessment(tuple(parents), parts.held_out)
 
 
-def _chunks(data: Data, models: Sequence[TracedModel], output: int) -> Iterator[tuple[Tensor, ...]]:
+def _chunks(
+    parts: Parts, models: Sequence[TracedModel], output: int
+) -> Iterator[tuple[Tensor, ...]]:
     """Yield inputs in chunks that are as large as memory allows, whatever the batches' sizes."""
-    first = models[0]
+    first, data = models[0], parts.assessed
+    most = _MOST if parts.held_out else _MOST_SEEN
     rows = max(1, min(_CHUNK, _CHUNK_NUMBERS // max(1, math.prod(first.outputs[output][0]))))
     is_whole = any(one.static_batch is not None for one in models)
     held: list[tuple[Tensor, ...]] = []
@@ -315,14 +319,14 @@ def _chunks(data: Data, models: Sequence[TracedModel], output: int) -> Iterator[
         if is_whole:
             yield inputs
         else:
-            inputs = tuple(one[: _MOST - seen] for one in inputs)
+            inputs = tuple(one[: most - seen] for one in inputs)
             held.append(inputs)
             waiting += inputs[0].size(0)
         seen += inputs[0].size(0)
         if waiting >= rows:
             yield from _joined(held, rows)
             held, waiting = [], 0
-        if seen >= _MOST:
+        if seen >= most:
             break
     if held:
         yield from _joined(held, rows)
