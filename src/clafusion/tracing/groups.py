@@ -75,6 +75,8 @@ class Channels:
         The channels of each node that carries any, by the node's name.
     shapes
         The shape of each node's value, for the example inputs.
+    labels
+        The run on labels that showed all this.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -82,6 +84,11 @@ class Channels:
     uses: tuple[ParameterUse, ...]
     nodes: Mapping[str, NodeChannels]
     shapes: Mapping[str, tuple[int, ...]]
+    labels: LabelPropagation
+
+    def with_singles(self, singles: frozenset[int]) -> Channels:
+        """Return the channels with those atoms of ``alone`` as groups of one channel."""
+        return _channels(self.labels, self.shapes, singles)
 
 
 def find_channels(
@@ -90,7 +97,6 @@ def find_channels(
     state: State,
     buffers: frozenset[str],
     inputs: Sequence[Tensor],
-    singles: frozenset[int] = frozenset(),
 ) -> Channels:
     """Return the channel groups of an exported graph.
 
@@ -106,8 +112,6 @@ def find_channels(
         Which entries of ``state`` are not trained: outside of norms they count as constants.
     inputs
         A small example; the label tensors are as large as its activations.
-    singles
-        Atoms of ``Channels.alone`` that are to be groups of one channel.
 
     Raises
     ------
@@ -128,7 +132,7 @@ def find_channels(
             "places. Give example_inputs as long as those that the model is for",
             FusionWarning,
         )
-    return _channels(labels, shapes, singles)
+    return _channels(labels, shapes, frozenset())
 
 
 def _channels(
@@ -154,7 +158,7 @@ def _channels(
         if isinstance(label, (Tensor, tuple))
     }
     alone = tuple(one for one in found if one.size == 1)
-    return Channels(groups, alone, uses, nodes, shapes)
+    return Channels(groups, alone, uses, nodes, shapes, labels)
 
 
 def _groups(

@@ -98,7 +98,7 @@ def trace(
         traced = replace(traced, static_batch=_static_batch(traced))
         singles = channels_of_heads(channels.groups, channels.alone, layers)
         if singles:
-            whole = find_channels(module, placeholders, state, buffers, inputs, singles)
+            whole = channels.with_singles(singles)
             of_whole = find_layers(module, placeholders, state, whole, buffers)
             rotary = replace(traced, layers=of_whole, groups=whole.groups, uses=whole.uses)
             proved = with_proved_heads(rotary, inputs, verify=verify, seed=seed)
