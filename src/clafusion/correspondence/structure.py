@@ -124,11 +124,7 @@ def check_inserted(correspondence: Correspondence) -> None:
     """
     target = correspondence.target
     if target.united_heads:
-        own, other = (
-            {entry for layer in one.layers for entry in layer.between}
-            for one in (correspondence.source, target)
-        )
-        if own != other:
+        if set(_between(correspondence.source)) != set(_between(target)):
             raise StructureError(_reason(correspondence))
         return
     state = structured_state(correspondence)
@@ -168,12 +164,14 @@ def _compare(found: Sequence[Tensor], correspondence: Correspondence) -> None:
             )
 
 
+def _between(model: TracedModel) -> list[tuple[str, Any]]:
+    """Return what lies between a network's layers, in order."""
+    return [entry for layer in model.layers for entry in layer.between]
+
+
 def _reason(correspondence: Correspondence) -> str:
     """Say what may change a network's outputs in the target's structure."""
-    between = [
-        [entry for layer in one.layers for entry in layer.between]
-        for one in (correspondence.source, correspondence.target)
-    ]
+    between = [_between(one) for one in (correspondence.source, correspondence.target)]
     only = [
         [one for one in dict.fromkeys(mine) if mine.count(one) != rest.count(one)]
         for mine, rest in (between, between[::-1])

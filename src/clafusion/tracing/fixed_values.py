@@ -14,16 +14,13 @@ import torch
 from torch import Tensor, fx
 
 from clafusion.tracing.flow import Flow
-from clafusion.tracing.operations import op_name
+from clafusion.tracing.labels.ids import collapse
+from clafusion.tracing.operations import RESHAPES, op_name
 
 __all__ = ["Constant", "FixedValues"]
 
 _TOLERANCE = 1e-5  # what rounding in another type may leave in a table, relative to its largest
-_VIEWS = frozenset(
-    """slice select narrow view reshape _unsafe_view flatten unflatten expand unsqueeze squeeze
-    permute transpose t mT movedim contiguous clone detach alias to _to_copy lift_fresh_copy
-    lift_fresh""".split()
-)
+_VIEWS = RESHAPES | frozenset("slice select narrow lift_fresh lift_fresh_copy".split())
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +61,10 @@ class Constant:
 def _equal(one: Tensor, other: Tensor) -> bool:
     if one.is_floating_point() != other.is_floating_point():
         return False
-    one, other = (_varying(value.cpu()) for value in (one, other))
+    one, other = (
+        collapse(torch.view_as_real(value) if value.is_complex() else value)[0]
+        for value in (one.cpu(), other.cpu())
+    )
     if one.shape != other.shape:
         return False
     if not one.is_floating_point():
@@ -73,18 +73,6 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     scale = one[one.isfinite()].abs().amax() if bool(one.isfinite().any()) else torch.tensor(0.0)
     bound = _TOLERANCE * float(scale)
     return torch.allclose(one, other, rtol=0.0, atol=bound, equal_nan=True)
-
-
-def _varying(value: Tensor) -> Tensor:
-    """Return a tensor with every axis along which it does not vary cut to one entry."""
-    if value.is_complex():
-        value = torch.view_as_real(value)
-    for axis in range(value.dim()):
-        if value.size(axis) > 1:
-            first = value.narrow(axis, 0, 1)
-            if bool(((value == first) | (value.isnan() & first.isnan())).all()):
-                value = first
-    return value
 
 
 class FixedValues:

@@ -12,7 +12,7 @@ from torch import fx
 
 from clafusion.execution.call import State
 from clafusion.tracing.groups import Channels
-from clafusion.tracing.operations import SAME_VALUES, bound_operands, op_name
+from clafusion.tracing.operations import RESHAPES, SAME_VALUES, bound_operands, op_name
 
 __all__ = [
     "CONVOLUTIONS",
@@ -29,13 +29,10 @@ NORMS = frozenset("batch_norm layer_norm group_norm instance_norm rms_norm".spli
 
 _MATRIX_PRODUCTS = frozenset("matmul mm addmm bmm baddbmm".split())
 _WEIGHTED = CONVOLUTIONS | frozenset("linear embedding lstm gru rnn_tanh rnn_relu".split())
-_GLUE = frozenset(
-    """view reshape _unsafe_view flatten unflatten permute transpose t squeeze unsqueeze
-    expand contiguous clone detach alias dropout feature_dropout _to_copy to getitem
-    chunk split split_with_sizes slice select narrow movedim swapaxes cat pad
-    constant_pad_nd mean amax sum pixel_shuffle identity mT unbind""".split()
+_GLUE = RESHAPES | frozenset(
+    """chunk split split_with_sizes slice select narrow cat pad constant_pad_nd mean amax sum
+    pixel_shuffle unbind""".split()
 )
-
 
 # Operands that two networks may differ in and still do the same: what only training reads, what
 # says where and how numbers are stored, and sizes.
