@@ -398,13 +398,18 @@ class TracedModel:
         return {name: tuple(uses) for name, uses in by_parameter.items()}
 
     @cached_property
+    def entries(self) -> Mapping[fx.Node, str]:
+        """The graph's inputs that are state entries, with the entries' names."""
+        inputs = (node for node in self.module.graph.nodes if node.op == "placeholder")
+        pairs = zip(inputs, self.placeholders, strict=True)
+        return {node: name for node, name in pairs if name is not None}
+
+    @cached_property
     def shared_parameters(self) -> frozenset[str]:
         """Parameters that several operations read: what serves one of them may harm another."""
         readers: dict[str, set[fx.Node]] = {}
-        inputs = (node for node in self.module.graph.nodes if node.op == "placeholder")
-        for node, name in zip(inputs, self.placeholders, strict=True):
-            if name is not None:
-                readers.setdefault(name, set()).update(node.users)
+        for node, name in self.entries.items():
+            readers.setdefault(name, set()).update(node.users)
         return frozenset(name for name, nodes in readers.items() if len(nodes) > 1)
 
     @cached_property
@@ -441,12 +446,10 @@ class TracedModel:
 
     def operand_names(self, node: fx.Node) -> dict[str, str]:
         """Return those operands of a node that are state entries: operand name -> entry's name."""
-        inputs = (entry for entry in self.module.graph.nodes if entry.op == "placeholder")
-        names = dict(zip(inputs, self.placeholders, strict=True))
         return {
-            role: name
+            role: self.entries[operand]
             for role, operand in bound_operands(node).items()
-            if isinstance(operand, fx.Node) and (name := names.get(operand)) is not None
+            if isinstance(operand, fx.Node) and operand in self.entries
         }
 
     def state(self) -> dict[str, Tensor]:
