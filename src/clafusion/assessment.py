@@ -21,6 +21,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,15 @@ from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Data, Part, Progress, batches, has_rows, keeps_order
 from clafusion.tracing.model import TracedModel
 
-__all__ = ["FusionAssessment", "Nearness", "Parts", "assess", "parts_of", "warn_of"]
+__all__ = [
+    "FusionAssessment",
+    "KnownOutputs",
+    "Nearness",
+    "Parts",
+    "assess",
+    "parts_of",
+    "warn_of",
+]
 
 Kind = Literal["classes", "values"]
 
@@ -41,6 +50,7 @@ _LEAST_HELD = 50  # of fewer an agreement is known to 14 %, and the fusion misse
 _MOST = 500  # held out inputs on which the networks are compared
 _MOST_SEEN = 100  # the same where none is held out: more would only cost forward passes
 _CHUNK, _CHUNK_NUMBERS = 256, 1 << 22  # rows, and numbers in an output, at a time
+_KEPT_NUMBERS = 1 << 20  # in outputs that are kept for each parent
 _FAR = 100.0  # nats: a probability of 0 counts as exp(-100), so that one row does not hide all
 _ROUNDING = 1e-12  # nats, which is none
 _NOISE, _ERRORS = 1e-4, 2.0  # a difference counts that is above both; the latter in standard errors
@@ -241,6 +251,31 @@ def _compared(model: TracedModel, settings: Assessment) -> tuple[int, Kind] | No
     return floating[0], "values"
 
 
+class KnownOutputs:
+    """Parents' outputs on the inputs of an assessment, kept for further fusions on the same data.
+
+    They are kept as long as the model lives, and as they take at most 4 MB a model.
+    """
+
+    def __init__(self) -> None:
+        self._outputs: WeakKeyDictionary[nn.Module, dict[tuple[bool, int, int], Tensor]] = (
+            WeakKeyDictionary()
+        )
+
+    def of(
+        self, model: TracedModel, inputs: tuple[Tensor, ...], place: tuple[bool, int], output: int
+    ) -> Tensor:
+        """Return a model's output on a chunk of inputs, which starts at a place in the data."""
+        key = (*place, inputs[0].size(0))
+        known = self._outputs.setdefault(model.model, {})
+        if key in known:
+            return known[key]
+        found: Tensor = model.run(inputs)[output]
+        if found.numel() + sum(one.numel() for one in known.values()) <= _KEPT_NUMBERS:
+            known[key] = found
+        return found
+
+
 # --- the comparison -----------------------------------------------------------------------------
 
 
@@ -253,6 +288,7 @@ def assess(
     parts: Parts,
     settings: Assessment,
     progress: Progress | None = None,
+    known: KnownOutputs | None = None,
 ) -> FusionAssessment | None:
     """Compare the result and each parent with the parents together, in one pass of each.
 
@@ -270,6 +306,8 @@ def assess(
         See :func:`parts_of`. At most 500 inputs are looked at, and 100 where none is held out.
     settings
         The options.
+    known
+        What the parents put out in earlier assessments on the same data.
 
     Returns
     -------
@@ -288,12 +326,14 @@ def assess(
             return None  # earlier steps have moved outputs, too
         plans = [None] * len(traced)
     sums = _Sums(kind, axis, tuple(weights))
+    known = known or KnownOutputs()
     modes = {one: one.training for one in model.modules()}
     model.eval()
     try:
         for inputs in _chunks(parts, traced, output):
+            place = parts.held_out, sums.num_inputs
             outputs = [
-                _moved(one.run(inputs)[output], plan, axis)
+                _moved(known.of(one, inputs, place, output), plan, axis)
                 for one, plan in zip(traced, plans, strict=True)
             ]
             sums.add(outputs, call_model(model, inputs, traced[0].keywords)[output])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from clafusion.alignment.models import AlignedModels, align_models, check_models
-from clafusion.assessment import Parts, assess, parts_of, warn_of
+from clafusion.assessment import KnownOutputs, Parts, assess, parts_of, warn_of
 from clafusion.calibration.methods import calibrate
 from clafusion.config import (
     Barycentre,
@@ -234,6 +234,7 @@ def fuse_aligned(
     config: FusionConfig | None = None,
     *,
     template: TracedModel | None = None,
+    known_outputs: KnownOutputs | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
     """Do the second half of :func:`fuse`: choose the target, match channels, average, calibrate.
@@ -246,6 +247,8 @@ def fuse_aligned(
         As for :func:`fuse`.
     template
         The traced module of a target :class:`clafusion.config.Like` one.
+    known_outputs
+        What the parents put out in the assessments of earlier fusions on the same data.
     """
     config = config or FusionConfig()
     given = merge_weights(weights, aligned.names)
@@ -253,7 +256,7 @@ def fuse_aligned(
     parents = {name: one.traced for name, one in zip(aligned.names, aligned.profiles, strict=True)}
     parts = parts_of(data, tuple(parents.values()), config.assessment)
     result = _fused(aligned, parts.kept, given, config, template, progress)
-    return _assessed(result, parents, parts, progress)
+    return _assessed(result, parents, parts, progress, known_outputs)
 
 
 def _fused(
@@ -301,6 +304,7 @@ def _assessed(
     parents: Mapping[str, TracedModel],
     parts: Parts,
     progress: Progress | None,
+    known_outputs: KnownOutputs | None = None,
 ) -> FusionResult:
     """Return the result with its assessment; warn where that is bad."""
     config = result.config
@@ -314,6 +318,7 @@ def _assessed(
             parts,
             config.assessment,
             progress,
+            known_outputs,
         )
     if found is None:
         return result

@@ -9,7 +9,6 @@ from safetensors import SafetensorError
 
 from clafusion import (
     FusionConfig,
-    GraphVerificationError,
     InputError,
     Matching,
     Merging,
@@ -19,11 +18,12 @@ from clafusion import (
     fuse,
     profile,
 )
-from clafusion.batch import prepared as prepared_module
 from clafusion.batch.prepared import prepare
 from clafusion.batch.run import fuse_pairs
 from clafusion.profiling import cache as cache_module
-from clafusion.stages import traced_parent
+from clafusion.tracing import trace as trace_module
+from clafusion.tracing.export import export_model
+from clafusion.tracing.traces import KnownTraces
 from tests.support import networks
 from tests.support.many_pairs import DATA, SETTINGS, assert_as_fused, modules
 from tests.support.preparations import count_preparations
@@ -52,17 +52,6 @@ def test_profiles_made_alone_are_those_made_together(make, shape):
 # --- one trace for all models of an architecture ------------------------------------------------
 
 
-def count_traces(monkeypatch):
-    made = []
-
-    def counted(name, *arguments):
-        made.append(name)
-        return traced_parent(name, *arguments)
-
-    monkeypatch.setattr(prepared_module, "traced_parent", counted)
-    return made
-
-
 def test_models_of_one_architecture_share_a_trace(monkeypatch):
     models = {
         "a": networks.resnet(1, 2),
@@ -72,12 +61,23 @@ def test_models_of_one_architecture_share_a_trace(monkeypatch):
     }
     models["d"].register_forward_hook(lambda *_: None)
     data = torch.randn(100, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-    made = count_traces(monkeypatch)
+    exported = []
+
+    def counted(model, *arguments):
+        exported.append(len(model.state_dict()))
+        return export_model(model, *arguments)
+
+    monkeypatch.setattr(trace_module, "export_model", counted)
+    monkeypatch.setattr(trace_module, "_known", KnownTraces())
     for one in fuse_pairs(models, data, **SETTINGS):
         assert one.error is None
+        monkeypatch.setattr(trace_module, "_known", KnownTraces())
         wanted = fuse([models[one.first], models[one.second]], data, **SETTINGS).model.state_dict()
         assert all(torch.equal(one.state[name], tensor) for name, tensor in wanted.items())
-    assert made == ["a", "c", "d"]
+    monkeypatch.setattr(trace_module, "_known", KnownTraces())
+    exported.clear()
+    list(fuse_pairs(models, data, **SETTINGS))
+    assert exported == [len(models[name].state_dict()) for name in "acd"]
 
 
 def test_a_model_that_shares_a_trace_is_checked_on_its_own():
@@ -94,20 +94,20 @@ def test_a_model_that_shares_a_trace_is_checked_on_its_own():
             ramp = torch.arange(9.0) * type(self).gate
             return self.two(torch.relu(self.one(x)) + ramp)
 
-    known = {}
-    settings = {"data_hash": "", "known": known}
+    settings = {"data_hash": ""}
     config = FusionConfig(**SETTINGS)
-    prepare("first", Gated(), DATA, DATA, config, **settings)
-    assert len(known) == 1
+    first, like_it = Gated(), Gated()
+    found = [prepare("first", one, DATA, DATA, config, **settings) for one in (first, like_it)]
+    assert found[0].profile.traced.module is found[1].profile.traced.module
     Gated.gate = 1.0
-    with pytest.raises(GraphVerificationError, match="traced graph computes something else"):
-        prepare("second", Gated(), DATA, DATA, config, **settings)
+    changed = prepare("second", like_it, DATA, DATA, config, **settings).profile.traced
+    assert changed.module is not found[0].profile.traced.module
+    torch.testing.assert_close(changed.run((DATA,))[0], like_it(DATA))
     broken = Gated()
     with torch.no_grad():
         broken.one.bias[0] = float("nan")
     with pytest.raises(InputError, match=r"models\['third'\]: parameter 'one\.bias' holds 1 NaN"):
         prepare("third", broken, DATA, DATA, config, **settings)
-    assert len(known) == 1
 
 
 # --- profiles on disk -------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from clafusion import ClafusionError, FusionConfig, FusionWarning, WidthWarning,
 from clafusion.alignment.models import check_models
 from clafusion.fusion import align_profiles, fuse_aligned
 from clafusion.stages import profile_traced
-from clafusion.tracing.trace import traced_like
 from tests.support import generated, networks
 from tests.support.attention import shuffled
 
@@ -35,14 +34,14 @@ class RefusedError(Exception):
 class Family:
     """The networks of one description, and of that without the blocks that may be dropped.
 
-    Exporting a network takes longer than all the rest: each structure is exported once, and other
-    weights are put into what was found, as fusing many pairs does.
+    Exporting a network takes longer than all the rest. Each structure is exported once, for traces
+    are kept.
     """
 
     def __init__(self, description):
         self.description = description
         self.data = self.examples(EXAMPLES[description["inputs"]])
-        self.known = {}
+        self.structures = set()
 
     def examples(self, count, seed=0, longer=False):
         return generated.examples(self.description, count, seed, longer)
@@ -50,11 +49,8 @@ class Family:
     def traced(self, seed=0, shallow=False):
         """Return the traced network whose weights have this number."""
         description = generated.shallower(self.description) if shallow else self.description
-        model, structure = generated.build(description, seed), str(description)
-        if structure not in self.known:
-            self.known[structure] = trace(model, self.data)
-            return self.known[structure]
-        return traced_like(self.known[structure], model)
+        self.structures.add(str(description))
+        return trace(generated.build(description, seed), self.data)
 
     def align(self, graphs, calibration):
         config = FusionConfig(calibration=calibration)
@@ -65,7 +61,9 @@ class Family:
     def fuse(self, aligned, calibration, weights=None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FusionWarning)
-            if len(self.known) > 1:  # networks of two depths, of which one may lack some widths
+            if (
+                len(self.structures) > 1
+            ):  # networks of two depths, of which one may lack some widths
                 warnings.simplefilter("error", WidthWarning)
             config = FusionConfig(calibration=calibration)
             return fuse_aligned(aligned, self.data, weights, config).model
@@ -96,7 +94,7 @@ def the_ends_of_the_weight_are_the_parents(family, calibration, flip, longer=Fal
                 aligned = family.align(graphs, calibration)
             model = family.fuse(aligned, calibration, weights)
         except (ClafusionError, WidthWarning) as error:
-            if len(family.known) == 1:
+            if len(family.structures) == 1:
                 raise
             raise RefusedError(f"{type(error).__name__}: {error}") from error
         same(model, parent.model, inputs, calibration, f"weights {weights}")
@@ -114,7 +112,7 @@ def a_permuted_copy_comes_back(family, calibration, flip):
     else:
         copied = networks.permuted(model, graph, networks.orders_of(graph))
     same(copied, model, family.data, "none", "the copy itself")
-    graphs = [graph, traced_like(graph, copied)]
+    graphs = [graph, trace(copied, family.data)]
     if flip:
         graphs.reverse()
     same(family.fused(graphs, calibration), model, family.data, calibration, "fused")

@@ -1,8 +1,10 @@
 """When two models may share a trace."""
 
+import pytest
 import torch
 
-from clafusion.tracing.trace import architecture
+import clafusion
+from clafusion.tracing.architecture import architecture
 
 
 class _Plain(torch.nn.Module):
@@ -14,6 +16,14 @@ class _Plain(torch.nn.Module):
         self.register_buffer("mask", torch.full((6,), mask))
         if tied:
             self.two.weight = self.one.weight
+
+
+class _Settings:
+    """Such as the configuration of a model."""
+
+    def __init__(self, value):
+        self.value = value
+        self.more = {"numbers": [1, 2], "none": None}
 
 
 def test_an_architecture_is_all_that_an_export_can_depend_on():
@@ -30,6 +40,8 @@ def test_an_architecture_is_all_that_an_export_can_depend_on():
         {"mask": 0.0},
         {"tied": True},
         {"function": torch.tanh},
+        {"function": _Settings(torch.tanh)},
+        {"slope": _Settings(1.0)},
     ):
         assert architecture(_Plain(**change)) not in (plain, None)
     assert architecture(_Plain().train(False)) != plain
@@ -38,3 +50,33 @@ def test_an_architecture_is_all_that_an_export_can_depend_on():
     hooked.one.register_forward_pre_hook(lambda *_: None)
     for opaque in (hooked, _Plain(slope=object()), _Plain(slope=torch.ones(1))):
         assert architecture(opaque) is None
+    assert architecture(_Plain(slope=_Settings(2.0))) == architecture(_Plain(slope=_Settings(2.0)))
+    assert architecture(_Plain(slope=_Settings(torch.ones(1)))) is None
+
+
+_FACTOR = 1.0
+
+
+class _ReadsAGlobal(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(6, 6), torch.nn.Linear(6, 3)
+
+    def forward(self, inputs):
+        return self.two(torch.relu(self.one(inputs) + _FACTOR))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_models_of_one_architecture_share_a_trace_as_long_as_it_is_true(monkeypatch, verify):
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 6)
+    first, second = _ReadsAGlobal(), _ReadsAGlobal()
+    traced = clafusion.trace(first, inputs, verify=verify)
+    again = clafusion.trace(second, inputs, verify=verify)
+    assert again.module is traced.module
+    assert again.model is second
+    assert clafusion.trace(first, inputs + 1, verify=verify).module is not traced.module
+    monkeypatch.setattr(f"{__name__}._FACTOR", 2.0)
+    changed = clafusion.trace(first, inputs, verify=verify)
+    assert changed.module is not traced.module
+    torch.testing.assert_close(changed.run((inputs,))[0], first(inputs))

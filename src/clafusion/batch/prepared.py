@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
 
 from torch import nn
 
-from clafusion.alignment.models import label
 from clafusion.assessment import parts_of
 from clafusion.config import FusionConfig
-from clafusion.errors import InputError
 from clafusion.profiling.batches import Data
 from clafusion.profiling.cache import profile_key, read_profile, write_profile
 from clafusion.profiling.profile import ModelProfile
 from clafusion.stages import ExampleInputs, profile_options, profile_traced, traced_parent
-from clafusion.tracing.model import TracedModel
-from clafusion.tracing.trace import Architecture, architecture, traced_like
 from clafusion.tracing.verify import verify_graph
 
-__all__ = ["KnownModels", "PreparedModel", "prepare"]
-
-_TRACING = threading.Lock()  # torch.export changes settings of the whole process
-
-KnownModels: TypeAlias = "dict[Architecture, TracedModel]"
-"""Traced models, without their weights, by architecture."""
+__all__ = ["PreparedModel", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +46,6 @@ def prepare(
     *,
     data_hash: str,
     cache_dir: Path | None = None,
-    known: KnownModels | None = None,
 ) -> PreparedModel:
     """Trace a model, then prove and profile it or read its profile from the cache.
 
@@ -72,16 +60,13 @@ def prepare(
         :func:`clafusion.weights.digests.data_digest` of ``data``.
     cache_dir
         The folder of the cache; None for no cache.
-    known
-        Models that were traced with the same example inputs. The model is added. Models of one
-        architecture share a trace.
 
     Raises
     ------
     InputError, UnsupportedOpError, GraphVerificationError, StructureError
         As for :func:`clafusion.fuse`.
     """
-    traced = _traced(name, model, example_inputs, config, {} if known is None else known)
+    traced = traced_parent(name, model, example_inputs, replace(config, verify=False))
     key = ""
     if cache_dir is not None:
         key = profile_key(traced, profile_options(config), data_hash)
@@ -95,27 +80,6 @@ def prepare(
     if cache_dir is not None:
         write_profile(cache_dir, key, profile)
     return PreparedModel(profile, _num_bytes(profile), False)
-
-
-def _traced(
-    name: str,
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    config: FusionConfig,
-    known: KnownModels,
-) -> TracedModel:
-    """Trace a model, or take the trace of another model of its architecture; prove nothing."""
-    kind = architecture(model)
-    with _TRACING:
-        if kind is None or kind not in known:
-            traced = traced_parent(name, model, example_inputs, replace(config, verify=False))
-            if kind is not None:
-                known[kind] = replace(traced, model=nn.Module())
-            return traced
-    try:
-        return traced_like(known[kind], model)
-    except InputError as error:
-        raise InputError(f"{label(name)}: {error}") from error
 
 
 def _num_bytes(profile: ModelProfile) -> int:

@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 import torch
 
 from clafusion.alignment.models import label
-from clafusion.assessment import parts_of
-from clafusion.batch.prepared import KnownModels, PreparedModel, prepare
+from clafusion.assessment import KnownOutputs, parts_of
+from clafusion.batch.prepared import PreparedModel, prepare
 from clafusion.batch.results import Model, Pair, facts_of
 from clafusion.config import FusionConfig
 from clafusion.errors import FusionWarning, InputError, StructureError
@@ -84,9 +84,9 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self.prepared: OrderedDict[str, PreparedModel] = OrderedDict()
         self._job = job
-        self._known: KnownModels = {}
         self._failed: dict[str, str] = {}
         self._files: dict[str, ModelFile] = {}
+        self._known_outputs = KnownOutputs()
         self._largest = 0
 
     def fuse(self, pair: Pair, source: Source) -> Outcome:
@@ -137,7 +137,9 @@ class Worker:
                 f"{label(pair[0])} and {label(pair[1])} are each the deeper one somewhere. Their "
                 "union is a network that neither's code builds: fuse the two by clafusion.fuse"
             )
-        return fuse_aligned(aligned, job.data, job.weights, job.config)
+        return fuse_aligned(
+            aligned, job.data, job.weights, job.config, known_outputs=self._known_outputs
+        )
 
     def _check(self, result: FusionResult, structure: str, state: dict[str, Any]) -> None:
         """Refuse a result that would compute something else when it comes back from its file."""
@@ -199,7 +201,6 @@ class Worker:
             job.config,
             data_hash=job.data_hash,
             cache_dir=None if job.cache_dir is None else Path(job.cache_dir),
-            known=self._known,
         )
 
     # --- memory ---

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copyreg
+import hashlib
 from collections.abc import Mapping
+from enum import Enum
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeAlias
 
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 
 from clafusion.tracing.ties import identity_of
 
-__all__ = ["Architecture", "architecture"]
+__all__ = ["Architecture", "architecture", "digest_of_values"]
 
 Architecture: TypeAlias = tuple[Any, ...]
 """A hashable value; equal for models that export to the same graph."""
@@ -31,6 +34,7 @@ _PLAIN = (
     torch.device,
     torch.Size,
 )
+_DEEPEST = 12  # attributes of attributes are compared down to this depth
 
 
 def architecture(model: nn.Module) -> Architecture | None:
@@ -39,8 +43,9 @@ def architecture(model: nn.Module) -> Architecture | None:
     That is the type and the attributes of every submodule; the shapes, types and ties of
     parameters and buffers; and the values of buffers, except a norm's statistics.
 
-    None if some attribute is no plain value (a hook, a tensor, an object of a type of its own), so
-    that nothing can be said about it.
+    None if some attribute is neither a plain value nor an object made of such (a hook, a tensor, a
+    module that is not registered), so that nothing can be said about it. What global variables say
+    is not compared: that is for the caller, who can run both.
     """
     numbers: dict[Any, int] = {}
     entries: list[Any] = []
@@ -50,6 +55,8 @@ def architecture(model: nn.Module) -> Architecture | None:
             parameters, buffers, children = (
                 attributes.pop(kind) for kind in ("_parameters", "_buffers", "_modules")
             )
+            if any("hooks" in name and value for name, value in attributes.items()):
+                return None
             entries.append(
                 (
                     path,
@@ -82,19 +89,45 @@ def _facts(
         if isinstance(value, nn.Parameter) or is_statistic:
             facts.append((name, number, form, value.requires_grad))
         else:
-            values = value.detach().cpu().contiguous().flatten().view(torch.uint8)
-            facts.append((name, number, form, values.numpy().tobytes()))
+            facts.append((name, number, form, digest_of_values(value)))
     return tuple(facts)
 
 
-def _plain(value: Any) -> Any:
-    """Return a hashable form of a plain value; raise TypeError for any other."""
+def digest_of_values(tensor: Tensor) -> bytes:
+    """Return the SHA-256 of a tensor's values."""
+    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).digest()
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """Return a hashable form of a plain value or an object; raise TypeError for any other."""
+
+    def inner(part: Any) -> Any:
+        return _plain(part, depth + 1)
+
+    if isinstance(value, float) and value != value:  # which would not equal itself
+        return float, "nan"
     if isinstance(value, _PLAIN):
         return type(value), value
-    if isinstance(value, (list, tuple)):
-        return type(value), tuple(map(_plain, value))
-    if isinstance(value, (set, frozenset)) and all(isinstance(item, str) for item in value):
+    if isinstance(value, Enum):
+        return type(value), value.name
+    if depth > _DEEPEST or type(value) is object or isinstance(value, (Tensor, nn.Module)):
+        raise TypeError
+    if type(value) in (list, tuple):
+        return type(value), tuple(map(inner, value))
+    if type(value) in (set, frozenset) and all(isinstance(item, str) for item in value):
         return type(value), frozenset(value)
-    if isinstance(value, dict) and not value:
-        return type(value), ()
-    raise TypeError
+    if isinstance(value, dict) and type(value).__module__ in ("builtins", "collections"):
+        return type(value), tuple((inner(key), inner(part)) for key, part in value.items())
+    # An object is what copy.deepcopy would make it from again.
+    made = value.__reduce_ex__(2)
+    if isinstance(made, str) or made[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        raise TypeError
+    _, arguments, state, items, pairs = (*made, None, None, None)[:5]
+    return (
+        type(value),
+        inner(tuple(arguments)),
+        inner(state),
+        None if items is None else inner(list(items)),
+        None if pairs is None else inner(list(pairs)),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from clafusion.errors import InputError, UnsupportedOpError
 from clafusion.tracing.operations import module_path, op_name
 
 __all__ = ["export_model", "first_line", "refuse_changed_inputs"]
+
+_EXPORTING = threading.Lock()  # torch.export changes settings of the whole process
 
 
 def export_model(
@@ -38,7 +41,7 @@ def export_model(
     UnsupportedOpError
         ``torch.export`` cannot export the model, or the graph holds control flow.
     """
-    with _quiet_export():
+    with _EXPORTING, _quiet_export():
         program = _export(
             model,
             tuple(value.clone() for value in arguments),

@@ -404,6 +404,10 @@ class TracedModel:
         pairs = zip(inputs, self.placeholders, strict=True)
         return {node: name for node, name in pairs if name is not None}
 
+    def nodes_of(self, entry: str) -> list[fx.Node]:
+        """Return the graph's inputs that are a state entry."""
+        return [node for node, name in self.entries.items() if name == entry]
+
     @cached_property
     def shared_parameters(self) -> frozenset[str]:
         """Parameters that several operations read: what serves one of them may harm another."""

@@ -12,20 +12,22 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.nn.parameter import is_lazy
 
-from clafusion.errors import InputError, UnsupportedOpError
+from clafusion.errors import GraphVerificationError, InputError, UnsupportedOpError
 from clafusion.execution.call import device_of
-from clafusion.tracing.architecture import Architecture, architecture
 from clafusion.tracing.export import export_model, first_line, refuse_changed_inputs
 from clafusion.tracing.groups import find_channels
 from clafusion.tracing.heads import channels_of_heads
 from clafusion.tracing.layers import find_layers
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.ties import aliases_of
-from clafusion.tracing.verify import with_proved_heads
+from clafusion.tracing.traces import KnownTraces
+from clafusion.tracing.verify import computes_the_same, verify_graph, with_proved_heads
 
-__all__ = ["Architecture", "architecture", "copied", "trace", "trace_like", "traced_like"]
+__all__ = ["copied", "trace", "trace_like"]
 
 _EXAMPLE_ROWS = 3  # few, for labels are as large as activations; but 1 is special to torch.export
+
+_known = KnownTraces()
 
 
 def trace(
@@ -70,6 +72,34 @@ def trace(
     if device is not None:
         arguments = tuple(value.to(device) for value in arguments)
         keywords = {name: value.to(device) for name, value in keywords.items()}
+    known = _known.like(model, arguments, keywords)
+    if known is not None and _is_true_of(known, verify=verify, seed=seed):
+        return known
+    traced = _traced(model, arguments, keywords, verify=verify, seed=seed)
+    _known.add(traced)
+    return traced
+
+
+def _is_true_of(traced: TracedModel, *, verify: bool, seed: int) -> bool:
+    """Say whether a graph from elsewhere is this model's, too, whatever their code reads."""
+    if not verify:
+        return computes_the_same(traced, traced.example_inputs)
+    try:
+        verify_graph(traced, traced.example_inputs, seed=seed)
+    except GraphVerificationError:  # raised again by a trace of its own, if it is the model's fault
+        return False
+    return True
+
+
+def _traced(
+    model: nn.Module,
+    arguments: tuple[Tensor, ...],
+    keywords: Mapping[str, Tensor],
+    *,
+    verify: bool,
+    seed: int,
+) -> TracedModel:
+    """Export a model and analyse it."""
     program = export_model(copied(model).eval(), arguments, keywords)
     module = program.graph_module
     aliases = aliases_of(model)
@@ -116,20 +146,6 @@ def trace_like(model: nn.Module, like: TracedModel) -> TracedModel:
     names, example = like.keywords, like.example_inputs
     inputs = dict(zip(names, example, strict=True)) if names else example
     return trace(model, inputs, verify=False)
-
-
-def traced_like(known: TracedModel, model: nn.Module) -> TracedModel:
-    """Return a traced model with another model's weights; both have the same :func:`architecture`.
-
-    Its channel groups are not proved yet: the proof takes the model's own weights.
-
-    Raises
-    ------
-    InputError
-        The model is unusable, as for :func:`trace`.
-    """
-    _check_model(model)
-    return replace(known, model=model)
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from clafusion.execution.call import State, call_model
 from clafusion.tracing.heads import exchange_heads, group_sources, possible_heads
 from clafusion.tracing.model import ChannelGroup, GroupAxis, HeadPartition, TracedModel
 
-__all__ = ["permute_channels", "verify_graph", "with_proved_heads"]
+__all__ = ["computes_the_same", "permute_channels", "verify_graph", "with_proved_heads"]
 
 # Relative to the largest output. Float64 leaves 1e-16 a rounding, and deep networks amplify it.
 # Float32 is the fallback for models that fix a dtype inside.
@@ -105,6 +105,16 @@ def verify_graph(traced: TracedModel, inputs: tuple[Tensor, ...], *, seed: int =
             "output. The analysis does not understand this model: please open an issue with its "
             "code"
         )
+
+
+def computes_the_same(traced: TracedModel, inputs: tuple[Tensor, ...]) -> bool:
+    """Say whether a traced graph, with a model's weights, puts out what the model does."""
+    with torch.no_grad():
+        plain = copy.deepcopy(traced.model).eval()
+        generator = torch.Generator().manual_seed(0)
+        inputs, outputs = _trial_inputs(traced, plain, inputs, generator)
+        found = [value for value in traced.run(inputs) if isinstance(value, Tensor)]
+        return _difference(found, outputs) <= _TOLERANCE[torch.float32]
 
 
 def with_proved_heads(
@@ -218,8 +228,8 @@ class _Trial:
             }
         redrawn = _redrawn(self.model, own, self.generator)
         self.expected = [(own, outputs), (redrawn, self._outputs(redrawn))]
-        if self.bound == _TOLERANCE[torch.float64]:
-            self.bound = min(max(self.bound, self._amplified()), _MOST)
+        self._is_amplified = self.bound != _TOLERANCE[torch.float64]
+        self._of_noise = torch.Generator().manual_seed(seed)
 
     def _amplified(self) -> float:
         """Return how far noise in the weights moves the outputs: deep networks amplify rounding."""
@@ -229,7 +239,7 @@ class _Trial:
             noisy = dict(state)
             for name in filter(state.__contains__, trained):
                 value = state[name]
-                signs = torch.randint(0, 2, value.shape, generator=self.generator) * 2.0 - 1.0
+                signs = torch.randint(0, 2, value.shape, generator=self._of_noise) * 2.0 - 1.0
                 noisy[name] = value * (1 + _NOISE * signs.to(value))
             return noisy
 
@@ -249,7 +259,11 @@ class _Trial:
 
     def leaves_outputs(self, change: Callable[[State], State]) -> bool:
         """Return whether a change of the weights moves the outputs by no more than rounding."""
-        return self.gap(change) <= self.bound
+        gap = self.gap(change)
+        if gap > self.bound and not self._is_amplified and gap <= _MOST:
+            self._is_amplified = True
+            self.bound = min(max(self.bound, self._amplified()), _MOST)
+        return gap <= self.bound
 
 
 def _cycle(size: int, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from clafusion.calibration.least_squares.places import Place
 from clafusion.execution.call import State
 from clafusion.execution.walk import Walk
+from clafusion.profiling.profile import gram_matrix
+from clafusion.threads import one_thread
 from clafusion.tracing.model import CalibrationPoint
 from clafusion.tracing.operations import bound_operands, convolution_geometry
 
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 _ROUNDS = 2  # of the majorisation of a ReLU
+_RUN, _RUNS = 256, 16  # rows that are summed in float32, and how many such runs at once
 
 
 class NormalEquations:
@@ -47,8 +50,8 @@ class NormalEquations:
         # Sums of products in half precision are too coarse to be positive definite.
         wide = torch.promote_types(x.dtype, torch.float32)
         x, goal = x.to(wide), goal.to(wide)
-        self.inputs += (x.T @ x).double()
-        self.residuals += (x.T @ (goal - x @ self.start.to(x))).double()
+        self.inputs += _squares(x)
+        self.residuals += _products(x, goal - x @ self.start.to(x))
         self.rows += len(x)
         if active is not None:
             self._kept.append((x, active.to(wide)))
@@ -64,9 +67,37 @@ class NormalEquations:
             for x, active in self._kept:
                 found = x @ weights.to(x)
                 goal = torch.where(active > 0, active, found.clamp(max=0))
-                residuals += (x.T @ (goal - found)).double()
+                residuals += _products(x, goal - found)
             weights = weights + torch.cholesky_solve(residuals, factor)
         return weights
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Return ``X^T X`` in float64, the same bytes for any number of threads."""
+    if x.dtype == torch.float64:  # which the package's kernel would round
+        with one_thread():
+            return x.T @ x
+    return gram_matrix(x.T)
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """Return ``X^T Y`` in float64, the same bytes for any number of threads.
+
+    PyTorch shares long sums among its threads, and adds up their parts in float32. So the sums are
+    made in short runs of rows, and the runs added up here.
+    """
+    total = torch.zeros(x.size(1), y.size(1), dtype=torch.float64, device=x.device)
+    if x.dtype == torch.float64:
+        with one_thread():
+            return total + x.T @ y
+    whole = len(x) // _RUN * _RUN
+    for of_x, of_y in zip(
+        x[:whole].split(_RUNS * _RUN), y[:whole].split(_RUNS * _RUN), strict=True
+    ):
+        runs = [one.unflatten(0, (-1, _RUN)) for one in (of_x, of_y)]
+        total += (runs[0].mT @ runs[1]).double().sum(0)
+    with one_thread():
+        return total + x[whole:].T @ y[whole:]
 
 
 def channels_last(walk: Walk, node: str, point: CalibrationPoint) -> Tensor:

@@ -13,7 +13,8 @@ from clafusion.calibration.least_squares.places import Place, View
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.execution.call import State
 from clafusion.merging.problem import FusionProblem
-from clafusion.tracing.model import GroupAxis
+from clafusion.tracing.model import GroupAxis, TracedModel
+from clafusion.tracing.operations import bound_operands, op_name
 
 __all__ = ["Hidden", "Kept", "Part", "hidden_channels", "reads_partner"]
 
@@ -36,6 +37,8 @@ class Part:
         ``(num_channels, num_columns)``: where each channel stands among the layer's inputs.
     channel_of
         For each member of the group the writing layer's channel.
+    carried
+        As those of :class:`Hidden`, in the parent.
     """
 
     parent: int
@@ -43,6 +46,7 @@ class Part:
     reader: fx.Node
     columns: Tensor
     channel_of: Tensor
+    carried: tuple[GroupAxis, ...]
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,15 @@ class Hidden:
     """Channels that one layer writes and one layer reads, in all parents that have them.
 
     ``reader`` is the target's layer that reads them; ``columns`` and ``channel_of`` are the
-    target's, as those of :class:`Part`.
+    target's, as those of :class:`Part`. ``carried`` are parameters between the two, of which each
+    channel takes its row along: of a BatchNorm behind the activation, of a kernel for each channel.
     """
 
     reader: Place
     columns: Tensor
     channel_of: Tensor
     parts: tuple[Part, ...]
+    carried: tuple[GroupAxis, ...]
 
 
 def hidden_channels(
@@ -97,10 +103,14 @@ def _hidden(
         return None
     group = target.groups[index]
     readers = [axis for axis in group.axes if axis.direction == "in"]
-    writers = {axis.use.parameter for axis in group.axes if axis.direction == "out"}
+    carried = tuple(
+        axis
+        for axis in group.axes
+        if axis.direction == "out" and axis.use.parameter not in place.parameters
+    )
     if not (
         len(readers) == 1
-        and writers <= set(place.parameters)
+        and all(_is_carried(target, axis, of_target) for axis in carried)
         and len(place.point.groups) == group.size
         and bool((place.point.groups == index).all())
     ):
@@ -117,14 +127,30 @@ def _hidden(
     for i, (parent, view) in enumerate(zip(problem.parents, place.views, strict=True)):
         if view is None and reader.kernel not in parent.correspondence.names:
             continue  # this parent lacks both layers
-        part = _part(i, parent.correspondence, view, place, reader, states[i])
+        part = _part(i, parent.correspondence, view, place, reader, carried, states[i])
         if part is None:
             return None
         parts.append(part)
     features = sum(part.columns.numel() for part in parts)
     if len(parts) < 2 or features > _MOST_FEATURES:
         return None
-    return Hidden(reader, columns, place.point.members.argsort(), tuple(parts))
+    return Hidden(reader, columns, place.point.members.argsort(), tuple(parts), carried)
+
+
+def _is_carried(model: TracedModel, axis: GroupAxis, state: State) -> bool:
+    """Say whether a parameter has one row for each channel, and mixes none with another."""
+    use = axis.use
+    shape = tuple(state[use.parameter].shape)
+    if use.parameter in model.shared_parameters or axis.axis != 0 or use.size != shape:
+        return False
+    if axis.positions.numel() != shape[0]:
+        return False
+    readers = [user for node in model.nodes_of(use.parameter) for user in node.users]
+    return all(
+        op_name(node) == "batch_norm"
+        or (op_name(node).startswith("conv") and bound_operands(node)["groups"] == shape[0])
+        for node in readers
+    )
 
 
 def _part(
@@ -133,6 +159,7 @@ def _part(
     view: View | None,
     place: Place,
     reader: Place,
+    carried: Sequence[GroupAxis],
     state: State,
 ) -> Part | None:
     """Return what a parent has of hidden channels, None where it has them otherwise."""
@@ -143,18 +170,29 @@ def _part(
         return None  # heads stay whole
     kernel = correspondence.names[reader.kernel]
     reading = correspondence.points[reader.point.node].affine
-    axes = [
-        axis
-        for axis in correspondence.source.groups[correspondence.groups[group]].axes
-        if axis.direction == "in" and axis.use.parameter == kernel
-    ]
+    own = correspondence.source.groups[correspondence.groups[group]].axes
+    axes = [one for one in own if one.direction == "in" and one.use.parameter == kernel]
     if reading is None or len(axes) != 1:
+        return None
+    wanted = [correspondence.names.get(one.use.parameter) for one in carried]
+    by_name = {one.use.parameter: one for one in own if one.direction == "out"}
+    if not all(
+        name in by_name and _is_carried(correspondence.source, by_name[name], state)
+        for name in wanted
+    ):
         return None
     columns = _columns(axes[0], reader)
     if columns.numel() != state[kernel][0].numel():
         return None
     affine = next(node for node in correspondence.source.module.graph.nodes if node.name == reading)
-    return Part(index, group, affine, columns, view.point.members.argsort())
+    return Part(
+        index,
+        group,
+        affine,
+        columns,
+        view.point.members.argsort(),
+        tuple(by_name[name] for name in wanted if name is not None),
+    )
 
 
 def _columns(axis: GroupAxis, reader: Place) -> Tensor:

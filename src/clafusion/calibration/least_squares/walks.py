@@ -165,6 +165,7 @@ class Walks:
                 kinship=self._kinship(hidden),
             )
         given = self._given(hidden, kept)
+        self._carry(hidden, given)
 
         reader_start = readout.new_zeros(hidden.columns.numel(), readout.size(1))
         for one, theirs in zip(given, columns, strict=True):
@@ -203,6 +204,17 @@ class Walks:
                 into, places = places.tensor_split([len(channels)])
                 given.append(Kept(into, channels))
         return given
+
+    def _carry(self, hidden: Hidden, given: Sequence[Kept]) -> None:
+        """Give every channel its row of those parameters that are between its two layers."""
+        for i, axis in enumerate(hidden.carried):
+            rows = self.state[axis.use.parameter].clone()
+            for part, one in zip(hidden.parts, given, strict=True):
+                theirs = part.carried[i]
+                source = self.states[part.parent][theirs.use.parameter]
+                into, taken = axis.positions[one.own, 0], theirs.positions[one.taken, 0]
+                rows[into.to(rows.device)] = source[taken.to(source.device)].to(rows)
+            self.state[axis.use.parameter] = rows
 
     def _kinship(self, hidden: Hidden) -> Tensor:
         r"""Return how alike all parents' channels, side by side, are by the transport plans.

@@ -326,6 +326,11 @@ class LabelPropagation:
         (ids,) = collapse(ids)
         self.pinned.update(int(atom) for atom in ids[ids >= 0].unique())
 
+    def fixed(self, ids: Tensor) -> Tensor:
+        """Return labels with a fixed id in place of every atom, the same for united ones."""
+        roots = self.roots(ids)
+        return torch.where(roots >= 0, -1 - roots, roots)
+
     def count(self, ids: Tensor) -> None:
         """Note that the model adds up values of every atom in ``ids`` without a weight."""
         (ids,) = collapse(ids)

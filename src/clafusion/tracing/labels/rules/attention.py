@@ -113,12 +113,17 @@ def _contracted(propagation: LabelPropagation, text: str, left: Tensor, right: T
         propagation.count(left[..., 0, :])
         propagation.meet(left[..., 0, :], places.expand(*batch, k))
         return fixed_ids(text, (*batch, m, n))
-    propagation.pin(left)
-    if _constant_along(left, -1) and _constant_along(right, -2):
-        # The product contracts positions (key with value in linear attention). Each result
-        # belongs to two channels, but a label names one: the left side's channels are pinned.
-        propagation.meet(right[..., 0, :], places.expand(*batch, n))
+    if _constant_along(right, -2):
+        # The left side mixes positions of the right side's channels: attention whose scores hold
+        # trained biases, or keys that were multiplied with values first (linear attention). A label
+        # names one channel, that of the right side. Those of the left side keep their places in it.
+        propagation.meet(left, fixed_ids(text + "_left", (*batch, m, k)))
+        weights = sequence_ids(propagation.fixed(left).flatten(-2))
+        propagation.meet(right[..., 0, :], weights.unsqueeze(-1).expand(*batch, n))
         return right[..., :1, :].expand(*batch, m, n)
+    if _constant_along(left, -1):
+        return _contracted(propagation, text, right.mT, left.mT).mT
+    propagation.pin(left)
     propagation.pin(right)
     return fixed_ids(text, (*batch, m, n))
 

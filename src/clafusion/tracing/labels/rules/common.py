@@ -56,6 +56,8 @@ def combined(
         for view in views[1:]:
             propagation.unite(activations[0], propagation.element_ids(view))
         return activations[0].expand(shape)
+    if len(activations) > 1:
+        activations = _without_outer(propagation, activations, len(shape))
     for view in views:
         # Any of the activations may be the one whose channels the parameter meets.
         for ids in activations:
@@ -70,6 +72,32 @@ def combined(
     for first, second in combinations(activations, 2):
         propagation.unite(first.expand(shape), second)
     return joined(text, [*activations, *elements], shape)
+
+
+def _without_outer(
+    propagation: LabelPropagation, operands: Sequence[Tensor], dim: int
+) -> list[Tensor]:
+    """Return labels of operands in which none has channels along another axis than the others.
+
+    An outer product belongs to two channels, but a label names one. The operand with most channels
+    keeps them, and those of the others are pinned.
+    """
+    kept = list(operands)
+    spread = [_spread(propagation, ids, dim) for ids in operands]
+    most = max(range(len(kept)), key=lambda i: spread[i][1])
+    for i, (axes, count) in enumerate(spread):
+        if count > 1 and spread[most][1] > 1 and axes.isdisjoint(spread[most][0]):
+            propagation.pin(kept[i])
+            kept[i] = propagation.fixed(kept[i])
+    return kept
+
+
+def _spread(propagation: LabelPropagation, ids: Tensor, dim: int) -> tuple[frozenset[int], int]:
+    """Return along which of ``dim`` axes atoms vary, and how many there are."""
+    (roots,) = collapse(propagation.roots(collapse(ids)[0]))
+    atoms = roots[roots >= 0].unique()
+    first = dim - roots.dim()
+    return frozenset(first + i for i in range(roots.dim()) if roots.size(i) > 1), len(atoms)
 
 
 def joined(text: str, operands: Sequence[Tensor], shape: Sequence[int]) -> Tensor:

@@ -1,0 +1,65 @@
+"""The last traces of a process, so that models of one architecture share a graph."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from clafusion.tracing.architecture import architecture, digest_of_values
+from clafusion.tracing.model import TracedModel
+
+__all__ = ["KnownTraces"]
+
+_MOST = 64  # traces; a graph without weights takes little memory
+
+
+class KnownTraces:
+    """Traced models without their weights, by architecture and example inputs.
+
+    The graph of a model depends on its code as well, of which only the classes are compared. So
+    whoever takes a trace from here has to check that it computes what the model computes.
+    """
+
+    def __init__(self) -> None:
+        self._traces: OrderedDict[Hashable, TracedModel] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def like(
+        self, model: nn.Module, arguments: tuple[Tensor, ...], keywords: Mapping[str, Tensor]
+    ) -> TracedModel | None:
+        """Return the trace of a model's architecture on these inputs, with the model's weights."""
+        key = _key(model, (*arguments, *keywords.values()), tuple(keywords))
+        with self._lock:
+            known = None if key is None else self._traces.get(key)
+            if known is None:
+                return None
+            self._traces.move_to_end(key)
+        return replace(known, model=model)
+
+    def add(self, traced: TracedModel) -> None:
+        """Keep a trace; forget the one that was not needed for the longest time."""
+        key = _key(traced.model, traced.example_inputs, traced.keywords)
+        if key is None:
+            return
+        with self._lock:
+            self._traces[key] = replace(traced, model=nn.Module())
+            self._traces.move_to_end(key)
+            while len(self._traces) > _MOST:
+                self._traces.popitem(last=False)
+
+
+def _key(
+    model: nn.Module, inputs: tuple[Tensor, ...], keywords: tuple[str, ...]
+) -> Hashable | None:
+    kind = architecture(model)
+    if kind is None:
+        return None
+    values = tuple(
+        (value.shape, value.dtype, value.device, digest_of_values(value)) for value in inputs
+    )
+    return kind, keywords, values, torch.get_default_dtype()
