@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from clafusion import Alignment, LeastSquares, MergeWeights, UnsupportedOpError, fuse, trace
+from clafusion import (
+    Alignment,
+    Deeper,
+    LeastSquares,
+    MergeWeights,
+    UnsupportedOpError,
+    fuse,
+    trace,
+)
 from clafusion.calibration.least_squares import anchored_weights
 from clafusion.merging.mean import weighted_mean
 from tests.support.assertions import assert_same_function
@@ -246,3 +254,55 @@ def test_half_precision_is_regressed_with_sums_in_single(dtype):
     models = [mlp(8, 64, 64, 4).to(dtype), mlp(8, 64, 4, seed=1).to(dtype)]
     fused = fuse(models, data, calibration="least_squares").model
     assert torch.isfinite(output(fused, data)).all()
+
+
+def _norm_behind(width, seed, unused=0, depthwise=False):
+    """Convolutions with a norm behind the activation; some channels that no layer reads."""
+    torch.manual_seed(seed)
+    last = unused + width
+    between = [nn.Conv1d(last, last, 3, padding=1, groups=last), nn.ReLU()] if depthwise else []
+    model = nn.Sequential(
+        nn.Conv1d(2, last, 8, padding=4),
+        nn.ReLU(),
+        *between,
+        nn.BatchNorm1d(last),
+        nn.MaxPool1d(2),
+        nn.Conv1d(last, last, 3, padding=1),
+        nn.ReLU(),
+        nn.BatchNorm1d(last),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+        nn.Linear(last, 5),
+    )
+    with torch.no_grad():
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm1d):
+                norm.running_mean.uniform_(0.1, 0.5)
+                norm.running_var.uniform_(0.2, 2.0)
+                norm.weight.uniform_(0.5, 1.5)
+                norm.bias.uniform_(-0.5, 0.5)
+        used = torch.randperm(last)[:width]
+        idle = torch.ones(last, dtype=torch.bool)
+        idle[used] = False
+        for layer in model:
+            is_reader = isinstance(layer, (nn.Conv1d, nn.Linear)) and layer.weight.size(1) == last
+            if is_reader and unused:
+                layer.weight[:, idle] = 0.0
+    return model.eval()
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_channels_are_chosen_across_a_norm_behind_the_activation(depthwise):
+    """The narrow result keeps exactly those channels of the wide network that count."""
+    wide = _norm_behind(6, 0, unused=18, depthwise=depthwise)
+    narrow = _norm_behind(6, 1, depthwise=depthwise)
+    data = torch.randn(300, 2, 20, generator=torch.Generator().manual_seed(2))
+    found = fuse(
+        [wide, narrow], data, [1, 0], calibration="least_squares", target=Deeper(width="narrow")
+    ).model
+    assert sum(one.numel() for one in found.parameters()) == sum(
+        one.numel() for one in narrow.parameters()
+    )
+    with torch.no_grad():
+        wanted, fused = wide(data), found(data)
+    assert (fused - wanted).square().sum() < 1e-4 * (wanted - wanted.mean(0)).square().sum()

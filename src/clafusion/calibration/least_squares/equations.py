@@ -19,6 +19,7 @@ from clafusion.tracing.operations import bound_operands, convolution_geometry
 __all__ = [
     "NormalEquations",
     "channels_last",
+    "chosen_positions",
     "chosen_rows",
     "incoming_node",
     "patches",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 _ROUNDS = 2  # of the majorisation of a ReLU
+_LEAST_ROWS = 4  # for each column, at least
+_ENTRIES = 1 << 27  # a regression's inputs at the most: half a gigabyte
 _RUN, _RUNS = 256, 16  # rows that are summed in float32, and how many such runs at once
 
 
@@ -109,6 +112,17 @@ def channels_last(walk: Walk, node: str, point: CalibrationPoint) -> Tensor:
 def incoming_node(affine: fx.Node) -> str:
     """Return the name of the node that feeds a layer."""
     return str(bound_operands(affine)["input"].name)
+
+
+def chosen_positions(
+    value: Tensor, num_columns: int, most: int, num_inputs: int, generator: torch.Generator
+) -> Tensor:
+    """Choose the positions of a value, channels last, of which rows are made."""
+    positions = value[0, ..., 0].numel()
+    rows = min(most, max(_ENTRIES // num_columns, _LEAST_ROWS * num_columns))
+    count = min(positions, max(1, -(-rows // num_inputs)))
+    chosen = torch.randperm(positions, generator=generator)[:count].sort().values
+    return chosen.to(value.device)
 
 
 def chosen_rows(value: Tensor, chosen: Tensor) -> Tensor:

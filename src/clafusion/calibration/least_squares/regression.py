@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from clafusion.calibration.least_squares.choice import choose_channels, hidden_grams
+from clafusion.calibration.least_squares.hidden import hidden_channels
 from clafusion.calibration.least_squares.places import regressed_places
 from clafusion.calibration.least_squares.walks import Walks
 from clafusion.config import LeastSquares
@@ -80,25 +82,73 @@ def regress(
     progress
         Called with a text and the number of layers done.
     """
-    state = {name: tensor.clone() for name, tensor in fused.items()}
-    where = next(iter(state.values())).device
-    places = regressed_places(problem, state)
-    inputs = list(in_chunks(data, problem.target, samples, _CHUNK, device=where))
-    walks = Walks(problem, state, inputs, places, ridge)
-    own = [one.weights for one in problem.parents]
-    inside = anchored_weights(problem, anchor)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for done, place in enumerate(places):
+    return _Regression(problem, fused, data, ridge, samples, seed).run(fused, anchor, progress)
+
+
+class _Regression:
+    """What regressions of a network share, however its interior is anchored."""
+
+    def __init__(
+        self,
+        problem: FusionProblem,
+        like: State,
+        data: Data,
+        ridge: float,
+        samples: int,
+        seed: int,
+    ) -> None:
+        self._problem = problem
+        self._ridge = ridge
+        self._seed = seed
+        where = next(iter(like.values())).device
+        self._inputs = list(in_chunks(data, problem.target, samples, _CHUNK, device=where))
+        self._places = regressed_places(problem, like)
+        self._states = [one.traced.state() for one in problem.parents]
+        self._hidden = hidden_channels(problem, self._places, self._states, problem.target.state())
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self._grams = hidden_grams(problem, self._hidden, self._inputs, self._states, generator)
+
+    def run(
+        self, fused: State, anchor: float, progress: Callable[[str, int], None] | None
+    ) -> dict[str, Tensor]:
+        """Return a state regressed; see :func:`regress`."""
+        state = {name: tensor.clone() for name, tensor in fused.items()}
+        weights = self._weights(anchor)
+        generator = torch.Generator().manual_seed(self._seed)
+        with torch.no_grad():
+            choices = choose_channels(
+                self._problem, self._hidden, self._grams, self._states, weights
+            )
+            walks = Walks(
+                self._problem,
+                state,
+                self._inputs,
+                self._places,
+                self._ridge,
+                self._hidden,
+                choices,
+            )
+            for done, place in enumerate(self._places):
+                walks.solve(place, weights[place.affine.name], generator)
+                if progress is not None:
+                    progress("calibrate", done + 1)
+        return state
+
+    def _weights(self, anchor: float) -> dict[str, list[float]]:
+        """Return the parents' weights at each layer, by its node."""
+        own = [one.weights for one in self._problem.parents]
+        inside = anchored_weights(self._problem, anchor)
+        found = {}
+        for place in self._places:
             is_output = bool((place.point.groups < 0).all())
             given = own if is_output else inside
             # The sums on a stream are the work of all its layers: no layer's own weight is theirs.
             is_sum = place.shortcut is not None
-            of_layer = [one.overall if is_sum else one.of(place.point.weight) for one in given]
-            walks.solve(place, of_layer, generator)
-            if progress is not None:
-                progress("calibrate", done + 1)
-    return state
+            found[place.affine.name] = [
+                one.overall if is_sum else one.of(place.point.weight) for one in given
+            ]
+        return found
 
 
 def regress_anchored(
@@ -127,18 +177,11 @@ def regress_anchored(
     outputs = {
         name for name in plain if all(one.direction == "in" for _, one in axes.get(name, ()))
     }
+    regression = _Regression(problem, plain, data, settings.ridge, settings.samples, seed)
     for anchor in anchors:
         inside = average(problem, anchored_weights(problem, anchor))
-        state = regress(
-            problem,
-            {name: plain[name] if name in outputs else inside[name] for name in plain},
-            data,
-            anchor=anchor,
-            ridge=settings.ridge,
-            samples=settings.samples,
-            seed=seed,
-            progress=progress,
-        )
+        fused = {name: plain[name] if name in outputs else inside[name] for name in plain}
+        state = regression.run(fused, anchor, progress)
         distance = 0.0
         if len(anchors) > 1:
             distance = _distance(problem, state, data, settings.samples)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from clafusion.calibration.channel_selection import keep_channels
+from clafusion.calibration.least_squares.choice import Choice
 from clafusion.calibration.least_squares.equations import (
     NormalEquations,
     channels_last,
+    chosen_positions,
     chosen_rows,
-    incoming_node,
     patches,
     stacked,
     store_solution,
@@ -25,7 +23,6 @@ from clafusion.calibration.least_squares.hidden import (
     Hidden,
     Kept,
     Part,
-    hidden_channels,
     reads_partner,
 )
 from clafusion.calibration.least_squares.places import Place
@@ -39,9 +36,6 @@ from clafusion.threads import one_thread
 __all__ = ["Walks"]
 
 _ROWS = 100_000  # rows of each regression: many times the columns of common layers
-_CHOICE_ROWS = 30_000  # of choosing channels, in float64
-_LEAST_ROWS = 4  # for each column, at least
-_ENTRIES = 1 << 27  # a regression's inputs at the most: half a gigabyte
 
 
 class Walks:
@@ -54,16 +48,21 @@ class Walks:
         inputs: Sequence[tuple[Tensor, ...]],
         places: Sequence[Place],
         ridge: float,
+        hidden: Mapping[str, Hidden],
+        choices: Mapping[str, Choice],
     ) -> None:
         self.parents = problem.parents
         self.state = state
         self.ridge = ridge
-        self.starts: dict[str, Tensor] = {}  # weights that choosing channels has given to readers
+        self.hidden = hidden
+        self.choices = choices
+        self.starts = {  # weights that choosing channels has given to their readers
+            hidden[name].reader.affine.name: one.readout for name, one in choices.items()
+        }
         target, models = problem.target, [one.traced for one in problem.parents]
         self.of_target = target.state()
         self.states = [one.state() for one in models]
         self.structured = [structured_state(one.correspondence) for one in problem.parents]
-        self.hidden = hidden_channels(problem, places, self.states, self.of_target)
         self.uses = Counter(key for place in places for key in self._reached(place))
         kept = [{name for i, name in self.uses if i == one} for one in range(len(models))]
         self.fused = [Walk(target, one, state, set()) for one in inputs]
@@ -81,19 +80,14 @@ class Walks:
         for i, view in enumerate(place.views):
             if view is not None:
                 yield i, view.node
-        if hidden := self.hidden.get(place.affine.name):
-            for part in hidden.parts:
-                yield part.parent, incoming_node(part.reader)
 
     def solve(self, place: Place, weights: Sequence[float], generator: torch.Generator) -> None:
         """Regress one layer and put its new weights into the state."""
         hidden = self.hidden.get(place.affine.name)
+        kept = () if hidden is None else self.choices[place.affine.name].kept
         if hidden is not None:
-            kept, start = self._choose(place, hidden, weights, generator)
-        elif place.affine.name in self.starts:
-            start = self.starts.pop(place.affine.name)
-        else:
-            start = stacked(place, self.state)
+            self._carry(hidden, kept)
+        start = self._start(place, hidden, kept)
         equations = NormalEquations(start)
         chosen: Tensor | None = None
         for fused, walks in zip(self.fused, self.walks, strict=True):
@@ -105,7 +99,7 @@ class Walks:
             if place.shortcut is not None:
                 goal = goal - fused.reach(place.shortcut).movedim(place.point.axis, -1)
             if chosen is None:
-                chosen = self._choice(goal, len(start), _ROWS, generator)
+                chosen = chosen_positions(goal, len(start), _ROWS, self.num_inputs, generator)
             x = fused.reach(place.incoming)
             equations.add(
                 with_ones(place, patches(place.affine, x, place.kernel_size)[:, chosen]),
@@ -117,93 +111,18 @@ class Walks:
         for key in self._reached(place):
             self._release(key)
 
-    def _choice(
-        self, value: Tensor, num_columns: int, most: int, generator: torch.Generator
-    ) -> Tensor:
-        """Choose the positions of a value, channels last, of which rows are made."""
-        positions = value[0, ..., 0].numel()
-        rows = min(most, max(_ENTRIES // num_columns, _LEAST_ROWS * num_columns))
-        count = min(positions, max(1, -(-rows // self.num_inputs)))
-        chosen = torch.randperm(positions, generator=generator)[:count].sort().values
-        return chosen.to(value.device)
-
-    def _choose(
-        self, place: Place, hidden: Hidden, weights: Sequence[float], generator: torch.Generator
-    ) -> tuple[list[Kept], Tensor]:
-        """Choose the channels that a layer writes.
-
-        Returns for each part what it gives, and the weights from which to start. Those of the
-        reading layer are kept for its turn.
-        """
-        readout, importance = self._readouts(hidden, weights)
-        reader, parts = hidden.reader, hidden.parts
-        gram = torch.zeros(len(readout), len(readout), dtype=torch.float64, device=readout.device)
-        chosen: Tensor | None = None
-        for walks in self.walks:
-            sides = [
-                patches(
-                    part.reader,
-                    walks[part.parent].reach(incoming_node(part.reader)),
-                    reader.kernel_size,
-                )
-                for part in parts
-            ]
-            if chosen is None:
-                chosen = self._choice(sides[0], len(readout), _CHOICE_ROWS, generator)
-            x = with_ones(reader, torch.cat(sides, 2)[:, chosen]).double()
-            with one_thread():
-                gram += x.T @ x
-        firsts = [0, *accumulate(part.columns.numel() for part in parts)]
-        columns = [part.columns + first for part, first in zip(parts, firsts, strict=False)]
-        with one_thread():
-            kept, readout = keep_channels(
-                gram,
-                readout,
-                torch.cat(columns),
-                len(hidden.columns),
-                importance=importance,
-                kinship=self._kinship(hidden),
-            )
-        given = self._given(hidden, kept)
-        self._carry(hidden, given)
-
-        reader_start = readout.new_zeros(hidden.columns.numel(), readout.size(1))
-        for one, theirs in zip(given, columns, strict=True):
-            reader_start[hidden.columns[one.own].flatten()] = readout[theirs[one.taken].flatten()]
-        self.starts[reader.affine.name] = torch.cat([reader_start, readout[firsts[-1] :]])
-
-        start = self.starts.pop(place.affine.name, None)
-        if start is not None:  # this layer reads chosen channels itself
-            outputs = start.split([len(part.channel_of) for part in parts], 1)
-            start = start.new_zeros(len(start), len(hidden.channel_of))
-            for part, one, theirs in zip(parts, given, outputs, strict=True):
-                start[:, hidden.channel_of[one.own]] = theirs[:, part.channel_of[one.taken]]
-            return given, start
+    def _start(self, place: Place, hidden: Hidden | None, kept: Sequence[Kept]) -> Tensor:
+        """Return the weights from which a layer starts: those that choosing channels gave it."""
+        if place.affine.name in self.starts:
+            return self.starts[place.affine.name]
+        if hidden is None:
+            return stacked(place, self.state)
         start = stacked(place, self.of_target)
-        for part, one in zip(parts, given, strict=True):
+        for part, one in zip(hidden.parts, kept, strict=True):
             if reads_partner(self.parents[part.parent].correspondence, place.kernel):
                 into = hidden.channel_of[one.own]
                 start[:, into] = stacked(place, self._aligned(place, hidden, part, one))[:, into]
-        return given, start
-
-    def _given(self, hidden: Hidden, kept: Tensor) -> list[Kept]:
-        """Find a place for every channel that is kept: the target's own stay where they are."""
-        firsts = [0, *accumulate(len(part.columns) for part in hidden.parts)]
-        taken = [kept[(kept >= a) & (kept < b)] - a for a, b in pairwise(firsts)]
-        own = [self.parents[part.parent].is_identity for part in hidden.parts]
-        free = torch.ones(len(hidden.columns), dtype=torch.bool, device=kept.device)
-        for stays, channels in zip(own, taken, strict=True):
-            if stays:
-                free[channels] = False
-        places = torch.nonzero(free).squeeze(1)
-        given = []
-        for stays, channels in zip(own, taken, strict=True):
-            if stays:
-                given.append(Kept(channels, channels))
-            else:
-                into, places = places.tensor_split([len(channels)])
-                given.append(Kept(into, channels))
-        return given
+        return start
 
     def _carry(self, hidden: Hidden, given: Sequence[Kept]) -> None:
         """Give every channel its row of those parameters that are between its two layers."""
@@ -215,68 +134,6 @@ class Walks:
                 into, taken = axis.positions[one.own, 0], theirs.positions[one.taken, 0]
                 rows[into.to(rows.device)] = source[taken.to(source.device)].to(rows)
             self.state[axis.use.parameter] = rows
-
-    def _kinship(self, hidden: Hidden) -> Tensor:
-        r"""Return how alike all parents' channels, side by side, are by the transport plans.
-
-        With ``U`` a plan normalised by rows and columns, whose singular values are at most 1, two
-        parents' channels are alike by :math:`U_p U_q^\top`; no eigenvalue of all is negative.
-        """
-        normalised = []
-        for part in hidden.parts:
-            plan = self.parents[part.parent].plans[part.group]
-            assert plan is not None, "a matched layer writes a group without a partner"
-            scale = (plan.sum(1, keepdim=True) * plan.sum(0)).sqrt()
-            normalised.append(plan / torch.where(scale > 0, scale, 1.0))
-        stacked = torch.cat(normalised)
-        alike = stacked @ stacked.T
-        first = 0
-        for one in normalised:  # within one parent each channel is like itself only
-            last = first + len(one)
-            alike[first:last, first:last] = torch.eye(len(one)).to(alike)
-            first = last
-        return alike
-
-    def _readouts(self, hidden: Hidden, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Return how a layer reads all parents' channels side by side.
-
-        ``(num_features, num_outputs)`` and the outputs' importance. The outputs are the weighted
-        mean, or where the reading layer's own outputs are to be chosen all parents' apart.
-        """
-        reader = hidden.reader
-        readouts, calibration_points = [], []
-        for part in hidden.parts:
-            correspondence, state = (
-                self.parents[part.parent].correspondence,
-                self.states[part.parent],
-            )
-            own = {name: state[correspondence.names[name]] for name in reader.parameters}
-            readouts.append(stacked(reader, own))
-            calibration_points.append(correspondence.points[reader.point.node])
-        if reader.affine.name in self.hidden:
-            sizes = [one.size(1) for one in readouts]
-            before = [0, *accumulate(sizes)]
-            importance = torch.cat(
-                [
-                    one.new_full((size,), weights[part.parent])
-                    for part, one, size in zip(hidden.parts, readouts, sizes, strict=True)
-                ]
-            )
-            readouts = [
-                F.pad(one, (first, before[-1] - first - one.size(1)))
-                for one, first in zip(readouts, before, strict=False)
-            ]
-        else:
-            readouts = [
-                weights[part.parent]
-                * self.parents[part.parent].moved(one, reader.point.node, other)
-                for part, one, other in zip(hidden.parts, readouts, calibration_points, strict=True)
-            ]
-            importance = readouts[0].new_ones(readouts[0].size(1))
-        if reader.point.bias is None:
-            return torch.cat(readouts), importance
-        bias = torch.stack([one[-1] for one in readouts]).sum(0, keepdim=True)
-        return torch.cat([*(one[:-1] for one in readouts), bias]), importance
 
     def _aligned(self, place: Place, hidden: Hidden, part: Part, kept: Kept) -> dict[str, Tensor]:
         """Return a layer's parameters from a parent, with the channels that are kept of it."""
