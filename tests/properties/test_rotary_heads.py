@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import clafusion
 from clafusion import fuse, trace
 from tests.support.assertions import assert_same_logits
 from tests.support.data import CALIBRATIONS
@@ -60,9 +61,47 @@ def test_heads_that_stand_in_another_order_are_matched(kind, groups, heads, cali
     order = list(reversed(range(groups)))
     moved = shuffled(model, groups, heads, order)
     assert_same_logits(moved, model, TOKENS)
-    assert [len(one.members) for one in trace(moved, TOKENS).heads] == [groups, groups]
+    whole = [one for one in trace(moved, TOKENS).heads if not one.is_shared]
+    assert [len(one.members) for one in whole] == [groups, groups]
     fused = fuse([model, moved], TOKENS, calibration=calibration).model
     assert_same_logits(fused, model, TOKENS)
+
+
+def with_queries_in_another_order(model, groups, heads):
+    """Return a copy in which the queries of each group stand in another order, one for each."""
+    moved = copy.deepcopy(model)
+    each = heads // groups
+    order = torch.cat(
+        [group * each + torch.arange(each).roll(group + 1) for group in range(groups)]
+    )
+    with torch.no_grad():
+        for layer in moved.model.layers:
+            weight = layer.self_attn.q_proj.weight
+            weight.copy_(weight.view(heads, SIZE, -1)[order].reshape(weight.shape))
+            weight = layer.self_attn.o_proj.weight
+            weight.copy_(weight.view(len(weight), heads, -1)[:, order].reshape(weight.shape))
+    return moved
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize(
+    ("kind", "groups", "heads"), [("Llama", 2, 8), ("Llama", 1, 4), ("Qwen3", 2, 4)]
+)
+def test_queries_that_share_keys_are_matched_within_their_group(kind, groups, heads, calibration):
+    model = network(kind, groups, heads)
+    moved = with_queries_in_another_order(model, groups, heads)
+    assert_same_logits(moved, model, TOKENS)
+    shared = [one for one in trace(moved, TOKENS).heads if one.is_shared]
+    assert [len(one.members) for one in shared] == [heads // groups] * groups * 2
+    result = fuse([model, moved], TOKENS, calibration=calibration)
+    assert_same_logits(result.model, model, TOKENS)
+    naive = clafusion.naive_average(result.problem, [0, 1])
+    assert_same_logits(naive, model, TOKENS)
+    if groups > 1:
+        both = shuffled(moved, groups, heads, list(reversed(range(groups))))
+        result = fuse([model, both], TOKENS, calibration=calibration)
+        assert_same_logits(result.model, model, TOKENS)
+        assert_same_logits(clafusion.naive_average(result.problem, [0, 1]), model, TOKENS)
 
 
 def test_depths_may_differ_beside():

@@ -67,11 +67,12 @@ def _counterparts(
     free = {
         tuple(column)
         for heads in other.heads
+        if not heads.is_shared
         for column in zip(*heads.members, strict=True)
         if _in_one_use(other, column)
     }
     for heads in model.heads:
-        if heads.layer != layer:
+        if heads.layer != layer or heads.is_shared:
             continue
         found: dict[int, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
         for column in zip(*heads.members, strict=True):
@@ -177,7 +178,7 @@ def _united(model: TracedModel, partitions: Sequence[HeadPartition]) -> TracedMo
             if column[0] not in gone
         ]
         if kept:
-            left.append(HeadPartition(heads.layer, tuple(zip(*kept, strict=True))))
+            left.append(replace(heads, members=tuple(zip(*kept, strict=True))))
     united_heads = tuple(
         UnitedHeads(
             one.layer, len(one.members), tuple(int(new_group[index]) for index in one.members[0])

@@ -8,23 +8,27 @@ that it computes, and all that comes behind sees heads that correspond by their 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from clafusion.correspondence.correspondence import Correspondence
-from clafusion.correspondence.hooks import hook_pairs
+from clafusion.correspondence.hooks import HookPair, hook_pairs
 from clafusion.matching.activation_costs import pair_costs
 from clafusion.profiling.moments import BatchMoments
-from clafusion.profiling.profile import ModelProfile
-from clafusion.tracing.heads import exchange_heads, group_sources
+from clafusion.profiling.profile import ModelProfile, standardised
+from clafusion.tracing.heads import base_repeats, exchange_heads, group_sources
 from clafusion.tracing.model import CalibrationPoint, HeadPartition, HookPoint, TracedModel
 from clafusion.transport.solve import solve_transport
 from clafusion.weights.build import with_state
 
-__all__ = ["exchanged_model", "order_heads"]
+__all__ = ["Orders", "exchanged_model", "order_heads"]
+
+Orders: TypeAlias = "Sequence[tuple[HeadPartition, Sequence[int]]]"
+"""Heads, and for every place which of them comes there."""
 
 
 def order_heads(
@@ -49,17 +53,20 @@ def order_heads(
         index in ``source.traced.heads`` -> for every place the head that came there.
     """
     orders: dict[int, tuple[int, ...]] = {}
-    sources: dict[int, int] = {}
-    for index, to, of in _corresponding(correspondence):
-        if any(group in known for head in to.members for group in head):
-            continue
-        order = _order(correspondence, (to, of), target, source, metric)
-        if order != tuple(range(len(order))):
-            orders[index] = order
-            sources |= group_sources(of, order)
-    if orders:
-        source = _moved(source, sources)
-        correspondence = replace(correspondence, source=source.traced)
+    for is_shared in (False, True):  # heads that share channels are matched where these are
+        found = {
+            index: order
+            for index, to, of in _corresponding(correspondence)
+            if to.is_shared == is_shared
+            and not any(group in known for head in to.members for group in head)
+            and (order := _order(correspondence, (to, of), target, source, metric))
+            != tuple(range(len(order)))
+        }
+        if found:
+            heads = source.traced.heads
+            source = _moved(source, [(heads[index], order) for index, order in found.items()])
+            correspondence = replace(correspondence, source=source.traced)
+            orders |= found
     return correspondence, source, orders
 
 
@@ -74,8 +81,7 @@ def _corresponding(
         members = tuple(tuple(correspondence.groups[c] for c in head) for head in one.members)
         index = known.get(tuple(map(frozenset, members)))
         if index is not None:
-            layer = correspondence.source.heads[index].layer
-            yield index, one, HeadPartition(layer, members)
+            yield index, one, replace(correspondence.source.heads[index], members=members)
 
 
 def _order(
@@ -85,25 +91,16 @@ def _order(
     source: ModelProfile,
     metric: str,
 ) -> tuple[int, ...]:
-    pairs = [
-        pair
-        for of_target in heads[0].members
-        for of_source in heads[1].members
-        for pair in zip(of_target, of_source, strict=True)
-    ]
+    to, of = heads
+    count = len(to.members)
     shown = [
-        (
-            *pair,
-            tuple(
-                hook_pairs(
-                    correspondence.target, correspondence.source, correspondence.layer_map, *pair
-                )
-            ),
-        )
-        for pair in pairs
+        (first, second, tuple(_hooks(correspondence, (target, source), (first, second), places)))
+        for i, of_target in enumerate(to.members)
+        for j, of_source in enumerate(of.members)
+        for first, second in zip(of_target, of_source, strict=True)
+        for places in [(i, j) if to.is_shared else None]
     ]
     solutions = solve_transport(pair_costs(correspondence, target, source, shown, metric=metric))
-    count = len(heads[0].members)
     costs = torch.stack([one.cost for one in solutions]).view(count, count, -1).sum(2)
     from scipy.optimize import linear_sum_assignment  # here, for it takes long to import
 
@@ -111,39 +108,98 @@ def _order(
     return tuple(order.tolist())
 
 
-def _moved(profile: ModelProfile, sources: Mapping[int, int]) -> ModelProfile:
-    """Return a profile of a copy of the network, with its groups exchanged."""
-    model = profile.traced
+def _hooks(
+    correspondence: Correspondence,
+    profiles: tuple[ModelProfile, ModelProfile],
+    groups: tuple[int, int],
+    heads: tuple[int, int] | None,
+) -> Iterator[HookPair]:
+    """Yield the hook points that show two groups, where channels are shared those of two heads.
 
+    Without ``heads``, groups whose channels several heads share show by those two heads that are
+    most alike in how large their values are, which does not depend on the channels' order.
+    """
+    models = correspondence.target, correspondence.source
+    for pair in hook_pairs(*models, correspondence.layer_map, *groups):
+        places = [
+            _places_of_heads(model, index, model.layers[layer].hook_points[hook])
+            for model, index, (layer, hook) in zip(
+                models, groups, (pair.target, pair.source), strict=True
+            )
+        ]
+        if len(places[0]) != len(places[1]) or len(places[0]) == 1:
+            if heads is None:
+                yield pair
+            continue
+        chosen = heads
+        if chosen is None:
+            rows = [
+                profile.rows.get(key)
+                for profile, key in zip(profiles, (pair.target, pair.source), strict=True)
+            ]
+            chosen = (0, 0)
+            if rows[0] is not None and rows[1] is not None and len(rows[0]) == len(rows[1]):
+                sizes = [
+                    standardised(torch.stack([x[:, one].square().sum(1) for one in of], 1).double())
+                    for x, of in zip(rows, places, strict=True)
+                    if x is not None
+                ]
+                alike = sizes[0].T @ sizes[1]
+                chosen = divmod(int(alike.argmax()), alike.size(1))
+        yield replace(
+            pair,
+            target_columns=places[0][chosen[0]],
+            source_columns=places[1][chosen[1]],
+        )
+
+
+def _places_of_heads(model: TracedModel, group: int, hook: HookPoint) -> list[Tensor]:
+    """Return where a group's channels lie in a hook point, for each head that shares them."""
+    size, base = model.groups[group].size, base_repeats(model.groups[group])
+    places = torch.nonzero(hook.groups == group).squeeze(1)
+    places = places[hook.members[places].argsort(stable=True)]
+    count = len(places) // (size * base)
+    if count < 1 or len(places) % (size * base):
+        return [places[:size]]
+    return list(places.view(size, count, base)[:, :, 0].unbind(1))
+
+
+def _moved(profile: ModelProfile, orders: Orders) -> ModelProfile:
+    """Return a profile of a copy of the network, with its heads in other places."""
+    model = profile.traced
     rows = {}
     for (layer, place), values in profile.rows.items():
         points = model.layers[layer].hook_points
         index = ~place if place < 0 else place
         if index < len(points):  # else the outputs of a classifier
-            values = values[:, _columns(points[index], sources)]
+            values = values[:, _columns(model, points[index], orders)]
         rows[layer, place] = values
+    sources: dict[int, int] = {}
+    for heads, order in orders:
+        if not heads.is_shared:
+            sources |= group_sources(heads, order)
     importance = tuple(
         profile.importance[sources.get(i, i)] for i in range(len(profile.importance))
     )
     return replace(
         profile,
-        traced=exchanged_model(model, sources),
+        traced=exchanged_model(model, orders),
         rows=rows,
-        moments=_moved_moments(profile, sources),
+        moments=_moved_moments(profile, orders),
         importance=importance,
     )
 
 
-def _moved_moments(
-    profile: ModelProfile, sources: Mapping[int, int]
-) -> tuple[BatchMoments, ...] | None:
-    """Return the moments of a copy of the network, with its groups exchanged."""
+def _moved_moments(profile: ModelProfile, orders: Orders) -> tuple[BatchMoments, ...] | None:
+    """Return the moments of a copy of the network, with its heads in other places."""
     if profile.moments is None:
         return None
     columns = {}
     for layer in profile.traced.layers:
-        columns.update({one.post: _columns(one, sources) for one in layer.hook_points})
-        columns.update({one.node: _columns(one, sources) for one in layer.calibration_points})
+        for one in layer.hook_points:
+            columns[one.post] = _columns(profile.traced, one, orders)
+        for point in layer.calibration_points:
+            columns[point.node] = _columns(profile.traced, point, orders)
     return tuple(
         {
             node: (mean[columns[node]], deviation[columns[node]])
@@ -153,14 +209,14 @@ def _moved_moments(
     )
 
 
-def exchanged_model(model: TracedModel, sources: Mapping[int, int]) -> TracedModel:
-    """Return a copy of a model in which groups have changed places."""
-    state = exchange_heads(model, model.state(), sources)
+def exchanged_model(model: TracedModel, orders: Orders) -> TracedModel:
+    """Return a copy of a model in which heads have changed places."""
+    state = exchange_heads(model, model.state(), orders)
     constants = {name: state[name] for name in model.constants}
     return replace(model, model=with_state(model.model, state, model.aliases), constants=constants)
 
 
-def _columns(point: HookPoint | CalibrationPoint, sources: Mapping[int, int]) -> Tensor:
+def _columns(model: TracedModel, point: HookPoint | CalibrationPoint, orders: Orders) -> Tensor:
     """Return for every channel which one comes into its place."""
     index = torch.arange(len(point.groups))
 
@@ -168,6 +224,14 @@ def _columns(point: HookPoint | CalibrationPoint, sources: Mapping[int, int]) ->
         found = torch.nonzero(point.groups == one).squeeze(1)
         return found[point.members[found].argsort(stable=True)]
 
-    for to, of in sources.items():
-        index[places(to)] = places(of)
+    for heads, order in orders:
+        if not heads.is_shared:
+            for to, of in group_sources(heads, order).items():
+                index[places(to)] = places(of)
+    for heads, order in orders:
+        for one in heads.members[0] if heads.is_shared else ():
+            group, found = model.groups[one], places(one)
+            if len(found) == group.size * base_repeats(group) * len(order):
+                of_heads = found.view(group.size, len(order), -1)
+                index[of_heads.flatten()] = index[of_heads[:, list(order)].flatten()]
     return index

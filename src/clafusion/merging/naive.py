@@ -13,7 +13,6 @@ from clafusion.matching.head_order import exchanged_model
 from clafusion.matching.weight_costs import index_plans
 from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
-from clafusion.tracing.heads import group_sources
 from clafusion.weights.build import with_state
 
 __all__ = ["naive_average"]
@@ -47,11 +46,14 @@ def _unmatched(parent: Parent) -> Parent:
     """Return a parent whose channels, heads and outputs are in their own order."""
     if parent.is_identity:
         return replace(parent, output_plan=None)
-    source = parent.traced
-    sources: dict[int, int] = {}
-    for index, order in parent.head_orders.items():  # heads go back to where they were
-        sources |= group_sources(source.heads[index], np.argsort(order).tolist())
-    own = exchanged_model(source, sources) if sources else source
+    own = parent.traced
+    for is_shared in (True, False):  # heads go back to where they were, in the other order
+        orders = [
+            (own.heads[index], np.argsort(order).tolist())
+            for index, order in parent.head_orders.items()
+            if own.heads[index].is_shared == is_shared
+        ]
+        own = exchanged_model(own, orders) if orders else own
     correspondence = replace(parent.correspondence, source=own)
     plans = tuple(index_plans(correspondence))
     return replace(parent, correspondence=correspondence, plans=plans, output_plan=None)

@@ -23,7 +23,14 @@ from clafusion.tracing.model import (
     TracedModel,
 )
 
-__all__ = ["channels_of_heads", "exchange_heads", "group_sources", "possible_heads"]
+__all__ = [
+    "base_repeats",
+    "channels_of_heads",
+    "exchange_heads",
+    "group_sources",
+    "possible_heads",
+    "possible_shared_heads",
+]
 
 _Family: TypeAlias = "list[ChannelGroup]"
 """Channel groups with the same axes of the same parameters, at other positions there."""
@@ -69,6 +76,52 @@ def possible_heads(model: TracedModel) -> list[tuple[tuple[HeadPartition, ...], 
     ]
 
 
+def possible_shared_heads(model: TracedModel) -> list[HeadPartition]:
+    """Return what may be heads that share channels; only a trial shows which can change places.
+
+    Queries that share keys and values have no channel groups of their own: the channels of keys and
+    values stand several times among the weights that make the queries and read the values.
+    """
+    found = []
+    taken: set[int] = set()
+    wholes = [(one.layer, set(head)) for one in model.heads for head in one.members]
+    for layer, groups in wholes:
+        taken |= groups
+        found += _shared(model, layer, groups)
+    by_layer: dict[int, set[int]] = {}
+    for family in _families(model.groups):
+        layer_index = _layer_of(family, model.layers)
+        if layer_index is not None:
+            by_layer.setdefault(layer_index, set()).update(
+                one.index for one in family if one.index not in taken
+            )
+    for layer_index, groups in sorted(by_layer.items()):
+        found += _shared(model, layer_index, groups)
+    return found
+
+
+def _shared(model: TracedModel, layer: int, groups: set[int]) -> list[HeadPartition]:
+    """Return the heads that share some groups, of which all stand equally often."""
+    counts: dict[int, list[int]] = {}
+    for index in sorted(groups):
+        count = _most_repeats(model.groups[index]) // base_repeats(model.groups[index])
+        counts.setdefault(count, []).append(index)
+    return [
+        HeadPartition(layer, (tuple(members),) * count, is_shared=True)
+        for count, members in counts.items()
+        if count > 1 and any(model.groups[index].is_counted for index in members)
+    ]
+
+
+def base_repeats(group: ChannelGroup) -> int:
+    """Return how often each channel of a group stands on the axis where it does so least."""
+    return min(one.positions.size(1) for one in group.axes)
+
+
+def _most_repeats(group: ChannelGroup) -> int:
+    return max(one.positions.size(1) for one in group.axes)
+
+
 def channels_of_heads(
     groups: Sequence[ChannelGroup], alone: Sequence[ChannelGroup], layers: Sequence[Layer]
 ) -> frozenset[int]:
@@ -78,13 +131,20 @@ def channels_of_heads(
     two are exchangeable within a head, but the head moves as a whole with its values.
     """
     counts: dict[int | None, set[int]] = {}
+    shares: dict[int | None, set[int]] = {}  # how many heads share the channels of each
     for family in _families(groups):
+        layer = _layer_of(family, layers)
         if len(family) > 1:
-            counts.setdefault(_layer_of(family, layers), set()).add(len(family))
+            counts.setdefault(layer, set()).add(len(family))
+        shares.setdefault(layer, set()).add(_most_repeats(family[0]) // base_repeats(family[0]))
     found: set[int] = set()
     for family in _families(alone):
-        of_layer = counts.get(_layer_of(family, layers), set())
-        if any(len(family) % count == 0 and len(family) > count for count in of_layer):
+        layer = _layer_of(family, layers)
+        of_layer = counts.get(layer, set())
+        share = _most_repeats(family[0]) // base_repeats(family[0])
+        if any(len(family) % count == 0 and len(family) > count for count in of_layer) or (
+            share > 1 and family[0].is_counted and share in shares.get(layer, set())
+        ):
             found.update(int(one.atoms[0]) for one in family)
     return frozenset(found)
 
@@ -160,9 +220,9 @@ def group_sources(heads: HeadPartition, order: Sequence[int]) -> dict[int, int]:
 
 
 def exchange_heads(
-    model: TracedModel, state: State, sources: Mapping[int, int]
+    model: TracedModel, state: State, orders: Sequence[tuple[HeadPartition, Sequence[int]]]
 ) -> dict[str, Tensor]:
-    """Return a copy of a state in which channel groups have changed places.
+    """Return a copy of a state in which heads have changed places.
 
     Parameters
     ----------
@@ -170,10 +230,24 @@ def exchange_heads(
         The traced model.
     state
         Its parameters and buffers by name.
-    sources
-        For every group of the heads that move, also one that stays, the group whose channels come
-        there: see :func:`group_sources`.
+    orders
+        Heads, and for every place which of them comes there. Heads that share channels change
+        places after all others.
     """
+    sources: dict[int, int] = {}
+    for heads, order in orders:
+        if not heads.is_shared:
+            sources |= group_sources(heads, order)
+    exchanged = _exchanged_groups(model, state, sources)
+    for heads, order in orders:
+        if heads.is_shared:
+            _exchange_shared(model, exchanged, heads, order)
+    return exchanged
+
+
+def _exchanged_groups(
+    model: TracedModel, state: State, sources: Mapping[int, int]
+) -> dict[str, Tensor]:
     exchanged = {name: tensor.detach().clone() for name, tensor in state.items()}
     by_use: dict[ParameterUse, list[tuple[GroupAxis, GroupAxis]]] = {}
     for target, source in sources.items():
@@ -191,3 +265,19 @@ def exchange_heads(
             values = values.index_select(axis, index.to(values.device))
         use.view(exchanged[use.parameter]).copy_(values)
     return exchanged
+
+
+def _exchange_shared(
+    model: TracedModel, state: Mapping[str, Tensor], heads: HeadPartition, order: Sequence[int]
+) -> None:
+    """Let heads that share channels change places, in the state itself."""
+    for index in heads.members[0]:
+        group = model.groups[index]
+        for axis in group.axes:
+            if axis.positions.size(1) != base_repeats(group) * len(order):
+                continue  # of the keys or values themselves
+            view = axis.use.view(state[axis.use.parameter])
+            places = axis.positions.unflatten(1, (len(order), -1))
+            moved = torch.arange(view.size(axis.axis))
+            moved[places.flatten()] = places[:, list(order)].flatten()
+            view.copy_(view.index_select(axis.axis, moved.to(view.device)))

@@ -137,10 +137,14 @@ class HeadPartition:
     members
         For each head, in the order of their places, the indices of its channel groups. The n-th
         group of a head corresponds to the n-th group of every other head.
+    is_shared
+        Whether all heads have the same groups, as queries that share their keys and values: then
+        each head has a part of the places of every channel, and these parts change places.
     """
 
     layer: int
     members: tuple[tuple[int, ...], ...]
+    is_shared: bool = False
 
 
 @dataclass(frozen=True)

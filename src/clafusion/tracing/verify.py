@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clafusion.errors import GraphVerificationError
 from clafusion.execution.call import State, call_model
-from clafusion.tracing.heads import exchange_heads, group_sources, possible_heads
+from clafusion.tracing.heads import exchange_heads, possible_heads, possible_shared_heads
 from clafusion.tracing.model import ChannelGroup, GroupAxis, HeadPartition, TracedModel
 
 __all__ = ["computes_the_same", "permute_channels", "verify_graph", "with_proved_heads"]
@@ -138,7 +138,7 @@ def with_proved_heads(
         With ``verify``, as for :func:`verify_graph`.
     """
     candidates = possible_heads(traced)
-    if not (candidates or verify):
+    if not (candidates or verify or possible_shared_heads(traced)):
         return traced
     trial = _Trial(traced, inputs, seed)
     if verify:
@@ -150,7 +150,11 @@ def with_proved_heads(
             for alternatives in candidates
         )
         heads = list(chain.from_iterable(proved))
-    return replace(traced, heads=tuple(heads))
+    traced = replace(traced, heads=tuple(heads))
+    shared = possible_shared_heads(traced)
+    if not _can_be_exchanged(shared, trial):
+        shared = [one for one in shared if _can_be_exchanged([one], trial)]
+    return replace(traced, heads=(*traced.heads, *shared))
 
 
 def _verify_groups(trial: _Trial) -> None:
@@ -187,11 +191,8 @@ def _verify_groups(trial: _Trial) -> None:
 def _can_be_exchanged(heads: Sequence[HeadPartition], trial: _Trial) -> bool:
     """Return whether heads can change places, those of each partition in an order of its own."""
     for move in (_cycle, _swap) if heads else ():
-        sources: dict[int, int] = {}
-        for partition in heads:
-            order = move(len(partition.members), trial.generator).tolist()
-            sources |= group_sources(partition, order)
-        if not trial.leaves_outputs(partial(exchange_heads, trial.traced, sources=sources)):
+        orders = [(one, move(len(one.members), trial.generator).tolist()) for one in heads]
+        if not trial.leaves_outputs(partial(exchange_heads, trial.traced, orders=orders)):
             return False
     return True
 
