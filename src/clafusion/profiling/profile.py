@@ -92,14 +92,18 @@ class ModelProfile:
     batch_sizes: tuple[int, ...] = ()
 
 
+_ROUNDING = 1e-6  # of the largest value: what the mean of equal float32 values may be off
+
+
 def standardised(rows: Tensor) -> Tensor:
     """Return channels ``(num_rows, num_channels)`` with zero mean and unit variance.
 
-    A constant channel becomes 0: it correlates with nothing.
+    A constant channel becomes 0, also one that varies by rounding: it correlates with nothing.
     """
+    rounding = _ROUNDING * rows.abs().amax(0) if len(rows) else 0.0
     rows = rows - rows.mean(0)
     deviation = rows.square().mean(0).sqrt()
-    return rows.mul_(torch.where(deviation > 0, 1.0 / deviation.clamp(min=1e-30), 0.0))
+    return rows.mul_(torch.where(deviation > rounding, 1.0 / deviation.clamp(min=1e-30), 0.0))
 
 
 def profile_models(

@@ -30,6 +30,7 @@ from clafusion.errors import FusionWarning, UnsupportedOpError, warn
 from clafusion.execution.call import State
 from clafusion.tracing.labels.ids import collapse
 from clafusion.tracing.labels.interpreter import Label, LabelPropagation
+from clafusion.tracing.labels.positions import find_units_of_positions
 from clafusion.tracing.model import ChannelGroup, GroupAxis, ParameterUse
 
 __all__ = ["Channels", "NodeChannels", "find_channels"]
@@ -49,6 +50,8 @@ class NodeChannels:
         Whether any element belongs to an atom.
     free
         Whether any element belongs to a channel group, so that it can be permuted.
+    is_crossed
+        Whether the positions belong to channels of another group.
     """
 
     axis: int | None
@@ -56,6 +59,7 @@ class NodeChannels:
     members: Tensor
     moving: bool
     free: bool
+    is_crossed: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,13 @@ def find_channels(
         # the atoms united from the start.
         labels = LabelPropagation(state, buffers, labels.parents)
         shapes = labels.run(module, placeholders, inputs)
+    inputs_of_graph = (node for node in module.graph.nodes if node.op == "placeholder")
+    entries = {
+        node: name
+        for node, name in zip(inputs_of_graph, placeholders, strict=True)
+        if name is not None
+    }
+    find_units_of_positions(labels, module, entries)
     for name, count in labels.settle_unreached().items():
         warn(
             f"the example inputs reach all but {count} entries of {name!r}, which keep their "
@@ -153,7 +164,9 @@ def _channels(
         group_of[group.atoms.numpy()] = group.index
         member_of[group.atoms.numpy()] = np.arange(group.size)
     nodes = {
-        node.name: _node_channels(labels, label, group_of, member_of)
+        node.name: replace(
+            _node_channels(labels, label, group_of, member_of), is_crossed=node in labels.crossed
+        )
         for node, label in labels.labels.items()
         if isinstance(label, (Tensor, tuple))
     }

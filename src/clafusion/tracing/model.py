@@ -225,6 +225,9 @@ class CalibrationPoint:
         then nothing can shift the channels.
     groups, members
         As for :class:`HookPoint`.
+    is_crossed
+        Whether the positions belong to channels of another group, as in layers over the positions.
+        Then two networks' values cannot be compared position by position.
     """
 
     node: str
@@ -236,6 +239,7 @@ class CalibrationPoint:
     bias: str | None
     groups: Tensor
     members: Tensor
+    is_crossed: bool = False
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def _hook_point(flow: Flow, node: fx.Node) -> HookPoint | None:
     ):
         node = flow.operands(node)[0]
     channels = flow.channels.nodes[node.name]
-    if channels.axis in (None, batch_axis(node)) or not channels.free:
+    if channels.axis in (None, batch_axis(node)) or not channels.free or channels.is_crossed:
         return None
     pre = node
     before = flow.operands(node)
@@ -120,6 +120,7 @@ def _calibration_point(flow: Flow, node: fx.Node) -> CalibrationPoint | None:
         bias,
         channels.groups if channels.free else fixed,
         channels.members if channels.free else fixed,
+        channels.is_crossed,
     )
 
 

@@ -94,7 +94,7 @@ def _place(
     """Return what a layer is regressed by; None where it cannot be."""
     target = problem.target
     nodes = {node.name: node for node in target.module.graph.nodes}
-    if point.affine is None:
+    if point.affine is None or point.is_crossed:
         return None
     affine = nodes[point.affine]
     names = target.operand_names(affine)

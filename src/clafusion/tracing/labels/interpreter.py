@@ -155,6 +155,8 @@ class LabelPropagation:
         Every view of every parameter, by name, size, stride and offset.
     labels
         The label of each node.
+    crossed
+        Nodes whose positions belong to other channels than their labels name.
     """
 
     def __init__(
@@ -172,6 +174,7 @@ class LabelPropagation:
         self.elements: dict[str, Tensor] = {}
         self.reached: dict[str, Tensor] = {}
         self.labels: dict[fx.Node, Label] = {}
+        self.crossed: set[fx.Node] = set()
 
     def run(
         self,
@@ -381,6 +384,12 @@ class LabelPropagation:
         place = view.tensor.shape, view.tensor.stride(), offset
         self.reached[view.name].as_strided(*place).fill_(True)
         return self.elements[view.name].as_strided(*place)
+
+    def forget_elements(self, name: str) -> None:
+        """Forget the atoms of a parameter's elements, so that it can get others."""
+        self.elements.pop(name, None)
+        self.reached.pop(name, None)
+        self.uses.pop((name, "elements"), None)
 
     def settle_unreached(self) -> dict[str, int]:
         """Let elements that no input reached move with those that some did; pin the rest.

@@ -1,0 +1,167 @@
+"""Copies that compute the same function with their hidden parts in another order come back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from clafusion import fuse
+from tests.support.assertions import assert_same_function
+from tests.support.data import CALIBRATIONS
+
+TOKENS = torch.randn(60, 12, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Mixer(nn.Module):
+    """An MLP-Mixer (arXiv 2105.01601): layers over the positions, then over the channels."""
+
+    def __init__(self, units=10, hidden=20, width=16, depth=2, convolutions=False):
+        super().__init__()
+        self.embed = nn.Linear(8, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * depth))
+        self.into, self.out = (
+            nn.ModuleList(
+                nn.Conv1d(a, b, 1) if convolutions else nn.Linear(a, b) for _ in range(depth)
+            )
+            for a, b in ((12, units), (units, 12))
+        )
+        self.up = nn.ModuleList(nn.Linear(width, hidden) for _ in range(depth))
+        self.down = nn.ModuleList(nn.Linear(hidden, width) for _ in range(depth))
+        self.head = nn.Linear(width, 5)
+        self.convolutions = convolutions
+
+    def forward(self, x):
+        x = self.embed(x)
+        for i, (into, out) in enumerate(zip(self.into, self.out, strict=True)):
+            y = self.norms[2 * i](x)
+            if self.convolutions:
+                x = x + out(F.gelu(into(y)))
+            else:
+                x = x + out(F.gelu(into(y.transpose(1, 2)))).transpose(1, 2)
+            x = x + self.down[i](F.gelu(self.up[i](self.norms[2 * i + 1](x))))
+        return self.head(x.mean(1))
+
+
+class Probe(nn.Module):
+    """Pools by a query that is learnt, and so the same for all inputs."""
+
+    def __init__(self, width=16, heads=4):
+        super().__init__()
+        self.embed, self.probe = nn.Linear(8, width), nn.Parameter(torch.randn(1, 1, width))
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.up, self.down, self.head = (
+            nn.Linear(width, 32),
+            nn.Linear(32, width),
+            nn.Linear(width, 5),
+        )
+
+    def forward(self, x):
+        x = F.gelu(self.embed(x))
+        query = self.probe.repeat(x.shape[0], 1, 1)
+        y = self.attention(query, x, x, need_weights=False)[0]
+        return self.head((y + self.down(F.gelu(self.up(y))))[:, 0])
+
+
+def drawn(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def with_other_units(model):
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for into, out in zip(moved.into, moved.out, strict=True):
+            order = torch.randperm(len(into.weight), generator=torch.Generator().manual_seed(3))
+            into.weight.copy_(into.weight[order])
+            into.bias.copy_(into.bias[order])
+            out.weight.copy_(out.weight[:, order])
+    return moved
+
+
+def with_another_probe(model):
+    """The channels of the query, and the columns that read them, in another order."""
+    moved = copy.deepcopy(model)
+    width = moved.probe.size(2)
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        moved.probe.copy_(moved.probe[..., order])
+        weight = moved.attention.in_proj_weight
+        weight[:width] = weight[:width][:, order].clone()
+    return moved
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize(
+    ("model", "change"),
+    [
+        (Mixer(), with_other_units),
+        (Mixer(convolutions=True), with_other_units),
+        (Probe(), with_another_probe),
+    ],
+    ids=["mixer", "mixer of convolutions", "probe"],
+)
+def test_a_copy_in_another_order_is_the_model_itself(model, change, calibration):
+    model = drawn(model, 0)
+    moved = change(model)
+    assert_same_function(moved, model, TOKENS)
+    assert_same_function(fuse([model, moved], TOKENS, calibration=calibration).model, model, TOKENS)
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+def test_units_over_positions_may_differ_in_number(calibration):
+    wide, narrow = drawn(Mixer(units=20), 0), drawn(Mixer(units=10), 1)
+    for weights, parent in (([1, 0], wide), ([0, 1], narrow)):
+        fused = fuse([wide, narrow], TOKENS, weights, calibration=calibration).model
+        assert_same_function(fused, parent, TOKENS)
+
+
+def with_other_inner_channels(model):
+    """Mamba's inner channels, each with its convolution, its time step and its states."""
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in moved.backbone.layers:
+            mixer = layer.mixer
+            size = len(mixer.D)
+            order = torch.randperm(size, generator=torch.Generator().manual_seed(3))
+            mixer.in_proj.weight.copy_(
+                mixer.in_proj.weight.view(2, size, -1)[:, order].flatten(0, 1)
+            )
+            for one in (
+                mixer.conv1d.weight,
+                mixer.conv1d.bias,
+                mixer.dt_proj.weight,
+                mixer.dt_proj.bias,
+                mixer.A_log,
+                mixer.D,
+            ):
+                one.copy_(one[order])
+            for one in (mixer.x_proj.weight, mixer.out_proj.weight):
+                one.copy_(one[:, order])
+    return moved
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+def test_the_inner_channels_of_mamba_are_matched(calibration):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=2,
+        state_size=4,
+        time_step_rank=4,
+        use_cache=False,
+    )
+    model = drawn(transformers.MambaForCausalLM(config), 0)
+    moved = with_other_inner_channels(model)
+    tokens = torch.randint(0, 40, (60, 8), generator=torch.Generator().manual_seed(0))
+    wanted = model(tokens).logits
+    torch.testing.assert_close(moved(tokens).logits, wanted)
+    fused = fuse([model, moved], tokens, calibration=calibration).model
+    torch.testing.assert_close(fused(tokens).logits, wanted, rtol=1e-3, atol=1e-4)
