@@ -203,6 +203,8 @@ def traced_parent(
     ------
     InputError, UnsupportedOpError, GraphVerificationError
         As for :func:`clafusion.trace`.
+    InputError
+        Its outputs have no rows.
     StructureError
         The model has no layer with weights.
     """
@@ -219,6 +221,12 @@ def traced_parent(
             )
     if not traced.layers:
         raise StructureError(f"{label(name)} has no layer with weights")
+    if not traced.has_rows:
+        raise InputError(
+            f"{label(name)} puts out no row for each row of its inputs, whose first axis must be "
+            "the batch. If its batch is another axis (batch_first=False), wrap it in a module that "
+            "transposes inputs and outputs; if it returns a loss, let it return its outputs"
+        )
     return traced
 
 

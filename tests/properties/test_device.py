@@ -122,8 +122,8 @@ def assert_same_there(models, data, config, monkeypatch):
         found = run(graphs, data, config)
     for name, one in expected.items():
         assert isinstance(found[name], FarTensor)
-        # Gram matrices are added up in another order than by the compiled kernels, and least squares
-        # divides by them.
+        # Gram matrices are added up in another order than by the compiled kernels, and least
+        # squares divides by them.
         torch.testing.assert_close(near(found[name]), one, rtol=1e-3, atol=1e-4)
 
 

@@ -1216,7 +1216,7 @@ def swiglu() -> nn.Module:
 
 
 # Positions are fixed, and with them the width that mixes them.
-@architecture("MLP-Mixer, transposed axes", RGB, channels=(8, 12))
+@architecture("MLP-Mixer, transposed axes", RGB, channels=(8, 10, 12))
 def mixer() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = m.embed(x).flatten(2).transpose(1, 2)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clafusion.tracing.heads import exchange_heads, group_sources
+from clafusion.tracing.heads import exchange_heads
 from tests.support import networks
 from tests.support.transformers import transformer
 
@@ -128,14 +128,14 @@ def built(name):
 def shuffled(model, graph, seed=3):
     """Return a copy with its heads, and the channels within all groups, in another order."""
     draw = torch.Generator().manual_seed(seed)
-    sources = {}
+    orders = []
     for one in graph.heads:
         order = torch.randperm(len(one.members), generator=draw).roll(1).tolist()
         if order == sorted(order):
             order = order[::-1]
-        sources |= group_sources(one, order)
-    assert sources
-    state = exchange_heads(graph, graph.state(), sources)
+        orders.append((one, order))
+    assert orders
+    state = exchange_heads(graph, graph.state(), orders)
     copied = copy.deepcopy(model)
     copied.load_state_dict(
         {name: state[graph.aliases.get(name, name)] for name in model.state_dict()}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from clafusion import fuse, trace
-from clafusion.tracing.heads import exchange_heads, group_sources, possible_heads
+from clafusion.tracing.heads import exchange_heads, possible_heads
 from tests.support import networks
 from tests.support.assertions import assert_same_function
 from tests.support.attention import MODELS, TOKENS, Attention, Encoder, built, shuffled
@@ -46,9 +46,9 @@ def test_two_attentions_of_a_block_have_orders_of_their_own():
     model = networks.randomise(Decoder(layer)).eval()
     graph = trace(model, TOKENS)
     assert [(len(one.members), len(one.members[0])) for one in graph.heads] == [(3, 2), (3, 2)]
-    sources = group_sources(graph.heads[0], [1, 2, 0]) | group_sources(graph.heads[1], [0, 2, 1])
+    orders = [(graph.heads[0], [1, 2, 0]), (graph.heads[1], [0, 2, 1])]
     moved = copy.deepcopy(model)
-    moved.load_state_dict(exchange_heads(graph, graph.state(), sources))
+    moved.load_state_dict(exchange_heads(graph, graph.state(), orders))
     assert_same_function(moved, model, TOKENS)
     assert_same_function(fuse([model, moved], TOKENS, calibration="none").model, model, TOKENS)
 

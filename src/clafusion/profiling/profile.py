@@ -306,10 +306,8 @@ class _Recorder:
         for value, count in zip(values, counts, strict=True):
             one = value[0] if isinstance(value, (tuple, list)) else value
             if one.dim() == 0 or one.size(axis or 0) % count:
-                raise StructureError(
-                    f"layer {self.model.layers[self.layers[node]].name!r} puts out a tensor of "
-                    f"shape {tuple(one.shape)} for {count} inputs, and so none of its own for each"
-                )
+                name = self.model.layers[self.layers[node]].name
+                raise _without_rows(f"layer {name!r}", one, count)
             rows.append(one.movedim(axis or 0, 0).reshape(count, -1))
         flat = torch.cat(rows)
         return flat if flat.is_floating_point() else flat.float()
@@ -326,6 +324,9 @@ class _Recorder:
                 one.unflatten(0, (count, -1)) if len(one) % count == 0 else one
                 for one, count in zip(channels_last, counts, strict=True)
             ]
+        for one, count in zip(channels_last, counts, strict=True):
+            if point.batch is not None and len(one) != count:
+                raise _without_rows(f"operation {node!r}", one, count)
         positions = channels_last[0][0, ..., 0].numel()
         if positions not in self.samplers:
             self.samplers[positions] = _Sampler(positions, self.matching_rows, self.seed)
@@ -357,6 +358,14 @@ class _Recorder:
             key,
             moments=None if self.moments is None else tuple(self.moments),
         )
+
+
+def _without_rows(name: str, value: Tensor, count: int) -> StructureError:
+    """Return the error for a value that does not follow the batch; the caller raises it."""
+    return StructureError(
+        f"{name} puts out a tensor of shape {tuple(value.shape)} for {count} inputs, and so none "
+        "of its own for each: the first axis of the model's inputs must be the batch"
+    )
 
 
 class _Sampler:

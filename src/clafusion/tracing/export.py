@@ -110,8 +110,14 @@ def _export(
     try:
         bound = signature.bind(*arguments, **keywords)
     except TypeError as error:
+        of_list = (
+            ". If it takes a list of tensors, as models for detection do, it cannot be fused: its "
+            "inputs have no batch axis"
+            if len(arguments) > 1 and len(signature.parameters) == 1
+            else ""
+        )
         raise InputError(
-            f"the model's forward{signature} does not take these inputs: {error}"
+            f"the model's forward{signature} does not take these inputs: {error}{of_list}"
         ) from error
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
@@ -124,7 +130,7 @@ def _export(
     shapes: Any = by_name if keywords else tuple(by_name.values())
     try:  # before the export, which would log the same failure at length
         with torch.no_grad():
-            model(*arguments, **keywords)
+            outputs = model(*arguments, **keywords)
     except Exception as cause:
         inputs = (*arguments, *keywords.values())
         shown = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in inputs)
@@ -133,6 +139,7 @@ def _export(
             f"the model does not run on the example inputs {shown}, with parameters of "
             f"{types or 'no type'}: {cause}"
         ) from cause
+    _refuse_strange_outputs(model, outputs)
     try:
         return torch.export.export(
             model, arguments, dict(keywords), dynamic_shapes=shapes, strict=False
@@ -142,6 +149,24 @@ def _export(
             f"torch.export cannot export {type(model).__name__}: {first_line(failure)}. Rewrite "
             "data-dependent control flow, or fuse the part of the model that can be exported"
         ) from failure
+
+
+def _refuse_strange_outputs(model: nn.Module, outputs: Any) -> None:
+    leaves, _ = torch.utils._pytree.tree_flatten(outputs)
+    known = (Tensor, int, float, bool, str, type(None))
+    strange = next((one for one in leaves if not isinstance(one, known)), None)
+    if strange is None:
+        return
+    kind = type(strange).__name__
+    if getattr(getattr(model, "config", None), "use_cache", False):
+        raise UnsupportedOpError(
+            f"the model returns a {kind}, in which it keeps keys and values of its attention, "
+            "beside its outputs: switch that off (model.config.use_cache = False)"
+        )
+    raise UnsupportedOpError(
+        f"the model returns a {kind}, which is neither a tensor nor a tuple, list or dictionary of "
+        "tensors: wrap it in a module that returns its outputs alone"
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -354,6 +354,8 @@ class TracedModel:
         Tied state entries: other name -> the name that the graph uses.
     static_batch
         The batch size, where the model admits only the one it was traced with; else None.
+    has_rows
+        Whether some output has a row for each row of the inputs, as far as that can be tried.
     united_heads
         Heads whose groups are united: see :mod:`clafusion.correspondence.heads`.
     """
@@ -370,6 +372,7 @@ class TracedModel:
     uses: tuple[ParameterUse, ...]
     aliases: Mapping[str, str]
     static_batch: int | None
+    has_rows: bool = True
     united_heads: tuple[UnitedHeads, ...] = ()
 
     @property

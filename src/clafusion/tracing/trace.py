@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind
 from torch.nn.parameter import is_lazy
 
 from clafusion.errors import GraphVerificationError, InputError, UnsupportedOpError
-from clafusion.execution.call import device_of
+from clafusion.execution.call import device_of, flatten_tensors
 from clafusion.tracing.export import export_model, first_line, refuse_changed_inputs
 from clafusion.tracing.groups import find_channels
 from clafusion.tracing.heads import channels_of_heads
@@ -125,7 +125,8 @@ def _traced(
         buffers = frozenset(state) - trainable
         channels = find_channels(module, placeholders, state, buffers, inputs)
         layers = find_layers(module, placeholders, state, channels, buffers)
-        traced = replace(traced, static_batch=_static_batch(traced))
+        static_batch, has_rows = _rows_of(traced)
+        traced = replace(traced, static_batch=static_batch, has_rows=has_rows)
         singles = channels_of_heads(channels.groups, channels.alone, layers)
         if singles:
             whole = channels.with_singles(singles)
@@ -240,6 +241,7 @@ def _example(
     example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
     """Return positional and keyword tensors of the first rows of example inputs."""
+    sizes: dict[str, int] = {}
 
     def rows(name: str, value: Any) -> Tensor:
         if not isinstance(value, Tensor):
@@ -253,29 +255,46 @@ def _example(
             raise InputError(f"{name} must be an ordinary (dense) tensor; it is {kind}")
         value = value.detach()
         # torch.export would take a batch of one for a fixed batch size.
+        sizes[name] = value.size(0)
         return torch.cat([value, value]) if value.size(0) == 1 else value[:_EXAMPLE_ROWS]
 
+    arguments: tuple[Tensor, ...] = ()
+    keywords: dict[str, Tensor] = {}
     if isinstance(example_inputs, Tensor):
-        return (rows("example_inputs", example_inputs),), {}
-    if isinstance(example_inputs, Mapping):
-        return (), {
+        arguments = (rows("example_inputs", example_inputs),)
+    elif isinstance(example_inputs, Mapping):
+        keywords = {
             str(key): rows(f"example_inputs[{key!r}]", value)
             for key, value in example_inputs.items()
         }
-    if isinstance(example_inputs, (tuple, list)) and example_inputs:
-        return tuple(rows(f"example_inputs[{i}]", v) for i, v in enumerate(example_inputs)), {}
-    raise InputError(
-        "example_inputs must be a tensor, a tuple of tensors or a mapping of names to tensors; "
-        f"got {type(example_inputs).__name__}"
-    )
+    elif isinstance(example_inputs, (tuple, list)) and example_inputs:
+        arguments = tuple(rows(f"example_inputs[{i}]", v) for i, v in enumerate(example_inputs))
+    else:
+        raise InputError(
+            "example_inputs must be a tensor, a tuple of tensors or a mapping of names to tensors; "
+            f"got {type(example_inputs).__name__}"
+        )
+    if len(set(sizes.values())) > 1:
+        shown = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+        raise InputError(
+            f"the first axis of every input must be the batch, of one size: {shown}. (A list of "
+            "tensors is no batch, and neither are the nodes and edges of a graph)"
+        )
+    return arguments, keywords
 
 
-def _static_batch(traced: TracedModel) -> int | None:
-    """Return the batch size, where the model's code fixes it; else None."""
+def _rows_of(traced: TracedModel) -> tuple[int | None, bool]:
+    """Return the batch size, where the model's code fixes it, and whether outputs have its rows."""
     size = traced.example_inputs[0].size(0)
-    try:
-        with torch.no_grad():
-            traced.run(tuple(value[: size - 1] for value in traced.example_inputs))
-    except (RuntimeError, AssertionError):
-        return size
-    return None
+    fewer = tuple(value[: size - 1] for value in traced.example_inputs)
+    with torch.no_grad():
+        outputs = list(flatten_tensors(list(traced.run(traced.example_inputs))))
+        try:
+            of_fewer = list(flatten_tensors(list(traced.run(fewer))))
+        except Exception:  # whatever the model's code does with another size than the one it knows
+            return size, True
+    return None, any(
+        one.dim() > 0 and one.size(0) * (size - 1) == other.size(0) * size > 0
+        for one, other in zip(outputs, of_fewer, strict=True)
+        if one.dim() == other.dim()
+    )

@@ -163,7 +163,7 @@ def _verify_groups(trial: _Trial) -> None:
     if not fidelity <= _TOLERANCE[torch.float32]:
         raise GraphVerificationError(
             f"the traced graph computes something else than the model (relative difference "
-            f"{fidelity:.1e}); the model may depend on state or randomness that tracing froze"
+            f"{fidelity:.1e}); {_changes(trial) or 'the model may depend on state or randomness'}"
         )
     for move in (_cycle, _swap):
         permutations = [move(group.size, trial.generator) for group in traced.groups]
@@ -178,6 +178,9 @@ def _verify_groups(trial: _Trial) -> None:
             for group in traced.groups
             if not trial.leaves_outputs(partial(permuted, chosen=[group]))
         ]
+        changes = _changes(trial)
+        if changes:
+            raise GraphVerificationError(f"the model puts out something else each time: {changes}")
         named = ", ".join(f"{group.name!r} ({group.size} channels)" for group in broken[:5])
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise GraphVerificationError(
@@ -186,6 +189,38 @@ def _verify_groups(trial: _Trial) -> None:
             f"{named or 'none alone'}{more}. The analysis does not understand this model: please "
             "open an issue with its code"
         )
+
+
+def _changes(trial: _Trial) -> str:
+    """Say which state the model's forward changes, in eval mode; empty for none."""
+    model = copy.deepcopy(trial.traced.model).eval()
+
+    def state() -> dict[str, object]:
+        plain: dict[str, object] = {
+            f"{path}.{name}".lstrip("."): value
+            for path, module in model.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, (bool, int, float, str))
+        }
+        return plain | {name: value.clone() for name, value in model.named_buffers()}
+
+    before = state()
+    inputs, _ = _trial_inputs(trial.traced, model, trial.traced.example_inputs, torch.Generator())
+    with torch.no_grad():
+        call_model(model, inputs, trial.traced.keywords)
+    changed = [name for name, value in state().items() if not _is_same(before.get(name), value)]
+    if not changed:
+        return ""
+    return (
+        f"its forward changes {', '.join(map(repr, changed[:5]))}, also in eval mode. Keep what "
+        "a call leaves behind out of what the next one computes"
+    )
+
+
+def _is_same(before: object, after: object) -> bool:
+    if isinstance(before, Tensor) and isinstance(after, Tensor):
+        return before.shape == after.shape and torch.equal(before, after)
+    return before == after
 
 
 def _can_be_exchanged(heads: Sequence[HeadPartition], trial: _Trial) -> bool:

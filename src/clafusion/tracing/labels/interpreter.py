@@ -245,6 +245,11 @@ class LabelPropagation:
         function = RULES.get(call.name)
         if function is None and torch.Tag.pointwise in node.target.tags:
             function = RULES[POINTWISE]
+        if function is None and (call.name in _LOSSES or call.name.endswith("_loss")):
+            raise UnsupportedOpError(
+                f"the model computes a loss ({call.name} in {module_path(node) or 'forward'}): "
+                "give inputs without labels, and a model that returns its outputs"
+            )
         if function is None:
             raise self.unsupported(node)
         self.labels[node] = function(self, call)
@@ -508,6 +513,11 @@ def _last_users(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
                 finished.setdefault(node, []).append(operand)
     return finished
 
+
+_LOSSES = frozenset(
+    """cross_entropy_loss nll_loss nll_loss_nd nll_loss2d binary_cross_entropy kl_div
+    binary_cross_entropy_with_logits ctc_loss""".split()
+)
 
 _SHAPE_ONLY = frozenset(
     """sym_size sym_stride sym_numel zeros_like ones_like full_like empty_like rand_like
