@@ -165,3 +165,39 @@ def test_the_inner_channels_of_mamba_are_matched(calibration):
     torch.testing.assert_close(moved(tokens).logits, wanted)
     fused = fuse([model, moved], tokens, calibration=calibration).model
     torch.testing.assert_close(fused(tokens).logits, wanted, rtol=1e-3, atol=1e-4)
+
+
+def with_heads_in_another_order(model):
+    """Swin's heads, each with its column of the table of relative positions."""
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for stage in moved.swin.encoder.layers:
+            for block in stage.blocks:
+                attention = block.attention
+                table = attention.relative_position_bias.relative_position_bias_table
+                heads = table.size(1)
+                order = torch.arange(heads).roll(1)
+                table.copy_(table[:, order])
+                for one in (attention.q_proj, attention.k_proj, attention.v_proj):
+                    for values in (one.weight, one.bias):
+                        values.copy_(values.unflatten(0, (heads, -1))[order].flatten(0, 1))
+                weight = attention.o_proj.weight
+                weight.copy_(weight.unflatten(1, (heads, -1))[:, order].flatten(1))
+    return moved
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+def test_the_heads_of_swin_are_matched_with_their_tables(calibration):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 2], num_heads=[2, 4], window_size=4
+    )
+    model = drawn(transformers.SwinForImageClassification(config), 0)
+    moved = with_heads_in_another_order(model)
+    images = torch.randn(60, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = model(images).logits
+        torch.testing.assert_close(moved(images).logits, wanted)
+        fused = fuse([model, moved], images, calibration=calibration).model
+        torch.testing.assert_close(fused(images).logits, wanted, rtol=1e-3, atol=1e-4)

@@ -93,12 +93,24 @@ def _order(
 ) -> tuple[int, ...]:
     to, of = heads
     count = len(to.members)
+
+    def hooks(pair: tuple[int, int], places: tuple[int, int] | None) -> tuple[HookPair, ...]:
+        return tuple(_hooks(correspondence, (target, source), pair, places))
+
+    # Most of a head's groups may show nowhere, as the entries of a table of positions.
+    first_pairs = zip(to.members[0], of.members[0], strict=True)
+    seen = [
+        place
+        for place, pair in enumerate(first_pairs)
+        if hooks(pair, (0, 0) if to.is_shared else None)
+    ]
+    if not seen:
+        return tuple(range(count))
     shown = [
-        (first, second, tuple(_hooks(correspondence, (target, source), (first, second), places)))
+        (*pair, hooks(pair, (i, j) if to.is_shared else None))
         for i, of_target in enumerate(to.members)
         for j, of_source in enumerate(of.members)
-        for first, second in zip(of_target, of_source, strict=True)
-        for places in [(i, j) if to.is_shared else None]
+        for pair in [(of_target[place], of_source[place]) for place in seen]
     ]
     solutions = solve_transport(pair_costs(correspondence, target, source, shown, metric=metric))
     costs = torch.stack([one.cost for one in solutions]).view(count, count, -1).sum(2)

@@ -51,29 +51,66 @@ def possible_heads(model: TracedModel) -> list[tuple[tuple[HeadPartition, ...], 
         divides these families among partitions that move on their own.
     """
     by_layer: dict[tuple[int, int], list[_Family]] = {}
-    of_singles: list[tuple[int, _Family]] = []
+    singles: dict[int, list[_Family]] = {}
     for family in _families(model.groups):
         layer = _layer_of(family, model.layers)
         if layer is None:
             continue
         if family[0].size == 1:
-            of_singles.append((layer, family))
+            singles.setdefault(layer, []).append(family)
         elif len(family) > 1:
             by_layer.setdefault((layer, len(family)), []).append(family)
-    with_singles = set()
-    for layer, family in of_singles:
-        for key in [one for one in by_layer if one[0] == layer and len(family) % one[1] == 0]:
-            by_layer[key] += _by_rank(family, key[1])
-            with_singles.add(key)
-    return [
-        tuple(
-            tuple(_partition(layer, moving_together) for moving_together in division)
-            for division in (
-                [[families]] if (layer, count) in with_singles else _divisions(families)
+    found = []
+    for (layer, count), families in sorted(by_layer.items()):
+        of_layer = [one for key, several in by_layer.items() if key[0] == layer for one in several]
+        own = [one for one in singles.get(layer, []) if _moves_with(one, families, of_layer)]
+        found.append(
+            tuple(
+                tuple(_partition(layer, moving_together) for moving_together in division)
+                for division in _alternatives(families, own, count)
             )
         )
-        for (layer, count), families in sorted(by_layer.items())
-    ]
+    return found
+
+
+def _moves_with(single: _Family, families: Sequence[_Family], others: Sequence[_Family]) -> bool:
+    """Say whether lone channels may move with some families rather than with others."""
+    if len(single) % len(families[0]):
+        return False
+    most = max(_common_path(single, one) for one in others if len(single) % len(one) == 0)
+    return max(_common_path(single, one) for one in families) == most
+
+
+def _alternatives(
+    families: list[_Family], singles: Sequence[_Family], count: int
+) -> Iterator[list[list[_Family]]]:
+    """Yield divisions of families into those that may move together, the finest first.
+
+    Lone channels, as those of rotary queries and keys or of a table of positions, move with the
+    families whose parameters' names are most like theirs: those of the same attention.
+    """
+    clusters: dict[tuple[int, ...], list[_Family]] = {}
+    for single in singles:
+        likeness = [_common_path(single, one) for one in families]
+        members = tuple(i for i, one in enumerate(likeness) if one == max(likeness))
+        clusters.setdefault(members, []).append(single)
+    rest = [one for i, one in enumerate(families) if not any(i in members for members in clusters)]
+    for divided in (_side_by_side, _in_turns) if clusters else ():
+        wholes = [
+            [*(families[i] for i in members), *(r for one in own for r in divided(one, count))]
+            for members, own in clusters.items()
+        ]
+        for division in _divisions(rest) if rest else ([],):
+            yield wholes + division
+        yield [[*families, *(one for whole in wholes for one in whole if one[0].size == 1)]]
+    yield from _divisions(families)
+
+
+def _common_path(one: _Family, other: _Family) -> int:
+    """Return how many parts the names of two families' first parameters have in common."""
+    names = (family[0].axes[0].use.parameter.split(".") for family in (one, other))
+    same = [a == b for a, b in zip(*names, strict=False)]
+    return same.index(False) if False in same else len(same)
 
 
 def possible_shared_heads(model: TracedModel) -> list[HeadPartition]:
@@ -174,10 +211,15 @@ def _layer_of(family: _Family, layers: Sequence[Layer]) -> int | None:
     return next((one.index for one in layers if parameters & set(one.parameters)), None)
 
 
-def _by_rank(family: _Family, count: int) -> list[_Family]:
+def _side_by_side(family: _Family, count: int) -> list[_Family]:
     """Divide lone channels among heads that lie side by side: the first of each, the second..."""
     size = len(family) // count
     return [family[rank::size] for rank in range(size)]
+
+
+def _in_turns(family: _Family, count: int) -> list[_Family]:
+    """Divide lone channels among heads that take turns, as in a table with a column for each."""
+    return [family[first : first + count] for first in range(0, len(family), count)]
 
 
 def _partition(layer: int, families: Sequence[_Family]) -> HeadPartition:
