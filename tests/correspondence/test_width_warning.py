@@ -164,3 +164,27 @@ def test_many_pairs_keep_the_warning():
         )
     (text,) = result.warnings
     assert "added up without weights" in text
+
+
+@pytest.mark.parametrize("widths", [(64, 48), (48, 64)])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_size_of_head_that_the_code_fixes_is_told_in_either_order(widths, implementation):
+    transformers = pytest.importorskip("transformers")
+    models = []
+    for i, width in enumerate(widths):
+        torch.manual_seed(i)
+        config = transformers.BertConfig(
+            vocab_size=40,
+            hidden_size=width,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=32,
+            max_position_embeddings=16,
+            attn_implementation=implementation,
+        )
+        models.append(transformers.BertForSequenceClassification(config).eval())
+    tokens = torch.randint(0, 40, (60, 9), generator=torch.Generator().manual_seed(0))
+    with pytest.warns(WidthWarning):
+        fused = fuse(models, tokens, [1, 0], calibration="none").model
+    with torch.no_grad():
+        torch.testing.assert_close(fused(tokens).logits, models[0](tokens).logits)

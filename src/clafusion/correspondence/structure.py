@@ -114,8 +114,9 @@ def check_inserted(correspondence: Correspondence) -> None:
     """Check that the layers that are inserted into the source leave its function as it is.
 
     What does not run, since a width is fixed in the target module's code, is not refused: the
-    result has the target's widths. Networks with other numbers of heads have none in common to run;
-    of them what lies between the layers is compared.
+    result has the target's widths. Networks with other numbers of heads, or heads of another size,
+    have none in common to run: code that was made for one size of head divides scores by the root
+    of that. Of them what lies between the layers is compared.
 
     Raises
     ------
@@ -123,7 +124,7 @@ def check_inserted(correspondence: Correspondence) -> None:
         They change it.
     """
     target = correspondence.target
-    if target.united_heads:
+    if target.united_heads or _has_heads_of_another_size(correspondence):
         if set(_between(correspondence.source)) != set(_between(target)):
             raise StructureError(_reason(correspondence))
         return
@@ -139,6 +140,15 @@ def check_inserted(correspondence: Correspondence) -> None:
         except RuntimeError:
             return
     _compare(found, correspondence)
+
+
+def _has_heads_of_another_size(correspondence: Correspondence) -> bool:
+    """Say whether the target counts other numbers of channels than the source, as of a head."""
+    source, target = correspondence.source, correspondence.target
+    return any(
+        one.is_counted and other >= 0 and source.groups[other].size != one.size
+        for one, other in zip(target.groups, correspondence.groups, strict=True)
+    )
 
 
 def _outputs_of(built: nn.Module, correspondence: Correspondence) -> list[Tensor]:
