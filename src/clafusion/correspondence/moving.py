@@ -159,7 +159,9 @@ def move_along(
         leaves = group_axis.direction == "out" or normalisation == "single"
         weights = outgoing_map(plan) if leaves else incoming_map(plan)
         block = moved[positions.reshape(-1)].reshape(plan.size(0), -1)
-        result[group_axis.positions.reshape(-1)] = (weights.T.to(block) @ block).reshape(-1, *rest)
+        chosen = _chosen(weights)
+        mixed = weights.T.to(block) @ block if chosen is None else block[chosen.to(block.device)]
+        result[group_axis.positions.reshape(-1)] = mixed.reshape(-1, *rest)
         used_target.append(group_axis.positions.reshape(-1))
         used_source.append(positions.reshape(-1))
     fixed_target = _others(used_target, length)
@@ -206,6 +208,7 @@ def move_values(
         plan = plans[one]
         assert plan is not None, "a matched point shows a group without a partner"
         weights = outgoing_map(plan).to(values)
+        chosen = _chosen(weights)
         into = torch.nonzero(target.groups == one).squeeze(1)
         out_of = torch.nonzero(source.groups == correspondence.groups[one]).squeeze(1)
         # A member may stand in several places, as in a projection to queries and keys at once.
@@ -213,10 +216,26 @@ def move_values(
         out_of_turns = _earlier_equals(source.members[out_of])
         for turn in into_turns.unique().tolist():
             to, of = into[into_turns == turn], out_of[out_of_turns == turn]
+            if chosen is not None:
+                places = torch.full((plan.size(0),), -1)
+                places[source.members[of]] = of
+                wanted = places[chosen[target.members[to]]]
+                if bool((wanted >= 0).all()):
+                    result[..., to] = values[..., wanted]
+                    continue
             by_member = values.new_zeros(*values.shape[:-1], plan.size(0))
             by_member[..., source.members[of]] = values[..., of]
             result[..., to] = (by_member @ weights)[..., target.members[to]]
     return result
+
+
+def _chosen(weights: Tensor) -> Tensor | None:
+    """Return for each column of a map the row that it copies; None where it copies none."""
+    if not bool(((weights != 0).sum(0) == 1).all()):
+        return None
+    rows = weights.argmax(0)
+    copies = bool((weights.gather(0, rows[None]) == 1).all())
+    return rows.cpu() if copies else None
 
 
 def _earlier_equals(members: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from clafusion.calibration.channel_selection import keep_channels
 from clafusion.calibration.least_squares.equations import (
     chosen_positions,
+    features,
     incoming_node,
-    patches,
+    num_positions,
+    squares,
     stacked,
-    with_ones,
 )
 from clafusion.calibration.least_squares.hidden import Hidden, Kept
 from clafusion.execution.call import State
@@ -26,7 +27,7 @@ from clafusion.threads import one_thread
 
 __all__ = ["Choice", "choose_channels", "hidden_grams"]
 
-_ROWS = 30_000  # of each choice, in float64
+_ROWS = 30_000  # of each choice
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,18 @@ def hidden_grams(
             for parent, state, of in zip(problem.parents, states, nodes, strict=True)
         ]
         for name, one in hidden.items():
-            kernel = one.reader.kernel_size
-            sides = [
-                patches(part.reader, walks[part.parent].reach(incoming_node(part.reader)), kernel)
-                for part in one.parts
-            ]
+            kernel, has_bias = one.reader.kernel_size, one.reader.point.bias is not None
+            values = [walks[part.parent].reach(incoming_node(part.reader)) for part in one.parts]
             if name not in positions:
-                features = sum(side.size(2) for side in sides)
-                positions[name] = chosen_positions(sides[0], features, _ROWS, count, generator)
-            x = with_ones(one.reader, torch.cat(sides, 2)[:, positions[name]]).double()
-            with one_thread():
-                gram = x.T @ x
+                width = sum(part.columns.numel() for part in one.parts)
+                places = num_positions(one.parts[0].reader, values[0], kernel)
+                positions[name] = chosen_positions(places, width, _ROWS, count, generator)
+            last = len(one.parts) - 1
+            sides = [
+                features(part.reader, x, kernel, positions[name], has_bias=has_bias and i == last)
+                for i, (part, x) in enumerate(zip(one.parts, values, strict=True))
+            ]
+            gram = squares(torch.cat(sides))
             grams[name] = grams[name].add_(gram) if name in grams else gram
     return grams
 

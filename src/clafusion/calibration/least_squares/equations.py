@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -21,11 +23,12 @@ __all__ = [
     "channels_last",
     "chosen_positions",
     "chosen_rows",
+    "features",
     "incoming_node",
-    "patches",
+    "num_positions",
+    "squares",
     "stacked",
     "store_solution",
-    "with_ones",
 ]
 
 _ROUNDS = 2  # of the majorisation of a ReLU
@@ -49,13 +52,22 @@ class NormalEquations:
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def add(self, x: Tensor, goal: Tensor, active: Tensor | None) -> None:
-        """Add rows: inputs, what they should become, and what that should be after the ReLU."""
+        """Add rows.
+
+        Parameters
+        ----------
+        x
+            ``(num_features (+ 1), num_rows)``: the inputs; see :func:`features`.
+        goal, active
+            ``(num_rows, num_channels)``: what they should become, and what that should be after
+            the ReLU.
+        """
         # Sums of products in half precision are too coarse to be positive definite.
         wide = torch.promote_types(x.dtype, torch.float32)
         x, goal = x.to(wide), goal.to(wide)
-        self.inputs += _squares(x)
-        self.residuals += _products(x, goal - x @ self.start.to(x))
-        self.rows += len(x)
+        self.inputs += squares(x)
+        self.residuals += _products(x, goal - x.T @ self.start.to(x))
+        self.rows += len(goal)
         if active is not None:
             self._kept.append((x, active.to(wide)))
 
@@ -68,39 +80,38 @@ class NormalEquations:
         for _ in range(_ROUNDS if self._kept else 0):
             residuals = torch.zeros_like(weights)
             for x, active in self._kept:
-                found = x @ weights.to(x)
+                found = x.T @ weights.to(x)
                 goal = torch.where(active > 0, active, found.clamp(max=0))
                 residuals += _products(x, goal - found)
             weights = weights + torch.cholesky_solve(residuals, factor)
         return weights
 
 
-def _squares(x: Tensor) -> Tensor:
-    """Return ``X^T X`` in float64, the same bytes for any number of threads."""
+def squares(x: Tensor) -> Tensor:
+    """Return ``X X^T`` of features in float64, the same bytes for any number of threads."""
     if x.dtype == torch.float64:  # which the package's kernel would round
         with one_thread():
-            return x.T @ x
-    return gram_matrix(x.T)
+            return x @ x.T
+    return gram_matrix(x)
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:
-    """Return ``X^T Y`` in float64, the same bytes for any number of threads.
+    """Return ``X Y`` in float64, the same bytes for any number of threads.
 
     PyTorch shares long sums among its threads, and adds up their parts in float32. So the sums are
     made in short runs of rows, and the runs added up here.
     """
-    total = torch.zeros(x.size(1), y.size(1), dtype=torch.float64, device=x.device)
+    total = torch.zeros(x.size(0), y.size(1), dtype=torch.float64, device=x.device)
     if x.dtype == torch.float64:
         with one_thread():
-            return total + x.T @ y
-    whole = len(x) // _RUN * _RUN
-    for of_x, of_y in zip(
-        x[:whole].split(_RUNS * _RUN), y[:whole].split(_RUNS * _RUN), strict=True
-    ):
-        runs = [one.unflatten(0, (-1, _RUN)) for one in (of_x, of_y)]
-        total += (runs[0].mT @ runs[1]).double().sum(0)
+            return total + x @ y
+    whole = len(y) // _RUN * _RUN
+    for first in range(0, whole, _RUNS * _RUN):
+        last = min(first + _RUNS * _RUN, whole)
+        runs = x[:, first:last].unflatten(1, (-1, _RUN)).transpose(0, 1)
+        total += (runs @ y[first:last].unflatten(0, (-1, _RUN))).double().sum(0)
     with one_thread():
-        return total + x[whole:].T @ y[whole:]
+        return total + x[:, whole:] @ y[whole:]
 
 
 def channels_last(walk: Walk, node: str, point: CalibrationPoint) -> Tensor:
@@ -115,40 +126,94 @@ def incoming_node(affine: fx.Node) -> str:
 
 
 def chosen_positions(
-    value: Tensor, num_columns: int, most: int, num_inputs: int, generator: torch.Generator
+    positions: int, num_columns: int, most: int, num_inputs: int, generator: torch.Generator
 ) -> Tensor:
-    """Choose the positions of a value, channels last, of which rows are made."""
-    positions = value[0, ..., 0].numel()
+    """Choose of which of a layer's positions rows are made."""
     rows = min(most, max(_ENTRIES // num_columns, _LEAST_ROWS * num_columns))
     count = min(positions, max(1, -(-rows // num_inputs)))
-    chosen = torch.randperm(positions, generator=generator)[:count].sort().values
-    return chosen.to(value.device)
+    return torch.randperm(positions, generator=generator)[:count].sort().values
 
 
 def chosen_rows(value: Tensor, chosen: Tensor) -> Tensor:
-    """Return ``(num_rows, num_channels)``: a value, channels last, at some of its positions."""
-    return value.flatten(1, -2)[:, chosen].flatten(0, 1) if value.dim() > 2 else value
+    """Return ``(num_rows, num_channels)``: a value, channels last, position by position."""
+    if value.dim() <= 2:
+        return value
+    return value.flatten(1, -2).transpose(0, 1)[chosen.to(value.device)].flatten(0, 1)
 
 
-def with_ones(place: Place, inputs: Tensor) -> Tensor:
-    """Return rows of inputs, with a 1 behind each where the layer has a bias."""
-    rows = inputs.flatten(0, 1)
-    if place.point.bias is None:
-        return rows
-    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-
-
-def patches(affine: fx.Node, x: Tensor, kernel: Sequence[int]) -> Tensor:
-    """Return a layer's inputs ``(num_inputs, num_positions, num_features)``."""
+def num_positions(affine: fx.Node, x: Tensor, kernel: Sequence[int]) -> int:
+    """Return at how many positions a layer computes its outputs."""
     if not kernel:
-        return x.reshape(x.size(0), -1, x.size(-1))
+        return x[0, ..., 0].numel()
+    return math.prod(_geometry(affine, x, kernel).outputs)
+
+
+def features(
+    affine: fx.Node, x: Tensor, kernel: Sequence[int], chosen: Tensor, *, has_bias: bool
+) -> Tensor:
+    """Return what a layer multiplies at some positions, ``(num_features (+ 1), num_rows)``.
+
+    Of a convolution these are its patches, of which no others are made. The last feature is 1,
+    where the layer has a bias. Rows come input by input.
+    """
+    count, every = len(x), len(chosen)
+    if not kernel:
+        values = x.reshape(count, -1, x.size(-1))
+        if every < values.size(1):
+            values = values[:, chosen.to(x.device)]
+        made = x.new_empty(x.size(-1) + has_bias, every * count)
+        made[: x.size(-1)].view(-1, every, count).copy_(values.permute(2, 1, 0))
+    else:
+        geometry = _geometry(affine, x, kernel)
+        if len(kernel) == 1:  # an image of one row
+            x = x.unsqueeze(2)
+        height, width = geometry.padding
+        x = F.pad(x, (width, width, height, height))
+        index = geometry.index(chosen, x.size(3)).to(x.device)
+        channels, size = x.size(1), index.size(0)
+        made = x.new_empty(channels * size + has_bias, every * count)
+        places = x.permute(1, 2, 3, 0).reshape(
+            channels, -1, count
+        )  # what is picked is in one piece
+        picked = made[: channels * size].view(channels, size * every, count)
+        torch.index_select(places, 1, index.flatten(), out=picked)
+    if has_bias:
+        made[-1] = 1.0
+    return made
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """A convolution over images, as two numbers each: height and width."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    outputs: tuple[int, int]
+
+    def index(self, chosen: Tensor, width: int) -> Tensor:
+        """Return ``(kernel's size, num_positions)``: where patches lie in a padded image."""
+        row, column = chosen // self.outputs[1], chosen % self.outputs[1]
+        first = row * self.stride[0] * width + column * self.stride[1]
+        down, right = (
+            torch.arange(size) * step for size, step in zip(self.kernel, self.dilation, strict=True)
+        )
+        return (down[:, None] * width + right).reshape(-1, 1) + first
+
+
+def _geometry(affine: fx.Node, x: Tensor, kernel: Sequence[int]) -> _Geometry:
     stride, padding, dilation = convolution_geometry(affine, kernel)
-    sizes = tuple(kernel)
-    if len(sizes) == 1:  # an image of one row
-        x = x.unsqueeze(2)
-        sizes, stride, dilation = (1, *sizes), (1, *stride), (1, *dilation)
+    sizes, kernel = tuple(x.shape[2:]), tuple(kernel)
+    if len(kernel) == 1:
+        sizes, kernel, stride, dilation = (1, *sizes), (1, *kernel), (1, *stride), (1, *dilation)
         padding = (0, *padding)
-    return F.unfold(x, sizes, dilation, padding, stride).mT
+    outputs = (
+        (size + 2 * pad - step * (k - 1) - 1) // by + 1
+        for size, pad, step, k, by in zip(sizes, padding, dilation, kernel, stride, strict=True)
+    )
+    pairs = [(one[0], one[1]) for one in (kernel, stride, padding, dilation, tuple(outputs))]
+    return _Geometry(*pairs)
 
 
 def stacked(place: Place, state: State) -> Tensor:

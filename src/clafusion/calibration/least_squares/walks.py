@@ -14,10 +14,9 @@ from clafusion.calibration.least_squares.equations import (
     channels_last,
     chosen_positions,
     chosen_rows,
-    patches,
+    features,
     stacked,
     store_solution,
-    with_ones,
 )
 from clafusion.calibration.least_squares.hidden import (
     Hidden,
@@ -99,10 +98,12 @@ class Walks:
             if place.shortcut is not None:
                 goal = goal - fused.reach(place.shortcut).movedim(place.point.axis, -1)
             if chosen is None:
-                chosen = chosen_positions(goal, len(start), _ROWS, self.num_inputs, generator)
+                positions = goal[0, ..., 0].numel()
+                chosen = chosen_positions(positions, len(start), _ROWS, self.num_inputs, generator)
             x = fused.reach(place.incoming)
+            has_bias = place.point.bias is not None
             equations.add(
-                with_ones(place, patches(place.affine, x, place.kernel_size)[:, chosen]),
+                features(place.affine, x, place.kernel_size, chosen, has_bias=has_bias),
                 chosen_rows(goal, chosen),
                 None if active is None else chosen_rows(active, chosen),
             )
