@@ -37,6 +37,9 @@ MAX_CHANNELS = 10_000
 """Largest group that is matched: cost and plan of 10,000 channels take 1.6 GB."""
 
 
+_TIE = 1e-5  # what a difference of means or deviations counts: it decides where correlations do not
+
+
 class _Measure(NamedTuple):
     at_hook: ChannelCost
     of_mean: Callable[[Tensor], Tensor]
@@ -87,7 +90,25 @@ def channel_cost(
 
 @channel_cost("correlation", of_mean=lambda mean: 1.0 - mean)
 def _correlations(x: Tensor, y: Tensor) -> Tensor:
-    return standardised(x).T @ standardised(y) / len(x)
+    """Return correlations; of two constant channels, as dead ones behind a norm, their likeness."""
+    of_x, of_y = standardised(x), standardised(y)
+    found = of_x.T @ of_y / len(x)
+    constant = ~of_x.any(0), ~of_y.any(0)
+    if all(bool(one.any()) and not bool(one.all()) for one in constant):
+        a, b = x[0, constant[0]][:, None], y[0, constant[1]]
+        largest = torch.maximum(a.abs(), b.abs())
+        alike = 1.0 - (a - b).abs() / torch.where(largest > 0, largest, 1.0)
+        alike = torch.where(largest > 0, alike.clamp(min=0), 0.0)
+        found[constant[0].nonzero(), constant[1].nonzero().T] = alike.to(found)
+    # Channels that were dead before a norm over all channels are correlated, each with all others.
+    apart = _relative_differences(x.mean(0), y.mean(0))
+    apart += _relative_differences(x.std(0, False), y.std(0, False))
+    return found - _TIE * apart.to(found)
+
+
+def _relative_differences(a: Tensor, b: Tensor) -> Tensor:
+    a, b = a.double()[:, None], b.double()
+    return (a - b).abs() / torch.maximum(a.abs(), b.abs()).clamp(min=1e-30)
 
 
 @channel_cost("euclidean", of_mean=torch.sqrt)
@@ -177,8 +198,8 @@ def pair_costs(
         costs.append(torch.zeros(of.size, to.size, dtype=torch.float64, device=device))
     counts = [0] * len(costs)
     for (of_source_hook, of_target_hook), members in hooks.items():
-        if of_target_hook not in target.rows:
-            continue  # of a target that is nobody's, not everything shows
+        if of_target_hook not in target.rows or of_source_hook not in source.rows:
+            continue  # of a target that is nobody's, or with heads moved, not everything shows
         x, y = source.rows[of_source_hook], target.rows[of_target_hook]
         if len(x) != len(y):
             continue

@@ -184,6 +184,8 @@ def _moved(profile: ModelProfile, orders: Orders) -> ModelProfile:
         points = model.layers[layer].hook_points
         index = ~place if place < 0 else place
         if index < len(points):  # else the outputs of a classifier
+            if _has_heads_as_positions(model, points[index], orders):
+                continue  # these would change places, but only some were kept
             values = values[:, _columns(model, points[index], orders)]
         rows[layer, place] = values
     sources: dict[int, int] = {}
@@ -199,6 +201,18 @@ def _moved(profile: ModelProfile, orders: Orders) -> ModelProfile:
         rows=rows,
         moments=_moved_moments(profile, orders),
         importance=importance,
+    )
+
+
+def _has_heads_as_positions(model: TracedModel, point: HookPoint, orders: Orders) -> bool:
+    """Say whether a hook point shows channels that moved heads share, one head behind another."""
+    return any(
+        heads.is_shared
+        and len(order) in point.positions
+        and int((point.groups == one).sum())
+        == model.groups[one].size * base_repeats(model.groups[one])
+        for heads, order in orders
+        for one in heads.members[0]
     )
 
 

@@ -277,5 +277,6 @@ def _views(source: Source, index: int) -> Mapping[tuple[int, int], Tensor]:
     views = {}
     for pair in source.correspondence.hooks[index]:
         key = flowing(source.correspondence, source.profile, pair)
-        views[pair.target] = source.profile.rows[key][:, pair.source_columns]
+        if key in source.profile.rows:  # of moved heads not everything shows
+            views[pair.target] = source.profile.rows[key][:, pair.source_columns]
     return views
