@@ -1,5 +1,6 @@
 """What generated networks have found: each by the smallest network that shows it."""
 
+import copy
 import io
 
 import pytest
@@ -8,9 +9,10 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import nn
 
-from clafusion import fuse
+from clafusion import fuse, trace
 from tests.support import networks
 from tests.support.assertions import assert_same_function
+from tests.support.attention import shuffled
 from tests.support.data import CALIBRATIONS, VECTORS
 
 
@@ -108,3 +110,46 @@ def test_an_inserted_weight_that_two_operations_read_stays_an_identity(calibrati
     data = VECTORS[:90]
     found = fuse(models, data, [0.0, 1.0], calibration=calibration).model
     assert_same_function(found, models[1], data, calibration)
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+def test_channels_that_are_dead_before_a_norm_find_themselves(norm, calibration):
+    """Behind one over all channels each is correlated with all, else each is a constant."""
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), norm(8), nn.Linear(8, 5))
+    model = networks.randomise(model)
+    with torch.no_grad():
+        model[0].bias[2:6] = -30.0
+    for other in (copy.deepcopy(model), networks.permuted_copy(model, VECTORS)):
+        found = fuse([other, model], VECTORS, calibration=calibration).model
+        assert_same_function(found, model, VECTORS, calibration)
+
+
+class SharedKeys(nn.Module):
+    """Queries share keys and values, and the heads are positions of what the softmax joins."""
+
+    def __init__(self, heads=3, size=4):
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.stem, self.queries = nn.Linear(6, 8), nn.Linear(8, heads * size)
+        self.keys, self.values = nn.Linear(8, size), nn.Linear(8, size)
+        self.last, self.head = nn.Linear(heads * size, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        queries = self.queries(x).unflatten(-1, (self.heads, self.size)).transpose(1, 2)
+        keys, values = (one(x)[:, None] for one in (self.keys, self.values))
+        mixed = (queries @ keys.mT).softmax(-1) @ values
+        return self.head((x + self.last(mixed.transpose(1, 2).flatten(2))).mean(1))
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+def test_queries_change_places_where_heads_are_positions(calibration):
+    """What was sampled of the queries before they moved was compared with other heads."""
+    model = networks.randomise(SharedKeys())
+    data = torch.randn(80, 5, 6, generator=torch.Generator().manual_seed(0))
+    traced = trace(model, data)
+    assert [one.is_shared for one in traced.heads] == [True]
+    moved = shuffled(model, traced)
+    found = fuse([moved, model], data, calibration=calibration).model
+    assert_same_function(found, model, data, calibration)
