@@ -61,12 +61,14 @@ class Family:
     def fuse(self, aligned, calibration, weights=None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FusionWarning)
-            if (
-                len(self.structures) > 1
-            ):  # networks of two depths, of which one may lack some widths
+            if len(self.structures) > 1:  # of two depths, of which one may lack some widths
                 warnings.simplefilter("error", WidthWarning)
             config = FusionConfig(calibration=calibration)
-            return fuse_aligned(aligned, self.data, weights, config).model
+            result = fuse_aligned(aligned, self.data, weights, config)
+        sizes = [plan.shape for one in result.parents for plan in one.plans if plan is not None]
+        if any(max(one) % min(one) for one in sizes):
+            raise RefusedError("a width is no multiple of the other's: channels are divided")
+        return result.model
 
     def fused(self, graphs, calibration, weights=None):
         return self.fuse(self.align(graphs, calibration), calibration, weights)
