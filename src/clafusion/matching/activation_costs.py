@@ -94,7 +94,9 @@ def _correlations(x: Tensor, y: Tensor) -> Tensor:
     of_x, of_y = standardised(x), standardised(y)
     found = of_x.T @ of_y / len(x)
     constant = ~of_x.any(0), ~of_y.any(0)
-    if all(bool(one.any()) and not bool(one.all()) for one in constant):
+    if all(bool(one.all()) for one in constant):
+        return found  # which says nothing
+    if all(bool(one.any()) for one in constant):
         a, b = x[0, constant[0]][:, None], y[0, constant[1]]
         largest = torch.maximum(a.abs(), b.abs())
         alike = 1.0 - (a - b).abs() / torch.where(largest > 0, largest, 1.0)

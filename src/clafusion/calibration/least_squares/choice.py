@@ -91,7 +91,8 @@ def hidden_grams(
                 features(part.reader, x, kernel, positions[name], has_bias=has_bias and i == last)
                 for i, (part, x) in enumerate(zip(one.parts, values, strict=True))
             ]
-            gram = squares(torch.cat(sides))
+            # Copies of a channel differ by roundings, which float32 sums would hide.
+            gram = squares(torch.cat(sides).double())
             grams[name] = grams[name].add_(gram) if name in grams else gram
     return grams
 
