@@ -17,7 +17,7 @@ axes of the same parameters and carry the same fingerprints.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 import clafusion.tracing.labels.rules  # noqa: F401  (registers the rules)
-from clafusion.errors import FusionWarning, UnsupportedOpError, warn
+from clafusion.errors import UnsupportedOpError
 from clafusion.execution.call import State
 from clafusion.tracing.labels.ids import collapse
 from clafusion.tracing.labels.interpreter import Label, LabelPropagation
@@ -81,6 +81,8 @@ class Channels:
         The shape of each node's value, for the example inputs.
     labels
         The run on labels that showed all this.
+    unreached
+        Parameters with entries that no input reached and that keep their places; how many.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -89,6 +91,7 @@ class Channels:
     nodes: Mapping[str, NodeChannels]
     shapes: Mapping[str, tuple[int, ...]]
     labels: LabelPropagation
+    unreached: Mapping[str, int] = field(default_factory=dict)
 
     def with_singles(self, singles: frozenset[int]) -> Channels:
         """Return the channels with those atoms of ``alone`` as groups of one channel."""
@@ -137,13 +140,8 @@ def find_channels(
         if name is not None
     }
     find_units_of_positions(labels, module, entries)
-    for name, count in labels.settle_unreached().items():
-        warn(
-            f"the example inputs reach all but {count} entries of {name!r}, which keep their "
-            "places. Give example_inputs as long as those that the model is for",
-            FusionWarning,
-        )
-    return _channels(labels, shapes, frozenset())
+    unreached = labels.settle_unreached()
+    return replace(_channels(labels, shapes, frozenset()), unreached=unreached)
 
 
 def _channels(

@@ -7,7 +7,7 @@ them modifies a model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -356,6 +356,8 @@ class TracedModel:
         The batch size, where the model admits only the one it was traced with; else None.
     has_rows
         Whether some output has a row for each row of the inputs, as far as that can be tried.
+    unreached
+        Parameters with entries that no example input reached and that keep their places; how many.
     united_heads
         Heads whose groups are united: see :mod:`clafusion.correspondence.heads`.
     """
@@ -373,6 +375,7 @@ class TracedModel:
     aliases: Mapping[str, str]
     static_batch: int | None
     has_rows: bool = True
+    unreached: Mapping[str, int] = field(default_factory=dict)
     united_heads: tuple[UnitedHeads, ...] = ()
 
     @property

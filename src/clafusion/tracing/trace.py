@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.nn.parameter import is_lazy
 
-from clafusion.errors import GraphVerificationError, InputError, UnsupportedOpError
+from clafusion.errors import (
+    FusionWarning,
+    GraphVerificationError,
+    InputError,
+    UnsupportedOpError,
+    warn,
+)
 from clafusion.execution.call import device_of, flatten_tensors
 from clafusion.tracing.export import export_model, first_line, refuse_changed_inputs
 from clafusion.tracing.groups import find_channels
@@ -72,11 +78,16 @@ def trace(
     if device is not None:
         arguments = tuple(value.to(device) for value in arguments)
         keywords = {name: value.to(device) for name, value in keywords.items()}
-    known = _known.like(model, arguments, keywords)
-    if known is not None and _is_true_of(known, verify=verify, seed=seed):
-        return known
-    traced = _traced(model, arguments, keywords, verify=verify, seed=seed)
-    _known.add(traced)
+    traced = _known.like(model, arguments, keywords)
+    if traced is None or not _is_true_of(traced, verify=verify, seed=seed):
+        traced = _traced(model, arguments, keywords, verify=verify, seed=seed)
+        _known.add(traced)
+    for name, count in traced.unreached.items():
+        warn(
+            f"the example inputs reach all but {count} entries of {name!r}, which keep their "
+            "places. Give example_inputs as long as those that the model is for",
+            FusionWarning,
+        )
     return traced
 
 
@@ -126,7 +137,9 @@ def _traced(
         channels = find_channels(module, placeholders, state, buffers, inputs)
         layers = find_layers(module, placeholders, state, channels, buffers)
         static_batch, has_rows = _rows_of(traced)
-        traced = replace(traced, static_batch=static_batch, has_rows=has_rows)
+        traced = replace(
+            traced, static_batch=static_batch, has_rows=has_rows, unreached=channels.unreached
+        )
         singles = channels_of_heads(channels.groups, channels.alone, layers)
         if singles:
             whole = channels.with_singles(singles)
