@@ -133,13 +133,7 @@ def find_channels(
         # the atoms united from the start.
         labels = LabelPropagation(state, buffers, labels.parents)
         shapes = labels.run(module, placeholders, inputs)
-    inputs_of_graph = (node for node in module.graph.nodes if node.op == "placeholder")
-    entries = {
-        node: name
-        for node, name in zip(inputs_of_graph, placeholders, strict=True)
-        if name is not None
-    }
-    find_units_of_positions(labels, module, entries)
+    find_units_of_positions(labels, module)
     unreached = labels.settle_unreached()
     return replace(_channels(labels, shapes, frozenset()), unreached=unreached)
 

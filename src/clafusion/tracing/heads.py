@@ -141,8 +141,7 @@ def _shared(model: TracedModel, layer: int, groups: set[int]) -> list[HeadPartit
     """Return the heads that share some groups, of which all stand equally often."""
     counts: dict[int, list[int]] = {}
     for index in sorted(groups):
-        count = _most_repeats(model.groups[index]) // base_repeats(model.groups[index])
-        counts.setdefault(count, []).append(index)
+        counts.setdefault(_sharing(model.groups[index]), []).append(index)
     return [
         HeadPartition(layer, (tuple(members),) * count, is_shared=True)
         for count, members in counts.items()
@@ -155,8 +154,9 @@ def base_repeats(group: ChannelGroup) -> int:
     return min(one.positions.size(1) for one in group.axes)
 
 
-def _most_repeats(group: ChannelGroup) -> int:
-    return max(one.positions.size(1) for one in group.axes)
+def _sharing(group: ChannelGroup) -> int:
+    """Return how many heads share a group's channels, if it is of heads at all."""
+    return max(one.positions.size(1) for one in group.axes) // base_repeats(group)
 
 
 def channels_of_heads(
@@ -173,12 +173,12 @@ def channels_of_heads(
         layer = _layer_of(family, layers)
         if len(family) > 1:
             counts.setdefault(layer, set()).add(len(family))
-        shares.setdefault(layer, set()).add(_most_repeats(family[0]) // base_repeats(family[0]))
+        shares.setdefault(layer, set()).add(_sharing(family[0]))
     found: set[int] = set()
     for family in _families(alone):
         layer = _layer_of(family, layers)
         of_layer = counts.get(layer, set())
-        share = _most_repeats(family[0]) // base_repeats(family[0])
+        share = _sharing(family[0])
         if any(len(family) % count == 0 and len(family) > count for count in of_layer) or (
             share > 1 and family[0].is_counted and share in shares.get(layer, set())
         ):

@@ -126,6 +126,7 @@ class _Regression:
                 self._inputs,
                 self._places,
                 self._ridge,
+                self._states,
                 self._hidden,
                 choices,
             )

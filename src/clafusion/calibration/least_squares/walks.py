@@ -27,6 +27,7 @@ from clafusion.calibration.least_squares.hidden import (
 from clafusion.calibration.least_squares.places import Place
 from clafusion.correspondence.moving import move_parameter
 from clafusion.correspondence.structure import structured_state
+from clafusion.execution.call import State
 from clafusion.execution.walk import Walk
 from clafusion.merging.mean import weighted_mean
 from clafusion.merging.problem import FusionProblem
@@ -47,6 +48,7 @@ class Walks:
         inputs: Sequence[tuple[Tensor, ...]],
         places: Sequence[Place],
         ridge: float,
+        states: Sequence[State],
         hidden: Mapping[str, Hidden],
         choices: Mapping[str, Choice],
     ) -> None:
@@ -60,7 +62,7 @@ class Walks:
         }
         target, models = problem.target, [one.traced for one in problem.parents]
         self.of_target = target.state()
-        self.states = [one.state() for one in models]
+        self.states = states
         self.structured = [structured_state(one.correspondence) for one in problem.parents]
         self.uses = Counter(key for place in places for key in self._reached(place))
         kept = [{name for i, name in self.uses if i == one} for one in range(len(models))]

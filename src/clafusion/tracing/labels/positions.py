@@ -18,9 +18,7 @@ from clafusion.tracing.operations import SAME_VALUES, bound_operands, op_name
 __all__ = ["find_units_of_positions"]
 
 
-def find_units_of_positions(
-    propagation: LabelPropagation, module: fx.GraphModule, entries: Mapping[fx.Node, str]
-) -> None:
+def find_units_of_positions(propagation: LabelPropagation, module: fx.GraphModule) -> None:
     """Give atoms to the units that one layer over positions writes and such layers alone read.
 
     Parameters
@@ -29,9 +27,12 @@ def find_units_of_positions(
         A run on labels that is at its end. The values between the layers get the units' labels.
     module
         The graph.
-    entries
-        Those of its inputs that are state entries, with the entries' names.
     """
+    entries = {
+        node: label.name
+        for node, label in propagation.labels.items()
+        if node.op == "placeholder" and isinstance(label, ParameterView)
+    }
     weighed = {use.name for use in propagation.uses.values() if use.role != "element"}
     for node in module.graph.nodes:
         weight = _weight_over_positions(propagation, node, entries, weighed)
