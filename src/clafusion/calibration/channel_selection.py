@@ -20,6 +20,8 @@ __all__ = ["keep_channels"]
 
 _RIDGE = 1e-6  # of the inputs' mean square: identical channels make the problem singular
 _SHARED = 0.9999  # below 1, for the same reason
+_DELAYED = 128  # features whose loss is taken off the inverse at once
+_CANCELLED = 1e-4  # of a number is left when its last digits begin to matter
 
 
 def keep_channels(
@@ -67,19 +69,77 @@ def keep_channels(
         for feature in columns.T:  # the same column of two channels
             presumed[feature[:, None], feature] = shared
     ridge = _RIDGE * gram.diagonal().mean().clamp(min=1e-30)
-    inverse = torch.linalg.inv(gram + ridge * presumed)
-    both = torch.cat([inverse, readout], 1)  # what is done to one is done to the other
     squared = readout.new_ones(readout.size(1)) if importance is None else importance.square()
-    alive = torch.arange(len(columns), device=columns.device)
-    while len(alive) > count:
-        features = columns[alive]
-        blocks = both[features[:, :, None], features[:, None, :]]
-        weights = both[features][..., size:]
-        costs = (weights * torch.linalg.solve(blocks, weights)).sum(1) @ squared
-        worst = int(costs.argmin())
-        gone = features[worst]
-        both -= both[:, gone] @ torch.linalg.solve(both[gone][:, gone], both[gone])
-        both[gone] = 0.0
-        both[:, gone] = 0.0
-        alive = torch.cat([alive[:worst], alive[worst + 1 :]])
-    return alive, both[:, size:]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + ridge * presumed))
+    left = _Left(inverse, readout.clone(), columns)
+    while len(left.alive) > count:
+        left.lose(int(left.costs(squared).argmin()))
+    left.settle()
+    found = torch.zeros_like(readout)
+    found[left.features] = left.weights
+    return left.alive, found
+
+
+class _Left:
+    """The channels that are left, and what the loss of the others has made of ``S`` and ``W``.
+
+    To bring all of ``S`` up to date after each loss would read and write it for a few rows. So
+    what the losses take off it, ``rows^T solved``, is kept apart and taken off for many at once.
+    Only the channels' own blocks and the rows that are asked for are always up to date. Where a
+    loss cancels most of what stood there, as that of a copy does, it is taken off at once, so that
+    blocks and rows agree to the last digit.
+    """
+
+    def __init__(self, inverse: Tensor, weights: Tensor, columns: Tensor) -> None:
+        self.alive = torch.arange(len(columns), device=columns.device)
+        self.features = torch.arange(len(weights), device=columns.device)
+        self.weights = weights  # of these features, as all that follows
+        self._columns = columns
+        self._inverse = inverse
+        self._blocks = inverse[columns[:, :, None], columns[:, None, :]]
+        self._settled = self._diagonals().clone()  # when S was up to date
+        self._losses: list[Tensor] = []  # features
+        self._rows, self._solved = weights.new_empty(2, _DELAYED + columns.size(1), len(weights))
+
+    def costs(self, squared: Tensor) -> Tensor:
+        """Return by how much the loss of each channel raises the squared error."""
+        weights = self.weights[self._columns]
+        if self._columns.size(1) == 1:
+            return weights.squeeze(1).square() @ squared / self._blocks.flatten()
+        return (weights * torch.linalg.solve(self._blocks, weights)).sum(1) @ squared
+
+    def lose(self, channel: int) -> None:
+        """Take a channel away; the others take over its part."""
+        gone, block = self._columns[channel], self._blocks[channel]
+        first = len(gone) * len(self._losses)
+        rows = self._inverse[gone] - self._rows[:first, gone].T @ self._solved[:first]
+        solved = torch.linalg.solve(block, rows)
+        self.weights -= solved.T @ self.weights[gone]
+        stay = self.alive != self.alive[channel]
+        self.alive, self._columns = self.alive[stay], self._columns[stay]
+        at = rows[:, self._columns].permute(1, 2, 0), solved[:, self._columns].permute(1, 0, 2)
+        self._blocks, self._settled = self._blocks[stay] - at[0] @ at[1], self._settled[stay]
+        self._losses.append(gone)
+        last = first + len(gone)
+        self._rows[first:last], self._solved[first:last] = rows, solved
+        if last >= _DELAYED or bool((self._diagonals() < _CANCELLED * self._settled).any()):
+            self.settle()
+
+    def _diagonals(self) -> Tensor:
+        found: Tensor = self._blocks.diagonal(dim1=1, dim2=2)
+        return found
+
+    def settle(self) -> None:
+        """Bring ``S`` up to date, and drop the features of the channels that are lost."""
+        if not self._losses:
+            return
+        count = self._columns.size(1) * len(self._losses)
+        stay = torch.ones(len(self.features), dtype=torch.bool, device=self.features.device)
+        stay[torch.cat(self._losses)] = False
+        rows, solved = self._rows[:count, stay], self._solved[:count, stay]
+        self._inverse = self._inverse[stay][:, stay].addmm_(rows.T, solved, alpha=-1)
+        self._columns = (stay.cumsum(0) - 1)[self._columns]
+        self.features, self.weights = self.features[stay], self.weights[stay]
+        self._rows, self._solved = rows.new_empty(2, *self._rows.shape)[..., : len(self.features)]
+        self._losses = []
+        self._settled = self._diagonals().clone()

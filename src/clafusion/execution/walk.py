@@ -101,6 +101,13 @@ class Walk:
             self._step(next(self._rest))
         return self._values[wanted]
 
+    def finish(self) -> tuple[Any, ...]:
+        """Run all nodes that have not run yet; return the graph's outputs in one flat tuple."""
+        for node in self._rest:
+            self._step(node)
+        outputs = fx.map_arg(self._module.graph.output_node().args[0], self._value)
+        return tuple(outputs)
+
     def release(self, name: str) -> None:
         """Stop keeping a node's value; drop it unless a later node needs it."""
         self._keep.discard(name)

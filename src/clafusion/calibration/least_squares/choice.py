@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
@@ -14,20 +14,18 @@ from clafusion.calibration.channel_selection import keep_channels
 from clafusion.calibration.least_squares.equations import (
     chosen_positions,
     features,
-    incoming_node,
     num_positions,
-    squares,
+    rows_for,
     stacked,
 )
 from clafusion.calibration.least_squares.hidden import Hidden, Kept
 from clafusion.execution.call import State
-from clafusion.execution.walk import Walk
 from clafusion.merging.problem import FusionProblem
 from clafusion.threads import one_thread
 
-__all__ = ["Choice", "choose_channels", "hidden_grams"]
+__all__ = ["Choice", "choose_channels", "hidden_features", "hidden_positions", "of_kept"]
 
-_ROWS = 30_000  # of each choice
+_ROWS, _LEAST_ROWS = 8, 4096  # of a choice: for each column, and in all
 
 
 @dataclass(frozen=True)
@@ -47,128 +45,104 @@ class Choice:
     readout: Tensor
 
 
-def hidden_grams(
-    problem: FusionProblem,
-    hidden: Mapping[str, Hidden],
-    inputs: Sequence[tuple[Tensor, ...]],
-    states: Sequence[State],
-    generator: torch.Generator,
-) -> dict[str, Tensor]:
-    """Return the inner products of all parents' hidden channels side by side, in one pass.
+def hidden_positions(
+    hidden: Hidden, values: Sequence[Tensor], num_inputs: int, generator: torch.Generator
+) -> Tensor:
+    """Choose of which positions of all parents' hidden channels inner products are taken."""
+    part, kernel = hidden.parts[0], hidden.reader.kernel_size
+    width = sum(one.columns.numel() for one in hidden.parts)
+    places = num_positions(part.reader, values[0], kernel)
+    rows = rows_for(width, _ROWS, _LEAST_ROWS)
+    return chosen_positions(places, rows, num_inputs, generator)
 
-    Parameters
-    ----------
-    problem, hidden
-        The parents, and the hidden channels by the layer that writes them.
-    inputs
-        The batches.
-    states
-        The parents' own weights.
-    generator
-        Chooses positions where there are more rows than needed.
+
+def hidden_features(hidden: Hidden, values: Sequence[Tensor], chosen: Tensor) -> Tensor:
+    """Return what the reading layers of all parents multiply, side by side.
+
+    ``values`` are the hidden channels, parent by parent. See :func:`features`; the 1 of the bias
+    comes last.
     """
-    count = sum(one[0].size(0) for one in inputs)
-    nodes: list[set[str]] = [set() for _ in problem.parents]
-    for one in hidden.values():
-        for part in one.parts:
-            nodes[part.parent].add(incoming_node(part.reader))
-    grams: dict[str, Tensor] = {}
-    positions: dict[str, Tensor] = {}
-    for batch in inputs if hidden else ():
-        walks = [
-            Walk(parent.traced, batch, state, set(of))
-            for parent, state, of in zip(problem.parents, states, nodes, strict=True)
-        ]
-        for name, one in hidden.items():
-            kernel, has_bias = one.reader.kernel_size, one.reader.point.bias is not None
-            values = [walks[part.parent].reach(incoming_node(part.reader)) for part in one.parts]
-            if name not in positions:
-                width = sum(part.columns.numel() for part in one.parts)
-                places = num_positions(one.parts[0].reader, values[0], kernel)
-                positions[name] = chosen_positions(places, width, _ROWS, count, generator)
-            last = len(one.parts) - 1
-            sides = [
-                features(part.reader, x, kernel, positions[name], has_bias=has_bias and i == last)
-                for i, (part, x) in enumerate(zip(one.parts, values, strict=True))
-            ]
-            # Copies of a channel differ by roundings, which float32 sums would hide.
-            gram = squares(torch.cat(sides).double())
-            grams[name] = grams[name].add_(gram) if name in grams else gram
-    return grams
+    kernel, has_bias = hidden.reader.kernel_size, hidden.reader.point.bias is not None
+    last = len(hidden.parts) - 1
+    sides = [
+        features(part.reader, x, kernel, chosen, has_bias=has_bias and i == last)
+        for i, (part, x) in enumerate(zip(hidden.parts, values, strict=True))
+    ]
+    return torch.cat(sides)
 
 
 def choose_channels(
     problem: FusionProblem,
-    hidden: Mapping[str, Hidden],
-    grams: Mapping[str, Tensor],
+    hidden: Hidden,
+    gram: Tensor,
     states: Sequence[State],
-    weights: Mapping[str, Sequence[float]],
-) -> dict[str, Choice]:
-    """Choose among all parents' hidden channels: writing layer's node -> what is kept.
+    weights: Sequence[float],
+    *,
+    reader_chooses: bool,
+) -> Choice:
+    """Choose among all parents' hidden channels.
 
     Parameters
     ----------
-    problem, hidden, states
-        As for :func:`hidden_grams`.
-    grams
-        See there.
+    problem, hidden
+        The parents, and their hidden channels.
+    gram
+        The inner products of :func:`hidden_features`.
+    states
+        The parents' own weights.
     weights
-        For each writing layer the parents' weights.
+        The parents' weights at the layer that writes the channels.
+    reader_chooses
+        Whether the channels that the reading layer writes are to be chosen, too.
     """
-    choices: dict[str, Choice] = {}
-    for name, one in hidden.items():
-        readout, importance = _readouts(problem, hidden, one, states, weights[name])
-        sizes = [part.columns.numel() for part in one.parts]
-        firsts = [0, *accumulate(sizes)]
-        columns = [part.columns + first for part, first in zip(one.parts, firsts, strict=False)]
-        with one_thread():
-            alive, readout = keep_channels(
-                grams[name],
-                readout,
-                torch.cat(columns),
-                len(one.columns),
-                importance=importance,
-                kinship=_kinship(problem, one),
-            )
-        kept = _given(problem, one, alive)
-        start = readout.new_zeros(one.columns.numel(), readout.size(1))
-        for given, theirs in zip(kept, columns, strict=True):
-            start[one.columns[given.own].flatten()] = readout[theirs[given.taken].flatten()]
-        choices[name] = Choice(kept, torch.cat([start, readout[firsts[-1] :]]))
-    return {name: _of_outputs(hidden, choices, name) for name in hidden}
+    readout, importance = _readouts(problem, hidden, states, weights, reader_chooses)
+    sizes = [part.columns.numel() for part in hidden.parts]
+    firsts = [0, *accumulate(sizes)]
+    columns = [part.columns + first for part, first in zip(hidden.parts, firsts, strict=False)]
+    with one_thread():
+        alive, readout = keep_channels(
+            gram,
+            readout,
+            torch.cat(columns),
+            len(hidden.columns),
+            importance=importance,
+            kinship=_kinship(problem, hidden),
+        )
+    kept = _given(problem, hidden, alive)
+    start = readout.new_zeros(hidden.columns.numel(), readout.size(1))
+    for given, theirs in zip(kept, columns, strict=True):
+        start[hidden.columns[given.own].flatten()] = readout[theirs[given.taken].flatten()]
+    return Choice(kept, torch.cat([start, readout[firsts[-1] :]]))
 
 
-def _of_outputs(hidden: Mapping[str, Hidden], choices: Mapping[str, Choice], name: str) -> Choice:
-    """Return a choice whose reading layer writes no more than what is kept of its own outputs."""
-    one, after = choices[name], hidden[name].reader.affine.name
-    if after not in choices:
-        return one
-    outputs = one.readout.split([len(part.channel_of) for part in hidden[after].parts], 1)
-    readout = one.readout.new_zeros(len(one.readout), len(hidden[after].channel_of))
-    for part, kept, of in zip(hidden[after].parts, choices[after].kept, outputs, strict=True):
-        readout[:, hidden[after].channel_of[kept.own]] = of[:, part.channel_of[kept.taken]]
-    return replace(one, readout=readout)
+def of_kept(readout: Tensor, hidden: Hidden, kept: Sequence[Kept]) -> Tensor:
+    """Return how a layer reads, of the channels that it writes only those that are kept."""
+    outputs = readout.split([len(part.channel_of) for part in hidden.parts], 1)
+    found = readout.new_zeros(len(readout), len(hidden.channel_of))
+    for part, one, of in zip(hidden.parts, kept, outputs, strict=True):
+        found[:, hidden.channel_of[one.own]] = of[:, part.channel_of[one.taken]]
+    return found
 
 
 def _readouts(
     problem: FusionProblem,
-    hidden: Mapping[str, Hidden],
-    one: Hidden,
+    hidden: Hidden,
     states: Sequence[State],
     weights: Sequence[float],
+    reader_chooses: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return how a layer reads all parents' channels side by side.
 
     ``(num_features (+ 1), num_outputs)`` and the outputs' importance. The outputs are the weighted
     mean, or where the reading layer's own outputs are to be chosen all parents' apart.
     """
-    reader = one.reader
+    reader = hidden.reader
     readouts = []
-    for part in one.parts:
+    for part in hidden.parts:
         names, state = problem.parents[part.parent].correspondence.names, states[part.parent]
         readouts.append(stacked(reader, {own: state[names[own]] for own in reader.parameters}))
-    given = [weights[part.parent] for part in one.parts]
-    if reader.affine.name in hidden:
+    given = [weights[part.parent] for part in hidden.parts]
+    if reader_chooses:
         sizes = [theirs.size(1) for theirs in readouts]
         before = [0, *accumulate(sizes)]
         importance = torch.cat(
@@ -182,7 +156,7 @@ def _readouts(
             for theirs, first in zip(readouts, before, strict=False)
         ]
     else:
-        parents = [problem.parents[part.parent] for part in one.parts]
+        parents = [problem.parents[part.parent] for part in hidden.parts]
         node = reader.point.node
         readouts = [
             weight * parent.moved(theirs, node, parent.correspondence.points[node])

@@ -26,15 +26,17 @@ __all__ = [
     "features",
     "incoming_node",
     "num_positions",
+    "rows_for",
     "squares",
     "stacked",
     "store_solution",
 ]
 
 _ROUNDS = 2  # of the majorisation of a ReLU
-_LEAST_ROWS = 4  # for each column, at least
 _ENTRIES = 1 << 27  # a regression's inputs at the most: half a gigabyte
+_LEAST_ROWS = 4  # for each column, however large that makes them
 _RUN, _RUNS = 256, 16  # rows that are summed in float32, and how many such runs at once
+_BLOCK = 192  # rows of a product that are computed at once
 
 
 class NormalEquations:
@@ -46,72 +48,84 @@ class NormalEquations:
 
     def __init__(self, start: Tensor) -> None:
         self.start = start
-        self.inputs = start.new_zeros(len(start), len(start))
-        self.residuals = torch.zeros_like(start)
         self.rows = 0
+        size = sum(start.shape)
+        self._sums = start.new_zeros(size, size)  # of inputs and residuals side by side
         self._kept: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, x: Tensor, goal: Tensor, active: Tensor | None) -> None:
+    @property
+    def inputs(self) -> Tensor:
+        """The inner products of the inputs, ``(num_features (+ 1), num_features (+ 1))``."""
+        return self._sums[: len(self.start), : len(self.start)]
+
+    def add(self, sides: Tensor, goal: Tensor, active: Tensor | None) -> None:
         """Add rows.
 
         Parameters
         ----------
-        x
-            ``(num_features (+ 1), num_rows)``: the inputs; see :func:`features`.
+        sides
+            ``(num_features (+ 1) + num_channels, num_rows)``: the inputs, see :func:`features`,
+            and room for what the weights leave of the goal.
         goal, active
-            ``(num_rows, num_channels)``: what they should become, and what that should be after
-            the ReLU.
+            ``(num_rows, num_channels)``: what the inputs should become, and what that should be
+            after the ReLU.
         """
-        # Sums of products in half precision are too coarse to be positive definite.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        x, goal = x.to(wide), goal.to(wide)
-        self.inputs += squares(x)
-        self.residuals += _products(x, goal - x.T @ self.start.to(x))
+        x, residual = sides.tensor_split([len(self.start)])
+        torch.mm(self.start.T.to(x), x, out=residual)
+        torch.sub(goal.T.to(x), residual, out=residual)
+        self._sums += squares(sides)
         self.rows += len(goal)
         if active is not None:
-            self._kept.append((x, active.to(wide)))
+            self._kept.append((x, active.T.to(x)))
 
     def solved(self, ridge: float) -> Tensor:
         """Return the weights ``(num_features (+ 1), num_channels)``."""
-        penalty = ridge * self.inputs.diagonal().mean().clamp(min=1e-30)
-        identity = torch.eye(len(self.inputs), dtype=torch.float64, device=self.inputs.device)
-        factor = torch.linalg.cholesky(self.inputs + penalty * identity)
-        weights = self.start + torch.cholesky_solve(self.residuals, factor)
+        inputs, residuals = self.inputs, self._sums[: len(self.start), len(self.start) :]
+        penalty = ridge * inputs.diagonal().mean().clamp(min=1e-30)
+        identity = torch.eye(len(inputs), dtype=torch.float64, device=inputs.device)
+        factor = torch.linalg.cholesky(inputs + penalty * identity)
+        weights = self.start + torch.cholesky_solve(residuals, factor)
         for _ in range(_ROUNDS if self._kept else 0):
             residuals = torch.zeros_like(weights)
             for x, active in self._kept:
-                found = x.T @ weights.to(x)
-                goal = torch.where(active > 0, active, found.clamp(max=0))
-                residuals += _products(x, goal - found)
+                found = weights.T.to(x) @ x
+                # Below 0 anything will do where nothing should leave the ReLU.
+                idle = (found <= 0) & (active <= 0)
+                residuals += _products(x, (active - found).masked_fill_(idle, 0.0))
             weights = weights + torch.cholesky_solve(residuals, factor)
         return weights
 
 
 def squares(x: Tensor) -> Tensor:
     """Return ``X X^T`` of features in float64, the same bytes for any number of threads."""
-    if x.dtype == torch.float64:  # which the package's kernel would round
-        with one_thread():
-            return x @ x.T
-    return gram_matrix(x)
+    if x.dtype != torch.float64:
+        return gram_matrix(x)
+    # The package's kernel would round. Of a symmetric product half is enough.
+    total = x.new_empty(len(x), len(x))
+    with one_thread():
+        for first in range(0, len(x), _BLOCK):
+            last = first + _BLOCK
+            torch.mm(x[first:last], x[:last].T, out=total[first:last, :last])
+    return total.tril_() + total.tril(-1).T
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:
-    """Return ``X Y`` in float64, the same bytes for any number of threads.
+    """Return ``X Y^T`` in float64, the same bytes for any number of threads.
 
     PyTorch shares long sums among its threads, and adds up their parts in float32. So the sums are
     made in short runs of rows, and the runs added up here.
     """
-    total = torch.zeros(x.size(0), y.size(1), dtype=torch.float64, device=x.device)
+    total = torch.zeros(len(x), len(y), dtype=torch.float64, device=x.device)
     if x.dtype == torch.float64:
         with one_thread():
-            return total + x @ y
-    whole = len(y) // _RUN * _RUN
+            return total + x @ y.T
+    whole = y.size(1) // _RUN * _RUN
     for first in range(0, whole, _RUNS * _RUN):
         last = min(first + _RUNS * _RUN, whole)
-        runs = x[:, first:last].unflatten(1, (-1, _RUN)).transpose(0, 1)
-        total += (runs @ y[first:last].unflatten(0, (-1, _RUN))).double().sum(0)
+        left, right = (one[:, first:last].unflatten(1, (-1, _RUN)) for one in (x, y))
+        total += (left.transpose(0, 1) @ right.permute(1, 2, 0)).double().sum(0)
     with one_thread():
-        return total + x[:, whole:] @ y[whole:]
+        return total + x[:, whole:] @ y[:, whole:].T
 
 
 def channels_last(walk: Walk, node: str, point: CalibrationPoint) -> Tensor:
@@ -126,12 +140,17 @@ def incoming_node(affine: fx.Node) -> str:
 
 
 def chosen_positions(
-    positions: int, num_columns: int, most: int, num_inputs: int, generator: torch.Generator
+    positions: int, num_rows: int, num_inputs: int, generator: torch.Generator
 ) -> Tensor:
-    """Choose of which of a layer's positions rows are made."""
-    rows = min(most, max(_ENTRIES // num_columns, _LEAST_ROWS * num_columns))
-    count = min(positions, max(1, -(-rows // num_inputs)))
+    """Choose the positions of a layer's output from which rows are made."""
+    count = min(positions, max(1, -(-num_rows // num_inputs)))
     return torch.randperm(positions, generator=generator)[:count].sort().values
+
+
+def rows_for(num_columns: int, a_column: int, least: int) -> int:
+    """Return how many rows a regression with so many columns takes."""
+    most = max(_ENTRIES // num_columns, _LEAST_ROWS * num_columns)
+    return min(max(a_column * num_columns, least), most)
 
 
 def chosen_rows(value: Tensor, chosen: Tensor) -> Tensor:
@@ -149,20 +168,30 @@ def num_positions(affine: fx.Node, x: Tensor, kernel: Sequence[int]) -> int:
 
 
 def features(
-    affine: fx.Node, x: Tensor, kernel: Sequence[int], chosen: Tensor, *, has_bias: bool
+    affine: fx.Node,
+    x: Tensor,
+    kernel: Sequence[int],
+    chosen: Tensor,
+    *,
+    has_bias: bool,
+    room: int = 0,
 ) -> Tensor:
     """Return what a layer multiplies at some positions, ``(num_features (+ 1), num_rows)``.
 
     Of a convolution these are its patches, of which no others are made. The last feature is 1,
-    where the layer has a bias. Rows come input by input.
+    where the layer has a bias. Rows come input by input within a position. ``room`` rows of the
+    matrix are left to be filled.
     """
+    # Sums of products in half precision are too coarse to be positive definite.
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     count, every = len(x), len(chosen)
     if not kernel:
         values = x.reshape(count, -1, x.size(-1))
         if every < values.size(1):
             values = values[:, chosen.to(x.device)]
-        made = x.new_empty(x.size(-1) + has_bias, every * count)
-        made[: x.size(-1)].view(-1, every, count).copy_(values.permute(2, 1, 0))
+        size = x.size(-1)
+        made = x.new_empty(size + has_bias + room, every * count)
+        made[:size].view(-1, every, count).copy_(values.permute(2, 1, 0))
     else:
         geometry = _geometry(affine, x, kernel)
         if len(kernel) == 1:  # an image of one row
@@ -170,15 +199,14 @@ def features(
         height, width = geometry.padding
         x = F.pad(x, (width, width, height, height))
         index = geometry.index(chosen, x.size(3)).to(x.device)
-        channels, size = x.size(1), index.size(0)
-        made = x.new_empty(channels * size + has_bias, every * count)
-        places = x.permute(1, 2, 3, 0).reshape(
-            channels, -1, count
-        )  # what is picked is in one piece
-        picked = made[: channels * size].view(channels, size * every, count)
+        channels, size = x.size(1), x.size(1) * len(index)
+        made = x.new_empty(size + has_bias + room, every * count)
+        # What is picked lies in one piece.
+        places = x.permute(1, 2, 3, 0).reshape(channels, -1, count)
+        picked = made[:size].view(channels, len(index) * every, count)
         torch.index_select(places, 1, index.flatten(), out=picked)
     if has_bias:
-        made[-1] = 1.0
+        made[size] = 1.0
     return made
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from clafusion.calibration.least_squares.choice import choose_channels, hidden_grams
 from clafusion.calibration.least_squares.hidden import hidden_channels
-from clafusion.calibration.least_squares.places import regressed_places
-from clafusion.calibration.least_squares.walks import Walks
+from clafusion.calibration.least_squares.places import Place, regressed_places
+from clafusion.calibration.least_squares.walks import Candidate, Walks
 from clafusion.config import LeastSquares
 from clafusion.execution.call import State
-from clafusion.merging.mean import average, weighted_mean
+from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem, MergeWeights
 from clafusion.profiling.batches import Data, in_chunks
 
@@ -82,74 +80,9 @@ def regress(
     progress
         Called with a text and the number of layers done.
     """
-    return _Regression(problem, fused, data, ridge, samples, seed).run(fused, anchor, progress)
-
-
-class _Regression:
-    """What regressions of a network share, however its interior is anchored."""
-
-    def __init__(
-        self,
-        problem: FusionProblem,
-        like: State,
-        data: Data,
-        ridge: float,
-        samples: int,
-        seed: int,
-    ) -> None:
-        self._problem = problem
-        self._ridge = ridge
-        self._seed = seed
-        where = next(iter(like.values())).device
-        self._inputs = list(in_chunks(data, problem.target, samples, _CHUNK, device=where))
-        self._places = regressed_places(problem, like)
-        self._states = [one.traced.state() for one in problem.parents]
-        self._hidden = hidden_channels(problem, self._places, self._states, problem.target.state())
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            self._grams = hidden_grams(problem, self._hidden, self._inputs, self._states, generator)
-
-    def run(
-        self, fused: State, anchor: float, progress: Callable[[str, int], None] | None
-    ) -> dict[str, Tensor]:
-        """Return a state regressed; see :func:`regress`."""
-        state = {name: tensor.clone() for name, tensor in fused.items()}
-        weights = self._weights(anchor)
-        generator = torch.Generator().manual_seed(self._seed)
-        with torch.no_grad():
-            choices = choose_channels(
-                self._problem, self._hidden, self._grams, self._states, weights
-            )
-            walks = Walks(
-                self._problem,
-                state,
-                self._inputs,
-                self._places,
-                self._ridge,
-                self._states,
-                self._hidden,
-                choices,
-            )
-            for done, place in enumerate(self._places):
-                walks.solve(place, weights[place.affine.name], generator)
-                if progress is not None:
-                    progress("calibrate", done + 1)
-        return state
-
-    def _weights(self, anchor: float) -> dict[str, list[float]]:
-        """Return the parents' weights at each layer, by its node."""
-        own = [one.weights for one in self._problem.parents]
-        inside = anchored_weights(self._problem, anchor)
-        found = {}
-        for place in self._places:
-            is_output = bool((place.point.groups < 0).all())
-            given = own if is_output else inside
-            # The sums on a stream are the work of all its layers: no layer's own weight is theirs.
-            is_sum = place.shortcut is not None
-            found[place.affine.name] = [
-                one.overall if is_sum else one.of(place.point.weight) for one in given
-            ]
-        return found
+    settings = LeastSquares(ridge=ridge, samples=samples)
+    (state,), _ = _regressed(problem, {anchor: fused}, data, settings, seed, progress)
+    return state
 
 
 def regress_anchored(
@@ -165,46 +98,76 @@ def regress_anchored(
     ``"auto"`` tries all of ``ANCHORS`` and takes the one whose outputs come nearest to the parents'
     weighted mean.
     """
-    overall = [one.weights.overall for one in problem.parents]
-    if isinstance(settings.anchor, str):
-        anchors = ANCHORS if max(overall) < 1.0 else ANCHORS[:1]
-    else:
+    anchors: tuple[float, ...] = ANCHORS
+    if not isinstance(settings.anchor, str):
         anchors = (settings.anchor,)
-    best: tuple[dict[str, Tensor], float] | None = None
-    least = math.inf
+    elif max(one.weights.overall for one in problem.parents) >= 1.0:
+        anchors = ANCHORS[:1]
     plain = average(problem)
     axes = problem.target.axes_by_parameter
     # Channels leave these in no group: the outputs' parameters, which are not anchored.
     outputs = {
-        name for name in plain if all(one.direction == "in" for _, one in axes.get(name, ()))
+        name: plain[name]
+        for name in plain
+        if all(one.direction == "in" for _, one in axes.get(name, ()))
     }
-    regression = _Regression(problem, plain, data, settings.ridge, settings.samples, seed)
-    for anchor in anchors:
-        inside = average(problem, anchored_weights(problem, anchor))
-        fused = {name: plain[name] if name in outputs else inside[name] for name in plain}
-        state = regression.run(fused, anchor, progress)
-        distance = 0.0
-        if len(anchors) > 1:
-            distance = _distance(problem, state, data, settings.samples)
-        if best is None or distance < least:
-            best, least = (state, anchor), distance
-    assert best is not None
-    return best
+    fused = {
+        anchor: {**average(problem, anchored_weights(problem, anchor)), **outputs}
+        for anchor in anchors
+    }
+    states, distances = _regressed(problem, fused, data, settings, seed, progress)
+    best = distances.index(min(distances))
+    return states[best], anchors[best]
 
 
-def _distance(problem: FusionProblem, state: State, data: Data, samples: int) -> float:
-    """Return the squared distance of a network's outputs from the parents' weighted mean."""
-    models = [one.traced for one in problem.parents]
-    weights = [one.weights.overall for one in problem.parents]
-    where = next(iter(state.values())).device
-    states = [one.state() for one in models]
-    total = 0.0
+def _regressed(
+    problem: FusionProblem,
+    fused: Mapping[float, State],
+    data: Data,
+    settings: LeastSquares,
+    seed: int,
+    progress: Callable[[str, int], None] | None,
+) -> tuple[list[dict[str, Tensor]], list[float]]:
+    """Regress the states, given by their anchors, side by side.
+
+    Returns the new states, and how far their outputs are from the parents' weighted mean.
+    """
+    like = next(iter(fused.values()))
+    where = next(iter(like.values())).device
+    inputs = in_chunks(data, problem.target, settings.samples, _CHUNK, device=where)
+    places = regressed_places(problem, like)
+    states = [one.traced.state() for one in problem.parents]
+    hidden = hidden_channels(problem, places, states, problem.target.state())
+    candidates = [
+        Candidate(
+            {name: tensor.clone() for name, tensor in state.items()},
+            _weights(problem, places, anchor),
+        )
+        for anchor, state in fused.items()
+    ]
     with torch.no_grad():
-        for inputs in in_chunks(data, problem.target, samples, _CHUNK, device=where):
-            outputs = problem.target.run(inputs, state=state)
-            wanted = [model.run(inputs, state=of) for model, of in zip(models, states, strict=True)]
-            for output, *goals in zip(outputs, *wanted, strict=True):
-                if isinstance(output, Tensor) and output.is_floating_point():
-                    goal = weighted_mean([one.double() for one in goals], weights)
-                    total += float((output.double() - goal).square().sum())
-    return total
+        walks = Walks(problem, candidates, list(inputs), places, hidden, states, seed)
+        for done, place in enumerate(places):
+            walks.solve(place, settings.ridge)
+            if progress is not None:
+                progress("calibrate", done + 1)
+        distances = walks.distances() if len(candidates) > 1 else [0.0]
+    return [one.state for one in candidates], distances
+
+
+def _weights(
+    problem: FusionProblem, places: Sequence[Place], anchor: float
+) -> dict[str, list[float]]:
+    """Return the parents' weights at each layer, by its node."""
+    own = [one.weights for one in problem.parents]
+    inside = anchored_weights(problem, anchor)
+    found = {}
+    for place in places:
+        is_output = bool((place.point.groups < 0).all())
+        given = own if is_output else inside
+        # The sums on a stream are the work of all its layers: no layer's own weight is theirs.
+        is_sum = place.shortcut is not None
+        found[place.affine.name] = [
+            one.overall if is_sum else one.of(place.point.weight) for one in given
+        ]
+    return found

@@ -1,29 +1,34 @@
-"""The fused network and all parents, followed layer by layer on the same batches."""
+"""The parents and the fused networks that come of them, followed layer by layer together."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from clafusion.calibration.least_squares.choice import Choice
+from clafusion.calibration.least_squares.choice import (
+    Choice,
+    choose_channels,
+    hidden_features,
+    hidden_positions,
+    of_kept,
+)
 from clafusion.calibration.least_squares.equations import (
     NormalEquations,
     channels_last,
     chosen_positions,
     chosen_rows,
     features,
+    incoming_node,
+    rows_for,
+    squares,
     stacked,
     store_solution,
 )
-from clafusion.calibration.least_squares.hidden import (
-    Hidden,
-    Kept,
-    Part,
-    reads_partner,
-)
+from clafusion.calibration.least_squares.hidden import Hidden, Kept, Part, reads_partner
 from clafusion.calibration.least_squares.places import Place
 from clafusion.correspondence.moving import move_parameter
 from clafusion.correspondence.structure import structured_state
@@ -33,93 +38,172 @@ from clafusion.merging.mean import weighted_mean
 from clafusion.merging.problem import FusionProblem
 from clafusion.threads import one_thread
 
-__all__ = ["Walks"]
+__all__ = ["Candidate", "Walks"]
 
-_ROWS = 100_000  # rows of each regression: many times the columns of common layers
+_ROWS, _LEAST_ROWS = 64, 10_000  # of a regression: for each column, and in all
+
+
+@dataclass
+class Candidate:
+    """A fused network on its way: one of several ways to weigh the parents.
+
+    Attributes
+    ----------
+    state
+        Its weights; each layer's are replaced in turn.
+    weights
+        The parents' weights at each layer, by the name of its node.
+    walks
+        Its runs, one for each batch.
+    choices
+        The hidden channels that were chosen, by the layer that writes them.
+    """
+
+    state: dict[str, Tensor]
+    weights: Mapping[str, Sequence[float]]
+    walks: list[Walk] = field(default_factory=list)
+    choices: dict[str, Choice] = field(default_factory=dict)
 
 
 class Walks:
-    """The fused network and all parents, followed layer by layer on the same batches."""
+    """All parents and all candidates, followed layer by layer on the same batches.
+
+    Whatever the candidates, each parent runs once.
+    """
 
     def __init__(
         self,
         problem: FusionProblem,
-        state: dict[str, Tensor],
+        candidates: Sequence[Candidate],
         inputs: Sequence[tuple[Tensor, ...]],
         places: Sequence[Place],
-        ridge: float,
-        states: Sequence[State],
         hidden: Mapping[str, Hidden],
-        choices: Mapping[str, Choice],
+        states: Sequence[State],
+        seed: int,
     ) -> None:
+        self.problem = problem
         self.parents = problem.parents
-        self.state = state
-        self.ridge = ridge
+        self.candidates = candidates
         self.hidden = hidden
-        self.choices = choices
-        self.starts = {  # weights that choosing channels has given to their readers
-            hidden[name].reader.affine.name: one.readout for name, one in choices.items()
-        }
-        target, models = problem.target, [one.traced for one in problem.parents]
-        self.of_target = target.state()
         self.states = states
+        self.of_target = problem.target.state()
         self.structured = [structured_state(one.correspondence) for one in problem.parents]
+        self.writers = {one.reader.affine.name: name for name, one in hidden.items()}
         self.uses = Counter(key for place in places for key in self._reached(place))
+        models = [one.traced for one in problem.parents]
         kept = [{name for i, name in self.uses if i == one} for one in range(len(models))]
-        self.fused = [Walk(target, one, state, set()) for one in inputs]
+        for candidate in candidates:
+            candidate.walks = [Walk(problem.target, one, candidate.state, set()) for one in inputs]
         self.walks = [  # batch, parent
             [
                 Walk(model, one, of, set(names))
-                for model, of, names in zip(models, self.states, kept, strict=True)
+                for model, of, names in zip(models, states, kept, strict=True)
             ]
             for one in inputs
         ]
         self.num_inputs = sum(one[0].size(0) for one in inputs)
+        # Of the positions of the regressions, and of those by which channels are chosen.
+        self.of_rows, self.of_choices = (torch.Generator().manual_seed(seed) for _ in range(2))
 
     def _reached(self, place: Place) -> Iterator[tuple[int, str]]:
         """Yield the parents' values that a regression asks for: parent, node."""
         for i, view in enumerate(place.views):
             if view is not None:
                 yield i, view.node
+        if place.affine.name in self.hidden:
+            for part in self.hidden[place.affine.name].parts:
+                yield part.parent, incoming_node(part.reader)
 
-    def solve(self, place: Place, weights: Sequence[float], generator: torch.Generator) -> None:
-        """Regress one layer and put its new weights into the state."""
+    def solve(self, place: Place, ridge: float) -> None:
+        """Regress one layer of every candidate and put its new weights into the state."""
         hidden = self.hidden.get(place.affine.name)
-        kept = () if hidden is None else self.choices[place.affine.name].kept
         if hidden is not None:
-            self._carry(hidden, kept)
-        start = self._start(place, hidden, kept)
-        equations = NormalEquations(start)
+            self._choose(place, hidden)
         chosen: Tensor | None = None
-        for fused, walks in zip(self.fused, self.walks, strict=True):
-            if hidden is not None:
-                goal = side_by_side(place, hidden, kept, walks)
-                active = goal.relu() if place.rectified else None
-            else:
-                goal, active = self._goal(place, walks, weights)
-            if place.shortcut is not None:
-                goal = goal - fused.reach(place.shortcut).movedim(place.point.axis, -1)
+        equations = [NormalEquations(self._start(place, hidden, one)) for one in self.candidates]
+        size, channels = equations[0].start.shape
+        for batch, walks in enumerate(self.walks):
+            values = [
+                None if view is None else channels_last(walk, view.node, view.point)
+                for walk, view in zip(walks, place.views, strict=True)
+            ]
             if chosen is None:
-                positions = goal[0, ..., 0].numel()
-                chosen = chosen_positions(positions, len(start), _ROWS, self.num_inputs, generator)
-            x = fused.reach(place.incoming)
-            has_bias = place.point.bias is not None
-            equations.add(
-                features(place.affine, x, place.kernel_size, chosen, has_bias=has_bias),
-                chosen_rows(goal, chosen),
-                None if active is None else chosen_rows(active, chosen),
-            )
+                positions = next(one for one in values if one is not None)[0, ..., 0].numel()
+                num_rows = rows_for(size, _ROWS, _LEAST_ROWS)
+                chosen = chosen_positions(positions, num_rows, self.num_inputs, self.of_rows)
+            rows = [None if one is None else chosen_rows(one, chosen) for one in values]
+            moved = self._moved(place, rows) if hidden is None else []
+            for one, sums in zip(self.candidates, equations, strict=True):
+                if hidden is not None:
+                    goal = side_by_side(hidden, one.choices[place.affine.name].kept, rows)
+                    active = goal.relu() if place.rectified else None
+                else:
+                    goal, active = self._goal(place, moved, one.weights[place.affine.name])
+                walk = one.walks[batch]
+                if place.shortcut is not None:
+                    shortcut = walk.reach(place.shortcut).movedim(place.point.axis, -1)
+                    goal = goal - chosen_rows(shortcut, chosen)
+                sides = features(
+                    place.affine,
+                    walk.reach(place.incoming),
+                    place.kernel_size,
+                    chosen,
+                    has_bias=place.point.bias is not None,
+                    room=channels,
+                )
+                sums.add(sides, goal, active)
         with one_thread():
-            store_solution(place, self.state, equations.solved(self.ridge), equations)
+            for one, sums in zip(self.candidates, equations, strict=True):
+                store_solution(place, one.state, sums.solved(ridge), sums)
         for key in self._reached(place):
             self._release(key)
 
-    def _start(self, place: Place, hidden: Hidden | None, kept: Sequence[Kept]) -> Tensor:
+    def distances(self) -> list[float]:
+        """Return how far each candidate's outputs are from the parents' weighted mean, squared."""
+        weights = [one.weights.overall for one in self.parents]
+        found = [0.0] * len(self.candidates)
+        for batch, walks in enumerate(self.walks):
+            wanted = [walk.finish() for walk in walks]
+            for i, one in enumerate(self.candidates):
+                for output, *goals in zip(one.walks[batch].finish(), *wanted, strict=True):
+                    if isinstance(output, Tensor) and output.is_floating_point():
+                        goal = weighted_mean([of.double() for of in goals], weights)
+                        found[i] += float((output.double() - goal).square().sum())
+        return found
+
+    def _choose(self, place: Place, hidden: Hidden) -> None:
+        """Choose the hidden channels that a layer writes, and give it what goes with them."""
+        gram: Tensor | None = None
+        chosen: Tensor | None = None
+        for walks in self.walks:
+            values = [walks[part.parent].reach(incoming_node(part.reader)) for part in hidden.parts]
+            if chosen is None:
+                chosen = hidden_positions(hidden, values, self.num_inputs, self.of_choices)
+            # Copies of a channel differ by roundings, which float32 sums would hide.
+            products = squares(hidden_features(hidden, values, chosen).double())
+            gram = products if gram is None else gram.add_(products)
+        assert gram is not None
+        name = place.affine.name
+        for one in self.candidates:
+            one.choices[name] = choose_channels(
+                self.problem,
+                hidden,
+                gram,
+                self.states,
+                one.weights[name],
+                reader_chooses=hidden.reader.affine.name in self.hidden,
+            )
+            self._carry(one.state, hidden, one.choices[name].kept)
+
+    def _start(self, place: Place, hidden: Hidden | None, candidate: Candidate) -> Tensor:
         """Return the weights from which a layer starts: those that choosing channels gave it."""
-        if place.affine.name in self.starts:
-            return self.starts[place.affine.name]
+        name = place.affine.name
+        kept = () if hidden is None else candidate.choices[name].kept
+        if name in self.writers:
+            readout = candidate.choices[self.writers[name]].readout
+            return readout if hidden is None else of_kept(readout, hidden, kept)
         if hidden is None:
-            return stacked(place, self.state)
+            return stacked(place, candidate.state)
         start = stacked(place, self.of_target)
         for part, one in zip(hidden.parts, kept, strict=True):
             if reads_partner(self.parents[part.parent].correspondence, place.kernel):
@@ -127,16 +211,16 @@ class Walks:
                 start[:, into] = stacked(place, self._aligned(place, hidden, part, one))[:, into]
         return start
 
-    def _carry(self, hidden: Hidden, given: Sequence[Kept]) -> None:
+    def _carry(self, fused: dict[str, Tensor], hidden: Hidden, given: Sequence[Kept]) -> None:
         """Give every channel its row of those parameters that are between its two layers."""
         for i, axis in enumerate(hidden.carried):
-            rows = self.state[axis.use.parameter].clone()
+            rows = fused[axis.use.parameter].clone()
             for part, one in zip(hidden.parts, given, strict=True):
                 theirs = part.carried[i]
                 source = self.states[part.parent][theirs.use.parameter]
                 into, taken = axis.positions[one.own, 0], theirs.positions[one.taken, 0]
                 rows[into.to(rows.device)] = source[taken.to(source.device)].to(rows)
-            self.state[axis.use.parameter] = rows
+            fused[axis.use.parameter] = rows
 
     def _aligned(self, place: Place, hidden: Hidden, part: Part, kept: Kept) -> dict[str, Tensor]:
         """Return a layer's parameters from a parent, with the channels that are kept of it."""
@@ -152,8 +236,25 @@ class Walks:
             for name in place.parameters
         }
 
+    def _moved(
+        self, place: Place, rows: Sequence[Tensor | None]
+    ) -> list[tuple[Tensor, Tensor | None] | None]:
+        """Bring all parents' rows, and what a ReLU makes of them, into the target's channels."""
+        found: list[tuple[Tensor, Tensor | None] | None] = []
+        for parent, view, own in zip(self.parents, place.views, rows, strict=True):
+            if view is None or own is None:
+                found.append(None)
+                continue
+            node = place.point.node
+            active = parent.moved(own.relu(), node, view.point) if place.rectified else None
+            found.append((parent.moved(own, node, view.point), active))
+        return found
+
     def _goal(
-        self, place: Place, walks: Sequence[Walk], weights: Sequence[float]
+        self,
+        place: Place,
+        moved: Sequence[tuple[Tensor, Tensor | None] | None],
+        weights: Sequence[float],
     ) -> tuple[Tensor, Tensor | None]:
         """Return the goal of a layer and, before a ReLU, of what leaves that, channels last.
 
@@ -162,21 +263,19 @@ class Walks:
         """
         origins = [one.correspondence.origins[place.point.weight] for one in self.parents]
         counted, values, actives, zero = [], [], [], 0.0
-        for parent, origin, view, walk, weight in zip(
-            self.parents, origins, place.views, walks, weights, strict=True
-        ):
-            if view is None:
+        for origin, one, weight in zip(origins, moved, weights, strict=True):
+            if one is None:
                 zero += weight if origin == "zero_residual" else 0.0
-            else:
-                value = channels_last(walk, view.node, view.point)
-                counted.append(weight)
-                values.append(parent.moved(value, place.point.node, view.point))
-                if place.rectified:
-                    actives.append(parent.moved(value.relu(), place.point.node, view.point))
+                continue
+            value, active = one
+            counted.append(weight)
+            values.append(value)
+            if active is not None:
+                actives.append(active)
         goal = weighted_mean(values, counted)
         if zero > 0:
             goal = sum(counted) / (sum(counted) + zero) * goal
-        return goal, weighted_mean(actives, counted) if place.rectified else None
+        return goal, weighted_mean(actives, counted) if actives else None
 
     def _release(self, key: tuple[int, str]) -> None:
         self.uses[key] -= 1
@@ -186,17 +285,14 @@ class Walks:
                 walks[index].release(name)
 
 
-def side_by_side(
-    place: Place, hidden: Hidden, kept: Sequence[Kept], walks: Sequence[Walk]
-) -> Tensor:
-    """Return a layer's goal, channels last: of every channel what the parent it is of puts out."""
+def side_by_side(hidden: Hidden, kept: Sequence[Kept], rows: Sequence[Tensor | None]) -> Tensor:
+    """Return the goal of a layer: of every channel what the parent it is of puts out."""
     goal: Tensor | None = None
     for part, one in zip(hidden.parts, kept, strict=True):
-        view = place.views[part.parent]
-        assert view is not None
-        value = channels_last(walks[part.parent], view.node, view.point)
+        value = rows[part.parent]
+        assert value is not None
         if goal is None:
-            goal = value.new_zeros(*value.shape[:-1], len(hidden.channel_of))
-        goal[..., hidden.channel_of[one.own]] = value[..., part.channel_of[one.taken]]
+            goal = value.new_zeros(len(value), len(hidden.channel_of))
+        goal[:, hidden.channel_of[one.own]] = value[:, part.channel_of[one.taken]]
     assert goal is not None
     return goal
