@@ -9,6 +9,7 @@ from clafusion import (
     Alignment,
     Assignment,
     Auto,
+    AutoCalibration,
     Barycentre,
     BatchNorm,
     Calibration,
@@ -54,7 +55,7 @@ SOLVERS = (Auto, Assignment, Exact, Sinkhorn, Unbalanced, Zip)
 FAMILIES = {
     Solver: SOLVERS,
     Strategy: (ManyToOne, Iterative, Barycentre),
-    Calibration: (NoCalibration, BatchNorm, Repair, LeastSquares),
+    Calibration: (AutoCalibration, NoCalibration, BatchNorm, Repair, LeastSquares),
     Target: (Deeper, Shallower, Like),
 }
 
@@ -174,10 +175,10 @@ def test_a_configuration_is_a_value():
         ({"seed": 2**63}, "seed must be a whole number from 0 to"),
         ({"seed": 1.0}, "seed must be a whole number"),
         ({"seed": True}, "seed must be a whole number"),
-        ({"calibration": "magic"}, "calibration must be one of 'none', 'batchnorm', 'repair', "),
+        ({"calibration": "magic"}, "calibration must be one of 'auto', 'none', 'batchnorm', "),
         ({"calibration": 3}, "calibration must be one of .*, or settings of that kind; got 3"),
         ({"calibration": Exact()}, "calibration must be one of .* of that kind; got Exact"),
-        ({"calibration": {"anchor": 1}}, "calibration must say which by its name: 'none', 'ba"),
+        ({"calibration": {"anchor": 1}}, "calibration must say which by its name: 'auto', 'none', 'ba"),
         ({"calibration": {"name": 3}}, "calibration must be one of .*; got 3"),
         (
             {"calibration": {"name": "repair", "anchor": 1}},
@@ -394,7 +395,7 @@ def test_an_option_of_some_variants_says_of_which():
     ]:
         assert (options[path].needs, options[path].of) == (needs, of)
     for path, default, kind, choices in [
-        ("calibration", "repair", "choice", list(Calibration.variants())),
+        ("calibration", "auto", "choice", list(Calibration.variants())),
         ("matching.solver", "auto", "choice", list(Solver.variants())),
         ("alignment.cost", "cka", "choice", list(LAYER_COSTS)),
         ("alignment.mode", "layer", "choice", list(ALIGNMENT_MODES)),

@@ -531,7 +531,7 @@ def warn_of(assessment: FusionAssessment | None, config: FusionConfig) -> None:
     if assessment is None or not assessment.nearer:
         return
     remedies = ["more data", "a wider target (width='wide')", "training (clafusion.distill)"]
-    if not isinstance(config.calibration, LeastSquares):
+    if not isinstance(config.used_calibration, LeastSquares):
         remedies.insert(0, "calibration='least_squares'")
     warn(
         f"{assessment.verdict}. Try {', '.join(remedies[:-1])} or {remedies[-1]}", AssessmentWarning

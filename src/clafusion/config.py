@@ -49,6 +49,7 @@ __all__ = [
     "Assessment",
     "Assignment",
     "Auto",
+    "AutoCalibration",
     "Barycentre",
     "BatchNorm",
     "Calibration",
@@ -233,12 +234,17 @@ class Barycentre(Strategy, name="barycentre"):
 class Calibration(Settings, family=True):
     """How what averaging destroys is restored.
 
-    If you are not sure, take "least_squares", which is more accurate, or "repair", which is faster.
+    If you are not sure, take "auto". "repair" is faster and less accurate than "least_squares".
     ``needs_moments`` says whether it needs the parents' statistics, as
     :func:`clafusion.calibration.repair.moment_goals` does.
     """
 
     needs_moments: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class AutoCalibration(Calibration, name="auto"):
+    """Least squares; where channels are zipped, which that does not go with, REPAIR."""
 
 
 @dataclass(frozen=True)
@@ -419,7 +425,9 @@ class FusionConfig(Settings):
     target: Target = nested(Target, Deeper(), "which structure the result gets")
     matching: Matching = nested(Matching, Matching(), "which channels belong together")
     merging: Merging = nested(Merging, Merging(), "how the parents are averaged")
-    calibration: Calibration = nested(Calibration, Repair(), "how what is lost is restored")
+    calibration: Calibration = nested(
+        Calibration, AutoCalibration(), "how what is lost is restored"
+    )
     assessment: Assessment = nested(Assessment, Assessment(), "how the result is assessed")
     verify: bool = flag(True, "prove the analysis of each parent by permuting a copy")
     seed: int = count(0, "seed of every random choice", least=0, most=2**63 - 1)
@@ -447,6 +455,13 @@ class FusionConfig(Settings):
             calibration=NoCalibration(),
             assessment=Assessment(held_out=0.0),
         )
+
+    @property
+    def used_calibration(self) -> Calibration:
+        """The calibration, or what "auto" stands for."""
+        if not isinstance(self.calibration, AutoCalibration):
+            return self.calibration
+        return Repair() if isinstance(self.matching.solver, Zip) else LeastSquares()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -284,7 +284,9 @@ def _fused(
         if config.merging.layer_weights == "sensitivity":
             problem = weigh_layers(problem)
     with clock.stage("calibrate"):
-        outcome = calibrate(problem, data, config.calibration, seed=config.seed, progress=progress)
+        outcome = calibrate(
+            problem, data, config.used_calibration, seed=config.seed, progress=progress
+        )
     return FusionResult(
         model=outcome.model,
         aligned=aligned,
@@ -447,7 +449,7 @@ def _barycentre(
 ) -> tuple[FusionProblem, int, bool]:
     """Match all parents with their mean, again and again, until no plan changes."""
     # Least squares takes long, and what the others are matched with needs no such care.
-    calibration = config.calibration
+    calibration = config.used_calibration
     if isinstance(calibration, LeastSquares):
         calibration = Repair()
     maps = [one.correspondence.layer_map for one in sources.sources]

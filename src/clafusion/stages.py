@@ -73,8 +73,8 @@ def profile_traced(
 def needs_moments(config: FusionConfig) -> bool:
     """Say whether a fusion needs the parents' statistics."""
     is_barycentre = isinstance(config.merging.strategy, Barycentre)
-    return config.calibration.needs_moments or (
-        is_barycentre and isinstance(config.calibration, LeastSquares)
+    return config.used_calibration.needs_moments or (
+        is_barycentre and isinstance(config.used_calibration, LeastSquares)
     )
 
 

@@ -190,8 +190,8 @@ def repair(
             measured[node].result(), goals.overall[node], point.bias is not None
         )
         weight = repaired[point.weight]
-        shape = [-1] + [1] * (weight.dim() - 1)
-        repaired[point.weight] = (weight.double() * scale.view(shape)).to(weight)
+        rows = weight.double().movedim(point.weight_axis, -1) * scale
+        repaired[point.weight] = rows.movedim(-1, point.weight_axis).contiguous().to(weight)
         if point.bias is not None:
             bias = repaired[point.bias]
             repaired[point.bias] = (bias.double() * scale + shift).to(bias)
@@ -225,7 +225,8 @@ def _run_repaired(
             in_parts.add(value.numel(), *channel_moments(value, point.axis))
         found = in_parts.result()
         measured[node].add(inputs[0].size(0), *found)
-        shape = [-1 if axis == point.axis else 1 for axis in range(value.dim())]
+        shape = [1] * value.dim()
+        shape[point.axis] = -1
         scale, shift = (
             one.to(value).view(shape)
             for one in _correction(found, goals[node], point.bias is not None)

@@ -219,15 +219,17 @@ class CalibrationPoint:
         The residual addition that takes the output next, and its other operand; None where there
         is no such addition, or the other operand is computed later.
     axis
-        The channel axis.
+        The channel axis, -1 where it is the last of any value of the layer.
     weight, bias
-        The parameters to scale along their first axis. ``bias`` is None where the layer has none;
-        then nothing can shift the channels.
+        The parameters to scale. ``bias`` is None where the layer has none; then nothing can shift
+        the channels.
     groups, members
         As for :class:`HookPoint`.
     is_crossed
         Whether the positions belong to channels of another group, as in layers over the positions.
         Then two networks' values cannot be compared position by position.
+    weight_axis
+        The axis of ``weight`` that the channels lie along.
     """
 
     node: str
@@ -240,6 +242,7 @@ class CalibrationPoint:
     groups: Tensor
     members: Tensor
     is_crossed: bool = False
+    weight_axis: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from torch import fx
 __all__ = [
     "RESHAPES",
     "SAME_VALUES",
+    "affine_operands",
     "batch_axis",
     "bound_operands",
     "convolution_geometry",
+    "is_transposed",
     "module_path",
     "op_name",
 ]
@@ -55,6 +57,28 @@ def bound_operands(node: fx.Node) -> dict[str, Any]:
         elif argument.has_default_value():
             bound[argument.name] = argument.default_value
     return bound
+
+
+_BY_MATRIX = {
+    "addmm": {"input": "mat1", "weight": "mat2", "bias": "self"},
+    "mm": {"input": "self", "weight": "mat2"},
+    "matmul": {"input": "self", "weight": "other"},
+}
+
+
+def affine_operands(node: fx.Node) -> dict[str, Any]:
+    """Return what a linear layer, a convolution or a norm reads: "input", "weight" and "bias".
+
+    A product with a matrix is a linear layer whose weight is transposed; see :func:`is_transposed`.
+    """
+    bound = bound_operands(node)
+    roles = _BY_MATRIX.get(op_name(node), {role: role for role in ("input", "weight", "bias")})
+    return {role: bound[name] for role, name in roles.items() if bound.get(name) is not None}
+
+
+def is_transposed(node: fx.Node) -> bool:
+    """Return whether a layer's weight has its outputs on the second axis, not on the first."""
+    return op_name(node) in _BY_MATRIX
 
 
 def convolution_geometry(

@@ -10,7 +10,14 @@ from torch import fx
 from clafusion.tracing.cuts import Draft
 from clafusion.tracing.flow import NORMS, Flow, is_matrix_product, is_pointwise
 from clafusion.tracing.model import CalibrationPoint, HookPoint
-from clafusion.tracing.operations import SAME_VALUES, batch_axis, bound_operands, op_name
+from clafusion.tracing.operations import (
+    SAME_VALUES,
+    affine_operands,
+    batch_axis,
+    bound_operands,
+    is_transposed,
+    op_name,
+)
 
 __all__ = ["calibration_points", "hook_points"]
 
@@ -91,17 +98,22 @@ def calibration_points(flow: Flow, draft: Draft) -> tuple[CalibrationPoint, ...]
 
 def _calibration_point(flow: Flow, node: fx.Node) -> CalibrationPoint | None:
     name = op_name(node)
-    if name not in ("batch_norm", "linear", "conv1d", "conv2d", "conv3d"):
+    if name not in ("batch_norm", "linear", "conv1d", "conv2d", "conv3d", "addmm", "mm", "matmul"):
         return None
     if len(node.users) == 1 and op_name(next(iter(node.users))) in NORMS:
         return None  # the norm undoes any change here
-    weight, bias = (flow.sources.get(bound_operands(node).get(role)) for role in ("weight", "bias"))
+    operands = affine_operands(node)
+    weight, bias = (flow.sources.get(operands.get(role)) for role in ("weight", "bias"))
+    if weight is None or (name == "addmm" and not _adds_a_bias(flow, node)):
+        return None
     shape = flow.channels.shapes[node.name]
-    axis = len(shape) - 1 if name == "linear" else 1
-    if weight is None or flow.state[weight].size(0) != shape[axis]:
+    axis = 1 if name.startswith(("conv", "batch")) else -1
+    outputs = 1 if is_transposed(node) else 0
+    size = flow.state[weight].shape
+    if (outputs and len(size) != 2) or size[outputs] != shape[axis]:
         return None
     channels = flow.channels.nodes[node.name]
-    if channels.free and channels.axis != axis:
+    if channels.free and channels.axis != axis % len(shape):
         return None
     affine: fx.Node | None = node
     if name == "batch_norm":
@@ -121,14 +133,29 @@ def _calibration_point(flow: Flow, node: fx.Node) -> CalibrationPoint | None:
         channels.groups if channels.free else fixed,
         channels.members if channels.free else fixed,
         channels.is_crossed,
+        1 if affine is node and is_transposed(node) else 0,
     )
+
+
+def _adds_a_bias(flow: Flow, node: fx.Node) -> bool:
+    """Say whether what a matrix product adds is a vector of parameters, as it is."""
+    bound = bound_operands(node)
+    bias = flow.sources.get(bound["self"])
+    return bias is not None and flow.state[bias].dim() == 1 and bound["beta"] == bound["alpha"] == 1
 
 
 def _join_of(flow: Flow, node: fx.Node, affine: fx.Node) -> tuple[str | None, str | None]:
     """Return the addition that takes a layer's output, and its other operand."""
-    value = node
-    while len(value.users) == 1 and op_name(next(iter(value.users))) in SAME_VALUES:
-        (value,) = value.users
+    value, shape = node, flow.channels.shapes[node.name]
+    while len(value.users) == 1:
+        (user,) = value.users
+        # A product of matrices works on rows, which are then put back into their places.
+        is_folded = is_transposed(node) and op_name(user) in ("view", "reshape", "_unsafe_view")
+        if op_name(user) not in SAME_VALUES and not (
+            is_folded and flow.channels.shapes[user.name][-1] == shape[-1]
+        ):
+            break
+        value = user
     if len(value.users) != 1:
         return None, None
     (join,) = value.users
@@ -137,7 +164,7 @@ def _join_of(flow: Flow, node: fx.Node, affine: fx.Node) -> tuple[str | None, st
         op_name(join) != "add"
         or bound_operands(join).get("alpha", 1) != 1
         or len(others) != 1
-        or flow.channels.shapes[others[0].name] != flow.channels.shapes[node.name]
+        or flow.channels.shapes[others[0].name] != flow.channels.shapes[value.name]
         or flow.order[others[0]] > flow.order[affine]
     ):
         return None, None

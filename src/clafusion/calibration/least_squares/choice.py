@@ -46,17 +46,26 @@ class Choice:
 
 
 def hidden_positions(
-    hidden: Hidden, values: Sequence[Tensor], num_inputs: int, generator: torch.Generator
+    hidden: Hidden,
+    values: Sequence[Tensor],
+    batch_size: int,
+    num_inputs: int,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Choose of which positions of all parents' hidden channels inner products are taken."""
+    """Choose of which positions of all parents' hidden channels inner products are taken.
+
+    ``values`` are of a batch of ``batch_size`` of all ``num_inputs`` inputs.
+    """
     part, kernel = hidden.parts[0], hidden.reader.kernel_size
     width = sum(one.columns.numel() for one in hidden.parts)
-    places = num_positions(part.reader, values[0], kernel)
+    places = num_positions(part.reader, values[0], kernel, batch_size)
     rows = rows_for(width, _ROWS, _LEAST_ROWS)
     return chosen_positions(places, rows, num_inputs, generator)
 
 
-def hidden_features(hidden: Hidden, values: Sequence[Tensor], chosen: Tensor) -> Tensor:
+def hidden_features(
+    hidden: Hidden, values: Sequence[Tensor], chosen: Tensor, num_inputs: int
+) -> Tensor:
     """Return what the reading layers of all parents multiply, side by side.
 
     ``values`` are the hidden channels, parent by parent. See :func:`features`; the 1 of the bias
@@ -65,7 +74,7 @@ def hidden_features(hidden: Hidden, values: Sequence[Tensor], chosen: Tensor) ->
     kernel, has_bias = hidden.reader.kernel_size, hidden.reader.point.bias is not None
     last = len(hidden.parts) - 1
     sides = [
-        features(part.reader, x, kernel, chosen, has_bias=has_bias and i == last)
+        features(part.reader, x, kernel, chosen, num_inputs, has_bias=has_bias and i == last)
         for i, (part, x) in enumerate(zip(hidden.parts, values, strict=True))
     ]
     return torch.cat(sides)

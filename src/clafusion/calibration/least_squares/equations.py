@@ -16,10 +16,11 @@ from clafusion.execution.walk import Walk
 from clafusion.profiling.profile import gram_matrix
 from clafusion.threads import one_thread
 from clafusion.tracing.model import CalibrationPoint
-from clafusion.tracing.operations import bound_operands, convolution_geometry
+from clafusion.tracing.operations import affine_operands, convolution_geometry
 
 __all__ = [
     "NormalEquations",
+    "by_position",
     "channels_last",
     "chosen_positions",
     "chosen_rows",
@@ -35,6 +36,7 @@ __all__ = [
 _ROUNDS = 2  # of the majorisation of a ReLU
 _ENTRIES = 1 << 27  # a regression's inputs at the most: half a gigabyte
 _LEAST_ROWS = 4  # for each column, however large that makes them
+_SCARCE = 100  # how much more the penalty is where there is one row for each column
 _RUN, _RUNS = 256, 16  # rows that are summed in float32, and how many such runs at once
 _BLOCK = 192  # rows of a product that are computed at once
 
@@ -81,6 +83,8 @@ class NormalEquations:
     def solved(self, ridge: float) -> Tensor:
         """Return the weights ``(num_features (+ 1), num_channels)``."""
         inputs, residuals = self.inputs, self._sums[: len(self.start), len(self.start) :]
+        # The fewer rows there are for each column, the less the sums say.
+        ridge *= 1 + _SCARCE * len(inputs) / max(self.rows, 1)
         penalty = ridge * inputs.diagonal().mean().clamp(min=1e-30)
         identity = torch.eye(len(inputs), dtype=torch.float64, device=inputs.device)
         factor = torch.linalg.cholesky(inputs + penalty * identity)
@@ -129,14 +133,14 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
 
 
 def channels_last(walk: Walk, node: str, point: CalibrationPoint) -> Tensor:
-    """Return a layer's output, channels last."""
+    """Return a layer's output, or a sum that it is part of, channels last."""
     value: Tensor = walk.reach(node)
     return value.movedim(point.axis, -1)
 
 
 def incoming_node(affine: fx.Node) -> str:
     """Return the name of the node that feeds a layer."""
-    return str(bound_operands(affine)["input"].name)
+    return str(affine_operands(affine)["input"].name)
 
 
 def chosen_positions(
@@ -153,17 +157,24 @@ def rows_for(num_columns: int, a_column: int, least: int) -> int:
     return min(max(a_column * num_columns, least), most)
 
 
-def chosen_rows(value: Tensor, chosen: Tensor) -> Tensor:
-    """Return ``(num_rows, num_channels)``: a value, channels last, position by position."""
-    if value.dim() <= 2:
-        return value
-    return value.flatten(1, -2).transpose(0, 1)[chosen.to(value.device)].flatten(0, 1)
+def by_position(value: Tensor, kernel: Sequence[int], num_inputs: int) -> Tensor:
+    """Return ``(num_inputs, num_positions, num_channels)`` of a value, channels last.
+
+    What a layer that is no convolution computes may hold an input's positions as rows of their own.
+    """
+    is_folded = not kernel and value.size(0) % num_inputs == 0
+    return value.reshape(num_inputs if is_folded else value.size(0), -1, value.size(-1))
 
 
-def num_positions(affine: fx.Node, x: Tensor, kernel: Sequence[int]) -> int:
+def chosen_rows(values: Tensor, chosen: Tensor) -> Tensor:
+    """Return ``(num_rows, num_channels)``: see :func:`by_position`; position by position."""
+    return values.transpose(0, 1)[chosen.to(values.device)].flatten(0, 1)
+
+
+def num_positions(affine: fx.Node, x: Tensor, kernel: Sequence[int], num_inputs: int) -> int:
     """Return at how many positions a layer computes its outputs."""
     if not kernel:
-        return x[0, ..., 0].numel()
+        return by_position(x, kernel, num_inputs).size(1)
     return math.prod(_geometry(affine, x, kernel).outputs)
 
 
@@ -172,6 +183,7 @@ def features(
     x: Tensor,
     kernel: Sequence[int],
     chosen: Tensor,
+    num_inputs: int,
     *,
     has_bias: bool,
     room: int = 0,
@@ -180,13 +192,14 @@ def features(
 
     Of a convolution these are its patches, of which no others are made. The last feature is 1,
     where the layer has a bias. Rows come input by input within a position. ``room`` rows of the
-    matrix are left to be filled.
+    matrix are left to be filled. ``num_inputs`` is the size of the batch.
     """
     # Sums of products in half precision are too coarse to be positive definite.
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     count, every = len(x), len(chosen)
     if not kernel:
-        values = x.reshape(count, -1, x.size(-1))
+        values = by_position(x, kernel, num_inputs)
+        count = len(values)
         if every < values.size(1):
             values = values[:, chosen.to(x.device)]
         size = x.size(-1)
@@ -249,7 +262,8 @@ def stacked(place: Place, state: State) -> Tensor:
 
     The last row is the bias, where there is one.
     """
-    weight = state[place.kernel].double().flatten(1)
+    weight = state[place.kernel].double()
+    weight = weight.T if place.is_transposed else weight.flatten(1)
     bias = weight.new_zeros(len(weight))
     if place.kernel_bias is not None:
         bias = state[place.kernel_bias].double()
@@ -272,7 +286,7 @@ def store_solution(
     def put(name: str, value: Tensor) -> None:
         state[name] = value.reshape(state[name].shape).to(state[name])
 
-    put(place.kernel, weight)
+    put(place.kernel, weight.T if place.is_transposed else weight)
     if place.norm is None:
         if place.kernel_bias is not None and bias is not None:
             put(place.kernel_bias, bias)

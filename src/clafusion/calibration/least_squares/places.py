@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,12 @@ from clafusion.correspondence.correspondence import Correspondence
 from clafusion.execution.call import State
 from clafusion.merging.problem import FusionProblem
 from clafusion.tracing.model import CalibrationPoint, Layer
-from clafusion.tracing.operations import bound_operands, op_name
+from clafusion.tracing.operations import (
+    affine_operands,
+    bound_operands,
+    is_transposed,
+    op_name,
+)
 
 __all__ = ["Place", "View", "regressed_places"]
 
@@ -37,6 +41,8 @@ class Place:
         Its linear or convolution node, and the node that feeds it.
     kernel, kernel_bias, kernel_size
         Its weight and bias, and the size of a convolution's kernel (else empty).
+    is_transposed
+        Whether the weight is ``(num_inputs, num_outputs)``.
     norm, epsilon
         The parameters of the BatchNorm behind it by role, or None, and what that adds to variances.
     shortcut
@@ -54,6 +60,7 @@ class Place:
     kernel: str
     kernel_bias: str | None
     kernel_size: tuple[int, ...]
+    is_transposed: bool
     norm: Mapping[str, str] | None
     epsilon: float
     shortcut: str | None
@@ -76,15 +83,9 @@ def regressed_places(problem: FusionProblem, state: State) -> list[Place]:
         for point in layer.calibration_points
         if (place := _place(problem, state, layer, point)) is not None
     ]
-    shared = Counter(place.kernel for place in places)  # by several layers: no one solution
-    inserted = {  # that others read as well: what is solved for one would harm the others
-        name
-        for name in problem.target.shared_parameters
-        if any(one.correspondence.origins[name] != "matched" for one in problem.parents)
-    }
-    places = [
-        place for place in places if shared[place.kernel] == 1 and place.kernel not in inserted
-    ]
+    # What is solved for one of several that read a parameter would harm the others.
+    shared = problem.target.shared_parameters
+    places = [place for place in places if shared.isdisjoint(place.parameters)]
     return sorted(places, key=lambda place: order[place.affine.name])
 
 
@@ -97,10 +98,12 @@ def _place(
     if point.affine is None or point.is_crossed:
         return None
     affine = nodes[point.affine]
-    names = target.operand_names(affine)
-    if "weight" not in names:
+    operands = affine_operands(affine)
+    names = {role: target.entries.get(operand) for role, operand in operands.items()}
+    kernel = names.get("weight")
+    if kernel is None:
         return None
-    kernel_size = tuple(state[names["weight"]].shape[2:])
+    kernel_size = tuple(state[kernel].shape[2:])
     if not _is_solvable(affine, kernel_size):
         return None
     norm, epsilon = None, 0.0
@@ -122,10 +125,11 @@ def _place(
     return Place(
         point,
         affine,
-        bound_operands(affine)["input"].name,
-        names["weight"],
+        operands["input"].name,
+        kernel,
         names.get("bias"),
         kernel_size,
+        is_transposed(affine),
         norm,
         epsilon,
         point.shortcut if is_sum else None,
@@ -158,7 +162,7 @@ def _is_rectified(node: fx.Node) -> bool:
 
 def _is_solvable(affine: fx.Node, kernel: Sequence[int]) -> bool:
     name = op_name(affine)
-    if name == "linear":
+    if name == "linear" or is_transposed(affine):
         return True
     bound = bound_operands(affine)
     uneven = bound["padding"] == "same" and any(size % 2 == 0 for size in kernel)

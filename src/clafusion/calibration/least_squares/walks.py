@@ -18,6 +18,7 @@ from clafusion.calibration.least_squares.choice import (
 )
 from clafusion.calibration.least_squares.equations import (
     NormalEquations,
+    by_position,
     channels_last,
     chosen_positions,
     chosen_rows,
@@ -101,7 +102,7 @@ class Walks:
             ]
             for one in inputs
         ]
-        self.num_inputs = sum(one[0].size(0) for one in inputs)
+        self.batch_sizes = [one[0].size(0) for one in inputs]
         # Of the positions of the regressions, and of those by which channels are chosen.
         self.of_rows, self.of_choices = (torch.Generator().manual_seed(seed) for _ in range(2))
 
@@ -122,15 +123,19 @@ class Walks:
         chosen: Tensor | None = None
         equations = [NormalEquations(self._start(place, hidden, one)) for one in self.candidates]
         size, channels = equations[0].start.shape
-        for batch, walks in enumerate(self.walks):
+        for batch, (walks, count) in enumerate(zip(self.walks, self.batch_sizes, strict=True)):
+
+            def positions(value: Tensor, count: int = count) -> Tensor:
+                return by_position(value, place.kernel_size, count)
+
             values = [
-                None if view is None else channels_last(walk, view.node, view.point)
+                None if view is None else positions(channels_last(walk, view.node, view.point))
                 for walk, view in zip(walks, place.views, strict=True)
             ]
             if chosen is None:
-                positions = next(one for one in values if one is not None)[0, ..., 0].numel()
+                every = next(one.size(1) for one in values if one is not None)
                 num_rows = rows_for(size, _ROWS, _LEAST_ROWS)
-                chosen = chosen_positions(positions, num_rows, self.num_inputs, self.of_rows)
+                chosen = chosen_positions(every, num_rows, sum(self.batch_sizes), self.of_rows)
             rows = [None if one is None else chosen_rows(one, chosen) for one in values]
             moved = self._moved(place, rows) if hidden is None else []
             for one, sums in zip(self.candidates, equations, strict=True):
@@ -142,12 +147,13 @@ class Walks:
                 walk = one.walks[batch]
                 if place.shortcut is not None:
                     shortcut = walk.reach(place.shortcut).movedim(place.point.axis, -1)
-                    goal = goal - chosen_rows(shortcut, chosen)
+                    goal = goal - chosen_rows(positions(shortcut), chosen)
                 sides = features(
                     place.affine,
                     walk.reach(place.incoming),
                     place.kernel_size,
                     chosen,
+                    count,
                     has_bias=place.point.bias is not None,
                     room=channels,
                 )
@@ -175,12 +181,14 @@ class Walks:
         """Choose the hidden channels that a layer writes, and give it what goes with them."""
         gram: Tensor | None = None
         chosen: Tensor | None = None
-        for walks in self.walks:
+        for walks, count in zip(self.walks, self.batch_sizes, strict=True):
             values = [walks[part.parent].reach(incoming_node(part.reader)) for part in hidden.parts]
             if chosen is None:
-                chosen = hidden_positions(hidden, values, self.num_inputs, self.of_choices)
+                chosen = hidden_positions(
+                    hidden, values, count, sum(self.batch_sizes), self.of_choices
+                )
             # Copies of a channel differ by roundings, which float32 sums would hide.
-            products = squares(hidden_features(hidden, values, chosen).double())
+            products = squares(hidden_features(hidden, values, chosen, count).double())
             gram = products if gram is None else gram.add_(products)
         assert gram is not None
         name = place.affine.name
