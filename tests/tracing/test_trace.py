@@ -5,6 +5,7 @@ import torch
 
 import clafusion
 from clafusion.tracing.architecture import architecture
+from clafusion.tracing.fixed_values import Constant
 
 
 class _Plain(torch.nn.Module):
@@ -80,3 +81,46 @@ def test_models_of_one_architecture_share_a_trace_as_long_as_it_is_true(monkeypa
     changed = clafusion.trace(first, inputs, verify=verify)
     assert changed.module is not traced.module
     torch.testing.assert_close(changed.run((inputs,))[0], first(inputs))
+
+
+class _WithTable(torch.nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(6, 6), torch.nn.Linear(6, 3)
+        self.register_buffer("table", torch.full((1, 6), value))
+
+    def forward(self, inputs):
+        return self.two(torch.relu(self.one(inputs) + self.table.view(6)))
+
+
+def _constants(traced):
+    return [
+        value
+        for layer in traced.layers
+        for of_node in layer.structure
+        for value in _flat(of_node)
+        if isinstance(value, Constant)
+    ]
+
+
+def _flat(value):
+    if isinstance(value, tuple):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value
+
+
+def test_a_kept_trace_holds_no_buffer_of_its_first_model():
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 6)
+    first = _WithTable(1.0)
+    traced = clafusion.trace(first, inputs)
+    first.load_state_dict(_WithTable(2.0).state_dict())  # in place
+    again = clafusion.trace(_WithTable(1.0), inputs)
+    assert again.module is traced.module
+    (constant,) = _constants(again)
+    assert torch.equal(constant.whole, torch.ones(1, 6))
+    assert bool((constant.reached == 1).all())
+    other = clafusion.trace(first, inputs)
+    assert _constants(other) != _constants(again)

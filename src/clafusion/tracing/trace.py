@@ -210,7 +210,7 @@ def _sources(
                         f"the model uses the constant {target!r} of type {type(value).__name__}"
                     )
                 value = torch.empty(0)
-            constants[name] = value
+            constants[name] = value.detach().clone()  # it may be a global variable's
         placeholders.append(name)
     return tuple(placeholders), constants, frozenset(trainable)
 
