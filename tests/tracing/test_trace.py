@@ -124,3 +124,15 @@ def test_a_kept_trace_holds_no_buffer_of_its_first_model():
     assert bool((constant.reached == 1).all())
     other = clafusion.trace(first, inputs)
     assert _constants(other) != _constants(again)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_kept_trace_holds_nothing_of_the_data(verify):
+    torch.manual_seed(0)
+    data = torch.randn(1000, 6)
+    wanted = data[:3].clone()
+    first = clafusion.trace(_ReadsAGlobal(), data, verify=verify)
+    data.zero_()
+    again = clafusion.trace(_ReadsAGlobal(), wanted, verify=verify)
+    assert again.module is first.module
+    assert torch.equal(again.example_inputs[0], wanted)

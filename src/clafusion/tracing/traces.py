@@ -19,7 +19,7 @@ _MOST = 64  # traces; a graph without weights takes little memory
 
 
 class KnownTraces:
-    """Traced models without their weights, by architecture and example inputs.
+    """Traced models without their weights and inputs, by architecture and example inputs.
 
     The graph of a model depends on its code as well, of which only the classes are compared. So
     whoever takes a trace from here has to check that it computes what the model computes.
@@ -33,13 +33,14 @@ class KnownTraces:
         self, model: nn.Module, arguments: tuple[Tensor, ...], keywords: Mapping[str, Tensor]
     ) -> TracedModel | None:
         """Return the trace of a model's architecture on these inputs, with the model's weights."""
-        key = _key(model, (*arguments, *keywords.values()), tuple(keywords))
+        inputs = (*arguments, *keywords.values())
+        key = _key(model, inputs, tuple(keywords))
         with self._lock:
             known = None if key is None else self._traces.get(key)
             if known is None:
                 return None
             self._traces.move_to_end(key)
-        return replace(known, model=model)
+        return replace(known, model=model, example_inputs=inputs)
 
     def add(self, traced: TracedModel) -> None:
         """Keep a trace; forget the one that was not needed for the longest time."""
@@ -47,7 +48,8 @@ class KnownTraces:
         if key is None:
             return
         with self._lock:
-            self._traces[key] = replace(traced, model=nn.Module())
+            # Neither is kept: they are the caller's, who may change them, and may be large.
+            self._traces[key] = replace(traced, model=nn.Module(), example_inputs=())
             self._traces.move_to_end(key)
             while len(self._traces) > _MOST:
                 self._traces.popitem(last=False)
