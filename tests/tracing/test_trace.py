@@ -27,6 +27,11 @@ class _Settings:
         self.more = {"numbers": [1, 2], "none": None}
 
 
+class _Uncopied:
+    def __reduce_ex__(self, protocol):
+        raise ValueError("not copied")
+
+
 def test_an_architecture_is_all_that_an_export_can_depend_on():
     plain = architecture(_Plain())
     assert plain is not None
@@ -53,6 +58,26 @@ def test_an_architecture_is_all_that_an_export_can_depend_on():
         assert architecture(opaque) is None
     assert architecture(_Plain(slope=_Settings(2.0))) == architecture(_Plain(slope=_Settings(2.0)))
     assert architecture(_Plain(slope=_Settings(torch.ones(1)))) is None
+    assert architecture(_Plain(slope=_Uncopied())) is None
+
+
+def _compiled(x):
+    return torch.relu(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
+def test_a_module_with_a_compiled_function_is_refused_as_one_that_cannot_be_copied():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = torch.nn.Linear(6, 6), torch.nn.Linear(6, 3)
+            self.act = torch.jit.script(_compiled)
+
+        def forward(self, inputs):
+            return self.two(self.act(self.one(inputs)))
+
+    with pytest.raises(clafusion.InputError, match="Net cannot be copied"):
+        clafusion.trace(Net(), torch.randn(4, 6))
 
 
 _FACTOR = 1.0
@@ -136,3 +161,21 @@ def test_a_kept_trace_holds_nothing_of_the_data(verify):
     again = clafusion.trace(_ReadsAGlobal(), wanted, verify=verify)
     assert again.module is first.module
     assert torch.equal(again.example_inputs[0], wanted)
+
+
+_COUNT = 1
+
+
+class _ReadsHowMany(_ReadsAGlobal):
+    def forward(self, inputs):
+        return tuple(super(_ReadsHowMany, self).forward(inputs) for _ in range(_COUNT))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_kept_trace_with_another_number_of_outputs_is_not_taken(monkeypatch, verify):
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 6)
+    model = _ReadsHowMany()
+    assert len(clafusion.trace(model, inputs, verify=verify).outputs) == 1
+    monkeypatch.setattr(f"{__name__}._COUNT", 2)
+    assert len(clafusion.trace(model, inputs, verify=verify).outputs) == 2

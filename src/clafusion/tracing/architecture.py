@@ -69,7 +69,7 @@ def architecture(model: nn.Module) -> Architecture | None:
                 )
             )
         hash(tuple(entries))
-    except (TypeError, AttributeError, RuntimeError):
+    except Exception:  # an object says how it is copied by code of its own, which may do anything
         return None
     return tuple(entries)
 
