@@ -28,6 +28,7 @@ __all__ = [
     "measures",
     "output_costs",
     "pair_costs",
+    "says_nothing",
 ]
 
 ChannelCost: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -214,6 +215,14 @@ def pair_costs(
         measure.of_mean(total / number) if number else total
         for total, number in zip(costs, counts, strict=True)
     ]
+
+
+def says_nothing(cost: Tensor) -> bool:
+    """Say whether all channels cost the same, so that any plan would do.
+
+    So it is where no hook point shows them, and where they are the same for all inputs.
+    """
+    return cost.numel() > 1 and bool((cost == cost.flatten()[0]).all())
 
 
 def output_costs(
