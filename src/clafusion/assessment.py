@@ -18,7 +18,7 @@ outputs are values the relative squared error.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -32,6 +32,7 @@ from clafusion.errors import AssessmentWarning, InputError, warn
 from clafusion.execution.call import call_model
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Data, Part, Progress, batches, has_rows, keeps_order
+from clafusion.tracing.architecture import digest_of_values
 from clafusion.tracing.model import TracedModel
 
 __all__ = [
@@ -252,28 +253,42 @@ def _compared(model: TracedModel, settings: Assessment) -> tuple[int, Kind] | No
 
 
 class KnownOutputs:
-    """Parents' outputs on the inputs of an assessment, kept for further fusions on the same data.
+    """Parents' outputs on the inputs of an assessment, kept for further fusions of these parents.
 
-    They are kept as long as the model lives, and as they take at most 4 MB a model.
+    They are kept by the inputs' values, as long as the model lives, and as they take at most 4 MB
+    a model. A model's weights must not change meanwhile.
     """
 
     def __init__(self) -> None:
-        self._outputs: WeakKeyDictionary[nn.Module, dict[tuple[bool, int, int], Tensor]] = (
-            WeakKeyDictionary()
-        )
+        self._outputs: WeakKeyDictionary[nn.Module, dict[Hashable, Tensor]] = WeakKeyDictionary()
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that the outputs take."""
+        kept = (one for known in self._outputs.values() for one in known.values())
+        return sum(one.numel() * one.element_size() for one in kept)
 
     def of(
-        self, model: TracedModel, inputs: tuple[Tensor, ...], place: tuple[bool, int], output: int
+        self, models: Sequence[TracedModel], inputs: tuple[Tensor, ...], output: int
+    ) -> list[Tensor]:
+        """Return each model's output of a number on some inputs."""
+        values = tuple((one.shape, one.dtype, digest_of_values(one)) for one in inputs)
+        return [self._of(one, inputs, output, (output, values)) for one in models]
+
+    def _of(
+        self, model: TracedModel, inputs: tuple[Tensor, ...], output: int, key: Hashable
     ) -> Tensor:
-        """Return a model's output on a chunk of inputs, which starts at a place in the data."""
-        key = (*place, inputs[0].size(0))
         known = self._outputs.setdefault(model.model, {})
         if key in known:
             return known[key]
         found: Tensor = model.run(inputs)[output]
         if found.numel() + sum(one.numel() for one in known.values()) <= _KEPT_NUMBERS:
-            known[key] = found
+            known[key] = found.detach().clone()  # it may be a view of something larger
         return found
+
+    def forget(self) -> None:
+        """Keep none of the outputs any longer."""
+        self._outputs.clear()
 
 
 # --- the comparison -----------------------------------------------------------------------------
@@ -307,7 +322,7 @@ def assess(
     settings
         The options.
     known
-        What the parents put out in earlier assessments on the same data.
+        What the parents put out in earlier assessments.
 
     Returns
     -------
@@ -326,16 +341,15 @@ def assess(
             return None  # earlier steps have moved outputs, too
         plans = [None] * len(traced)
     sums = _Sums(kind, axis, tuple(weights))
-    known = known or KnownOutputs()
     modes = {one: one.training for one in model.modules()}
     model.eval()
     try:
         for inputs in _chunks(parts, traced, output):
-            place = parts.held_out, sums.num_inputs
-            outputs = [
-                _moved(known.of(one, inputs, place, output), plan, axis)
-                for one, plan in zip(traced, plans, strict=True)
-            ]
+            if known is None:
+                found = [one.run(inputs)[output] for one in traced]
+            else:
+                found = known.of(traced, inputs, output)
+            outputs = [_moved(one, plan, axis) for one, plan in zip(found, plans, strict=True)]
             sums.add(outputs, call_model(model, inputs, traced[0].keywords)[output])
             if progress is not None:
                 progress("assess", sums.num_inputs)

@@ -248,7 +248,7 @@ def fuse_aligned(
     template
         The traced module of a target :class:`clafusion.config.Like` one.
     known_outputs
-        What the parents put out in the assessments of earlier fusions on the same data.
+        What the parents put out in the assessments of earlier fusions.
     """
     config = config or FusionConfig()
     given = merge_weights(weights, aligned.names)

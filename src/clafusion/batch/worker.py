@@ -137,9 +137,11 @@ class Worker:
                 f"{label(pair[0])} and {label(pair[1])} are each the deeper one somewhere. Their "
                 "union is a network that neither's code builds: fuse the two by clafusion.fuse"
             )
-        return fuse_aligned(
+        result = fuse_aligned(
             aligned, job.data, job.weights, job.config, known_outputs=self._known_outputs
         )
+        self._make_room(pair, 0)
+        return result
 
     def _check(self, result: FusionResult, structure: str, state: dict[str, Any]) -> None:
         """Refuse a result that would compute something else when it comes back from its file."""
@@ -206,10 +208,12 @@ class Worker:
     # --- memory ---
 
     def _make_room(self, pair: Pair, coming: int) -> None:
-        """Free the newest models first: the oldest are the core that meets all others."""
+        """Free known outputs, then the newest models: the oldest meet all others."""
         limit = self._job.memory_limit
         if limit is None:
             return
+        if self._num_bytes() + coming > limit:
+            self._known_outputs.forget()  # they are made again faster than any model
         for name in reversed(list(self.prepared)):
             if self._num_bytes() + coming <= limit:
                 return
@@ -227,4 +231,5 @@ class Worker:
             )
 
     def _num_bytes(self) -> int:
-        return sum(one.num_bytes for one in self.prepared.values())
+        of_models = sum(one.num_bytes for one in self.prepared.values())
+        return of_models + self._known_outputs.num_bytes
