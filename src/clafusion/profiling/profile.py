@@ -43,6 +43,7 @@ __all__ = [
 
 _LEAST_INPUTS = 3  # of two, every two channels are correlated by 1 or -1
 _BLOCK_FEATURES = 4096
+_ROUNDING = 1e-6  # of the largest value: what the mean of equal float32 values may be off
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,6 @@ class ModelProfile:
     moments: tuple[BatchMoments, ...] | None = None
     sensitivity: Tensor | None = None
     batch_sizes: tuple[int, ...] = ()
-
-
-_ROUNDING = 1e-6  # of the largest value: what the mean of equal float32 values may be off
 
 
 def standardised(rows: Tensor) -> Tensor:
