@@ -17,7 +17,7 @@ from clafusion import (
     fuse,
     fuse_pairs,
 )
-from clafusion.assessment import KnownOutputs, Nearness, _is_nearer, warn_of
+from clafusion.assessment import Nearness, OutputCache, _is_nearer, warn_of
 from clafusion.fusion import align, fuse_aligned
 from clafusion.profiling.batches import Part, has_rows, keeps_order
 from tests.support import networks
@@ -498,7 +498,7 @@ def test_classes_need_a_floating_output():
 def test_known_outputs_are_those_of_the_same_inputs():
     aligned = align(pair(), VECTORS)
     other_data = VECTORS.flip(0).clone()
-    known = KnownOutputs()
+    known = OutputCache()
     for data, share in ((VECTORS, 0.1), (VECTORS, 0.2), (other_data, 0.1), (VECTORS, 0.1)):
         config = FusionConfig(assessment=Assessment(held_out=share), calibration="none")
         wanted = fuse_aligned(aligned, data, config=config).assessment
@@ -516,11 +516,11 @@ def test_known_outputs_hold_nothing_else():
             return self.model(x)[:, :2]
 
     traced = clafusion.trace(View(networks.mlp(6, 9, 4)), VECTORS)
-    known = KnownOutputs()
+    known = OutputCache()
     inputs = (VECTORS[:10],)
-    (found,) = known.of([traced], inputs, 0)
+    (found,) = known.get([traced], inputs, 0)
     assert known.num_bytes == 10 * 2 * 4
-    (again,) = known.of([traced], inputs, 0)
+    (again,) = known.get([traced], inputs, 0)
     assert torch.equal(again, found)
     assert again.untyped_storage().nbytes() == known.num_bytes
     known.forget()

@@ -37,8 +37,8 @@ from clafusion.tracing.model import TracedModel
 
 __all__ = [
     "FusionAssessment",
-    "KnownOutputs",
     "Nearness",
+    "OutputCache",
     "Parts",
     "assess",
     "parts_of",
@@ -252,7 +252,7 @@ def _compared(model: TracedModel, settings: Assessment) -> tuple[int, Kind] | No
     return floating[0], "values"
 
 
-class KnownOutputs:
+class OutputCache:
     """Parents' outputs on the inputs of an assessment, kept for further fusions of these parents.
 
     They are kept by the inputs' values, as long as the model lives, and as they take at most 4 MB
@@ -268,14 +268,14 @@ class KnownOutputs:
         kept = (one for known in self._outputs.values() for one in known.values())
         return sum(one.numel() * one.element_size() for one in kept)
 
-    def of(
+    def get(
         self, models: Sequence[TracedModel], inputs: tuple[Tensor, ...], output: int
     ) -> list[Tensor]:
         """Return each model's output of a number on some inputs."""
         values = tuple((one.shape, one.dtype, digest_of_values(one)) for one in inputs)
-        return [self._of(one, inputs, output, (output, values)) for one in models]
+        return [self._get(one, inputs, output, (output, values)) for one in models]
 
-    def _of(
+    def _get(
         self, model: TracedModel, inputs: tuple[Tensor, ...], output: int, key: Hashable
     ) -> Tensor:
         known = self._outputs.setdefault(model.model, {})
@@ -303,7 +303,7 @@ def assess(
     parts: Parts,
     settings: Assessment,
     progress: Progress | None = None,
-    known: KnownOutputs | None = None,
+    known: OutputCache | None = None,
 ) -> FusionAssessment | None:
     """Compare the result and each parent with the parents together, in one pass of each.
 
@@ -348,7 +348,7 @@ def assess(
             if known is None:
                 found = [one.run(inputs)[output] for one in traced]
             else:
-                found = known.of(traced, inputs, output)
+                found = known.get(traced, inputs, output)
             outputs = [_moved(one, plan, axis) for one, plan in zip(found, plans, strict=True)]
             sums.add(outputs, call_model(model, inputs, traced[0].keywords)[output])
             if progress is not None:

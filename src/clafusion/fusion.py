@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from clafusion.alignment.models import AlignedModels, align_models, check_models
-from clafusion.assessment import KnownOutputs, Parts, assess, parts_of, warn_of
+from clafusion.assessment import OutputCache, Parts, assess, parts_of, warn_of
 from clafusion.calibration.methods import calibrate
 from clafusion.config import (
     Barycentre,
@@ -234,7 +234,7 @@ def fuse_aligned(
     config: FusionConfig | None = None,
     *,
     template: TracedModel | None = None,
-    known_outputs: KnownOutputs | None = None,
+    known_outputs: OutputCache | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
     """Do the second half of :func:`fuse`: choose the target, match channels, average, calibrate.
@@ -304,7 +304,7 @@ def _assessed(
     parents: Mapping[str, TracedModel],
     parts: Parts,
     progress: Progress | None,
-    known_outputs: KnownOutputs | None = None,
+    known_outputs: OutputCache | None = None,
 ) -> FusionResult:
     """Return the result with its assessment; warn where that is bad."""
     config = result.config

@@ -24,7 +24,7 @@ from clafusion.batch.run import fuse_pairs
 from clafusion.profiling import cache as cache_module
 from clafusion.tracing import trace as trace_module
 from clafusion.tracing.export import export_model
-from clafusion.tracing.traces import KnownTraces
+from clafusion.tracing.trace_cache import TraceCache
 from tests.support import networks
 from tests.support.many_pairs import DATA, SETTINGS, assert_as_fused, modules
 from tests.support.preparations import count_preparations
@@ -69,13 +69,13 @@ def test_models_of_one_architecture_share_a_trace(monkeypatch):
         return export_model(model, *arguments)
 
     monkeypatch.setattr(trace_module, "export_model", counted)
-    monkeypatch.setattr(trace_module, "_known", KnownTraces())
+    monkeypatch.setattr(trace_module, "_cache", TraceCache())
     for one in fuse_pairs(models, data, **SETTINGS):
         assert one.error is None
-        monkeypatch.setattr(trace_module, "_known", KnownTraces())
+        monkeypatch.setattr(trace_module, "_cache", TraceCache())
         wanted = fuse([models[one.first], models[one.second]], data, **SETTINGS).model.state_dict()
         assert all(torch.equal(one.state[name], tensor) for name, tensor in wanted.items())
-    monkeypatch.setattr(trace_module, "_known", KnownTraces())
+    monkeypatch.setattr(trace_module, "_cache", TraceCache())
     exported.clear()
     list(fuse_pairs(models, data, **SETTINGS))
     assert exported == [len(models[name].state_dict()) for name in "acd"]

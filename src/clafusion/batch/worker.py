@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from clafusion.alignment.models import label
-from clafusion.assessment import KnownOutputs, parts_of
+from clafusion.assessment import OutputCache, parts_of
 from clafusion.batch.prepared import PreparedModel, prepare
 from clafusion.batch.results import Model, Pair, facts_of
 from clafusion.config import FusionConfig
@@ -86,7 +86,7 @@ class Worker:
         self._job = job
         self._failed: dict[str, str] = {}
         self._files: dict[str, ModelFile] = {}
-        self._known_outputs = KnownOutputs()
+        self._known_outputs = OutputCache()
         self._largest = 0
 
     def fuse(self, pair: Pair, source: Source) -> Outcome:

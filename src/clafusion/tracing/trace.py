@@ -25,14 +25,14 @@ from clafusion.tracing.heads import channels_of_heads
 from clafusion.tracing.layers import find_layers
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.ties import aliases_of
-from clafusion.tracing.traces import KnownTraces
+from clafusion.tracing.trace_cache import TraceCache, trace_key
 from clafusion.tracing.verify import computes_the_same, verify_graph, with_proved_heads
 
 __all__ = ["copied", "trace", "trace_like"]
 
 _EXAMPLE_ROWS = 3  # few, for labels are as large as activations; but 1 is special to torch.export
 
-_known = KnownTraces()
+_cache = TraceCache()
 
 
 def trace(
@@ -47,6 +47,10 @@ def trace(
     ``torch.export`` exports a copy of the model in eval mode. Running the exported graph on labels
     finds the channels that must move together (see :mod:`clafusion.tracing.groups`). The model
     itself is not modified.
+
+    A process keeps the graphs of its last traces, without weights and inputs. One of a model of
+    equal architecture, on equal inputs, is taken only after a trial on this model: with ``verify``
+    the whole proof, else a comparison of outputs.
 
     Parameters
     ----------
@@ -77,10 +81,12 @@ def trace(
     if device is not None:
         arguments = tuple(value.to(device) for value in arguments)
         keywords = {name: value.to(device) for name, value in keywords.items()}
-    traced = _known.like(model, arguments, keywords)
+    inputs = (*arguments, *keywords.values())
+    key = trace_key(model, inputs, tuple(keywords))
+    traced = _cache.get(key, model, inputs)
     if traced is None or not _is_true_of(traced, verify=verify, seed=seed):
         traced = _traced(model, arguments, keywords, verify=verify, seed=seed)
-        _known.add(traced)
+        _cache.add(key, traced)
     for name, count in traced.unreached.items():
         warn(
             f"the example inputs reach all but {count} entries of {name!r}, which keep their "
