@@ -50,7 +50,7 @@ def test_an_architecture_is_all_that_an_export_can_depend_on():
         {"slope": _Settings(1.0)},
     ):
         assert architecture(_Plain(**change)) not in (plain, None)
-    assert architecture(_Plain().train(False)) != plain
+    assert architecture(_Plain().train(False)) == plain
     assert architecture(_Plain().double()) != plain
     hooked = _Plain()
     hooked.one.register_forward_pre_hook(lambda *_: None)
@@ -59,6 +59,9 @@ def test_an_architecture_is_all_that_an_export_can_depend_on():
     assert architecture(_Plain(slope=_Settings(2.0))) == architecture(_Plain(slope=_Settings(2.0)))
     assert architecture(_Plain(slope=_Settings(torch.ones(1)))) is None
     assert architecture(_Plain(slope=_Uncopied())) is None
+    loaded, other = _Settings(2.0), _Settings(2.0)
+    loaded._name_or_path, other._name_or_path = "one/folder", "another"
+    assert architecture(_Plain(slope=loaded)) == architecture(_Plain(slope=other)) is not None
 
 
 def _compiled(x):
