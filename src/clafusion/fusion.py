@@ -174,7 +174,7 @@ def align(
     check_models(tuple(named), traced, config)
     with clock.stage("profile"):
         kept = parts_of(data, traced, config.assessment).kept
-        profiles = profile_traced(traced, kept, config, progress)
+        profiles = profile_traced(traced, kept, config, progress, tuple(named))
     return align_profiles(tuple(named), profiles, config, clock=clock)
 
 

@@ -51,8 +51,12 @@ def profile_traced(
     data: Data,
     config: FusionConfig,
     progress: Progress | None = None,
+    names: Sequence[str] = (),
 ) -> list[ModelProfile]:
-    """Profile traced models in one pass, with all that the options of a fusion need of them."""
+    """Profile traced models in one pass, with all that the options of a fusion need of them.
+
+    Errors call the models by ``names``, where they are given.
+    """
     options = config.profiling
     profiles = profile_models(
         models,
@@ -64,6 +68,7 @@ def profile_traced(
         moments=needs_moments(config),
         seed=config.seed,
         progress=progress,
+        called=[label(name) for name in names],
     )
     if config.matching.importance == config.merging.layer_weights == "uniform":
         return profiles
@@ -221,7 +226,7 @@ def traced_parent(
             )
     if not traced.layers:
         raise StructureError(f"{label(name)} has no layer with weights")
-    if not traced.has_rows:
+    if not traced.keeps_rows:
         raise InputError(
             f"{label(name)} puts out no row for each row of its inputs, whose first axis must be "
             "the batch. If its batch is another axis (batch_first=False), wrap it in a module that "

@@ -82,7 +82,7 @@ def prepare(
     if before is not None and traced.module is not before.module:  # which did not stand the proof
         key = profile_key(traced, options, data_hash)
     kept = parts_of(data, [traced], config.assessment).kept
-    (profile,) = profile_traced([traced], kept, config)
+    (profile,) = profile_traced([traced], kept, config, names=[name])
     if cache_dir is not None:
         write_profile(cache_dir, key, profile)
     return PreparedModel(profile, _num_bytes(profile), False)

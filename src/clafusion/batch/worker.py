@@ -130,7 +130,7 @@ class Worker:
         if len({one.static_batch is None for one in traced}) == 2:
             # Beside a model of one batch size the other one sees all data, as in clafusion.fuse.
             kept = parts_of(job.data, traced, job.config.assessment).kept
-            profiles = profile_traced(traced, kept, job.config)
+            profiles = profile_traced(traced, kept, job.config, names=pair)
         aligned = align_profiles(pair, profiles, job.config, timings=before)
         if aligned.alignment.unmatched_shallow:
             raise StructureError(

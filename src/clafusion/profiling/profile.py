@@ -32,7 +32,7 @@ from clafusion.profiling.moments import (
 )
 from clafusion.tracing.labels.ids import mix
 from clafusion.tracing.model import HookPoint, Layer, TracedModel
-from clafusion.tracing.operations import batch_axis
+from clafusion.tracing.operations import batch_axis, module_path
 
 __all__ = [
     "ModelProfile",
@@ -115,6 +115,7 @@ def profile_models(
     moments: bool = False,
     seed: int = 0,
     progress: Callable[[str, int], None] | None = None,
+    called: Sequence[str] = (),
 ) -> list[ModelProfile]:
     """Profile several models on the same batches, in one pass over the data.
 
@@ -143,6 +144,8 @@ def profile_models(
         Seed of the choice of pairs.
     progress
         Called with a text and the number of inputs done.
+    called
+        What errors call each model; default the model.
 
     Raises
     ------
@@ -156,8 +159,8 @@ def profile_models(
             raise InputError(f"{name} must be at least 2; got {value}")
     at_once = moments and max_inputs is None  # one pass sees all inputs
     recorders = [
-        _Recorder(model, alignment_samples, matching_rows, layer_values, at_once, seed)
-        for model in models
+        _Recorder(model, name, alignment_samples, matching_rows, layer_values, at_once, seed)
+        for model, name in zip(models, called or ["the model"] * len(models), strict=True)
     ]
     waiting: list[tuple[Tensor, ...]] = []
     sizes: list[int] = []
@@ -214,6 +217,7 @@ class _Recorder:
     def __init__(
         self,
         model: TracedModel,
+        called: str,
         alignment_samples: int,
         matching_rows: int,
         layer_values: str,
@@ -221,6 +225,7 @@ class _Recorder:
         seed: int,
     ) -> None:
         self.model = model
+        self.called = called
         self.state = model.state()
         self.alignment_samples = alignment_samples
         self.matching_rows = matching_rows
@@ -269,8 +274,8 @@ class _Recorder:
         for inputs in waiting:
             if static is not None and inputs[0].size(0) != static:
                 raise InputError(
-                    f"the model admits only batches of {static}, but one of {inputs[0].size(0)} "
-                    "is given; it fixes the batch size in its code"
+                    f"{self.called} admits only batches of {static}, but one of "
+                    f"{inputs[0].size(0)} is given; it fixes the batch size in its code"
                 )
         in_parts = [parts(self.model, one) for one in waiting]
         walks = [
@@ -305,7 +310,7 @@ class _Recorder:
             one = value[0] if isinstance(value, (tuple, list)) else value
             if one.dim() == 0 or one.size(axis or 0) % count:
                 name = self.model.layers[self.layers[node]].name
-                raise _without_rows(f"layer {name!r}", one, count)
+                raise self._without_rows(f"layer {name!r}", one, count)
             rows.append(one.movedim(axis or 0, 0).reshape(count, -1))
         flat = torch.cat(rows)
         return flat if flat.is_floating_point() else flat.float()
@@ -324,7 +329,10 @@ class _Recorder:
             ]
         for one, count in zip(channels_last, counts, strict=True):
             if point.batch is not None and len(one) != count:
-                raise _without_rows(f"operation {node!r}", one, count)
+                nodes = self.model.module.graph.nodes
+                path = module_path(next(one for one in nodes if one.name == node))
+                what = f"operation {node!r} in {path or 'the top level'!r}"
+                raise self._without_rows(what, one, count)
         positions = channels_last[0][0, ..., 0].numel()
         if positions not in self.samplers:
             self.samplers[positions] = _Sampler(positions, self.matching_rows, self.seed)
@@ -357,13 +365,13 @@ class _Recorder:
             moments=None if self.moments is None else tuple(self.moments),
         )
 
-
-def _without_rows(name: str, value: Tensor, count: int) -> StructureError:
-    """Return the error for a value that does not follow the batch; the caller raises it."""
-    return StructureError(
-        f"{name} puts out a tensor of shape {tuple(value.shape)} for {count} inputs, and so none "
-        "of its own for each: the first axis of the model's inputs must be the batch"
-    )
+    def _without_rows(self, name: str, value: Tensor, count: int) -> StructureError:
+        """Return the error for a value that does not follow the batch; the caller raises it."""
+        return StructureError(
+            f"{self.called}: {name} puts out a tensor of shape {tuple(value.shape)} for {count} "
+            "inputs, and so none of its own for each: the first axis of the model's inputs must be "
+            "the batch"
+        )
 
 
 class _Sampler:

@@ -354,7 +354,7 @@ class TracedModel:
         Tied state entries: other name -> the name that the graph uses.
     static_batch
         The batch size, where the model admits only the one it was traced with; else None.
-    has_rows
+    keeps_rows
         Whether some output has a row for each row of the inputs, as far as that can be tried.
     unreached
         Parameters with entries that no example input reached and that keep their places; how many.
@@ -374,7 +374,7 @@ class TracedModel:
     uses: tuple[ParameterUse, ...]
     aliases: Mapping[str, str]
     static_batch: int | None
-    has_rows: bool = True
+    keeps_rows: bool = True
     unreached: Mapping[str, int] = field(default_factory=dict)
     united_heads: tuple[UnitedHeads, ...] = ()
 

@@ -141,16 +141,16 @@ def _traced(
         buffers = frozenset(state) - trainable
         channels = find_channels(module, placeholders, state, buffers, inputs)
         layers = find_layers(module, placeholders, state, channels, buffers)
-        static_batch, has_rows = _rows_of(traced)
+        static_batch, keeps_rows = _batch_behaviour(traced)
         traced = replace(
-            traced, static_batch=static_batch, has_rows=has_rows, unreached=channels.unreached
+            traced, static_batch=static_batch, keeps_rows=keeps_rows, unreached=channels.unreached
         )
         singles = channels_of_heads(channels.groups, channels.alone, layers)
         if singles:
             whole = channels.with_singles(singles)
             of_whole = find_layers(module, placeholders, state, whole, buffers)
-            rotary = replace(traced, layers=of_whole, groups=whole.groups, uses=whole.uses)
-            proved = with_proved_heads(rotary, inputs, verify=verify, seed=seed)
+            with_singles = replace(traced, layers=of_whole, groups=whole.groups, uses=whole.uses)
+            proved = with_proved_heads(with_singles, inputs, verify=verify, seed=seed)
             if any(proved.groups[i].size == 1 for one in proved.heads for i in one.members[0]):
                 return proved
     traced = replace(traced, layers=layers, groups=channels.groups, uses=channels.uses)
@@ -301,7 +301,7 @@ def _example(
     return arguments, keywords
 
 
-def _rows_of(traced: TracedModel) -> tuple[int | None, bool]:
+def _batch_behaviour(traced: TracedModel) -> tuple[int | None, bool]:
     """Return the batch size, where the model's code fixes it, and whether outputs have its rows."""
     size = traced.example_inputs[0].size(0)
     fewer = tuple(value[: size - 1] for value in traced.example_inputs)

@@ -16,10 +16,10 @@ from torch import Tensor, fx
 from clafusion.tracing.labels.interpreter import LabelPropagation, ParameterView
 from clafusion.tracing.operations import SAME_VALUES, bound_operands, op_name
 
-__all__ = ["find_units_of_positions"]
+__all__ = ["find_token_hidden_units"]
 
 
-def find_units_of_positions(propagation: LabelPropagation, module: fx.GraphModule) -> None:
+def find_token_hidden_units(propagation: LabelPropagation, module: fx.GraphModule) -> None:
     """Give atoms to the units that one layer over positions writes and such layers alone read.
 
     Parameters
