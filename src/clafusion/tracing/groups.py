@@ -29,8 +29,9 @@ import clafusion.tracing.labels.rules  # noqa: F401  (registers the rules)
 from clafusion.errors import UnsupportedOpError
 from clafusion.execution.call import State
 from clafusion.tracing.labels.ids import collapse
-from clafusion.tracing.labels.interpreter import Label, LabelPropagation
+from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.labels.positions import find_token_hidden_units
+from clafusion.tracing.labels.rule import Label
 from clafusion.tracing.model import ChannelGroup, GroupAxis, ParameterUse
 
 __all__ = ["Channels", "NodeChannels", "find_channels"]

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, fx
 
-from clafusion.tracing.labels.interpreter import LabelPropagation, ParameterView
+from clafusion.tracing.labels.interpreter import LabelPropagation
+from clafusion.tracing.labels.rule import ParameterView
 from clafusion.tracing.operations import SAME_VALUES, bound_operands, op_name
 
 __all__ = ["find_token_hidden_units"]
