@@ -12,7 +12,7 @@ from clafusion.alignment.dynamic_program import (
 )
 from clafusion.alignment.layer_costs import cka, layer_costs, linear_cka
 from clafusion.alignment.models import AlignedModels
-from clafusion.assessment import FusionAssessment, Nearness
+from clafusion.assessment.nearness import FusionAssessment, Nearness
 from clafusion.batch.results import PairResult
 from clafusion.batch.run import fuse_pairs
 from clafusion.calibration.methods import Calibrated, calibrates

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from clafusion.alignment.models import AlignedModels, align_models, check_models
-from clafusion.assessment import OutputCache, Parts, assess, parts_of, warn_of
+from clafusion.assessment.assess import assess, warn_of
+from clafusion.assessment.output_cache import OutputCache
+from clafusion.assessment.parts import Parts, parts_of
 from clafusion.calibration.methods import calibrate
 from clafusion.config import (
     Barycentre,

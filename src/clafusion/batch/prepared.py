@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from clafusion.assessment import parts_of
+from clafusion.assessment.parts import parts_of
 from clafusion.config import FusionConfig
 from clafusion.errors import FusionWarning
 from clafusion.profiling.batches import Data

@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 
 from clafusion.alignment.models import label
-from clafusion.assessment import OutputCache, parts_of
+from clafusion.assessment.output_cache import OutputCache
+from clafusion.assessment.parts import parts_of
 from clafusion.batch.prepared import PreparedModel, prepare
 from clafusion.batch.results import Model, Pair, facts_of
 from clafusion.config import FusionConfig

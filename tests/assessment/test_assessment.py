@@ -17,7 +17,10 @@ from clafusion import (
     fuse,
     fuse_pairs,
 )
-from clafusion.assessment import Nearness, OutputCache, _is_nearer, warn_of
+from clafusion.assessment.assess import warn_of
+from clafusion.assessment.comparison import is_nearer
+from clafusion.assessment.nearness import Nearness
+from clafusion.assessment.output_cache import OutputCache
 from clafusion.fusion import align, fuse_aligned
 from clafusion.profiling.batches import Part, has_rows, keeps_order
 from tests.support import networks
@@ -248,12 +251,12 @@ def test_a_difference_within_the_noise_is_no_reason_to_warn():
     noise = torch.randn(50, generator=torch.Generator().manual_seed(2)).double()
     noise = (noise - noise.mean()) / noise.std()
     error = 50**-0.5
-    assert not _is_nearer(parent, parent + 1.9 * error + noise)
-    assert _is_nearer(parent, parent + 2.1 * error + noise)
-    assert not _is_nearer(parent, parent + 0.9e-4)
-    assert _is_nearer(parent[:1], parent[:1] + 1.1e-4)
-    assert _is_nearer(parent, parent * math.inf)
-    assert not _is_nearer(parent * math.inf, parent * math.inf)
+    assert not is_nearer(parent, parent + 1.9 * error + noise)
+    assert is_nearer(parent, parent + 2.1 * error + noise)
+    assert not is_nearer(parent, parent + 0.9e-4)
+    assert is_nearer(parent[:1], parent[:1] + 1.1e-4)
+    assert is_nearer(parent, parent * math.inf)
+    assert not is_nearer(parent * math.inf, parent * math.inf)
 
 
 # --- what is held out ---------------------------------------------------------------------------
