@@ -1,5 +1,7 @@
 """When two models may share a trace."""
 
+import re
+
 import pytest
 import torch
 
@@ -59,6 +61,8 @@ def test_an_architecture_is_all_that_an_export_can_depend_on():
     assert architecture(_Plain(slope=_Settings(2.0))) == architecture(_Plain(slope=_Settings(2.0)))
     assert architecture(_Plain(slope=_Settings(torch.ones(1)))) is None
     assert architecture(_Plain(slope=_Uncopied())) is None
+    patterns = [architecture(_Plain(slope=[re.compile(one)])) for one in "aab"]
+    assert patterns[0] == patterns[1] != patterns[2] is not None
     loaded, other = _Settings(2.0), _Settings(2.0)
     loaded._name_or_path, other._name_or_path = "one/folder", "another"
     assert architecture(_Plain(slope=loaded)) == architecture(_Plain(slope=other)) is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import hashlib
+import re
 from collections.abc import Mapping
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType
@@ -33,6 +34,7 @@ _PLAIN = (
     torch.dtype,
     torch.device,
     torch.Size,
+    re.Pattern,
 )
 # Attributes on which no export depends: it is made of a copy in eval mode, and from where a
 # checkpoint came says nothing of its code.
