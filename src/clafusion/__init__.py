@@ -68,14 +68,8 @@ from clafusion.profiling.profile import ModelProfile
 from clafusion.reports import explain, plot, summary
 from clafusion.results import FusionResult
 from clafusion.targets.target import chooses
-from clafusion.tracing.model import (
-    ChannelGroup,
-    GroupAxis,
-    HeadPartition,
-    Layer,
-    Stream,
-    TracedModel,
-)
+from clafusion.tracing.layer import Layer, Stream
+from clafusion.tracing.model import ChannelGroup, GroupAxis, HeadPartition, TracedModel
 from clafusion.tracing.trace import trace
 from clafusion.tracing.verify import permute_channels, verify_graph
 from clafusion.training import TrainingResult, distill, finetune

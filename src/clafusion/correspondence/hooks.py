@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clafusion.tracing.model import HookPoint, Layer, TracedModel
+from clafusion.tracing.layer import HookPoint, Layer
+from clafusion.tracing.model import TracedModel
 from clafusion.tracing.points import places_of
 
 __all__ = ["HookPair", "hook_pairs", "source_hook"]

@@ -18,7 +18,8 @@ from torch import Tensor
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.structure import structured_state
 from clafusion.errors import StructureError
-from clafusion.tracing.model import CalibrationPoint, ChannelGroup, GroupAxis, HookPoint
+from clafusion.tracing.layer import CalibrationPoint, HookPoint
+from clafusion.tracing.model import ChannelGroup, GroupAxis
 
 __all__ = [
     "incoming_map",

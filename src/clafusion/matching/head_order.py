@@ -28,7 +28,8 @@ from clafusion.tracing.heads import (
     in_turn,
     restored_heads,
 )
-from clafusion.tracing.model import CalibrationPoint, HeadPartition, HookPoint, TracedModel
+from clafusion.tracing.layer import CalibrationPoint, HookPoint
+from clafusion.tracing.model import HeadPartition, TracedModel
 from clafusion.tracing.points import places_of
 from clafusion.transport.solve import solve_transport
 from clafusion.weights.build import with_state

@@ -31,7 +31,8 @@ from clafusion.profiling.moments import (
     parts,
 )
 from clafusion.tracing.labels.ids import mix
-from clafusion.tracing.model import HookPoint, Layer, TracedModel
+from clafusion.tracing.layer import HookPoint, Layer
+from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import batch_axis, module_path
 
 __all__ = [

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from clafusion.execution.call import State
+from clafusion.tracing.layer import Layer
 from clafusion.tracing.model import (
     ChannelGroup,
     GroupAxis,
     HeadPartition,
-    Layer,
     ParameterUse,
     TracedModel,
 )

@@ -1,6 +1,6 @@
 """The values that describe a traced model: its operations, layers and channel groups.
 
-Those of a layer stand in :mod:`clafusion.tracing.layer`, and are listed here, too.
+Those of a layer stand in :mod:`clafusion.tracing.layer`; calibration takes them from here.
 
 Everything here is frozen. The stages of a fusion take these values and return new ones; none of
 them modifies a model.
@@ -29,7 +29,6 @@ __all__ = [
     "HookPoint",
     "Layer",
     "ParameterUse",
-    "Stream",
     "TracedModel",
     "UnitedHeads",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from clafusion.tracing.cuts import Draft
 from clafusion.tracing.flow import NORMS, Flow, is_matrix_product, is_pointwise
-from clafusion.tracing.model import CalibrationPoint, HookPoint
+from clafusion.tracing.layer import CalibrationPoint, HookPoint
 from clafusion.tracing.operations import SAME_VALUES, batch_axis, bound_operands, op_name
 
 __all__ = ["calibration_points", "hook_points", "places_of"]
