@@ -41,7 +41,6 @@ from clafusion.config import (
     Settings,
     Strategy,
     choice,
-    config_from,
     count,
     flag,
     nested,
@@ -49,6 +48,7 @@ from clafusion.config import (
     options_of,
     text,
 )
+from clafusion.stages import config_from
 
 SOLVERS = (Auto, Assignment, Exact, Sinkhorn, Unbalanced, Zip)
 FAMILIES = {

@@ -21,14 +21,11 @@ from clafusion.config import (
     Iterative,
     LeastSquares,
     Like,
-    ManyToOne,
     Repair,
     Shallower,
-    Strategy,
-    config_from,
 )
 from clafusion.correspondence.moving import outgoing_map
-from clafusion.errors import ConvergenceWarning, InputError, warn
+from clafusion.errors import ConvergenceWarning, warn
 from clafusion.execution.call import device_of, usable_device
 from clafusion.matching.plans import Matched, match_sources
 from clafusion.matching.weight_costs import is_at_rest
@@ -40,6 +37,8 @@ from clafusion.results import FusionResult
 from clafusion.stages import (
     Clock,
     ExampleInputs,
+    check_strategy,
+    config_from,
     copied_to,
     merge_weights,
     moved_to,
@@ -254,7 +253,7 @@ def fuse_aligned(
     """
     config = config or FusionConfig()
     given = merge_weights(weights, aligned.names)
-    _check_strategy(config.merging.strategy, len(aligned.names))
+    check_strategy(config.merging.strategy, len(aligned.names))
     parents = {name: one.traced for name, one in zip(aligned.names, aligned.profiles, strict=True)}
     parts = parts_of(data, tuple(parents.values()), config.assessment)
     result = _fused(aligned, parts.kept, given, config, template, progress)
@@ -326,21 +325,6 @@ def _assessed(
         return result
     warn_of(found, config)
     return replace(result, assessment=found, timings=clock.seconds, peak_memory=clock.peak_memory)
-
-
-def _check_strategy(strategy: Strategy, count: int) -> None:
-    """Refuse a strategy that aligned models cannot be fused by."""
-    if not isinstance(strategy, (ManyToOne, Iterative, Barycentre)):
-        raise InputError(
-            f"merging.strategy={strategy.name!r} is unknown: strategies of your own are not "
-            "supported. Take 'many_to_one', 'iterative' or 'barycentre'"
-        )
-    if isinstance(strategy, Iterative) and count > 2:
-        raise InputError(
-            f"merging.strategy='iterative' aligns each model with what came of those before, but "
-            f"these {count} are aligned already: call clafusion.fuse with the models, or take "
-            "'many_to_one'"
-        )
 
 
 def _problem(
