@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from benchmarks.datasets import accuracy, checkpoint_pair, cifar10, logits
 from benchmarks.results import write_results
 from clafusion import FusionAssessment, FusionResult, fuse, naive_average
-from clafusion.assessment import assess, parts_of
+from clafusion.assessment.assess import assess
+from clafusion.assessment.parts import parts_of
 from clafusion.config import Assessment
 
 

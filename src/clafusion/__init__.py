@@ -12,7 +12,7 @@ from clafusion.alignment.dynamic_program import (
 )
 from clafusion.alignment.layer_costs import cka, layer_costs, linear_cka
 from clafusion.alignment.models import AlignedModels
-from clafusion.assessment import FusionAssessment, Nearness
+from clafusion.assessment.nearness import FusionAssessment, Nearness
 from clafusion.batch.results import PairResult
 from clafusion.batch.run import fuse_pairs
 from clafusion.calibration.methods import Calibrated, calibrates
@@ -69,14 +69,8 @@ from clafusion.profiling.profile import ModelProfile
 from clafusion.reports import explain, plot, summary
 from clafusion.results import FusionResult
 from clafusion.targets.target import chooses
-from clafusion.tracing.model import (
-    ChannelGroup,
-    GroupAxis,
-    HeadPartition,
-    Layer,
-    Stream,
-    TracedModel,
-)
+from clafusion.tracing.layer import Layer, Stream
+from clafusion.tracing.model import ChannelGroup, GroupAxis, HeadPartition, TracedModel
 from clafusion.tracing.trace import trace
 from clafusion.tracing.verify import permute_channels, verify_graph
 from clafusion.training import TrainingResult, distill, finetune

@@ -11,9 +11,7 @@ variant is a class; its name is what a string, a manifest or the command line ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +25,6 @@ from clafusion.settings import (
     choice,
     count,
     flag,
-    made,
     nested,
     number,
     options_of,
@@ -76,7 +73,6 @@ __all__ = [
     "Unbalanced",
     "Zip",
     "choice",
-    "config_from",
     "count",
     "flag",
     "nested",
@@ -489,30 +485,3 @@ def _check_needed(who: str, settings: Settings, *needs: tuple[str, Any, str]) ->
     for path, needed, reason in needs:
         if attrgetter(path)(settings) != needed:
             raise InputError(f"{who} needs {path}={needed!r}, for {reason}")
-
-
-def config_from(
-    config: FusionConfig | None, overrides: Mapping[str, Any], keywords: Sequence[str] = ()
-) -> FusionConfig:
-    """Return a configuration with some of its fields given anew, as :func:`clafusion.fuse` does.
-
-    ``keywords`` are the caller's other arguments, which an error may suggest, too.
-
-    Raises
-    ------
-    InputError
-        A field is unknown or out of its range.
-    """
-    if config is not None and not isinstance(config, FusionConfig):
-        raise InputError(f"config must be a FusionConfig; got {type(config).__name__}")
-    base = config or FusionConfig()
-    given = {one.name: getattr(base, one.name) for one in fields(FusionConfig)}
-    unknown = [name for name in overrides if name not in given]
-    if unknown:
-        places = [one.path for one in options_of(FusionConfig) if one.field == unknown[0]]
-        close = get_close_matches(unknown[0], [*given, *keywords], 1)
-        hint = f" of its own; it is {places[0]}." if places else "."
-        if close and not places:
-            hint = f"; did you mean {close[0]!r}?"
-        raise InputError(f"{unknown[0]!r} is no option{hint} The options are {', '.join(given)}")
-    return made(FusionConfig, {**given, **overrides}, "")

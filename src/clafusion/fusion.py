@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from clafusion.alignment.models import AlignedModels, align_models, check_models
-from clafusion.assessment import KnownOutputs, Parts, assess, parts_of, warn_of
+from clafusion.assessment.assess import assess, warn_of
+from clafusion.assessment.output_cache import OutputCache
+from clafusion.assessment.parts import Parts, parts_of
 from clafusion.calibration.methods import calibrate
 from clafusion.config import (
     Barycentre,
@@ -19,14 +21,11 @@ from clafusion.config import (
     Iterative,
     LeastSquares,
     Like,
-    ManyToOne,
     Repair,
     Shallower,
-    Strategy,
-    config_from,
 )
 from clafusion.correspondence.moving import outgoing_map
-from clafusion.errors import ConvergenceWarning, InputError, warn
+from clafusion.errors import ConvergenceWarning, warn
 from clafusion.execution.call import device_of, usable_device
 from clafusion.matching.plans import Matched, match_sources
 from clafusion.matching.weight_costs import is_at_rest
@@ -38,6 +37,8 @@ from clafusion.results import FusionResult
 from clafusion.stages import (
     Clock,
     ExampleInputs,
+    check_strategy,
+    config_from,
     copied_to,
     merge_weights,
     moved_to,
@@ -174,7 +175,7 @@ def align(
     check_models(tuple(named), traced, config)
     with clock.stage("profile"):
         kept = parts_of(data, traced, config.assessment).kept
-        profiles = profile_traced(traced, kept, config, progress)
+        profiles = profile_traced(traced, kept, config, progress, tuple(named))
     return align_profiles(tuple(named), profiles, config, clock=clock)
 
 
@@ -234,7 +235,7 @@ def fuse_aligned(
     config: FusionConfig | None = None,
     *,
     template: TracedModel | None = None,
-    known_outputs: KnownOutputs | None = None,
+    known_outputs: OutputCache | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
     """Do the second half of :func:`fuse`: choose the target, match channels, average, calibrate.
@@ -248,11 +249,11 @@ def fuse_aligned(
     template
         The traced module of a target :class:`clafusion.config.Like` one.
     known_outputs
-        What the parents put out in the assessments of earlier fusions on the same data.
+        What the parents put out in the assessments of earlier fusions.
     """
     config = config or FusionConfig()
     given = merge_weights(weights, aligned.names)
-    _check_strategy(config.merging.strategy, len(aligned.names))
+    check_strategy(config.merging.strategy, len(aligned.names))
     parents = {name: one.traced for name, one in zip(aligned.names, aligned.profiles, strict=True)}
     parts = parts_of(data, tuple(parents.values()), config.assessment)
     result = _fused(aligned, parts.kept, given, config, template, progress)
@@ -306,7 +307,7 @@ def _assessed(
     parents: Mapping[str, TracedModel],
     parts: Parts,
     progress: Progress | None,
-    known_outputs: KnownOutputs | None = None,
+    known_outputs: OutputCache | None = None,
 ) -> FusionResult:
     """Return the result with its assessment; warn where that is bad."""
     config = result.config
@@ -326,21 +327,6 @@ def _assessed(
         return result
     warn_of(found, config)
     return replace(result, assessment=found, timings=clock.seconds, peak_memory=clock.peak_memory)
-
-
-def _check_strategy(strategy: Strategy, count: int) -> None:
-    """Refuse a strategy that aligned models cannot be fused by."""
-    if not isinstance(strategy, (ManyToOne, Iterative, Barycentre)):
-        raise InputError(
-            f"merging.strategy={strategy.name!r} is unknown: strategies of your own are not "
-            "supported. Take 'many_to_one', 'iterative' or 'barycentre'"
-        )
-    if isinstance(strategy, Iterative) and count > 2:
-        raise InputError(
-            f"merging.strategy='iterative' aligns each model with what came of those before, but "
-            f"these {count} are aligned already: call clafusion.fuse with the models, or take "
-            "'many_to_one'"
-        )
 
 
 def _problem(

@@ -9,7 +9,7 @@ from torch import nn
 
 from clafusion.alignment.dynamic_program import LayerAlignment
 from clafusion.alignment.models import AlignedModels
-from clafusion.assessment import FusionAssessment
+from clafusion.assessment.nearness import FusionAssessment
 from clafusion.config import FusionConfig
 from clafusion.merging.problem import FusionProblem, Parent
 

@@ -6,7 +6,8 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -15,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.alignment.models import label
-from clafusion.config import Barycentre, FusionConfig, LeastSquares, Like
+from clafusion.config import (
+    Barycentre,
+    FusionConfig,
+    Iterative,
+    LeastSquares,
+    Like,
+    ManyToOne,
+    Strategy,
+)
 from clafusion.errors import ClafusionError, InputError, StructureError
 from clafusion.matching.activation_costs import MAX_CHANNELS
 from clafusion.profiling.batches import Data, Progress
@@ -25,12 +34,15 @@ from clafusion.profiling.importance import (
     sensitivities,
 )
 from clafusion.profiling.profile import ModelProfile, profile_models
+from clafusion.settings import made, options_of
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.trace import copied, trace
 
 __all__ = [
     "Clock",
     "ExampleInputs",
+    "check_strategy",
+    "config_from",
     "copied_to",
     "merge_weights",
     "moved_to",
@@ -51,8 +63,12 @@ def profile_traced(
     data: Data,
     config: FusionConfig,
     progress: Progress | None = None,
+    names: Sequence[str] = (),
 ) -> list[ModelProfile]:
-    """Profile traced models in one pass, with all that the options of a fusion need of them."""
+    """Profile traced models in one pass, with all that the options of a fusion need of them.
+
+    Errors call the models by ``names``, where they are given.
+    """
     options = config.profiling
     profiles = profile_models(
         models,
@@ -64,6 +80,7 @@ def profile_traced(
         moments=needs_moments(config),
         seed=config.seed,
         progress=progress,
+        called=[label(name) for name in names],
     )
     if config.matching.importance == config.merging.layer_weights == "uniform":
         return profiles
@@ -112,6 +129,33 @@ def _with_importance(
 
 
 # --- arguments ----------------------------------------------------------------------------------
+
+
+def config_from(
+    config: FusionConfig | None, overrides: Mapping[str, Any], keywords: Sequence[str] = ()
+) -> FusionConfig:
+    """Return a configuration with some of its fields given anew, as :func:`clafusion.fuse` does.
+
+    ``keywords`` are the caller's other arguments, which an error may suggest, too.
+
+    Raises
+    ------
+    InputError
+        A field is unknown or out of its range.
+    """
+    if config is not None and not isinstance(config, FusionConfig):
+        raise InputError(f"config must be a FusionConfig; got {type(config).__name__}")
+    base = config or FusionConfig()
+    given = {one.name: getattr(base, one.name) for one in fields(FusionConfig)}
+    unknown = [name for name in overrides if name not in given]
+    if unknown:
+        places = [one.path for one in options_of(FusionConfig) if one.field == unknown[0]]
+        close = get_close_matches(unknown[0], [*given, *keywords], 1)
+        hint = f" of its own; it is {places[0]}." if places else "."
+        if close and not places:
+            hint = f"; did you mean {close[0]!r}?"
+        raise InputError(f"{unknown[0]!r} is no option{hint} The options are {', '.join(given)}")
+    return made(FusionConfig, {**given, **overrides}, "")
 
 
 def named_models(models: Sequence[nn.Module] | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -177,6 +221,27 @@ def merge_weights(
     return tuple(one / sum(given) for one in given)
 
 
+def check_strategy(strategy: Strategy, count: int) -> None:
+    """Refuse a strategy by which aligned models cannot be fused.
+
+    Raises
+    ------
+    InputError
+        The strategy is the caller's own, or aligns more than two models one after another.
+    """
+    if not isinstance(strategy, (ManyToOne, Iterative, Barycentre)):
+        raise InputError(
+            f"merging.strategy={strategy.name!r} is unknown: strategies of your own are not "
+            "supported. Take 'many_to_one', 'iterative' or 'barycentre'"
+        )
+    if isinstance(strategy, Iterative) and count > 2:
+        raise InputError(
+            f"merging.strategy='iterative' aligns each model with what came of those before, but "
+            f"these {count} are aligned already: call clafusion.fuse with the models, or take "
+            "'many_to_one'"
+        )
+
+
 def copied_to(name: str, model: nn.Module, device: str | torch.device) -> nn.Module:
     """Return a copy of a model on a device; errors name the model."""
     try:
@@ -221,7 +286,7 @@ def traced_parent(
             )
     if not traced.layers:
         raise StructureError(f"{label(name)} has no layer with weights")
-    if not traced.has_rows:
+    if not traced.keeps_rows:
         raise InputError(
             f"{label(name)} puts out no row for each row of its inputs, whose first axis must be "
             "the batch. If its batch is another axis (batch_first=False), wrap it in a module that "

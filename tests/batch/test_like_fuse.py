@@ -14,9 +14,9 @@ from clafusion import (
     WidthWarning,
     Zip,
     fuse,
+    stages,
     trace,
 )
-from clafusion.batch import prepared
 from clafusion.batch.run import fuse_pairs
 from tests.support import networks
 
@@ -148,12 +148,18 @@ def test_every_option_is_a_keyword(name, monkeypatch):
         "shallow": networks.mlp(6, 7, 10, 4, seed=1),
     }
     proofs = []
-    monkeypatch.setattr(prepared, "verify_graph", lambda traced, *_, **__: proofs.append(traced))
+
+    def counted(model, *arguments, verify, **settings):
+        proofs.extend([model] * verify)
+        return trace(model, *arguments, verify=verify, **settings)
+
+    monkeypatch.setattr(stages, "trace", counted)
     base = FusionConfig(profiling={"matching_rows": 12}) if name == "seed" else FusionConfig()
     (usual,) = fuse_pairs(models, VECTORS, config=base)
     assert len(proofs) == 2
     (other,) = fuse_pairs(models, VECTORS, config=base, **{name: OTHERS[name]})
     assert len(proofs) == (2 if name == "verify" else 4)
+    monkeypatch.setattr(stages, "trace", trace)
     alike = usual.state.keys() == other.state.keys() and all(
         torch.equal(usual.state[key], other.state[key]) for key in usual.state
     )

@@ -17,13 +17,14 @@ from clafusion import (
     Repair,
     fuse,
     profile,
+    trace,
 )
 from clafusion.batch.prepared import prepare
 from clafusion.batch.run import fuse_pairs
 from clafusion.profiling import cache as cache_module
 from clafusion.tracing import trace as trace_module
 from clafusion.tracing.export import export_model
-from clafusion.tracing.traces import KnownTraces
+from clafusion.tracing.trace_cache import TraceCache
 from tests.support import networks
 from tests.support.many_pairs import DATA, SETTINGS, assert_as_fused, modules
 from tests.support.preparations import count_preparations
@@ -68,38 +69,58 @@ def test_models_of_one_architecture_share_a_trace(monkeypatch):
         return export_model(model, *arguments)
 
     monkeypatch.setattr(trace_module, "export_model", counted)
-    monkeypatch.setattr(trace_module, "_known", KnownTraces())
+    monkeypatch.setattr(trace_module, "_cache", TraceCache())
     for one in fuse_pairs(models, data, **SETTINGS):
         assert one.error is None
-        monkeypatch.setattr(trace_module, "_known", KnownTraces())
+        monkeypatch.setattr(trace_module, "_cache", TraceCache())
         wanted = fuse([models[one.first], models[one.second]], data, **SETTINGS).model.state_dict()
         assert all(torch.equal(one.state[name], tensor) for name, tensor in wanted.items())
-    monkeypatch.setattr(trace_module, "_known", KnownTraces())
+    monkeypatch.setattr(trace_module, "_cache", TraceCache())
     exported.clear()
     list(fuse_pairs(models, data, **SETTINGS))
     assert exported == [len(models[name].state_dict()) for name in "acd"]
 
 
-def test_a_model_that_shares_a_trace_is_checked_on_its_own():
-    class Gated(torch.nn.Module):
-        """Its gate is a constant of the class, which no attribute of an instance tells."""
+class Gated(torch.nn.Module):
+    """Its gate is a constant of the class, which no attribute of an instance tells."""
 
-        gate = 0.0
+    gate = 0.0
 
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = torch.nn.Linear(12, 9), torch.nn.Linear(9, 5)
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(12, 9), torch.nn.Linear(9, 5)
 
-        def forward(self, x):
-            ramp = torch.arange(9.0) * type(self).gate
-            return self.two(torch.relu(self.one(x)) + ramp)
+    def forward(self, x):
+        ramp = torch.arange(9.0) * type(self).gate
+        return self.two(torch.relu(self.one(x)) + ramp)
 
+
+@pytest.mark.parametrize("is_cached", [True, False])
+def test_a_model_whose_kept_trace_does_not_stand_the_proof_is_traced_as_in_fuse(
+    monkeypatch, tmp_path, is_cached
+):
+    config = FusionConfig(**SETTINGS)
+    settings = {"data_hash": "", "cache_dir": tmp_path if is_cached else None}
+    monkeypatch.setattr(Gated, "gate", 0.0)
+    prepare("first", Gated(), DATA, DATA, config, **settings)
+    monkeypatch.setattr(Gated, "gate", 1.0)
+    model = Gated()
+    torch.nn.init.zeros_(model.two.weight)  # so that the outputs do not show the gate
+    made = prepare("second", model, DATA, DATA, config, **settings)
+    assert not made.from_cache
+    wanted = trace(model, DATA)
+    assert made.profile.traced.module is wanted.module
+    again = prepare("second", model, DATA, DATA, config, **settings)
+    assert again.from_cache == is_cached
+
+
+def test_a_model_that_shares_a_trace_is_checked_on_its_own(monkeypatch):
     settings = {"data_hash": ""}
     config = FusionConfig(**SETTINGS)
     first, like_it = Gated(), Gated()
     found = [prepare("first", one, DATA, DATA, config, **settings) for one in (first, like_it)]
     assert found[0].profile.traced.module is found[1].profile.traced.module
-    Gated.gate = 1.0
+    monkeypatch.setattr(Gated, "gate", 1.0)
     changed = prepare("second", like_it, DATA, DATA, config, **settings).profile.traced
     assert changed.module is not found[0].profile.traced.module
     torch.testing.assert_close(changed.run((DATA,))[0], like_it(DATA))

@@ -348,7 +348,17 @@ def test_memory_stays_within_the_limit_and_the_results_in_order(
         measure(self, pair)
         taken.append(self._num_bytes())
 
+    fuse_pair = Worker._fuse
+
+    def fused(self, *arguments):
+        result = fuse_pair(self, *arguments)
+        taken.append(self._num_bytes())
+        kept.append(self._known_outputs.num_bytes)
+        return result
+
+    kept = []
     monkeypatch.setattr(Worker, "_check_limit", check)
+    monkeypatch.setattr(Worker, "_fuse", fused)
     for folder in (tmp_path / "out", None):
         taken.clear()
         sizes.clear()
@@ -356,6 +366,8 @@ def test_memory_stays_within_the_limit_and_the_results_in_order(
         assert_as_fused(results, expected)
         assert max(taken) <= limit
         assert len(sizes) > 4  # some were freed and prepared again
+    list(fuse_pairs(files, DATA, [("a", "b"), ("b", "c")], memory_limit=10 * limit, **SETTINGS))
+    assert max(kept) > 0  # outputs are kept, where there is room
     (tight,) = fuse_pairs(files, DATA, [("a", "b")], memory_limit=1000, **SETTINGS)
     assert "memory_limit is 1,000 bytes, but" in tight.error
 

@@ -47,7 +47,10 @@ def test_a_template_is_built_from_beside_the_file(tmp_path):
             r"settings: 'epsilon' is no option of its own; it is matching.solver.epsilon",
         ),
         ({"calibratoin": "none"}, r"settings: 'calibratoin' is no option; did you mean 'calibrat"),
-        ({"calibration": "train"}, r"settings.calibration must be one of 'auto', 'none', 'batchnorm', "),
+        (
+            {"calibration": "train"},
+            r"settings.calibration must be one of 'auto', 'none', 'batch",
+        ),
         ({"calibration": {"anchor": 1}}, r"settings.calibration must say which by its name"),
         (
             {"calibration": {"name": "repair", "anchor": 1}},

@@ -202,7 +202,7 @@ def moved_heads(model):
 def test_a_cost_may_be_made_of_the_mean_over_the_hook_points():
     @channel_cost("again", "as the correlation", of_mean=lambda mean: 1.0 - mean)
     def again(x, y):
-        return activation_costs._correlations(x, y)
+        return activation_costs.correlations(x, y)
 
     resnets = [networks.resnet(2, 1), networks.resnet(1, 1, seed=1), networks.resnet(1, 2, seed=2)]
     images = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))

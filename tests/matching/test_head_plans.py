@@ -309,6 +309,44 @@ def test_the_naive_average_is_of_heads_in_order():
     assert_same_function(naive_average(result.problem), model, TOKENS)
 
 
+class Gated(nn.Module):
+    """Each head's values times a gate, which a learned query and a learned key decide."""
+
+    def __init__(self, heads, size=3):
+        super().__init__()
+        self.heads = heads
+        self.enter = nn.Linear(12, 12)
+        self.asked, self.known = (nn.Parameter(torch.randn(1, 1, 12)) for _ in range(2))
+        self.queries, self.keys, self.values = (nn.Linear(12, heads * size) for _ in range(3))
+        self.out, self.head = nn.Linear(heads * size, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.enter(x)
+        asked, known = (one.repeat(x.shape[0], 1, 1) for one in (self.asked, self.known))
+        q, k, v = (
+            layer(value).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for layer, value in ((self.queries, asked), (self.keys, known), (self.values, x))
+        )
+        gated = (q @ k.transpose(2, 3)).sigmoid() * v
+        return self.head((x + self.out(gated.transpose(1, 2).flatten(2))).mean(1))
+
+
+def test_channels_of_heads_that_are_the_same_for_all_inputs_are_matched_by_weights():
+    def make(heads):
+        torch.manual_seed(0)
+        return networks.randomise(Gated(heads)).eval()
+
+    model = make(2)
+    many = repeated(model, make, [1, 0, 1, 0])
+    order = [2, 0, 1, 3, 5, 4, 7, 8, 6, 9, 11, 10]  # within each head
+    with torch.no_grad():
+        for parameter in (*many.queries.parameters(), *many.keys.parameters()):
+            parameter.copy_(parameter[order])
+    assert_same_function(many, model, TOKENS)
+    for models in ([many, model], [model, many]):
+        assert_same_function(fuse(models, TOKENS, calibration="none").model, model, TOKENS)
+
+
 def test_zip_is_refused():
     message = "needs equally many attention heads; 'layers.0' has 4 and 'layers.0' 2"
     zipped = Matching(solver=Zip())

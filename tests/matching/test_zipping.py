@@ -233,6 +233,21 @@ def test_a_model_fused_with_a_permuted_copy_is_itself(name, budget):
         assert_same_function(fused, model, inputs)
 
 
+@pytest.mark.parametrize("norm", [torch.nn.LayerNorm, torch.nn.BatchNorm1d])
+def test_channels_that_are_dead_behind_a_norm_find_each_other(norm):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(12, 10), torch.nn.ReLU(), norm(10), torch.nn.Linear(10, 5)
+    )
+    networks.randomise(model)
+    with torch.no_grad():
+        model[0].bias[[2, 5, 7]] = -100.0
+    for seed in range(4):
+        moved = networks.permuted_copy(model, VECTORS, seed)
+        fused = fuse([moved, model], VECTORS, matching=zipping(0.0)).model
+        assert_same_function(fused, model, VECTORS)
+
+
 @pytest.mark.parametrize("architecture", ["ViT", "GPT-2", "ConvNeXt"])
 def test_transformers_fused_with_themselves_are_themselves(architecture):
     model = transformer(architecture, 2, seed=0)

@@ -1,17 +1,20 @@
 """Copies that compute the same function with their hidden parts in another order come back."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clafusion import fuse
+from clafusion import fuse, trace
 from tests.support.assertions import assert_same_function
 from tests.support.data import CALIBRATIONS
 
 TOKENS = torch.randn(60, 12, 8, generator=torch.Generator().manual_seed(0))
+
+SHARED = ("tied", "fixed")
 
 
 class Mixer(nn.Module):
@@ -118,6 +121,51 @@ def test_units_over_positions_may_differ_in_number(calibration):
     for weights, parent in (([1, 0], wide), ([0, 1], narrow)):
         fused = fuse([wide, narrow], TOKENS, weights, calibration=calibration).model
         assert_same_function(fused, parent, TOKENS)
+
+
+class Crossed(nn.Module):
+    """Mixes rows by a convolution, then columns by a linear layer, which does not read the rows."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 16), nn.Linear(16, 5)
+        self.rows, self.columns = nn.Conv2d(3, units, 1), nn.Linear(4, 6)
+
+    def forward(self, x):
+        x = self.embed(x).unflatten(1, (3, 4)).transpose(2, 3)  # rows, channels, columns
+        return self.head(self.columns(F.gelu(self.rows(x))).mean((1, 3)))
+
+
+class Shared(nn.Module):
+    """A layer over the positions whose bias is also that of the next layer, or no parameter."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 16), nn.Linear(16, 5)
+        self.into, self.out = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.how = how
+        self.register_buffer("fixed", torch.linspace(-1, 1, 12))
+        if how == "tied":
+            self.out.bias = self.into.bias
+
+    def forward(self, x):
+        y = self.embed(x).transpose(1, 2)
+        bias = self.into.bias if self.how == "tied" else self.fixed
+        y = self.out(F.gelu(F.linear(y, self.into.weight, bias)))
+        return self.head(y.transpose(1, 2).mean(1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Crossed(7), lambda: Crossed(4), *(partial(Shared, how) for how in SHARED)],
+    ids=["other axis", "other axis of one size", *SHARED],
+)
+def test_units_over_positions_that_cannot_move_keep_their_places(make):
+    model = drawn(make(), 0)
+    traced = trace(model, TOKENS)
+    assert [group.size for group in traced.groups] == [16]
+    fused = fuse([model, drawn(make(), 1)], TOKENS, [1, 0], calibration="none").model
+    assert_same_function(fused, model, TOKENS)
 
 
 def with_other_inner_channels(model):

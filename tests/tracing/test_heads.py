@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from clafusion import fuse, trace
-from clafusion.tracing.heads import exchange_heads, possible_heads
+from clafusion.tracing.heads import exchange_heads, possible_heads, restored_heads
 from tests.support import networks
 from tests.support.assertions import assert_same_function
 from tests.support.attention import MODELS, TOKENS, Attention, Encoder, built, shuffled
@@ -30,6 +30,22 @@ def test_heads_are_found_and_change_nothing_when_they_move(name):
         if not torch.equal(one, model.get_parameter(name))
     ]
     assert changed
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_heads_go_back_to_where_they_were(name):
+    graph = trace(*built(name))
+    state = graph.state()
+    generator = torch.Generator().manual_seed(0)
+    orders = [
+        (one, torch.randperm(len(one.members), generator=generator).tolist())
+        for one in reversed(graph.heads)
+    ]
+    moved = exchange_heads(graph, state, orders)
+    assert any(not torch.equal(moved[one], value) for one, value in state.items())
+    back = restored_heads(graph, moved, orders)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[one], value) for one, value in state.items())
 
 
 def test_heads_with_something_of_their_own_keep_their_places():

@@ -3,7 +3,7 @@
 import pytest
 
 from clafusion.tracing.labels import rules
-from clafusion.tracing.labels.interpreter import RULES, rule
+from clafusion.tracing.labels.rule import RULES, rule
 
 
 def test_an_operation_has_a_single_rule():

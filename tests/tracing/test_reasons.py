@@ -1,10 +1,13 @@
 """Models that cannot be fused as they are: the error says why and what to do."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from clafusion import ClafusionError, fuse
+from clafusion import ClafusionError, fuse, fuse_pairs
 
 ROWS = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
 
@@ -104,6 +107,51 @@ def test_caches_in_outputs_are_named():
     tokens = torch.randint(0, 40, (30, 8))
     with pytest.raises(ClafusionError, match=r"switch that off \(model.config.use_cache = False\)"):
         fuse(models, tokens, calibration="none")
+
+
+def test_the_switch_of_caches_is_named_for_caches_alone():
+    models = [ReturnsAnObject().eval() for _ in range(2)]
+    for one in models:
+        one.config = SimpleNamespace(use_cache=True)
+    with pytest.raises(ClafusionError, match="wrap it in a module that returns its outputs alone"):
+        fuse(models, ROWS, calibration="none")
+
+
+def test_randomness_is_named_with_what_to_do():
+    class Noisy(Small):
+        def forward(self, x):
+            return self.plain(x) + torch.randn(1)
+
+    models = [Noisy().eval(), Noisy().eval()]
+    with pytest.raises(ClafusionError, match="make its forward deterministic in eval mode"):
+        fuse(models, ROWS, calibration="none")
+
+
+def test_an_operation_without_rows_is_named_with_its_module_and_model():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.act = nn.Linear(6, 7), nn.Linear(7, 6), nn.ReLU()
+
+        def forward(self, x):
+            return self.two(self.act(self.one(x.mean(0, keepdim=True))))
+
+    class Pools(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.branch, self.head = nn.Linear(8, 6), Branch(), nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = self.enter(x)
+            return self.head(x + self.branch(x))
+
+    models = {"a": Pools().eval(), "b": Pools().eval()}
+    reason = r"models\['a'\]: operation 'mean' in 'branch' puts out a tensor of shape \(1, 6\)"
+    with pytest.raises(ClafusionError, match=reason):
+        fuse(models, ROWS, calibration="none")
+    (pair,) = fuse_pairs(models, ROWS, calibration="none")
+    assert re.search(reason, pair.error)
+    assert pair.error.count("models[") == 1
 
 
 def test_a_counter_that_enters_no_output_is_no_obstacle():

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from clafusion import FusionWarning, fuse, trace
+from clafusion.tracing.groups import find_channels
 from tests.support.assertions import assert_same_function
 
 SHORT = torch.randint(0, 20, (60, 8), generator=torch.Generator().manual_seed(0))
@@ -75,3 +76,16 @@ def test_rows_of_which_no_order_is_certain_stay_and_that_is_told():
     for _ in range(2):  # the second takes the trace of the first
         with pytest.warns(FusionWarning, match="reach all but 32 entries of 'table'"):
             trace(Shuffled().eval(), inputs)
+
+
+def test_channels_with_some_alone_as_groups_tell_of_it_too():
+    traced = trace_unreached()
+    channels = find_channels(
+        traced.module, traced.placeholders, traced.state(), frozenset(), traced.example_inputs
+    )
+    assert channels.with_singles(frozenset()).unreached == channels.unreached == {"table": 32}
+
+
+def trace_unreached():
+    with pytest.warns(FusionWarning, match="reach all but 32 entries of 'table'"):
+        return trace(Shuffled().eval(), torch.randn(4, 8))

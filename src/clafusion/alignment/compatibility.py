@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from clafusion.alignment.differences import differences, nearest
 from clafusion.alignment.dynamic_program import align_layers
 from clafusion.errors import AlignmentError, StructureError
-from clafusion.tracing.model import Layer, TracedModel
+from clafusion.tracing.layer import Layer
+from clafusion.tracing.model import TracedModel
 
 __all__ = ["Fit", "allowed_pairs", "check_outputs", "fit_layers", "gap_costs", "skip_costs"]
 

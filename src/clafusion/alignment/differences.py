@@ -7,7 +7,7 @@ from itertools import zip_longest
 from typing import Any
 
 from clafusion.tracing.fixed_values import Constant
-from clafusion.tracing.model import Layer
+from clafusion.tracing.layer import Layer
 
 __all__ = ["differences", "nearest"]
 

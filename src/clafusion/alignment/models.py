@@ -15,7 +15,8 @@ from clafusion.alignment.layer_costs import layer_costs
 from clafusion.config import FusionConfig
 from clafusion.errors import InputError, StructureError
 from clafusion.profiling.profile import ModelProfile
-from clafusion.tracing.model import Layer, TracedModel
+from clafusion.tracing.layer import Layer
+from clafusion.tracing.model import TracedModel
 
 __all__ = [
     "AlignedModels",

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
 
-from clafusion.assessment import parts_of
+from clafusion.assessment.parts import parts_of
 from clafusion.config import FusionConfig
+from clafusion.errors import FusionWarning
 from clafusion.profiling.batches import Data
 from clafusion.profiling.cache import profile_key, read_profile, write_profile
 from clafusion.profiling.profile import ModelProfile
 from clafusion.stages import ExampleInputs, profile_options, profile_traced, traced_parent
-from clafusion.tracing.verify import verify_graph
 
 __all__ = ["PreparedModel", "prepare"]
 
@@ -47,7 +48,7 @@ def prepare(
     data_hash: str,
     cache_dir: Path | None = None,
 ) -> PreparedModel:
-    """Trace a model, then prove and profile it or read its profile from the cache.
+    """Trace and prove a model and profile it, or read the profile of a proved one from the cache.
 
     The profile depends on the model, the data and the options only. It is the same whichever
     models are profiled together.
@@ -66,17 +67,22 @@ def prepare(
     InputError, UnsupportedOpError, GraphVerificationError, StructureError
         As for :func:`clafusion.fuse`.
     """
-    traced = traced_parent(name, model, example_inputs, replace(config, verify=False))
-    key = ""
+    options = profile_options(config)
+    key, before = "", None
     if cache_dir is not None:
-        key = profile_key(traced, profile_options(config), data_hash)
-        cached = read_profile(cache_dir, key, traced)
+        before = traced_parent(name, model, example_inputs, replace(config, verify=False))
+        key = profile_key(before, options, data_hash)
+        cached = read_profile(cache_dir, key, before)
         if cached is not None:
             return PreparedModel(cached, _num_bytes(cached), True)
-    if config.verify:
-        verify_graph(traced, traced.example_inputs, seed=config.seed)
+    with warnings.catch_warnings():
+        if before is not None:
+            warnings.simplefilter("ignore", FusionWarning)  # told once already
+        traced = traced_parent(name, model, example_inputs, config)
+    if before is not None and traced.module is not before.module:  # which did not stand the proof
+        key = profile_key(traced, options, data_hash)
     kept = parts_of(data, [traced], config.assessment).kept
-    (profile,) = profile_traced([traced], kept, config)
+    (profile,) = profile_traced([traced], kept, config, names=[name])
     if cache_dir is not None:
         write_profile(cache_dir, key, profile)
     return PreparedModel(profile, _num_bytes(profile), False)

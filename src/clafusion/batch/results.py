@@ -15,7 +15,7 @@ from torch import nn
 
 from clafusion.alignment.dynamic_program import LayerAlignment
 from clafusion.alignment.models import label
-from clafusion.assessment import FusionAssessment
+from clafusion.assessment.nearness import FusionAssessment
 from clafusion.errors import InputError
 from clafusion.results import FusionResult
 from clafusion.weights.build import fill

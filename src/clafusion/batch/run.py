@@ -33,10 +33,10 @@ from clafusion.batch.tasks import (
     prepare_model_task,
 )
 from clafusion.batch.worker import Job, Outcome, Worker
-from clafusion.config import FusionConfig, Like, config_from
+from clafusion.config import FusionConfig, Like
 from clafusion.errors import ClafusionError, InputError, warn
 from clafusion.profiling.batches import Data, data_digest, first_batch
-from clafusion.stages import ExampleInputs, merge_weights
+from clafusion.stages import ExampleInputs, config_from, merge_weights
 from clafusion.weights.factories import ModelFile
 from clafusion.weights.messages import one_line
 

@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 
 from clafusion.alignment.models import label
-from clafusion.assessment import KnownOutputs, parts_of
+from clafusion.assessment.output_cache import OutputCache
+from clafusion.assessment.parts import parts_of
 from clafusion.batch.prepared import PreparedModel, prepare
 from clafusion.batch.results import Model, Pair, facts_of
 from clafusion.config import FusionConfig
@@ -86,7 +87,7 @@ class Worker:
         self._job = job
         self._failed: dict[str, str] = {}
         self._files: dict[str, ModelFile] = {}
-        self._known_outputs = KnownOutputs()
+        self._known_outputs = OutputCache()
         self._largest = 0
 
     def fuse(self, pair: Pair, source: Source) -> Outcome:
@@ -130,16 +131,18 @@ class Worker:
         if len({one.static_batch is None for one in traced}) == 2:
             # Beside a model of one batch size the other one sees all data, as in clafusion.fuse.
             kept = parts_of(job.data, traced, job.config.assessment).kept
-            profiles = profile_traced(traced, kept, job.config)
+            profiles = profile_traced(traced, kept, job.config, names=pair)
         aligned = align_profiles(pair, profiles, job.config, timings=before)
         if aligned.alignment.unmatched_shallow:
             raise StructureError(
                 f"{label(pair[0])} and {label(pair[1])} are each the deeper one somewhere. Their "
                 "union is a network that neither's code builds: fuse the two by clafusion.fuse"
             )
-        return fuse_aligned(
+        result = fuse_aligned(
             aligned, job.data, job.weights, job.config, known_outputs=self._known_outputs
         )
+        self._make_room(pair, 0)
+        return result
 
     def _check(self, result: FusionResult, structure: str, state: dict[str, Any]) -> None:
         """Refuse a result that would compute something else when it comes back from its file."""
@@ -206,10 +209,12 @@ class Worker:
     # --- memory ---
 
     def _make_room(self, pair: Pair, coming: int) -> None:
-        """Free the newest models first: the oldest are the core that meets all others."""
+        """Free known outputs, then the newest models: the oldest meet all others."""
         limit = self._job.memory_limit
         if limit is None:
             return
+        if self._num_bytes() + coming > limit:
+            self._known_outputs.forget()  # they are made again faster than any model
         for name in reversed(list(self.prepared)):
             if self._num_bytes() + coming <= limit:
                 return
@@ -227,4 +232,5 @@ class Worker:
             )
 
     def _num_bytes(self) -> int:
-        return sum(one.num_bytes for one in self.prepared.values())
+        of_models = sum(one.num_bytes for one in self.prepared.values())
+        return of_models + self._known_outputs.num_bytes

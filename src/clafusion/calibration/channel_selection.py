@@ -103,10 +103,13 @@ class _Left:
 
     def costs(self, squared: Tensor) -> Tensor:
         """Return by how much the loss of each channel raises the squared error."""
+        found: Tensor
         weights = self.weights[self._columns]
         if self._columns.size(1) == 1:
-            return weights.squeeze(1).square() @ squared / self._blocks.flatten()
-        return (weights * torch.linalg.solve(self._blocks, weights)).sum(1) @ squared
+            found = weights.squeeze(1).square() @ squared / self._blocks.flatten()
+        else:
+            found = (weights * torch.linalg.solve(self._blocks, weights)).sum(1) @ squared
+        return found
 
     def lose(self, channel: int) -> None:
         """Take a channel away; the others take over its part."""

@@ -19,7 +19,8 @@ from clafusion.merging.mean import counted, weighted_mean
 from clafusion.merging.problem import FusionProblem, Parent
 from clafusion.profiling.batches import Data, batches
 from clafusion.profiling.moments import BatchMoments, Moments, channel_moments, parts
-from clafusion.tracing.model import CalibrationPoint, TracedModel
+from clafusion.tracing.layer import CalibrationPoint
+from clafusion.tracing.model import TracedModel
 
 __all__ = ["MomentGoals", "moment_goals", "repair"]
 

@@ -14,8 +14,9 @@ import yaml
 from torch import nn
 
 from clafusion.cli.options import changed, setting_at
-from clafusion.config import FusionConfig, config_from, options_of
+from clafusion.config import FusionConfig, options_of
 from clafusion.errors import InputError
+from clafusion.stages import config_from
 from clafusion.weights.state_files import check_input
 
 __all__ = ["ENDINGS", "config_of", "read_config", "read_mapping", "rooted"]

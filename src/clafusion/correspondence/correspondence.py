@@ -19,7 +19,8 @@ from torch import Tensor
 
 from clafusion.correspondence.hooks import HookPair, hook_pairs, source_hook
 from clafusion.errors import StructureError, WidthWarning, warn
-from clafusion.tracing.model import CalibrationPoint, HookPoint, Layer, TracedModel
+from clafusion.tracing.layer import CalibrationPoint, HookPoint, Layer
+from clafusion.tracing.model import TracedModel
 
 __all__ = [
     "Correspondence",

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clafusion.tracing.model import HookPoint, Layer, TracedModel
+from clafusion.tracing.layer import HookPoint, Layer
+from clafusion.tracing.model import TracedModel
+from clafusion.tracing.points import places_of
 
 __all__ = ["HookPair", "hook_pairs", "source_hook"]
 
@@ -91,10 +93,8 @@ def _many(hook: HookPoint) -> tuple[int, ...]:
 
 def _columns(hook: HookPoint, group: int) -> Tensor:
     """Return where a group's channels lie in a hook point, by member (the first of repeats)."""
-    places = torch.nonzero(hook.groups == group).squeeze(1)
+    places = places_of(hook, group)
     members = hook.members[places]
-    order = torch.argsort(members, stable=True)
-    members, places = members[order], places[order]
     first = torch.ones_like(members, dtype=torch.bool)
     first[1:] = members[1:] != members[:-1]
     return places[first]

@@ -18,7 +18,8 @@ from torch import Tensor
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.structure import structured_state
 from clafusion.errors import StructureError
-from clafusion.tracing.model import CalibrationPoint, ChannelGroup, GroupAxis, HookPoint
+from clafusion.tracing.layer import CalibrationPoint, HookPoint
+from clafusion.tracing.model import ChannelGroup, GroupAxis
 
 __all__ = [
     "incoming_map",
@@ -159,7 +160,7 @@ def move_along(
         leaves = group_axis.direction == "out" or normalisation == "single"
         weights = outgoing_map(plan) if leaves else incoming_map(plan)
         block = moved[positions.reshape(-1)].reshape(plan.size(0), -1)
-        chosen = _chosen(weights)
+        chosen = _copied_rows(weights)
         mixed = weights.T.to(block) @ block if chosen is None else block[chosen.to(block.device)]
         result[group_axis.positions.reshape(-1)] = mixed.reshape(-1, *rest)
         used_target.append(group_axis.positions.reshape(-1))
@@ -208,7 +209,7 @@ def move_values(
         plan = plans[one]
         assert plan is not None, "a matched point shows a group without a partner"
         weights = outgoing_map(plan).to(values)
-        chosen = _chosen(weights)
+        chosen = _copied_rows(weights)
         into = torch.nonzero(target.groups == one).squeeze(1)
         out_of = torch.nonzero(source.groups == correspondence.groups[one]).squeeze(1)
         # A member may stand in several places, as in a projection to queries and keys at once.
@@ -229,8 +230,8 @@ def move_values(
     return result
 
 
-def _chosen(weights: Tensor) -> Tensor | None:
-    """Return for each column of a map the row that it copies; None where it copies none."""
+def _copied_rows(weights: Tensor) -> Tensor | None:
+    """Return for each column the row that it copies; None where a column mixes rows."""
     if not bool(((weights != 0).sum(0) == 1).all()):
         return None
     rows = weights.argmax(0)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.errors import StructureError
 from clafusion.execution.call import call_model, flatten_tensors
-from clafusion.tracing.model import Layer, TracedModel
+from clafusion.tracing.layer import Layer
+from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import bound_operands, op_name
 from clafusion.weights.build import with_state
 

@@ -24,20 +24,21 @@ __all__ = [
     "ChannelCost",
     "activation_costs",
     "channel_cost",
+    "correlations",
     "flowing",
     "measures",
     "output_costs",
     "pair_costs",
+    "says_nothing",
 ]
 
 ChannelCost: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Values ``(num_rows, num_source)`` and ``(num_rows, num_target)`` -> costs of every two."""
 
+_TIE = 1e-5  # what a difference of means or deviations counts: it decides where correlations do not
+
 MAX_CHANNELS = 10_000
 """Largest group that is matched: cost and plan of 10,000 channels take 1.6 GB."""
-
-
-_TIE = 1e-5  # what a difference of means or deviations counts: it decides where correlations do not
 
 
 class _Measure(NamedTuple):
@@ -89,8 +90,19 @@ def channel_cost(
 
 
 @channel_cost("correlation", of_mean=lambda mean: 1.0 - mean)
-def _correlations(x: Tensor, y: Tensor) -> Tensor:
-    """Return correlations; of two constant channels, as dead ones behind a norm, their likeness."""
+def correlations(x: Tensor, y: Tensor) -> Tensor:
+    r"""Return how alike every two channels are: their correlation, or what decides in its place.
+
+    With the means :math:`\mu` and the deviations :math:`\sigma` of two channels
+
+    .. math:: \operatorname{corr}(x, y)
+              - \varepsilon \left(d(\mu_x, \mu_y) + d(\sigma_x, \sigma_y)\right), \qquad
+              d(a, b) = \frac{|a - b|}{\max(|a|, |b|)}, \quad \varepsilon = 10^{-5}:
+
+    channels that are equally correlated go to those of like means and deviations. In place of the
+    correlation of two constant channels, as dead ones behind a norm, stands :math:`1 - d(x, y)`, at
+    least 0, and 0 where both are 0. Where all channels of both are constant nothing is said: 0.
+    """
     of_x, of_y = standardised(x), standardised(y)
     found = of_x.T @ of_y / len(x)
     constant = ~of_x.any(0), ~of_y.any(0)
@@ -150,8 +162,9 @@ def activation_costs(
               M = \sqrt{\operatorname{mean}((x - y)^2)}
 
     for ``"correlation"`` and ``"euclidean"`` (OTFusion, arXiv 1910.05653, section 4.2,
-    activation-based); of several hook points the mean counts. None where the source has no such
-    channels. Groups that no layer reads get the cost 0 everywhere.
+    activation-based); of several hook points the mean counts. Where correlations are equal, and of
+    constant channels, other figures decide: see :func:`correlations`. None where the source has no
+    such channels. Groups that no layer reads get the cost 0 everywhere.
 
     Raises
     ------
@@ -214,6 +227,14 @@ def pair_costs(
         measure.of_mean(total / number) if number else total
         for total, number in zip(costs, counts, strict=True)
     ]
+
+
+def says_nothing(cost: Tensor) -> bool:
+    """Say whether all channels cost the same, so that any plan would do.
+
+    So it is where no hook point shows them, and where they are the same for all inputs.
+    """
+    return cost.numel() > 1 and bool((cost == cost.flatten()[0]).all())
 
 
 def output_costs(

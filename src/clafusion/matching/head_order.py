@@ -8,27 +8,33 @@ that it computes, and all that comes behind sees heads that correspond by their 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.hooks import HookPair, hook_pairs
+from clafusion.execution.call import State
 from clafusion.matching.activation_costs import pair_costs
 from clafusion.profiling.moments import BatchMoments
 from clafusion.profiling.profile import ModelProfile, standardised
-from clafusion.tracing.heads import base_repeats, exchange_heads, group_sources
-from clafusion.tracing.model import CalibrationPoint, HeadPartition, HookPoint, TracedModel
+from clafusion.tracing.heads import (
+    HeadOrders,
+    base_repeats,
+    exchange_heads,
+    group_sources,
+    in_turn,
+    restored_heads,
+)
+from clafusion.tracing.layer import CalibrationPoint, HookPoint
+from clafusion.tracing.model import HeadPartition, TracedModel
+from clafusion.tracing.points import places_of
 from clafusion.transport.solve import solve_transport
 from clafusion.weights.build import with_state
 
-__all__ = ["Orders", "exchanged_model", "order_heads"]
-
-Orders: TypeAlias = "Sequence[tuple[HeadPartition, Sequence[int]]]"
-"""Heads, and for every place which of them comes there."""
+__all__ = ["exchanged_model", "order_heads", "restored_model"]
 
 
 def order_heads(
@@ -168,15 +174,14 @@ def _hooks(
 def _places_of_heads(model: TracedModel, group: int, hook: HookPoint) -> list[Tensor]:
     """Return where a group's channels lie in a hook point, for each head that shares them."""
     size, base = model.groups[group].size, base_repeats(model.groups[group])
-    places = torch.nonzero(hook.groups == group).squeeze(1)
-    places = places[hook.members[places].argsort(stable=True)]
+    places = places_of(hook, group)
     count = len(places) // (size * base)
     if count < 1 or len(places) % (size * base):
         return [places[:size]]
     return list(places.view(size, count, base)[:, :, 0].unbind(1))
 
 
-def _moved(profile: ModelProfile, orders: Orders) -> ModelProfile:
+def _moved(profile: ModelProfile, orders: HeadOrders) -> ModelProfile:
     """Return a profile of a copy of the network, with its heads in other places."""
     model = profile.traced
     rows = {}
@@ -189,9 +194,8 @@ def _moved(profile: ModelProfile, orders: Orders) -> ModelProfile:
             values = values[:, _columns(model, points[index], orders)]
         rows[layer, place] = values
     sources: dict[int, int] = {}
-    for heads, order in orders:
-        if not heads.is_shared:
-            sources |= group_sources(heads, order)
+    for heads, order in in_turn(orders)[0]:
+        sources |= group_sources(heads, order)
     importance = tuple(
         profile.importance[sources.get(i, i)] for i in range(len(profile.importance))
     )
@@ -204,7 +208,7 @@ def _moved(profile: ModelProfile, orders: Orders) -> ModelProfile:
     )
 
 
-def _has_heads_as_positions(model: TracedModel, point: HookPoint, orders: Orders) -> bool:
+def _has_heads_as_positions(model: TracedModel, point: HookPoint, orders: HeadOrders) -> bool:
     """Say whether a hook point shows channels that moved heads share, one head behind another."""
     return any(
         heads.is_shared
@@ -216,7 +220,7 @@ def _has_heads_as_positions(model: TracedModel, point: HookPoint, orders: Orders
     )
 
 
-def _moved_moments(profile: ModelProfile, orders: Orders) -> tuple[BatchMoments, ...] | None:
+def _moved_moments(profile: ModelProfile, orders: HeadOrders) -> tuple[BatchMoments, ...] | None:
     """Return the moments of a copy of the network, with its heads in other places."""
     if profile.moments is None:
         return None
@@ -235,28 +239,31 @@ def _moved_moments(profile: ModelProfile, orders: Orders) -> tuple[BatchMoments,
     )
 
 
-def exchanged_model(model: TracedModel, orders: Orders) -> TracedModel:
+def exchanged_model(model: TracedModel, orders: HeadOrders) -> TracedModel:
     """Return a copy of a model in which heads have changed places."""
-    state = exchange_heads(model, model.state(), orders)
+    return _with_state(model, exchange_heads(model, model.state(), orders))
+
+
+def restored_model(model: TracedModel, orders: HeadOrders) -> TracedModel:
+    """Return a copy of a model whose heads are back where they were before these orders."""
+    return _with_state(model, restored_heads(model, model.state(), orders))
+
+
+def _with_state(model: TracedModel, state: State) -> TracedModel:
     constants = {name: state[name] for name in model.constants}
     return replace(model, model=with_state(model.model, state, model.aliases), constants=constants)
 
 
-def _columns(model: TracedModel, point: HookPoint | CalibrationPoint, orders: Orders) -> Tensor:
+def _columns(model: TracedModel, point: HookPoint | CalibrationPoint, orders: HeadOrders) -> Tensor:
     """Return for every channel which one comes into its place."""
     index = torch.arange(len(point.groups))
-
-    def places(one: int) -> Tensor:
-        found = torch.nonzero(point.groups == one).squeeze(1)
-        return found[point.members[found].argsort(stable=True)]
-
-    for heads, order in orders:
-        if not heads.is_shared:
-            for to, of in group_sources(heads, order).items():
-                index[places(to)] = places(of)
-    for heads, order in orders:
-        for one in heads.members[0] if heads.is_shared else ():
-            group, found = model.groups[one], places(one)
+    first, last = in_turn(orders)
+    for heads, order in first:
+        for to, of in group_sources(heads, order).items():
+            index[places_of(point, to)] = places_of(point, of)
+    for heads, order in last:
+        for one in heads.members[0]:
+            group, found = model.groups[one], places_of(point, one)
             if len(found) == group.size * base_repeats(group) * len(order):
                 of_heads = found.view(group.size, len(order), -1)
                 index[of_heads.flatten()] = index[of_heads[:, list(order)].flatten()]

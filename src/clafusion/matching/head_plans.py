@@ -24,7 +24,7 @@ from torch import Tensor
 
 from clafusion.config import Auto, Solver
 from clafusion.correspondence.correspondence import Correspondence
-from clafusion.matching.activation_costs import pair_costs
+from clafusion.matching.activation_costs import pair_costs, says_nothing
 from clafusion.profiling.profile import ModelProfile
 from clafusion.transport.solve import solve_transport
 
@@ -59,7 +59,9 @@ def head_plans(
     ):
         shown = [(c, correspondence.groups[c], correspondence.hooks[c]) for c in one.groups]
         costs = pair_costs(correspondence, target, source, shown, metric=metric)
-        visible = {c: cost for c, cost in zip(one.groups, costs, strict=True) if bool(cost.any())}
+        visible = {
+            c: cost for c, cost in zip(one.groups, costs, strict=True) if not says_nothing(cost)
+        }
         if not visible:
             pairs.append(None)
             continue

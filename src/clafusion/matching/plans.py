@@ -10,7 +10,12 @@ from torch import Tensor
 
 from clafusion.config import FusionConfig, Zip
 from clafusion.errors import StructureError
-from clafusion.matching.activation_costs import activation_costs, measures, output_costs
+from clafusion.matching.activation_costs import (
+    activation_costs,
+    measures,
+    output_costs,
+    says_nothing,
+)
 from clafusion.matching.head_order import order_heads
 from clafusion.matching.head_plans import head_plans
 from clafusion.matching.masses import marginals
@@ -122,7 +127,7 @@ def channel_plans(source: Source, config: FusionConfig) -> list[Tensor | None]:
         return by_weights(activation_costs=costs, known=source.plans)
     # Channels that no layer reads, as those between the layers of an LSTM, and channels that are
     # the same for all inputs, as of a learned query, show by their weights.
-    unseen = {i for i, one in enumerate(costs) if one is not None and _says_nothing(one)}
+    unseen = {i for i, one in enumerate(costs) if one is not None and says_nothing(one)}
     unseen -= source.plans.keys()
     known, pairs_of_heads = head_plans(
         correspondence, target, profile, metric=metric, solver=solver
@@ -145,8 +150,3 @@ def channel_plans(source: Source, config: FusionConfig) -> list[Tensor | None]:
     if unseen:
         return by_weights(known=known, head_pairs=pairs_of_heads)
     return [known.get(i) for i in groups]
-
-
-def _says_nothing(cost: Tensor) -> bool:
-    """Say whether all channels cost the same, so that any plan would do."""
-    return cost.numel() > 1 and bool((cost == cost.flatten()[0]).all())

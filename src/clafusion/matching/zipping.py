@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clafusion.errors import InputError, StructureError
-from clafusion.matching.activation_costs import flowing
-from clafusion.profiling.profile import standardised
+from clafusion.matching.activation_costs import correlations, flowing
 from clafusion.targets.sources import Source
 
 __all__ = ["zip_channels", "zip_plans"]
@@ -264,7 +263,7 @@ def _joint_costs(sources: Sequence[Source], index: int) -> tuple[Tensor, bool]:
             common = [key for key in x if key in y and len(x[key]) == len(y[key])]
             block = torch.zeros(size, other, dtype=torch.float64)
             for key in common:
-                block += (standardised(x[key]).T @ standardised(y[key]) / len(x[key])).to(block)
+                block += correlations(x[key], y[key]).to(block)
             # What no data shows together counts as uncorrelated.
             blocks.append(1.0 - block / max(len(common), 1))
             shows |= bool(common) and x is not y

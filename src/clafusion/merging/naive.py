@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 from torch import nn
 
 from clafusion.errors import InputError
-from clafusion.matching.head_order import exchanged_model
+from clafusion.matching.head_order import restored_model
 from clafusion.matching.weight_costs import index_plans
 from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
@@ -47,13 +46,9 @@ def _unmatched(parent: Parent) -> Parent:
     if parent.is_identity:
         return replace(parent, output_plan=None)
     own = parent.traced
-    for is_shared in (True, False):  # heads go back to where they were, in the other order
-        orders = [
-            (own.heads[index], np.argsort(order).tolist())
-            for index, order in parent.head_orders.items()
-            if own.heads[index].is_shared == is_shared
-        ]
-        own = exchanged_model(own, orders) if orders else own
+    if parent.head_orders:
+        heads = [(own.heads[index], order) for index, order in parent.head_orders.items()]
+        own = restored_model(own, heads)
     correspondence = replace(parent.correspondence, source=own)
     plans = tuple(index_plans(correspondence))
     return replace(parent, correspondence=correspondence, plans=plans, output_plan=None)

@@ -16,7 +16,8 @@ from torch import Tensor
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.moving import move_state, move_values, outgoing_map
 from clafusion.profiling.profile import ModelProfile
-from clafusion.tracing.model import CalibrationPoint, TracedModel
+from clafusion.tracing.layer import CalibrationPoint
+from clafusion.tracing.model import TracedModel
 
 __all__ = ["FusionProblem", "MergeWeights", "Parent"]
 

@@ -31,8 +31,9 @@ from clafusion.profiling.moments import (
     parts,
 )
 from clafusion.tracing.labels.ids import mix
-from clafusion.tracing.model import HookPoint, Layer, TracedModel
-from clafusion.tracing.operations import batch_axis
+from clafusion.tracing.layer import HookPoint, Layer
+from clafusion.tracing.model import TracedModel
+from clafusion.tracing.operations import batch_axis, module_path
 
 __all__ = [
     "ModelProfile",
@@ -43,6 +44,7 @@ __all__ = [
 
 _LEAST_INPUTS = 3  # of two, every two channels are correlated by 1 or -1
 _BLOCK_FEATURES = 4096
+_ROUNDING = 1e-6  # of the largest value: what the mean of equal float32 values may be off
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,6 @@ class ModelProfile:
     batch_sizes: tuple[int, ...] = ()
 
 
-_ROUNDING = 1e-6  # of the largest value: what the mean of equal float32 values may be off
-
-
 def standardised(rows: Tensor) -> Tensor:
     """Return channels ``(num_rows, num_channels)`` with zero mean and unit variance.
 
@@ -117,6 +116,7 @@ def profile_models(
     moments: bool = False,
     seed: int = 0,
     progress: Callable[[str, int], None] | None = None,
+    called: Sequence[str] = (),
 ) -> list[ModelProfile]:
     """Profile several models on the same batches, in one pass over the data.
 
@@ -145,6 +145,8 @@ def profile_models(
         Seed of the choice of pairs.
     progress
         Called with a text and the number of inputs done.
+    called
+        What errors call each model; default the model.
 
     Raises
     ------
@@ -158,8 +160,8 @@ def profile_models(
             raise InputError(f"{name} must be at least 2; got {value}")
     at_once = moments and max_inputs is None  # one pass sees all inputs
     recorders = [
-        _Recorder(model, alignment_samples, matching_rows, layer_values, at_once, seed)
-        for model in models
+        _Recorder(model, name, alignment_samples, matching_rows, layer_values, at_once, seed)
+        for model, name in zip(models, called or ["the model"] * len(models), strict=True)
     ]
     waiting: list[tuple[Tensor, ...]] = []
     sizes: list[int] = []
@@ -216,6 +218,7 @@ class _Recorder:
     def __init__(
         self,
         model: TracedModel,
+        called: str,
         alignment_samples: int,
         matching_rows: int,
         layer_values: str,
@@ -223,6 +226,7 @@ class _Recorder:
         seed: int,
     ) -> None:
         self.model = model
+        self.called = called
         self.state = model.state()
         self.alignment_samples = alignment_samples
         self.matching_rows = matching_rows
@@ -271,8 +275,8 @@ class _Recorder:
         for inputs in waiting:
             if static is not None and inputs[0].size(0) != static:
                 raise InputError(
-                    f"the model admits only batches of {static}, but one of {inputs[0].size(0)} "
-                    "is given; it fixes the batch size in its code"
+                    f"{self.called} admits only batches of {static}, but one of "
+                    f"{inputs[0].size(0)} is given; it fixes the batch size in its code"
                 )
         in_parts = [parts(self.model, one) for one in waiting]
         walks = [
@@ -307,7 +311,7 @@ class _Recorder:
             one = value[0] if isinstance(value, (tuple, list)) else value
             if one.dim() == 0 or one.size(axis or 0) % count:
                 name = self.model.layers[self.layers[node]].name
-                raise _without_rows(f"layer {name!r}", one, count)
+                raise self._without_rows(f"layer {name!r}", one, count)
             rows.append(one.movedim(axis or 0, 0).reshape(count, -1))
         flat = torch.cat(rows)
         return flat if flat.is_floating_point() else flat.float()
@@ -326,7 +330,10 @@ class _Recorder:
             ]
         for one, count in zip(channels_last, counts, strict=True):
             if point.batch is not None and len(one) != count:
-                raise _without_rows(f"operation {node!r}", one, count)
+                nodes = self.model.module.graph.nodes
+                path = module_path(next(one for one in nodes if one.name == node))
+                what = f"operation {node!r} in {path or 'the top level'!r}"
+                raise self._without_rows(what, one, count)
         positions = channels_last[0][0, ..., 0].numel()
         if positions not in self.samplers:
             self.samplers[positions] = _Sampler(positions, self.matching_rows, self.seed)
@@ -359,13 +366,13 @@ class _Recorder:
             moments=None if self.moments is None else tuple(self.moments),
         )
 
-
-def _without_rows(name: str, value: Tensor, count: int) -> StructureError:
-    """Return the error for a value that does not follow the batch; the caller raises it."""
-    return StructureError(
-        f"{name} puts out a tensor of shape {tuple(value.shape)} for {count} inputs, and so none "
-        "of its own for each: the first axis of the model's inputs must be the batch"
-    )
+    def _without_rows(self, name: str, value: Tensor, count: int) -> StructureError:
+        """Return the error for a value that does not follow the batch; the caller raises it."""
+        return StructureError(
+            f"{self.called}: {name} puts out a tensor of shape {tuple(value.shape)} for {count} "
+            "inputs, and so none of its own for each: the first axis of the model's inputs must be "
+            "the batch"
+        )
 
 
 class _Sampler:

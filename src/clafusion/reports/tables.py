@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from clafusion.alignment.models import AlignedModels, PairAlignment
-from clafusion.assessment import Nearness
+from clafusion.assessment.nearness import Nearness
 from clafusion.config import ManyToOne
 from clafusion.merging.problem import Parent
 from clafusion.reports.text import described, fact_lines, plain_table, seconds_text, shortened

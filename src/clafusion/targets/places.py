@@ -16,7 +16,8 @@ from clafusion.alignment.models import AlignedModels, align_pair, label
 from clafusion.config import FusionConfig
 from clafusion.errors import AlignmentError, StructureError
 from clafusion.profiling.profile import ModelProfile
-from clafusion.tracing.model import Layer, TracedModel
+from clafusion.tracing.layer import Layer
+from clafusion.tracing.model import TracedModel
 
 __all__ = ["Place", "layer_at", "layer_maps", "place_in_template", "places_of", "union_places"]
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from clafusion.errors import StructureError
 from clafusion.profiling.profile import ModelProfile
-from clafusion.tracing.model import Layer, TracedModel
+from clafusion.tracing.layer import Layer
+from clafusion.tracing.model import TracedModel
 
 __all__ = ["layer_products"]
 

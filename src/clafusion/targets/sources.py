@@ -28,7 +28,8 @@ from clafusion.correspondence.structure import check_inserted
 from clafusion.profiling.profile import ModelProfile
 from clafusion.targets.resizing import resizing_plan
 from clafusion.targets.target import ChosenTarget
-from clafusion.tracing.model import ChannelGroup, Layer, TracedModel
+from clafusion.tracing.layer import Layer
+from clafusion.tracing.model import ChannelGroup, TracedModel
 from clafusion.weights.build import with_state
 
 __all__ = ["Source", "TargetSources", "source_of", "sources_of"]

@@ -20,7 +20,8 @@ from clafusion.correspondence.correspondence import correspond
 from clafusion.correspondence.structure import resized_shape
 from clafusion.errors import ClafusionError, StructureError
 from clafusion.targets.places import Place, layer_at
-from clafusion.tracing.model import Layer, TracedModel
+from clafusion.tracing.layer import Layer
+from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import module_path
 from clafusion.tracing.trace import trace_like
 from clafusion.weights.build import fill

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import hashlib
+import re
 from collections.abc import Mapping
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType
@@ -33,7 +34,11 @@ _PLAIN = (
     torch.dtype,
     torch.device,
     torch.Size,
+    re.Pattern,
 )
+# Attributes on which no export depends: it is made of a copy in eval mode, and from where a
+# checkpoint came says nothing of its code.
+_BESIDE = frozenset({"training", "name_or_path", "_name_or_path"})
 _DEEPEST = 12  # attributes of attributes are compared down to this depth
 
 
@@ -65,11 +70,11 @@ def architecture(model: nn.Module) -> Architecture | None:
                     tuple((name, child is None) for name, child in children.items()),
                     _facts(parameters, module, numbers),
                     _facts(buffers, module, numbers),
-                    tuple((name, _plain(value)) for name, value in attributes.items()),
+                    _attributes(attributes),
                 )
             )
         hash(tuple(entries))
-    except (TypeError, AttributeError, RuntimeError):
+    except Exception:  # an object says how it is copied by code of its own, which may do anything
         return None
     return tuple(entries)
 
@@ -91,6 +96,13 @@ def _facts(
         else:
             facts.append((name, number, form, digest_of_values(value)))
     return tuple(facts)
+
+
+def _attributes(of: Mapping[Any, Any], depth: int = -1) -> tuple[Any, ...]:
+    """Return a hashable form of a module's or an object's attributes, without ``_BESIDE``."""
+    return tuple(
+        (name, _plain(value, depth + 1)) for name, value in of.items() if name not in _BESIDE
+    )
 
 
 def digest_of_values(tensor: Tensor) -> bytes:
@@ -127,7 +139,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
     return (
         type(value),
         inner(tuple(arguments)),
-        inner(state),
+        _attributes(state, depth) if type(state) is dict else inner(state),
         None if items is None else inner(list(items)),
         None if pairs is None else inner(list(pairs)),
     )

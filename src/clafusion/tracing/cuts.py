@@ -25,7 +25,7 @@ class Draft:
     Attributes
     ----------
     kind
-        As for :class:`clafusion.tracing.model.Layer`.
+        As for :class:`clafusion.tracing.layer.Layer`.
     nodes
         The nodes that compute it; the last is its output.
     entry

@@ -152,13 +152,14 @@ def _export(
 
 
 def _refuse_strange_outputs(model: nn.Module, outputs: Any) -> None:
+    """Refuse outputs that are more than tensors, numbers and texts; say how to leave them out."""
     leaves, _ = torch.utils._pytree.tree_flatten(outputs)
     known = (Tensor, int, float, bool, str, type(None))
     strange = next((one for one in leaves if not isinstance(one, known)), None)
     if strange is None:
         return
     kind = type(strange).__name__
-    if getattr(getattr(model, "config", None), "use_cache", False):
+    if kind.endswith("Cache") and getattr(getattr(model, "config", None), "use_cache", False):
         raise UnsupportedOpError(
             f"the model returns a {kind}, in which it keeps keys and values of its attention, "
             "beside its outputs: switch that off (model.config.use_cache = False)"

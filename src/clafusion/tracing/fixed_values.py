@@ -75,6 +75,12 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=0.0, atol=bound, equal_nan=True)
 
 
+def _constant(name: str, value: Tensor) -> Constant:
+    """Return a constant of its own: a trace outlives what its model's buffers hold now."""
+    own = value.detach().clone()
+    return Constant(name, own, own)
+
+
 class FixedValues:
     """The values of a graph that neither channels nor trained parameters enter.
 
@@ -105,10 +111,10 @@ class FixedValues:
             name = self._flow.sources[node]
             if name not in self._constants:
                 return None
-            return Constant(name, self._flow.state[name], self._flow.state[name])
+            return _constant(name, self._flow.state[name])
         if node.op == "get_attr":
             value = getattr(self._module, str(node.target))
-            return Constant(str(node.target), value, value) if isinstance(value, Tensor) else None
+            return _constant(str(node.target), value) if isinstance(value, Tensor) else None
         if op_name(node) not in _VIEWS or len(node.all_input_nodes) != 1:
             return None
         shown = self.constant(node.all_input_nodes[0])

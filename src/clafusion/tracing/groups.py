@@ -29,8 +29,9 @@ import clafusion.tracing.labels.rules  # noqa: F401  (registers the rules)
 from clafusion.errors import UnsupportedOpError
 from clafusion.execution.call import State
 from clafusion.tracing.labels.ids import collapse
-from clafusion.tracing.labels.interpreter import Label, LabelPropagation
-from clafusion.tracing.labels.positions import find_units_of_positions
+from clafusion.tracing.labels.interpreter import LabelPropagation
+from clafusion.tracing.labels.positions import find_token_hidden_units
+from clafusion.tracing.labels.rule import Label
 from clafusion.tracing.model import ChannelGroup, GroupAxis, ParameterUse
 
 __all__ = ["Channels", "NodeChannels", "find_channels"]
@@ -95,7 +96,7 @@ class Channels:
 
     def with_singles(self, singles: frozenset[int]) -> Channels:
         """Return the channels with those atoms of ``alone`` as groups of one channel."""
-        return _channels(self.labels, self.shapes, singles)
+        return replace(_channels(self.labels, self.shapes, singles), unreached=self.unreached)
 
 
 def find_channels(
@@ -133,7 +134,7 @@ def find_channels(
         # the atoms united from the start.
         labels = LabelPropagation(state, buffers, labels.parents)
         shapes = labels.run(module, placeholders, inputs)
-    find_units_of_positions(labels, module)
+    find_token_hidden_units(labels, module)
     unreached = labels.settle_unreached()
     return replace(_channels(labels, shapes, frozenset()), unreached=unreached)
 

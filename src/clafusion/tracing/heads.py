@@ -14,23 +14,29 @@ import torch
 from torch import Tensor
 
 from clafusion.execution.call import State
+from clafusion.tracing.layer import Layer
 from clafusion.tracing.model import (
     ChannelGroup,
     GroupAxis,
     HeadPartition,
-    Layer,
     ParameterUse,
     TracedModel,
 )
 
 __all__ = [
+    "HeadOrders",
     "base_repeats",
     "channels_of_heads",
     "exchange_heads",
     "group_sources",
+    "in_turn",
     "possible_heads",
     "possible_shared_heads",
+    "restored_heads",
 ]
+
+HeadOrders: TypeAlias = "Sequence[tuple[HeadPartition, Sequence[int]]]"
+"""Heads, and for every place which of them comes there."""
 
 _Family: TypeAlias = "list[ChannelGroup]"
 """Channel groups with the same axes of the same parameters, at other positions there."""
@@ -261,9 +267,18 @@ def group_sources(heads: HeadPartition, order: Sequence[int]) -> dict[int, int]:
     }
 
 
-def exchange_heads(
-    model: TracedModel, state: State, orders: Sequence[tuple[HeadPartition, Sequence[int]]]
-) -> dict[str, Tensor]:
+def in_turn(orders: HeadOrders) -> tuple[HeadOrders, HeadOrders]:
+    """Return the orders that are made first and those that are made last.
+
+    Heads that share channels move after all others, which may take these channels along.
+    """
+    return (
+        [one for one in orders if not one[0].is_shared],
+        [one for one in orders if one[0].is_shared],
+    )
+
+
+def exchange_heads(model: TracedModel, state: State, orders: HeadOrders) -> dict[str, Tensor]:
     """Return a copy of a state in which heads have changed places.
 
     Parameters
@@ -273,18 +288,31 @@ def exchange_heads(
     state
         Its parameters and buffers by name.
     orders
-        Heads, and for every place which of them comes there. Heads that share channels change
-        places after all others.
+        Heads and where they go, in any order: see :func:`in_turn`.
     """
+    first, last = in_turn(orders)
     sources: dict[int, int] = {}
-    for heads, order in orders:
-        if not heads.is_shared:
-            sources |= group_sources(heads, order)
+    for heads, order in first:
+        sources |= group_sources(heads, order)
     exchanged = _exchanged_groups(model, state, sources)
-    for heads, order in orders:
-        if heads.is_shared:
-            _exchange_shared(model, exchanged, heads, order)
+    for heads, order in last:
+        _exchange_shared(model, exchanged, heads, order)
     return exchanged
+
+
+def restored_heads(model: TracedModel, state: State, orders: HeadOrders) -> dict[str, Tensor]:
+    """Return a copy of a state with heads where they were before :func:`exchange_heads`.
+
+    Parameters
+    ----------
+    model, orders
+        As they were given there.
+    state
+        What that returned.
+    """
+    back = [(heads, torch.tensor(order).argsort().tolist()) for heads, order in orders]
+    first, last = in_turn(back)
+    return exchange_heads(model, exchange_heads(model, state, last), first)
 
 
 def _exchanged_groups(

@@ -22,7 +22,7 @@ _ZERO_AT_ZERO = frozenset("relu relu6 gelu silu tanh hardswish leaky_relu elu se
 def insertable(
     flow: Flow, draft: Draft
 ) -> tuple[Literal["identity", "zero"] | None, tuple[str, ...]]:
-    """Return :class:`~clafusion.tracing.model.Layer`'s ``insertable`` and ``last_write``."""
+    """Return :class:`~clafusion.tracing.layer.Layer`'s ``insertable`` and ``last_write``."""
     if draft.kind == "chain" and _can_be_identity(flow, draft):
         return "identity", ()
     if draft.kind == "residual_block":

@@ -13,7 +13,7 @@ from clafusion.tracing.fixed_values import Constant, FixedValues
 from clafusion.tracing.flow import Flow
 from clafusion.tracing.groups import Channels
 from clafusion.tracing.insertion import insertable
-from clafusion.tracing.model import Layer
+from clafusion.tracing.layer import Layer
 from clafusion.tracing.operations import RESHAPES, module_path, op_name
 from clafusion.tracing.points import calibration_points, hook_points
 

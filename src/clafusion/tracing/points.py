@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from clafusion.tracing.cuts import Draft
 from clafusion.tracing.flow import NORMS, Flow, is_matrix_product, is_pointwise
-from clafusion.tracing.model import CalibrationPoint, HookPoint
+from clafusion.tracing.layer import CalibrationPoint, HookPoint
 from clafusion.tracing.operations import (
     SAME_VALUES,
     affine_operands,
@@ -19,7 +19,7 @@ from clafusion.tracing.operations import (
     op_name,
 )
 
-__all__ = ["calibration_points", "hook_points"]
+__all__ = ["calibration_points", "hook_points", "places_of"]
 
 
 def hook_points(flow: Flow, draft: Draft) -> tuple[HookPoint, ...]:
@@ -169,3 +169,12 @@ def _join_of(flow: Flow, node: fx.Node, affine: fx.Node) -> tuple[str | None, st
     ):
         return None, None
     return join.name, others[0].name
+
+
+def places_of(point: HookPoint | CalibrationPoint, group: int) -> Tensor:
+    """Return where a group's channels lie on a point's channel axis, in the order of its members.
+
+    Of a channel that lies there several times the places come one after the other.
+    """
+    places = torch.nonzero(point.groups == group).squeeze(1)
+    return places[point.members[places].argsort(stable=True)]

@@ -14,7 +14,6 @@ from torch.nn.parameter import is_lazy
 
 from clafusion.errors import (
     FusionWarning,
-    GraphVerificationError,
     InputError,
     UnsupportedOpError,
     warn,
@@ -26,14 +25,14 @@ from clafusion.tracing.heads import channels_of_heads
 from clafusion.tracing.layers import find_layers
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.ties import aliases_of
-from clafusion.tracing.traces import KnownTraces
+from clafusion.tracing.trace_cache import TraceCache, trace_key
 from clafusion.tracing.verify import computes_the_same, verify_graph, with_proved_heads
 
 __all__ = ["copied", "trace", "trace_like"]
 
 _EXAMPLE_ROWS = 3  # few, for labels are as large as activations; but 1 is special to torch.export
 
-_known = KnownTraces()
+_cache = TraceCache()
 
 
 def trace(
@@ -48,6 +47,10 @@ def trace(
     ``torch.export`` exports a copy of the model in eval mode. Running the exported graph on labels
     finds the channels that must move together (see :mod:`clafusion.tracing.groups`). The model
     itself is not modified.
+
+    A process keeps the graphs of its last traces, without weights and inputs. One of a model of
+    equal architecture, on equal inputs, is taken only after a trial on this model: with ``verify``
+    the whole proof, else a comparison of outputs.
 
     Parameters
     ----------
@@ -78,10 +81,12 @@ def trace(
     if device is not None:
         arguments = tuple(value.to(device) for value in arguments)
         keywords = {name: value.to(device) for name, value in keywords.items()}
-    traced = _known.like(model, arguments, keywords)
+    inputs = (*arguments, *keywords.values())
+    key = trace_key(model, inputs, tuple(keywords))
+    traced = _cache.get(key, model, inputs)
     if traced is None or not _is_true_of(traced, verify=verify, seed=seed):
         traced = _traced(model, arguments, keywords, verify=verify, seed=seed)
-        _known.add(traced)
+        _cache.add(key, traced)
     for name, count in traced.unreached.items():
         warn(
             f"the example inputs reach all but {count} entries of {name!r}, which keep their "
@@ -93,11 +98,11 @@ def trace(
 
 def _is_true_of(traced: TracedModel, *, verify: bool, seed: int) -> bool:
     """Say whether a graph from elsewhere is this model's, too, whatever their code reads."""
-    if not verify:
-        return computes_the_same(traced, traced.example_inputs)
     try:
+        if not verify:
+            return computes_the_same(traced, traced.example_inputs)
         verify_graph(traced, traced.example_inputs, seed=seed)
-    except GraphVerificationError:  # raised again by a trace of its own, if it is the model's fault
+    except Exception:  # raised again by a trace of its own, if it is the model's fault
         return False
     return True
 
@@ -136,16 +141,16 @@ def _traced(
         buffers = frozenset(state) - trainable
         channels = find_channels(module, placeholders, state, buffers, inputs)
         layers = find_layers(module, placeholders, state, channels, buffers)
-        static_batch, has_rows = _rows_of(traced)
+        static_batch, keeps_rows = _batch_behaviour(traced)
         traced = replace(
-            traced, static_batch=static_batch, has_rows=has_rows, unreached=channels.unreached
+            traced, static_batch=static_batch, keeps_rows=keeps_rows, unreached=channels.unreached
         )
         singles = channels_of_heads(channels.groups, channels.alone, layers)
         if singles:
             whole = channels.with_singles(singles)
             of_whole = find_layers(module, placeholders, state, whole, buffers)
-            rotary = replace(traced, layers=of_whole, groups=whole.groups, uses=whole.uses)
-            proved = with_proved_heads(rotary, inputs, verify=verify, seed=seed)
+            with_singles = replace(traced, layers=of_whole, groups=whole.groups, uses=whole.uses)
+            proved = with_proved_heads(with_singles, inputs, verify=verify, seed=seed)
             if any(proved.groups[i].size == 1 for one in proved.heads for i in one.members[0]):
                 return proved
     traced = replace(traced, layers=layers, groups=channels.groups, uses=channels.uses)
@@ -210,7 +215,7 @@ def _sources(
                         f"the model uses the constant {target!r} of type {type(value).__name__}"
                     )
                 value = torch.empty(0)
-            constants[name] = value
+            constants[name] = value.detach().clone()  # it may be a global variable's
         placeholders.append(name)
     return tuple(placeholders), constants, frozenset(trainable)
 
@@ -296,7 +301,7 @@ def _example(
     return arguments, keywords
 
 
-def _rows_of(traced: TracedModel) -> tuple[int | None, bool]:
+def _batch_behaviour(traced: TracedModel) -> tuple[int | None, bool]:
     """Return the batch size, where the model's code fixes it, and whether outputs have its rows."""
     size = traced.example_inputs[0].size(0)
     fewer = tuple(value[: size - 1] for value in traced.example_inputs)

@@ -25,6 +25,9 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _ROUNDED_INSIDE = 1e-4  # float64 outside, but some values pass through float32
 _NOISE = 1e-12  # relative to each weight: thousands of roundings in float64
 _MOST = 1e-6  # the largest bound for float64, however much a network amplifies
+_AT_RANDOM = (
+    "the model may depend on state or randomness: make its forward deterministic in eval mode"
+)
 
 
 def permute_channels(
@@ -163,7 +166,7 @@ def _verify_groups(trial: _Trial) -> None:
     if not fidelity <= _TOLERANCE[torch.float32]:
         raise GraphVerificationError(
             f"the traced graph computes something else than the model (relative difference "
-            f"{fidelity:.1e}); {_changes(trial) or 'the model may depend on state or randomness'}"
+            f"{fidelity:.1e}); {_changes(trial) or _AT_RANDOM}"
         )
     for move in (_cycle, _swap):
         permutations = [move(group.size, trial.generator) for group in traced.groups]
@@ -173,14 +176,14 @@ def _verify_groups(trial: _Trial) -> None:
 
         if trial.leaves_outputs(permuted):
             continue
+        changes = _changes(trial)
+        if changes:
+            raise GraphVerificationError(f"the model puts out something else each time: {changes}")
         broken = [
             group
             for group in traced.groups
             if not trial.leaves_outputs(partial(permuted, chosen=[group]))
         ]
-        changes = _changes(trial)
-        if changes:
-            raise GraphVerificationError(f"the model puts out something else each time: {changes}")
         named = ", ".join(f"{group.name!r} ({group.size} channels)" for group in broken[:5])
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         raise GraphVerificationError(
@@ -264,7 +267,7 @@ class _Trial:
             }
         redrawn = _redrawn(self.model, own, self.generator)
         self.expected = [(own, outputs), (redrawn, self._outputs(redrawn))]
-        self._is_amplified = self.bound != _TOLERANCE[torch.float64]
+        self._bound_is_final = self.bound != _TOLERANCE[torch.float64]
         self._of_noise = torch.Generator().manual_seed(seed)
 
     def _amplified(self) -> float:
@@ -296,8 +299,8 @@ class _Trial:
     def leaves_outputs(self, change: Callable[[State], State]) -> bool:
         """Return whether a change of the weights moves the outputs by no more than rounding."""
         gap = self.gap(change)
-        if gap > self.bound and not self._is_amplified and gap <= _MOST:
-            self._is_amplified = True
+        if gap > self.bound and not self._bound_is_final and gap <= _MOST:
+            self._bound_is_final = True
             self.bound = min(max(self.bound, self._amplified()), _MOST)
         return gap <= self.bound
 
@@ -349,6 +352,8 @@ def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the largest difference, relative to the largest expected output."""
     worst = 0.0
     for output, reference in zip(outputs, expected, strict=True):
+        if output.shape != reference.shape:
+            return float("inf")
         if reference.numel() == 0:
             continue
         output, reference = output.double(), reference.double()

@@ -15,7 +15,7 @@ from clafusion.execution.call import State
 from clafusion.execution.walk import Walk
 from clafusion.profiling.profile import gram_matrix
 from clafusion.threads import one_thread
-from clafusion.tracing.model import CalibrationPoint
+from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.operations import affine_operands, convolution_geometry
 
 __all__ = [

@@ -10,7 +10,7 @@ from torch import fx
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.execution.call import State
 from clafusion.merging.problem import FusionProblem
-from clafusion.tracing.model import CalibrationPoint, Layer
+from clafusion.tracing.layer import CalibrationPoint, Layer
 from clafusion.tracing.operations import (
     affine_operands,
     bound_operands,

@@ -6,9 +6,9 @@ The package :mod:`clafusion.tracing.labels.rules` says what each operation does 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, TypeGuard
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 import torch
@@ -19,21 +19,10 @@ from torch.utils import _pytree as pytree
 from clafusion.errors import UnsupportedOpError
 from clafusion.execution.call import State
 from clafusion.tracing.labels.ids import collapse, fixed_ids, mix, salt, sequence_ids, value_ids
-from clafusion.tracing.operations import bound_operands, module_path, op_name
+from clafusion.tracing.labels.rule import POINTWISE, RULES, Call, Label, ParameterView
+from clafusion.tracing.operations import module_path, op_name
 
-__all__ = ["POINTWISE", "Call", "Label", "LabelPropagation", "ParameterView", "rule"]
-
-
-@dataclass(frozen=True)
-class ParameterView:
-    """A parameter, or a view of a parameter, that has not met an activation yet."""
-
-    name: str
-    tensor: Tensor
-
-
-Label: TypeAlias = "Tensor | ParameterView | tuple[Label, ...] | None"
-"""Label tensor, parameter view, None for a constant; a tuple where a node has several values."""
+__all__ = ["LabelPropagation"]
 
 
 @dataclass
@@ -47,87 +36,6 @@ class DraftUse:
     offset: int
     axes: dict[int, Tensor] = field(default_factory=dict)
     directions: dict[int, Literal["out", "in"]] = field(default_factory=dict)
-
-
-class Call:
-    """A node with its operands bound to the names of the operation's schema."""
-
-    def __init__(
-        self,
-        node: fx.Node,
-        labels: Mapping[fx.Node, Label],
-        values: Mapping[fx.Node, Any],
-    ) -> None:
-        self.node = node
-        self.name = op_name(node)
-        self._labels = labels
-        self._values = values
-        self.bound = bound_operands(node)
-
-    @property
-    def output(self) -> Any:
-        """The concrete value that the operation returned."""
-        return self._values[self.node]
-
-    def value(self, name: str) -> Any:
-        """Return the concrete value of an operand."""
-        return self.concrete(self.bound[name])
-
-    def concrete(self, argument: Any) -> Any:
-        """Return an operand with its nodes replaced by their concrete values."""
-        return fx.map_arg(argument, lambda node: self._values[node])
-
-    def label(self, name: str) -> Label:
-        """Return an operand's label; None where it is a constant or missing."""
-        argument = self.bound.get(name)
-        return self._labels[argument] if isinstance(argument, fx.Node) else None
-
-    def tensors(self) -> list[tuple[str, fx.Node]]:
-        """Return the operands that are tensors, with their names."""
-        operands: list[tuple[str, fx.Node]] = []
-        for name, argument in self.bound.items():
-            nodes = argument if isinstance(argument, (list, tuple)) else [argument]
-            operands += [
-                (name, node)
-                for node in nodes
-                if isinstance(node, fx.Node) and isinstance(self._values[node], Tensor)
-            ]
-        return operands
-
-    def label_of(self, node: fx.Node) -> Label:
-        """Return a node's label."""
-        return self._labels[node]
-
-    def value_of(self, node: fx.Node) -> Any:
-        """Return a node's concrete value."""
-        return self._values[node]
-
-
-Rule = Callable[["LabelPropagation", Call], Label]
-RULES: dict[str, Rule] = {}
-"""The rule of every operation, by the operation's base name (``relu`` for ``aten.relu_``)."""
-
-POINTWISE = "pointwise"
-"""The name of the rule for operations that PyTorch tags as pointwise and that have no other."""
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a function as the rule for the named operations.
-
-    Raises
-    ------
-    ValueError
-        An operation has a rule already.
-    """
-
-    def register(function: Rule) -> Rule:
-        for name in names:
-            if name in RULES:
-                raise ValueError(f"operation {name!r} has two rules")
-            RULES[name] = function
-        return function
-
-    return register
 
 
 class LabelPropagation:

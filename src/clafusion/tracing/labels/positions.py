@@ -7,18 +7,20 @@ layers alone, so they need no labels to be found.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, fx
 
-from clafusion.tracing.labels.interpreter import LabelPropagation, ParameterView
+from clafusion.tracing.labels.interpreter import LabelPropagation
+from clafusion.tracing.labels.rule import ParameterView
 from clafusion.tracing.operations import SAME_VALUES, bound_operands, op_name
 
-__all__ = ["find_units_of_positions"]
+__all__ = ["find_token_hidden_units"]
 
 
-def find_units_of_positions(propagation: LabelPropagation, module: fx.GraphModule) -> None:
+def find_token_hidden_units(propagation: LabelPropagation, module: fx.GraphModule) -> None:
     """Give atoms to the units that one layer over positions writes and such layers alone read.
 
     Parameters
@@ -34,6 +36,9 @@ def find_units_of_positions(propagation: LabelPropagation, module: fx.GraphModul
         if node.op == "placeholder" and isinstance(label, ParameterView)
     }
     weighed = {use.name for use in propagation.uses.values() if use.role != "element"}
+    users = Counter(name for one, name in entries.items() for _ in one.users)
+    # What else reads a bias would not move with the units.
+    biases = {one for one, count in users.items() if count == 1} - propagation.buffers
     for node in module.graph.nodes:
         weight = _weight_over_positions(propagation, node, entries, weighed)
         if weight is None:
@@ -42,14 +47,18 @@ def find_units_of_positions(propagation: LabelPropagation, module: fx.GraphModul
         readers = [user for one in between for user in one.users if user not in between]
         weights = [_weight_over_positions(propagation, one, entries, weighed) for one in readers]
         are_read = all(
-            other is not None and bound_operands(one)["input"] in between
+            other is not None
+            and bound_operands(one)["input"] in between
+            and _is_convolution(one) == _is_convolution(node)  # else it reads another axis
+            and other.tensor.size(1) == weight.tensor.size(0)
             for one, other in zip(readers, weights, strict=True)
         )
-        if not readers or not are_read:
+        given = bound_operands(node).get("bias")
+        bias = entries.get(given)
+        if not readers or not are_read or (given is not None and bias not in biases):
             continue
         atoms = propagation.fresh(weight.tensor.size(0))
         propagation.weigh(weight, "weight", {0: atoms})
-        bias = entries.get(bound_operands(node).get("bias"))
         if bias is not None:
             propagation.forget_elements(bias)
             propagation.scale(ParameterView(bias, propagation.state[bias]), atoms)
@@ -59,7 +68,7 @@ def find_units_of_positions(propagation: LabelPropagation, module: fx.GraphModul
         for one in between:
             label = propagation.labels[one]
             assert isinstance(label, Tensor)
-            axis = 1 if op_name(node).startswith("conv") else label.dim() - 1
+            axis = 1 if _is_convolution(node) else label.dim() - 1
             shape = [-1 if i == axis else 1 for i in range(label.dim())]
             propagation.labels[one] = atoms.view(shape).expand(label.shape)
             propagation.crossed.add(one)
@@ -84,6 +93,11 @@ def _weight_over_positions(
     if len([user for one, of in entries.items() if of == name for user in one.users]) > 1:
         return None
     return ParameterView(name, tensor)
+
+
+def _is_convolution(node: fx.Node) -> bool:
+    """Say whether a layer reads and writes axis 1, and not the last one."""
+    return op_name(node).startswith("conv")
 
 
 def _between(node: fx.Node) -> Iterator[fx.Node]:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, fx
 
 from clafusion.tracing.labels.ids import collapse, fixed_ids, sequence_ids
-from clafusion.tracing.labels.interpreter import Call, Label, LabelPropagation, rule
+from clafusion.tracing.labels.interpreter import LabelPropagation
+from clafusion.tracing.labels.rule import Call, Label, rule
 from clafusion.tracing.labels.rules.common import collapse_within, combined, joined, reduced
 from clafusion.tracing.labels.rules.weighted import linear_labels
 

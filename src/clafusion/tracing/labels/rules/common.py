@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from clafusion.tracing.labels.ids import collapse, combine, fixed_ids, value_ids, varies_along
-from clafusion.tracing.labels.interpreter import Call, Label, LabelPropagation, ParameterView
+from clafusion.tracing.labels.interpreter import LabelPropagation
+from clafusion.tracing.labels.rule import Call, Label, ParameterView
 
 __all__ = [
     "collapse_within",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from clafusion.tracing.labels.interpreter import POINTWISE, Call, Label, LabelPropagation, rule
+from clafusion.tracing.labels.interpreter import LabelPropagation
+from clafusion.tracing.labels.rule import POINTWISE, Call, Label, rule
 from clafusion.tracing.labels.rules.common import combined, joined, scale_channels
 
 __all__ = ["elementwise"]

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from clafusion.tracing.labels.interpreter import (
-    Call,
-    Label,
-    LabelPropagation,
-    ParameterView,
-    rule,
-)
+from clafusion.tracing.labels.interpreter import LabelPropagation
+from clafusion.tracing.labels.rule import Call, Label, ParameterView, rule
 from clafusion.tracing.labels.rules.common import reduced, scale_channels
 
 

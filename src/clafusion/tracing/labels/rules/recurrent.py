@@ -7,13 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from clafusion.tracing.labels.interpreter import (
-    Call,
-    Label,
-    LabelPropagation,
-    ParameterView,
-    rule,
-)
+from clafusion.tracing.labels.interpreter import LabelPropagation
+from clafusion.tracing.labels.rule import Call, Label, ParameterView, rule
 from clafusion.tracing.labels.rules.common import rows_along
 
 

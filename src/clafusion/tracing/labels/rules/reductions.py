@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from clafusion.tracing.labels.ids import combine, fixed_ids
-from clafusion.tracing.labels.interpreter import Call, Label, LabelPropagation, rule
+from clafusion.tracing.labels.interpreter import LabelPropagation
+from clafusion.tracing.labels.rule import Call, Label, rule
 from clafusion.tracing.labels.rules.common import collapse_within, joined, reduced
 from clafusion.tracing.labels.rules.elementwise import elementwise
 

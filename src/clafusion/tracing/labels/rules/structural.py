@@ -9,13 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from clafusion.tracing.labels.ids import value_ids
-from clafusion.tracing.labels.interpreter import (
-    Call,
-    Label,
-    LabelPropagation,
-    ParameterView,
-    rule,
-)
+from clafusion.tracing.labels.interpreter import LabelPropagation
+from clafusion.tracing.labels.rule import Call, Label, ParameterView, rule
 
 _FILLING = frozenset("constant_pad_nd pad tril triu".split())
 

@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 
 from clafusion.tracing.labels.ids import fixed_ids
-from clafusion.tracing.labels.interpreter import (
-    Call,
-    Label,
-    LabelPropagation,
-    ParameterView,
-    rule,
-)
+from clafusion.tracing.labels.interpreter import LabelPropagation
+from clafusion.tracing.labels.rule import Call, Label, ParameterView, rule
 from clafusion.tracing.labels.rules.common import rows_along, scale_channels, trained_weight
 
 __all__ = ["linear_labels"]

@@ -17,7 +17,10 @@ from clafusion import (
     fuse,
     fuse_pairs,
 )
-from clafusion.assessment import Nearness, _is_nearer, warn_of
+from clafusion.assessment.assess import warn_of
+from clafusion.assessment.comparison import is_nearer
+from clafusion.assessment.nearness import Nearness
+from clafusion.assessment.output_cache import OutputCache
 from clafusion.fusion import align, fuse_aligned
 from clafusion.profiling.batches import Part, has_rows, keeps_order
 from tests.support import networks
@@ -248,12 +251,12 @@ def test_a_difference_within_the_noise_is_no_reason_to_warn():
     noise = torch.randn(50, generator=torch.Generator().manual_seed(2)).double()
     noise = (noise - noise.mean()) / noise.std()
     error = 50**-0.5
-    assert not _is_nearer(parent, parent + 1.9 * error + noise)
-    assert _is_nearer(parent, parent + 2.1 * error + noise)
-    assert not _is_nearer(parent, parent + 0.9e-4)
-    assert _is_nearer(parent[:1], parent[:1] + 1.1e-4)
-    assert _is_nearer(parent, parent * math.inf)
-    assert not _is_nearer(parent * math.inf, parent * math.inf)
+    assert not is_nearer(parent, parent + 1.9 * error + noise)
+    assert is_nearer(parent, parent + 2.1 * error + noise)
+    assert not is_nearer(parent, parent + 0.9e-4)
+    assert is_nearer(parent[:1], parent[:1] + 1.1e-4)
+    assert is_nearer(parent, parent * math.inf)
+    assert not is_nearer(parent * math.inf, parent * math.inf)
 
 
 # --- what is held out ---------------------------------------------------------------------------
@@ -490,3 +493,38 @@ def test_classes_need_a_floating_output():
     models = [Ids(6, 9, 8, 4, seed=1), Ids(6, 7, 4, seed=2)]
     with pytest.raises(InputError, match=r"assessment.outputs='classes' needs a floating output"):
         fuse(models, VECTORS, assessment="classes", verify=False, calibration="none")
+
+
+# --- outputs that are kept ----------------------------------------------------------------------
+
+
+def test_known_outputs_are_those_of_the_same_inputs():
+    aligned = align(pair(), VECTORS)
+    other_data = VECTORS.flip(0).clone()
+    known = OutputCache()
+    for data, share in ((VECTORS, 0.1), (VECTORS, 0.2), (other_data, 0.1), (VECTORS, 0.1)):
+        config = FusionConfig(assessment=Assessment(held_out=share), calibration="none")
+        wanted = fuse_aligned(aligned, data, config=config).assessment
+        found = fuse_aligned(aligned, data, config=config, known_outputs=known).assessment
+        assert found == wanted
+
+
+def test_known_outputs_hold_nothing_else():
+    class View(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model(x)[:, :2]
+
+    traced = clafusion.trace(View(networks.mlp(6, 9, 4)), VECTORS)
+    known = OutputCache()
+    inputs = (VECTORS[:10],)
+    (found,) = known.get([traced], inputs, 0)
+    assert known.num_bytes == 10 * 2 * 4
+    (again,) = known.get([traced], inputs, 0)
+    assert torch.equal(again, found)
+    assert again.untyped_storage().nbytes() == known.num_bytes
+    known.forget()
+    assert known.num_bytes == 0

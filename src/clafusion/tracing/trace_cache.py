@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from clafusion.tracing.architecture import architecture, digest_of_values
 from clafusion.tracing.model import TracedModel
 
-__all__ = ["KnownTraces"]
+__all__ = ["TraceCache", "trace_key"]
 
 _MOST = 64  # traces; a graph without weights takes little memory
 
 
-class KnownTraces:
-    """Traced models without their weights, by architecture and example inputs.
+class TraceCache:
+    """Traced models without their weights and inputs, by architecture and example inputs.
 
     The graph of a model depends on its code as well, of which only the classes are compared. So
     whoever takes a trace from here has to check that it computes what the model computes.
@@ -29,37 +29,45 @@ class KnownTraces:
         self._traces: OrderedDict[Hashable, TracedModel] = OrderedDict()
         self._lock = threading.Lock()
 
-    def like(
-        self, model: nn.Module, arguments: tuple[Tensor, ...], keywords: Mapping[str, Tensor]
+    def get(
+        self, key: Hashable | None, model: nn.Module, inputs: tuple[Tensor, ...]
     ) -> TracedModel | None:
-        """Return the trace of a model's architecture on these inputs, with the model's weights."""
-        key = _key(model, (*arguments, *keywords.values()), tuple(keywords))
+        """Return the trace of a :func:`trace_key`, with the model's weights and these inputs."""
         with self._lock:
             known = None if key is None else self._traces.get(key)
             if known is None:
                 return None
             self._traces.move_to_end(key)
-        return replace(known, model=model)
+        return replace(known, model=model, example_inputs=inputs)
 
-    def add(self, traced: TracedModel) -> None:
-        """Keep a trace; forget the one that was not needed for the longest time."""
-        key = _key(traced.model, traced.example_inputs, traced.keywords)
+    def add(self, key: Hashable | None, traced: TracedModel) -> None:
+        """Keep a trace, if it has a key; forget the one not needed for the longest time."""
         if key is None:
             return
         with self._lock:
-            self._traces[key] = replace(traced, model=nn.Module())
+            # Neither is kept: they are the caller's, who may change them, and may be large.
+            self._traces[key] = replace(traced, model=nn.Module(), example_inputs=())
             self._traces.move_to_end(key)
             while len(self._traces) > _MOST:
                 self._traces.popitem(last=False)
 
 
-def _key(
-    model: nn.Module, inputs: tuple[Tensor, ...], keywords: tuple[str, ...]
+def trace_key(
+    model: nn.Module, inputs: Sequence[Tensor], keywords: Sequence[str]
 ) -> Hashable | None:
+    """Return what a trace is kept by; None for a model of which no trace can be kept.
+
+    Parameters
+    ----------
+    model
+        The module.
+    inputs, keywords
+        Its example inputs, and their names where it takes them by keyword.
+    """
     kind = architecture(model)
     if kind is None:
         return None
     values = tuple(
         (value.shape, value.dtype, value.device, digest_of_values(value)) for value in inputs
     )
-    return kind, keywords, values, torch.get_default_dtype()
+    return kind, tuple(keywords), values, torch.get_default_dtype()

@@ -1,0 +1,151 @@
+"""Run the networks on what was held out, compare them, and warn where a parent does better."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from clafusion.assessment.comparison import Comparison
+from clafusion.assessment.nearness import FusionAssessment
+from clafusion.assessment.output_cache import OutputCache
+from clafusion.assessment.parts import Parts, compared_output
+from clafusion.config import Assessment, FusionConfig, LeastSquares
+from clafusion.correspondence.moving import outgoing_map
+from clafusion.errors import AssessmentWarning, warn
+from clafusion.execution.call import call_model
+from clafusion.merging.problem import FusionProblem
+from clafusion.profiling.batches import Progress, batches
+from clafusion.tracing.model import TracedModel
+
+__all__ = ["assess", "warn_of"]
+
+_MOST = 500  # held out inputs on which the networks are compared
+_MOST_SEEN = 100  # the same where none is held out: more would only cost forward passes
+_CHUNK, _CHUNK_NUMBERS = 256, 1 << 22  # rows, and numbers in an output, at a time
+
+
+@torch.no_grad()
+def assess(
+    model: nn.Module,
+    problem: FusionProblem,
+    parents: Mapping[str, TracedModel],
+    weights: Sequence[float],
+    parts: Parts,
+    settings: Assessment,
+    progress: Progress | None = None,
+    known: OutputCache | None = None,
+) -> FusionAssessment | None:
+    """Compare the result and each parent with the parents together, in one pass of each.
+
+    Parameters
+    ----------
+    model
+        The fused network. Its mode stays as it is.
+    problem
+        What it was made from. Where outputs were matched the parents' move by its plans.
+    parents
+        All parents by name.
+    weights
+        Their weights, in order; they add up to 1.
+    parts
+        See :func:`clafusion.assessment.parts.parts_of`. At most 500 inputs are looked at, and 100
+        where none is held out.
+    settings
+        The options.
+    known
+        What the parents put out in earlier assessments.
+
+    Returns
+    -------
+    FusionAssessment
+        None where nothing is to be compared, or outputs were matched one model after another.
+    """
+    traced = tuple(parents.values())
+    compared = compared_output(traced[0], settings)
+    if compared is None:
+        return None
+    output, kind = compared
+    axis = settings.axis if kind == "classes" else -1
+    plans = [one.output_plan for one in problem.parents]
+    if len(plans) != len(traced):  # one after another: those of the last step
+        if any(one is not None for one in plans):
+            return None  # earlier steps have moved outputs, too
+        plans = [None] * len(traced)
+    sums = Comparison(kind, axis, tuple(weights))
+    modes = {one: one.training for one in model.modules()}
+    model.eval()
+    try:
+        for inputs in _chunks(parts, traced, output):
+            if known is None:
+                found = [one.run(inputs)[output] for one in traced]
+            else:
+                found = known.get(traced, inputs, output)
+            outputs = [_moved(one, plan, axis) for one, plan in zip(found, plans, strict=True)]
+            sums.add(outputs, call_model(model, inputs, traced[0].keywords)[output])
+            if progress is not None:
+                progress("assess", sums.num_inputs)
+    finally:
+        for one, mode in modes.items():
+            one.training = mode
+    return sums.assessment(tuple(parents), parts.held_out)
+
+
+def _chunks(
+    parts: Parts, models: Sequence[TracedModel], output: int
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield inputs in chunks that are as large as memory allows, whatever the batches' sizes."""
+    first, data = models[0], parts.assessed
+    most = _MOST if parts.held_out else _MOST_SEEN
+    rows = max(1, min(_CHUNK, _CHUNK_NUMBERS // max(1, math.prod(first.outputs[output][0]))))
+    is_whole = any(one.static_batch is not None for one in models)
+    held: list[tuple[Tensor, ...]] = []
+    waiting = seen = 0
+    for inputs in batches(data, first.example_inputs, first.keywords, device=first.device):
+        if is_whole:
+            yield inputs
+        else:
+            inputs = tuple(one[: most - seen] for one in inputs)
+            held.append(inputs)
+            waiting += inputs[0].size(0)
+        seen += inputs[0].size(0)
+        if waiting >= rows:
+            yield from _joined(held, rows)
+            held, waiting = [], 0
+        if seen >= most:
+            break
+    if held:
+        yield from _joined(held, rows)
+
+
+def _joined(held: Sequence[tuple[Tensor, ...]], rows: int) -> Iterator[tuple[Tensor, ...]]:
+    joined = [torch.cat(one).split(rows) for one in zip(*held, strict=True)]
+    yield from zip(*joined, strict=True)
+
+
+def _moved(outputs: Tensor, plan: Tensor | None, axis: int) -> Tensor:
+    """Bring outputs that were matched into the result's order."""
+    if plan is None or outputs.size(axis) != plan.size(0):
+        return outputs
+    channels = outputs.movedim(axis, -1)
+    return (channels @ outgoing_map(plan).to(channels)).movedim(-1, axis)
+
+
+def warn_of(assessment: FusionAssessment | None, config: FusionConfig) -> None:
+    """Warn where a parent alone is clearly nearer than the result; say what to try.
+
+    Warns
+    -----
+    AssessmentWarning
+        See above.
+    """
+    if assessment is None or not assessment.nearer:
+        return
+    remedies = ["more data", "a wider target (width='wide')", "training (clafusion.distill)"]
+    if not isinstance(config.used_calibration, LeastSquares):
+        remedies.insert(0, "calibration='least_squares'")
+    warn(
+        f"{assessment.verdict}. Try {', '.join(remedies[:-1])} or {remedies[-1]}", AssessmentWarning
+    )

@@ -1,0 +1,130 @@
+"""What an assessment says: how near networks are to what the parents put out together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+__all__ = ["FusionAssessment", "Kind", "Nearness"]
+
+Kind: TypeAlias = Literal["classes", "values"]
+"""As what outputs are compared."""
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """How near a network's outputs are to the parents' together.
+
+    Attributes
+    ----------
+    distance
+        The mean Kullback-Leibler divergence in nats, or the relative squared error: 0 where the
+        outputs are the same, inf where they are not finite.
+    agreement
+        Of classes: the share of rows, from 0 to 1, for which both choose the same. Else None.
+    """
+
+    distance: float
+    agreement: float | None = None
+
+    def __str__(self) -> str:
+        """Return both in words."""
+        if self.agreement is None:
+            return f"relative squared error {self.distance:.3g}"
+        return f"agreement {100 * self.agreement:.1f} %, divergence {self.distance:.3g}"
+
+
+@dataclass(frozen=True)
+class FusionAssessment:
+    """How near the result comes to the parents together, and how near each parent alone.
+
+    See :mod:`clafusion.assessment` for the equations.
+
+    Attributes
+    ----------
+    kind
+        ``"classes"`` or ``"values"``: as what the outputs are compared.
+    result
+        How near the result is to the parents together.
+    parents
+        The same of each parent alone, by name.
+    between_parents
+        How near the parents are to each other: for how many rows all of them choose the same class,
+        and the mean distance of every two.
+    num_inputs
+        How many inputs were looked at.
+    held_out
+        Whether these inputs were kept out of the fusion. If not, the result has seen them, and on
+        others it may be further away.
+    nearer
+        The names of the parents that alone are nearer than the result. A difference counts that is
+        above two standard errors of the mean over the inputs, and above 0.0001.
+    """
+
+    kind: Kind
+    result: Nearness
+    parents: Mapping[str, Nearness]
+    between_parents: Nearness
+    num_inputs: int
+    held_out: bool
+    nearer: tuple[str, ...] = ()
+
+    @property
+    def nearest_parent(self) -> str:
+        """The name of the parent that alone is the nearest to all together."""
+        return min(self.parents, key=lambda name: self.parents[name].distance)
+
+    @property
+    def verdict(self) -> str:
+        """What the figures say, in one sentence."""
+        name = self.nearest_parent
+        on = f"{self.num_inputs} inputs" + (" kept out of the fusion" if self.held_out else "")
+        if self.nearer:
+            return (
+                f"{name} alone comes nearer to the parents together than the result, on {on}: "
+                f"{self.parents[name]}; the result {self.result}"
+            )
+        return (
+            f"No parent alone comes clearly nearer to the parents together than the result, on "
+            f"{on}: {self.result}; {name} alone {self.parents[name]}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures and the verdict as plain data for JSON; None for infinity."""
+        return {
+            "kind": self.kind,
+            "result": _plain(self.result),
+            "parents": {name: _plain(one) for name, one in self.parents.items()},
+            "between_parents": _plain(self.between_parents),
+            "num_inputs": self.num_inputs,
+            "held_out": self.held_out,
+            "nearer": list(self.nearer),
+            "verdict": self.verdict,
+        }
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> FusionAssessment:
+        """Return the assessment of which :meth:`to_dict` gave the facts."""
+        return cls(
+            facts["kind"],
+            _read(facts["result"]),
+            {name: _read(one) for name, one in facts["parents"].items()},
+            _read(facts["between_parents"]),
+            facts["num_inputs"],
+            facts["held_out"],
+            tuple(facts["nearer"]),
+        )
+
+
+def _plain(one: Nearness) -> dict[str, Any]:
+    return {
+        "distance": one.distance if math.isfinite(one.distance) else None,
+        "agreement": one.agreement,
+    }
+
+
+def _read(facts: Mapping[str, Any]) -> Nearness:
+    distance = facts["distance"]
+    return Nearness(math.inf if distance is None else distance, facts["agreement"])

@@ -1,0 +1,171 @@
+"""The values that describe a layer: its nodes and structure, and the points where channels show.
+
+Everything here is frozen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+__all__ = ["CalibrationPoint", "HookPoint", "Layer", "Stream"]
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """A value inside a layer that shows the activations of channel groups.
+
+    Attributes
+    ----------
+    post, pre
+        Names of the nodes that hold the value as the next layer reads it, and the value before
+        its nonlinearity. They are equal where there is no nonlinearity.
+    axis
+        The channel axis.
+    positions
+        Shape of the value without the batch and channel axes.
+    groups
+        ``(num_channels,)``: the group of each channel, -1 for a fixed channel.
+    members
+        ``(num_channels,)``: the position of each channel within its group.
+    batch
+        The axis of the inputs; None where positions are folded into the first axis.
+    readers
+        Which of the layer's nodes read it, as which operand: ``(node, operand)``. The reader of
+        the layer's own output is the node after the last, and that of the parts which this output
+        joins, as further operands. Layers of equal structure have hook points with equal readers.
+    """
+
+    post: str
+    pre: str
+    axis: int
+    positions: tuple[int, ...]
+    groups: Tensor
+    members: Tensor
+    batch: int | None = 0
+    readers: frozenset[tuple[int, int]] = frozenset()
+
+
+@dataclass(frozen=True)
+class CalibrationPoint:
+    """An output inside a layer whose channels the layer's own parameters can rescale and shift.
+
+    Attributes
+    ----------
+    node
+        Name of the node that holds the output: of a BatchNorm, or of a linear or convolution
+        layer that no norm follows.
+    affine
+        Name of the linear or convolution node, which is ``node`` itself or feeds the BatchNorm;
+        None where the BatchNorm follows something else.
+    join, shortcut
+        The residual addition that takes the output next, and its other operand; None where there
+        is no such addition, or the other operand is computed later.
+    axis
+        The channel axis, -1 where it is the last of any value of the layer.
+    weight, bias
+        The parameters to scale. ``bias`` is None where the layer has none; then nothing can shift
+        the channels.
+    groups, members
+        As for :class:`HookPoint`.
+    is_crossed
+        Whether the positions belong to channels of another group, as in layers over the positions.
+        Then two networks' values cannot be compared position by position.
+    weight_axis
+        The axis of ``weight`` that the channels lie along.
+    """
+
+    node: str
+    affine: str | None
+    join: str | None
+    shortcut: str | None
+    axis: int
+    weight: str
+    bias: str | None
+    groups: Tensor
+    members: Tensor
+    is_crossed: bool = False
+    weight_axis: int = 0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The smallest part of a network that can be matched, inserted or removed.
+
+    In a chain, a weighted operation with its norm and activation. Where paths part and join again,
+    all that lies between (a residual block, an inception module).
+
+    Attributes
+    ----------
+    index
+        Position in ``TracedModel.layers``, in topological order.
+    name
+        Module path; the second layer of a path gets ``#2``, and so on.
+    kind
+        ``"chain"``, ``"residual_block"`` (paths part and join) or ``"norm"`` (a norm on its own).
+    nodes
+        Names of its graph nodes, in order.
+    output
+        Name of the node that holds its output, after the residual addition and activation.
+    structure
+        Operations, settings and wiring. Only layers of equal structure match; widths are left out.
+    beside
+        The same of the operations that compute what the layer reads beside its input and weights,
+        as masks and tables of positions. They, too, must be equal in layers that match.
+    leading
+        Names of the nodes that lie between the layer before and this one.
+    between
+        Operations and settings of what lies between the layer before and this one (of the last
+        layer also of what follows it): poolings and the like, which belong to no layer.
+    parameters
+        Every parameter and buffer that it uses, in the order of its nodes and their operands.
+    hook_points
+        The values inside the layer whose channels one of its own products reads, and last its own
+        output, where that has channels to be matched.
+    calibration_points
+        The outputs inside the layer that can be rescaled, in order.
+    insertable
+        ``"identity"`` (some weights make the layer the identity), ``"zero"`` (some weights make
+        its residual branch write zero) or None (the layer cannot be inserted).
+    last_write
+        For ``"zero"``: the parameters that, set to zero, make the branch write zero.
+    output_shape
+        Shape of the output without the batch and channel axes. Layers of one stage share it.
+    """
+
+    index: int
+    name: str
+    kind: Literal["chain", "residual_block", "norm"]
+    nodes: tuple[str, ...]
+    output: str
+    structure: tuple[Any, ...]
+    beside: tuple[Any, ...]
+    leading: tuple[str, ...]
+    between: tuple[Any, ...]
+    parameters: tuple[str, ...]
+    hook_points: tuple[HookPoint, ...]
+    calibration_points: tuple[CalibrationPoint, ...]
+    insertable: Literal["identity", "zero"] | None
+    last_write: tuple[str, ...]
+    output_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A run of values along which layers sit: a chain, a residual stage, a branch, an encoder.
+
+    Layers are ordered, inserted and aligned within a stream; other streams reach it as side
+    inputs. Every layer belongs to exactly one stream.
+
+    Attributes
+    ----------
+    name
+        A readable name.
+    layers
+        Positions in ``TracedModel.layers`` of its layers, in topological order.
+    """
+
+    name: str
+    layers: tuple[int, ...]
