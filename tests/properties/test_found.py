@@ -32,29 +32,41 @@ def test_a_reloaded_network_computes_the_same_to_the_bit(calibration):
 
 
 class Joined(nn.Module):
-    """Branches that are concatenated behind a norm over channels and a ReLU, as in Inception."""
+    """Branches that are joined behind a norm over channels and a ReLU, as in Inception.
 
-    def __init__(self):
+    What a block reads "inside" is no output of a layer of its own.
+    """
+
+    def __init__(self, how):
         super().__init__()
+        self.how = how
+        widths = (8, 8, 8) if how == "sums" else (8, 9, 7)
         self.stem = nn.Linear(12, 8)
-        self.branches = nn.ModuleList(nn.Linear(8, width) for width in (8, 9))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in (8, 9))
-        self.head = nn.Linear(17, 5)
+        self.branches = nn.ModuleList(nn.Linear(8, width) for width in widths)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
+        self.head = nn.Linear(8 if how == "sums" else sum(widths), 5)
+        self.back = nn.Linear(sum(widths), 8)
+        self.last = nn.Linear(8, 5)
 
     def forward(self, x):
         x = F.relu(self.stem(x))
         parts = [
             F.relu(norm(branch(x))) for branch, norm in zip(self.branches, self.norms, strict=True)
         ]
-        return self.head(torch.cat(parts, -1))
+        if self.how == "sums":
+            return self.head(parts[0] + parts[1] + parts[2])
+        joined = torch.cat(parts, -1)
+        return self.last(x + self.back(joined)) if self.how == "inside" else self.head(joined)
 
 
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
-def test_channels_that_are_dead_behind_a_norm_find_each_other(calibration):
-    """Dead ones were all alike where the concatenation is read, but the norm reads them."""
-    model = networks.randomise(Joined())
+@pytest.mark.parametrize("how", ["concatenated", "sums", "inside"])
+def test_channels_that_are_dead_behind_a_norm_find_each_other(how, calibration):
+    """Dead ones were all alike where what joins them is read, but the norm reads them."""
+    model = networks.randomise(Joined(how))
     with torch.no_grad():
-        model.norms[0].bias[:4] = -3.0
+        for norm in model.norms:
+            norm.bias[:4] = -3.0
     data = VECTORS[:120]
     copied = networks.permuted_copy(model, data)
     found = fuse([model, copied], data, calibration=calibration).model

@@ -34,8 +34,8 @@ class HookPoint:
         The axis of the inputs; None where positions are folded into the first axis.
     readers
         Which of the layer's nodes read it, as which operand: ``(node, operand)``. The reader of
-        the layer's own output is the node after the last, and that of the parts which this output
-        joins, as further operands. Layers of equal structure have hook points with equal readers.
+        the layer's own output is the node after the last, that of what a value joins is the node
+        that joins it. Layers of equal structure have hook points with equal readers.
     """
 
     post: str

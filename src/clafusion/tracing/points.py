@@ -25,8 +25,8 @@ __all__ = ["calibration_points", "hook_points", "places_of"]
 def hook_points(flow: Flow, draft: Draft) -> tuple[HookPoint, ...]:
     """Return the values that a layer's products read, and last the layer's own output.
 
-    Before that, where the output is a concatenation of activations, these: behind a nonlinearity a
-    channel may be dead, though a norm has read it.
+    Where one of them joins activations, these as well: behind a nonlinearity a channel may be dead,
+    though a norm has read it.
     """
     points: dict[str, HookPoint] = {}
     readers: dict[str, set[tuple[int, int]]] = {}
@@ -39,17 +39,30 @@ def hook_points(flow: Flow, draft: Draft) -> tuple[HookPoint, ...]:
                     points.setdefault(point.post, point)
                     readers.setdefault(point.post, set()).add((place, i))
     joined = draft.nodes[-1]
-    for i, operand in enumerate(flow.operands(joined) if op_name(joined) == "cat" else ()):
-        point = _hook_point(flow, operand)
-        if point is not None and point.pre != point.post and operand in draft.nodes:
-            points.setdefault(point.post, point)
-            readers.setdefault(point.post, set()).add((len(draft.nodes), 1 + i))
+    for place, node in enumerate(draft.nodes):
+        if node.name not in points and node is not joined:
+            continue
+        for i, part in enumerate(_parts(flow, draft, node)):
+            point = _hook_point(flow, part)
+            if point is not None and point.pre != point.post and part in draft.nodes:
+                points.setdefault(point.post, point)
+                readers.setdefault(point.post, set()).add((place, i))
     output = _hook_point(flow, joined)
     if output is not None:
         points.pop(output.post, None)
         points[output.post] = output
         readers.setdefault(output.post, set()).add((len(draft.nodes), 0))
     return tuple(replace(point, readers=frozenset(readers[post])) for post, point in points.items())
+
+
+def _parts(flow: Flow, draft: Draft, node: fx.Node) -> list[fx.Node]:
+    """Return what a node of a layer concatenates or adds up, by however many operations."""
+    if op_name(node) not in ("cat", "add") or node not in draft.nodes:
+        return []
+    parts: list[fx.Node] = []
+    for operand in flow.operands(node):
+        parts += _parts(flow, draft, operand) or [operand]
+    return parts
 
 
 def _hook_point(flow: Flow, node: fx.Node) -> HookPoint | None:
