@@ -20,7 +20,7 @@ from clafusion import (
 from clafusion.calibration.least_squares import anchored_weights
 from clafusion.merging.mean import weighted_mean
 from tests.support.assertions import assert_same_function
-from tests.support.networks import Block, mlp, output, resnet
+from tests.support.networks import Block, Matrices, mlp, output, resnet
 
 VECTORS = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -306,3 +306,66 @@ def test_channels_are_chosen_across_a_norm_behind_the_activation(depthwise):
     with torch.no_grad():
         wanted, fused = wide(data), found(data)
     assert (fused - wanted).square().sum() < 1e-4 * (wanted - wanted.mean(0)).square().sum()
+
+
+# --- products with a matrix ---------------------------------------------------------------------
+
+
+def test_products_with_a_matrix_are_regressed_as_linear_layers_are():
+    """A network of ``addmm`` and ``matmul`` beside the same one of linear layers."""
+    sequences = torch.randn(150, 5, 12, generator=torch.Generator().manual_seed(3))
+    found = []
+    for convert in (lambda one: one, as_linear):
+        models = [convert(Matrices(2, 9)), convert(Matrices(1, 11, seed=1))]
+        fused = fuse(models, sequences, calibration="least_squares").model
+        found.append(output(fused, sequences))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-4 * float(found[0].abs().max()))
+
+
+def as_linear(model):
+    """The same function, with linear layers."""
+
+    class Linears(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = linear(model.stem), copy.deepcopy(model.head)
+            self.up = nn.ModuleList(map(linear, model.up, model.up_bias))
+            self.down = nn.ModuleList(map(linear, model.down))
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            for up, down in zip(self.up, self.down, strict=True):
+                x = x + down(torch.relu(up(x)))
+            return self.head(x)
+
+    return Linears().eval()
+
+
+def linear(weight, bias=None):
+    made = nn.Linear(*weight.shape, bias=bias is not None)
+    made.weight = nn.Parameter(weight.detach().T.contiguous())
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().clone())
+    return made
+
+
+def test_a_weight_that_two_layers_share_is_solved_for_neither():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.inner = nn.Embedding(20, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = torch.relu(self.inner(self.embedding(x)))
+            return x @ self.embedding.weight.T
+
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(Tied().eval())
+    words = torch.randint(0, 20, (200, 6), generator=torch.Generator().manual_seed(0))
+    plain, solved = (
+        fuse(models, words, calibration=how).model for how in ("none", LeastSquares(anchor=0.0))
+    )
+    assert torch.equal(plain.embedding.weight, solved.embedding.weight)
+    assert not torch.equal(plain.inner.weight, solved.inner.weight)

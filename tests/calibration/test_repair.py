@@ -9,9 +9,10 @@ from clafusion.calibration.repair import MomentGoals, moment_goals, repair
 from clafusion.merging.mean import average
 from clafusion.profiling.moments import Moments, channel_moments
 from clafusion.weights.build import with_state
-from tests.support.networks import mlp, output, randomise, resnet, vgg
+from tests.support.networks import Matrices, mlp, output, randomise, resnet, vgg
 
 VECTORS = torch.randn(250, 12, generator=torch.Generator().manual_seed(0))
+SEQUENCES = torch.randn(80, 5, 12, generator=torch.Generator().manual_seed(2))
 IMAGES = torch.randn(120, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 NETWORKS = {
@@ -19,6 +20,7 @@ NETWORKS = {
     "vgg": (lambda seed=0: vgg(2, 2, norm=False, seed=seed), IMAGES),
     "vgg, BatchNorm": (lambda seed=0: vgg(2, 1, seed=seed), IMAGES),
     "resnet": (lambda seed=0: resnet(2, 2, shortcut="conv", seed=seed), IMAGES),
+    "matrices": (lambda seed=0: Matrices(2, 9, seed=seed, biased=True), SEQUENCES),
 }
 
 
@@ -197,7 +199,7 @@ def test_a_parent_writes_nothing_in_a_block_that_it_lacks():
         resnet(1, 1, shortcut="conv", seed=1),
         resnet(2, 1, shortcut="conv", seed=2),
     ]
-    result = fuse(models, IMAGES, [0.5, 0.2, 0.3], assessment="none")
+    result = fuse(models, IMAGES, [0.5, 0.2, 0.3], calibration="repair", assessment="none")
     goals = moment_goals(result.problem).overall
     lacking = result.parents[1].correspondence
     (layer,) = (one for one in lacking.target.layers if lacking.layer_map[one.index] < 0)
@@ -218,11 +220,11 @@ def test_a_parent_writes_nothing_in_a_block_that_it_lacks():
     torch.testing.assert_close(torch.stack(goals[last]), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["mlp", "vgg", "vgg, BatchNorm", "resnet"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_fused_network_has_its_parents_mean_statistics(name):
     build, inputs = NETWORKS[name]
     models = [build(seed) for seed in (0, 1, 2)]
-    result = fuse(models, inputs, [0.5, 0.3, 0.2], assessment="none")
+    result = fuse(models, inputs, [0.5, 0.3, 0.2], calibration="repair", assessment="none")
     problem = result.problem
     goals = moment_goals(problem)
     state = trace(result.model, inputs).state()

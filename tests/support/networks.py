@@ -53,6 +53,47 @@ def vgg(*stages: int, widths=(8, 12), norm: bool = True, seed: int = 0) -> nn.Se
     return randomise(nn.Sequential(*layers, *head), seed)
 
 
+class Matrices(nn.Module):
+    """Residual blocks of products with ``(inputs, outputs)`` matrices, as in Hugging Face's GPT-2.
+
+    The first product of a block folds its rows and adds a bias (``addmm``); the others do if they
+    are to be ``biased``.
+    """
+
+    def __init__(
+        self, blocks: int, hidden: int, width: int = 8, seed: int = 0, biased: bool = False
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+
+        def drawn(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(size, generator=generator) / size[0] ** 0.5)
+
+        self.stem = drawn(12, width)
+        self.stem_bias = drawn(width) if biased else None
+        self.up = nn.ParameterList(drawn(width, hidden) for _ in range(blocks))
+        self.up_bias = nn.ParameterList(drawn(hidden) for _ in range(blocks))
+        self.down = nn.ParameterList(drawn(hidden, width) for _ in range(blocks))
+        self.down_bias = nn.ParameterList(drawn(width) for _ in range(blocks if biased else 0))
+        self.head = nn.Linear(width, 5)
+        self.eval()
+
+    @staticmethod
+    def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None:
+            return x @ weight
+        folded = torch.addmm(bias, x.reshape(-1, x.size(-1)), weight)
+        return folded.view(*x.shape[:-1], weight.size(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self._product(x, self.stem, self.stem_bias))
+        for i, (up, bias) in enumerate(zip(self.up, self.up_bias, strict=True)):
+            inner = torch.relu(self._product(x, up, bias))
+            down_bias = self.down_bias[i] if len(self.down_bias) else None
+            x = x + self._product(inner, self.down[i], down_bias)
+        return self.head(x)
+
+
 class Block(nn.Module):
     def __init__(self, into: int, out: int, stride: int, shortcut: str) -> None:
         super().__init__()
