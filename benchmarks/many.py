@@ -34,6 +34,7 @@ from clafusion.weights.state_files import save_model
 
 FACTORY = "benchmarks.cifar_resnet:CifarResNet"
 DEPTHS = (8, 14, 20, 26, 32)  # 6 blocks + 2
+CONFIG = clafusion.FusionConfig(calibration="repair")  # beside steps that calibrate nothing at all
 
 
 def resnets(count: int) -> dict[str, nn.Module]:
@@ -80,19 +81,19 @@ def throughput(count: int, inputs: int, fused: int, peers: int) -> dict[str, Any
     models, data = resnets(count), images(inputs)
     pairs = list(combinations(models, 2))
     chosen = random.Random(0).sample(pairs, min(fused, len(pairs)))
-    clafusion.fuse(list(models.values())[:2], data)  # the first trace takes long
+    clafusion.fuse(list(models.values())[:2], data, config=CONFIG)  # the first trace takes long
     together, alone, paper, bare = [], [], [], []
     results: dict[tuple[str, str], Any] = {}
 
     def at_once() -> None:
-        spent, found = both_seconds(lambda: list(fuse_pairs(models, data)))
+        spent, found = both_seconds(lambda: list(fuse_pairs(models, data, config=CONFIG)))
         together.append(spent)
         results.update({(one.first, one.second): one for one in found})
 
     at_once()
     for i, pair in enumerate(chosen):
         first, second = (models[name] for name in pair)
-        spent, result = both_seconds(lambda: clafusion.fuse([first, second], data))  # noqa: B023
+        spent, result = both_seconds(lambda: clafusion.fuse([first, second], data, config=CONFIG))  # noqa: B023
         alone.append(spent)
         assert same(result.model.state_dict(), results[pair].state), pair
         spent, _ = both_seconds(lambda: forward(result.model, data))  # noqa: B023
@@ -193,7 +194,11 @@ def two_beside_one(count: int, inputs: int, runs: int) -> dict[str, Any]:
                         initializer=limit_threads,
                         initargs=(1,),
                     ) as executor:
-                        return list(fuse_pairs(models, data, executor=executor, cache_dir=folder))
+                        return list(
+                            fuse_pairs(
+                                models, data, config=CONFIG, executor=executor, cache_dir=folder
+                            )
+                        )
 
                 taken, found = seconds(work)
             times.append(taken)
@@ -229,7 +234,9 @@ def run_here(folder: Path, count: int, inputs: int, limit: int | None, base: boo
     files = save_resnets(folder, count) if not (folder / "saved").exists() else saved(folder)
     names = list(files)
     pairs: Any = [(names[-1], name) for name in names[:-1]] if base else "all"
-    for one in fuse_pairs(files, images(inputs), pairs, out_dir=folder / "out", memory_limit=limit):
+    for one in fuse_pairs(
+        files, images(inputs), pairs, config=CONFIG, out_dir=folder / "out", memory_limit=limit
+    ):
         assert one.error is None, one.error
     # getrusage would tell the parent's peak, where that was higher.
     status = Path("/proc/self/status").read_text()

@@ -62,7 +62,7 @@ def main() -> None:
             fuse(pair, calibration, calibration="none").problem
         ),
         "matched": lambda *pair: fuse(pair, calibration, calibration="none").model,
-        "matched, REPAIR": lambda *pair: fuse(pair, calibration).model,
+        "matched, REPAIR": lambda *pair: fuse(pair, calibration, calibration="repair").model,
         "matched, least squares": lambda *pair: (
             fuse(pair, calibration, calibration="least_squares").model
         ),
@@ -72,7 +72,7 @@ def main() -> None:
     }
     for signs in ("sum", "majority", "average"):
         ways[f"merged by signs ({signs}), REPAIR"] = lambda *pair, signs=signs: (
-            fuse(pair, calibration, target=Shallower(merge=signs)).model
+            fuse(pair, calibration, target=Shallower(merge=signs), calibration="repair").model
         )
 
     scores: dict[str, list[float]] = {name: [] for name in ways}

@@ -97,7 +97,7 @@ def main() -> None:
                 "two layers": shallow,
                 "naive average": naive_average(averaged.problem),
                 "averaged": averaged.model,
-                "REPAIR": fuse(pair, calibration).model,
+                "REPAIR": fuse(pair, calibration, calibration="repair").model,
                 "least squares": fuse(pair, calibration, calibration="least_squares").model,
             }
             for name, model in measured.items():

@@ -51,7 +51,9 @@ def main() -> None:
             "deep parent": lambda: deep,
             "shallow parent": lambda: shallow,
             "from scratch (deep)": lambda: fresh(settings, "deep", seed + 2000).to(given.device),
-            "fused, REPAIR": lambda: fuse([deep, shallow], unlabelled, seed=seed).model,
+            "fused, REPAIR": lambda: (
+                fuse([deep, shallow], unlabelled, calibration="repair", seed=seed).model
+            ),
             "fused, least squares": lambda: by_least_squares("auto"),
             "fused, least squares, anchor 0": lambda: by_least_squares(0.0),
         }

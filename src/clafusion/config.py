@@ -273,7 +273,9 @@ class LeastSquares(Calibration, name="least_squares"):
     ridge: float = number(
         1e-3, "penalty on changes, relative to the mean square of a layer's inputs", above_low=True
     )
-    samples: int = count(2000, "how many inputs are used")
+    samples: int = count(
+        2000, "how many inputs are used; fewer where their activations would take more than 4 GB"
+    )
 
 
 # --- targets ------------------------------------------------------------------------------------

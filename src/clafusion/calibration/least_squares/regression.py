@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -22,6 +23,8 @@ ANCHORS = (0.0, 0.8)
 """What ``"auto"`` tries."""
 
 _CHUNK = 125  # inputs whose patches are held at once
+_HELD = 1 << 32  # bytes of activations that all networks together may hold
+_VALUES = 3  # of a network that are alive at a time: what a layer reads and writes, and a goal
 
 
 def anchored_weights(problem: FusionProblem, anchor: float) -> list[MergeWeights]:
@@ -67,8 +70,8 @@ def regress(
     fused
         The state averaged with the interior's weights.
     data
-        Unlabelled inputs; the first ``samples`` are used. The activations at the current layer
-        are held for all of them, of all parents and the fused network: this bounds the memory.
+        Unlabelled inputs; the first ``samples`` are used, and no more than those whose activations
+        at one layer, of all parents and fused networks together, take 4 GB.
     anchor
         How far the interior leans towards one parent: see :func:`anchored_weights`.
     ridge
@@ -134,7 +137,8 @@ def _regressed(
     """
     like = next(iter(fused.values()))
     where = next(iter(like.values())).device
-    inputs = in_chunks(data, problem.target, settings.samples, _CHUNK, device=where)
+    samples = min(settings.samples, _most_inputs(problem, len(fused)))
+    inputs = in_chunks(data, problem.target, samples, _CHUNK, device=where)
     places = regressed_places(problem, like)
     states = [one.traced.state() for one in problem.parents]
     hidden = hidden_channels(problem, places, states, problem.target.state())
@@ -153,6 +157,24 @@ def _regressed(
                 progress("calibrate", done + 1)
         distances = walks.distances() if len(candidates) > 1 else [0.0]
     return [one.state for one in candidates], distances
+
+
+def _most_inputs(problem: FusionProblem, num_candidates: int) -> int:
+    """Return for how many inputs all activations at one layer can be held."""
+    networks = [one.traced for one in problem.parents] + [problem.target] * num_candidates
+    sizes = [
+        max(
+            (
+                math.prod(point.positions) * len(point.groups)
+                for layer in network.layers
+                for point in layer.hook_points
+            ),
+            default=1,
+        )
+        for network in networks
+    ]
+    item = next(iter(problem.target.state().values())).element_size()
+    return max(_HELD // (_VALUES * item * sum(sizes)), 1)
 
 
 def _weights(
