@@ -369,3 +369,16 @@ def test_a_weight_that_two_layers_share_is_solved_for_neither():
     )
     assert torch.equal(plain.embedding.weight, solved.embedding.weight)
     assert not torch.equal(plain.inner.weight, solved.inner.weight)
+
+
+def test_progress_is_told_in_inputs_as_by_other_stages():
+    told = []
+    fuse(
+        [mlp(8, 9, 7, 4), mlp(8, 6, 4, seed=1)],
+        VECTORS,
+        calibration="least_squares",
+        progress=lambda stage, done: told.append((stage, done)),
+    )
+    done = [count for stage, count in told if stage == "calibrate"]
+    assert done == sorted(done)
+    assert done[-1] == len(VECTORS)

@@ -186,3 +186,28 @@ def test_a_kept_trace_with_another_number_of_outputs_is_not_taken(monkeypatch, v
     assert len(clafusion.trace(model, inputs, verify=verify).outputs) == 1
     monkeypatch.setattr(f"{__name__}._COUNT", 2)
     assert len(clafusion.trace(model, inputs, verify=verify).outputs) == 2
+
+
+def test_a_state_dict_moves_under_all_names_of_a_tied_weight():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.inner = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 8)
+            self.head = torch.nn.Linear(8, 20, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.head(torch.relu(self.inner(self.embedding(x))))
+
+    torch.manual_seed(0)
+    model = Tied().eval()
+    words = torch.randint(0, 20, (40, 6), generator=torch.Generator().manual_seed(0))
+    traced = clafusion.trace(model, words)
+    orders = [torch.randperm(group.size) for group in traced.groups]
+    moved = clafusion.permute_channels(model.state_dict(), traced.groups, orders)
+    assert torch.equal(moved["head.weight"], moved["embedding.weight"])
+    assert not torch.equal(moved["head.weight"], model.head.weight)
+    copied = Tied().eval()
+    copied.head.weight = torch.nn.Parameter(copied.head.weight.detach().clone())  # no longer tied
+    copied.load_state_dict(moved)
+    torch.testing.assert_close(copied(words), model(words), rtol=0, atol=1e-5)

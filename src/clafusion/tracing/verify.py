@@ -16,6 +16,7 @@ from clafusion.errors import GraphVerificationError
 from clafusion.execution.call import State, call_model
 from clafusion.tracing.heads import exchange_heads, possible_heads, possible_shared_heads
 from clafusion.tracing.model import ChannelGroup, GroupAxis, HeadPartition, TracedModel
+from clafusion.tracing.ties import identity_of
 
 __all__ = ["computes_the_same", "permute_channels", "verify_graph", "with_proved_heads"]
 
@@ -38,7 +39,8 @@ def permute_channels(
     Parameters
     ----------
     state
-        Parameters and buffers by name.
+        Parameters and buffers by name. Entries that are one tensor, as a state dict has of tied
+        parameters, move together.
     groups
         The groups to permute.
     permutations
@@ -59,6 +61,8 @@ def permute_channels(
             if group_axis.axis not in indices:
                 indices[group_axis.axis] = torch.arange(group_axis.use.size[group_axis.axis])
             indices[group_axis.axis][group_axis.positions.reshape(-1)] = sources
+    uses = (group_axis.use.parameter for group in groups for group_axis in group.axes)
+    names = {identity_of(state[name]): name for name in uses}
     permuted = {}
     for name, tensor in state.items():
         moved = tensor.detach()
@@ -70,6 +74,10 @@ def permute_channels(
         positions = group_axis.positions.reshape(-1).to(view.device)
         moved = view.index_select(group_axis.axis, sources.to(view.device))
         view.index_copy_(group_axis.axis, positions, moved)
+    for name, tensor in state.items():
+        moved_as = names.get(identity_of(tensor))
+        if moved_as is not None:
+            permuted[name] = permuted[moved_as]
     return permuted
 
 

@@ -81,7 +81,7 @@ def regress(
     seed
         Seed of the choice of positions.
     progress
-        Called with a text and the number of layers done.
+        Called with a text and how many inputs the layers that are done make of all.
     """
     settings = LeastSquares(ridge=ridge, samples=samples)
     (state,), _ = _regressed(problem, {anchor: fused}, data, settings, seed, progress)
@@ -138,7 +138,8 @@ def _regressed(
     like = next(iter(fused.values()))
     where = next(iter(like.values())).device
     samples = min(settings.samples, _most_inputs(problem, len(fused)))
-    inputs = in_chunks(data, problem.target, samples, _CHUNK, device=where)
+    inputs = list(in_chunks(data, problem.target, samples, _CHUNK, device=where))
+    num_inputs = sum(one[0].size(0) for one in inputs)
     places = regressed_places(problem, like)
     states = [one.traced.state() for one in problem.parents]
     hidden = hidden_channels(problem, places, states, problem.target.state())
@@ -150,11 +151,11 @@ def _regressed(
         for anchor, state in fused.items()
     ]
     with torch.no_grad():
-        walks = Walks(problem, candidates, list(inputs), places, hidden, states, seed)
+        walks = Walks(problem, candidates, inputs, places, hidden, states, seed)
         for done, place in enumerate(places):
             walks.solve(place, settings.ridge)
             if progress is not None:
-                progress("calibrate", done + 1)
+                progress("calibrate", (done + 1) * num_inputs // len(places))
         distances = walks.distances() if len(candidates) > 1 else [0.0]
     return [one.state for one in candidates], distances
 
