@@ -135,7 +135,7 @@ def test_json_is_one_object(capsys):
     assert (alignment["deep"], alignment["shallow"]) == ("first", "second")
     assert alignment["deep_to_shallow"] == [0, None, None, 1]
     assert facts["weights"] == [0.5, 0.5]
-    assert facts["config"]["calibration"] == {"name": "repair"}
+    assert facts["config"]["calibration"] == {"name": "auto"}
     assert facts["assessment"]["parents"].keys() == {"first", "second"}
     assert facts["assessment"]["verdict"]
     assert facts["architecture"] == "models.py:deep"
@@ -280,7 +280,7 @@ BAD = {
     "short option": ([*FUSE, "--epsilon=1"], "Did you mean --matching-solver-epsilon?"),
     "no place": (
         [*FUSE, "--calibration-anchor=0.5"],
-        "--calibration-anchor is for --calibration least_squares; this is repair",
+        "--calibration-anchor is for --calibration least_squares; this is auto",
     ),
     "no place for two": (
         [*FUSE, "--matching-solver-epsilon=1"],

@@ -134,13 +134,13 @@ def test_a_variant_from_elsewhere_has_its_options(typed, capsys, monkeypatch):
     config = typed("--calibration=doubled", "--calibration-factor=3", "--calibration-samples=4")
     assert config.calibration == Doubled(3.0, 4)
     assert typed("--calibration-factor=3") is None
-    assert "--calibration-factor is for --calibration doubled; this is repair" in (
+    assert "--calibration-factor is for --calibration doubled; this is auto" in (
         capsys.readouterr().err
     )
     monkeypatch.setenv("COLUMNS", "200")
     main(["fuse", "--help"])
     shown = capsys.readouterr().out
-    assert "[none|batchnorm|repair|least_squares|doubled]" in shown
+    assert "[auto|none|batchnorm|repair|least_squares|doubled]" in shown
     assert "How much more. For --calibration doubled. [default: 2.0]" in shown
 
 
@@ -152,7 +152,9 @@ def test_options_come_before_the_file(typed, tmp_path, capsys):
     assert (config.seed, config.matching.solver.name) == (3, "exact")
     assert typed(f"--config={path}", "--calibration=least_squares") == typed(f"--config={path}")
     config = typed(f"--config={path}", "--calibration=repair", "--seed=0")
-    assert config == FusionConfig()  # of another variant, what the first one has is not kept
+    assert config == FusionConfig(
+        calibration="repair"
+    )  # of another variant, what the first one has is not kept
     path.write_text("calibration: {name: least_squares, anchor: 2}\n")
     capsys.readouterr()
     assert typed(f"--config={path}") is None

@@ -108,7 +108,7 @@ def test_its_options_are_checked_listed_and_written_as_all_others():
         ({"name": "shrink", "factor": 2.0}, r"calibration\.factor must be in \[0, 1\]; got 2.0"),
         ({"name": "shrink", "biases": 1}, r"calibration\.biases must be True or False; got 1"),
         ({"name": "shrink", "fator": 1}, "calibration has no option 'fator'; did you mean 'factor"),
-        ("shrnk", "calibration must be one of 'none', .*'shrink'; got 'shrnk'"),
+        ("shrnk", "calibration must be one of 'auto', .*'shrink'; got 'shrnk'"),
     ]:
         with pytest.raises(InputError, match=f"^{message}"):
             fuse(models(), VECTORS, calibration=given)

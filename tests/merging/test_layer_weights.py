@@ -247,7 +247,7 @@ def test_a_parameter_of_two_layers_keeps_the_weight():
 def test_repair_meets_the_moments_of_each_layers_own_weights():
     data = IMAGES  # one batch, for whose statistics it is exact
     first, second = networks.resnet(2, 1), silenced(networks.resnet(2, 1, seed=1), 1)
-    result = fuse([first, second], data, [0.6, 0.4], **OWN)
+    result = fuse([first, second], data, [0.6, 0.4], calibration="repair", **OWN)
     weights = deep_weights(result)
     assert len({f"{one:.2f}" for one in weights}) > 2
     own, other_parent = identity_parent(result), moved_parent(result)

@@ -173,7 +173,9 @@ def test_equal_scores_are_uniform_masses_byte_by_byte():
             model[0].weight.copy_(2 * signs - 1)
             model[0].bias.fill_(0.5)
     states = [
-        fuse(models, VECTORS, matching=Matching(importance=kind)).model.state_dict()
+        fuse(
+            models, VECTORS, matching=Matching(importance=kind), calibration="repair"
+        ).model.state_dict()
         for kind in ("uniform", "norm", "activation")
     ]
     for name, one in states[0].items():

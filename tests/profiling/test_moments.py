@@ -63,9 +63,9 @@ def with_moments(aligned, data):
 def test_moments_taken_beforehand_give_the_same_bytes(name):
     """Those of the profile's own pass, and those of a pass of their own."""
     data = inputs_for(name)
-    aligned = align(PAIRS[name](), data, assessment="none")
+    aligned = align(PAIRS[name](), data, calibration="repair", assessment="none")
     assert all(one.moments is not None for one in aligned.profiles)
-    whole = FusionConfig(assessment="none")
+    whole = FusionConfig(calibration="repair", assessment="none")
     plain = fuse_aligned(aligned, data, config=whole).model.state_dict()
     bare = align(PAIRS[name](), data, calibration="none", assessment="none")
     assert all(one.moments is None for one in bare.profiles)
@@ -78,7 +78,9 @@ def test_moments_taken_beforehand_give_the_same_bytes(name):
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
-        ({}, True),
+        ({}, False),
+        ({"calibration": "repair"}, True),
+        ({"matching": {"solver": "zip"}}, True),
         ({"calibration": "none"}, False),
         ({"calibration": "batchnorm"}, False),
         ({"calibration": LeastSquares()}, False),
@@ -132,19 +134,20 @@ def test_moments_are_of_all_inputs_however_few_are_profiled(name, limit):
 
 def test_moments_of_fewer_batches_are_refused():
     data = inputs_for("chain")
-    aligned = align(PAIRS["chain"](), data)
+    repair = FusionConfig(calibration="repair")
+    aligned = align(PAIRS["chain"](), data, repair)
     first, second = aligned.profiles
     fewer = replace(second, moments=second.moments[:1], batch_sizes=second.batch_sizes[:1])
     other = replace(second, batch_sizes=(200, 100))
     for wrong in (fewer, other):
         with pytest.raises(InputError, match="parents' profiles are of different batches of data"):
-            fuse_aligned(replace(aligned, profiles=(first, wrong)), data)
+            fuse_aligned(replace(aligned, profiles=(first, wrong)), data, config=repair)
     both = [
         replace(one, moments=one.moments[:1], batch_sizes=one.batch_sizes[:1])
         for one in aligned.profiles
     ]
     with pytest.raises(InputError, match="the goals are of 1 batches, data has more: profile the"):
-        fuse_aligned(replace(aligned, profiles=tuple(both)), data)
+        fuse_aligned(replace(aligned, profiles=tuple(both)), data, config=repair)
 
 
 def test_profiles_without_moments_are_refused_by_name():
@@ -156,5 +159,5 @@ def test_profiles_without_moments_are_refused_by_name():
     ]
     aligned = align_profiles(tuple(models), profiles)
     with pytest.raises(InputError, match="the profile of 'b' has no moments, which REPAIR needs"):
-        fuse_aligned(aligned, data)
+        fuse_aligned(aligned, data, config=FusionConfig(calibration="repair"))
     assert fuse_aligned(aligned, data, config=FusionConfig(calibration="none")).model

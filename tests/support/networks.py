@@ -76,6 +76,7 @@ class Matrices(nn.Module):
         self.down = nn.ParameterList(drawn(hidden, width) for _ in range(blocks))
         self.down_bias = nn.ParameterList(drawn(width) for _ in range(blocks if biased else 0))
         self.head = nn.Linear(width, 5)
+        self.head.weight, self.head.bias = nn.Parameter(drawn(width, 5).detach().T), drawn(5)
         self.eval()
 
     @staticmethod

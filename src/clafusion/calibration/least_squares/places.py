@@ -12,6 +12,7 @@ from clafusion.execution.call import State
 from clafusion.merging.problem import FusionProblem
 from clafusion.tracing.layer import CalibrationPoint, Layer
 from clafusion.tracing.operations import (
+    RESHAPES,
     affine_operands,
     bound_operands,
     is_transposed,
@@ -157,7 +158,10 @@ def _view(
 
 
 def _is_rectified(node: fx.Node) -> bool:
-    return bool(node.users) and all(op_name(user) == "relu" for user in node.users)
+    return bool(node.users) and all(
+        op_name(user) == "relu" or (op_name(user) in RESHAPES and _is_rectified(user))
+        for user in node.users
+    )
 
 
 def _is_solvable(affine: fx.Node, kernel: Sequence[int]) -> bool:

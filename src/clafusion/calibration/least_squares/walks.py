@@ -212,7 +212,8 @@ class Walks:
             return readout if hidden is None else of_kept(readout, hidden, kept)
         if hidden is None:
             return stacked(place, candidate.state)
-        start = stacked(place, self.of_target)
+        # A channel whose parent reads something else there has no weights to start from.
+        start = torch.zeros_like(stacked(place, self.of_target))
         for part, one in zip(hidden.parts, kept, strict=True):
             if reads_partner(self.parents[part.parent].correspondence, place.kernel):
                 into = hidden.channel_of[one.own]
