@@ -1,0 +1,167 @@
+"""What a fusion costs: time in forward passes, and memory beside the networks' weights.
+
+    CLAFUSION_DATA=... python -m benchmarks.size [NAME ...] [--threads 1]
+
+Each row runs in a process of its own, after a small fusion has loaded what every fusion needs.
+**F** is one forward pass of each parent and one of the fused network over the same inputs, measured
+in the same process; a row's time is divided by it. Memory is the process's peak above what it held
+before the networks were made. Arguments are parts of row names: only those rows run, and nothing
+is written. Rows without a public checkpoint have random weights, which cost the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import clafusion
+from benchmarks.datasets import checkpoint_pair, cifar10
+from benchmarks.results import write_results
+
+_CHUNK = 64  # inputs of one forward pass
+
+
+@dataclass(frozen=True)
+class Row:
+    """Two networks, their inputs, and how they are fused."""
+
+    name: str
+    make: Callable[[], tuple[list[nn.Module], Tensor]]
+    calibration: str
+
+
+def resnets(count: int) -> tuple[list[nn.Module], Tensor]:
+    """The two CIFAR-10 checkpoints, with unlabelled images."""
+    return list(checkpoint_pair()), cifar10("train", count)[0]
+
+
+class Logits(nn.Module):
+    """A model of transformers that returns its logits alone."""
+
+    def __init__(self, model: nn.Module, argument: str) -> None:
+        super().__init__()
+        self.model, self.argument = model, argument
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(**{self.argument: x}).logits
+        return logits
+
+
+def gpt2s() -> tuple[list[nn.Module], Tensor]:
+    """GPT-2 of 12 and 6 layers, with 64 times 64 tokens."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    models = []
+    for layers in (12, 6):
+        torch.manual_seed(layers)
+        config = GPT2Config(n_layer=layers, n_positions=128, use_cache=False)
+        models.append(Logits(GPT2LMHeadModel(config), "input_ids").eval())
+    return models, torch.randint(0, 50257, (64, 64), generator=torch.Generator().manual_seed(0))
+
+
+def vits() -> tuple[list[nn.Module], Tensor]:
+    """ViT-B/16 of 12 and 8 layers, with 64 images of 224."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    models = []
+    for layers in (12, 8):
+        torch.manual_seed(layers)
+        model = ViTForImageClassification(ViTConfig(num_hidden_layers=layers, num_labels=1000))
+        models.append(Logits(model, "pixel_values").eval())
+    return models, torch.randn(64, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+
+ROWS = [
+    Row(f"ResNet-32 + ResNet-20, {count} images, {calibration}", lambda n=count: resnets(n), how)
+    for count in (450, 2000)
+    for how, calibration in (("repair", "REPAIR"), ("least_squares", "least squares"))
+] + [
+    Row(f"{name}, {calibration}", make, how)
+    for name, make in (
+        ("GPT-2 of 12 + 6 layers, 64 x 64 tokens", gpt2s),
+        ("ViT-B of 12 + 8 layers, 64 images", vits),
+    )
+    for how, calibration in (("repair", "REPAIR"), ("least_squares", "least squares"))
+]
+
+
+def run(row: Row) -> dict[str, Any]:
+    """Measure one row in this process."""
+    small = [nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)) for _ in range(2)]
+    clafusion.fuse(small, torch.randn(60, 4))
+    before = peak()
+    models, inputs = row.make()
+    weights = sum(one.numel() * one.element_size() for m in models for one in m.parameters())
+    started = time.perf_counter()
+    result = clafusion.fuse(models, inputs, calibration=row.calibration)
+    seconds = time.perf_counter() - started
+    memory = peak() - before
+    passes = min(forward_passes([*models, result.model], inputs) for _ in range(2))
+    return {
+        "seconds": seconds,
+        "forward_passes_seconds": passes,
+        "in_forward_passes": seconds / passes,
+        "stages": {name: value / passes for name, value in result.timings.items()},
+        "peak_bytes": memory,
+        "weights_bytes": weights,
+    }
+
+
+def forward_passes(models: list[nn.Module], inputs: Tensor) -> float:
+    """Return the seconds of one forward pass of each model over the inputs."""
+    started = time.perf_counter()
+    with torch.no_grad():
+        for model in models:
+            for part in inputs.split(_CHUNK):
+                model(part)
+    return time.perf_counter() - started
+
+
+def peak() -> int:
+    """Return the most memory that this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="parts of row names (default: all)")
+    parser.add_argument("--threads", type=int, default=None, help="threads (default: all)")
+    parser.add_argument("--here", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+        clafusion.set_num_threads(arguments.threads)
+    if arguments.here is not None:
+        print(json.dumps(run(ROWS[arguments.here])))
+        return
+    print(f"{'work':<58} {'seconds':>8} {'F':>6} {'peak GB':>8} {'weights GB':>11}")
+    rows = {}
+    for i, row in enumerate(ROWS):
+        if arguments.names and not any(part in row.name for part in arguments.names):
+            continue
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.size", "--here", str(i)]
+        if arguments.threads is not None:
+            command += ["--threads", str(arguments.threads)]
+        shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found = rows[row.name] = json.loads(shown.splitlines()[-1])
+        print(
+            f"{row.name:<58} {found['seconds']:>8.1f} {found['in_forward_passes']:>6.1f} "
+            f"{found['peak_bytes'] / 1e9:>8.2f} {found['weights_bytes'] / 1e9:>11.2f}",
+            flush=True,
+        )
+    if not arguments.names:
+        write_results("size", {"threads": arguments.threads, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
