@@ -528,3 +528,30 @@ def test_known_outputs_hold_nothing_else():
     assert again.untyped_storage().nbytes() == known.num_bytes
     known.forget()
     assert known.num_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("shown", "kind"),
+    [
+        (lambda y: y[:, 0], "values"),  # no axis but the batch's
+        (lambda y: y.squeeze(-1) if y.size(-1) == 1 else y.sum(-1), "values"),
+        (lambda y: (None, y), "classes"),
+        (lambda y: (y > 0, y), "classes"),
+        (lambda y: y > 0, None),
+    ],
+    ids=["column", "sum", "nothing beside", "flags beside", "flags"],
+)
+def test_outputs_of_any_form_are_assessed_or_left_out(shown, kind):
+    class Shown(nn.Module):
+        def __init__(self, hidden, seed):
+            super().__init__()
+            self.inner = networks.mlp(12, hidden, 5, seed=seed)
+
+        def forward(self, x):
+            return shown(self.inner(x))
+
+    data = torch.randn(80, 12, generator=torch.Generator().manual_seed(0))
+    for calibration in ("none", "repair", "least_squares"):
+        models = [Shown(9, 0).eval(), Shown(7, 1).eval()]
+        found = clafusion.fuse(models, data, calibration=calibration).assessment
+        assert (None if found is None else found.kind) == kind

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from clafusion import (
     Alignment,
@@ -311,15 +312,58 @@ def test_channels_are_chosen_across_a_norm_behind_the_activation(depthwise):
 # --- products with a matrix ---------------------------------------------------------------------
 
 
-def test_products_with_a_matrix_are_regressed_as_linear_layers_are():
+@pytest.mark.parametrize("way", ["as they are", "turned", "linear of turned"])
+def test_products_with_a_matrix_are_regressed_as_linear_layers_are(way):
     """A network of ``addmm`` and ``matmul`` beside the same one of linear layers."""
     sequences = torch.randn(150, 5, 12, generator=torch.Generator().manual_seed(3))
-    found = []
-    for convert in (lambda one: one, as_linear):
-        models = [convert(Matrices(2, 9)), convert(Matrices(1, 11, seed=1))]
-        fused = fuse(models, sequences, calibration="least_squares").model
-        found.append(output(fused, sequences))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-4 * float(found[0].abs().max()))
+    converters = {"as they are": lambda one: one, "turned": Turned, "linear of turned": OfTurned}
+    for calibration in ("none", "repair", "least_squares"):
+        found = []
+        for convert in (converters[way], as_linear):
+            models = [convert(Matrices(2, 9)), convert(Matrices(1, 11, seed=1))]
+            fused = fuse(models, sequences, calibration=calibration).model
+            found.append(output(fused, sequences))
+        bound = 2e-4 * float(found[1].abs().max())
+        torch.testing.assert_close(found[0], found[1], rtol=0, atol=bound)
+
+
+class Turned(nn.Module):
+    """The same function by products with transposed matrices ``(outputs, inputs)``."""
+
+    def __init__(self, model):
+        super().__init__()
+        turned = [[one.detach().T.clone() for one in ones] for ones in (model.up, model.down)]
+        self.stem, self.head = nn.Parameter(model.stem.detach().T.clone()), model.head
+        self.up, self.down = map(nn.ParameterList, turned)
+        self.up_bias = model.up_bias
+        self.eval()
+
+    def product(self, x, weight, bias=None):
+        if bias is None:
+            return x @ weight.T
+        folded = torch.addmm(bias, x.reshape(-1, x.size(-1)), weight.t())
+        return folded.view(*x.shape[:-1], -1)
+
+    def forward(self, x):
+        x = torch.relu(self.product(x, self.stem))
+        for up, bias, down in zip(self.up, self.up_bias, self.down, strict=True):
+            x = x + self.product(torch.relu(self.product(x, up, bias)), down)
+        return self.head(x)
+
+
+class OfTurned(nn.Module):
+    """The same function by linear layers whose weights are transposed matrices."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        x = torch.relu(F.linear(x, self.model.stem.t()))
+        blocks = zip(self.model.up, self.model.up_bias, self.model.down, strict=True)
+        for up, bias, down in blocks:
+            x = x + F.linear(torch.relu(F.linear(x, up.mT, bias)), down.transpose(0, 1))
+        return self.model.head(x)
 
 
 def as_linear(model):

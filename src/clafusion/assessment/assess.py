@@ -80,7 +80,7 @@ def assess(
     try:
         for inputs in _chunks(parts, traced, output):
             if known is None:
-                found = [one.run(inputs)[output] for one in traced]
+                found = [one.output_tensors(inputs)[output] for one in traced]
             else:
                 found = known.get(traced, inputs, output)
             outputs = [_moved(one, plan, axis) for one, plan in zip(found, plans, strict=True)]

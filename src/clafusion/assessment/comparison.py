@@ -70,7 +70,7 @@ class Comparison:
         parents = outputs[:-1]
         mean = _mean(parents, self._weights)
         for i, one in enumerate(outputs):
-            self._distances[i].append((one - mean).square().flatten(1).sum(1))
+            self._distances[i].append((one - mean).square().reshape(len(one), -1).sum(1))
         self._squares += float(mean.square().sum())
         self._total = self._total.to(mean) + mean.sum(0)
         self._apart += sum(

@@ -303,7 +303,7 @@ class TracedModel:
     def outputs(self) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
         """Shape without the batch axis, and type, of every output tensor."""
         with torch.no_grad():
-            values = flatten_tensors(list(self.run(self.example_inputs)))
+            values = self.output_tensors(self.example_inputs)
             return tuple((tuple(value.shape[1:]), value.dtype) for value in values)
 
     def operand_names(self, node: fx.Node) -> dict[str, str]:
@@ -322,6 +322,10 @@ class TracedModel:
             **self.constants,
             **{name: value.detach().contiguous() for name, value in tensors.items()},
         }
+
+    def output_tensors(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Compute the model's outputs; return those that are tensors, in order."""
+        return list(flatten_tensors(list(self.run(inputs))))
 
     def run(
         self,

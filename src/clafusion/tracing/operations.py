@@ -15,6 +15,7 @@ __all__ = [
     "batch_axis",
     "bound_operands",
     "convolution_geometry",
+    "is_affine_product",
     "is_transposed",
     "module_path",
     "op_name",
@@ -69,16 +70,37 @@ _BY_MATRIX = {
 def affine_operands(node: fx.Node) -> dict[str, Any]:
     """Return what a linear layer, a convolution or a norm reads: "input", "weight" and "bias".
 
-    A product with a matrix is a linear layer whose weight is transposed; see :func:`is_transposed`.
+    A product with a matrix is a linear layer. The weight is the one before it is transposed; see
+    :func:`is_transposed`.
     """
     bound = bound_operands(node)
     roles = _BY_MATRIX.get(op_name(node), {role: role for role in ("input", "weight", "bias")})
-    return {role: bound[name] for role, name in roles.items() if bound.get(name) is not None}
+    found = {role: bound[name] for role, name in roles.items() if bound.get(name) is not None}
+    if _is_turned(found.get("weight")):
+        found["weight"] = found["weight"].args[0]
+    return found
+
+
+def is_affine_product(node: fx.Node) -> bool:
+    """Return whether a node may be a linear layer that is written as a product of matrices."""
+    return op_name(node) in _BY_MATRIX
 
 
 def is_transposed(node: fx.Node) -> bool:
     """Return whether a layer's weight has its outputs on the second axis, not on the first."""
-    return op_name(node) in _BY_MATRIX
+    bound, name = bound_operands(node), op_name(node)
+    weight = bound.get(_BY_MATRIX.get(name, {}).get("weight", "weight"))
+    return (name in _BY_MATRIX) != _is_turned(weight)
+
+
+def _is_turned(weight: Any) -> bool:
+    """Return whether an operand is the transpose of a matrix, and nobody else reads that."""
+    if not isinstance(weight, fx.Node) or len(weight.users) != 1:
+        return False
+    name = op_name(weight)
+    return name in ("t", "transpose", "mT", "numpy_T") or (
+        name == "permute" and list(weight.args[1]) in ([1, 0], [-1, 0], [-1, -2], [1, -2])  # type: ignore[arg-type]
+    )
 
 
 def convolution_geometry(

@@ -15,6 +15,7 @@ from clafusion.tracing.operations import (
     affine_operands,
     batch_axis,
     bound_operands,
+    is_affine_product,
     is_transposed,
     op_name,
 )
@@ -123,7 +124,7 @@ def _calibration_point(flow: Flow, node: fx.Node) -> CalibrationPoint | None:
     axis = 1 if name.startswith(("conv", "batch")) else -1
     outputs = 1 if is_transposed(node) else 0
     size = flow.state[weight].shape
-    if (outputs and len(size) != 2) or size[outputs] != shape[axis]:
+    if (is_affine_product(node) and len(size) != 2) or size[outputs] != shape[axis]:
         return None
     channels = flow.channels.nodes[node.name]
     if channels.free and channels.axis != axis % len(shape):
@@ -163,7 +164,7 @@ def _join_of(flow: Flow, node: fx.Node, affine: fx.Node) -> tuple[str | None, st
     while len(value.users) == 1:
         (user,) = value.users
         # A product of matrices works on rows, which are then put back into their places.
-        is_folded = is_transposed(node) and op_name(user) in ("view", "reshape", "_unsafe_view")
+        is_folded = is_affine_product(node) and op_name(user) in ("view", "reshape", "_unsafe_view")
         if op_name(user) not in SAME_VALUES and not (
             is_folded and flow.channels.shapes[user.name][-1] == shape[-1]
         ):

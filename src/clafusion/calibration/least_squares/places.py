@@ -15,6 +15,7 @@ from clafusion.tracing.operations import (
     RESHAPES,
     affine_operands,
     bound_operands,
+    is_affine_product,
     is_transposed,
     op_name,
 )
@@ -166,7 +167,7 @@ def _is_rectified(node: fx.Node) -> bool:
 
 def _is_solvable(affine: fx.Node, kernel: Sequence[int]) -> bool:
     name = op_name(affine)
-    if name == "linear" or is_transposed(affine):
+    if name == "linear" or is_affine_product(affine):
         return True
     bound = bound_operands(affine)
     uneven = bound["padding"] == "same" and any(size % 2 == 0 for size in kernel)
