@@ -74,7 +74,7 @@ def fuse(
 
     .. math:: \tilde W = \sum_p w_p\, T_{out,p}^\top W_p\, T_{in,p},
 
-    and the lost statistics restored (REPAIR, arXiv 2211.08403). No model is modified.
+    and what averaging loses is restored by a calibration. No model is modified.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def fuse(
     progress
         Called with the stage's name and the number of inputs it has seen.
     overrides
-        Any field of ``config``: ``calibration="least_squares"``, ``target=Shallower()``,
+        Any field of ``config``: ``calibration="repair"``, ``target=Shallower()``,
         ``matching=Matching(solver="exact")``. A string stands for a value with its defaults.
 
     Returns

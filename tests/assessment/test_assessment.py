@@ -242,7 +242,8 @@ def test_least_squares_is_not_advised_to_who_has_it():
     with pytest.warns(AssessmentWarning, match="Try more data, a wider target") as told:
         warn_of(bad, FusionConfig(calibration="least_squares"))
     assert str(told[0].message).startswith(
-        "b alone comes nearer to the parents together than the result, on 9 inputs: relative"
+        "b alone comes nearer to the parents together than the result, on 9 inputs that the fusion "
+        "has seen: relative"
     )
 
 

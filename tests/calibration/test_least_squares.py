@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from clafusion import (
     Alignment,
     Deeper,
+    FusionWarning,
     LeastSquares,
     MergeWeights,
     UnsupportedOpError,
@@ -19,6 +20,7 @@ from clafusion import (
     trace,
 )
 from clafusion.calibration.least_squares import anchored_weights
+from clafusion.calibration.least_squares.equations import NormalEquations, rows_for
 from clafusion.merging.mean import weighted_mean
 from tests.support.assertions import assert_same_function
 from tests.support.networks import Block, Matrices, mlp, output, resnet
@@ -426,3 +428,40 @@ def test_progress_is_told_in_inputs_as_by_other_stages():
     done = [count for stage, count in told if stage == "calibrate"]
     assert done == sorted(done)
     assert done[-1] == len(VECTORS)
+
+
+# --- little to learn from, and nothing to restore -------------------------------------------------
+
+
+def test_few_inputs_are_warned_of():
+    models = [mlp(8, 9, 7, 4), mlp(8, 6, 4, seed=1)]
+    with pytest.warns(FusionWarning, match="least squares has 5 inputs to learn from"):
+        fuse(models, VECTORS[:5])
+
+
+@pytest.mark.parametrize("anchor", ["auto", 0.5])
+def test_all_weight_on_the_network_that_gives_the_structure_gives_it_back(anchor):
+    """Also in half precision, whose roundings a regression would take for an error."""
+    for kind in (torch.bfloat16, torch.float32):
+        models = [mlp(8, 9, 7, 4).to(kind), mlp(8, 6, 4, seed=1).to(kind)]
+        result = fuse(models, VECTORS.to(kind), [1, 0], calibration=LeastSquares(anchor=anchor))
+        for name, tensor in models[0].state_dict().items():
+            assert torch.equal(result.model.state_dict()[name], tensor)
+        assert result.anchor == (0.0 if anchor == "auto" else anchor)
+
+
+def test_rows_grow_with_the_columns_and_the_penalty_where_they_are_few():
+    """With about one row for each column, an interpolation of noise was a hundred times worse."""
+    draw = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(60, 40, generator=draw), torch.randn(60, 3, generator=draw)
+    truth = torch.randn(40, 3, generator=draw).double() / 40**0.5
+    errors = []
+    for rows in (42, 60):
+        equations = NormalEquations(torch.zeros(40, 3, dtype=torch.float64))
+        sides = torch.cat([x[:rows].T, torch.empty(3, rows)])
+        equations.add(sides, (x[:rows].double() @ truth).float() + 0.3 * noise[:rows], None)
+        errors.append(float((equations.solved(1e-3) - truth).square().sum()))
+    assert max(errors) < float(truth.square().sum())
+    assert rows_for(100, 64, 10_000) == 10_000
+    assert rows_for(1000, 64, 10_000) == 64_000
+    assert rows_for(100_000, 64, 10_000) == 400_000

@@ -80,7 +80,8 @@ class FusionAssessment:
     def verdict(self) -> str:
         """What the figures say, in one sentence."""
         name = self.nearest_parent
-        on = f"{self.num_inputs} inputs" + (" kept out of the fusion" if self.held_out else "")
+        seen = "kept out of the fusion" if self.held_out else "that the fusion has seen"
+        on = f"{self.num_inputs} inputs {seen}"
         if self.nearer:
             return (
                 f"{name} alone comes nearer to the parents together than the result, on {on}: "

@@ -239,8 +239,10 @@ def _check_kind(data: Any) -> None:
             "batches or a DataLoader instead of an iterator"
         )
     if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, (Tensor, Iterable)):
+        hint = ". Put it into a list, as its only batch: [data]" * isinstance(data, Mapping)
         raise InputError(
-            f"data must be a tensor, a list of batches or a DataLoader; got {type(data).__name__}"
+            "data must be a tensor, a list of batches or a DataLoader; got "
+            f"{type(data).__name__}{hint}"
         )
 
 

@@ -294,7 +294,7 @@ class _Recorder:
             if start == 0 and node in self.layers:
                 layer = self.layers[node]
                 flat = self._flat(node, every, counts)[: self.alignment_samples]
-                self.grams[layer] = gram_matrix(flat)
+                self.grams[layer] = self._gram(layer, flat)
                 self.features[layer] = flat.size(1)
             if node in self.points:
                 self._sample(node, every, counts, start)
@@ -302,6 +302,16 @@ class _Recorder:
                 walk.release(node)
         if self.moments is not None:
             self.moments += found
+
+    def _gram(self, layer: int, flat: Tensor) -> Tensor:
+        """Return the inner products of a layer's outputs; say which layer's cannot be taken."""
+        try:
+            return gram_matrix(flat)
+        except InputError as error:
+            raise InputError(
+                f"layer {self.model.layers[layer].name!r} of {self.called} puts out NaN, infinity "
+                "or numbers too large for their squares: check the model, and the scale of the data"
+            ) from error
 
     def _flat(self, node: str, values: Sequence[Any], counts: Sequence[int]) -> Tensor:
         """Return a layer's outputs ``(num_inputs, features)``; of several (an LSTM's) the first."""

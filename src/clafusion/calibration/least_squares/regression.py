@@ -12,6 +12,7 @@ from clafusion.calibration.least_squares.hidden import hidden_channels
 from clafusion.calibration.least_squares.places import Place, regressed_places
 from clafusion.calibration.least_squares.walks import Candidate, Walks
 from clafusion.config import LeastSquares
+from clafusion.errors import FusionWarning, warn
 from clafusion.execution.call import State
 from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem, MergeWeights
@@ -23,6 +24,7 @@ ANCHORS = (0.0, 0.8)
 """What ``"auto"`` tries."""
 
 _CHUNK = 125  # inputs whose patches are held at once
+_FEW = 8  # inputs of which a warning speaks
 _HELD = 1 << 32  # bytes of activations that all networks together may hold
 _VALUES = 3  # of a network that are alive at a time: what a layer reads and writes, and a goal
 
@@ -107,6 +109,11 @@ def regress_anchored(
     elif max(one.weights.overall for one in problem.parents) >= 1.0:
         anchors = ANCHORS[:1]
     plain = average(problem)
+    if any(
+        one.is_identity and one.weights.overall >= 1.0 and not one.weights.own
+        for one in problem.parents
+    ):
+        return plain, anchors[0]  # that parent itself: nothing is lost
     axes = problem.target.axes_by_parameter
     # Channels leave these in no group: the outputs' parameters, which are not anchored.
     outputs = {
@@ -140,6 +147,12 @@ def _regressed(
     samples = min(settings.samples, _most_inputs(problem, len(fused)))
     inputs = list(in_chunks(data, problem.target, samples, _CHUNK, device=where))
     num_inputs = sum(one[0].size(0) for one in inputs)
+    if num_inputs < _FEW:
+        warn(
+            f"least squares has {num_inputs} inputs to learn from, which say little: give a "
+            'hundred or more, or take calibration="repair"',
+            FusionWarning,
+        )
     places = regressed_places(problem, like)
     states = [one.traced.state() for one in problem.parents]
     hidden = hidden_channels(problem, places, states, problem.target.state())
