@@ -99,7 +99,7 @@ def _is_turned(weight: Any) -> bool:
         return False
     name = op_name(weight)
     return name in ("t", "transpose", "mT", "numpy_T") or (
-        name == "permute" and list(weight.args[1]) in ([1, 0], [-1, 0], [-1, -2], [1, -2])  # type: ignore[arg-type]
+        name == "permute" and list(weight.args[1]) in ([1, 0], [-1, 0], [-1, -2], [1, -2])
     )
 
 
