@@ -187,6 +187,7 @@ def weights_computed(model):
     return model
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 @pytest.mark.parametrize(
     ("change", "message"),
     [

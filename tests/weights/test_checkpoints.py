@@ -257,6 +257,7 @@ def test_one_state_dict_under_two_keys_is_one():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated")
 def test_torchscript_is_named():
     torch.jit.script(nn.Linear(4, 3)).save("w.pt")
     with pytest.raises(InputError, match=r"is a TorchScript archive; in the program that made"):
