@@ -1,6 +1,7 @@
 """Shallow networks brought to a deep one's structure: what is built, and its widths."""
 
 import pytest
+import torch
 from torch import nn
 
 from clafusion import (
@@ -30,3 +31,20 @@ def test_a_model_with_inserted_layers_tells_its_true_widths():
             assert module.num_features == len(module.weight) == len(module.running_var)
         if isinstance(module, nn.Linear):
             assert (module.out_features, module.in_features) == module.weight.shape
+
+
+def test_two_parameters_where_the_structure_shares_one_are_refused_by_name():
+    class Words(nn.Module):
+        def __init__(self, tied):
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+            if tied:
+                self.head.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.head(torch.relu(self.embedding(x)))
+
+    data = torch.randint(0, 20, (60, 6), generator=torch.Generator().manual_seed(0))
+    message = r"models\[1\]: it has two parameters, 'embedding.weight' and 'head.weight', where the"
+    with pytest.raises(StructureError, match=message):
+        fuse([Words(True).eval(), Words(False).eval()], data)

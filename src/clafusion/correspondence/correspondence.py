@@ -190,8 +190,9 @@ def _match_parameters(layer: Layer, other: Layer, names: dict[str, str]) -> None
     for one, two in zip(layer.parameters, other.parameters, strict=True):
         if names.setdefault(one, two) != two:
             raise StructureError(
-                f"parameter {one!r} is shared by several layers and would correspond to both "
-                f"{names[one]!r} and {two!r}"
+                f"it has two parameters, {names[one]!r} and {two!r}, where the network that gives "
+                f"the structure has one, {one!r}, which several layers share. Tie the two, or give "
+                "each of those layers a parameter of its own"
             )
 
 

@@ -23,6 +23,9 @@ across depths:
   things it should not be. Which of the two it is shows without labels: how far the fused network's
   outputs are from the weighted mean of the parents'.
 
+All anchors that are tried are followed at once: each parent runs once, whatever their number, and
+what the candidates share of a layer's goal is computed once (:mod:`.walks`).
+
 The normal equations are in closed form: no labels and no gradient steps. Layer-wise regression onto
 the parents' features is the idea of RegMean (arXiv 2212.09849) and PLeaS (arXiv 2407.02447); here
 it crosses widths and depths, and layers see the fused network's own inputs.

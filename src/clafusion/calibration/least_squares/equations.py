@@ -296,8 +296,8 @@ def store_solution(
     assert bias is not None
     moments = equations.inputs / equations.rows
     mean = weight @ moments[:-1, -1]
-    squares = torch.einsum("cf,fg,cg->c", weight, moments[:-1, :-1], weight)
-    variance = (squares - mean.square()).clamp(min=0)
+    mean_square = torch.einsum("cf,fg,cg->c", weight, moments[:-1, :-1], weight)
+    variance = (mean_square - mean.square()).clamp(min=0)
     if place.kernel_bias is not None:
         put(place.kernel_bias, torch.zeros_like(mean))
     put(place.norm["running_mean"], mean)
