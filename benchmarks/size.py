@@ -5,8 +5,8 @@
 Each row runs in a process of its own, after a small fusion has loaded what every fusion needs.
 **F** is one forward pass of each parent and one of the fused network over the same inputs, measured
 in the same process; a row's time is divided by it. Memory is the process's peak above what it held
-before the networks were made. Arguments are parts of row names: only those rows run, and nothing
-is written. Rows without a public checkpoint have random weights, which cost the same.
+before the networks were made. Arguments are parts of row names: only those rows run, and the others
+keep their figures. Rows without a public checkpoint have random weights, which cost the same.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,7 +146,8 @@ def main() -> None:
         print(json.dumps(run(ROWS[arguments.here])))
         return
     print(f"{'work':<58} {'seconds':>8} {'F':>6} {'peak GB':>8} {'weights GB':>11}")
-    rows = {}
+    written = Path(__file__).parent / "results" / "size.json"
+    rows = json.loads(written.read_text())["rows"] if written.exists() else {}
     for i, row in enumerate(ROWS):
         if arguments.names and not any(part in row.name for part in arguments.names):
             continue
@@ -159,8 +161,8 @@ def main() -> None:
             f"{found['peak_bytes'] / 1e9:>8.2f} {found['weights_bytes'] / 1e9:>11.2f}",
             flush=True,
         )
-    if not arguments.names:
-        write_results("size", {"threads": arguments.threads, "rows": rows})
+        found["threads"] = arguments.threads or clafusion.num_threads()
+    write_results("size", {"rows": rows})
 
 
 if __name__ == "__main__":
