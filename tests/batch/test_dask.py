@@ -31,6 +31,7 @@ def client(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("default")  # of Dask and its event loop
 def test_the_pairs_of_a_killed_worker_are_done_again_and_none_twice(client, tmp_path):
     models = {f"m{i}": networks.mlp(12, *range(6, 7 + i), 5, seed=i) for i in range(7)}

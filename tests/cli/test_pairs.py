@@ -337,7 +337,7 @@ STARTED = 4
 @pytest.mark.parametrize(
     ("number", "begun", "delay"),
     [
-        (signal.SIGINT, False, 0.3),
+        pytest.param(signal.SIGINT, False, 0.3, marks=pytest.mark.nightly),
         (signal.SIGINT, False, 2.0),
         (signal.SIGTERM, True, 0.0),
         (signal.SIGKILL, True, 0.0),

@@ -139,7 +139,7 @@ def test_a_warm_start_and_a_limit(library, shared_bytes):
     assert short.iterations.tolist() == [5, 5]
 
 
-@pytest.mark.parametrize("relaxation", [None, 0.5])
+@pytest.mark.parametrize("relaxation", [None, pytest.param(0.5, marks=pytest.mark.nightly)])
 def test_clusters_of_blocks(library, relaxation):
     # 2 to 8 blocks of 16 kB, the last of which have a row less or none.
     shapes = [(90, 40), (101, 50), (150, 70), (9, 250)]
