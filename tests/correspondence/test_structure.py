@@ -10,6 +10,7 @@ from clafusion import (
     inserted_model,
 )
 from tests.support import networks
+from tests.support.assertions import assert_same_function
 from tests.support.data import IMAGES
 from tests.support.results import moved_parent
 
@@ -48,3 +49,31 @@ def test_two_parameters_where_the_structure_shares_one_are_refused_by_name():
     message = r"models\[1\]: it has two parameters, 'embedding.weight' and 'head.weight', where the"
     with pytest.raises(StructureError, match=message):
         fuse([Words(True).eval(), Words(False).eval()], data)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_with_a_matrix_can_be_inserted_as_linear_layers_can(turned):
+    class Products(nn.Module):
+        def __init__(self, depth, seed):
+            super().__init__()
+            generator = torch.Generator().manual_seed(seed)
+            sizes = [(6, 9), *[(9, 9)] * depth, (9, 3)]
+            drawn = (torch.randn(size, generator=generator) / size[0] ** 0.5 for size in sizes)
+            self.matrices = nn.ParameterList(one.T.clone() if turned else one for one in drawn)
+            self.biases = nn.ParameterList(
+                torch.randn(size[1], generator=generator) for size in sizes
+            )
+
+        def forward(self, x):
+            last = len(self.matrices) - 1
+            for i, (matrix, bias) in enumerate(zip(self.matrices, self.biases, strict=True)):
+                x = torch.addmm(bias, x, matrix.t() if turned else matrix)
+                x = torch.relu(x) if i < last else x
+            return x
+
+    data = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
+    deep, shallow = Products(3, 0).eval(), Products(1, 1).eval()
+    for calibration in ("none", "repair", "least_squares"):
+        for weights, parent in (([1, 0], deep), ([0, 1], shallow)):
+            model = fuse([deep, shallow], data, weights, calibration=calibration).model
+            assert_same_function(model, parent, data, calibration)

@@ -9,7 +9,12 @@ from torch import fx
 
 from clafusion.tracing.cuts import Draft
 from clafusion.tracing.flow import NORMS, Flow
-from clafusion.tracing.operations import bound_operands, convolution_geometry, op_name
+from clafusion.tracing.operations import (
+    bound_operands,
+    convolution_geometry,
+    is_affine_product,
+    op_name,
+)
 
 __all__ = ["insertable"]
 
@@ -62,7 +67,7 @@ def _can_be_identity(flow: Flow, draft: Draft) -> bool:
     if op_name(affine) in ("conv1d", "conv2d", "conv3d"):
         if not _keeps_positions(flow, affine):
             return False
-    elif op_name(affine) != "linear":
+    elif op_name(affine) != "linear" and not is_affine_product(affine):
         return False
     return _has_passed(flow, operands[0], rest)
 
