@@ -160,6 +160,9 @@ def test_pages_of_the_root_link_to_the_other_pages(hooks):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    sys.version_info < (3, 11), reason="on Python 3.10 mkdocstrings and pymdown disagree"
+)
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings_handlers.python")
