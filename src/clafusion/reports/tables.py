@@ -231,10 +231,9 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
     if not isinstance(strategy, ManyToOne):
         outcome = "" if result.converged else ", not converged"
         facts["strategy"] = f"{described(strategy)}, rounds {result.rounds}{outcome}"
-    facts["calibration"] = described(config.used_calibration)
-    if result.anchor is not None and result.anchor != getattr(
-        config.used_calibration, "anchor", None
-    ):
+    calibration = config.used_calibration
+    facts["calibration"] = described(calibration)
+    if result.anchor is not None and result.anchor != getattr(calibration, "anchor", None):
         facts["calibration"] += f", anchor {result.anchor:g}"
     if result.assessment is not None:
         facts["assessed"] = result.assessment.verdict

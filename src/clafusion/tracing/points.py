@@ -112,7 +112,8 @@ def calibration_points(flow: Flow, draft: Draft) -> tuple[CalibrationPoint, ...]
 
 def _calibration_point(flow: Flow, node: fx.Node) -> CalibrationPoint | None:
     name = op_name(node)
-    if name not in ("batch_norm", "linear", "conv1d", "conv2d", "conv3d", "addmm", "mm", "matmul"):
+    is_named = name in ("batch_norm", "linear", "conv1d", "conv2d", "conv3d")
+    if not (is_named or is_affine_product(node)):
         return None
     if len(node.users) == 1 and op_name(next(iter(node.users))) in NORMS:
         return None  # the norm undoes any change here

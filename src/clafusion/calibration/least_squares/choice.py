@@ -124,12 +124,15 @@ def choose_channels(
     return Choice(kept, torch.cat([start, readout[firsts[-1] :]]))
 
 
-def of_kept(readout: Tensor, hidden: Hidden, kept: Sequence[Kept]) -> Tensor:
-    """Return how a layer reads, of the channels that it writes only those that are kept."""
-    outputs = readout.split([len(part.channel_of) for part in hidden.parts], 1)
-    found = readout.new_zeros(len(readout), len(hidden.channel_of))
-    for part, one, of in zip(hidden.parts, kept, outputs, strict=True):
-        found[:, hidden.channel_of[one.own]] = of[:, part.channel_of[one.taken]]
+def of_kept(hidden: Hidden, kept: Sequence[Kept], sides: Sequence[Tensor]) -> Tensor:
+    """Return the columns of the channels that are kept, in the target's order.
+
+    ``sides`` are ``(num_rows, num_channels)``, part by part: what each parent has for every channel
+    of the writing layer.
+    """
+    found = sides[0].new_zeros(len(sides[0]), len(hidden.channel_of))
+    for part, one, side in zip(hidden.parts, kept, sides, strict=True):
+        found[:, hidden.channel_of[one.own]] = side[:, part.channel_of[one.taken]]
     return found
 
 

@@ -140,7 +140,8 @@ class Walks:
             moved = self._moved(place, rows) if hidden is None else []
             for one, sums in zip(self.candidates, equations, strict=True):
                 if hidden is not None:
-                    goal = side_by_side(hidden, one.choices[place.affine.name].kept, rows)
+                    shown = [own for part in hidden.parts if (own := rows[part.parent]) is not None]
+                    goal = of_kept(hidden, one.choices[place.affine.name].kept, shown)
                     active = goal.relu() if place.rectified else None
                 else:
                     goal, active = self._goal(place, moved, one.weights[place.affine.name])
@@ -209,7 +210,10 @@ class Walks:
         kept = () if hidden is None else candidate.choices[name].kept
         if name in self.writers:
             readout = candidate.choices[self.writers[name]].readout
-            return readout if hidden is None else of_kept(readout, hidden, kept)
+            if hidden is None:
+                return readout
+            sizes = [len(part.channel_of) for part in hidden.parts]
+            return of_kept(hidden, kept, readout.split(sizes, 1))
         if hidden is None:
             return stacked(place, candidate.state)
         # A channel whose parent reads something else there has no weights to start from.
@@ -292,16 +296,3 @@ class Walks:
             index, name = key
             for walks in self.walks:
                 walks[index].release(name)
-
-
-def side_by_side(hidden: Hidden, kept: Sequence[Kept], rows: Sequence[Tensor | None]) -> Tensor:
-    """Return the goal of a layer: of every channel what the parent it is of puts out."""
-    goal: Tensor | None = None
-    for part, one in zip(hidden.parts, kept, strict=True):
-        value = rows[part.parent]
-        assert value is not None
-        if goal is None:
-            goal = value.new_zeros(len(value), len(hidden.channel_of))
-        goal[:, hidden.channel_of[one.own]] = value[:, part.channel_of[one.taken]]
-    assert goal is not None
-    return goal
