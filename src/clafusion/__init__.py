@@ -71,8 +71,9 @@ from clafusion.results import FusionResult
 from clafusion.targets.target import chooses
 from clafusion.tracing.layer import Layer, Stream
 from clafusion.tracing.model import ChannelGroup, GroupAxis, HeadPartition, TracedModel
+from clafusion.tracing.moves import permute_channels
 from clafusion.tracing.trace import trace
-from clafusion.tracing.verify import permute_channels, verify_graph
+from clafusion.tracing.verify import verify_graph
 from clafusion.training import TrainingResult, distill, finetune
 from clafusion.transport.sinkhorn import sinkhorn
 from clafusion.transport.solution import TransportSolution

@@ -49,8 +49,9 @@ from clafusion.stages import (
 )
 from clafusion.targets.sources import TargetSources, source_of, sources_of
 from clafusion.targets.target import choose_target, width_position
+from clafusion.tracing.copies import copied
 from clafusion.tracing.model import TracedModel
-from clafusion.tracing.trace import copied, trace
+from clafusion.tracing.trace import trace
 
 __all__ = ["align", "align_profiles", "fuse", "fuse_aligned", "profile"]
 

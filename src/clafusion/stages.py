@@ -35,8 +35,9 @@ from clafusion.profiling.importance import (
 )
 from clafusion.profiling.profile import ModelProfile, profile_models
 from clafusion.settings import made, options_of
+from clafusion.tracing.copies import copied
 from clafusion.tracing.model import TracedModel
-from clafusion.tracing.trace import copied, trace
+from clafusion.tracing.trace import trace
 
 __all__ = [
     "Clock",

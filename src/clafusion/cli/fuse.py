@@ -49,7 +49,7 @@ from clafusion.reports import plot as draw
 from clafusion.reports import summary
 from clafusion.results import FusionResult
 from clafusion.stages import traced_template
-from clafusion.tracing.trace import copied
+from clafusion.tracing.copies import copied
 from clafusion.weights.atomic import check_output
 from clafusion.weights.factories import build_model
 from clafusion.weights.round_trip import check_round_trip
