@@ -15,7 +15,7 @@ from clafusion.execution.writes import written_inputs
 
 __all__ = ["Executable", "RowState", "Walk", "in_lockstep", "run_graph"]
 
-_LARGE = 1 << 22  # elements: a weight of more is read by rows, from a state that can
+_LARGE = 1 << 21  # elements: a weight of more is read by rows, from a state that can
 
 
 class Executable(Protocol):
@@ -203,15 +203,13 @@ class Walk:
             return F.embedding(places, self._rows.rows(name, wanted))
         inputs, *bias = [self._value(one) for i, one in enumerate(node.args) if i != 1]
         count = max(_LARGE // shape[1], 1)
-        parts = [
-            F.linear(
-                inputs,
-                self._rows.rows(name, rows),
-                *(None if one is None else one[rows] for one in bias),
+        result = inputs.new_empty(*inputs.shape[:-1], shape[0])
+        for rows in torch.arange(shape[0], device=inputs.device).split(count):
+            of_rows = (None if one is None else one[rows] for one in bias)
+            result[..., rows[0] : rows[-1] + 1] = F.linear(
+                inputs, self._rows.rows(name, rows), *of_rows
             )
-            for rows in torch.arange(shape[0], device=inputs.device).split(count)
-        ]
-        return torch.cat(parts, -1)
+        return result
 
     def _spare(self, node: fx.Node) -> None:
         """Copy the kept values that share memory with an operand of ``node``, which changes it."""
