@@ -203,7 +203,7 @@ class Walk:
             return F.embedding(places, self._rows.rows(name, wanted))
         inputs, *bias = [self._value(one) for i, one in enumerate(node.args) if i != 1]
         count = max(_LARGE // shape[1], 1)
-        result = inputs.new_empty(*inputs.shape[:-1], shape[0])
+        result: Tensor = inputs.new_empty(*inputs.shape[:-1], shape[0])
         for rows in torch.arange(shape[0], device=inputs.device).split(count):
             of_rows = (None if one is None else one[rows] for one in bias)
             result[..., rows[0] : rows[-1] + 1] = F.linear(
