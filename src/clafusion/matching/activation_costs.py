@@ -17,7 +17,7 @@ from clafusion.config import CHANNEL_COSTS
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.hooks import HookPair
 from clafusion.errors import InputError, StructureError
-from clafusion.profiling.profile import ModelProfile, standardised
+from clafusion.profiling.profile import ModelProfile, channel_statistics, standardised
 
 __all__ = [
     "MAX_CHANNELS",
@@ -103,9 +103,9 @@ def correlations(x: Tensor, y: Tensor) -> Tensor:
     correlation of two constant channels, as dead ones behind a norm, stands :math:`1 - d(x, y)`, at
     least 0, and 0 where both are 0. Where all channels of both are constant nothing is said: 0.
     """
-    of_x, of_y = standardised(x), standardised(y)
-    found = of_x.T @ of_y / len(x)
-    constant = ~of_x.any(0), ~of_y.any(0)
+    found = standardised(x).T @ standardised(y) / len(x)
+    of_x, of_y = channel_statistics(x), channel_statistics(y)
+    constant = of_x.scale == 0, of_y.scale == 0
     if all(bool(one.all()) for one in constant):
         return found  # which says nothing
     if all(bool(one.any()) for one in constant):
@@ -115,8 +115,8 @@ def correlations(x: Tensor, y: Tensor) -> Tensor:
         alike = torch.where(largest > 0, alike.clamp(min=0), 0.0)
         found[constant[0].nonzero(), constant[1].nonzero().T] = alike.to(found)
     # Channels that were dead before a norm over all channels are correlated, each with all others.
-    apart = _relative_differences(x.mean(0), y.mean(0))
-    apart += _relative_differences(x.std(0, False), y.std(0, False))
+    apart = _relative_differences(of_x.mean, of_y.mean)
+    apart += _relative_differences(of_x.deviation, of_y.deviation)
     return found - _TIE * apart.to(found)
 
 

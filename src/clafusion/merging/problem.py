@@ -15,6 +15,8 @@ from torch import Tensor
 
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.moving import move_state, move_values, outgoing_map
+from clafusion.execution.call import State
+from clafusion.execution.lazy import LazyState
 from clafusion.profiling.profile import ModelProfile
 from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.model import TracedModel
@@ -103,21 +105,25 @@ class Parent:
             found.append(None if into is None or bool(into.all()) else into.cpu())
         return tuple(found)
 
-    def state(self, normalisation: str = "two") -> dict[str, Tensor]:
+    def state(self, normalisation: str = "two") -> State:
         """Return the parent's parameters in the target's structure, channels and widths."""
         if self.is_identity and self.output_plan is None:
-            return {
-                name: one for name, one in self.traced.state().items() if one.is_floating_point()
-            }
+            own = self.traced.state()
+            return {name: one for name, one in own.items() if one.is_floating_point()}
         state = move_state(self.correspondence, self.plans, normalisation)
-        if self.output_plan is not None:
-            point = self.correspondence.target.layers[-1].calibration_points[-1]
-            rows = outgoing_map(self.output_plan).T
-            for name in (point.weight, point.bias):
-                if name is not None:
-                    moved = torch.tensordot(rows, state[name].to(rows), dims=1)
-                    state[name] = moved.to(state[name])
-        return state
+        if self.output_plan is None:
+            return state
+        point = self.correspondence.target.layers[-1].calibration_points[-1]
+        rows = outgoing_map(self.output_plan).T
+
+        def make(name: str) -> Tensor:
+            value = state[name]
+            if name not in (point.weight, point.bias):
+                return value
+            moved: Tensor = torch.tensordot(rows, value.to(rows), dims=1).to(value)
+            return moved
+
+        return LazyState(state, make)
 
     def moved(self, values: Tensor, node: str, source: CalibrationPoint) -> Tensor:
         """Bring values, channels last, from a point of the parent to the target's at ``node``."""

@@ -9,7 +9,7 @@ the same pairs for every model.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from clafusion import _native
 from clafusion.errors import InputError, StructureError
@@ -36,7 +37,9 @@ from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import batch_axis, module_path
 
 __all__ = [
+    "ChannelStatistics",
     "ModelProfile",
+    "channel_statistics",
     "gram_matrix",
     "profile_models",
     "standardised",
@@ -94,15 +97,46 @@ class ModelProfile:
     batch_sizes: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """What the rows of a hook point say of its channels.
+
+    Attributes
+    ----------
+    mean, deviation
+        ``(num_channels,)``: the mean and the standard deviation of each.
+    scale
+        ``1 / deviation``, and 0 for a constant channel, also for one that varies by rounding.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    scale: Tensor
+
+
+# One network meets many others, and its rows are the same each time.
+_statistics: MutableMapping[Tensor, ChannelStatistics] = WeakTensorKeyDictionary()
+
+
+def channel_statistics(rows: Tensor) -> ChannelStatistics:
+    """Return the statistics of channels ``(num_rows, num_channels)``; kept as long as the rows."""
+    known = _statistics.get(rows)
+    if known is None:
+        rounding = _ROUNDING * rows.abs().amax(0) if len(rows) else 0.0
+        mean = rows.mean(0)
+        deviation = (rows - mean).square_().mean(0).sqrt()
+        scale = torch.where(deviation > rounding, 1.0 / deviation.clamp(min=1e-30), 0.0)
+        known = _statistics[rows] = ChannelStatistics(mean, deviation, scale)
+    return known
+
+
 def standardised(rows: Tensor) -> Tensor:
     """Return channels ``(num_rows, num_channels)`` with zero mean and unit variance.
 
-    A constant channel becomes 0, also one that varies by rounding: it correlates with nothing.
+    A constant channel becomes 0: it correlates with nothing.
     """
-    rounding = _ROUNDING * rows.abs().amax(0) if len(rows) else 0.0
-    rows = rows - rows.mean(0)
-    deviation = rows.square().mean(0).sqrt()
-    return rows.mul_(torch.where(deviation > rounding, 1.0 / deviation.clamp(min=1e-30), 0.0))
+    known = channel_statistics(rows)
+    return (rows - known.mean).mul_(known.scale)
 
 
 def profile_models(
