@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.execution.call import State
@@ -74,6 +74,10 @@ class Place:
         """The names of the layer's parameters and of its BatchNorm's."""
         names = [self.kernel, self.kernel_bias, *(self.norm or {}).values()]
         return [name for name in names if name is not None]
+
+    def num_features(self, kernel: Tensor) -> int:
+        """Return how many numbers the layer multiplies for each output, given its weight."""
+        return kernel.numel() // kernel.size(1 if self.is_transposed else 0)
 
 
 def regressed_places(problem: FusionProblem, state: State) -> list[Place]:

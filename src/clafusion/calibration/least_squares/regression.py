@@ -18,7 +18,7 @@ from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem, MergeWeights
 from clafusion.profiling.batches import Data, in_chunks
 
-__all__ = ["anchored_weights", "regress", "regress_anchored"]
+__all__ = ["anchored_weights", "regress_anchored"]
 
 ANCHORS = (0.0, 0.8)
 """What ``"auto"`` tries."""
@@ -51,45 +51,6 @@ def anchored_weights(problem: FusionProblem, anchor: float) -> list[MergeWeights
     ]
 
 
-def regress(
-    problem: FusionProblem,
-    fused: State,
-    data: Data,
-    *,
-    ridge: float,
-    samples: int,
-    anchor: float = 0.0,
-    seed: int = 0,
-    progress: Callable[[str, int], None] | None = None,
-) -> dict[str, Tensor]:
-    """Return the fused state with every layer regressed onto the parents.
-
-    Parameters
-    ----------
-    problem
-        The target and its parents. Sums on a residual stream aim at the mean by the overall
-        weights, inner layers at that by the weights of their own.
-    fused
-        The state averaged with the interior's weights.
-    data
-        Unlabelled inputs; the first ``samples`` are used, and no more than those whose activations
-        at one layer, of all parents and fused networks together, take 4 GB.
-    anchor
-        How far the interior leans towards one parent: see :func:`anchored_weights`.
-    ridge
-        The penalty on changes, relative to the mean square of the layer's inputs.
-    samples
-        How many inputs to use.
-    seed
-        Seed of the choice of positions.
-    progress
-        Called with a text and how many inputs the layers that are done make of all.
-    """
-    settings = LeastSquares(ridge=ridge, samples=samples)
-    (state,), _ = _regressed(problem, {anchor: fused}, data, settings, seed, progress)
-    return state
-
-
 def regress_anchored(
     problem: FusionProblem,
     data: Data,
@@ -114,20 +75,24 @@ def regress_anchored(
         for one in problem.parents
     ):
         return plain, anchors[0]  # that parent itself: nothing is lost
-    axes = problem.target.axes_by_parameter
-    # Channels leave these in no group: the outputs' parameters, which are not anchored.
-    outputs = {
-        name: plain[name]
-        for name in plain
-        if all(one.direction == "in" for _, one in axes.get(name, ()))
-    }
-    fused = {
-        anchor: {**average(problem, anchored_weights(problem, anchor)), **outputs}
-        for anchor in anchors
-    }
+    fused = {anchor: _anchored(problem, plain, anchor) for anchor in anchors}
     states, distances = _regressed(problem, fused, data, settings, seed, progress)
     best = distances.index(min(distances))
     return states[best], anchors[best]
+
+
+def _anchored(problem: FusionProblem, plain: State, anchor: float) -> State:
+    """Return the average with the interior anchored, given the one by the parents' own weights."""
+    if anchor == 0.0:
+        return plain
+    axes = problem.target.axes_by_parameter
+    # Channels leave these in no group: the outputs' parameters, which are not anchored.
+    outputs = {
+        name: value
+        for name, value in plain.items()
+        if all(one.direction == "in" for _, one in axes.get(name, ()))
+    }
+    return {**average(problem, anchored_weights(problem, anchor)), **outputs}
 
 
 def _regressed(

@@ -217,7 +217,9 @@ class Walks:
         if hidden is None:
             return stacked(place, candidate.state)
         # A channel whose parent reads something else there has no weights to start from.
-        start = torch.zeros_like(stacked(place, self.of_target))
+        kernel = self.of_target[place.kernel]
+        rows = place.num_features(kernel) + (place.point.bias is not None)
+        start = kernel.new_zeros(rows, len(place.point.groups), dtype=torch.float64)
         for part, one in zip(hidden.parts, kept, strict=True):
             if reads_partner(self.parents[part.parent].correspondence, place.kernel):
                 into = hidden.channel_of[one.own]
