@@ -450,6 +450,39 @@ def test_all_weight_on_the_network_that_gives_the_structure_gives_it_back(anchor
         assert result.anchor == (0.0 if anchor == "auto" else anchor)
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        (chain(16, 12), VECTORS),
+        (nn.Sequential(Residual(8, 12), Residual(8, 16), nn.Linear(8, 4)).eval(), VECTORS),
+        (resnet(2, 1), IMAGES),
+    ],
+)
+def test_a_copy_in_half_precision_is_itself(model, data, kind):
+    """Up to one rounding of each weight; what a regression made of roundings was 4e-3 off."""
+    model = copy.deepcopy(model).to(kind)
+    fused = fuse([model, copy.deepcopy(model)], data.to(kind), calibration="least_squares").model
+    for name, wanted in model.state_dict().items():
+        found = fused.state_dict()[name]
+        if wanted.is_floating_point():
+            step = torch.finfo(kind).eps * wanted.float().abs()
+            assert bool(((found.float() - wanted.float()).abs() <= step).all()), name
+
+
+def test_a_start_stays_where_it_leaves_nothing_before_and_after_the_relu():
+    x = torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(3, 2, generator=torch.Generator().manual_seed(1)).double()
+    goal = (x.T @ start.float()).bfloat16()  # known up to its roundings
+    for active, stays in ((None, True), (goal.relu(), True), (goal.relu() + goal.abs(), False)):
+        equations = NormalEquations(start)
+        equations.add(torch.cat([x, torch.empty(2, 500)]), goal, active)
+        assert torch.equal(equations.solved(1e-3), start) == stays
+    equations = NormalEquations(start)
+    equations.add(torch.cat([x, torch.empty(2, 500)]), goal * 1.1, None)
+    assert not torch.equal(equations.solved(1e-3), start)
+
+
 def test_rows_grow_with_the_columns_and_the_penalty_where_they_are_few():
     """With about one row for each column, an interpolation of noise was a hundred times worse."""
     draw = torch.Generator().manual_seed(0)
