@@ -17,6 +17,7 @@ from clafusion import (
     MergeWeights,
     UnsupportedOpError,
     fuse,
+    summary,
     trace,
 )
 from clafusion.calibration.least_squares import anchored_weights
@@ -327,6 +328,63 @@ def test_products_with_a_matrix_are_regressed_as_linear_layers_are(way):
             found.append(output(fused, sequences))
         bound = 2e-4 * float(found[1].abs().max())
         torch.testing.assert_close(found[0], found[1], rtol=0, atol=bound)
+
+
+class Products(nn.Module):
+    """Products with matrices, written in one of several ways; each with a bias."""
+
+    def __init__(self, *widths, way, seed=0):
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.way, pairs = way, list(pairwise(widths))
+        self.weights = nn.ParameterList(torch.randn(*one, generator=draw) / 3 for one in pairs)
+        self.biases = nn.ParameterList(torch.randn(one[1], generator=draw) for one in pairs)
+        self.eval()
+
+    def product(self, x, weight, bias):
+        if self.way == "bias apart":
+            return x @ weight + bias
+        if self.way == "bias before":
+            return bias + F.linear(x, weight.T)
+        if self.way == "from the left":
+            return (weight.T @ x.transpose(1, 2) + bias[:, None]).transpose(1, 2)
+        if self.way == "scaled":
+            return torch.addmm(bias, x.flatten(0, 1), weight, beta=2).view(*x.shape[:2], -1)
+        return F.linear(x, weight.T, bias)
+
+    def forward(self, x):
+        first, *others = zip(self.weights, self.biases, strict=True)
+        x = torch.relu(self.product(x, *first))
+        for weight, bias in others:
+            x = x + torch.relu(self.product(x, weight, bias))
+        return x.mean((1, 2))[:, None]
+
+
+def fused_products(way, calibration):
+    sequences = torch.randn(200, 5, 6, generator=torch.Generator().manual_seed(3))
+    models = [Products(6, 12, 12, 12, way=way), Products(6, 12, 12, 12, way=way, seed=1)]
+    result = fuse(models, sequences, calibration=calibration)
+    return result, output(result.model, sequences)
+
+
+@pytest.mark.parametrize("way", ["bias apart", "bias before"])
+@pytest.mark.parametrize("calibration", ["repair", "least_squares"])
+def test_a_bias_that_is_added_apart_is_calibrated_as_a_layers_own(way, calibration):
+    result, found = fused_products(way, calibration)
+    _, wanted = fused_products("one operation", calibration)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4 * float(wanted.abs().max()))
+    assert result.averaged == ()
+
+
+@pytest.mark.parametrize("way", ["from the left", "scaled"])
+@pytest.mark.parametrize("calibration", ["repair", "least_squares"])
+def test_the_result_names_weights_that_stay_at_the_average(way, calibration):
+    result, _ = fused_products(way, calibration)
+    assert result.averaged == ("weights.0", "weights.1", "weights.2")
+    line = f"averaged     3 weights that {calibration} does not calibrate: weights.0, weights.1"
+    assert line in summary(result)
+    result, _ = fused_products(way, "none")
+    assert result.averaged == ()
 
 
 class Turned(nn.Module):

@@ -112,8 +112,9 @@ def _place(
     kernel_size = tuple(state[kernel].shape[2:])
     if not _is_solvable(affine, kernel_size):
         return None
-    norm, epsilon = None, 0.0
-    if point.node != point.affine:
+    norm, epsilon, kernel_bias = None, 0.0, point.bias
+    if op_name(nodes[point.node]) == "batch_norm":
+        kernel_bias = names.get("bias")
         norm = target.operand_names(nodes[point.node])
         epsilon = float(bound_operands(nodes[point.node])["eps"])
         if set(norm) != {"weight", "bias", "running_mean", "running_var"}:
@@ -133,7 +134,7 @@ def _place(
         affine,
         operands["input"].name,
         kernel,
-        names.get("bias"),
+        kernel_bias,
         kernel_size,
         is_transposed(affine),
         norm,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem, MergeWeights
 from clafusion.profiling.batches import Data, in_chunks
 
-__all__ = ["anchored_weights", "regress_anchored"]
+__all__ = ["Regression", "anchored_weights", "regress_anchored"]
 
 ANCHORS = (0.0, 0.8)
 """What ``"auto"`` tries."""
@@ -27,6 +28,25 @@ _CHUNK = 125  # inputs whose patches are held at once
 _FEW = 8  # inputs of which a warning speaks
 _HELD = 1 << 32  # bytes of activations that all networks together may hold
 _VALUES = 3  # of a network that are alive at a time: what a layer reads and writes, and a goal
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A fused state whose layers were regressed.
+
+    Attributes
+    ----------
+    state
+        Its parameters and buffers.
+    anchor
+        How far its interior leans towards one parent.
+    solved
+        The names of those that were solved for, or taken from one parent as they are.
+    """
+
+    state: dict[str, Tensor]
+    anchor: float
+    solved: frozenset[str]
 
 
 def anchored_weights(problem: FusionProblem, anchor: float) -> list[MergeWeights]:
@@ -58,8 +78,8 @@ def regress_anchored(
     *,
     seed: int = 0,
     progress: Callable[[str, int], None] | None = None,
-) -> tuple[dict[str, Tensor], float]:
-    """Average and regress, the interior anchored as it should be; return the state and the anchor.
+) -> Regression:
+    """Average and regress, the interior anchored as it should be.
 
     ``"auto"`` tries all of ``ANCHORS`` and takes the one whose outputs come nearest to the parents'
     weighted mean.
@@ -74,11 +94,11 @@ def regress_anchored(
         one.is_identity and one.weights.overall >= 1.0 and not one.weights.own
         for one in problem.parents
     ):
-        return plain, anchors[0]  # that parent itself: nothing is lost
+        return Regression(plain, anchors[0], frozenset(plain))  # that parent: nothing is lost
     fused = {anchor: _anchored(problem, plain, anchor) for anchor in anchors}
-    states, distances = _regressed(problem, fused, data, settings, seed, progress)
+    states, distances, solved = _regressed(problem, fused, data, settings, seed, progress)
     best = distances.index(min(distances))
-    return states[best], anchors[best]
+    return Regression(states[best], anchors[best], solved)
 
 
 def _anchored(problem: FusionProblem, plain: State, anchor: float) -> State:
@@ -102,10 +122,11 @@ def _regressed(
     settings: LeastSquares,
     seed: int,
     progress: Callable[[str, int], None] | None,
-) -> tuple[list[dict[str, Tensor]], list[float]]:
+) -> tuple[list[dict[str, Tensor]], list[float], frozenset[str]]:
     """Regress the states, given by their anchors, side by side.
 
-    Returns the new states, and how far their outputs are from the parents' weighted mean.
+    Returns the new states, how far their outputs are from the parents' weighted mean, and the names
+    of the parameters that were solved for or chosen.
     """
     like = next(iter(fused.values()))
     where = next(iter(like.values())).device
@@ -135,7 +156,9 @@ def _regressed(
             if progress is not None:
                 progress("calibrate", (done + 1) * num_inputs // len(places))
         distances = walks.distances() if len(candidates) > 1 else [0.0]
-    return [one.state for one in candidates], distances
+    solved = {name for place in places for name in place.parameters}
+    solved |= {axis.use.parameter for one in hidden.values() for axis in one.carried}
+    return [one.state for one in candidates], distances, frozenset(solved)
 
 
 def _most_inputs(problem: FusionProblem, num_candidates: int) -> int:
