@@ -113,10 +113,11 @@ class Parent:
         if self.output_plan is not None:
             point = self.correspondence.target.layers[-1].calibration_points[-1]
             rows = outgoing_map(self.output_plan).T
-            for name in (point.weight, point.bias):
+            for name, axis in ((point.weight, point.weight_axis), (point.bias, 0)):
                 if name is not None:
-                    moved = torch.tensordot(rows, state[name].to(rows), dims=1)
-                    state[name] = moved.to(state[name])
+                    channels = state[name].to(rows).movedim(axis, 0)
+                    moved = torch.tensordot(rows, channels, dims=1).movedim(0, axis)
+                    state[name] = moved.to(state[name]).contiguous()
         return state
 
     def moved(self, values: Tensor, node: str, source: CalibrationPoint) -> Tensor:
