@@ -141,6 +141,7 @@ __all__ = [
     "UnsupportedOpError",
     "WidthWarning",
     "Zip",
+    "__version__",
     "align",
     "align_layers",
     "align_layers_batch",
@@ -172,3 +173,15 @@ __all__ = [
     "trace",
     "verify_graph",
 ]
+
+__version__: str
+"""The version of the installed package."""
+
+
+def __getattr__(name: str) -> str:
+    """Return ``__version__``, which is read when somebody asks for it."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("clafusion")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -296,6 +296,7 @@ def _fused(
         config=config,
         weights=weights,
         anchor=outcome.anchor,
+        averaged=outcome.averaged,
         timings=clock.seconds,
         peak_memory=clock.peak_memory,
         rounds=rounds,

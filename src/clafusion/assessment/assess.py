@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clafusion.assessment.comparison import Comparison
 from clafusion.assessment.nearness import FusionAssessment
 from clafusion.assessment.output_cache import OutputCache
-from clafusion.assessment.parts import Parts, compared_output
+from clafusion.assessment.parts import Parts, compared_output, most_assessed
 from clafusion.config import Assessment, FusionConfig, LeastSquares
 from clafusion.correspondence.moving import outgoing_map
 from clafusion.errors import AssessmentWarning, warn
@@ -22,8 +22,6 @@ from clafusion.tracing.model import TracedModel
 
 __all__ = ["assess", "warn_of"]
 
-_MOST = 500  # held out inputs on which the networks are compared
-_MOST_SEEN = 100  # the same where none is held out: more would only cost forward passes
 _CHUNK, _CHUNK_NUMBERS = 256, 1 << 22  # rows, and numbers in an output, at a time
 
 
@@ -98,7 +96,7 @@ def _chunks(
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield inputs in chunks that are as large as memory allows, whatever the batches' sizes."""
     first, data = models[0], parts.assessed
-    most = _MOST if parts.held_out else _MOST_SEEN
+    most = most_assessed(held_out=parts.held_out)
     rows = max(1, min(_CHUNK, _CHUNK_NUMBERS // max(1, math.prod(first.outputs[output][0]))))
     is_whole = any(one.static_batch is not None for one in models)
     held: list[tuple[Tensor, ...]] = []

@@ -114,14 +114,15 @@ class Parent:
         if self.output_plan is None:
             return state
         point = self.correspondence.target.layers[-1].calibration_points[-1]
+        axes = {point.weight: point.weight_axis, point.bias: 0}
         rows = outgoing_map(self.output_plan).T
 
         def make(name: str) -> Tensor:
             value = state[name]
-            if name not in (point.weight, point.bias):
+            if name not in axes:
                 return value
-            moved: Tensor = torch.tensordot(rows, value.to(rows), dims=1).to(value)
-            return moved
+            channels = value.to(rows).movedim(axes[name], 0)
+            return torch.tensordot(rows, channels, dims=1).movedim(0, axes[name]).to(value)
 
         return LazyState(state, make)
 
