@@ -54,7 +54,7 @@ class Fused(nn.Module):
 
 
 class Tabled(Fused):
-    """Scores get a bias by the distance of two tokens, of each head's own: one column of a table."""
+    """Scores get a bias by the distance of two tokens: each head has a column of a table."""
 
     def __init__(self, heads):
         super().__init__(heads)

@@ -82,8 +82,8 @@ def _counterparts(
                 theirs = [(alike[0].index,)]
             if len(theirs) == len(columns) and sum(map(len, theirs)) == len(alike):
                 found.setdefault(len(theirs[0]), []).extend(zip(columns, theirs, strict=True))
-        for count, columns in found.items():
-            ours, others = zip(*columns, strict=True)
+        for count, pairs in found.items():
+            ours, others = zip(*pairs, strict=True)
             # Of an attention's head channels are counted; else one group may be of many heads of
             # one channel each, as are groups of a norm.
             is_head = any(other.groups[one[0]].is_counted for one in others)
