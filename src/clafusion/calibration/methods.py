@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from clafusion.calibration.batchnorm import reset_batchnorm
 from clafusion.calibration.least_squares import regress_anchored
 from clafusion.calibration.repair import moment_goals, repair
+from clafusion.calibration.scales import with_equal_scales
 from clafusion.config import BatchNorm, Calibration, LeastSquares, NoCalibration, Repair
 from clafusion.errors import InputError
 from clafusion.merging.mean import average
@@ -109,6 +110,7 @@ def _repair(
     progress: Progress | None = None,
     **__: Any,
 ) -> dict[str, Tensor]:
+    problem = with_equal_scales(problem)
     goals = moment_goals(problem)
     return repair(problem.target, average(problem), data, goals, progress=progress)
 
