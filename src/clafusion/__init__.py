@@ -46,7 +46,7 @@ from clafusion.config import (
     Zip,
 )
 from clafusion.correspondence.correspondence import Correspondence, correspond
-from clafusion.correspondence.structure import inserted_model
+from clafusion.correspondence.inserted import inserted_model
 from clafusion.errors import (
     AlignmentError,
     AssessmentWarning,

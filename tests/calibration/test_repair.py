@@ -1,14 +1,18 @@
 """REPAIR: whatever statistics are asked for, the network gets them."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from clafusion import InputError, fuse, trace
 from clafusion.calibration.repair import MomentGoals, moment_goals, repair
+from clafusion.calibration.scales import with_equal_scales
 from clafusion.merging.mean import average
 from clafusion.profiling.moments import Moments, channel_moments
 from clafusion.weights.build import with_state
+from tests.support.assertions import assert_same_function
 from tests.support.networks import Matrices, mlp, output, randomise, resnet, vgg
 
 VECTORS = torch.randn(250, 12, generator=torch.Generator().manual_seed(0))
@@ -232,6 +236,82 @@ def test_a_fused_network_has_its_parents_mean_statistics(name):
     before = statistics(problem.target, average(problem), inputs)
     ratios = [before[node][1] / goals.overall[node][1] for node in goals.overall]
     assert float(torch.cat(ratios).median()) < 0.9  # which averaging had shrunk
+
+
+# --- a norm behind the activation ---------------------------------------------------------------
+
+
+def norm_behind(width, seed=0, activation=nn.ReLU):
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv1d(2, width, 8, padding=4),
+        activation(),
+        nn.BatchNorm1d(width),
+        nn.MaxPool1d(2),
+        nn.Conv1d(width, 2 * width, 3, padding=1),
+        nn.MaxPool1d(2),
+        activation(),
+        nn.Dropout(),
+        nn.BatchNorm1d(2 * width),
+        nn.AdaptiveAvgPool1d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, 6),
+        activation(),
+        nn.BatchNorm1d(6),
+        nn.Linear(6, 5),
+    )
+    return randomise(model, seed).eval()
+
+
+def with_other_scales(model, seed=0):
+    """Multiply what each layer before an activation and a norm puts out; the norm undoes it."""
+    changed, draw = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    layers = [one for one in changed if isinstance(one, (nn.Conv1d, nn.Linear))][:-1]
+    norms = [one for one in changed if isinstance(one, nn.BatchNorm1d)]
+    with torch.no_grad():
+        for layer, norm in zip(layers, norms, strict=True):
+            factor = 10 ** (2 * torch.rand(len(layer.bias), generator=draw) - 0.5)
+            layer.weight *= factor.view(-1, *[1] * (layer.weight.dim() - 1))
+            layer.bias *= factor
+            norm.running_mean *= factor
+            norm.running_var.copy_((norm.running_var + norm.eps) * factor**2 - norm.eps)
+    return changed
+
+
+SIGNALS = torch.randn(200, 2, 40, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, lambda: nn.LeakyReLU(0.1), nn.PReLU])
+@pytest.mark.parametrize("widths", [(5, 5), (6, 3), (3, 6), (5, 3)], ids=str)
+def test_scales_that_a_norm_behind_the_activation_undoes_count_for_nothing(widths, activation):
+    first, second = (norm_behind(width, i, activation) for i, width in enumerate(widths))
+    scaled = with_other_scales(second)
+    wanted = output(second, SIGNALS)
+    bound = 1e-4 * float(wanted.abs().max())
+    torch.testing.assert_close(output(scaled, SIGNALS), wanted, rtol=0, atol=bound)
+    found = [
+        output(fuse([first, one], SIGNALS, [0.6, 0.4], calibration="repair").model, SIGNALS)
+        for one in (second, scaled)
+    ]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-3 * float(found[0].abs().max()))
+    for weights, parent in (([1, 0], first), ([0, 1], second)):
+        if widths[0] % widths[1] == 0 or weights[0] == 1:
+            fused = fuse([first, scaled], SIGNALS, weights, calibration="repair").model
+            assert_same_function(fused, parent, SIGNALS, "repair")
+
+
+def test_a_copy_with_other_scales_is_the_network_itself():
+    model = norm_behind(5)
+    for models in ([model, with_other_scales(model)], [with_other_scales(model), model]):
+        fused = fuse(models, SIGNALS, calibration="repair").model
+        assert_same_function(fused, model, SIGNALS, "repair")
+
+
+def test_scales_of_other_networks_stay():
+    for name in NETWORKS:
+        build, inputs = NETWORKS[name]
+        problem = fuse([build(), build(1)], inputs, calibration="none").problem
+        assert with_equal_scales(problem) is problem
 
 
 def test_moments_of_a_batch_are_of_all_its_positions():

@@ -53,6 +53,24 @@ class Fused(nn.Module):
         return self.head((x + self.out(mixed)).mean(1))
 
 
+class Tabled(Fused):
+    """Scores get a bias by the distance of two tokens: each head has a column of a table."""
+
+    def __init__(self, heads):
+        super().__init__(heads)
+        self.table = nn.Parameter(torch.zeros(11, heads))
+        places = torch.arange(6)
+        self.register_buffer("index", (places[:, None] - places + 5).flatten())
+
+    def forward(self, x):
+        x = self.enter(x)
+        parts = self.qkv(self.norm(x)).chunk(3, -1)
+        q, k, v = (one.unflatten(2, (self.heads, -1)).transpose(1, 2) for one in parts)
+        bias = self.table[self.index].view(6, 6, self.heads).permute(2, 0, 1)
+        scores = (q @ k.transpose(2, 3) / q.size(-1) ** 0.5 + bias).softmax(-1)
+        return self.head((x + self.out((scores @ v).transpose(1, 2).flatten(2))).mean(1))
+
+
 def normalised(q, k):
     return F.rms_norm(q, (q.size(-1),)), F.rms_norm(k, (k.size(-1),))
 
@@ -71,6 +89,8 @@ def repeated(model, make, origins):
             thirds = value.chunk(3) if "qkv" in name else [value]
             chosen = [one.unflatten(0, (len(counts), -1))[origins].flatten(0, 1) for one in thirds]
             state[name] = torch.cat(chosen)
+        elif name == "table":
+            state[name] = value[:, origins]
         elif name.endswith("out.weight"):
             heads = value.unflatten(1, (len(counts), -1))[:, origins]
             state[name] = (heads / counts[origins, None]).flatten(1)
@@ -88,6 +108,11 @@ def fused_projection(heads, seed=0):
     return networks.randomise(Fused(heads), seed).eval()
 
 
+def tabled(heads, seed=0):
+    torch.manual_seed(seed)
+    return networks.randomise(Tabled(heads), seed).eval()
+
+
 def of_normalised(heads, seed=0):
     torch.manual_seed(seed)
     return networks.randomise(Fused(heads, between=normalised), seed).eval()
@@ -103,6 +128,8 @@ CASES = {
     "unevenly": (encoder, [1, 2, 0, 1]),
     "from one": (encoder, [0, 0]),
     "fused projection": (fused_projection, [1, 0, 1, 0]),
+    "a table": (tabled, [1, 0, 1, 0]),
+    "a table, unevenly": (tabled, [1, 2, 0, 1]),
     "normalised": (of_normalised, [1, 0, 0, 1]),
     "scaled, from one": (of_scaled, [0, 0, 0]),
 }
@@ -354,6 +381,16 @@ def test_zip_is_refused():
         fuse([encoder(4), encoder(2, seed=1)], TOKENS, matching=zipped)
     with pytest.raises(StructureError, match=message):
         fuse([encoder(4), encoder(4, seed=2), encoder(2, seed=1)], TOKENS, matching=zipped)
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_heads_take_their_columns_of_a_table_along(weight, calibration):
+    many, few = tabled(4), tabled(2, seed=1)
+    for deep, shallow in ((many, few), (few, many))[: 2 if weight == 0 else 1]:
+        fused = fuse([deep, shallow], TOKENS, [1 - weight, weight], calibration=calibration)
+        assert_same_function(fused.model, (deep, shallow)[int(weight)], TOKENS, calibration)
+        assert_heads_are(fused.parents[1], shallow.heads, deep.heads)
 
 
 def test_heads_that_keep_their_places_are_refused_by_name():

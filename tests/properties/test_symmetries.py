@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clafusion import fuse, trace
+from clafusion import WidthWarning, fuse, trace
 from tests.support.assertions import assert_same_function
 from tests.support.data import CALIBRATIONS
 
@@ -193,26 +193,101 @@ def with_other_inner_channels(model):
     return moved
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("calibration", CALIBRATIONS)
-def test_the_inner_channels_of_mamba_are_matched(calibration):
+def with_other_states(model):
+    """Mamba's states: what writes them, what reads them, and how fast each fades."""
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in moved.backbone.layers:
+            mixer = layer.mixer
+            count, rank = mixer.A_log.size(1), mixer.time_step_rank
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(3))
+            mixer.A_log.copy_(mixer.A_log[:, order])
+            rows = [torch.arange(rank), rank + order, rank + count + order]
+            mixer.x_proj.weight.copy_(mixer.x_proj.weight[torch.cat(rows)])
+    return moved
+
+
+def mamba(seed=0, states=4):
     transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = transformers.MambaConfig(
         vocab_size=40,
         hidden_size=16,
         num_hidden_layers=2,
-        state_size=4,
+        state_size=states,
         time_step_rank=4,
         use_cache=False,
     )
-    model = drawn(transformers.MambaForCausalLM(config), 0)
-    moved = with_other_inner_channels(model)
-    tokens = torch.randint(0, 40, (60, 8), generator=torch.Generator().manual_seed(0))
-    wanted = model(tokens).logits
-    torch.testing.assert_close(moved(tokens).logits, wanted)
-    fused = fuse([model, moved], tokens, calibration=calibration).model
-    torch.testing.assert_close(fused(tokens).logits, wanted, rtol=1e-3, atol=1e-4)
+    return drawn(transformers.MambaForCausalLM(config), seed)
+
+
+WORDS = torch.randint(0, 40, (60, 8), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("change", [with_other_inner_channels, with_other_states])
+def test_the_inner_channels_and_the_states_of_mamba_are_matched(change, calibration):
+    model = mamba()
+    moved = change(model)
+    wanted = model(WORDS).logits
+    torch.testing.assert_close(moved(WORDS).logits, wanted)
+    fused = fuse([model, moved], WORDS, calibration=calibration).model
+    torch.testing.assert_close(fused(WORDS).logits, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_numbers_of_states_may_differ():
+    many, few = mamba(states=8), mamba(1)
+    with pytest.warns(WidthWarning, match="4 in .* and 8 in the result"):
+        fused = fuse([many, few], WORDS, [1, 0], calibration="none").model
+    torch.testing.assert_close(fused(WORDS).logits, many(WORDS).logits)
+
+
+class Scan(nn.Module):
+    """A selective scan whose states fade as a parameter says, or each as a constant says."""
+
+    def __init__(self, states=5, inner=6, constant=False):
+        super().__init__()
+        self.enter, self.pace, self.head = nn.Linear(8, 16), nn.Linear(16, inner), nn.Linear(6, 5)
+        self.write, self.read = nn.Linear(16, states), nn.Linear(16, states, bias=False)
+        self.value, self.leave = nn.Linear(16, inner), nn.Linear(inner, 6)
+        self.gain = nn.Parameter(torch.ones(states))
+        self.fading = nn.Parameter(torch.zeros(inner, states))
+        self.register_buffer("constant", torch.linspace(0.1, 2, states) if constant else None)
+
+    def forward(self, x):
+        x = F.gelu(self.enter(x))
+        pace = F.softplus(self.pace(x)).unsqueeze(3)
+        fading = self.fading.exp() * pace
+        kept = torch.exp(-fading if self.constant is None else -fading * self.constant)
+        written = (pace * self.value(x).unsqueeze(3)) * (self.gain * self.write(x)).unsqueeze(2)
+        state, read = torch.zeros_like(written[:, 0]), []
+        for i in range(x.size(1)):
+            state = kept[:, i] * state + written[:, i]
+            read.append((state * self.read(x[:, i]).unsqueeze(1)).sum(2))
+        return self.head(torch.relu(self.leave(torch.stack(read, 1)).mean(1)))
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+def test_states_of_any_scan_are_matched(calibration):
+    model = drawn(Scan(), 0)
+    moved = copy.deepcopy(model)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    with torch.no_grad():
+        for one in (moved.write.weight, moved.write.bias, moved.gain, moved.read.weight):
+            one.copy_(one[order])
+        moved.fading.copy_(moved.fading[:, order])
+    assert_same_function(moved, model, TOKENS)
+    assert_same_function(fuse([model, moved], TOKENS, calibration=calibration).model, model, TOKENS)
+
+
+def test_states_that_cannot_change_places_keep_them():
+    model = drawn(Scan(constant=True), 0)
+    assert [one.size for one in trace(model, TOKENS).groups] == [16, 6, 6]
+    assert [one.size for one in trace(drawn(Scan(), 0), TOKENS).groups] == [16, 6, 5, 6]
+    fused = fuse([model, drawn(Scan(constant=True), 1)], TOKENS, [1, 0], calibration="none").model
+    assert_same_function(fused, model, TOKENS)
 
 
 def with_heads_in_another_order(model):

@@ -61,10 +61,13 @@ def gap_costs(
     changes nothing can stand in for it, and where the deep network has none of its kind in any
     stage.
     """
-    kinds = {layer.structure for layer in deep}
+    kinds = {(layer.structure, layer.beside) for layer in deep}
     dear = 1.0 + 2.0 * float(np.abs(costs[np.isfinite(costs)]).sum())
     return np.array(
-        [dear if layer.insertable and layer.structure in kinds else np.inf for layer in shallow]
+        [
+            dear if layer.insertable and (layer.structure, layer.beside) in kinds else np.inf
+            for layer in shallow
+        ]
     )
 
 

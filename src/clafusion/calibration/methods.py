@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from clafusion.calibration.batchnorm import reset_batchnorm
 from clafusion.calibration.least_squares import regress_anchored
 from clafusion.calibration.repair import moment_goals, repair
+from clafusion.calibration.scales import with_equal_scales
 from clafusion.config import BatchNorm, Calibration, LeastSquares, NoCalibration, Repair
 from clafusion.errors import InputError
 from clafusion.merging.mean import average
@@ -113,6 +114,7 @@ def _repair(
     progress: Progress | None = None,
     **__: Any,
 ) -> Calibrated:
+    problem = with_equal_scales(problem)
     goals = moment_goals(problem)
     state = repair(problem.target, average(problem), data, goals, progress=progress)
     return Calibrated(

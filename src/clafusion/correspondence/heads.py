@@ -2,7 +2,7 @@
 
 Where both networks have equally many heads (of an attention, or groups of a convolution), each head
 has channel groups of its own. Where the numbers differ, the groups of all heads are united into
-one, whose plan moves heads as wholes.
+one, whose plan moves heads as wholes. So are the entries that heads have in a table, row by row.
 """
 
 from __future__ import annotations
@@ -64,24 +64,26 @@ def _counterparts(
     by_places: dict[Any, list[ChannelGroup]] = {}
     for one in other.groups:
         by_places.setdefault(_places(other, one, None), []).append(one)
-    free = {
-        tuple(column)
+    columns_of_other = {
+        places: columns
         for heads in other.heads
-        if not heads.is_shared
-        for column in zip(*heads.members, strict=True)
-        if _in_one_use(other, column)
+        if heads.layer == other_layer and not heads.is_shared
+        for places, columns in _columns(other, heads, None).items()
     }
     for heads in model.heads:
         if heads.layer != layer or heads.is_shared:
             continue
         found: dict[int, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
-        for column in zip(*heads.members, strict=True):
-            alike = by_places.get(_places(model, model.groups[column[0]], names), [])
-            theirs = tuple(one.index for one in sorted(alike, key=_first_place))
-            if _in_one_use(model, column) and (len(theirs) == 1 or theirs in free):
-                found.setdefault(len(theirs), []).append((column, theirs))
-        for count, columns in found.items():
-            ours, others = zip(*columns, strict=True)
+        for places, columns in _columns(model, heads, names).items():
+            alike = by_places.get(places, [])
+            # Of a table each head has many entries, which correspond in order.
+            theirs = columns_of_other.get(places, [])
+            if len(alike) == 1:
+                theirs = [(alike[0].index,)]
+            if len(theirs) == len(columns) and sum(map(len, theirs)) == len(alike):
+                found.setdefault(len(theirs[0]), []).extend(zip(columns, theirs, strict=True))
+        for count, pairs in found.items():
+            ours, others = zip(*pairs, strict=True)
             # Of an attention's head channels are counted; else one group may be of many heads of
             # one channel each, as are groups of a norm.
             is_head = any(other.groups[one[0]].is_counted for one in others)
@@ -90,6 +92,18 @@ def _counterparts(
                     HeadPartition(layer, tuple(zip(*ours, strict=True))),
                     HeadPartition(other_layer, tuple(zip(*others, strict=True))),
                 )
+
+
+def _columns(
+    model: TracedModel, heads: HeadPartition, names: Mapping[str, str] | None
+) -> dict[Any, list[tuple[int, ...]]]:
+    """Return the groups that correspond across some heads, those of equal places together."""
+    found: dict[Any, list[tuple[int, ...]]] = {}
+    for column in zip(*heads.members, strict=True):
+        if _in_one_use(model, column):
+            places = _places(model, model.groups[column[0]], names)
+            found.setdefault(places, []).append(column)
+    return found
 
 
 def _places(model: TracedModel, one: ChannelGroup, names: Mapping[str, str] | None) -> Any:
@@ -104,10 +118,6 @@ def _places(model: TracedModel, one: ChannelGroup, names: Mapping[str, str] | No
             (shown, place, group_axis.axis, group_axis.direction, group_axis.positions.size(1))
         )
     return tuple(found)
-
-
-def _first_place(one: ChannelGroup) -> int:
-    return int(one.axes[0].positions.min())
 
 
 def _in_one_use(model: TracedModel, groups: Sequence[int]) -> bool:

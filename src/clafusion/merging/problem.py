@@ -122,7 +122,8 @@ class Parent:
             if name not in axes:
                 return value
             channels = value.to(rows).movedim(axes[name], 0)
-            return torch.tensordot(rows, channels, dims=1).movedim(0, axes[name]).to(value)
+            moved: Tensor = torch.tensordot(rows, channels, dims=1).movedim(0, axes[name])
+            return moved.to(value)
 
         return LazyState(state, make)
 

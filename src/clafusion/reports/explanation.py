@@ -13,7 +13,7 @@ from clafusion.alignment.models import label, reference_of
 from clafusion.config import FusionConfig
 from clafusion.correspondence.correspondence import correspond
 from clafusion.correspondence.heads import unite_models
-from clafusion.correspondence.structure import check_inserted
+from clafusion.correspondence.inserted import check_inserted
 from clafusion.errors import ClafusionError
 from clafusion.reports.text import plain_table, shortened
 from clafusion.stages import ExampleInputs, named_models, traced_parent

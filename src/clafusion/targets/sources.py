@@ -23,8 +23,8 @@ from clafusion.correspondence.correspondence import (
 )
 from clafusion.correspondence.heads import unite_heads, unite_models
 from clafusion.correspondence.hooks import source_hook
+from clafusion.correspondence.inserted import check_inserted
 from clafusion.correspondence.moving import move_state, move_values
-from clafusion.correspondence.structure import check_inserted
 from clafusion.profiling.profile import ModelProfile
 from clafusion.targets.resizing import resizing_plan
 from clafusion.targets.target import ChosenTarget

@@ -31,6 +31,7 @@ from clafusion.tracing.labels.ids import collapse
 from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.labels.positions import find_token_hidden_units
 from clafusion.tracing.labels.rule import Label
+from clafusion.tracing.labels.states import find_states
 from clafusion.tracing.model import ChannelGroup, GroupAxis, ParameterUse
 
 __all__ = ["Channels", "NodeChannels", "find_channels"]
@@ -134,6 +135,7 @@ def find_channels(
         labels = LabelPropagation(state, buffers, labels.parents)
         shapes = labels.run(module, placeholders, inputs)
     find_token_hidden_units(labels, module)
+    find_states(labels, module, placeholders, inputs)
     unreached = labels.settle_unreached()
     return replace(_channels(labels, shapes, frozenset()), unreached=unreached)
 

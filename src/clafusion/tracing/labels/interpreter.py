@@ -23,7 +23,7 @@ from clafusion.tracing.labels.ids import collapse, fixed_ids, mix, salt, sequenc
 from clafusion.tracing.labels.rule import POINTWISE, RULES, Call, Label, ParameterView
 from clafusion.tracing.operations import module_path, op_name
 
-__all__ = ["LabelPropagation"]
+__all__ = ["DraftUse", "LabelPropagation"]
 
 
 @dataclass
@@ -64,6 +64,8 @@ class LabelPropagation:
         The label of each node.
     crossed
         Nodes whose positions belong to other channels than their labels name.
+    outer
+        Labels of channels that met other channels in a product, whose label names those.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class LabelPropagation:
         self.reached: dict[str, Tensor] = {}
         self.labels: dict[fx.Node, Label] = {}
         self.crossed: set[fx.Node] = set()
+        self.outer: list[Tensor] = []
 
     def run(
         self,

@@ -118,6 +118,7 @@ def _contracted(propagation: LabelPropagation, text: str, left: Tensor, right: T
         # The left side mixes positions of the right side's channels: attention whose scores hold
         # trained biases, or keys that were multiplied with values first (linear attention). A label
         # names one channel, that of the right side. Those of the left side keep their places in it.
+        propagation.outer.append(left)
         propagation.meet(left, fixed_ids(text + "_left", (*batch, m, k)))
         weights = sequence_ids(propagation.fixed(left).flatten(-2))
         propagation.meet(right[..., 0, :], weights.unsqueeze(-1).expand(*batch, n))

@@ -88,6 +88,7 @@ def _without_outer(
     most = max(range(len(kept)), key=lambda i: spread[i][1])
     for i, (axes, count) in enumerate(spread):
         if count > 1 and spread[most][1] > 1 and axes.isdisjoint(spread[most][0]):
+            propagation.outer.append(kept[i])
             propagation.pin(kept[i])
             kept[i] = propagation.fixed(kept[i])
     return kept
