@@ -18,6 +18,7 @@ from clafusion.errors import AssessmentWarning, warn
 from clafusion.execution.call import call_model
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Progress, batches
+from clafusion.profiling.moments import inputs_in_cache
 from clafusion.tracing.model import TracedModel
 
 __all__ = ["assess", "warn_of"]
@@ -94,10 +95,11 @@ def assess(
 def _chunks(
     parts: Parts, models: Sequence[TracedModel], output: int
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield inputs in chunks that are as large as memory allows, whatever the batches' sizes."""
+    """Yield inputs in chunks that memory and caches allow, whatever the batches' sizes."""
     first, data = models[0], parts.assessed
     most = most_assessed(held_out=parts.held_out)
     rows = max(1, min(_CHUNK, _CHUNK_NUMBERS // max(1, math.prod(first.outputs[output][0]))))
+    rows = min([rows, *(count for one in models if (count := inputs_in_cache(one)) is not None)])
     is_whole = any(one.static_batch is not None for one in models)
     held: list[tuple[Tensor, ...]] = []
     waiting = seen = 0
