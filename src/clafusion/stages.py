@@ -67,10 +67,13 @@ def profile_traced(
     config: FusionConfig,
     progress: Progress | None = None,
     names: Sequence[str] = (),
+    *,
+    on_demand: bool = False,
 ) -> list[ModelProfile]:
     """Profile traced models in one pass, with all that the options of a fusion need of them.
 
-    Errors call the models by ``names``, where they are given.
+    Errors call the models by ``names``, where they are given. ``on_demand`` is that of
+    :func:`clafusion.profiling.profile.profile_models`.
     """
     options = config.profiling
     profiles = profile_models(
@@ -84,6 +87,7 @@ def profile_traced(
         seed=config.seed,
         progress=progress,
         called=[label(name) for name in names],
+        on_demand=on_demand,
     )
     if config.matching.importance == config.merging.layer_weights == "uniform":
         return profiles

@@ -17,11 +17,12 @@ from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.moving import move_state, move_values, outgoing_map
 from clafusion.execution.call import State
 from clafusion.execution.lazy import LazyState
+from clafusion.matching.weight_costs import is_at_rest
 from clafusion.profiling.profile import ModelProfile
 from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.model import TracedModel
 
-__all__ = ["FusionProblem", "MergeWeights", "Parent"]
+__all__ = ["FusionProblem", "MergeWeights", "Parent", "plans_are_at_rest"]
 
 
 @dataclass(frozen=True)
@@ -181,3 +182,20 @@ def _is_identity(plan: Tensor) -> bool:
     """Say whether a plan leaves every channel where it is, without making another one."""
     diagonal = plan.diagonal()
     return bool((diagonal == 1.0).all()) and int(plan.count_nonzero()) == len(diagonal) == len(plan)
+
+
+def plans_are_at_rest(before: FusionProblem, after: FusionProblem) -> bool:
+    """Say whether no plan moves any channel otherwise, and heads stay in their order."""
+    return all(
+        left.head_orders == right.head_orders
+        and all(
+            one is other
+            or (
+                one is not None
+                and other is not None
+                and is_at_rest(outgoing_map(one), outgoing_map(other))
+            )
+            for one, other in zip(left.plans, right.plans, strict=True)
+        )
+        for left, right in zip(before.parents, after.parents, strict=True)
+    )
