@@ -9,7 +9,12 @@ import typer
 from clafusion import AssessmentWarning, ConvergenceWarning, FusionConfig, InputError
 from clafusion.cli.align import STAGES
 from clafusion.cli.app import main, make_app
-from clafusion.cli.options import configured, messages_by_flags, setting_at
+from clafusion.cli.options import (
+    configured,
+    messages_by_flags,
+    setting_at,
+    warnings_by_entries,
+)
 from clafusion.config import Calibration, LeastSquares, Settings, count, number, options_of
 from clafusion.errors import warn
 
@@ -199,6 +204,13 @@ def test_messages_call_options_as_they_are_typed(message, shown):
     with pytest.warns(FutureWarning) as given, messages_by_flags():
         warn(message, FutureWarning)  # another library's
     assert [str(one.message) for one in given] == [message]
+
+
+def test_warnings_of_many_pairs_call_options_as_a_manifest_does():
+    with pytest.warns(AssessmentWarning) as given, warnings_by_entries():
+        warn("Try calibration='least_squares' or width='wide'", AssessmentWarning)
+    told = "Try settings.calibration: least_squares or settings.target.width: wide"
+    assert [str(one.message) for one in given] == [told]
 
 
 @pytest.mark.filterwarnings("default::clafusion.errors.FusionWarning")

@@ -121,10 +121,15 @@ class NormalEquations:
         sum of it and the shortcut.
         """
         size = len(self.start)
-        products = (self.start * (self.inputs @ self.start)).sum(0)
+        left = self._sums.diagonal()[size:]
         terms = self.inputs.diagonal() @ self.start.square()
+        # Products would take long: their squares are at most ``size`` times those of their terms.
+        most = self._precision**2 * (size * terms + terms + self._shortcuts)
+        if not bool((left <= most).any()):
+            return torch.zeros_like(left, dtype=torch.bool)
+        products = (self.start * (self.inputs @ self.start)).sum(0)
         allowed = self._precision**2 * (products + terms + self._shortcuts)
-        settled = self._sums.diagonal()[size:] <= allowed
+        settled = left <= allowed
         if self._kept and bool(settled.any()):  # what should leave the ReLU may be something else
             lefts = (_left_of(active, self.start, x) for x, active in self._kept)
             settled &= sum(one.double().square().sum(1) for one in lefts) <= allowed
