@@ -130,3 +130,13 @@ def test_parts_of_a_tensor_cannot_be_moved_row_by_row():
     assert not torch.equal(moved(weight, steps), weight)
     rows = torch.arange(2)
     assert moved_rows(weight.__getitem__, tuple(weight.shape), rows, steps) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_that_round_otherwise_are_no_other_function(dtype):
+    # In eval mode PyTorch runs this layer by a fused kernel, which torch.export does not see.
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.Sequential(nn.Linear(16, 16), layer, nn.Linear(16, 5)).eval().to(dtype)
+    with torch.no_grad():
+        assert trace(model, torch.randn(8, 6, 16, dtype=dtype)).groups
