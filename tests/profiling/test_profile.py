@@ -118,3 +118,14 @@ def test_a_model_that_fixes_its_batch_is_refused_for_other_batches():
 
     with pytest.raises(InputError, match="admits only batches of 3"):
         profile(Fixed(), torch.randn(10, 4))
+
+
+def test_the_gram_matrix_of_wide_outputs_is_made_in_parts(monkeypatch):
+    from clafusion.profiling import profile
+
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(30, 3 * 4096 + 100, generator=generator)
+    expected = profile.gram_matrix(flat)
+    monkeypatch.setattr(profile, "_WIDE", 30 * 4096)
+    monkeypatch.setattr(profile, "gram_matrix", None)
+    assert torch.equal(profile.gram_of_parts(flat.split(7)), expected)

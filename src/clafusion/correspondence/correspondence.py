@@ -271,8 +271,13 @@ def identity_correspondence(model: TracedModel) -> Correspondence:
 
 
 def identity_plans(model: TracedModel) -> tuple[Tensor, ...]:
-    """Return for each group the plan that leaves its channels where they are."""
-    return tuple(torch.eye(one.size, dtype=torch.float64) for one in model.groups)
+    """Return for each group the plan that leaves its channels where they are.
+
+    Groups of one size share a plan.
+    """
+    sizes = dict.fromkeys(one.size for one in model.groups)
+    plans = {size: torch.eye(size, dtype=torch.float64) for size in sizes}
+    return tuple(plans[one.size] for one in model.groups)
 
 
 def warn_of_counted_channels(correspondence: Correspondence, name: str = "the source") -> None:

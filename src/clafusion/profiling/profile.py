@@ -46,6 +46,7 @@ __all__ = [
 _LEAST_INPUTS = 3  # of two, every two channels are correlated by 1 or -1
 _BLOCK_FEATURES = 4096
 _MUCH = 1 << 30  # bytes of rows
+_WIDE = 1 << 24  # numbers of a layer's outputs that are copied at once
 
 
 @dataclass(frozen=True)
@@ -314,9 +315,9 @@ class _Recorder:
             every = list(chain.from_iterable(values))
             if start == 0 and node in self.layers:
                 layer = self.layers[node]
-                flat = self._flat(node, every, counts)[: self.alignment_samples]
+                flat = self._flat(node, every, counts)
                 self.grams[layer] = self._gram(layer, flat)
-                self.features[layer] = flat.size(1)
+                self.features[layer] = flat[0].size(1)
             if node in self.points and not self.on_demand:
                 self.rows[node] = self.sampled(node, every, counts, start)
             for walk in chain.from_iterable(walks):
@@ -324,28 +325,32 @@ class _Recorder:
         if self.moments is not None:
             self.moments += found
 
-    def _gram(self, layer: int, flat: Tensor) -> Tensor:
+    def _gram(self, layer: int, flat: Sequence[Tensor]) -> Tensor:
         """Return the inner products of a layer's outputs; say which layer's cannot be taken."""
         try:
-            return gram_matrix(flat)
+            return gram_of_parts(flat)
         except InputError as error:
             raise InputError(
                 f"layer {self.model.layers[layer].name!r} of {self.called} puts out NaN, infinity "
                 "or numbers too large for their squares: check the model, and the scale of the data"
             ) from error
 
-    def _flat(self, node: str, values: Sequence[Any], counts: Sequence[int]) -> Tensor:
-        """Return a layer's outputs ``(num_inputs, features)``; of several (an LSTM's) the first."""
+    def _flat(self, node: str, values: Sequence[Any], counts: Sequence[int]) -> list[Tensor]:
+        """Return a layer's outputs ``(num_inputs, features)``, in parts, up to the last sample.
+
+        Of several outputs (an LSTM's) the first.
+        """
         axis = self.batch_axes[node]
-        rows = []
+        rows: list[Tensor] = []
         for value, count in zip(values, counts, strict=True):
             one = value[0] if isinstance(value, (tuple, list)) else value
             if one.dim() == 0 or one.size(axis or 0) % count:
                 name = self.model.layers[self.layers[node]].name
                 raise self._without_rows(f"layer {name!r}", one, count)
-            rows.append(one.movedim(axis or 0, 0).reshape(count, -1))
-        flat = torch.cat(rows)
-        return flat if flat.is_floating_point() else flat.float()
+            left = self.alignment_samples - sum(len(of_part) for of_part in rows)
+            flat = one.movedim(axis or 0, 0).reshape(count, -1)[:left]
+            rows.append(flat if flat.is_floating_point() else flat.float())
+        return [flat for flat in rows if len(flat)]
 
     def sampled(
         self, node: str, values: Sequence[Tensor], counts: Sequence[int], start: int
@@ -468,6 +473,23 @@ def gram_matrix(flat: Tensor) -> Tensor:
         block = block.float()
         total += block @ block.T
     return total
+
+
+def gram_of_parts(parts: Sequence[Tensor]) -> Tensor:
+    """Return :func:`gram_matrix` of samples in parts, of which no second copy is made.
+
+    The bytes are the same: the kernel adds up blocks of so many features anyway.
+    """
+    features = parts[0].size(1)
+    if parts[0].device.type != "cpu" or sum(one.numel() for one in parts) <= _WIDE:
+        return gram_matrix(torch.cat(list(parts)))
+    count = sum(len(one) for one in parts)
+    total = np.zeros((count, count))
+    width = max(_WIDE // (count * _BLOCK_FEATURES), 1) * _BLOCK_FEATURES
+    for start in range(0, features, width):
+        block = torch.cat([one[:, start : start + width] for one in parts])
+        total = _native.gram(block, out=total)
+    return torch.from_numpy(total)
 
 
 def _data_key(key: int, inputs: tuple[Tensor, ...]) -> int:
