@@ -71,8 +71,9 @@ from clafusion.results import FusionResult
 from clafusion.targets.target import chooses
 from clafusion.tracing.layer import Layer, Stream
 from clafusion.tracing.model import ChannelGroup, GroupAxis, HeadPartition, TracedModel
+from clafusion.tracing.moves import permute_channels
 from clafusion.tracing.trace import trace
-from clafusion.tracing.verify import permute_channels, verify_graph
+from clafusion.tracing.verify import verify_graph
 from clafusion.training import TrainingResult, distill, finetune
 from clafusion.transport.sinkhorn import sinkhorn
 from clafusion.transport.solution import TransportSolution
@@ -140,6 +141,7 @@ __all__ = [
     "UnsupportedOpError",
     "WidthWarning",
     "Zip",
+    "__version__",
     "align",
     "align_layers",
     "align_layers_batch",
@@ -171,3 +173,15 @@ __all__ = [
     "trace",
     "verify_graph",
 ]
+
+__version__: str
+"""The version of the installed package."""
+
+
+def __getattr__(name: str) -> str:
+    """Return ``__version__``, which is read when somebody asks for it."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("clafusion")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,14 +24,13 @@ from clafusion.config import (
     Repair,
     Shallower,
 )
-from clafusion.correspondence.moving import outgoing_map
 from clafusion.errors import ConvergenceWarning, warn
 from clafusion.execution.call import device_of, usable_device
 from clafusion.matching.plans import Matched, match_sources
-from clafusion.matching.weight_costs import is_at_rest
 from clafusion.merging.layer_weights import weigh_layers
-from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
+from clafusion.merging.problem import FusionProblem, MergeWeights, Parent, plans_are_at_rest
 from clafusion.profiling.batches import Data, Progress, first_batch
+from clafusion.profiling.on_demand import RowsOnDemand
 from clafusion.profiling.profile import ModelProfile
 from clafusion.results import FusionResult
 from clafusion.stages import (
@@ -49,8 +48,9 @@ from clafusion.stages import (
 )
 from clafusion.targets.sources import TargetSources, source_of, sources_of
 from clafusion.targets.target import choose_target, width_position
+from clafusion.tracing.copies import copied
 from clafusion.tracing.model import TracedModel
-from clafusion.tracing.trace import copied, trace
+from clafusion.tracing.trace import trace
 
 __all__ = ["align", "align_profiles", "fuse", "fuse_aligned", "profile"]
 
@@ -141,7 +141,7 @@ def fuse(
         template = traced_template(config, next(iter(named.values())), example_inputs)
     if isinstance(config.merging.strategy, Iterative) and len(named) > 2:
         return _one_after_another(named, data, given, config, example_inputs, template, progress)
-    aligned = align(named, data, config, example_inputs=example_inputs, progress=progress)
+    aligned = _aligned(named, data, config, example_inputs, progress, on_demand=True)
     return fuse_aligned(aligned, data, given, config, template=template, progress=progress)
 
 
@@ -167,6 +167,19 @@ def align(
         device = usable_device(device)
         named = {name: copied_to(name, one, device) for name, one in named.items()}
         example_inputs = moved_to(example_inputs, device)
+    return _aligned(named, data, config, example_inputs, progress)
+
+
+def _aligned(
+    named: Mapping[str, nn.Module],
+    data: Data,
+    config: FusionConfig,
+    example_inputs: ExampleInputs,
+    progress: Progress | None,
+    *,
+    on_demand: bool = False,
+) -> AlignedModels:
+    """Trace, profile and align; rows ``on_demand`` where all is over before the data can change."""
     clock = Clock(device_of(next(iter(named.values()))))
     with clock.stage("trace"):
         traced = [
@@ -175,7 +188,7 @@ def align(
     check_models(tuple(named), traced, config)
     with clock.stage("profile"):
         kept = parts_of(data, traced, config.assessment).kept
-        profiles = profile_traced(traced, kept, config, progress, tuple(named))
+        profiles = profile_traced(traced, kept, config, progress, tuple(named), on_demand=on_demand)
     return align_profiles(tuple(named), profiles, config, clock=clock)
 
 
@@ -275,6 +288,9 @@ def _fused(
         sources = sources_of(chosen, aligned)
     with clock.stage("match"):
         problem = _problem(aligned.names, sources, weights, config)
+    for one in aligned.profiles:
+        if isinstance(one.rows, RowsOnDemand):
+            one.rows.forget()
     rounds, converged = 1, True
     if isinstance(config.merging.strategy, Barycentre):
         with clock.stage("barycentre"):
@@ -295,6 +311,7 @@ def _fused(
         config=config,
         weights=weights,
         anchor=outcome.anchor,
+        averaged=outcome.averaged,
         timings=clock.seconds,
         peak_memory=clock.peak_memory,
         rounds=rounds,
@@ -456,7 +473,7 @@ def _barycentre(
             config,
         )
         again = replace(again, reference=problem.reference)
-        converged = _same(problem, again)
+        converged = plans_are_at_rest(problem, again)
         if converged:
             break
         problem = again
@@ -468,20 +485,3 @@ def _barycentre(
             ConvergenceWarning,
         )
     return problem, rounds, converged
-
-
-def _same(before: FusionProblem, after: FusionProblem) -> bool:
-    """Say whether no plan moves any channel otherwise, and heads stay in their order."""
-    return all(
-        left.head_orders == right.head_orders
-        and all(
-            one is other
-            or (
-                one is not None
-                and other is not None
-                and is_at_rest(outgoing_map(one), outgoing_map(other))
-            )
-            for one, other in zip(left.plans, right.plans, strict=True)
-        )
-        for left, right in zip(before.parents, after.parents, strict=True)
-    )

@@ -36,6 +36,9 @@ class FusionResult:
     anchor
         How far the interior leans towards one parent; None but for least squares. For the strategy
         ``"iterative"`` that of the last step; ``steps`` have the others.
+    averaged
+        The names of the weights (parameters of two or more axes) that the calibration left at the
+        average, as it cannot solve for them: see the page Concepts. Empty without a calibration.
     rounds
         How many times all parents were matched with the target.
     converged
@@ -66,6 +69,7 @@ class FusionResult:
     converged: bool = True
     assessment: FusionAssessment | None = None
     steps: tuple[FusionResult, ...] = ()
+    averaged: tuple[str, ...] = ()
 
     @property
     def parents(self) -> tuple[Parent, ...]:

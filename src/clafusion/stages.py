@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.alignment.models import label
+from clafusion.assessment.parts import most_assessed, num_kept
 from clafusion.config import (
     Barycentre,
     FusionConfig,
@@ -35,8 +36,9 @@ from clafusion.profiling.importance import (
 )
 from clafusion.profiling.profile import ModelProfile, profile_models
 from clafusion.settings import made, options_of
+from clafusion.tracing.copies import copied
 from clafusion.tracing.model import TracedModel
-from clafusion.tracing.trace import copied, trace
+from clafusion.tracing.trace import trace
 
 __all__ = [
     "Clock",
@@ -44,6 +46,7 @@ __all__ = [
     "check_strategy",
     "config_from",
     "copied_to",
+    "expected_inputs",
     "merge_weights",
     "moved_to",
     "named_models",
@@ -64,10 +67,13 @@ def profile_traced(
     config: FusionConfig,
     progress: Progress | None = None,
     names: Sequence[str] = (),
+    *,
+    on_demand: bool = False,
 ) -> list[ModelProfile]:
     """Profile traced models in one pass, with all that the options of a fusion need of them.
 
-    Errors call the models by ``names``, where they are given.
+    Errors call the models by ``names``, where they are given. ``on_demand`` is that of
+    :func:`clafusion.profiling.profile.profile_models`.
     """
     options = config.profiling
     profiles = profile_models(
@@ -81,6 +87,7 @@ def profile_traced(
         seed=config.seed,
         progress=progress,
         called=[label(name) for name in names],
+        on_demand=on_demand,
     )
     if config.matching.importance == config.merging.layer_weights == "uniform":
         return profiles
@@ -156,6 +163,25 @@ def config_from(
             hint = f"; did you mean {close[0]!r}?"
         raise InputError(f"{unknown[0]!r} is no option{hint} The options are {', '.join(given)}")
     return made(FusionConfig, {**given, **overrides}, "")
+
+
+def expected_inputs(count: int, config: FusionConfig) -> dict[str, int]:
+    """Return of how many of ``count`` inputs in a tensor each stage tells ``progress`` in the end.
+
+    It is a guess before the models are traced: of models that admit one batch size only nothing is
+    held out, and least squares takes fewer inputs where memory is short.
+    """
+    kept = num_kept(count, config.assessment)
+    held_out = count - kept
+    profiled = min(kept, config.profiling.inputs or kept)
+    calibration = config.used_calibration
+    samples = calibration.samples if isinstance(calibration, LeastSquares) else kept
+    return {
+        "profile": profiled,
+        "importance": profiled,
+        "calibrate": min(kept, samples),
+        "assess": min(held_out or count, most_assessed(held_out=held_out > 0)),
+    }
 
 
 def named_models(models: Sequence[nn.Module] | Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -17,6 +17,7 @@ from clafusion import (
     MergeWeights,
     UnsupportedOpError,
     fuse,
+    summary,
     trace,
 )
 from clafusion.calibration.least_squares import anchored_weights
@@ -329,6 +330,63 @@ def test_products_with_a_matrix_are_regressed_as_linear_layers_are(way):
         torch.testing.assert_close(found[0], found[1], rtol=0, atol=bound)
 
 
+class Products(nn.Module):
+    """Products with matrices, written in one of several ways; each with a bias."""
+
+    def __init__(self, *widths, way, seed=0):
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.way, pairs = way, list(pairwise(widths))
+        self.weights = nn.ParameterList(torch.randn(*one, generator=draw) / 3 for one in pairs)
+        self.biases = nn.ParameterList(torch.randn(one[1], generator=draw) for one in pairs)
+        self.eval()
+
+    def product(self, x, weight, bias):
+        if self.way == "bias apart":
+            return x @ weight + bias
+        if self.way == "bias before":
+            return bias + F.linear(x, weight.T)
+        if self.way == "from the left":
+            return (weight.T @ x.transpose(1, 2) + bias[:, None]).transpose(1, 2)
+        if self.way == "scaled":
+            return torch.addmm(bias, x.flatten(0, 1), weight, beta=2).view(*x.shape[:2], -1)
+        return F.linear(x, weight.T, bias)
+
+    def forward(self, x):
+        first, *others = zip(self.weights, self.biases, strict=True)
+        x = torch.relu(self.product(x, *first))
+        for weight, bias in others:
+            x = x + torch.relu(self.product(x, weight, bias))
+        return x.mean((1, 2))[:, None]
+
+
+def fused_products(way, calibration):
+    sequences = torch.randn(200, 5, 6, generator=torch.Generator().manual_seed(3))
+    models = [Products(6, 12, 12, 12, way=way), Products(6, 12, 12, 12, way=way, seed=1)]
+    result = fuse(models, sequences, calibration=calibration)
+    return result, output(result.model, sequences)
+
+
+@pytest.mark.parametrize("way", ["bias apart", "bias before"])
+@pytest.mark.parametrize("calibration", ["repair", "least_squares"])
+def test_a_bias_that_is_added_apart_is_calibrated_as_a_layers_own(way, calibration):
+    result, found = fused_products(way, calibration)
+    _, wanted = fused_products("one operation", calibration)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4 * float(wanted.abs().max()))
+    assert result.averaged == ()
+
+
+@pytest.mark.parametrize("way", ["from the left", "scaled"])
+@pytest.mark.parametrize("calibration", ["repair", "least_squares"])
+def test_the_result_names_weights_that_stay_at_the_average(way, calibration):
+    result, _ = fused_products(way, calibration)
+    assert result.averaged == ("weights.0", "weights.1", "weights.2")
+    line = f"averaged     3 weights that {calibration} does not calibrate: weights.0, weights.1"
+    assert line in summary(result)
+    result, _ = fused_products(way, "none")
+    assert result.averaged == ()
+
+
 class Turned(nn.Module):
     """The same function by products with transposed matrices ``(outputs, inputs)``."""
 
@@ -448,6 +506,39 @@ def test_all_weight_on_the_network_that_gives_the_structure_gives_it_back(anchor
         for name, tensor in models[0].state_dict().items():
             assert torch.equal(result.model.state_dict()[name], tensor)
         assert result.anchor == (0.0 if anchor == "auto" else anchor)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        (chain(16, 12), VECTORS),
+        (nn.Sequential(Residual(8, 12), Residual(8, 16), nn.Linear(8, 4)).eval(), VECTORS),
+        (resnet(2, 1), IMAGES),
+    ],
+)
+def test_a_copy_in_half_precision_is_itself(model, data, kind):
+    """Up to one rounding of each weight; what a regression made of roundings was 4e-3 off."""
+    model = copy.deepcopy(model).to(kind)
+    fused = fuse([model, copy.deepcopy(model)], data.to(kind), calibration="least_squares").model
+    for name, wanted in model.state_dict().items():
+        found = fused.state_dict()[name]
+        if wanted.is_floating_point():
+            step = torch.finfo(kind).eps * wanted.float().abs()
+            assert bool(((found.float() - wanted.float()).abs() <= step).all()), name
+
+
+def test_a_start_stays_where_it_leaves_nothing_before_and_after_the_relu():
+    x = torch.randn(3, 500, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(3, 2, generator=torch.Generator().manual_seed(1)).double()
+    goal = (x.T @ start.float()).bfloat16()  # known up to its roundings
+    for active, stays in ((None, True), (goal.relu(), True), (goal.relu() + goal.abs(), False)):
+        equations = NormalEquations(start)
+        equations.add(torch.cat([x, torch.empty(2, 500)]), goal, active)
+        assert torch.equal(equations.solved(1e-3), start) == stays
+    equations = NormalEquations(start)
+    equations.add(torch.cat([x, torch.empty(2, 500)]), goal * 1.1, None)
+    assert not torch.equal(equations.solved(1e-3), start)
 
 
 def test_rows_grow_with_the_columns_and_the_penalty_where_they_are_few():

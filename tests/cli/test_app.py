@@ -1,5 +1,6 @@
 """The command line as a person uses it: good input, bad input, and what is left behind."""
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import clafusion
 from clafusion import Merging, fuse
 from clafusion.cli import doctor
 from clafusion.cli.app import main
@@ -468,3 +470,11 @@ def test_a_fault_of_our_own_is_one_line_that_asks_for_a_report(monkeypatch, caps
 def test_explain_compares_and_fuses_nothing(capsys):
     assert main(["explain", *[one for one in FUSE[1:-1] if "limit" not in one]]) == 0
     assert capsys.readouterr().out.endswith("verdict: they can be fused\n")
+
+
+def test_the_version_is_that_of_the_installed_package(capsys):
+    assert clafusion.__version__ == importlib.metadata.version("clafusion")
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"clafusion {clafusion.__version__}\n"
+    with pytest.raises(AttributeError, match="module 'clafusion' has no attribute 'version'"):
+        _ = clafusion.version

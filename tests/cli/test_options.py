@@ -6,11 +6,17 @@ import pytest
 import torch
 import typer
 
-from clafusion import FusionConfig, InputError
+from clafusion import AssessmentWarning, ConvergenceWarning, FusionConfig, InputError
 from clafusion.cli.align import STAGES
 from clafusion.cli.app import main, make_app
-from clafusion.cli.options import configured, errors_by_flags, setting_at
+from clafusion.cli.options import (
+    configured,
+    messages_by_flags,
+    setting_at,
+    warnings_by_entries,
+)
 from clafusion.config import Calibration, LeastSquares, Settings, count, number, options_of
+from clafusion.errors import warn
 
 OPTIONS = {one.path: one for one in options_of(FusionConfig)}
 FUSE = ["fuse", "a.pt", "b.pt", "--arch=m:n", "--data=data.npy", "--out=out.pt"]
@@ -180,11 +186,42 @@ def test_options_come_before_the_file(typed, tmp_path, capsys):
         ("give cost='cka'", "give cost='cka'"),
         ("models['a'] has no layer", "model 'a' has no layer"),
         ("give target=Like(module), a", "give --target like --target-template MODULE:FACTORY, a"),
+        ("use merging='many_to_one'", "use --merging-strategy many_to_one"),
+        ('take calibration="repair"', "take --calibration repair"),
+        ("a wider target (width='wide')", "a wider target (--target-width wide)"),
+        ("raise merging.strategy.max_rounds,", "raise --merging-strategy-max-rounds,"),
         ("the seed of 'repair' is the target", "the seed of 'repair' is the target"),
         ("inputs must be a tensor", "inputs must be a tensor"),
     ],
 )
-def test_errors_call_options_as_they_are_typed(message, shown):
-    with pytest.raises(InputError) as caught, errors_by_flags():
+def test_messages_call_options_as_they_are_typed(message, shown):
+    with pytest.raises(InputError) as caught, messages_by_flags():
         raise InputError(message)
     assert str(caught.value) == shown
+    with pytest.warns(ConvergenceWarning) as given, messages_by_flags():
+        warn(message, ConvergenceWarning)
+    assert [str(one.message) for one in given] == [shown]
+    with pytest.warns(FutureWarning) as given, messages_by_flags():
+        warn(message, FutureWarning)  # another library's
+    assert [str(one.message) for one in given] == [message]
+
+
+def test_warnings_of_many_pairs_call_options_as_a_manifest_does():
+    with pytest.warns(AssessmentWarning) as given, warnings_by_entries():
+        warn("Try calibration='least_squares' or width='wide'", AssessmentWarning)
+    told = "Try settings.calibration: least_squares or settings.target.width: wide"
+    assert [str(one.message) for one in given] == [told]
+
+
+@pytest.mark.filterwarnings("default::clafusion.errors.FusionWarning")
+def test_warnings_on_the_command_line_call_options_as_they_are_typed(capsys, monkeypatch):
+    def fused(*_):
+        warn("Try calibration='least_squares' or width='wide'", AssessmentWarning)
+        raise InputError("stop here")
+
+    monkeypatch.setattr("clafusion.cli.align.load_models", lambda *_: {})
+    monkeypatch.setattr("clafusion.cli.align.samples_of", lambda *_: [])
+    monkeypatch.setattr("clafusion.cli.align.align", lambda *_, **__: fused())
+    assert main(["align", *FUSE[1:-1]]) == 2
+    told = "Try --calibration least_squares or --target-width wide"
+    assert f"clafusion: warning: {told}\n" in capsys.readouterr().err

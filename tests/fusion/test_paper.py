@@ -180,6 +180,27 @@ def test_the_published_steps_serve_convolutions(deep, shallow):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_outputs_of_a_product_with_a_matrix_are_matched(is_apart):
+    """As those of a linear layer; the outputs lie on the second axis of a matrix."""
+
+    class Products(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.first = model[0]
+            self.matrix = torch.nn.Parameter(model[-1].weight.detach().T.clone())
+            self.bias = torch.nn.Parameter(model[-1].bias.detach().clone())
+
+        def forward(self, x):
+            x = torch.relu(self.first(x))
+            return x @ self.matrix + self.bias if is_apart else self.bias.addmm(x, self.matrix)
+
+    models = [networks.mlp(6, 9, 4, seed=seed).eval() for seed in (1, 2)]
+    wanted = fuse(models, DATA, config=FusionConfig.paper()).model
+    found = fuse([Products(one).eval() for one in models], DATA, config=FusionConfig.paper()).model
+    torch.testing.assert_close(networks.output(found, DATA), networks.output(wanted, DATA))
+
+
 def test_many_pairs_take_the_published_steps():
     deep, shallow = PAIRS["other widths"]
     config = FusionConfig.paper()

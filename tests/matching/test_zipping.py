@@ -21,7 +21,7 @@ from clafusion import (
     fuse,
 )
 from clafusion.matching.zipping import zip_channels, zip_plans
-from clafusion.profiling.profile import standardised
+from clafusion.profiling.statistics import standardised
 from clafusion.transport.solve import solve_transport
 from tests.support import networks
 from tests.support.assertions import assert_same_function, assert_same_logits

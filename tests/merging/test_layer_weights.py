@@ -11,6 +11,7 @@ from clafusion import (
     Deeper,
     FusionConfig,
     InputError,
+    LeastSquares,
     Like,
     Matching,
     MergeWeights,
@@ -22,7 +23,7 @@ from clafusion import (
     stages,
     trace,
 )
-from clafusion.calibration.least_squares import regress
+from clafusion.calibration.least_squares import regress_anchored
 from clafusion.correspondence.moving import move_values
 from clafusion.fusion import align_profiles, fuse_aligned
 from clafusion.merging.layer_weights import weigh_layers
@@ -276,7 +277,7 @@ def test_least_squares_aims_at_each_layers_own_weights(weight):
     problem = reweighed(
         result.problem, dict.fromkeys(names, weight), dict.fromkeys(names, 1.0 - weight)
     )
-    state = regress(problem, average(problem), VECTORS, ridge=1e-3, samples=2000)
+    state = regress_anchored(problem, VECTORS, LeastSquares(anchor=0.0)).state
     wanted = result.parents[0 if weight else 1].traced.state()
     made, other = state["0.weight"], wanted["0.weight"]
     # The channels of that network alone, in any order: each is one of its own.
@@ -284,7 +285,7 @@ def test_least_squares_aims_at_each_layers_own_weights(weight):
     assert float(nearest.values.max()) < 1e-4
     assert len(set(nearest.indices.tolist())) == len(other)
     equal = reweighed(result.problem)
-    uniform = regress(equal, average(equal), VECTORS, ridge=1e-3, samples=2000)
+    uniform = regress_anchored(equal, VECTORS, LeastSquares(anchor=0.0)).state
     assert float(torch.cdist(uniform["0.weight"], other).min(1).values.max()) > 0.1
 
 
@@ -302,11 +303,9 @@ def test_least_squares_gives_a_residual_stream_the_weight():
     problem = reweighed(
         result.problem, dict.fromkeys(block.parameters, 1.0), dict.fromkeys(block.parameters, 0.0)
     )
-    averaged = average(problem)
-    assert torch.equal(averaged["blocks.1.bn2.bias"], shifted.blocks[1].bn2.bias)
-    made = with_state(
-        target.model, regress(problem, averaged, IMAGES, ridge=1e-3, samples=2000), target.aliases
-    )
+    assert torch.equal(average(problem)["blocks.1.bn2.bias"], shifted.blocks[1].bn2.bias)
+    state = regress_anchored(problem, IMAGES, LeastSquares(anchor=0.0)).state
+    made = with_state(target.model, state, target.aliases)
     streams = [
         networks.output(torch.nn.Sequential(one.stem, one.blocks[0], one.blocks[1]), IMAGES)
         for one in (made, halfway, shifted)

@@ -15,7 +15,8 @@ from clafusion import _native
 from clafusion._native import gram
 from clafusion.config import LAYER_COSTS
 from clafusion.errors import InputError
-from clafusion.profiling.profile import ModelProfile, gram_matrix, standardised
+from clafusion.profiling.profile import ModelProfile, gram_matrix
+from clafusion.profiling.statistics import standardised
 from clafusion.transport.solve import solve_transport
 
 __all__ = ["check_same_inputs", "cka", "gram", "layer_costs", "linear_cka", "mean_cca"]

@@ -11,19 +11,18 @@ from torch import Tensor, nn
 from clafusion.assessment.comparison import Comparison
 from clafusion.assessment.nearness import FusionAssessment
 from clafusion.assessment.output_cache import OutputCache
-from clafusion.assessment.parts import Parts, compared_output
+from clafusion.assessment.parts import Parts, compared_output, most_assessed
 from clafusion.config import Assessment, FusionConfig, LeastSquares
 from clafusion.correspondence.moving import outgoing_map
 from clafusion.errors import AssessmentWarning, warn
 from clafusion.execution.call import call_model
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Progress, batches
+from clafusion.profiling.moments import inputs_in_cache
 from clafusion.tracing.model import TracedModel
 
 __all__ = ["assess", "warn_of"]
 
-_MOST = 500  # held out inputs on which the networks are compared
-_MOST_SEEN = 100  # the same where none is held out: more would only cost forward passes
 _CHUNK, _CHUNK_NUMBERS = 256, 1 << 22  # rows, and numbers in an output, at a time
 
 
@@ -96,10 +95,11 @@ def assess(
 def _chunks(
     parts: Parts, models: Sequence[TracedModel], output: int
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield inputs in chunks that are as large as memory allows, whatever the batches' sizes."""
+    """Yield inputs in chunks that memory and caches allow, whatever the batches' sizes."""
     first, data = models[0], parts.assessed
-    most = _MOST if parts.held_out else _MOST_SEEN
+    most = most_assessed(held_out=parts.held_out)
     rows = max(1, min(_CHUNK, _CHUNK_NUMBERS // max(1, math.prod(first.outputs[output][0]))))
+    rows = min([rows, *(count for one in models if (count := inputs_in_cache(one)) is not None)])
     is_whole = any(one.static_batch is not None for one in models)
     held: list[tuple[Tensor, ...]] = []
     waiting = seen = 0

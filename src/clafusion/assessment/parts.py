@@ -12,9 +12,11 @@ from clafusion.errors import InputError
 from clafusion.profiling.batches import Data, Part, has_rows, keeps_order
 from clafusion.tracing.model import TracedModel
 
-__all__ = ["Parts", "compared_output", "parts_of"]
+__all__ = ["Parts", "compared_output", "most_assessed", "num_kept", "parts_of"]
 
 _LEAST_HELD = 50  # of fewer an agreement is known to 14 %, and the fusion misses each of them
+_MOST = 500  # held out inputs on which the networks are compared
+_MOST_SEEN = 100  # the same where none is held out: more would only cost forward passes
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,33 @@ def parts_of(data: Data, models: Sequence[TracedModel], settings: Assessment) ->
     share = settings.held_out
     if compared_output(models[0], settings) is None or share == 0.0:
         return Parts(data, data, held_out=False)
-    least = math.ceil(_LEAST_HELD / share)
     if (
         any(one.static_batch is not None for one in models)
         or not keeps_order(data)
-        or not has_rows(data, least)
+        or not has_rows(data, _least_rows(share))
     ):
         return Parts(data, data, held_out=False)
     return Parts(Part(data, share, held=False), Part(data, share, held=True), held_out=True)
+
+
+def num_kept(count: int, settings: Assessment) -> int:
+    """Return how many of ``count`` inputs in a tensor a fusion sees, before models are looked at.
+
+    It sees more of them only where the models admit one batch size or have nothing to be compared.
+    """
+    share = settings.held_out
+    if settings.outputs == "none" or share == 0.0 or count < _least_rows(share):
+        return count
+    return count - math.floor(count * share)
+
+
+def most_assessed(*, held_out: bool) -> int:
+    """Return on how many inputs a result is assessed at the most."""
+    return _MOST if held_out else _MOST_SEEN
+
+
+def _least_rows(share: float) -> int:
+    return math.ceil(_LEAST_HELD / share)
 
 
 def compared_output(model: TracedModel, settings: Assessment) -> tuple[int, Kind] | None:

@@ -24,7 +24,7 @@ from clafusion.fusion import align_profiles, fuse_aligned
 from clafusion.profiling.batches import Data
 from clafusion.results import FusionResult
 from clafusion.stages import ExampleInputs, profile_traced
-from clafusion.tracing.trace import copied
+from clafusion.tracing.copies import copied
 from clafusion.weights.factories import ModelFile
 from clafusion.weights.messages import one_line
 from clafusion.weights.round_trip import check_round_trip

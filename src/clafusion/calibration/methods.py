@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ from clafusion.errors import InputError
 from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Data, Progress
+from clafusion.tracing.operations import affine_operands
 from clafusion.weights.build import with_state
 
 __all__ = ["Calibrated", "Method", "calibrate", "calibrates"]
@@ -32,10 +33,13 @@ class Calibrated:
         The network.
     anchor
         See :class:`clafusion.FusionResult`; None for calibrations that have none.
+    averaged
+        The names of the weights that several parents have and the calibration left at the average.
     """
 
     model: nn.Module
     anchor: float | None = None
+    averaged: tuple[str, ...] = ()
 
 
 Method: TypeAlias = Callable[..., "Calibrated | dict[str, Tensor]"]
@@ -109,10 +113,13 @@ def _repair(
     *_: Any,
     progress: Progress | None = None,
     **__: Any,
-) -> dict[str, Tensor]:
+) -> Calibrated:
     problem = with_equal_scales(problem)
     goals = moment_goals(problem)
-    return repair(problem.target, average(problem), data, goals, progress=progress)
+    state = repair(problem.target, average(problem), data, goals, progress=progress)
+    return Calibrated(
+        _built(problem, state), averaged=_averaged(problem, _rescaled(problem, goals.overall))
+    )
 
 
 @calibrates(LeastSquares)
@@ -124,5 +131,35 @@ def _least_squares(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibrated:
-    state, anchor = regress_anchored(problem, data, settings, seed=seed, progress=progress)
-    return Calibrated(_built(problem, state), anchor)
+    found = regress_anchored(problem, data, settings, seed=seed, progress=progress)
+    return Calibrated(_built(problem, found.state), found.anchor, _averaged(problem, found.solved))
+
+
+def _rescaled(problem: FusionProblem, goals: Collection[str]) -> set[str]:
+    """Return the parameters of which REPAIR rescales what they put out, at nodes with goals."""
+    target = problem.target
+    nodes = {node.name: node for node in target.module.graph.nodes}
+    found = set()
+    for point in (point for layer in target.layers for point in layer.calibration_points):
+        if point.node in goals:
+            found.add(point.weight)
+            if point.affine is not None:  # whose outputs a BatchNorm rescales
+                kernel = affine_operands(nodes[point.affine])["weight"]
+                found.add(target.entries.get(kernel, point.weight))
+    return found
+
+
+def _averaged(problem: FusionProblem, calibrated: Collection[str]) -> tuple[str, ...]:
+    """Return the weights that several parents have and that are not among the calibrated ones.
+
+    A weight is a parameter of two or more axes: of a layer, or a table.
+    """
+    state = problem.target.state()
+    names = dict.fromkeys(name for one in problem.target.layers for name in one.parameters)
+    return tuple(
+        name
+        for name in names
+        if name not in calibrated
+        and state[name].dim() > 1
+        and sum(one.correspondence.origins[name] == "matched" for one in problem.parents) > 1
+    )

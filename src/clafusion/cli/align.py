@@ -30,7 +30,7 @@ from clafusion.cli.inputs import (
     samples_of,
     try_models,
 )
-from clafusion.cli.options import configured, errors_by_flags
+from clafusion.cli.options import configured, messages_by_flags
 from clafusion.cli.settings import read_config
 from clafusion.cli.show import print_json, print_line, progress
 from clafusion.config import NoCalibration
@@ -38,6 +38,7 @@ from clafusion.execution.call import usable_device
 from clafusion.fusion import align
 from clafusion.reports import plot as draw
 from clafusion.reports import summary
+from clafusion.stages import expected_inputs
 
 __all__ = ["STAGES", "align_command"]
 
@@ -75,7 +76,8 @@ def align_command(
     models = load_models(files, archs, keys)
     samples = samples_of(data, limit, DataOptions(data_key, shape, scale, mean, std))
     try_models(models, samples)
-    with progress(len(samples)) as report, errors_by_flags():
+    expected = expected_inputs(len(samples), settings)
+    with progress(len(samples), expected) as report, messages_by_flags():
         aligned = align(models, samples, settings, device=device, progress=report)
     if plot is not None:
         draw(aligned, plot)

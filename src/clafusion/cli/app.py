@@ -13,10 +13,11 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+import clafusion
 from clafusion.cli.align import STAGES as OF_ALIGN
 from clafusion.cli.align import align_command
 from clafusion.cli.demo import STAGES as OF_DEMO
@@ -47,6 +48,7 @@ def make_app() -> typer.Typer:
         rich_markup_mode=None,
         context_settings={"max_content_width": 100},
     )
+    app.callback()(_general)
     sections = CommandWithSections
     app.command("fuse", cls=sections)(with_options(fuse_command))
     app.command("fuse-pairs")(pairs_command)
@@ -56,6 +58,21 @@ def make_app() -> typer.Typer:
     app.command("demo", cls=sections)(with_options(demo_command, *OF_DEMO))
     app.command("doctor")(doctor_command)
     return app
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"clafusion {clafusion.__version__}")
+        raise typer.Exit
+
+
+def _general(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Take what is said before a command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -49,6 +49,7 @@ def fusion_facts(result: FusionResult) -> dict[str, Any]:
         **(steps[0] if len(steps) == 1 else {"steps": steps}),
         "weights": list(result.weights),
         "anchor": result.anchor,
+        "averaged": list(result.averaged),
         "rounds": result.rounds,
         "converged": result.converged,
         "assessment": None if result.assessment is None else result.assessment.to_dict(),

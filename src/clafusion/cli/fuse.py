@@ -36,7 +36,7 @@ from clafusion.cli.inputs import (
     samples_of,
     try_models,
 )
-from clafusion.cli.options import configured, errors_by_flags
+from clafusion.cli.options import configured, messages_by_flags
 from clafusion.cli.parsing import merge_weights_of
 from clafusion.cli.settings import read_config
 from clafusion.cli.show import print_json, print_line, progress
@@ -48,8 +48,8 @@ from clafusion.profiling.batches import Progress
 from clafusion.reports import plot as draw
 from clafusion.reports import summary
 from clafusion.results import FusionResult
-from clafusion.stages import traced_template
-from clafusion.tracing.trace import copied
+from clafusion.stages import expected_inputs, traced_template
+from clafusion.tracing.copies import copied
 from clafusion.weights.atomic import check_output
 from clafusion.weights.factories import build_model
 from clafusion.weights.round_trip import check_round_trip
@@ -106,7 +106,8 @@ def fuse_command(
     models = load_models(files, archs, keys)
     samples = samples_of(data, limit, DataOptions(data_key, shape, scale, mean, std))
     try_models(models, samples)
-    with progress(len(samples)) as report, errors_by_flags():
+    expected = expected_inputs(len(samples), settings)
+    with progress(len(samples), expected) as report, messages_by_flags():
         result = _fused(models, samples, given, settings, device, report)
     built_by = _architecture(result, archs, options)
     save_model(result.model, out, _round_trip(result, built_by, archs))
@@ -146,7 +147,7 @@ def _fused(
 
 def _check_depths(aligned: AlignedModels, config: FusionConfig) -> None:
     gaps = any(one.alignment.unmatched_shallow for one in aligned.pairs)
-    if gaps and not isinstance(config.target, Like):  # errors_by_flags says how that is typed
+    if gaps and not isinstance(config.target, Like):  # messages_by_flags says how that is typed
         raise StructureError(
             "of two models each is the deeper one somewhere, and so the fused weights load into "
             "nobody's architecture; give target=Like(module), which has the layers of all"

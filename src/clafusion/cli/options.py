@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, cast
 
 import typer
@@ -19,7 +20,7 @@ import typer.core
 from torch import nn
 
 from clafusion.config import FusionConfig, Like, Option, Settings, options_of
-from clafusion.errors import ClafusionError, InputError
+from clafusion.errors import ClafusionError, FusionWarning, InputError
 from clafusion.weights.factories import build_model
 
 __all__ = [
@@ -27,8 +28,9 @@ __all__ = [
     "advice",
     "changed",
     "configured",
-    "errors_by_flags",
+    "messages_by_flags",
     "setting_at",
+    "warnings_by_entries",
     "with_options",
 ]
 
@@ -171,7 +173,7 @@ def configured(given: Mapping[str, str | bool], base: FusionConfig | None = None
     InputError
         An option is out of its range, does not belong to the chosen variant, or lacks another one.
     """
-    with errors_by_flags():
+    with messages_by_flags():
         config = changed(base or FusionConfig(), given)
         for option in options_of(FusionConfig):
             if _is_module(option.rule) and setting_at(config, option.path) == "":
@@ -251,49 +253,96 @@ def _parsed(value: str | bool, rule: Mapping[str, Any]) -> Any:
         return value
 
 
-# --- errors as they are typed -------------------------------------------------------------------
+# --- messages as options are typed ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """How a command calls options: by their flags, or by their entries in a manifest."""
+
+    name: Callable[[Option], str]
+    between: str  # a name and a value
+
+    def told(self, option: Option, value: str) -> str:
+        return f"{self.name(option)}{self.between}{value}"
+
+
+_FLAGS = _Spelling(lambda option: option.flag, " ")
+_ENTRIES = _Spelling(lambda option: f"settings.{option.path}", ": ")
 
 
 @contextmanager
-def errors_by_flags() -> Iterator[None]:
-    """Let errors call options and models as the command line does, not as Python."""
+def messages_by_flags() -> Iterator[None]:
+    """Let errors and warnings call options and models as the command line does, not as Python."""
+    with _warnings_spelled(_FLAGS):
+        try:
+            yield
+        except ClafusionError as error:
+            told = _spelled(str(error), _FLAGS)
+            if told == str(error):
+                raise
+            raise type(error)(told) from error
+
+
+@contextmanager
+def warnings_by_entries() -> Iterator[None]:
+    """Let warnings call options as a manifest does, not as Python."""
+    with _warnings_spelled(_ENTRIES):
+        yield
+
+
+@contextmanager
+def _warnings_spelled(spelling: _Spelling) -> Iterator[None]:
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, FusionWarning):
+            message = category(_spelled(str(message), spelling))
+        before(message, category, *where, **more)
+
+    warnings.showwarning = show
     try:
         yield
-    except ClafusionError as error:
-        told = _by_flags(str(error))
-        if told == str(error):
-            raise
-        raise type(error)(told) from error
+    finally:
+        warnings.showwarning = before
 
 
-def _by_flags(message: str) -> str:
+def _spelled(message: str, spelling: _Spelling) -> str:
     options = options_of(FusionConfig)
     paths = {one.path: one for one in options}
     start = message.partition(" ")[0]
 
     def option_of(name: str) -> Option | None:
-        """Return the option of this path or, where only one is called so, of this name."""
+        """Return the option of this path or, where only one is called so, of this name.
+
+        The name of a stage stands for its first option, as a string does in Python.
+        """
         stage = start.partition(".")[0]
         found = [one for one in options if one.field == name]
         near = [one for one in found if _stage(one) == stage] if len(found) > 1 else found
-        return paths.get(name) or (near[0] if len(near) == 1 else None)
+        of_stage = [one for one in options if _stage(one) == name][:1]
+        return paths.get(name) or next(iter(of_stage or (near if len(near) == 1 else ())), None)
 
     def with_value(found: re.Match[str]) -> str:
         option, value = option_of(found["name"]), found["value"]
         if option is None or (found["between"] == " " and value not in option.choices):
             return found[0]
-        return f"{option.flag} {value}"
+        return spelling.told(option, value)
 
     message = re.sub(r"models\[(?P<name>'[^']*')\]", r"model \g<name>", message)
     template = next(one for one in options if _is_module(one.rule) and Like.name in one.of)
-    wanted = f"{_needed(template)} {template.flag} {_metavar(template)}"
+    needed = spelling.told(paths[template.needs], Like.name)
+    wanted = f"{needed} {spelling.told(template, _metavar(template))}"
     message = message.replace(f"{template.needs}={Like.__name__}(module)", wanted)
-    value = r"(?P<name>[a-z_]+(?:\.[a-z_]+)*)(?P<between>=| )'(?P<value>\w+)'"
-    message = re.sub(rf"(?<![-\w.]){value}", with_value, message)
+    name = r"(?<![-\w.])(?P<name>[a-z_]+(?:\.[a-z_]+)*)"
+    value = r"(?P<quote>['\"])(?P<value>\w+)(?P=quote)"
+    message = re.sub(f"{name}(?P<between>=| ){value}", with_value, message)
     if start in paths:
-        message = re.sub(rf"^{re.escape(start)}(?= )", paths[start].flag, message)
+        message = re.sub(rf"^{re.escape(start)}(?= )", spelling.name(paths[start]), message)
     dotted = "|".join(re.escape(one) for one in sorted(paths, key=len, reverse=True) if "." in one)
-    return re.sub(rf"(?<![-\w.])({dotted})(?![\w])", lambda found: paths[found[1]].flag, message)
+    return re.sub(
+        rf"(?<![-\w.])({dotted})(?![\w])", lambda found: spelling.name(paths[found[1]]), message
+    )
 
 
 def advice(flag: str) -> str:

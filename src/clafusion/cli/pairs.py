@@ -12,6 +12,7 @@ import typer
 
 from clafusion.cli.inputs import AsJson, Device
 from clafusion.cli.manifest import Manifest, read_manifest
+from clafusion.cli.options import warnings_by_entries
 from clafusion.cli.parsing import bytes_of
 from clafusion.cli.show import pair_progress, print_json, print_line
 from clafusion.errors import InputError
@@ -116,7 +117,7 @@ def _fused(
 
     settings = {**given.data}
     samples = load_samples(settings.pop("file"), **settings)
-    with pair_progress() as report:
+    with pair_progress() as report, warnings_by_entries():
         run = fuse_pairs(
             given.models,
             samples,

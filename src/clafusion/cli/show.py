@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,13 @@ __all__ = ["pair_progress", "print_json", "print_line", "progress", "say"]
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str, int], None] | None]:
-    """Show how far the long steps are; nothing where stderr is no terminal."""
+def progress(
+    count: int, expected: Mapping[str, int]
+) -> Iterator[Callable[[str, int], None] | None]:
+    """Show how far the long steps are; nothing where stderr is no terminal.
+
+    ``count`` is the number of samples, ``expected`` how many of them each stage looks at.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         yield None
@@ -43,6 +48,8 @@ def progress(total: int) -> Iterator[Callable[[str, int], None] | None]:
         task = bar.add_task("tracing and verifying", total=None)
 
         def report(stage: str, done: int) -> None:
+            total = expected.get(stage, count)
+            total = total if done <= total else count
             if done < total:
                 bar.update(task, description=stage, completed=done, total=total)
             else:  # until the next stage reports

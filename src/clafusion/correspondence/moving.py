@@ -10,14 +10,16 @@ a width ratio r would scale every layer by 1 / r.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.structure import structured_state
 from clafusion.errors import StructureError
+from clafusion.execution.lazy import LazyState
 from clafusion.tracing.layer import CalibrationPoint, HookPoint
 from clafusion.tracing.model import ChannelGroup, GroupAxis
 
@@ -29,6 +31,10 @@ __all__ = [
     "move_values",
     "outgoing_map",
 ]
+
+
+# Many parameters move by one plan, and to look through that takes long.
+_rows_of_plans: MutableMapping[Tensor, dict[bool, Tensor | None]] = WeakTensorKeyDictionary()
 
 
 def outgoing_map(plan: Tensor) -> Tensor:
@@ -47,7 +53,7 @@ def move_state(
     correspondence: Correspondence,
     plans: Sequence[Tensor | None],
     normalisation: str = "two",
-) -> dict[str, Tensor]:
+) -> LazyState:
     r"""Return the source's parameters in the target's structure, channels and widths.
 
     For a layer from group ``i`` to group ``o``
@@ -62,14 +68,21 @@ def move_state(
     Raises
     ------
     StructureError
-        Matched parameters differ in an axis that is no channel axis.
+        When an entry is read: matched parameters differ in an axis that is no channel axis.
     """
-    source = structured_state(correspondence)
-    return {
-        name: move_parameter(correspondence, plans, name, source[name], tensor, normalisation)
-        for name, tensor in correspondence.target.state().items()
+    source, target = structured_state(correspondence), correspondence.target.state()
+    names = [
+        name
+        for name, tensor in target.items()
         if correspondence.origins[name] != "target_only" and tensor.is_floating_point()
-    }
+    ]
+
+    def make(name: str) -> Tensor:
+        return move_parameter(
+            correspondence, plans, name, source[name], target[name], normalisation
+        )
+
+    return LazyState(names, make)
 
 
 def move_parameter(
@@ -139,11 +152,8 @@ def move_along(
 
     Without ``source_axes`` the source's channels stand in the order of their group.
     """
-    moved = tensor.movedim(axis, 0).double()
-    rest = moved.shape[1:]
-    result = moved.new_zeros(length, *rest)
-    used_target: list[Tensor] = []
-    used_source: list[Tensor] = []
+    rows: list[Tensor | None] = []
+    places: list[Tensor] = []
     for i, (group, group_axis) in enumerate(pairs):
         plan = plans[group.index]
         assert plan is not None, "a matched parameter carries a group without a partner"
@@ -158,28 +168,43 @@ def move_along(
                 f"partner for {positions.size(1)}; the inputs or strides differ"
             )
         leaves = group_axis.direction == "out" or normalisation == "single"
-        weights = outgoing_map(plan) if leaves else incoming_map(plan)
-        block = moved[positions.reshape(-1)].reshape(plan.size(0), -1)
-        chosen = _copied_rows(weights)
-        mixed = weights.T.to(block) @ block if chosen is None else block[chosen.to(block.device)]
-        result[group_axis.positions.reshape(-1)] = mixed.reshape(-1, *rest)
-        used_target.append(group_axis.positions.reshape(-1))
-        used_source.append(positions.reshape(-1))
-    fixed_target = _others(used_target, length)
-    fixed_source = _others(used_source, moved.size(0))
+        rows.append(_copied_rows(plan, leaves=leaves))
+        places.append(positions)
+    fixed_target = _others([one.positions for _, one in pairs], length)
+    fixed_source = _others(places, tensor.size(axis))
     if len(fixed_target) != len(fixed_source):
         raise StructureError(
             f"axis {axis} of {name!r} has {len(fixed_target)} fixed positions, its partner "
             f"{len(fixed_source)}; inputs, outputs or vocabularies differ"
         )
-    result[fixed_target] = moved[fixed_source]
-    return result.movedim(0, axis).to(tensor.dtype)
+    index = torch.zeros(length, dtype=torch.int64)
+    index[fixed_target] = fixed_source
+    mixed = []
+    for (group, group_axis), chosen, positions in zip(pairs, rows, places, strict=True):
+        if chosen is None:
+            mixed.append((group, group_axis, positions))
+        else:
+            index[group_axis.positions.reshape(-1)] = positions[chosen].reshape(-1)
+    if not mixed and torch.equal(index, torch.arange(tensor.size(axis))):
+        return tensor
+    result = tensor.index_select(axis, index.to(tensor.device))
+    for group, group_axis, positions in mixed:
+        plan = plans[group.index]
+        assert plan is not None
+        leaves = group_axis.direction == "out" or normalisation == "single"
+        weights = outgoing_map(plan) if leaves else incoming_map(plan)
+        block = tensor.movedim(axis, 0)[positions.reshape(-1).to(tensor.device)].double()
+        of_channels = weights.T.to(block) @ block.reshape(plan.size(0), -1)
+        into = group_axis.positions.reshape(-1).to(tensor.device)
+        result.movedim(axis, 0)[into] = of_channels.reshape(-1, *block.shape[1:]).to(result)
+    return result
 
 
 def _others(used: Sequence[Tensor], length: int) -> Tensor:
+    """Return the positions on an axis that none of some tables of positions names."""
     free = torch.ones(length, dtype=torch.bool)
     for positions in used:
-        free[positions] = False
+        free[positions.reshape(-1)] = False
     return torch.nonzero(free).squeeze(1)
 
 
@@ -208,8 +233,7 @@ def move_values(
     for one in target.groups[target.groups >= 0].unique().tolist():
         plan = plans[one]
         assert plan is not None, "a matched point shows a group without a partner"
-        weights = outgoing_map(plan).to(values)
-        chosen = _copied_rows(weights)
+        chosen = _copied_rows(plan, leaves=True)
         into = torch.nonzero(target.groups == one).squeeze(1)
         out_of = torch.nonzero(source.groups == correspondence.groups[one]).squeeze(1)
         # A member may stand in several places, as in a projection to queries and keys at once.
@@ -224,19 +248,24 @@ def move_values(
                 if bool((wanted >= 0).all()):
                     result[..., to] = values[..., wanted]
                     continue
+            weights = outgoing_map(plan).to(values)
             by_member = values.new_zeros(*values.shape[:-1], plan.size(0))
             by_member[..., source.members[of]] = values[..., of]
             result[..., to] = (by_member @ weights)[..., target.members[to]]
     return result
 
 
-def _copied_rows(weights: Tensor) -> Tensor | None:
-    """Return for each column the row that it copies; None where a column mixes rows."""
-    if not bool(((weights != 0).sum(0) == 1).all()):
-        return None
-    rows = weights.argmax(0)
-    copies = bool((weights.gather(0, rows[None]) == 1).all())
-    return rows.cpu() if copies else None
+def _copied_rows(plan: Tensor, *, leaves: bool) -> Tensor | None:
+    """Return for each target channel the source's that it copies; None where one is a mixture."""
+    known = _rows_of_plans.setdefault(plan, {})
+    if leaves not in known:
+        weights = outgoing_map(plan) if leaves else incoming_map(plan)
+        rows = weights.argmax(0)
+        is_copy = int(weights.count_nonzero()) == weights.size(1) and bool(
+            (weights.gather(0, rows[None]) == 1).all()
+        )
+        known[leaves] = rows.cpu() if is_copy else None
+    return known[leaves]
 
 
 def _earlier_equals(members: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clafusion.correspondence.correspondence import Correspondence
+from clafusion.execution.lazy import LazyState
 from clafusion.tracing.layer import Layer
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import bound_operands, op_name
@@ -15,7 +16,7 @@ from clafusion.tracing.operations import bound_operands, op_name
 __all__ = ["resized_shape", "structured_state"]
 
 
-def structured_state(correspondence: Correspondence) -> dict[str, Tensor]:
+def structured_state(correspondence: Correspondence) -> LazyState:
     """Return the source's state in the target's structure and in its own widths."""
     target_state, source_state = correspondence.target.state(), correspondence.source.state()
     sizes = {
@@ -23,24 +24,22 @@ def structured_state(correspondence: Correspondence) -> dict[str, Tensor]:
         for one, other in zip(correspondence.target.groups, correspondence.groups, strict=True)
         if other >= 0
     }
-    state: dict[str, Tensor] = {}
-    for name, tensor in target_state.items():
-        origin = correspondence.origins[name]
+
+    def make(name: str) -> Tensor:
+        tensor, origin = target_state[name], correspondence.origins[name]
         if name in correspondence.products:
-            state[name] = correspondence.products[name].to(tensor)
-            continue
+            return correspondence.products[name].to(tensor)
         if name in correspondence.names:
-            state[name] = source_state[correspondence.names[name]].clone()
-            continue
+            return source_state[correspondence.names[name]]
         shape = resized_shape(correspondence.target, name, tensor.shape, sizes)
+        if origin == "identity":
+            return _identity(correspondence.target, name, shape).to(tensor)
         if origin == "zero_residual" or shape != tuple(tensor.shape):
             # Any value will do inside an inserted block; where the widths differ, zero is one.
-            state[name] = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-        else:
-            state[name] = tensor.clone()
-        if origin == "identity":
-            state[name] = _identity(correspondence.target, name, shape).to(tensor)
-    return state
+            return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+        return tensor
+
+    return LazyState(target_state, make)
 
 
 def resized_shape(

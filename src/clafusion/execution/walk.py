@@ -1,16 +1,21 @@
-"""Run exported graphs as a whole or node by node, with weights from anywhere."""
+"""Run exported graphs, as a whole or node by node, with weights from anywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from clafusion.execution.call import State
+from clafusion.execution.writes import written_inputs
 
-__all__ = ["Executable", "Walk", "run_graph"]
+__all__ = ["Executable", "RowState", "Walk", "in_lockstep", "run_graph"]
+
+_LARGE = 1 << 21  # elements: a weight of more is read by rows, from a state that can
 
 
 class Executable(Protocol):
@@ -24,6 +29,19 @@ class Executable(Protocol):
     @property
     def placeholders(self) -> tuple[str | None, ...]:
         """For each input of the graph the state entry that feeds it, or None for a model input."""
+        ...
+
+
+@runtime_checkable
+class RowState(Protocol):
+    """A state that can make some rows of a large tensor without making the whole."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        ...
+
+    def rows(self, name: str, rows: Tensor) -> Tensor:
+        """Return the rows ``rows``, a vector of indices, of a tensor."""
         ...
 
 
@@ -44,13 +62,16 @@ def run_graph(
     state
         Parameters, buffers and constants by name.
     replace
-        Called as ``replace(node, value)`` for every node, in order; the run goes on with what it
-        returns.
+        Called as ``replace(node, value)`` for every node that computes, in order; the run goes on
+        with what it returns.
     """
-    feed = iter(inputs)
-    arguments = [next(feed) if name is None else state[name] for name in graph.placeholders]
-    outputs = _Executor(graph.module, replace).run(*arguments, enable_io_processing=False)
-    return tuple(outputs)
+    return Walk(graph, inputs, state, set(), replace=replace).finish()
+
+
+def in_lockstep(walks: Sequence[Walk]) -> Iterator[fx.Node]:
+    """Run several walks of one graph side by side; yield each node when all have run it."""
+    for steps in zip(*walks, strict=True):
+        yield steps[0]
 
 
 class Walk:
@@ -58,22 +79,38 @@ class Walk:
 
     Each node runs once. The walk drops a value when no later node needs it. It keeps the values
     named in ``keep`` until :meth:`release`, as their nodes made them, even if a later operation
-    changes their memory in place.
+    changes their memory in place. An operation that changes a
+    parameter or a buffer in place changes a copy.
 
     Parameters
     ----------
     graph, inputs, state
-        As for :func:`run_graph`. A node reads its parameters from ``state`` when it runs.
+        As for :func:`run_graph`. A node reads its parameters from ``state`` when it runs: the state
+        may make them then. Of a :class:`RowState`, embeddings read the rows that they need, and
+        linear layers read large weights in parts.
     keep
         Names of the nodes whose values stay; the walk removes the released ones from this set.
+    types
+        Types to compute in, in place of types that the graph asks for.
+    replace
+        As for :func:`run_graph`.
     """
 
     def __init__(
-        self, graph: Executable, inputs: tuple[Tensor, ...], state: State, keep: set[str]
+        self,
+        graph: Executable,
+        inputs: tuple[Tensor, ...],
+        state: State,
+        keep: set[str],
+        types: Mapping[torch.dtype, torch.dtype] | None = None,
+        replace: Callable[[fx.Node, Any], Any] | None = None,
     ) -> None:
         self._module = graph.module
+        self._replace = replace
         self._state = state
+        self._rows = state if isinstance(state, RowState) else None
         self._keep = keep
+        self._types = types or {}
         self._values: dict[fx.Node, Any] = {}
         self._spared: dict[str, Tensor] = {}
         self._parameters: dict[fx.Node, str] = {}
@@ -81,14 +118,18 @@ class Walk:
         nodes = list(graph.module.graph.nodes)
         feed = iter(inputs)
         names = iter(graph.placeholders)
+        written = written_inputs(graph.module)
         for node in nodes:
             self._by_name[node.name] = node
-            if node.op == "placeholder":
-                name = next(names)
-                if name is None:
-                    self._values[node] = next(feed)
-                else:
-                    self._parameters[node] = name
+            if node.op != "placeholder":
+                continue
+            name = next(names)
+            if name is None:
+                self._values[node] = next(feed)
+            elif node in written:
+                self._values[node] = state[name].clone()
+            else:
+                self._parameters[node] = name
         self._rest = iter([node for node in nodes if node.op in ("get_attr", "call_function")])
         self._pending = {node: len(node.users) for node in nodes}
 
@@ -100,6 +141,16 @@ class Walk:
         while wanted not in self._values:
             self._step(next(self._rest))
         return self._values[wanted]
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        """Run the nodes that have not run yet, one by one."""
+        for node in self._rest:
+            self._step(node)
+            yield node
+
+    def value(self, node: fx.Node) -> Any:
+        """Return the value of a node that has run, or None where it is dropped."""
+        return self._values.get(node)
 
     def finish(self) -> tuple[Any, ...]:
         """Run all nodes that have not run yet; return the graph's outputs in one flat tuple."""
@@ -116,16 +167,49 @@ class Walk:
 
     def _step(self, node: fx.Node) -> None:
         if node.op == "get_attr":
-            self._values[node] = getattr(self._module, str(node.target))
+            self._values[node] = self._retyped(getattr(self._module, str(node.target)))
             return
         target: Any = node.target
         if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
             self._spare(node)
-        arguments, keywords = fx.map_arg((node.args, node.kwargs), self._value)
-        self._values[node] = target(*arguments, **keywords)
+        value = self._by_rows(node) if self._rows is not None else None
+        if value is None:
+            arguments, keywords = fx.map_arg((node.args, node.kwargs), self._value)
+            if self._types:
+                arguments, keywords = pytree.tree_map(self._retyped, (arguments, keywords))
+            value = target(*arguments, **keywords)
+        self._values[node] = value if self._replace is None else self._replace(node, value)
         for operand in node.all_input_nodes:
             self._pending[operand] -= 1
             self._drop(operand)
+
+    def _retyped(self, value: Any) -> Any:
+        """Return a value as it is, but in place of a type the one to compute in."""
+        return self._types.get(value, value) if isinstance(value, torch.dtype) else value
+
+    def _by_rows(self, node: fx.Node) -> Tensor | None:
+        """Compute what reads a large weight from its rows; None for all other nodes."""
+        table = _ROWS_READ.get(node.target)
+        weight = node.args[table] if table is not None and len(node.args) > table else None
+        name = self._parameters.get(weight) if isinstance(weight, fx.Node) else None
+        if name is None or self._rows is None:
+            return None
+        shape = self._rows.shape(name)
+        if len(shape) != 2 or shape[0] * shape[1] <= _LARGE:
+            return None
+        if table == 0:  # an embedding: what else it is given changes its gradients only
+            indices = self._value(node.args[1])
+            wanted, places = indices.unique(return_inverse=True)
+            return F.embedding(places, self._rows.rows(name, wanted))
+        inputs, *bias = [self._value(one) for i, one in enumerate(node.args) if i != 1]
+        count = max(_LARGE // shape[1], 1)
+        result: Tensor = inputs.new_empty(*inputs.shape[:-1], shape[0])
+        for rows in torch.arange(shape[0], device=inputs.device).split(count):
+            of_rows = (None if one is None else one[rows] for one in bias)
+            result[..., rows[0] : rows[-1] + 1] = F.linear(
+                inputs, self._rows.rows(name, rows), *of_rows
+            )
+        return result
 
     def _spare(self, node: fx.Node) -> None:
         """Copy the kept values that share memory with an operand of ``node``, which changes it."""
@@ -139,7 +223,9 @@ class Walk:
             if isinstance(value, Tensor) and value.untyped_storage().data_ptr() in touched:
                 self._spared[name] = value.clone()
 
-    def _value(self, node: fx.Node) -> Any:
+    def _value(self, node: Any) -> Any:
+        if not isinstance(node, fx.Node):
+            return node
         name = self._parameters.get(node)
         return self._values[node] if name is None else self._state[name]
 
@@ -148,15 +234,8 @@ class Walk:
             self._values.pop(node, None)
 
 
-class _Executor(fx.Interpreter):
-    """Run a graph node by node; free each value after its last use."""
-
-    def __init__(
-        self, module: fx.GraphModule, replace: Callable[[fx.Node, Any], Any] | None
-    ) -> None:
-        super().__init__(module)
-        self._replace = replace
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        return value if self._replace is None or n.op == "output" else self._replace(n, value)
+_ROWS_READ: Mapping[Any, int] = {
+    torch.ops.aten.embedding.default: 0,
+    torch.ops.aten.linear.default: 1,
+}
+"""Operations that can read a weight row by row, with its place among their arguments."""

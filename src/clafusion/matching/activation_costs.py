@@ -6,8 +6,8 @@ counts. Add one of your own by :func:`channel_cost`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from clafusion.config import CHANNEL_COSTS
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.hooks import HookPair
 from clafusion.errors import InputError, StructureError
-from clafusion.profiling.profile import ModelProfile, standardised
+from clafusion.profiling.profile import ModelProfile
+from clafusion.profiling.statistics import channel_statistics, standardised
 
 __all__ = [
     "MAX_CHANNELS",
@@ -26,6 +27,7 @@ __all__ = [
     "channel_cost",
     "correlations",
     "flowing",
+    "group_costs",
     "measures",
     "output_costs",
     "pair_costs",
@@ -103,9 +105,9 @@ def correlations(x: Tensor, y: Tensor) -> Tensor:
     correlation of two constant channels, as dead ones behind a norm, stands :math:`1 - d(x, y)`, at
     least 0, and 0 where both are 0. Where all channels of both are constant nothing is said: 0.
     """
-    of_x, of_y = standardised(x), standardised(y)
-    found = of_x.T @ of_y / len(x)
-    constant = ~of_x.any(0), ~of_y.any(0)
+    found = standardised(x).T @ standardised(y) / len(x)
+    of_x, of_y = channel_statistics(x), channel_statistics(y)
+    constant = of_x.scale == 0, of_y.scale == 0
     if all(bool(one.all()) for one in constant):
         return found  # which says nothing
     if all(bool(one.any()) for one in constant):
@@ -115,8 +117,8 @@ def correlations(x: Tensor, y: Tensor) -> Tensor:
         alike = torch.where(largest > 0, alike.clamp(min=0), 0.0)
         found[constant[0].nonzero(), constant[1].nonzero().T] = alike.to(found)
     # Channels that were dead before a norm over all channels are correlated, each with all others.
-    apart = _relative_differences(x.mean(0), y.mean(0))
-    apart += _relative_differences(x.std(0, False), y.std(0, False))
+    apart = _relative_differences(of_x.mean, of_y.mean)
+    apart += _relative_differences(of_x.deviation, of_y.deviation)
     return found - _TIE * apart.to(found)
 
 
@@ -172,12 +174,26 @@ def activation_costs(
         The profiles are not of the same inputs, the metric is unknown, or a group has more than
         ``MAX_CHANNELS`` channels; the message says how much memory it would take.
     """
+    costs: list[Tensor | None] = [None] * len(correspondence.groups)
+    for index, cost in group_costs(correspondence, target, source, metric=metric):
+        costs[index] = cost
+    return costs
+
+
+def group_costs(
+    correspondence: Correspondence,
+    target: ModelProfile,
+    source: ModelProfile,
+    *,
+    metric: str = "correlation",
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield what :func:`activation_costs` returns, group by group, each as soon as it is known."""
     groups = zip(
         correspondence.target.groups, correspondence.groups, correspondence.hooks, strict=True
     )
     matched = [(one.index, other, pairs) for one, other, pairs in groups if other >= 0]
-    found = iter(pair_costs(correspondence, target, source, matched, metric=metric))
-    return [None if other < 0 else next(found) for other in correspondence.groups]
+    for i, cost in _pair_costs(correspondence, target, source, matched, metric):
+        yield matched[i][0], cost
 
 
 def pair_costs(
@@ -193,13 +209,28 @@ def pair_costs(
     Each pair is a group of the target, one of the source, and the hook points that show both.
     Otherwise as :func:`activation_costs`.
     """
+    found = dict(_pair_costs(correspondence, target, source, pairs, metric))
+    return [found[i] for i in range(len(pairs))]
+
+
+def _pair_costs(
+    correspondence: Correspondence,
+    target: ModelProfile,
+    source: ModelProfile,
+    pairs: Sequence[tuple[int, int, Sequence[HookPair]]],
+    metric: str,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the costs of pairs of groups, with their numbers, as soon as all hook points are seen.
+
+    The hook points are taken in the target's order, for their rows may be made when they are read.
+    """
     measure = _measure(metric)
     check_same_inputs(target, source)
-    device = next((rows.device for rows in target.rows.values()), None)
-    costs: list[Tensor] = []
+    device = target.traced.device
     # By hook points, for several groups may lie side by side in one.
     hooks: dict[tuple[tuple[int, int], tuple[int, int]], list[tuple[int, HookPair]]] = {}
-    for of_target, of_source, shown in pairs:
+    left = [0] * len(pairs)
+    for i, (of_target, of_source, shown) in enumerate(pairs):
         to, of = correspondence.target.groups[of_target], correspondence.source.groups[of_source]
         if max(of.size, to.size) > MAX_CHANNELS:
             raise InputError(
@@ -209,24 +240,43 @@ def pair_costs(
             )
         for pair in shown:
             key = flowing(correspondence, source, pair), pair.target
-            hooks.setdefault(key, []).append((len(costs), pair))
-        costs.append(torch.zeros(of.size, to.size, dtype=torch.float64, device=device))
-    counts = [0] * len(costs)
-    for (of_source_hook, of_target_hook), members in hooks.items():
-        if of_target_hook not in target.rows or of_source_hook not in source.rows:
-            continue  # of a target that is nobody's, or with heads moved, not everything shows
-        x, y = source.rows[of_source_hook], target.rows[of_target_hook]
-        if len(x) != len(y):
-            continue
-        measured = measure.at_hook(x, y)
-        for index, pair in members:
-            block = measured[pair.source_columns][:, pair.target_columns]
-            costs[index] += block.to(costs[index])
-            counts[index] += 1
-    return [
-        measure.of_mean(total / number) if number else total
-        for total, number in zip(costs, counts, strict=True)
-    ]
+            hooks.setdefault(key, []).append((i, pair))
+            left[i] += 1
+    totals: dict[int, tuple[Tensor, int]] = {}
+
+    def cost_of(i: int) -> Tensor:
+        of_target, of_source, _ = pairs[i]
+        size = correspondence.source.groups[of_source].size
+        nothing = torch.zeros(
+            size, correspondence.target.groups[of_target].size, dtype=torch.float64, device=device
+        )
+        total, number = totals.pop(i, (nothing, 0))
+        return measure.of_mean(total / number) if number else total
+
+    yield from ((i, cost_of(i)) for i, count in enumerate(left) if count == 0)
+    for (of_source_hook, of_target_hook), members in sorted(hooks.items(), key=_in_order):
+        measured = None
+        # Of a target that is nobody's, or with heads moved, not everything shows.
+        if of_target_hook in target.rows and of_source_hook in source.rows:
+            x, y = source.rows[of_source_hook], target.rows[of_target_hook]
+            measured = measure.at_hook(x, y) if len(x) == len(y) else None
+        for i, pair in members:
+            left[i] -= 1
+            if measured is not None:
+                block = measured[pair.source_columns][:, pair.target_columns].double()
+                total, number = totals.get(i, (None, 0))
+                totals[i] = block if total is None else total.add_(block), number + 1
+            if left[i] == 0:
+                yield i, cost_of(i)
+
+
+def _in_order(item: tuple[tuple[tuple[int, int], tuple[int, int]], Any]) -> tuple[Any, ...]:
+    """Return what sorts hook points: by the target's layer, point, and before or after it."""
+    of_source, of_target = item[0]
+    return tuple(
+        (layer, ~index if index < 0 else index, index < 0)
+        for layer, index in (of_target, of_source)
+    )
 
 
 def says_nothing(cost: Tensor) -> bool:

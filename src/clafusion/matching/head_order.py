@@ -19,7 +19,9 @@ from clafusion.correspondence.hooks import HookPair, hook_pairs
 from clafusion.execution.call import State
 from clafusion.matching.activation_costs import pair_costs
 from clafusion.profiling.moments import BatchMoments
-from clafusion.profiling.profile import ModelProfile, standardised
+from clafusion.profiling.on_demand import with_columns
+from clafusion.profiling.profile import ModelProfile
+from clafusion.profiling.statistics import standardised
 from clafusion.tracing.heads import (
     HeadOrders,
     base_repeats,
@@ -184,15 +186,15 @@ def _places_of_heads(model: TracedModel, group: int, hook: HookPoint) -> list[Te
 def _moved(profile: ModelProfile, orders: HeadOrders) -> ModelProfile:
     """Return a profile of a copy of the network, with its heads in other places."""
     model = profile.traced
-    rows = {}
-    for (layer, place), values in profile.rows.items():
+    columns: dict[tuple[int, int], Tensor | None] = {}
+    for layer, place in profile.rows:
         points = model.layers[layer].hook_points
         index = ~place if place < 0 else place
-        if index < len(points):  # else the outputs of a classifier
-            if _has_heads_as_positions(model, points[index], orders):
-                continue  # these would change places, but only some were kept
-            values = values[:, _columns(model, points[index], orders)]
-        rows[layer, place] = values
+        if index >= len(points):  # the outputs of a classifier
+            columns[layer, place] = None
+        elif not _has_heads_as_positions(model, points[index], orders):
+            columns[layer, place] = _columns(model, points[index], orders)
+        # Else positions would change places, but only some were kept.
     sources: dict[int, int] = {}
     for heads, order in in_turn(orders)[0]:
         sources |= group_sources(heads, order)
@@ -202,7 +204,7 @@ def _moved(profile: ModelProfile, orders: HeadOrders) -> ModelProfile:
     return replace(
         profile,
         traced=exchanged_model(model, orders),
-        rows=rows,
+        rows=with_columns(profile.rows, columns),
         moments=_moved_moments(profile, orders),
         importance=importance,
     )

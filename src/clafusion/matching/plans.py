@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
 
-from clafusion.config import FusionConfig, Zip
+from clafusion.config import FusionConfig, Solver, Zip
 from clafusion.errors import StructureError
 from clafusion.matching.activation_costs import (
     activation_costs,
+    group_costs,
     measures,
     output_costs,
     says_nothing,
@@ -25,6 +26,8 @@ from clafusion.targets.sources import Source, TargetSources
 from clafusion.transport.solve import solve_transport
 
 __all__ = ["Matched", "channel_plans", "match_sources"]
+
+_AT_ONCE = 1 << 24  # entries of costs that are solved together
 
 
 @dataclass(frozen=True)
@@ -122,31 +125,56 @@ def channel_plans(source: Source, config: FusionConfig) -> list[Tensor | None]:
     if cost == "weights":
         return by_weights(known=source.plans)
     metric = "correlation" if cost == "both" else cost
-    costs = activation_costs(correspondence, target, profile, metric=metric)
     if cost == "both":
+        costs = activation_costs(correspondence, target, profile, metric=metric)
         return by_weights(activation_costs=costs, known=source.plans)
+    in_heads = {index for one in correspondence.target.united_heads for index in one.groups}
     # Channels that no layer reads, as those between the layers of an LSTM, and channels that are
     # the same for all inputs, as of a learned query, show by their weights.
-    unseen = {i for i, one in enumerate(costs) if one is not None and says_nothing(one)}
+    solved, unseen = _solved(source, metric, masses, solver, {*in_heads, *source.plans})
     unseen -= source.plans.keys()
     known, pairs_of_heads = head_plans(
         correspondence, target, profile, metric=metric, solver=solver
     )
-    in_heads = {index for one in correspondence.target.united_heads for index in one.groups}
-    known |= source.plans
-    wanted = [
-        i
-        for i, one in enumerate(costs)
-        if one is not None and i not in unseen and i not in in_heads and i not in known
-    ]
-    pairs = None if masses is None else [pair for i in wanted if (pair := masses[i]) is not None]
-    solutions = solve_transport(
-        [one for i in wanted if (one := costs[i]) is not None],
-        None if pairs is None else [of_source for of_source, _ in pairs],
-        None if pairs is None else [of_target for _, of_target in pairs],
-        solver=solver,
-    )
-    known |= {i: one.plan for i, one in zip(wanted, solutions, strict=True)}
+    known |= {**source.plans, **solved}
     if unseen:
         return by_weights(known=known, head_pairs=pairs_of_heads)
     return [known.get(i) for i in groups]
+
+
+def _solved(
+    source: Source,
+    metric: str,
+    masses: Sequence[tuple[Tensor, Tensor] | None] | None,
+    solver: Solver | str,
+    others: Collection[int],
+) -> tuple[dict[int, Tensor], set[int]]:
+    """Return the plans of the groups that show, but for ``others``; and the groups that do not.
+
+    Costs are solved as they come, many at a time but few enough to be held.
+    """
+    plans: dict[int, Tensor] = {}
+    unseen: set[int] = set()
+    waiting: dict[int, Tensor] = {}
+
+    def solve() -> None:
+        pairs = None if masses is None else [pair for i in waiting if (pair := masses[i])]
+        solutions = solve_transport(
+            list(waiting.values()),
+            None if pairs is None else [of_source for of_source, _ in pairs],
+            None if pairs is None else [of_target for _, of_target in pairs],
+            solver=solver,
+        )
+        plans.update((i, one.plan) for i, one in zip(waiting, solutions, strict=True))
+        waiting.clear()
+
+    costs = group_costs(source.correspondence, source.target, source.profile, metric=metric)
+    for i, cost in costs:
+        if says_nothing(cost):
+            unseen.add(i)
+        elif i not in others:
+            waiting[i] = cost
+        if sum(one.numel() for one in waiting.values()) > _AT_ONCE:
+            solve()
+    solve()
+    return plans, unseen

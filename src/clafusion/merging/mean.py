@@ -21,6 +21,8 @@ __all__ = ["Weight", "average", "counted", "weighted_mean"]
 
 Weight = float | Tensor
 
+_AT_ONCE = 1 << 22  # elements
+
 
 def weighted_mean(values: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor:
     """Return the mean of tensors by their weights.
@@ -83,9 +85,25 @@ def average(
         parents = [problem.parents[i] for i in present]
         masks = [_rows_covered(one, name, tensor) for one in parents]
         own = counted([weights[i].of(name) for i in present], masks)
-        mean = weighted_mean([states[i][name].double() for i in present], own)
-        fused[name] = mean.to(tensor) if len(present) > 1 else states[present[0]][name].to(tensor)
+        values = [states[i][name] for i in present]
+        if len(values) > 1:
+            fused[name] = _mean_in_parts(values, own, tensor)
+        else:
+            fused[name] = values[0].to(tensor, copy=True)
     return fused
+
+
+def _mean_in_parts(values: Sequence[Tensor], weights: Sequence[Weight], like: Tensor) -> Tensor:
+    """Return the mean, taken in float64, in the type of ``like``; a part of the rows at a time."""
+    if like.numel() <= _AT_ONCE or like.dim() == 0:
+        return weighted_mean([one.double() for one in values], weights).to(like)
+    mean = torch.empty_like(like, memory_format=torch.contiguous_format)
+    count = max(_AT_ONCE * len(like) // like.numel(), 1)
+    for start in range(0, len(like), count):
+        rows = slice(start, start + count)
+        of_rows = [one[rows] if isinstance(one, Tensor) and one.dim() else one for one in weights]
+        mean[rows] = weighted_mean([one[rows].double() for one in values], of_rows)
+    return mean
 
 
 def _rows_covered(parent: Parent, name: str, tensor: Tensor) -> Tensor | None:

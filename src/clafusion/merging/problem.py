@@ -15,11 +15,14 @@ from torch import Tensor
 
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.moving import move_state, move_values, outgoing_map
+from clafusion.execution.call import State
+from clafusion.execution.lazy import LazyState
+from clafusion.matching.weight_costs import is_at_rest
 from clafusion.profiling.profile import ModelProfile
 from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.model import TracedModel
 
-__all__ = ["FusionProblem", "MergeWeights", "Parent"]
+__all__ = ["FusionProblem", "MergeWeights", "Parent", "plans_are_at_rest"]
 
 
 @dataclass(frozen=True)
@@ -103,21 +106,27 @@ class Parent:
             found.append(None if into is None or bool(into.all()) else into.cpu())
         return tuple(found)
 
-    def state(self, normalisation: str = "two") -> dict[str, Tensor]:
+    def state(self, normalisation: str = "two") -> State:
         """Return the parent's parameters in the target's structure, channels and widths."""
         if self.is_identity and self.output_plan is None:
-            return {
-                name: one for name, one in self.traced.state().items() if one.is_floating_point()
-            }
+            own = self.traced.state()
+            return {name: one for name, one in own.items() if one.is_floating_point()}
         state = move_state(self.correspondence, self.plans, normalisation)
-        if self.output_plan is not None:
-            point = self.correspondence.target.layers[-1].calibration_points[-1]
-            rows = outgoing_map(self.output_plan).T
-            for name in (point.weight, point.bias):
-                if name is not None:
-                    moved = torch.tensordot(rows, state[name].to(rows), dims=1)
-                    state[name] = moved.to(state[name])
-        return state
+        if self.output_plan is None:
+            return state
+        point = self.correspondence.target.layers[-1].calibration_points[-1]
+        axes = {point.weight: point.weight_axis, point.bias: 0}
+        rows = outgoing_map(self.output_plan).T
+
+        def make(name: str) -> Tensor:
+            value = state[name]
+            if name not in axes:
+                return value
+            channels = value.to(rows).movedim(axes[name], 0)
+            moved: Tensor = torch.tensordot(rows, channels, dims=1).movedim(0, axes[name])
+            return moved.to(value)
+
+        return LazyState(state, make)
 
     def moved(self, values: Tensor, node: str, source: CalibrationPoint) -> Tensor:
         """Bring values, channels last, from a point of the parent to the target's at ``node``."""
@@ -173,3 +182,20 @@ def _is_identity(plan: Tensor) -> bool:
     """Say whether a plan leaves every channel where it is, without making another one."""
     diagonal = plan.diagonal()
     return bool((diagonal == 1.0).all()) and int(plan.count_nonzero()) == len(diagonal) == len(plan)
+
+
+def plans_are_at_rest(before: FusionProblem, after: FusionProblem) -> bool:
+    """Say whether no plan moves any channel otherwise, and heads stay in their order."""
+    return all(
+        left.head_orders == right.head_orders
+        and all(
+            one is other
+            or (
+                one is not None
+                and other is not None
+                and is_at_rest(outgoing_map(one), outgoing_map(other))
+            )
+            for one, other in zip(left.plans, right.plans, strict=True)
+        )
+        for left, right in zip(before.parents, after.parents, strict=True)
+    )

@@ -18,6 +18,7 @@ __all__ = [
     "Moments",
     "batch_moments",
     "channel_moments",
+    "inputs_in_cache",
     "joint_moments",
     "moment_axes",
     "observed_moments",
@@ -118,15 +119,25 @@ def batch_moments(
     return {node: moments.result() for node, moments in found.items()}
 
 
-def parts(model: TracedModel, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """Split a batch so that activations stay in a core's cache, where memory is no bottleneck."""
-    size = inputs[0].size(0)
+def inputs_in_cache(model: TracedModel) -> int | None:
+    """Return how many inputs a model's activations stay in a core's cache for.
+
+    Running more at once makes memory the bottleneck. None where a batch cannot be split, or where
+    the model is not on a CPU.
+    """
     points = [point for layer in model.layers for point in layer.hook_points]
-    if model.static_batch is not None or inputs[0].device.type != "cpu":
-        return [inputs]
+    if model.static_batch is not None or model.device.type != "cpu":
+        return None
     if any(point.batch is None for point in points):  # the order of inputs and positions is unknown
-        return [inputs]
+        return None
     sizes = [math.prod(point.positions) * len(point.groups) for point in points]
-    fitting = max(_IN_CACHE // max(sizes, default=1), _FEWEST_INPUTS)
-    pieces = [one.tensor_split(math.ceil(size / fitting)) for one in inputs]
+    return max(_IN_CACHE // max(sizes, default=1), _FEWEST_INPUTS)
+
+
+def parts(model: TracedModel, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """Split a batch so that activations stay in a core's cache: see :func:`inputs_in_cache`."""
+    fitting = inputs_in_cache(model)
+    if fitting is None or inputs[0].device.type != "cpu":
+        return [inputs]
+    pieces = [one.tensor_split(math.ceil(inputs[0].size(0) / fitting)) for one in inputs]
     return list(zip(*pieces, strict=True))

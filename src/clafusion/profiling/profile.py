@@ -8,6 +8,7 @@ the same pairs for every model.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from torch import Tensor
 from clafusion import _native
 from clafusion.errors import InputError, StructureError
 from clafusion.execution.walk import Walk
-from clafusion.profiling.batches import Data, batches
+from clafusion.profiling.batches import Data, batches, has_rows, keeps_order
 from clafusion.profiling.moments import (
     BatchMoments,
     joint_moments,
@@ -30,6 +31,7 @@ from clafusion.profiling.moments import (
     observed_moments,
     parts,
 )
+from clafusion.profiling.on_demand import RowsOnDemand
 from clafusion.tracing.labels.ids import mix
 from clafusion.tracing.layer import HookPoint, Layer
 from clafusion.tracing.model import TracedModel
@@ -39,12 +41,11 @@ __all__ = [
     "ModelProfile",
     "gram_matrix",
     "profile_models",
-    "standardised",
 ]
 
 _LEAST_INPUTS = 3  # of two, every two channels are correlated by 1 or -1
 _BLOCK_FEATURES = 4096
-_ROUNDING = 1e-6  # of the largest value: what the mean of equal float32 values may be off
+_MUCH = 1 << 30  # bytes of rows
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,6 @@ class ModelProfile:
     batch_sizes: tuple[int, ...] = ()
 
 
-def standardised(rows: Tensor) -> Tensor:
-    """Return channels ``(num_rows, num_channels)`` with zero mean and unit variance.
-
-    A constant channel becomes 0, also one that varies by rounding: it correlates with nothing.
-    """
-    rounding = _ROUNDING * rows.abs().amax(0) if len(rows) else 0.0
-    rows = rows - rows.mean(0)
-    deviation = rows.square().mean(0).sqrt()
-    return rows.mul_(torch.where(deviation > rounding, 1.0 / deviation.clamp(min=1e-30), 0.0))
-
-
 def profile_models(
     models: Sequence[TracedModel],
     data: Data,
@@ -117,6 +107,7 @@ def profile_models(
     seed: int = 0,
     progress: Callable[[str, int], None] | None = None,
     called: Sequence[str] = (),
+    on_demand: bool = False,
 ) -> list[ModelProfile]:
     """Profile several models on the same batches, in one pass over the data.
 
@@ -147,6 +138,10 @@ def profile_models(
         Called with a text and the number of inputs done.
     called
         What errors call each model; default the model.
+    on_demand
+        Whether rows may be made by other passes, when somebody reads them, where they would take
+        much memory and all inputs run side by side. ``data`` must not change as long as the
+        profiles live.
 
     Raises
     ------
@@ -159,8 +154,15 @@ def profile_models(
         if value < 2:
             raise InputError(f"{name} must be at least 2; got {value}")
     at_once = moments and max_inputs is None  # one pass sees all inputs
+    on_demand = (
+        on_demand
+        and max_inputs is None
+        and _fill_memory(models, data, alignment_samples, matching_rows)
+    )
     recorders = [
-        _Recorder(model, name, alignment_samples, matching_rows, layer_values, at_once, seed)
+        _Recorder(
+            model, name, alignment_samples, matching_rows, layer_values, at_once, seed, on_demand
+        )
         for model, name in zip(models, called or ["the model"] * len(models), strict=True)
     ]
     waiting: list[tuple[Tensor, ...]] = []
@@ -204,6 +206,20 @@ def profile_models(
     return [replace(one, batch_sizes=tuple(sizes)) for one in profiles] if moments else profiles
 
 
+def _fill_memory(models: Sequence[TracedModel], data: Data, samples: int, most: int) -> bool:
+    """Say whether rows of few inputs, which come in one order, would take much memory."""
+    if not keeps_order(data) or has_rows(data, samples + 1):
+        return False
+    first = models[0]
+    read = batches(data, first.example_inputs, first.keywords, device=first.device)
+    count = sum(inputs[0].size(0) for inputs in read)
+    points = (point for one in models for layer in one.layers for point in layer.hook_points)
+    numbers = sum(
+        min(count * math.prod(point.positions), most) * len(point.groups) for point in points
+    )
+    return 4 * numbers > _MUCH
+
+
 def _with_moments(profile: ModelProfile, data: Data) -> ModelProfile:
     """Add the moments of all inputs, in a pass of its own."""
     model = profile.traced
@@ -224,9 +240,12 @@ class _Recorder:
         layer_values: str,
         moments: bool,
         seed: int,
+        on_demand: bool,
     ) -> None:
         self.model = model
         self.called = called
+        self.on_demand = on_demand
+        self.seen: list[tuple[Tensor, ...]] = []
         self.state = model.state()
         self.alignment_samples = alignment_samples
         self.matching_rows = matching_rows
@@ -279,6 +298,8 @@ class _Recorder:
                     f"{inputs[0].size(0)} is given; it fixes the batch size in its code"
                 )
         in_parts = [parts(self.model, one) for one in waiting]
+        if self.on_demand:
+            self.seen = [part for of_batch in in_parts for part in of_batch]
         walks = [
             [Walk(self.model, part, self.state, set(self.watched)) for part in of_batch]
             for of_batch in in_parts
@@ -296,8 +317,8 @@ class _Recorder:
                 flat = self._flat(node, every, counts)[: self.alignment_samples]
                 self.grams[layer] = self._gram(layer, flat)
                 self.features[layer] = flat.size(1)
-            if node in self.points:
-                self._sample(node, every, counts, start)
+            if node in self.points and not self.on_demand:
+                self.rows[node] = self.sampled(node, every, counts, start)
             for walk in chain.from_iterable(walks):
                 walk.release(node)
         if self.moments is not None:
@@ -326,10 +347,10 @@ class _Recorder:
         flat = torch.cat(rows)
         return flat if flat.is_floating_point() else flat.float()
 
-    def _sample(
+    def sampled(
         self, node: str, values: Sequence[Tensor], counts: Sequence[int], start: int
-    ) -> None:
-        """Keep the chosen rows of values, of ``counts`` inputs each."""
+    ) -> Tensor:
+        """Return the chosen rows of values, of ``counts`` inputs each, and of those before."""
         (_, point), *_ = self.points[node]
         axes = (point.batch or 0, point.axis)
         channels_last = [one.movedim(axes, (0, -1)) for one in values]
@@ -358,12 +379,17 @@ class _Recorder:
             fresh.append(one[tuple(torch.from_numpy(axis) for axis in index)].float())
         kept = self.rows.get(node)
         both = torch.cat(fresh if kept is None else [kept, *fresh])
-        self.rows[node] = both[torch.from_numpy(sampler.keep).to(both.device)]
+        if len(sampler.keep) == len(both):
+            return both
+        return both[torch.from_numpy(sampler.keep).to(both.device)]
 
     def profile(self, num_inputs: int, key: int) -> ModelProfile:
-        rows = {
-            place: self.rows[node] for node, places in self.points.items() for place, _ in places
-        }
+        of_places = {place: node for node, places in self.points.items() for place, _ in places}
+        rows: Mapping[tuple[int, int], Tensor]
+        if self.on_demand:
+            rows = RowsOnDemand(self.model, self.state, of_places, self.seen, self.sampled)
+        else:
+            rows = {place: self.rows[node] for place, node in of_places.items()}
         count = len(self.model.layers)
         return ModelProfile(
             self.model,

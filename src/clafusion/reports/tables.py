@@ -235,6 +235,11 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
     facts["calibration"] = described(calibration)
     if result.anchor is not None and result.anchor != getattr(calibration, "anchor", None):
         facts["calibration"] += f", anchor {result.anchor:g}"
+    if result.averaged:
+        facts["averaged"] = (
+            f"{len(result.averaged)} weights that {calibration.name} does not calibrate: "
+            f"{shortened(result.averaged)}"
+        )
     if result.assessment is not None:
         facts["assessed"] = result.assessment.verdict
     facts["verified"] = (

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from clafusion.errors import InputError, UnsupportedOpError
+from clafusion.execution.writes import written_inputs
+from clafusion.tracing.copies import parameters_protected
 from clafusion.tracing.operations import module_path, op_name
 
 __all__ = ["export_model", "first_line", "refuse_changed_inputs"]
@@ -30,7 +32,7 @@ def export_model(
     Parameters
     ----------
     model
-        A copy that may be changed, in eval mode.
+        A copy in eval mode, which may be changed but for its parameters.
     arguments, keywords
         Example inputs, positional and by name; they are copied.
 
@@ -39,7 +41,8 @@ def export_model(
     InputError
         The model does not run on the inputs.
     UnsupportedOpError
-        ``torch.export`` cannot export the model, or the graph holds control flow.
+        ``torch.export`` cannot export the model, the graph holds control flow, or forward changes a
+        parameter.
     """
     with _EXPORTING, _quiet_export():
         program = _export(
@@ -68,21 +71,13 @@ def refuse_changed_inputs(module: fx.GraphModule, placeholders: Sequence[str | N
     """
     nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
     inputs = {node for node, name in zip(nodes, placeholders, strict=True) if name is None}
-    for node in module.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        schema = node.target._schema
-        first = node.args[0] if node.args else None
-        if first not in inputs:
-            continue
-        if schema.is_mutable:
+    for changed, node in written_inputs(module).items():
+        if changed in inputs:
             raise UnsupportedOpError(
                 f"the model changes its input in place ({op_name(node)} in "
                 f"{module_path(node) or 'forward'}), which would change the data: write it without "
                 "the underscore or inplace=True"
             )
-        if schema.returns and schema.returns[0].alias_info is not None:
-            inputs.add(node)
 
 
 @contextmanager
@@ -129,8 +124,10 @@ def _export(
             by_name[name] = auto
     shapes: Any = by_name if keywords else tuple(by_name.values())
     try:  # before the export, which would log the same failure at length
-        with torch.no_grad():
+        with torch.no_grad(), parameters_protected(model):
             outputs = model(*arguments, **keywords)
+    except UnsupportedOpError:
+        raise
     except Exception as cause:
         inputs = (*arguments, *keywords.values())
         shown = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in inputs)

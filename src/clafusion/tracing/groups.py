@@ -16,9 +16,8 @@ axes of the same parameters and carry the same fingerprints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -173,65 +172,125 @@ def _groups(
     labels: LabelPropagation, uses: Sequence[ParameterUse], roots: NDArray[np.int64]
 ) -> tuple[ChannelGroup, ...]:
     """Put atoms into one group where they have the same axes and the same fingerprints."""
-    fingerprints: dict[int, set[int]] = {}
-    for atom, words in labels.fingerprints.items():
-        fingerprints.setdefault(int(roots[atom]), set()).update(words)
-    pinned = {int(roots[atom]) for atom in labels.pinned}
+    pinned = np.zeros(len(roots), dtype=bool)
+    pinned[roots[list(labels.pinned)]] = True
     counted = {int(roots[atom]) for atom in labels.counted}
-    positions, orders = _occurrences(labels, roots)
-    by_places: dict[tuple[Any, ...], list[int]] = {}
-    for root, axes in positions.items():
-        if root not in pinned:
-            places = tuple(
-                (place, tuple(np.argsort(orders[root][place], kind="stable").tolist()))
-                for place in sorted(axes)
-            )
-            mark = tuple(sorted(fingerprints.get(root, ())))
-            by_places.setdefault((places, mark), []).append(root)
-
+    fingerprints = labels.fingerprints(roots)
+    places = _places(labels, roots)
+    alike: dict[tuple[tuple[tuple[int, tuple[int, ...]], ...], int], list[int]] = {}
+    for root, signature in _signatures(places):
+        if not pinned[root]:
+            alike.setdefault((signature, int(fingerprints[root])), []).append(root)
     drafts = list(labels.uses.values())
     groups: list[ChannelGroup] = []
-    for (places, _), members in sorted(
-        by_places.items(), key=lambda item: (item[0][0], min(item[1]))
-    ):
-        first = places[0][0]
-        members.sort(key=lambda root: positions[root][first][0])
+    for (signature, _), found in sorted(alike.items(), key=lambda item: (item[0][0], min(item[1]))):
+        members = np.array(found)
+        members = members[np.argsort(places[signature[0][0]].of(members)[:, 0], kind="stable")]
         group_axes = tuple(
             GroupAxis(
-                uses[i],
-                axis,
-                drafts[i].directions[axis],
-                torch.tensor([positions[root][i, axis] for root in members]),
+                uses[place.use],
+                place.axis,
+                drafts[place.use].directions[place.axis],
+                torch.from_numpy(place.of(members)),
             )
-            for (i, axis), _ in places
+            for place in (places[i] for i, _ in signature)
         )
-        is_counted = not counted.isdisjoint(members)
-        atoms = torch.tensor(members)
+        is_counted = not counted.isdisjoint(found)
+        atoms = torch.from_numpy(members)
         groups.append(ChannelGroup(len(groups), len(members), atoms, group_axes, is_counted))
     return tuple(groups)
 
 
-_Occurrences: TypeAlias = "dict[int, dict[tuple[int, int], list[int]]]"
+@dataclass(frozen=True)
+class _Place:
+    """Where roots occur on an axis of a use.
 
-
-def _occurrences(
-    labels: LabelPropagation, roots: NDArray[np.int64]
-) -> tuple[_Occurrences, _Occurrences]:
-    """Return where each root occurs: root -> (use, axis) -> positions, in ascending order.
-
-    And, in the same form, which of its atoms lies at each position. Members of one group must
-    have their atoms in the same order, for their positions correspond one by one.
+    Attributes
+    ----------
+    use, axis
+        The number of the use, and the axis.
+    roots
+        ``(num_roots,)``: ascending.
+    starts
+        ``(num_roots + 1,)``: where in ``positions`` those of each root begin.
+    positions
+        The positions of the roots' atoms, ascending for each root.
+    orders
+        ``(num_roots,)``: which of ``known_orders`` the atoms of each root have there. Members of
+        one group must have theirs in the same order, for their positions correspond one by one.
+    known_orders
+        Orders of atoms.
     """
-    positions: _Occurrences = {}
-    orders: _Occurrences = {}
+
+    use: int
+    axis: int
+    roots: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    orders: NDArray[np.int64]
+    known_orders: Sequence[tuple[int, ...]]
+
+    def of(self, roots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the positions ``(len(roots), repeats)`` of roots that occur equally often."""
+        rows = np.searchsorted(self.roots, roots)
+        repeats = self.starts[rows[0] + 1] - self.starts[rows[0]]
+        return self.positions[self.starts[rows][:, None] + np.arange(repeats)]
+
+
+def _places(labels: LabelPropagation, roots: NDArray[np.int64]) -> list[_Place]:
+    """Return every axis of every use that carries atoms, in order."""
+    places = []
     for i, use in enumerate(labels.uses.values()):
         for axis, ids in sorted(use.axes.items()):
-            for position, atom in enumerate(ids.tolist()):
-                if atom >= 0:
-                    root = int(roots[atom])
-                    positions.setdefault(root, {}).setdefault((i, axis), []).append(position)
-                    orders.setdefault(root, {}).setdefault((i, axis), []).append(atom)
-    return positions, orders
+            array = ids.numpy()
+            positions = np.flatnonzero(array >= 0)
+            if len(positions) == 0:
+                continue
+            atoms = array[positions]
+            by_root = np.argsort(roots[atoms], kind="stable")
+            positions, atoms = positions[by_root], atoms[by_root]
+            found, starts = np.unique(roots[atoms], return_index=True)
+            starts = np.append(starts, len(positions))
+            orders, known = _orders(atoms, starts)
+            places.append(_Place(i, axis, found, starts, positions, orders, known))
+    return places
+
+
+def _orders(
+    atoms: NDArray[np.int64], starts: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], list[tuple[int, ...]]]:
+    """Return in which order the atoms of each root come, as numbers in a list of orders."""
+    counts = np.diff(starts)
+    orders = np.zeros(len(counts), dtype=np.int64)
+    known: list[tuple[int, ...]] = []
+    for count in np.unique(counts):
+        if count == 1:
+            known.append((0,))
+            orders[counts == 1] = len(known) - 1
+            continue
+        rows = np.flatnonzero(counts == count)
+        of_rows = np.argsort(atoms[starts[rows][:, None] + np.arange(count)], 1, kind="stable")
+        distinct, inverse = np.unique(of_rows, axis=0, return_inverse=True)
+        orders[rows] = inverse.reshape(-1) + len(known)
+        known.extend(tuple(row) for row in distinct.tolist())
+    return orders, known
+
+
+def _signatures(
+    places: Sequence[_Place],
+) -> Iterator[tuple[int, tuple[tuple[int, tuple[int, ...]], ...]]]:
+    """Yield each root with the places where it occurs and the orders of its atoms there."""
+    if not places:
+        return
+    roots = np.concatenate([place.roots for place in places])
+    which = np.concatenate([np.full(len(one.roots), i) for i, one in enumerate(places)])
+    orders = np.concatenate([place.orders for place in places])
+    by_root = np.argsort(roots, kind="stable")
+    found, starts = np.unique(roots[by_root], return_index=True)
+    pairs = list(zip(which[by_root].tolist(), orders[by_root].tolist(), strict=True))
+    ends = [*starts[1:].tolist(), len(pairs)]
+    for root, start, end in zip(found.tolist(), starts.tolist(), ends, strict=True):
+        yield root, tuple((i, places[i].known_orders[one]) for i, one in pairs[start:end])
 
 
 def _node_channels(

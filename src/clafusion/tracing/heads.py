@@ -7,7 +7,7 @@ example one for queries and keys and one for values, which move together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -15,19 +15,15 @@ from torch import Tensor
 
 from clafusion.execution.call import State
 from clafusion.tracing.layer import Layer
-from clafusion.tracing.model import (
-    ChannelGroup,
-    GroupAxis,
-    HeadPartition,
-    ParameterUse,
-    TracedModel,
-)
+from clafusion.tracing.model import ChannelGroup, GroupAxis, HeadPartition, TracedModel
+from clafusion.tracing.moves import Moves, Place, joined, moved, moves_between
 
 __all__ = [
     "HeadOrders",
     "base_repeats",
     "channels_of_heads",
     "exchange_heads",
+    "exchange_moves",
     "group_sources",
     "in_turn",
     "possible_heads",
@@ -278,15 +274,13 @@ def in_turn(orders: HeadOrders) -> tuple[HeadOrders, HeadOrders]:
     )
 
 
-def exchange_heads(model: TracedModel, state: State, orders: HeadOrders) -> dict[str, Tensor]:
-    """Return a copy of a state in which heads have changed places.
+def exchange_moves(model: TracedModel, orders: HeadOrders) -> Moves:
+    """Return the moves of parameters by which heads change places.
 
     Parameters
     ----------
     model
         The traced model.
-    state
-        Its parameters and buffers by name.
     orders
         Heads and where they go, in any order: see :func:`in_turn`.
     """
@@ -294,10 +288,29 @@ def exchange_heads(model: TracedModel, state: State, orders: HeadOrders) -> dict
     sources: dict[int, int] = {}
     for heads, order in first:
         sources |= group_sources(heads, order)
-    exchanged = _exchanged_groups(model, state, sources)
-    for heads, order in last:
-        _exchange_shared(model, exchanged, heads, order)
-    return exchanged
+    wholes = moves_between(
+        ((to.use, to.axis, to.positions), (of.use, of.axis, of.positions))
+        for target, source in sources.items()
+        for to, of in zip(model.groups[target].axes, model.groups[source].axes, strict=True)
+    )
+    return joined(wholes, moves_between(_shared_places(model, last)))
+
+
+def exchange_heads(model: TracedModel, state: State, orders: HeadOrders) -> dict[str, Tensor]:
+    """Return a copy of a state in which heads have changed places.
+
+    Parameters
+    ----------
+    model, orders
+        As for :func:`exchange_moves`.
+    state
+        The model's parameters and buffers by name.
+    """
+    moves = exchange_moves(model, orders)
+    return {
+        name: moved(tensor.detach(), moves[name]) if name in moves else tensor.detach().clone()
+        for name, tensor in state.items()
+    }
 
 
 def restored_heads(model: TracedModel, state: State, orders: HeadOrders) -> dict[str, Tensor]:
@@ -315,39 +328,13 @@ def restored_heads(model: TracedModel, state: State, orders: HeadOrders) -> dict
     return exchange_heads(model, exchange_heads(model, state, last), first)
 
 
-def _exchanged_groups(
-    model: TracedModel, state: State, sources: Mapping[int, int]
-) -> dict[str, Tensor]:
-    exchanged = {name: tensor.detach().clone() for name, tensor in state.items()}
-    by_use: dict[ParameterUse, list[tuple[GroupAxis, GroupAxis]]] = {}
-    for target, source in sources.items():
-        for pair in zip(model.groups[target].axes, model.groups[source].axes, strict=True):
-            by_use.setdefault(pair[0].use, []).append(pair)
-    for use, moves in by_use.items():
-        # The heads of a grouped convolution are uses of their own, and move as wholes. Those of an
-        # attention share a use, and lie side by side on its axis.
-        values = moves[0][1].use.view(state[use.parameter])
-        for axis in {group_axis.axis for group_axis, _ in moves}:
-            index = torch.arange(values.size(axis))
-            for group_axis, origin in moves:
-                if group_axis.axis == axis:
-                    index[group_axis.positions.reshape(-1)] = origin.positions.reshape(-1)
-            values = values.index_select(axis, index.to(values.device))
-        use.view(exchanged[use.parameter]).copy_(values)
-    return exchanged
-
-
-def _exchange_shared(
-    model: TracedModel, state: Mapping[str, Tensor], heads: HeadPartition, order: Sequence[int]
-) -> None:
-    """Let heads that share channels change places, in the state itself."""
-    for index in heads.members[0]:
-        group = model.groups[index]
-        for axis in group.axes:
-            if axis.positions.size(1) != base_repeats(group) * len(order):
-                continue  # of the keys or values themselves
-            view = axis.use.view(state[axis.use.parameter])
-            places = axis.positions.unflatten(1, (len(order), -1))
-            moved = torch.arange(view.size(axis.axis))
-            moved[places.flatten()] = places[:, list(order)].flatten()
-            view.copy_(view.index_select(axis.axis, moved.to(view.device)))
+def _shared_places(model: TracedModel, orders: HeadOrders) -> Iterator[tuple[Place, Place]]:
+    """Yield where heads that share channels go, and where they come from."""
+    for heads, order in orders:
+        for index in heads.members[0]:
+            group = model.groups[index]
+            for axis in group.axes:
+                if axis.positions.size(1) != base_repeats(group) * len(order):
+                    continue  # of the keys or values themselves
+                places = axis.positions.unflatten(1, (len(order), -1))
+                yield (axis.use, axis.axis, places), (axis.use, axis.axis, places[:, list(order)])

@@ -56,10 +56,10 @@ class CalibrationPoint:
     ----------
     node
         Name of the node that holds the output: of a BatchNorm, or of a linear or convolution
-        layer that no norm follows.
+        layer that no norm follows, or of the addition of that layer's bias.
     affine
-        Name of the linear or convolution node, which is ``node`` itself or feeds the BatchNorm;
-        None where the BatchNorm follows something else.
+        Name of the linear or convolution node, which is ``node`` itself or feeds the BatchNorm or
+        the addition; None where the BatchNorm follows something else.
     join, shortcut
         The residual addition that takes the output next, and its other operand; None where there
         is no such addition, or the other operand is computed later.

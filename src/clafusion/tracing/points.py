@@ -22,6 +22,8 @@ from clafusion.tracing.operations import (
 
 __all__ = ["calibration_points", "hook_points", "places_of"]
 
+_VIEWS = ("view", "reshape", "_unsafe_view")
+
 
 def hook_points(flow: Flow, draft: Draft) -> tuple[HookPoint, ...]:
     """Return the values that a layer's products read, and last the layer's own output.
@@ -135,10 +137,13 @@ def _calibration_point(flow: Flow, node: fx.Node) -> CalibrationPoint | None:
         (affine,) = flow.operands(node) or (None,)
         if affine is not None and not (flow.is_weighted(affine) and len(affine.users) == 1):
             affine = None  # another reader of the affine layer would see it rescaled
-    join, shortcut = _join_of(flow, node, affine or node)
+    output = node
+    if bias is None and axis == -1:
+        output, bias = _added_bias(flow, node)
+    join, shortcut = _join_of(flow, output, affine or node)
     fixed = torch.full((shape[axis],), -1)
     return CalibrationPoint(
-        node.name,
+        output.name,
         None if affine is None else affine.name,
         join,
         shortcut,
@@ -148,8 +153,29 @@ def _calibration_point(flow: Flow, node: fx.Node) -> CalibrationPoint | None:
         channels.groups if channels.free else fixed,
         channels.members if channels.free else fixed,
         channels.is_crossed,
-        1 if affine is node and is_transposed(node) else 0,
+        outputs,
     )
+
+
+def _added_bias(flow: Flow, node: fx.Node) -> tuple[fx.Node, str | None]:
+    """Return the addition of a bias to a layer that has none of its own, and the bias.
+
+    Without one, the layer and None.
+    """
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    if user is None or user.target is not torch.ops.aten.add.Tensor:
+        return node, None
+    others = [operand for operand in user.all_input_nodes if operand is not node]
+    name = flow.sources.get(others[0]) if len(others) == 1 else None
+    shape = flow.channels.shapes[node.name]
+    if (
+        name is None
+        or tuple(flow.state[name].shape) != shape[-1:]
+        or bound_operands(user)["alpha"] != 1
+        or any(op_name(reader) in NORMS for reader in user.users)  # which undo any change here
+    ):
+        return node, None
+    return user, name
 
 
 def _adds_a_bias(flow: Flow, node: fx.Node) -> bool:
@@ -165,7 +191,7 @@ def _join_of(flow: Flow, node: fx.Node, affine: fx.Node) -> tuple[str | None, st
     while len(value.users) == 1:
         (user,) = value.users
         # A product of matrices works on rows, which are then put back into their places.
-        is_folded = is_affine_product(node) and op_name(user) in ("view", "reshape", "_unsafe_view")
+        is_folded = is_affine_product(affine) and op_name(user) in _VIEWS
         if op_name(user) not in SAME_VALUES and not (
             is_folded and flow.channels.shapes[user.name][-1] == shape[-1]
         ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,8 @@ from clafusion.errors import (
     warn,
 )
 from clafusion.execution.call import device_of, flatten_tensors
-from clafusion.tracing.export import export_model, first_line, refuse_changed_inputs
+from clafusion.tracing.copies import evaluation_copy
+from clafusion.tracing.export import export_model, refuse_changed_inputs
 from clafusion.tracing.groups import find_channels
 from clafusion.tracing.heads import channels_of_heads
 from clafusion.tracing.layers import find_layers
@@ -28,7 +29,7 @@ from clafusion.tracing.ties import aliases_of
 from clafusion.tracing.trace_cache import TraceCache, trace_key
 from clafusion.tracing.verify import computes_the_same, verify_graph, with_proved_heads
 
-__all__ = ["copied", "trace", "trace_like"]
+__all__ = ["trace", "trace_like"]
 
 _EXAMPLE_ROWS = 3  # few, for labels are as large as activations; but 1 is special to torch.export
 
@@ -116,7 +117,7 @@ def _traced(
     seed: int,
 ) -> TracedModel:
     """Export a model and analyse it."""
-    program = export_model(copied(model).eval(), arguments, keywords)
+    program = export_model(evaluation_copy(model), arguments, keywords)
     module = program.graph_module
     aliases = aliases_of(model)
     placeholders, constants, trainable = _sources(program, model, aliases)
@@ -165,24 +166,6 @@ def trace_like(model: nn.Module, like: TracedModel) -> TracedModel:
     names, example = like.keywords, like.example_inputs
     inputs = dict(zip(names, example, strict=True)) if names else example
     return trace(model, inputs, verify=False)
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """Return a deep copy of a module.
-
-    Raises
-    ------
-    InputError
-        The module cannot be copied; the message says what to take off.
-    """
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise InputError(
-            f"{type(model).__name__} cannot be copied ({first_line(error)}). Take off what "
-            "computes a weight from others (remove_weight_norm, remove_spectral_norm, "
-            "torch.nn.utils.prune.remove) or keeps a result of forward"
-        ) from error
 
 
 def _sources(
@@ -247,6 +230,8 @@ def _check_model(model: nn.Module) -> None:
             )
         if tensor.is_meta:
             raise InputError(f"parameter {name!r} is on the meta device: load its values first")
+        if math.isfinite(float(tensor.detach().sum())):
+            continue  # a sum takes no memory, unlike a mask
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise InputError(

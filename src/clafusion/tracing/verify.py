@@ -1,98 +1,56 @@
-"""Prove an analysis: permute every channel group of a copy and compare the outputs."""
+"""Prove an analysis: permute every channel group, exchange heads, and compare the outputs."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from clafusion.errors import GraphVerificationError
-from clafusion.execution.call import State, call_model
-from clafusion.tracing.heads import exchange_heads, possible_heads, possible_shared_heads
-from clafusion.tracing.model import ChannelGroup, GroupAxis, HeadPartition, TracedModel
-from clafusion.tracing.ties import identity_of
+from clafusion.execution.call import State, call_model, flatten_tensors
+from clafusion.execution.walk import Walk, in_lockstep
+from clafusion.execution.writes import written_inputs
+from clafusion.tracing.copies import evaluation_copy
+from clafusion.tracing.heads import exchange_moves, possible_heads, possible_shared_heads
+from clafusion.tracing.model import ChannelGroup, HeadPartition, TracedModel
+from clafusion.tracing.moves import Moves, joined, permutation_moves
+from clafusion.tracing.operations import module_path, op_name
+from clafusion.tracing.trial_weights import BaseWeights, TrialWeights
 
-__all__ = ["computes_the_same", "permute_channels", "verify_graph", "with_proved_heads"]
+__all__ = ["computes_the_same", "verify_graph", "with_proved_heads"]
 
 # Relative to the largest output. Float64 leaves 1e-16 a rounding, and deep networks amplify it.
-# Float32 is the fallback for models that fix a dtype inside.
+# Other types are the fallback for graphs that do not run in float64.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-_ROUNDED_INSIDE = 1e-4  # float64 outside, but some values pass through float32
+_HALF = 3e-2  # in half precision: some units in the last place
 _NOISE = 1e-12  # relative to each weight: thousands of roundings in float64
 _MOST = 1e-6  # the largest bound for float64, however much a network amplifies
+_WIDER = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64)
+_PART = 1 << 20  # elements that are compared at a time
 _AT_RANDOM = (
     "the model may depend on state or randomness: make its forward deterministic in eval mode"
 )
 
 
-def permute_channels(
-    state: State, groups: Sequence[ChannelGroup], permutations: Sequence[Tensor]
-) -> dict[str, Tensor]:
-    """Return a copy of ``state`` in which channel ``permutation[i]`` has moved to place ``i``.
-
-    Parameters
-    ----------
-    state
-        Parameters and buffers by name. Entries that are one tensor, as a state dict has of tied
-        parameters, move together.
-    groups
-        The groups to permute.
-    permutations
-        For each group a permutation ``(size,)``.
-    """
-    # A parameter that is used as a whole moves once along each axis. Of one that is used through
-    # views, each view moves.
-    of_parts: list[tuple[GroupAxis, Tensor]] = []
-    of_wholes: dict[str, dict[int, Tensor]] = {}
-    for group, permutation in zip(groups, permutations, strict=True):
-        for group_axis in group.axes:
-            name = group_axis.use.parameter
-            sources = group_axis.positions[permutation.cpu()].reshape(-1)
-            if group_axis.use.size != tuple(state[name].shape):
-                of_parts.append((group_axis, sources))
-                continue
-            indices = of_wholes.setdefault(name, {})
-            if group_axis.axis not in indices:
-                indices[group_axis.axis] = torch.arange(group_axis.use.size[group_axis.axis])
-            indices[group_axis.axis][group_axis.positions.reshape(-1)] = sources
-    uses = (group_axis.use.parameter for group in groups for group_axis in group.axes)
-    names = {identity_of(state[name]): name for name in uses}
-    permuted = {}
-    for name, tensor in state.items():
-        moved = tensor.detach()
-        for axis, index in of_wholes.get(name, {}).items():
-            moved = moved.index_select(axis, index.to(moved.device))
-        permuted[name] = moved if name in of_wholes else moved.clone()
-    for group_axis, sources in of_parts:
-        view = group_axis.use.view(permuted[group_axis.use.parameter])
-        positions = group_axis.positions.reshape(-1).to(view.device)
-        moved = view.index_select(group_axis.axis, sources.to(view.device))
-        view.index_copy_(group_axis.axis, positions, moved)
-    for name, tensor in state.items():
-        moved_as = names.get(identity_of(tensor))
-        if moved_as is not None:
-            permuted[name] = permuted[moved_as]
-    return permuted
-
-
 def verify_graph(traced: TracedModel, inputs: tuple[Tensor, ...], *, seed: int = 0) -> None:
     """Prove that permuting channels and exchanging heads leaves the model's outputs as they are.
 
-    Each channel group moves by a cycle through all its channels and by a swap of two channels,
-    which together generate every permutation; the heads of each layer likewise. The outputs are
-    compared once with the model's own weights and once with random weights, for a gate at zero
-    would hide a mistake behind it.
+    Each channel group moves by a cycle through all its channels, and by a swap of two channels;
+    the heads of each layer likewise. A cycle and a swap generate every permutation. The cycle moves
+    random weights, for a gate at zero would hide a mistake behind it, and the swap the model's own;
+    both do where random weights overflow.
 
-    The model itself runs, not the traced graph, in float64 where it allows that, else in float32
-    (bound 1e-3 of the largest output). In float64 the bound is 1e-9, or what noise of 1e-12 in
-    every weight makes of the outputs, but at most 1e-6; it is 1e-4 where the model casts values to
-    a shorter type inside. The traced graph's own output is compared, too.
+    The model itself runs once, and the traced graph has to compute the same. The rest are four
+    walks of the graph: for both sorts of weights one as they are and one after the move, side by
+    side. Each walk makes a tensor when a node reads it, so that no copy of the model is held. The
+    walks compute in float64, whatever the model's types, where the graph admits that. The bound is
+    then 1e-9 of the largest output, or what noise of 1e-12 in every weight makes of the outputs,
+    but at most 1e-6. Otherwise they compute in the model's types (bound 1e-3 for float32).
 
     Parameters
     ----------
@@ -106,9 +64,13 @@ def verify_graph(traced: TracedModel, inputs: tuple[Tensor, ...], *, seed: int =
     Raises
     ------
     GraphVerificationError
-        The outputs differ; the message names the groups that change them on their own.
+        The outputs differ; the message names the groups that change them on their own, and the
+        first operation at which the values part company.
     """
     trial = _Trial(traced, inputs, seed)
+    trial.check_fidelity()
+    if trial.leaves_outputs(*_moves(trial, traced.groups, traced.heads)):
+        return
     _verify_groups(trial)
     if not _can_be_exchanged(traced.heads, trial):
         raise GraphVerificationError(
@@ -120,12 +82,8 @@ def verify_graph(traced: TracedModel, inputs: tuple[Tensor, ...], *, seed: int =
 
 def computes_the_same(traced: TracedModel, inputs: tuple[Tensor, ...]) -> bool:
     """Say whether a traced graph, with a model's weights, puts out what the model does."""
-    with torch.no_grad():
-        plain = copy.deepcopy(traced.model).eval()
-        generator = torch.Generator().manual_seed(0)
-        inputs, outputs = _trial_inputs(traced, plain, inputs, generator)
-        found = [value for value in traced.run(inputs) if isinstance(value, Tensor)]
-        return _difference(found, outputs) <= _TOLERANCE[torch.float32]
+    trial = _Trial(traced, inputs, 0)
+    return trial.is_faithful(trial.fidelity())
 
 
 def with_proved_heads(
@@ -134,7 +92,8 @@ def with_proved_heads(
     """Return a traced model with those heads that can change places without changing outputs.
 
     The trial is that of :func:`verify_graph`, on all of
-    :func:`clafusion.tracing.heads.possible_heads`.
+    :func:`clafusion.tracing.heads.possible_heads`. Everything moves at once first; only where that
+    changes the outputs, groups and each layer's heads are tried alone.
 
     Parameters
     ----------
@@ -153,8 +112,15 @@ def with_proved_heads(
         return traced
     trial = _Trial(traced, inputs, seed)
     if verify:
-        _verify_groups(trial)
+        trial.check_fidelity()
     heads = list(chain.from_iterable(finest for finest, *_ in candidates))
+    with_finest = replace(traced, heads=tuple(heads))
+    shared = possible_shared_heads(with_finest)
+    groups = traced.groups if verify else ()
+    if trial.leaves_outputs(*_moves(trial, groups, [*heads, *shared])):
+        return replace(traced, heads=(*heads, *shared))
+    if verify:
+        _verify_groups(trial)
     if not _can_be_exchanged(heads, trial):  # try each layer's alternatives alone
         proved = (
             next((heads for heads in alternatives if _can_be_exchanged(heads, trial)), ())
@@ -168,38 +134,38 @@ def with_proved_heads(
     return replace(traced, heads=(*traced.heads, *shared))
 
 
+def _moves(
+    trial: _Trial, groups: Sequence[ChannelGroup], heads: Sequence[HeadPartition]
+) -> tuple[Moves, Moves]:
+    """Return a cycle of channels and heads, and a swap."""
+    of_cycle, of_swap = (
+        joined(
+            permutation_moves(groups, [move(one.size, trial.generator) for one in groups]),
+            exchange_moves(
+                trial.traced,
+                [(one, move(len(one.members), trial.generator).tolist()) for one in heads],
+            ),
+        )
+        for move in (_cycle, _swap)
+    )
+    return of_cycle, of_swap
+
+
 def _verify_groups(trial: _Trial) -> None:
-    """Raise where the traced graph differs from the model, or a permutation changes outputs."""
-    traced, fidelity = trial.traced, trial.fidelity
-    if not fidelity <= _TOLERANCE[torch.float32]:
-        raise GraphVerificationError(
-            f"the traced graph computes something else than the model (relative difference "
-            f"{fidelity:.1e}); {_changes(trial) or _AT_RANDOM}"
-        )
-    for move in (_cycle, _swap):
-        permutations = [move(group.size, trial.generator) for group in traced.groups]
-
-        def permuted(state: State, chosen: Sequence[ChannelGroup] = traced.groups) -> State:
-            return permute_channels(state, chosen, [permutations[group.index] for group in chosen])  # noqa: B023
-
-        if trial.leaves_outputs(permuted):
-            continue
-        changes = _changes(trial)
-        if changes:
-            raise GraphVerificationError(f"the model puts out something else each time: {changes}")
-        broken = [
-            group
-            for group in traced.groups
-            if not trial.leaves_outputs(partial(permuted, chosen=[group]))
-        ]
-        named = ", ".join(f"{group.name!r} ({group.size} channels)" for group in broken[:5])
-        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise GraphVerificationError(
-            f"permuting the channel groups changed the output (relative difference "
-            f"{trial.gap(permuted):.1e}, bound {trial.bound:.0e}); groups that break it: "
-            f"{named or 'none alone'}{more}. The analysis does not understand this model: please "
-            "open an issue with its code"
-        )
+    """Raise where permuting channels, but no heads, changes the outputs."""
+    groups = trial.traced.groups
+    moves = _moves(trial, groups, ())
+    if trial.leaves_outputs(*moves):
+        return
+    gap, parting = trial.gap(*moves), trial.first_parting(*moves)
+    broken = [one for one in groups if not trial.leaves_outputs(*_moves(trial, [one], ()))]
+    named = ", ".join(f"{group.name!r} ({group.size} channels)" for group in broken[:5])
+    more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
+    raise GraphVerificationError(
+        f"permuting the channel groups changed the output (relative difference {gap:.1e}, bound "
+        f"{trial.bound:.0e}){parting}; groups that break it: {named or 'none alone'}{more}. The "
+        "analysis does not understand this model: please open an issue with its code"
+    )
 
 
 def _changes(trial: _Trial) -> str:
@@ -236,20 +202,14 @@ def _is_same(before: object, after: object) -> bool:
 
 def _can_be_exchanged(heads: Sequence[HeadPartition], trial: _Trial) -> bool:
     """Return whether heads can change places, those of each partition in an order of its own."""
-    for move in (_cycle, _swap) if heads else ():
-        orders = [(one, move(len(one.members), trial.generator).tolist()) for one in heads]
-        if not trial.leaves_outputs(partial(exchange_heads, trial.traced, orders=orders)):
-            return False
-    return True
+    return not heads or trial.leaves_outputs(*_moves(trial, (), heads))
 
 
 class _Trial:
-    """A model with its own and with random weights, to try changes of the weights on.
+    """A traced graph with its own and with random weights, to try moves of the weights on.
 
     Attributes
     ----------
-    fidelity
-        How far the traced graph's outputs are from the model's, relative to the largest.
     bound
         How far outputs may move by rounding alone, relative to the largest.
     """
@@ -257,60 +217,146 @@ class _Trial:
     def __init__(self, traced: TracedModel, inputs: tuple[Tensor, ...], seed: int) -> None:
         self.traced = traced
         self.generator = torch.Generator().manual_seed(seed)
+        self._own = traced.state()
+        self._model = evaluation_copy(traced.model)
         with torch.no_grad():
-            plain = copy.deepcopy(traced.model).eval()
-            inputs, outputs = _trial_inputs(traced, plain, inputs, self.generator)
-            own_outputs = [value for value in traced.run(inputs) if isinstance(value, Tensor)]
-            self.fidelity = _difference(own_outputs, outputs)
-            self.model, self.inputs, outputs = _widest(plain, inputs, traced.keywords, outputs)
-        types = {value.dtype for value in self.model.parameters() if value.is_floating_point()}
-        self.bound = max((_TOLERANCE.get(dtype, 1e-2) for dtype in types), default=1e-3)
-        if types == {torch.float64} and _casts(traced):
-            self.bound = _ROUNDED_INSIDE
-        own = dict(traced.state())
-        if self.model is not plain:
-            own = {
-                name: value.double() if value.is_floating_point() else value
-                for name, value in own.items()
-            }
-        redrawn = _redrawn(self.model, own, self.generator)
-        self.expected = [(own, outputs), (redrawn, self._outputs(redrawn))]
-        self._bound_is_final = self.bound != _TOLERANCE[torch.float64]
-        self._of_noise = torch.Generator().manual_seed(seed)
+            self._inputs, self._of_model = _trial_inputs(
+                traced, self._model, inputs, self.generator
+            )
+        self._seed = seed
+        self._use(torch.float64)
+        self._expected: dict[bool, list[Tensor]] = {}
 
-    def _amplified(self) -> float:
-        """Return how far noise in the weights moves the outputs: deep networks amplify rounding."""
-        trained = dict(self.model.named_parameters())
-
-        def with_noise(state: State) -> State:
-            noisy = dict(state)
-            for name in filter(state.__contains__, trained):
-                value = state[name]
-                signs = torch.randint(0, 2, value.shape, generator=self._of_noise) * 2.0 - 1.0
-                noisy[name] = value * (1 + _NOISE * signs.to(value))
-            return noisy
-
-        gap = self.gap(with_noise)
-        return gap if math.isfinite(gap) else 0.0
-
-    def _outputs(self, state: State) -> list[Tensor]:
-        named = _named(self.model, state, self.traced)
-        with torch.no_grad():
-            return call_model(self.model, self.inputs, self.traced.keywords, state=named)
-
-    def gap(self, change: Callable[[State], State]) -> float:
-        """Return how far a change of the weights moves the outputs, relative to the largest."""
-        return max(
-            _difference(self._outputs(change(state)), outputs) for state, outputs in self.expected
+    def _use(self, dtype: torch.dtype | None) -> None:
+        """Compute in a type from now on; None for the types that the graph asks for."""
+        trained = frozenset(dict(self.traced.model.named_parameters()))
+        self._expected = {}
+        self._dtype = dtype
+        self._weights = {
+            redrawn: BaseWeights(self._own, names, self._seed)
+            for redrawn, names in ((True, trained), (False, frozenset()))
+        }
+        types = {one.dtype for one in self._own.values() if one.is_floating_point()}
+        self.bound = max(
+            (_TOLERANCE.get(one, 1e-2) for one in ([dtype] if dtype else types)), default=1e-3
         )
+        self._bound_is_final = dtype is None
 
-    def leaves_outputs(self, change: Callable[[State], State]) -> bool:
-        """Return whether a change of the weights moves the outputs by no more than rounding."""
-        gap = self.gap(change)
+    def fidelity(self) -> float:
+        """Return how far the graph's outputs are from the model's, relative to the largest."""
+        with torch.no_grad():
+            own = [one for one in self.traced.run(self._inputs) if isinstance(one, Tensor)]
+        return _difference(own, self._of_model)
+
+    def is_faithful(self, gap: float) -> bool:
+        """Return whether outputs in the model's own types differ by no more than their roundings.
+
+        PyTorch has several kernels for one operation, of which a model and its graph may take two.
+        """
+        types = {one.dtype for one in self._own.values() if one.is_floating_point()}
+        return gap <= (_HALF if types & {torch.float16, torch.bfloat16} else 1e-3)
+
+    def check_fidelity(self) -> None:
+        """Raise where the graph computes something else than the model."""
+        fidelity = self.fidelity()
+        if not self.is_faithful(fidelity):
+            raise GraphVerificationError(
+                f"the traced graph computes something else than the model (relative difference "
+                f"{fidelity:.1e}); {_changes(self) or _AT_RANDOM}"
+            )
+        if written_inputs(self.traced.module):
+            with torch.no_grad():
+                again = call_model(self._model, self._inputs, self.traced.keywords)
+            if not self.is_faithful(_difference(again, self._of_model)):
+                raise GraphVerificationError(
+                    f"the model puts out something else each time: {_changes(self) or _AT_RANDOM}"
+                )
+
+    def gap(self, cycle: Moves, swap: Moves) -> float:
+        """Return how far moves of the weights move the outputs, relative to the largest."""
+        try:
+            return self._gap(cycle, swap)
+        except Exception:
+            if self._dtype is None:
+                raise
+        self._use(None)  # the graph fixes a type somewhere
+        return self._gap(cycle, swap)
+
+    def _gap(self, cycle: Moves, swap: Moves) -> float:
+        worst = 0.0
+        for redrawn in (True, False):
+            finite = all(bool(one.isfinite().all()) for one in self._expected.get(True, ()))
+            several = [cycle] if redrawn else [swap] if finite else [cycle, swap]
+            worst = max([worst, *self._gaps(redrawn, several)])
+        return worst
+
+    def _gaps(self, redrawn: bool, several: Sequence[Moves]) -> list[float]:
+        weights = self._weights[redrawn]
+        walks = [self._walk(TrialWeights(weights, self._dtype, moves)) for moves in several]
+        if redrawn not in self._expected:
+            walks.insert(0, self._walk(TrialWeights(weights, self._dtype, {})))
+        with torch.no_grad():
+            for _ in in_lockstep(walks):
+                pass
+            outputs = [list(flatten_tensors(list(walk.finish()))) for walk in walks]
+        if redrawn not in self._expected:
+            self._expected[redrawn] = outputs.pop(0)
+        return [_difference(one, self._expected[redrawn]) for one in outputs]
+
+    def _walk(self, weights: State) -> Walk:
+        inputs = self._inputs
+        if self._dtype is not None:
+            inputs = tuple(
+                one.to(self._dtype) if one.is_floating_point() else one for one in inputs
+            )
+        types = {} if self._dtype is None else _WIDER
+        return Walk(self.traced, inputs, weights, set(), types)
+
+    def leaves_outputs(self, cycle: Moves, swap: Moves) -> bool:
+        """Return whether moves of the weights move the outputs by no more than rounding."""
+        gap = self.gap(cycle, swap)
         if gap > self.bound and not self._bound_is_final and gap <= _MOST:
             self._bound_is_final = True
             self.bound = min(max(self.bound, self._amplified()), _MOST)
         return gap <= self.bound
+
+    def _amplified(self) -> float:
+        """Return how far noise in the weights moves the outputs: deep networks amplify rounding."""
+        noise = torch.Generator().manual_seed(self._seed)
+        worst = 0.0
+        for redrawn, expected in self._expected.items():
+            noisy = {}
+            for name, value in TrialWeights(self._weights[redrawn], self._dtype, {}).items():
+                signs = torch.randint(0, 2, value.shape, generator=noise) * 2.0 - 1.0
+                is_float = value.is_floating_point()
+                noisy[name] = value * (1 + _NOISE * signs.to(value)) if is_float else value
+            with torch.no_grad():
+                outputs = list(flatten_tensors(list(self._walk(noisy).finish())))
+            gap = _difference(outputs, expected)
+            worst = max(worst, gap if math.isfinite(gap) else 0.0)
+        return worst
+
+    def first_parting(self, *several: Moves) -> str:
+        """Say at which operation the values first differ by more than a permutation does."""
+        for moves in several:
+            weights = self._weights[True]
+            walks = [self._walk(TrialWeights(weights, self._dtype, one)) for one in ({}, moves)]
+            with torch.no_grad():
+                for node in in_lockstep(walks):
+                    plain, changed = (walk.value(node) for walk in walks)
+                    if not _are_permuted(plain, changed, self.bound):
+                        where = module_path(node) or "forward"
+                        return f", first in {op_name(node)} of {where!r} (node {node.name!r})"
+        return ""
+
+
+def _are_permuted(plain: object, changed: object, bound: float) -> bool:
+    """Return whether one value has the other's elements, in any order, up to rounding."""
+    if not isinstance(plain, Tensor) or not isinstance(changed, Tensor):
+        return True
+    if not plain.is_floating_point() or plain.numel() != changed.numel():
+        return plain.numel() == changed.numel()
+    return _difference([changed.flatten().sort()[0]], [plain.flatten().sort()[0]]) <= bound
 
 
 def _cycle(size: int, generator: torch.Generator) -> Tensor:
@@ -331,31 +377,6 @@ def _swap(size: int, generator: torch.Generator) -> Tensor:
     return permutation
 
 
-def _redrawn(model: torch.nn.Module, state: State, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return a state with random parameters, for zero gates and tiny scales would hide mistakes."""
-    drawn = dict(state)
-    for name, parameter in model.named_parameters():
-        noise = torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype)
-        if parameter.dim() > 1:
-            noise = (2 * noise - 1) * (6 / max(parameter[0].numel(), 1)) ** 0.5
-        drawn[name] = noise.to(parameter) if parameter.dim() > 1 else (0.5 + noise).to(parameter)
-    return drawn
-
-
-def _casts(traced: TracedModel) -> bool:
-    """Return whether the model turns values into a type shorter than float64."""
-    short = {torch.float32, torch.float16, torch.bfloat16}
-    return any(
-        node.op == "call_function"
-        and any(value in short for value in (*node.args, *node.kwargs.values()) if _is_dtype(value))
-        for node in traced.module.graph.nodes
-    )
-
-
-def _is_dtype(value: object) -> bool:
-    return isinstance(value, torch.dtype)
-
-
 def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the largest difference, relative to the largest expected output."""
     worst = 0.0
@@ -364,13 +385,26 @@ def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
             return float("inf")
         if reference.numel() == 0:
             continue
-        output, reference = output.double(), reference.double()
-        same = (output == reference) | (output.isnan() & reference.isnan())
-        gap = torch.where(same, 0.0, (output - reference).abs()).nan_to_num(nan=torch.inf)
-        finite = reference[reference.isfinite()].abs()
-        scale = float(finite.max()) if finite.numel() else 0.0
-        worst = max(worst, float(gap.max()) / (scale or 1.0))
+        gap, scale = _gap_and_scale(output, reference)
+        if not math.isfinite(gap + scale):
+            output, reference = output.double(), reference.double()
+            same = (output == reference) | (output.isnan() & reference.isnan())
+            gaps = torch.where(same, 0.0, (output - reference).abs()).nan_to_num(nan=torch.inf)
+            finite = reference[reference.isfinite()].abs()
+            gap, scale = float(gaps.max()), float(finite.max()) if finite.numel() else 0.0
+        worst = max(worst, gap / (scale or 1.0))
     return worst
+
+
+def _gap_and_scale(output: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Return the largest difference and the largest reference value, part by part."""
+    parts = zip(output.flatten().split(_PART), reference.flatten().split(_PART), strict=True)
+    found = [
+        ((one.double() - other.double()).abs().max(), other.double().abs().max())
+        for one, other in parts
+    ]
+    gaps, scales = (torch.stack(several).max() for several in zip(*found, strict=True))
+    return float(gaps), float(scales)
 
 
 def _trial_inputs(
@@ -396,27 +430,3 @@ def _trial_inputs(
         return mixed, call_model(model, mixed, traced.keywords)
     except Exception:  # the model may refuse numbers that do not belong together
         return inputs, call_model(model, inputs, traced.keywords)
-
-
-def _widest(
-    model: torch.nn.Module,
-    inputs: tuple[Tensor, ...],
-    keywords: tuple[str, ...],
-    outputs: list[Tensor],
-) -> tuple[torch.nn.Module, tuple[Tensor, ...], list[Tensor]]:
-    """Return model, inputs and outputs in float64 where the model runs in that, else as given."""
-    try:
-        double = copy.deepcopy(model).double()
-        wide = tuple(value.double() if value.is_floating_point() else value for value in inputs)
-        results = call_model(double, wide, keywords)
-        if all(value.dtype == torch.float64 for value in results if value.is_floating_point()):
-            return double, wide, results
-    except RuntimeError:  # the model's code fixes a type somewhere
-        pass
-    return model, inputs, outputs
-
-
-def _named(model: torch.nn.Module, state: State, traced: TracedModel) -> dict[str, Tensor]:
-    """Return the module's own entries of a state, tied ones under each of their names."""
-    full = {**state, **{name: state[source] for name, source in traced.aliases.items()}}
-    return {name: full[name] for name, _ in (*model.named_parameters(), *model.named_buffers())}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from clafusion.execution.lazy import LazyState
 from clafusion.weights.state_files import EXTRA_STATE
 
 __all__ = ["fill", "with_state"]
@@ -22,9 +23,20 @@ def with_state(
     ``aliases`` maps the other names of tied entries to those in ``state``.
     """
     with torch.inference_mode(False):  # in which nothing is made that can be trained
-        built = copy.deepcopy(module)
-        fill(built, {**state, **{alias: state[name] for alias, name in aliases.items()}})
+        full = LazyState([*state, *aliases], lambda name: state[aliases.get(name, name)])
+        built = _without(module, full)
+        fill(built, full)
     return built
+
+
+def _without(module: nn.Module, names: Collection[str]) -> nn.Module:
+    """Return a copy of a module in which parameters of some names are yet to be filled."""
+    empty = {
+        id(one): nn.Parameter(torch.empty_like(one), one.requires_grad)
+        for name, one in module.named_parameters(remove_duplicate=False)
+        if name in names and type(one) is nn.Parameter and not vars(one)
+    }
+    return copy.deepcopy(module, empty)
 
 
 def fill(module: nn.Module, state: Mapping[str, Any]) -> None:

@@ -31,10 +31,6 @@ the parents' features is the idea of RegMean (arXiv 2212.09849) and PLeaS (arXiv
 it crosses widths and depths, and layers see the fused network's own inputs.
 """
 
-from clafusion.calibration.least_squares.regression import (
-    anchored_weights,
-    regress,
-    regress_anchored,
-)
+from clafusion.calibration.least_squares.regression import anchored_weights, regress_anchored
 
-__all__ = ["anchored_weights", "regress", "regress_anchored"]
+__all__ = ["anchored_weights", "regress_anchored"]

@@ -26,6 +26,7 @@ __all__ = [
     "chosen_rows",
     "features",
     "incoming_node",
+    "is_stored",
     "num_positions",
     "rows_for",
     "squares",
@@ -45,7 +46,8 @@ class NormalEquations:
     """A regression: sums over rows, and the rows themselves where a ReLU needs them again.
 
     It is solved for the change of the weights, so that where the parents agree nothing is left and
-    the weights stay exactly as they are.
+    the weights stay exactly as they are. So they do where no more is left than comes of the
+    roundings of the parents' values: in half precision a regression would take these for an error.
     """
 
     def __init__(self, start: Tensor) -> None:
@@ -54,13 +56,21 @@ class NormalEquations:
         size = sum(start.shape)
         self._sums = start.new_zeros(size, size)  # of inputs and residuals side by side
         self._kept: list[tuple[Tensor, Tensor]] = []
+        self._precision = 0.0  # of the parents' values
+        self._shortcuts = start.new_zeros(start.size(1))  # sums of squares
 
     @property
     def inputs(self) -> Tensor:
         """The inner products of the inputs, ``(num_features (+ 1), num_features (+ 1))``."""
         return self._sums[: len(self.start), : len(self.start)]
 
-    def add(self, sides: Tensor, goal: Tensor, active: Tensor | None) -> None:
+    def add(
+        self,
+        sides: Tensor,
+        goal: Tensor,
+        active: Tensor | None,
+        shortcut: Tensor | None = None,
+    ) -> None:
         """Add rows.
 
         Parameters
@@ -71,7 +81,15 @@ class NormalEquations:
         goal, active
             ``(num_rows, num_channels)``: what the inputs should become, and what that should be
             after the ReLU.
+        shortcut
+            ``(num_rows, num_channels)``: what is added to what the inputs become; ``goal`` is the
+            sum.
         """
+        self._precision = max(self._precision, torch.finfo(goal.dtype).eps)
+        if shortcut is not None:
+            with one_thread():
+                self._shortcuts += shortcut.double().square().sum(0)
+            goal = goal - shortcut
         x, residual = sides.tensor_split([len(self.start)])
         torch.mm(self.start.T.to(x), x, out=residual)
         torch.sub(goal.T.to(x), residual, out=residual)
@@ -92,12 +110,38 @@ class NormalEquations:
         for _ in range(_ROUNDS if self._kept else 0):
             residuals = torch.zeros_like(weights)
             for x, active in self._kept:
-                found = weights.T.to(x) @ x
-                # Below 0 anything will do where nothing should leave the ReLU.
-                idle = (found <= 0) & (active <= 0)
-                residuals += _products(x, (active - found).masked_fill_(idle, 0.0))
+                residuals += _products(x, _left_of(active, weights, x))
             weights = weights + torch.cholesky_solve(residuals, factor)
-        return weights
+        return torch.where(self._is_settled(), self.start, weights)
+
+    def _is_settled(self) -> Tensor:
+        """Say of which channels the start leaves no more than roundings.
+
+        A unit in the last place is allowed to each term of a product, to the product, and to the
+        sum of it and the shortcut.
+        """
+        size = len(self.start)
+        left = self._sums.diagonal()[size:]
+        terms = self.inputs.diagonal() @ self.start.square()
+        # Products would take long: their squares are at most ``size`` times those of their terms.
+        most = self._precision**2 * (size * terms + terms + self._shortcuts)
+        if not bool((left <= most).any()):
+            return torch.zeros_like(left, dtype=torch.bool)
+        products = (self.start * (self.inputs @ self.start)).sum(0)
+        allowed = self._precision**2 * (products + terms + self._shortcuts)
+        settled = left <= allowed
+        if self._kept and bool(settled.any()):  # what should leave the ReLU may be something else
+            lefts = (_left_of(active, self.start, x) for x, active in self._kept)
+            settled &= sum(one.double().square().sum(1) for one in lefts) <= allowed
+        return settled
+
+
+def _left_of(active: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+    """Return what weights leave of what should be there after a ReLU, of some rows."""
+    found = weights.T.to(x) @ x
+    # Below 0 anything will do where nothing should leave the ReLU.
+    idle = (found <= 0) & (active <= 0)
+    return (active - found).masked_fill_(idle, 0.0)
 
 
 def squares(x: Tensor) -> Tensor:
@@ -273,6 +317,19 @@ def stacked(place: Place, state: State) -> Tensor:
         weight = weight * factor[:, None]
         bias = (bias - norm["running_mean"]) * factor + norm["bias"]
     return weight.T if place.point.bias is None else torch.cat([weight.T, bias[None]])
+
+
+def is_stored(place: Place, state: State, solved: Tensor) -> bool:
+    """Say whether the parameters hold a solution already, up to their own roundings.
+
+    Storing it anew would split it otherwise between a layer and its BatchNorm, and round it again.
+    """
+    stored, size = stacked(place, state), place.num_features(state[place.kernel])
+    unit = torch.finfo(state[place.kernel].dtype).eps / 2
+    scale = stored[:size].norm(dim=0)
+    is_off = (solved - stored)[:size].norm(dim=0) > unit * scale
+    is_shifted = (solved - stored)[size:].abs() > unit * (scale + stored[size:].abs())
+    return not bool(is_off.any() or is_shifted.any())
 
 
 def store_solution(

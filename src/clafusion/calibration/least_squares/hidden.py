@@ -121,7 +121,7 @@ def _hidden(
     if reader.incoming == place.point.node:  # changed in place, under the same name
         return None
     columns = _columns(readers[0], reader)
-    if columns.numel() != _num_columns(reader, of_target[reader.kernel]):
+    if columns.numel() != reader.num_features(of_target[reader.kernel]):
         return None  # other channels are read along with them
     parts = []
     for i, (parent, view) in enumerate(zip(problem.parents, place.views, strict=True)):
@@ -182,7 +182,7 @@ def _part(
     ):
         return None
     columns = _columns(axes[0], reader)
-    if columns.numel() != _num_columns(reader, state[kernel]):
+    if columns.numel() != reader.num_features(state[kernel]):
         return None
     affine = next(node for node in correspondence.source.module.graph.nodes if node.name == reading)
     return Part(
@@ -200,11 +200,6 @@ def _columns(axis: GroupAxis, reader: Place) -> Tensor:
     kernel = math.prod(reader.kernel_size)
     features = axis.positions[:, :, None] * kernel + torch.arange(kernel)
     return features.flatten(1)
-
-
-def _num_columns(reader: Place, weight: Tensor) -> int:
-    """Return how many numbers a layer multiplies for each of its outputs."""
-    return weight.numel() // weight.size(1 if reader.is_transposed else 0)
 
 
 def reads_partner(correspondence: Correspondence, parameter: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.execution.call import State
@@ -75,6 +75,10 @@ class Place:
         names = [self.kernel, self.kernel_bias, *(self.norm or {}).values()]
         return [name for name in names if name is not None]
 
+    def num_features(self, kernel: Tensor) -> int:
+        """Return how many numbers the layer multiplies for each output, given its weight."""
+        return kernel.numel() // kernel.size(1 if self.is_transposed else 0)
+
 
 def regressed_places(problem: FusionProblem, state: State) -> list[Place]:
     """Return the layers that can be regressed, in the order in which they are computed."""
@@ -108,8 +112,9 @@ def _place(
     kernel_size = tuple(state[kernel].shape[2:])
     if not _is_solvable(affine, kernel_size):
         return None
-    norm, epsilon = None, 0.0
-    if point.node != point.affine:
+    norm, epsilon, kernel_bias = None, 0.0, point.bias
+    if op_name(nodes[point.node]) == "batch_norm":
+        kernel_bias = names.get("bias")
         norm = target.operand_names(nodes[point.node])
         epsilon = float(bound_operands(nodes[point.node])["eps"])
         if set(norm) != {"weight", "bias", "running_mean", "running_var"}:
@@ -129,7 +134,7 @@ def _place(
         affine,
         operands["input"].name,
         kernel,
-        names.get("bias"),
+        kernel_bias,
         kernel_size,
         is_transposed(affine),
         norm,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem, MergeWeights
 from clafusion.profiling.batches import Data, in_chunks
 
-__all__ = ["anchored_weights", "regress", "regress_anchored"]
+__all__ = ["Regression", "anchored_weights", "regress_anchored"]
 
 ANCHORS = (0.0, 0.8)
 """What ``"auto"`` tries."""
@@ -27,6 +28,25 @@ _CHUNK = 125  # inputs whose patches are held at once
 _FEW = 8  # inputs of which a warning speaks
 _HELD = 1 << 32  # bytes of activations that all networks together may hold
 _VALUES = 3  # of a network that are alive at a time: what a layer reads and writes, and a goal
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A fused state whose layers were regressed.
+
+    Attributes
+    ----------
+    state
+        Its parameters and buffers.
+    anchor
+        How far its interior leans towards one parent.
+    solved
+        The names of those that were solved for, or taken from one parent as they are.
+    """
+
+    state: dict[str, Tensor]
+    anchor: float
+    solved: frozenset[str]
 
 
 def anchored_weights(problem: FusionProblem, anchor: float) -> list[MergeWeights]:
@@ -51,45 +71,6 @@ def anchored_weights(problem: FusionProblem, anchor: float) -> list[MergeWeights
     ]
 
 
-def regress(
-    problem: FusionProblem,
-    fused: State,
-    data: Data,
-    *,
-    ridge: float,
-    samples: int,
-    anchor: float = 0.0,
-    seed: int = 0,
-    progress: Callable[[str, int], None] | None = None,
-) -> dict[str, Tensor]:
-    """Return the fused state with every layer regressed onto the parents.
-
-    Parameters
-    ----------
-    problem
-        The target and its parents. Sums on a residual stream aim at the mean by the overall
-        weights, inner layers at that by the weights of their own.
-    fused
-        The state averaged with the interior's weights.
-    data
-        Unlabelled inputs; the first ``samples`` are used, and no more than those whose activations
-        at one layer, of all parents and fused networks together, take 4 GB.
-    anchor
-        How far the interior leans towards one parent: see :func:`anchored_weights`.
-    ridge
-        The penalty on changes, relative to the mean square of the layer's inputs.
-    samples
-        How many inputs to use.
-    seed
-        Seed of the choice of positions.
-    progress
-        Called with a text and how many inputs the layers that are done make of all.
-    """
-    settings = LeastSquares(ridge=ridge, samples=samples)
-    (state,), _ = _regressed(problem, {anchor: fused}, data, settings, seed, progress)
-    return state
-
-
 def regress_anchored(
     problem: FusionProblem,
     data: Data,
@@ -97,8 +78,8 @@ def regress_anchored(
     *,
     seed: int = 0,
     progress: Callable[[str, int], None] | None = None,
-) -> tuple[dict[str, Tensor], float]:
-    """Average and regress, the interior anchored as it should be; return the state and the anchor.
+) -> Regression:
+    """Average and regress, the interior anchored as it should be.
 
     ``"auto"`` tries all of ``ANCHORS`` and takes the one whose outputs come nearest to the parents'
     weighted mean.
@@ -113,21 +94,25 @@ def regress_anchored(
         one.is_identity and one.weights.overall >= 1.0 and not one.weights.own
         for one in problem.parents
     ):
-        return plain, anchors[0]  # that parent itself: nothing is lost
+        return Regression(plain, anchors[0], frozenset(plain))  # that parent: nothing is lost
+    fused = {anchor: _anchored(problem, plain, anchor) for anchor in anchors}
+    states, distances, solved = _regressed(problem, fused, data, settings, seed, progress)
+    best = distances.index(min(distances))
+    return Regression(states[best], anchors[best], solved)
+
+
+def _anchored(problem: FusionProblem, plain: State, anchor: float) -> State:
+    """Return the average with the interior anchored, given the one by the parents' own weights."""
+    if anchor == 0.0:
+        return plain
     axes = problem.target.axes_by_parameter
     # Channels leave these in no group: the outputs' parameters, which are not anchored.
     outputs = {
-        name: plain[name]
-        for name in plain
+        name: value
+        for name, value in plain.items()
         if all(one.direction == "in" for _, one in axes.get(name, ()))
     }
-    fused = {
-        anchor: {**average(problem, anchored_weights(problem, anchor)), **outputs}
-        for anchor in anchors
-    }
-    states, distances = _regressed(problem, fused, data, settings, seed, progress)
-    best = distances.index(min(distances))
-    return states[best], anchors[best]
+    return {**average(problem, anchored_weights(problem, anchor)), **outputs}
 
 
 def _regressed(
@@ -137,10 +122,11 @@ def _regressed(
     settings: LeastSquares,
     seed: int,
     progress: Callable[[str, int], None] | None,
-) -> tuple[list[dict[str, Tensor]], list[float]]:
+) -> tuple[list[dict[str, Tensor]], list[float], frozenset[str]]:
     """Regress the states, given by their anchors, side by side.
 
-    Returns the new states, and how far their outputs are from the parents' weighted mean.
+    Returns the new states, how far their outputs are from the parents' weighted mean, and the names
+    of the parameters that were solved for or chosen.
     """
     like = next(iter(fused.values()))
     where = next(iter(like.values())).device
@@ -170,7 +156,9 @@ def _regressed(
             if progress is not None:
                 progress("calibrate", (done + 1) * num_inputs // len(places))
         distances = walks.distances() if len(candidates) > 1 else [0.0]
-    return [one.state for one in candidates], distances
+    solved = {name for place in places for name in place.parameters}
+    solved |= {axis.use.parameter for one in hidden.values() for axis in one.carried}
+    return [one.state for one in candidates], distances, frozenset(solved)
 
 
 def _most_inputs(problem: FusionProblem, num_candidates: int) -> int:

@@ -24,6 +24,7 @@ from clafusion.calibration.least_squares.equations import (
     chosen_rows,
     features,
     incoming_node,
+    is_stored,
     rows_for,
     squares,
     stacked,
@@ -146,9 +147,10 @@ class Walks:
                 else:
                     goal, active = self._goal(place, moved, one.weights[place.affine.name])
                 walk = one.walks[batch]
+                shortcut: Tensor | None = None
                 if place.shortcut is not None:
-                    shortcut = walk.reach(place.shortcut).movedim(place.point.axis, -1)
-                    goal = goal - chosen_rows(positions(shortcut), chosen)
+                    beside = walk.reach(place.shortcut).movedim(place.point.axis, -1)
+                    shortcut = chosen_rows(positions(beside), chosen)
                 sides = features(
                     place.affine,
                     walk.reach(place.incoming),
@@ -158,10 +160,12 @@ class Walks:
                     has_bias=place.point.bias is not None,
                     room=channels,
                 )
-                sums.add(sides, goal, active)
+                sums.add(sides, goal, active, shortcut)
         with one_thread():
             for one, sums in zip(self.candidates, equations, strict=True):
-                store_solution(place, one.state, sums.solved(ridge), sums)
+                solved = sums.solved(ridge)
+                if not is_stored(place, one.state, solved):
+                    store_solution(place, one.state, solved, sums)
         for key in self._reached(place):
             self._release(key)
 
@@ -217,7 +221,9 @@ class Walks:
         if hidden is None:
             return stacked(place, candidate.state)
         # A channel whose parent reads something else there has no weights to start from.
-        start = torch.zeros_like(stacked(place, self.of_target))
+        kernel = self.of_target[place.kernel]
+        rows = place.num_features(kernel) + (place.point.bias is not None)
+        start = kernel.new_zeros(rows, len(place.point.groups), dtype=torch.float64)
         for part, one in zip(hidden.parts, kept, strict=True):
             if reads_partner(self.parents[part.parent].correspondence, place.kernel):
                 into = hidden.channel_of[one.own]

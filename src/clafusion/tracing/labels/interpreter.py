@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from clafusion.errors import UnsupportedOpError
 from clafusion.execution.call import State
+from clafusion.execution.writes import written_inputs
 from clafusion.tracing.labels.ids import collapse, fixed_ids, mix, salt, sequence_ids, value_ids
 from clafusion.tracing.labels.rule import POINTWISE, RULES, Call, Label, ParameterView
 from clafusion.tracing.operations import module_path, op_name
@@ -57,8 +58,6 @@ class LabelPropagation:
         Whether a parameter's element met several atoms. A second run may find them united.
     pinned, counted
         Atoms that keep their places; atoms whose values the model adds up without a weight.
-    fingerprints
-        For each atom the hashes of what it met; exchangeable atoms have equal fingerprints.
     uses
         Every view of every parameter, by name, size, stride and offset.
     labels
@@ -79,7 +78,7 @@ class LabelPropagation:
         self.undecided = False
         self.pinned: set[int] = set()
         self.counted: set[int] = set()
-        self.fingerprints: dict[int, set[int]] = {}
+        self._met: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []
         self.uses: dict[tuple[Any, ...], DraftUse] = {}
         self.elements: dict[str, Tensor] = {}
         self.reached: dict[str, Tensor] = {}
@@ -107,10 +106,12 @@ class LabelPropagation:
         last_users = _last_users(module.graph)
         sources = iter(placeholders)
         feed = iter(inputs)
+        written = written_inputs(module)
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 name = next(sources)
-                values[node] = next(feed) if name is None else self.state[name]
+                value = next(feed) if name is None else self.state[name]
+                values[node] = value.clone() if node in written else value
                 self.labels[node] = self._placeholder(name, values[node])
             elif node.op == "get_attr":
                 values[node] = getattr(module, str(node.target))
@@ -172,12 +173,12 @@ class LabelPropagation:
     def _mark(self, node: fx.Node) -> None:
         """Give the atoms the node as a fingerprint: a node that some atoms skip sets them apart."""
         label = self.labels[node]
-        mark = int(salt(node.name)[0])
+        mark = salt(node.name)
         for ids in label if isinstance(label, tuple) else (label,):
             if isinstance(ids, Tensor):
                 (reduced,) = collapse(ids)
-                for atom in self.roots(reduced[reduced >= 0].unique()).tolist():
-                    self.fingerprints.setdefault(atom, set()).add(mark)
+                atoms = np.unique(reduced[reduced >= 0].numpy())
+                self._met.append((atoms, np.broadcast_to(mark, atoms.shape)))
 
     @staticmethod
     def unsupported(
@@ -221,29 +222,26 @@ class LabelPropagation:
             atoms = parents
         return torch.from_numpy(np.where(moving, atoms, array))
 
-    def _find(self, atom: int) -> int:
-        root = atom
-        while self.parents[root] != root:
-            root = int(self.parents[root])
-        while self.parents[atom] != root:
-            self.parents[atom], atom = root, int(self.parents[atom])
-        return root
-
     def unite(self, first: Tensor, second: Tensor) -> None:
         """Unite atoms element by element; an atom that meets a fixed id takes a fingerprint."""
         first, second = collapse(first, second)
         first, second = (self.roots(ids).reshape(-1) for ids in (first, second))
         both = (first >= 0) & (second >= 0) & (first != second)
-        for a, b in np.unique(torch.stack([first[both], second[both]], 1).numpy(), axis=0):
-            root_a, root_b = self._find(int(a)), self._find(int(b))
-            self.parents[max(root_a, root_b)] = min(root_a, root_b)
+        pairs = torch.stack([first[both], second[both]])
+        while pairs.size(1):
+            # Of all that a root is to be united with, the smallest becomes its parent. The others
+            # still differ from it, and have their turn in the next round.
+            higher, lower = pairs.amax(0).numpy(), pairs.amin(0).numpy()
+            np.minimum.at(self.parents, higher, lower)
+            pairs = self.roots(pairs)
+            pairs = pairs[:, pairs[0] != pairs[1]]
         self.meet(first, second)
         self.meet(second, first)
 
     def pin(self, ids: Tensor) -> None:
         """Keep every atom in ``ids`` at its place: it joins no channel group."""
         (ids,) = collapse(ids)
-        self.pinned.update(int(atom) for atom in ids[ids >= 0].unique())
+        self.pinned.update(ids[ids >= 0].unique().tolist())
 
     def fixed(self, ids: Tensor) -> Tensor:
         """Return labels with a fixed id in place of every atom, the same for united ones."""
@@ -253,7 +251,7 @@ class LabelPropagation:
     def count(self, ids: Tensor) -> None:
         """Note that the model adds up values of every atom in ``ids`` without a weight."""
         (ids,) = collapse(ids)
-        self.counted.update(int(atom) for atom in ids[ids >= 0].unique())
+        self.counted.update(ids[ids >= 0].unique().tolist())
 
     def meet(self, ids: Tensor, others: Tensor) -> None:
         """Give every atom in ``ids`` the sequence of fixed ids that it meets as a fingerprint.
@@ -271,8 +269,22 @@ class LabelPropagation:
         starts = np.flatnonzero(np.r_[True, atoms[1:] != atoms[:-1]])
         rank = np.arange(len(atoms)) - np.repeat(starts, np.diff(np.r_[starts, len(atoms)]))
         words = mix(fixed.view(np.uint64) ^ mix(rank.astype(np.uint64)))
-        for atom, word in zip(atoms[starts], np.add.reduceat(words, starts), strict=True):
-            self.fingerprints.setdefault(int(atom), set()).add(int(word))
+        self._met.append((atoms[starts], np.add.reduceat(words, starts)))
+
+    def fingerprints(self, roots: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Return for each root a hash of the set of all that its atoms met.
+
+        Exchangeable atoms have equal fingerprints. ``roots`` has the root of every atom.
+        """
+        hashes = np.zeros(len(roots), dtype=np.uint64)
+        if self._met:
+            owners = roots[np.concatenate([atoms for atoms, _ in self._met])]
+            words = np.concatenate([words for _, words in self._met])
+            order = np.lexsort((words, owners))
+            owners, words = owners[order], words[order]
+            is_new = np.r_[True, (owners[1:] != owners[:-1]) | (words[1:] != words[:-1])]
+            np.add.at(hashes, owners[is_new], mix(words[is_new]))
+        return hashes
 
     # --- labels --------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from clafusion.execution.walk import run_graph
 from clafusion.tracing.labels.ids import collapse
 from clafusion.tracing.labels.interpreter import DraftUse, LabelPropagation
 from clafusion.tracing.labels.rule import Label, ParameterView
+from clafusion.tracing.trial_weights import BaseWeights
 
 __all__ = ["find_states"]
 
@@ -157,17 +158,10 @@ def _crossed(
 
 def _redrawn(propagation: LabelPropagation) -> dict[str, Tensor]:
     """Return a state with random parameters: equal states would hide what sets them apart."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = dict(propagation.state)
-    for name, value in propagation.state.items():
-        if name not in propagation.buffers and value.is_floating_point():
-            noise = torch.rand(value.shape, generator=generator)
-            if value.dim() > 1:
-                noise = (2 * noise - 1) * (6 / max(value[0].numel(), 1)) ** 0.5
-            else:
-                noise = 0.5 + noise
-            drawn[name] = noise.to(value)
-    return drawn
+    own = propagation.state
+    floats = {name for name, value in own.items() if value.is_floating_point()}
+    weights = BaseWeights(own, frozenset(floats - propagation.buffers), 0)
+    return {name: weights.whole(name) for name in own}
 
 
 def _moved(propagation: LabelPropagation, state: State, states: _States) -> dict[str, Tensor]:

@@ -1,0 +1,39 @@
+"""States whose tensors are made when they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from torch import Tensor
+
+__all__ = ["LazyState"]
+
+
+class LazyState(Mapping[str, Tensor]):
+    """Tensors by name, each made anew whenever it is read, so that no two have to be held at once.
+
+    Parameters
+    ----------
+    names
+        The names, in order.
+    make
+        Returns the tensor of a name. It may be a tensor that others hold, too: do not change it.
+    """
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
+        self._names = dict.fromkeys(names)
+        self._make = make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -1,0 +1,137 @@
+"""Rows of hook points that are made when they are read, by running the network again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from clafusion.execution.call import State
+from clafusion.execution.walk import Walk
+from clafusion.tracing.model import TracedModel
+
+__all__ = ["RowKey", "RowsOnDemand", "with_columns"]
+
+RowKey: TypeAlias = tuple[int, int]
+"""A hook point: its layer, and which of the layer's."""
+
+_KEPT = 2  # hook points whose rows stay
+
+
+class RowsOnDemand(Mapping[RowKey, Tensor]):
+    """Rows by hook point, each made when it is read.
+
+    All rows of a large network take many times the memory of its weights. Reading them in the
+    graph's order costs one more pass, and each step back another one.
+
+    Parameters
+    ----------
+    model, state
+        The network.
+    nodes
+        Which node shows each hook point.
+    inputs
+        All inputs, in parts that run side by side.
+    sampled
+        Called with a node, its values and the number of inputs of each, and 0; returns the rows.
+    """
+
+    def __init__(
+        self,
+        model: TracedModel,
+        state: State,
+        nodes: Mapping[RowKey, str],
+        inputs: Sequence[tuple[Tensor, ...]],
+        sampled: Callable[[str, Sequence[Tensor], Sequence[int], int], Tensor],
+    ) -> None:
+        self._model, self._state, self._nodes = model, state, nodes
+        self._inputs, self._sampled = inputs, sampled
+        self._order = {node.name: i for i, node in enumerate(model.module.graph.nodes)}
+        self._last: OrderedDict[str, Tensor] = OrderedDict()
+        self._walks: list[Walk] = []
+        self._wanted: set[str] = set()
+        self._at = 0
+
+    def __getitem__(self, key: RowKey) -> Tensor:
+        node = self._nodes[key]
+        if node in self._last:
+            self._last.move_to_end(node)
+            return self._last[node]
+        if not self._walks or self._order[node] <= self._at:
+            self._restart()
+        self._wanted.add(node)
+        with torch.no_grad():
+            values = [walk.reach(node) for walk in self._walks]
+            counts = [one[0].size(0) for one in self._inputs]
+            rows = self._sampled(node, values, counts, 0)
+        for walk in self._walks:
+            walk.release(node)
+        self._at = self._order[node]
+        self._last[node] = rows
+        if len(self._last) > _KEPT:
+            self._last.popitem(last=False)
+        return rows
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._nodes
+
+    def __iter__(self) -> Iterator[RowKey]:
+        return iter(self._nodes)
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def forget(self) -> None:
+        """Let go of the values of the pass at hand."""
+        self._walks, self._at = [], 0
+        self._last.clear()
+
+    def _restart(self) -> None:
+        self._wanted = set()
+        self._walks = [Walk(self._model, one, self._state, self._wanted) for one in self._inputs]
+
+
+class _Columns(Mapping[RowKey, Tensor]):
+    """Rows of which some columns are taken, each when it is read.
+
+    Parameters
+    ----------
+    rows
+        The rows before.
+    columns
+        For each hook point that is left the columns to take, or None for all.
+    """
+
+    def __init__(
+        self, rows: Mapping[RowKey, Tensor], columns: Mapping[RowKey, Tensor | None]
+    ) -> None:
+        self._rows, self._columns = rows, columns
+        self._last: tuple[RowKey, Tensor] | None = None
+
+    def __getitem__(self, key: RowKey) -> Tensor:
+        columns = self._columns[key]
+        if self._last is None or self._last[0] != key:
+            rows = self._rows[key]
+            self._last = key, rows if columns is None else rows[:, columns]
+        return self._last[1]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._columns
+
+    def __iter__(self) -> Iterator[RowKey]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+
+def with_columns(
+    rows: Mapping[RowKey, Tensor], columns: Mapping[RowKey, Tensor | None]
+) -> Mapping[RowKey, Tensor]:
+    """Return some hook points' rows with other columns: those at these indices, or all for None."""
+    if not isinstance(rows, dict):
+        return _Columns(rows, columns)
+    return {key: rows[key] if one is None else rows[key][:, one] for key, one in columns.items()}

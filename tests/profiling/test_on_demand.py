@@ -1,0 +1,129 @@
+"""Rows that are made when they are read are those that would have been kept."""
+
+import pytest
+import torch
+
+import clafusion
+from clafusion import Assessment, FusionConfig, trace
+from clafusion.execution.walk import Walk
+from clafusion.profiling import profile as profiling
+from clafusion.profiling.on_demand import RowsOnDemand, with_columns
+from tests.support.attention import IMAGES, TOKENS, Encoder, Grouped, Logits
+from tests.support.networks import output, randomise, resnet
+from tests.support.transformers import transformer
+
+PIXELS = torch.randn(60, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+WORDS = torch.randint(0, 50, (60, 8), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def rows_are_much(monkeypatch):
+    monkeypatch.setattr(profiling, "_MUCH", 0)
+
+
+def profiles_of(models, data, *, on_demand, samples=200):
+    return profiling.profile_models(
+        [trace(one, data[:3]) for one in models],
+        data,
+        alignment_samples=samples,
+        matching_rows=300,
+        layer_values="preactivation",
+        on_demand=on_demand,
+    )
+
+
+@pytest.mark.usefixtures("rows_are_much")
+def test_they_are_those_that_would_have_been_kept():
+    models = [resnet(2, 1, seed=1), resnet(1, 1, seed=2)]
+    kept = profiles_of(models, IMAGES, on_demand=False)
+    made = profiles_of(models, IMAGES, on_demand=True)
+    for one, other in zip(kept, made, strict=True):
+        assert isinstance(other.rows, RowsOnDemand)
+        assert one.rows.keys() == other.rows.keys()
+        for key in [*one.rows, *reversed([*one.rows])]:  # in any order
+            assert torch.equal(one.rows[key], other.rows[key]), key
+        assert all(torch.equal(a, b) for a, b in zip(one.grams, other.grams, strict=True))
+
+
+@pytest.mark.usefixtures("rows_are_much")
+def test_reading_them_in_order_is_one_pass(monkeypatch):
+    (profile,) = profiles_of([resnet(2, 1)], IMAGES, on_demand=True)
+    made = []
+    plain = Walk.__init__
+
+    def counted(self, *arguments, **keywords):
+        made.append(self)
+        plain(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Walk, "__init__", counted)
+    order = [node.name for node in profile.traced.module.graph.nodes]
+    keys = sorted(profile.rows, key=lambda key: order.index(profile.rows._nodes[key]))
+    for key in keys:
+        profile.rows[key]
+    of_one_pass = len(made)
+    assert 0 < of_one_pass < 60
+    profile.rows[keys[0]]
+    assert len(made) == 2 * of_one_pass
+
+
+@pytest.mark.parametrize(
+    ("models", "data"),
+    [
+        ([resnet(2, 1, seed=1), resnet(1, 1, widths=(6, 12), seed=2)], IMAGES),
+        ([randomise(Encoder(2), 1), randomise(Encoder(1), 2)], TOKENS),
+        ([randomise(Encoder(2, shared=2), 1), randomise(Encoder(2, shared=2), 2)], TOKENS),
+        ([randomise(Encoder(2, heads=4), 1), randomise(Encoder(2, heads=2), 2)], TOKENS),
+        ([randomise(Grouped(2), 1), randomise(Grouped(1), 2)], IMAGES),
+        ([Logits(transformer("ViT", n, seed=n)) for n in (2, 1)], PIXELS),
+        ([Logits(transformer("GPT-2", n, seed=n)) for n in (2, 1)], WORDS),
+    ],
+    ids=["resnet", "attention", "shared", "heads", "grouped", "ViT", "GPT-2"],
+)
+@pytest.mark.filterwarnings("ignore::clafusion.WidthWarning")
+def test_fusion_gives_the_same_bytes(models, data, monkeypatch):
+    models = [one.eval() for one in models]
+    config = FusionConfig(calibration="repair", assessment=Assessment(outputs="none"))
+    expected = clafusion.fuse(models, data, config=config)
+    assert isinstance(expected.aligned.profiles[0].rows, dict)
+    monkeypatch.setattr(profiling, "_MUCH", 0)
+    found = clafusion.fuse(models, data, config=config)
+    assert isinstance(found.aligned.profiles[0].rows, RowsOnDemand)
+    assert torch.equal(output(found.model, data), output(expected.model, data))
+
+
+@pytest.mark.usefixtures("rows_are_much")
+def test_rows_of_many_inputs_are_kept():
+    (profile,) = profiles_of([resnet(1, 1)], IMAGES, on_demand=True, samples=50)
+    assert isinstance(profile.rows, dict)
+
+
+@pytest.mark.usefixtures("rows_are_much")
+def test_data_whose_order_changes_is_read_once():
+    class Shuffles:
+        def __iter__(self):
+            yield IMAGES[torch.randperm(len(IMAGES))]
+
+    models = [trace(resnet(1, 1), IMAGES[:3])]
+    (profile,) = profiling.profile_models(
+        models, Shuffles(), alignment_samples=200, matching_rows=300, on_demand=True
+    )
+    assert isinstance(profile.rows, dict)
+
+
+@pytest.mark.usefixtures("rows_are_much")
+def test_what_a_user_aligns_keeps_its_rows():
+    aligned = clafusion.align([resnet(2, 1, seed=1), resnet(1, 1, seed=2)], IMAGES)
+    assert isinstance(aligned.profiles[0].rows, dict)
+
+
+@pytest.mark.usefixtures("rows_are_much")
+@pytest.mark.parametrize("on_demand", [True, False])
+def test_other_columns_of_rows(on_demand):
+    (profile,) = profiles_of([resnet(1, 1)], IMAGES, on_demand=on_demand)
+    first, second = list(profile.rows)[:2]
+    columns = torch.tensor([2, 0])
+    changed = with_columns(profile.rows, {first: columns, second: None})
+    assert list(changed) == [first, second]
+    assert torch.equal(changed[first], profile.rows[first][:, columns])
+    assert torch.equal(changed[second], profile.rows[second])
+    assert (3, 3) not in changed
