@@ -393,12 +393,17 @@ def test_heads_take_their_columns_of_a_table_along(weight, calibration):
         assert_heads_are(fused.parents[1], shallow.heads, deep.heads)
 
 
-def test_heads_that_keep_their_places_are_refused_by_name():
-    def biased(heads):
-        return networks.randomise(Encoder(heads=heads, size=3, bias=True)).eval()
-
-    with pytest.raises(StructureError, match="heads or groups that cannot change places"):
-        fuse([biased(4), biased(2)], TOKENS)
+@pytest.mark.parametrize("own", ["bias", "temperature"])
+@pytest.mark.parametrize("counts", [(4, 2), (2, 4)], ids=str)
+def test_heads_take_along_what_they_have_of_their_own(counts, own):
+    deep, shallow = (
+        networks.randomise(Encoder(1, heads=heads, size=3, **{own: True}), seed).eval()
+        for seed, heads in enumerate(counts)
+    )
+    for weight in (0.0, 1.0) if counts[0] > counts[1] else (0.0,):
+        fused = fuse([deep, shallow], TOKENS, [1 - weight, weight])
+        assert_same_function(fused.model, (deep, shallow)[int(weight)], TOKENS, "least_squares")
+        assert_heads_are(fused.parents[1], counts[1], counts[0])
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (1, 4), (4, 4), (2, 5)])

@@ -2113,7 +2113,7 @@ transformers_architecture(
     "GPTNeoXConfig",
     {"input_ids": TEXT},
     LANGUAGE | {"rotary_pct": 0.5},
-    channels=(16, 20, 20, 2, 2, 2, 2, 2, 2, 2, 2, 4, 4, 4, 4, 4, 4, 4, 4),
+    channels=(16, 20, 20, 2, 2, 2, 2, 2, 2, 2, 2, 4, 4, 4, 4, 4, 4, 4, 4, *(1,) * 8),
 )
 transformers_architecture(
     "transformers T5 encoder",
@@ -2124,7 +2124,7 @@ transformers_architecture(
         "vocab_size": 23, "d_model": 16, "d_kv": 4, "d_ff": 20, "num_layers": 2, "num_heads": 4,
         "use_cache": False, "pad_token_id": 0, "eos_token_id": 1,
     },
-    channels=(20, 20, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4),
+    channels=(20, 20, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, *(1,) * 4),
 )  # fmt: skip
 transformers_architecture(
     "transformers DistilBERT",

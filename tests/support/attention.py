@@ -17,7 +17,7 @@ IMAGES = torch.randn(120, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 class Attention(nn.Module):
     """Self-attention with a shortcut; keys and values may have fewer heads than queries."""
 
-    def __init__(self, width=12, heads=4, shared=1, bias=False, size=None):
+    def __init__(self, width=12, heads=4, shared=1, bias=False, size=None, temperature=False):
         super().__init__()
         self.heads, self.size, self.kept = heads, size or width // heads, heads // shared
         self.queries = nn.Linear(width, self.heads * self.size)
@@ -25,6 +25,7 @@ class Attention(nn.Module):
         self.values = nn.Linear(width, self.kept * self.size)
         self.out = nn.Linear(self.heads * self.size, width)
         self.bias = nn.Parameter(torch.randn(heads, 6, 6)) if bias else None
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1)) if temperature else None
 
     def forward(self, x):
         def split(value, heads):
@@ -36,6 +37,8 @@ class Attention(nn.Module):
             keys = keys.repeat_interleave(self.heads // self.kept, 1)
             values = values.repeat_interleave(self.heads // self.kept, 1)
         scores = queries @ keys.transpose(2, 3) / self.size**0.5
+        if self.temperature is not None:
+            scores = scores * self.temperature
         if self.bias is not None:
             scores = scores + self.bias
         mixed = scores.softmax(-1) @ values
@@ -113,6 +116,8 @@ def vit():
 MODELS = {  # how many heads, and of how many groups each
     "attention": (lambda: Encoder(), TOKENS, (4, 2)),
     "attention, shared keys and values": (lambda: Encoder(shared=2), TOKENS, (2, 2)),
+    "attention, temperatures": (lambda: Encoder(temperature=True), TOKENS, (4, 3)),
+    "attention, biases": (lambda: Encoder(layers=1, bias=True), TOKENS, (4, 38)),
     "torch": (Torch, TOKENS, (3, 2)),
     "ViT": (vit, torch.randn(60, 3, 16, 16), (2, 2)),
     "grouped": (Grouped, IMAGES, (4, 2)),

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from clafusion import fuse, trace
-from clafusion.tracing.heads import exchange_heads, possible_heads, restored_heads
+from clafusion.tracing.heads import exchange_heads, restored_heads
 from tests.support import networks
 from tests.support.assertions import assert_same_function
-from tests.support.attention import MODELS, TOKENS, Attention, Encoder, built, shuffled
+from tests.support.attention import IMAGES, MODELS, TOKENS, Attention, built, shuffled
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -48,12 +48,20 @@ def test_heads_go_back_to_where_they_were(name):
     assert all(torch.equal(back[one], value) for one, value in state.items())
 
 
-def test_heads_with_something_of_their_own_keep_their_places():
-    model = networks.randomise(Encoder(bias=True)).eval()
-    graph = trace(model, TOKENS)
-    assert possible_heads(graph)
-    assert graph.heads == ()
-    assert_same_function(fuse([model, copy.deepcopy(model)], TOKENS).model, model, TOKENS, "repair")
+def test_channels_of_an_image_are_not_taken_for_heads():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.shift = (nn.Parameter(torch.ones(3, 1, 1)) for _ in range(2))
+            self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = (x * self.scale + self.shift).relu()
+            return self.head(self.conv(x).relu().mean((2, 3)))
+
+    graph = trace(networks.randomise(Scaled()).eval(), IMAGES)
+    assert [one.size for one in graph.groups] == [8]
+    assert not graph.heads
 
 
 def test_two_attentions_of_a_block_have_orders_of_their_own():
@@ -89,7 +97,9 @@ def test_heads_that_differ_are_not_taken_for_alike_by_blank_examples():
             with torch.no_grad():
                 distances = (torch.arange(6)[:, None] - torch.arange(6)).abs()
                 self.inner.bias.copy_(distances * torch.tensor([0.1, 0.5, 1.0, 2.0])[:, None, None])
-            self.inner.bias.requires_grad_(False)
+            slopes = self.inner.bias.detach()
+            del self.inner.bias
+            self.inner.register_buffer("bias", slopes)
             self.head = nn.Linear(12, 5)
 
         def forward(self, x):

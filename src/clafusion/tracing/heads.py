@@ -181,7 +181,7 @@ def channels_of_heads(
         layer = _layer_of(family, layers)
         of_layer = counts.get(layer, set())
         share = _sharing(family[0])
-        if any(len(family) % count == 0 and len(family) > count for count in of_layer) or (
+        if any(len(family) % count == 0 for count in of_layer) or (
             share > 1 and family[0].is_counted and share in shares.get(layer, set())
         ):
             found.update(int(one.atoms[0]) for one in family)

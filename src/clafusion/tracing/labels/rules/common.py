@@ -67,12 +67,35 @@ def combined(
                 break
     elements = [propagation.element_ids(view) for view in views]
     if elements and not any(bool((collapse(ids)[0] >= 0).any()) for ids in activations):
-        for ids in elements:  # a parameter that meets only fixed elements stays in its place
-            propagation.pin(ids)
-        elements = [-1 - ids for ids in elements]
+        # A parameter that meets only fixed elements keeps its place, unless it moves with heads.
+        elements = [
+            ids if _may_be_of_heads(ids, activations[0]) else _kept(propagation, ids)
+            for ids in elements
+        ]
+        for ids in elements:
+            propagation.meet(ids.expand(shape), activations[0].expand(shape))
     for first, second in combinations(activations, 2):
         propagation.unite(first.expand(shape), second)
     return joined(text, [*activations, *elements], shape)
+
+
+def _may_be_of_heads(ids: Tensor, scores: Tensor) -> bool:
+    """Say whether a parameter may have a part for each head of scores.
+
+    Those are ``(batch, head, query, key)``. A head's temperature, or its biases, go with it.
+    """
+    heads = ids.size(-3) if ids.dim() >= 3 else 1
+    return (
+        scores.dim() == 4
+        and heads > 1
+        and scores.size(1) == heads
+        and all(size == 1 for size in ids.shape[:-3])
+    )
+
+
+def _kept(propagation: LabelPropagation, ids: Tensor) -> Tensor:
+    propagation.pin(ids)
+    return -1 - ids
 
 
 def _without_outer(
