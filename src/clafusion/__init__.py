@@ -181,7 +181,10 @@ __version__: str
 def __getattr__(name: str) -> str:
     """Return ``__version__``, which is read when somebody asks for it."""
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("clafusion")
+        try:
+            return version("clafusion")
+        except PackageNotFoundError as error:
+            raise AttributeError("clafusion is not installed, and so has no version") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

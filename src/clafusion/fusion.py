@@ -288,15 +288,15 @@ def _fused(
         sources = sources_of(chosen, aligned)
     with clock.stage("match"):
         problem = _problem(aligned.names, sources, weights, config)
-    for one in aligned.profiles:
-        if isinstance(one.rows, RowsOnDemand):
-            one.rows.forget()
     rounds, converged = 1, True
     if isinstance(config.merging.strategy, Barycentre):
         with clock.stage("barycentre"):
             problem, rounds, converged = _barycentre(
                 problem, aligned, sources, data, config, config.merging.strategy.max_rounds
             )
+    for one in aligned.profiles:
+        if isinstance(one.rows, RowsOnDemand):
+            one.rows.close()
     with clock.stage("merge"):
         if config.merging.layer_weights == "sensitivity":
             problem = weigh_layers(problem)
@@ -397,7 +397,7 @@ def _one_after_another(
         part = weight / total if total > 0 else 0.5
         pair = {called: fused, name: named[name]}
         own = _options_of_step(config, names, i)
-        aligned = align(pair, data, own, example_inputs=example_inputs, progress=progress)
+        aligned = _aligned(pair, data, own, example_inputs, progress, on_demand=True)
         traced = [one.traced for one in aligned.profiles]
         parents.setdefault(names[0], traced[0])
         parents[name] = traced[1]

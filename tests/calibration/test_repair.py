@@ -307,6 +307,25 @@ def test_a_copy_with_other_scales_is_the_network_itself():
         assert_same_function(fused, model, SIGNALS, "repair")
 
 
+@pytest.mark.parametrize("tokens", [6, 16])
+def test_a_norm_over_tokens_undoes_no_scale_of_channels(tokens):
+    class OverTokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.norm = nn.Linear(8, 16), nn.BatchNorm1d(tokens)
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x):
+            return self.head(self.norm(torch.relu(self.enter(x))).mean(1))
+
+    data = torch.randn(60, tokens, 8, generator=torch.Generator().manual_seed(0))
+    models = [randomise(OverTokens(), seed).eval() for seed in (0, 1)]
+    problem = fuse(models, data, calibration="none").problem
+    assert with_equal_scales(problem) is problem
+    fused = fuse(models, data, [0, 1], calibration="repair").model
+    assert_same_function(fused, models[1], data, "repair")
+
+
 def test_scales_of_other_networks_stay():
     for name in NETWORKS:
         build, inputs = NETWORKS[name]

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from clafusion import StructureError, correspond, fuse, trace
-from clafusion.correspondence.copies import copying_plans, with_copied_channels
+from clafusion.correspondence.duplicated_channels import copying_plans, with_copied_channels
 from clafusion.correspondence.heads import unite_models
 from clafusion.correspondence.inserted import check_inserted
 from clafusion.correspondence.moving import move_state
@@ -130,3 +130,11 @@ def test_where_copies_of_channels_add_up_there_is_no_trial():
     of_other_size = lifted(encoder(heads=4), encoder(1, heads=2, size=6), (0, 1, 2))
     assert copying_plans(of_other_size) is None
     assert copying_plans(lifted(encoder(), encoder(1, width=13, heads=2), (0, 1, 2))) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_numbers_of_heads_in_half_precision_are_no_other_function(dtype):
+    models = [randomise(Encoder(2, heads=heads), heads).eval().to(dtype) for heads in (4, 2)]
+    pair = [trace(one, TOKENS[:4].to(dtype)) for one in models]
+    target, source = unite_models(*pair, (0, 1, 2, 3))
+    check_inserted(correspond(target, source, (0, 1, 2, 3)))

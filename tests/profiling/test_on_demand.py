@@ -1,10 +1,12 @@
 """Rows that are made when they are read are those that would have been kept."""
 
+import gc
+
 import pytest
 import torch
 
 import clafusion
-from clafusion import Assessment, FusionConfig, trace
+from clafusion import Assessment, Deeper, FusionConfig, Matching, trace
 from clafusion.execution.walk import Walk
 from clafusion.profiling import profile as profiling
 from clafusion.profiling.on_demand import RowsOnDemand, with_columns
@@ -57,7 +59,15 @@ def test_reading_them_in_order_is_one_pass(monkeypatch):
 
     monkeypatch.setattr(Walk, "__init__", counted)
     order = [node.name for node in profile.traced.module.graph.nodes]
-    keys = sorted(profile.rows, key=lambda key: order.index(profile.rows._nodes[key]))
+
+    def place(key):
+        layer, index = key
+        points = profile.traced.layers[layer].hook_points
+        if index >= len(points):  # the outputs
+            return len(order)
+        return order.index(points[~index].post if index < 0 else points[index].pre)
+
+    keys = sorted(profile.rows, key=place)
     for key in keys:
         profile.rows[key]
     of_one_pass = len(made)
@@ -89,6 +99,39 @@ def test_fusion_gives_the_same_bytes(models, data, monkeypatch):
     found = clafusion.fuse(models, data, config=config)
     assert isinstance(found.aligned.profiles[0].rows, RowsOnDemand)
     assert torch.equal(output(found.model, data), output(expected.model, data))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"merging": "barycentre"},
+        {"matching": Matching(solver="zip")},
+        {"target": Deeper(width="wide")},
+        {"target": "shallower"},
+        {"matching": Matching(outputs=True), "profiling": {"layer_values": "preactivation"}},
+    ],
+    ids=["barycentre", "zip", "wide", "shallower", "outputs"],
+)
+def test_all_ways_to_fuse_read_them(options, monkeypatch):
+    models = [resnet(2, 1, seed=1), resnet(1, 1, widths=(6, 12), seed=2)]
+    if "zip" in str(options) or "outputs" in str(options):
+        models[1] = resnet(1, 1, seed=2)
+    expected = clafusion.fuse(models, IMAGES, calibration="none", **options)
+    monkeypatch.setattr(profiling, "_MUCH", 0)
+    found = clafusion.fuse(models, IMAGES, calibration="none", **options)
+    assert torch.equal(output(found.model, IMAGES), output(expected.model, IMAGES))
+
+
+@pytest.mark.parametrize("merging", ["many_to_one", "barycentre"])
+@pytest.mark.usefixtures("rows_are_much")
+def test_a_result_keeps_neither_inputs_nor_activations(merging):
+    models = [resnet(2, 1, seed=1), resnet(1, 1, seed=2)]
+    result = clafusion.fuse(models, IMAGES, calibration="none", merging=merging)
+    rows = result.aligned.profiles[0].rows
+    with pytest.raises(clafusion.StructureError, match="gone when their fusion ends"):
+        rows[next(iter(rows))]
+    gc.collect()
+    assert not [one for one in gc.get_objects() if type(one) is Walk]
 
 
 @pytest.mark.usefixtures("rows_are_much")

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from clafusion import Barycentre, FusionConfig, Matching, Shallower, fuse, trace
-from clafusion.calibration import methods
-from clafusion.correspondence import structure
+from clafusion.calibration import methods, scales
+from clafusion.correspondence import duplicated_channels, inserted
 from clafusion.fusion import align_profiles, fuse_aligned
 from clafusion.matching import head_order
 from clafusion.stages import Clock, profile_traced
@@ -116,7 +116,15 @@ def assert_same_there(models, data, config, monkeypatch):
         made.append(built)  # so that no other module gets its id
         return built
 
-    for place in (methods, structure, head_order, sources, target):
+    for place in (
+        methods,
+        scales,
+        duplicated_channels,
+        inserted,
+        head_order,
+        sources,
+        target,
+    ):
         monkeypatch.setattr(place, "with_state", far_with_state)
     with simulated_gpu():
         found = run(graphs, data, config)

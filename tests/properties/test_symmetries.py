@@ -282,6 +282,12 @@ def test_states_of_any_scan_are_matched(calibration):
     assert_same_function(fuse([model, moved], TOKENS, calibration=calibration).model, model, TOKENS)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_states_are_found_whatever_the_type_of_the_weights(dtype):
+    traced = trace(drawn(Scan(), 0).to(dtype), TOKENS.to(dtype))
+    assert [one.size for one in traced.groups] == [16, 6, 5, 6]
+
+
 def test_states_that_cannot_change_places_keep_them():
     model = drawn(Scan(constant=True), 0)
     assert [one.size for one in trace(model, TOKENS).groups] == [16, 6, 6]

@@ -121,8 +121,10 @@ def _chunks(
 
 
 def _joined(held: Sequence[tuple[Tensor, ...]], rows: int) -> Iterator[tuple[Tensor, ...]]:
-    joined = [torch.cat(one).split(rows) for one in zip(*held, strict=True)]
-    yield from zip(*joined, strict=True)
+    """Yield chunks of at most ``rows`` inputs, none much smaller: a batch of one is special."""
+    joined = [torch.cat(one) for one in zip(*held, strict=True)]
+    chunks = [one.tensor_split(math.ceil(len(one) / rows)) for one in joined]
+    yield from zip(*chunks, strict=True)
 
 
 def _moved(outputs: Tensor, plan: Tensor | None, axis: int) -> Tensor:

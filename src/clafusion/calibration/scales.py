@@ -1,4 +1,4 @@
-r"""Bring the parents' channels to one scale, where a norm behind the activation undoes any.
+r"""Bring the parents' channels to one scale, where a norm after the activation cancels any scale.
 
 Of a convolution, a ReLU and then a BatchNorm the norm undoes the convolution's scale: with
 :math:`s > 0`
@@ -100,10 +100,12 @@ def _norm_behind(
                 return None
             if used & model.shared_parameters:
                 return None
+            variance = names["running_var"]
+            owners = {one.index for one, _ in model.axes_by_parameter.get(variance, ())}
+            if set(point.groups.tolist()) != owners:
+                return None  # it normalises another axis, such as the tokens
             eps = float(bound_operands(node)["eps"])
-            return _NormBehind(
-                point, tuple(between), names["running_mean"], names["running_var"], eps
-            )
+            return _NormBehind(point, tuple(between), names["running_mean"], variance, eps)
         if not (name in _HOMOGENEOUS or name in SAME_VALUES or "_pool" in name):
             return None
         is_active |= name in _HOMOGENEOUS
@@ -146,7 +148,7 @@ def _rescaled(parent: Parent, target: TracedModel, norms: list[_NormBehind]) -> 
 def _wanted(
     parent: Parent, norm: _NormBehind, partner: _NormBehind, scales: Tensor
 ) -> Tensor | None:
-    """Return for each of the parent's channels the mean scale of the target's that it goes to.
+    """Return for each of the parent's channels the mean scale of the target channels it maps to.
 
     None where channels keep their places, or stand in several.
     """

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clafusion.correspondence.copies import copying_plans, with_copied_channels
 from clafusion.correspondence.correspondence import Correspondence
+from clafusion.correspondence.duplicated_channels import copying_plans, with_copied_channels
 from clafusion.correspondence.moving import move_state
 from clafusion.correspondence.structure import structured_state
 from clafusion.errors import StructureError
-from clafusion.execution.call import call_model, flatten_tensors
+from clafusion.execution.call import call_model, flatten_tensors, rounding_of
+from clafusion.execution.walk import run_widened
 from clafusion.tracing.model import TracedModel
 from clafusion.weights.build import with_state
 
@@ -40,7 +41,7 @@ def inserted_model(target: nn.Module, correspondence: Correspondence) -> nn.Modu
             "the source with the target's layers does not run: a width is fixed in the target "
             f"module's code ({error})"
         ) from error
-    _compare(found, correspondence)
+    _compare(found, _wanted(correspondence), correspondence)
     return built
 
 
@@ -50,8 +51,8 @@ def check_inserted(correspondence: Correspondence) -> None:
     Where the target's module takes the source's widths, it runs with the source's weights. Where
     its code fixes a width, or has another number of heads, a copy of the source with fewer
     different channels and heads is brought to the target's widths, which leaves that copy's
-    function as it is: see :mod:`clafusion.correspondence.copies`. Both check all that no comparison
-    of operations sees, such as what a block reads from another one.
+    function as it is: see :mod:`clafusion.correspondence.duplicated_channels`. Both check all that
+    no comparison of operations sees, such as what a block reads from another one.
 
     It cannot run where copies of a channel add up (a head of another size: the function is not
     kept, and :class:`WidthWarning` says so), or where widths have no common divisor. Then what lies
@@ -64,15 +65,14 @@ def check_inserted(correspondence: Correspondence) -> None:
     """
     target = correspondence.target
     if target.united_heads or _has_heads_of_another_size(correspondence):
-        if set(_between(correspondence.source)) != set(_between(target)):
-            raise StructureError(_reason(correspondence))
+        _compare_operations(correspondence)
         _check_by_copies(correspondence)
         return
     state = structured_state(correspondence)
     if all(state[name].shape == one.shape for name, one in target.state().items()):
         with torch.no_grad():
             found = _tensors(target.run(target.example_inputs, state=state))
-        _compare(found, correspondence)
+        _compare(found, _wanted(correspondence), correspondence)
     else:
         built = with_state(target.model, state, target.aliases)
         try:
@@ -80,21 +80,30 @@ def check_inserted(correspondence: Correspondence) -> None:
         except RuntimeError:
             _check_by_copies(correspondence)
             return
-        _compare(found, correspondence)
+        _compare(found, _wanted(correspondence), correspondence)
 
 
 def _check_by_copies(correspondence: Correspondence) -> None:
     plans = copying_plans(correspondence)
     if plans is None:
+        _compare_operations(correspondence)
         return
     copies = with_copied_channels(correspondence, plans.within_source)
     target, source = copies.target, copies.source
-    with torch.no_grad():
-        state = {**target.state(), **move_state(copies, plans.into_target)}
-        wanted = source.output_tensors(target.example_inputs)
-        found = _tensors(target.run(target.example_inputs, state=state))
-    if all(bool(one.isfinite().all()) for one in wanted):
-        _compare(found, copies)
+    state = {**target.state(), **move_state(copies, plans.into_target)}
+    with torch.no_grad():  # in float64, for copies are divided and added up
+        wanted, of_source = run_widened(source, target.example_inputs, source.state())
+        found, of_target = run_widened(target, target.example_inputs, state)
+        if of_source != of_target:
+            wanted = source.run(target.example_inputs)
+            found = target.run(target.example_inputs, state=state)
+    if all(bool(one.isfinite().all()) for one in _tensors(wanted)):
+        _compare(_tensors(found), _tensors(wanted), copies)
+
+
+def _compare_operations(correspondence: Correspondence) -> None:
+    if set(_between(correspondence.source)) != set(_between(correspondence.target)):
+        raise StructureError(_reason(correspondence))
 
 
 def _has_heads_of_another_size(correspondence: Correspondence) -> bool:
@@ -120,16 +129,22 @@ def _outputs_of(built: nn.Module, correspondence: Correspondence) -> list[Tensor
         built.train(mode)
 
 
-def _compare(found: Sequence[Tensor], correspondence: Correspondence) -> None:
+def _wanted(correspondence: Correspondence) -> list[Tensor]:
+    """Return what the source puts out, on the target's example inputs."""
     with torch.no_grad():
-        inputs = correspondence.target.example_inputs
-        wanted = correspondence.source.output_tensors(inputs)
+        return correspondence.source.output_tensors(correspondence.target.example_inputs)
+
+
+def _compare(
+    found: Sequence[Tensor], wanted: Sequence[Tensor], correspondence: Correspondence
+) -> None:
+    bound = rounding_of(correspondence.source.state().values())
     for one, other in zip(found, wanted, strict=True):
         if other.numel() == 0:
             continue
         one, other = one.double(), other.double()
         gap = float((one - other).abs().max())
-        if not gap <= 1e-3 * max(float(other.abs().max()), 1e-30):
+        if not gap <= bound * max(float(other.abs().max()), 1e-30):
             raise StructureError(
                 f"in the result's structure the network's outputs change by {gap:.1e}: "
                 f"{_reason(correspondence)}"

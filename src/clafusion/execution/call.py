@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from clafusion.errors import InputError
 
-__all__ = ["State", "call_model", "device_of", "flatten_tensors", "usable_device"]
+__all__ = [
+    "State",
+    "call_model",
+    "device_of",
+    "flatten_tensors",
+    "rounding_of",
+    "usable_device",
+]
 
 State: TypeAlias = Mapping[str, Tensor]
 """Parameters and buffers by name, as in ``Module.state_dict()``."""
@@ -50,6 +57,15 @@ def flatten_tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in a nested output, in order."""
     leaves, _ = torch.utils._pytree.tree_flatten(value)
     yield from (leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def rounding_of(weights: Iterable[Tensor]) -> float:
+    """Return how far two ways to compute the same may be apart, relative to the largest output.
+
+    PyTorch has several kernels for one operation, of which a model and its graph may take two.
+    """
+    types = {one.dtype for one in weights}
+    return 3e-2 if types & {torch.float16, torch.bfloat16} else 1e-3
 
 
 def device_of(model: nn.Module) -> torch.device | None:

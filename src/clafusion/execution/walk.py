@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from clafusion.execution.call import State
+from clafusion.execution.lazy import LazyState
 from clafusion.execution.writes import written_inputs
 
-__all__ = ["Executable", "RowState", "Walk", "in_lockstep", "run_graph"]
+__all__ = ["WIDER", "Executable", "RowState", "Walk", "in_lockstep", "run_graph", "run_widened"]
 
 _LARGE = 1 << 21  # elements: a weight of more is read by rows, from a state that can
 
@@ -68,6 +69,31 @@ def run_graph(
     return Walk(graph, inputs, state, set(), replace=replace).finish()
 
 
+WIDER: Mapping[torch.dtype, torch.dtype] = dict.fromkeys(
+    (torch.float32, torch.float16, torch.bfloat16), torch.float64
+)
+"""The types that a widened run replaces by float64."""
+
+
+def run_widened(
+    graph: Executable, inputs: tuple[Tensor, ...], state: State
+) -> tuple[tuple[Any, ...], bool]:
+    """Return a graph's outputs in float64, and True; else, where it fixes a type, those of its own.
+
+    Parameters are those of :func:`run_graph`.
+    """
+
+    def wide(value: Tensor) -> Tensor:
+        return value.double() if value.is_floating_point() else value
+
+    try:
+        widened = LazyState(state, lambda name: wide(state[name]))
+        walk = Walk(graph, tuple(wide(one) for one in inputs), widened, set(), WIDER)
+        return walk.finish(), True
+    except RuntimeError:
+        return run_graph(graph, inputs, state), False
+
+
 def in_lockstep(walks: Sequence[Walk]) -> Iterator[fx.Node]:
     """Run several walks of one graph side by side; yield each node when all have run it."""
     for steps in zip(*walks, strict=True):
@@ -79,8 +105,8 @@ class Walk:
 
     Each node runs once. The walk drops a value when no later node needs it. It keeps the values
     named in ``keep`` until :meth:`release`, as their nodes made them, even if a later operation
-    changes their memory in place. An operation that changes a
-    parameter or a buffer in place changes a copy.
+    changes their memory in place. An operation that changes a parameter or a buffer in place
+    changes a copy.
 
     Parameters
     ----------
@@ -126,7 +152,7 @@ class Walk:
             name = next(names)
             if name is None:
                 self._values[node] = next(feed)
-            elif node in written:
+            elif node.name in written:
                 self._values[node] = state[name].clone()
             else:
                 self._parameters[node] = name

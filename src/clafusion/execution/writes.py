@@ -11,19 +11,22 @@ from torch import fx
 
 __all__ = ["written_inputs"]
 
-_known: WeakKeyDictionary[fx.GraphModule, Mapping[fx.Node, fx.Node]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[fx.GraphModule, Mapping[str, str]] = WeakKeyDictionary()
 
 
-def written_inputs(module: fx.GraphModule) -> Mapping[fx.Node, fx.Node]:
-    """Return the graph's inputs that an operation changes, directly or by a view, and which."""
+def written_inputs(module: fx.GraphModule) -> Mapping[str, str]:
+    """Map each input that is changed in place, directly or through a view, to what changes it.
+
+    Both by the names of their nodes: nodes would keep the graph alive.
+    """
     if module not in _known:
         _known[module] = _written_inputs(module)
     return _known[module]
 
 
-def _written_inputs(module: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+def _written_inputs(module: fx.GraphModule) -> dict[str, str]:
     memory_of: dict[fx.Node, fx.Node] = {}  # of what shares memory with an input
-    written: dict[fx.Node, fx.Node] = {}
+    written: dict[str, str] = {}
     for node in module.graph.nodes:
         if node.op == "placeholder":
             memory_of[node] = node
@@ -36,7 +39,7 @@ def _written_inputs(module: fx.GraphModule) -> dict[fx.Node, fx.Node]:
             for argument, value in zip(schema.arguments, node.args, strict=False):
                 writes = argument.alias_info is not None and argument.alias_info.is_write
                 if writes and isinstance(value, fx.Node) and value in memory_of:
-                    written.setdefault(memory_of[value], node)
+                    written.setdefault(memory_of[value].name, node.name)
             if source is not None and schema.returns and schema.returns[0].alias_info is not None:
                 memory_of[node] = source
         elif node.target is operator.getitem and source is not None:

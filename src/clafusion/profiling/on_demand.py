@@ -9,6 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from clafusion.errors import StructureError
 from clafusion.execution.call import State
 from clafusion.execution.walk import Walk
 from clafusion.tracing.model import TracedModel
@@ -16,7 +17,7 @@ from clafusion.tracing.model import TracedModel
 __all__ = ["RowKey", "RowsOnDemand", "with_columns"]
 
 RowKey: TypeAlias = tuple[int, int]
-"""A hook point: its layer, and which of the layer's."""
+"""A hook point: its layer and its index in that layer."""
 
 _KEPT = 2  # hook points whose rows stay
 
@@ -25,7 +26,8 @@ class RowsOnDemand(Mapping[RowKey, Tensor]):
     """Rows by hook point, each made when it is read.
 
     All rows of a large network take many times the memory of its weights. Reading them in the
-    graph's order costs one more pass, and each step back another one.
+    graph's order costs one more pass of the network, and each step back another one. Neither the
+    inputs nor the weights may change before :meth:`close`.
 
     Parameters
     ----------
@@ -36,7 +38,12 @@ class RowsOnDemand(Mapping[RowKey, Tensor]):
     inputs
         All inputs, in parts that run side by side.
     sampled
-        Called with a node, its values and the number of inputs of each, and 0; returns the rows.
+        Returns the rows of a node, given its values and the number of inputs of each.
+
+    Raises
+    ------
+    StructureError
+        When rows are read after :meth:`close`.
     """
 
     def __init__(
@@ -45,7 +52,7 @@ class RowsOnDemand(Mapping[RowKey, Tensor]):
         state: State,
         nodes: Mapping[RowKey, str],
         inputs: Sequence[tuple[Tensor, ...]],
-        sampled: Callable[[str, Sequence[Tensor], Sequence[int], int], Tensor],
+        sampled: Callable[[str, Sequence[Tensor], Sequence[int]], Tensor],
     ) -> None:
         self._model, self._state, self._nodes = model, state, nodes
         self._inputs, self._sampled = inputs, sampled
@@ -54,9 +61,15 @@ class RowsOnDemand(Mapping[RowKey, Tensor]):
         self._walks: list[Walk] = []
         self._wanted: set[str] = set()
         self._at = 0
+        self._is_closed = False
 
     def __getitem__(self, key: RowKey) -> Tensor:
         node = self._nodes[key]
+        if self._is_closed:
+            raise StructureError(
+                "the rows of large networks are gone when their fusion ends: take the profiles of "
+                "clafusion.align, which keep them"
+            )
         if node in self._last:
             self._last.move_to_end(node)
             return self._last[node]
@@ -66,7 +79,7 @@ class RowsOnDemand(Mapping[RowKey, Tensor]):
         with torch.no_grad():
             values = [walk.reach(node) for walk in self._walks]
             counts = [one[0].size(0) for one in self._inputs]
-            rows = self._sampled(node, values, counts, 0)
+            rows = self._sampled(node, values, counts)
         for walk in self._walks:
             walk.release(node)
         self._at = self._order[node]
@@ -84,9 +97,9 @@ class RowsOnDemand(Mapping[RowKey, Tensor]):
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def forget(self) -> None:
-        """Let go of the values of the pass at hand."""
-        self._walks, self._at = [], 0
+    def close(self) -> None:
+        """Let go of the inputs and all values: whoever reads rows from now on gets an error."""
+        self._inputs, self._walks, self._is_closed = (), [], True
         self._last.clear()
 
     def _restart(self) -> None:
@@ -94,7 +107,7 @@ class RowsOnDemand(Mapping[RowKey, Tensor]):
         self._walks = [Walk(self._model, one, self._state, self._wanted) for one in self._inputs]
 
 
-class _Columns(Mapping[RowKey, Tensor]):
+class _SelectedColumns(Mapping[RowKey, Tensor]):
     """Rows of which some columns are taken, each when it is read.
 
     Parameters
@@ -109,14 +122,10 @@ class _Columns(Mapping[RowKey, Tensor]):
         self, rows: Mapping[RowKey, Tensor], columns: Mapping[RowKey, Tensor | None]
     ) -> None:
         self._rows, self._columns = rows, columns
-        self._last: tuple[RowKey, Tensor] | None = None
 
     def __getitem__(self, key: RowKey) -> Tensor:
         columns = self._columns[key]
-        if self._last is None or self._last[0] != key:
-            rows = self._rows[key]
-            self._last = key, rows if columns is None else rows[:, columns]
-        return self._last[1]
+        return self._rows[key] if columns is None else self._rows[key][:, columns]
 
     def __contains__(self, key: object) -> bool:
         return key in self._columns
@@ -133,5 +142,5 @@ def with_columns(
 ) -> Mapping[RowKey, Tensor]:
     """Return some hook points' rows with other columns: those at these indices, or all for None."""
     if not isinstance(rows, dict):
-        return _Columns(rows, columns)
+        return _SelectedColumns(rows, columns)
     return {key: rows[key] if one is None else rows[key][:, one] for key, one in columns.items()}

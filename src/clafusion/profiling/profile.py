@@ -3,7 +3,8 @@
 One pass over the data for each model, streamed. Two things are kept, both of a fixed size however
 long the data: a Gram matrix for each layer, over the first ``alignment_samples`` inputs, and for
 each hook point the channels' values at ``matching_rows`` randomly chosen (input, position) pairs,
-the same pairs for every model.
+the same pairs for every model. Where these values would take more than 1 GB they can be made by
+further passes instead: see :mod:`clafusion.profiling.on_demand`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -40,6 +42,7 @@ from clafusion.tracing.operations import batch_axis, module_path
 __all__ = [
     "ModelProfile",
     "gram_matrix",
+    "gram_of_parts",
     "profile_models",
 ]
 
@@ -158,7 +161,7 @@ def profile_models(
     on_demand = (
         on_demand
         and max_inputs is None
-        and _fill_memory(models, data, alignment_samples, matching_rows)
+        and _rows_are_large(models, data, alignment_samples, matching_rows)
     )
     recorders = [
         _Recorder(
@@ -207,12 +210,12 @@ def profile_models(
     return [replace(one, batch_sizes=tuple(sizes)) for one in profiles] if moments else profiles
 
 
-def _fill_memory(models: Sequence[TracedModel], data: Data, samples: int, most: int) -> bool:
+def _rows_are_large(models: Sequence[TracedModel], data: Data, samples: int, most: int) -> bool:
     """Say whether rows of few inputs, which come in one order, would take much memory."""
     if not keeps_order(data) or has_rows(data, samples + 1):
         return False
     first = models[0]
-    read = batches(data, first.example_inputs, first.keywords, device=first.device)
+    read = batches(data, first.example_inputs, first.keywords)
     count = sum(inputs[0].size(0) for inputs in read)
     points = (point for one in models for layer in one.layers for point in layer.hook_points)
     numbers = sum(
@@ -392,7 +395,9 @@ class _Recorder:
         of_places = {place: node for node, places in self.points.items() for place, _ in places}
         rows: Mapping[tuple[int, int], Tensor]
         if self.on_demand:
-            rows = RowsOnDemand(self.model, self.state, of_places, self.seen, self.sampled)
+            rows = RowsOnDemand(
+                self.model, self.state, of_places, self.seen, partial(self.sampled, start=0)
+            )
         else:
             rows = {place: self.rows[node] for place, node in of_places.items()}
         count = len(self.model.layers)
@@ -475,19 +480,19 @@ def gram_matrix(flat: Tensor) -> Tensor:
     return total
 
 
-def gram_of_parts(parts: Sequence[Tensor]) -> Tensor:
+def gram_of_parts(flat: Sequence[Tensor]) -> Tensor:
     """Return :func:`gram_matrix` of samples in parts, of which no second copy is made.
 
     The bytes are the same: the kernel adds up blocks of so many features anyway.
     """
-    features = parts[0].size(1)
-    if parts[0].device.type != "cpu" or sum(one.numel() for one in parts) <= _WIDE:
-        return gram_matrix(torch.cat(list(parts)))
-    count = sum(len(one) for one in parts)
+    features = flat[0].size(1)
+    if flat[0].device.type != "cpu" or sum(one.numel() for one in flat) <= _WIDE:
+        return gram_matrix(torch.cat(list(flat)))
+    count = sum(len(one) for one in flat)
     total = np.zeros((count, count))
     width = max(_WIDE // (count * _BLOCK_FEATURES), 1) * _BLOCK_FEATURES
     for start in range(0, features, width):
-        block = torch.cat([one[:, start : start + width] for one in parts])
+        block = torch.cat([one[:, start : start + width] for one in flat])
         total = _native.gram(block, out=total)
     return torch.from_numpy(total)
 

@@ -69,14 +69,15 @@ def refuse_changed_inputs(module: fx.GraphModule, placeholders: Sequence[str | N
     UnsupportedOpError
         An operation works in place on an input or on a view of an input.
     """
-    nodes = [node for node in module.graph.nodes if node.op == "placeholder"]
-    inputs = {node for node, name in zip(nodes, placeholders, strict=True) if name is None}
-    for changed, node in written_inputs(module).items():
+    nodes = {node.name: node for node in module.graph.nodes}
+    arguments = [node.name for node in nodes.values() if node.op == "placeholder"]
+    inputs = {one for one, name in zip(arguments, placeholders, strict=True) if name is None}
+    for changed, by in written_inputs(module).items():
         if changed in inputs:
             raise UnsupportedOpError(
-                f"the model changes its input in place ({op_name(node)} in "
-                f"{module_path(node) or 'forward'}), which would change the data: write it without "
-                "the underscore or inplace=True"
+                f"the model changes its input in place ({op_name(nodes[by])} in "
+                f"{module_path(nodes[by]) or 'forward'}), which would change the data: write it "
+                "without the underscore or inplace=True"
             )
 
 

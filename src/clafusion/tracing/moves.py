@@ -136,7 +136,7 @@ def moved_rows(
     if len(wholes) < len(steps) or any(one.target.size != shape for one in wholes):
         return None
     for move in reversed(wholes):
-        rows = move.indices[0][rows] if 0 in move.indices else rows
+        rows = move.indices[0][rows.cpu()].to(rows) if 0 in move.indices else rows
     values = rows_of(rows)
     for move in wholes:
         for axis, index in move.indices.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -230,7 +229,7 @@ def _check_model(model: nn.Module) -> None:
             )
         if tensor.is_meta:
             raise InputError(f"parameter {name!r} is on the meta device: load its values first")
-        if math.isfinite(float(tensor.detach().sum())):
+        if bool(tensor.detach().sum().isfinite()):
             continue  # a sum takes no memory, unlike a mask
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:

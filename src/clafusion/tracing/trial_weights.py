@@ -123,4 +123,4 @@ class BaseWeights:
             drawn += 0.5
         else:
             drawn = drawn.sub_(0.5).mul_(2 * (6 / max(math.prod(own.shape[1:]), 1)) ** 0.5)
-        return drawn.to(own.device, None if own.dtype == torch.float64 else own.dtype)
+        return drawn.to(own.device, own.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from clafusion.errors import GraphVerificationError
-from clafusion.execution.call import State, call_model, flatten_tensors
-from clafusion.execution.walk import Walk, in_lockstep
+from clafusion.execution.call import State, call_model, flatten_tensors, rounding_of
+from clafusion.execution.lazy import LazyState
+from clafusion.execution.walk import WIDER, Walk, in_lockstep
 from clafusion.execution.writes import written_inputs
 from clafusion.tracing.copies import evaluation_copy
 from clafusion.tracing.heads import exchange_moves, possible_heads, possible_shared_heads
@@ -27,10 +29,8 @@ __all__ = ["computes_the_same", "verify_graph", "with_proved_heads"]
 # Relative to the largest output. Float64 leaves 1e-16 a rounding, and deep networks amplify it.
 # Other types are the fallback for graphs that do not run in float64.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-_HALF = 3e-2  # in half precision: some units in the last place
 _NOISE = 1e-12  # relative to each weight: thousands of roundings in float64
 _MOST = 1e-6  # the largest bound for float64, however much a network amplifies
-_WIDER = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64)
 _PART = 1 << 20  # elements that are compared at a time
 _AT_RANDOM = (
     "the model may depend on state or randomness: make its forward deterministic in eval mode"
@@ -41,12 +41,12 @@ def verify_graph(traced: TracedModel, inputs: tuple[Tensor, ...], *, seed: int =
     """Prove that permuting channels and exchanging heads leaves the model's outputs as they are.
 
     Each channel group moves by a cycle through all its channels, and by a swap of two channels;
-    the heads of each layer likewise. A cycle and a swap generate every permutation. The cycle moves
-    random weights, for a gate at zero would hide a mistake behind it, and the swap the model's own;
-    both do where random weights overflow.
+    the heads of each layer likewise. A cycle and a swap generate every permutation. Both move
+    random weights, for a gate at zero would hide a mistake behind it. The model's own weights are
+    moved by the cycle, and by the swap as well where random weights overflow.
 
-    The model itself runs once, and the traced graph has to compute the same. The rest are four
-    walks of the graph: for both sorts of weights one as they are and one after the move, side by
+    The model itself runs once, and the traced graph has to compute the same. The rest are five
+    walks of the graph: for both sorts of weights one as they are and one after each move, side by
     side. Each walk makes a tensor when a node reads it, so that no copy of the model is held. The
     walks compute in float64, whatever the model's types, where the graph admits that. The bound is
     then 1e-9 of the largest output, or what noise of 1e-12 in every weight makes of the outputs,
@@ -69,7 +69,7 @@ def verify_graph(traced: TracedModel, inputs: tuple[Tensor, ...], *, seed: int =
     """
     trial = _Trial(traced, inputs, seed)
     trial.check_fidelity()
-    if trial.leaves_outputs(*_moves(trial, traced.groups, traced.heads)):
+    if trial.keeps_outputs(*_moves(trial, traced.groups, traced.heads)):
         return
     _verify_groups(trial)
     if not _can_be_exchanged(traced.heads, trial):
@@ -117,7 +117,7 @@ def with_proved_heads(
     with_finest = replace(traced, heads=tuple(heads))
     shared = possible_shared_heads(with_finest)
     groups = traced.groups if verify else ()
-    if trial.leaves_outputs(*_moves(trial, groups, [*heads, *shared])):
+    if trial.keeps_outputs(*_moves(trial, groups, [*heads, *shared])):
         return replace(traced, heads=(*heads, *shared))
     if verify:
         _verify_groups(trial)
@@ -155,10 +155,10 @@ def _verify_groups(trial: _Trial) -> None:
     """Raise where permuting channels, but no heads, changes the outputs."""
     groups = trial.traced.groups
     moves = _moves(trial, groups, ())
-    if trial.leaves_outputs(*moves):
+    if trial.keeps_outputs(*moves):
         return
     gap, parting = trial.gap(*moves), trial.first_parting(*moves)
-    broken = [one for one in groups if not trial.leaves_outputs(*_moves(trial, [one], ()))]
+    broken = [one for one in groups if not trial.keeps_outputs(*_moves(trial, [one], ()))]
     named = ", ".join(f"{group.name!r} ({group.size} channels)" for group in broken[:5])
     more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
     raise GraphVerificationError(
@@ -202,7 +202,7 @@ def _is_same(before: object, after: object) -> bool:
 
 def _can_be_exchanged(heads: Sequence[HeadPartition], trial: _Trial) -> bool:
     """Return whether heads can change places, those of each partition in an order of its own."""
-    return not heads or trial.leaves_outputs(*_moves(trial, (), heads))
+    return not heads or trial.keeps_outputs(*_moves(trial, (), heads))
 
 
 class _Trial:
@@ -249,12 +249,8 @@ class _Trial:
         return _difference(own, self._of_model)
 
     def is_faithful(self, gap: float) -> bool:
-        """Return whether outputs in the model's own types differ by no more than their roundings.
-
-        PyTorch has several kernels for one operation, of which a model and its graph may take two.
-        """
-        types = {one.dtype for one in self._own.values() if one.is_floating_point()}
-        return gap <= (_HALF if types & {torch.float16, torch.bfloat16} else 1e-3)
+        """Return whether outputs differ by no more than the model's own types round."""
+        return gap <= rounding_of(self._own.values())
 
     def check_fidelity(self) -> None:
         """Raise where the graph computes something else than the model."""
@@ -286,7 +282,7 @@ class _Trial:
         worst = 0.0
         for redrawn in (True, False):
             finite = all(bool(one.isfinite().all()) for one in self._expected.get(True, ()))
-            several = [cycle] if redrawn else [swap] if finite else [cycle, swap]
+            several = [cycle, swap] if redrawn or not finite else [cycle]
             worst = max([worst, *self._gaps(redrawn, several)])
         return worst
 
@@ -309,10 +305,10 @@ class _Trial:
             inputs = tuple(
                 one.to(self._dtype) if one.is_floating_point() else one for one in inputs
             )
-        types = {} if self._dtype is None else _WIDER
+        types = {} if self._dtype is None else WIDER
         return Walk(self.traced, inputs, weights, set(), types)
 
-    def leaves_outputs(self, cycle: Moves, swap: Moves) -> bool:
+    def keeps_outputs(self, cycle: Moves, swap: Moves) -> bool:
         """Return whether moves of the weights move the outputs by no more than rounding."""
         gap = self.gap(cycle, swap)
         if gap > self.bound and not self._bound_is_final and gap <= _MOST:
@@ -322,22 +318,30 @@ class _Trial:
 
     def _amplified(self) -> float:
         """Return how far noise in the weights moves the outputs: deep networks amplify rounding."""
-        noise = torch.Generator().manual_seed(self._seed)
         worst = 0.0
         for redrawn, expected in self._expected.items():
-            noisy = {}
-            for name, value in TrialWeights(self._weights[redrawn], self._dtype, {}).items():
-                signs = torch.randint(0, 2, value.shape, generator=noise) * 2.0 - 1.0
+            weights = TrialWeights(self._weights[redrawn], self._dtype, {})
+
+            def noisy(name: str, weights: State = weights) -> Tensor:
+                value = weights[name]
+                seed = zlib.crc32(name.encode()) + self._seed
+                signs = torch.randint(
+                    0, 2, value.shape, generator=torch.Generator().manual_seed(seed)
+                )
                 is_float = value.is_floating_point()
-                noisy[name] = value * (1 + _NOISE * signs.to(value)) if is_float else value
+                return value * (1 + _NOISE * (2.0 * signs - 1).to(value)) if is_float else value
+
+            walk = self._walk(LazyState(weights, noisy))
             with torch.no_grad():
-                outputs = list(flatten_tensors(list(self._walk(noisy).finish())))
-            gap = _difference(outputs, expected)
+                gap = _difference(list(flatten_tensors(list(walk.finish()))), expected)
             worst = max(worst, gap if math.isfinite(gap) else 0.0)
         return worst
 
     def first_parting(self, *several: Moves) -> str:
-        """Say at which operation the values first differ by more than a permutation does."""
+        """Say at which operation random weights' values first differ by more than their order.
+
+        Empty where only the model's own weights show a difference.
+        """
         for moves in several:
             weights = self._weights[True]
             walks = [self._walk(TrialWeights(weights, self._dtype, one)) for one in ({}, moves)]

@@ -33,7 +33,7 @@ def _without(module: nn.Module, names: Collection[str]) -> nn.Module:
     """Return a copy of a module in which parameters of some names are yet to be filled."""
     empty = {
         id(one): nn.Parameter(torch.empty_like(one), one.requires_grad)
-        for name, one in module.named_parameters(remove_duplicate=False)
+        for name, one in module.named_parameters()
         if name in names and type(one) is nn.Parameter and not vars(one)
     }
     return copy.deepcopy(module, empty)

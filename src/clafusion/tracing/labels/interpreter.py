@@ -111,7 +111,7 @@ class LabelPropagation:
             if node.op == "placeholder":
                 name = next(sources)
                 value = next(feed) if name is None else self.state[name]
-                values[node] = value.clone() if node in written else value
+                values[node] = value.clone() if node.name in written else value
                 self.labels[node] = self._placeholder(name, values[node])
             elif node.op == "get_attr":
                 values[node] = getattr(module, str(node.target))

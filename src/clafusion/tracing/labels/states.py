@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from clafusion.execution.call import State, flatten_tensors
-from clafusion.execution.walk import run_graph
+from clafusion.execution.call import flatten_tensors
+from clafusion.execution.walk import WIDER, Walk, in_lockstep
 from clafusion.tracing.labels.ids import collapse
 from clafusion.tracing.labels.interpreter import DraftUse, LabelPropagation
 from clafusion.tracing.labels.rule import Label, ParameterView
-from clafusion.tracing.trial_weights import BaseWeights
+from clafusion.tracing.model import ParameterUse
+from clafusion.tracing.moves import Moves, Place, moves_between
+from clafusion.tracing.trial_weights import BaseWeights, TrialWeights
 
 __all__ = ["find_states"]
 
@@ -132,52 +134,67 @@ def _crossed(
     inputs: tuple[Tensor, ...],
     found: Sequence[_States],
 ) -> set[fx.Node] | None:
-    """Return the nodes whose values change as states change places; None where outputs change."""
-    drawn = _redrawn(propagation)
+    """Return the nodes whose values change as states change places; None where outputs change.
 
-    def run(moving: Sequence[_States]) -> tuple[dict[fx.Node, Tensor], list[Tensor]]:
-        state, values = drawn, dict[fx.Node, Tensor]()
-        for states in moving:
-            state = _moved(propagation, state, states)
-
-        def keep(node: fx.Node, value: object) -> object:
-            if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-                values[node] = value.detach().clone()
-            return value
-
-        outputs = run_graph(graph, inputs, state, keep)
-        return values, list(flatten_tensors(list(outputs)))
-
-    plain, wanted = run([])
-    values, outputs = run(found)
-    _, partly = run([_States(states.atoms[:1], {}) for states in found])
-    if not _gap(outputs, wanted) <= _SAME * _gap(partly, wanted):
-        return None
-    return {node for node, value in values.items() if not _is_same(value, plain[node])}
+    In float64 where the graph runs in that, as roundings would look like a difference.
+    """
+    for dtype in (torch.float64, None):
+        try:
+            return _crossed_in(dtype, propagation, graph, inputs, found)
+        except RuntimeError:
+            if dtype is None:
+                raise
+    return None
 
 
-def _redrawn(propagation: LabelPropagation) -> dict[str, Tensor]:
-    """Return a state with random parameters: equal states would hide what sets them apart."""
+def _crossed_in(
+    dtype: torch.dtype | None,
+    propagation: LabelPropagation,
+    graph: _Graph,
+    inputs: tuple[Tensor, ...],
+    found: Sequence[_States],
+) -> set[fx.Node] | None:
     own = propagation.state
     floats = {name for name, value in own.items() if value.is_floating_point()}
-    weights = BaseWeights(own, frozenset(floats - propagation.buffers), 0)
-    return {name: weights.whole(name) for name in own}
+    base = BaseWeights(own, frozenset(floats - propagation.buffers), 0)
+    partly = [_States(states.atoms[:1], {}) for states in found]
+
+    def walk(moving: Sequence[_States]) -> Walk:
+        weights = TrialWeights(base, dtype, _moves(propagation, moving))
+        wide = (one.to(dtype) if one.is_floating_point() and dtype else one for one in inputs)
+        return Walk(graph, tuple(wide), weights, set(), WIDER if dtype else {})
+
+    walks = [walk([]), walk(found)]
+    crossed = set()
+    for node in in_lockstep(walks):
+        plain, value = (one.value(node) for one in walks)
+        is_float = isinstance(value, Tensor) and value.is_floating_point() and value.numel()
+        if is_float and not _is_same(value, plain):
+            crossed.add(node)
+    wanted, outputs, of_part = (
+        list(flatten_tensors(list(one.finish()))) for one in (*walks, walk(partly))
+    )
+    return crossed if _gap(outputs, wanted) <= _SAME * _gap(of_part, wanted) else None
 
 
-def _moved(propagation: LabelPropagation, state: State, states: _States) -> dict[str, Tensor]:
-    """Return the parameters with each of the states in the next one's place."""
-    moved, order = dict(state), torch.arange(len(states.atoms[0])).roll(1)
-    for atoms in states.atoms:
-        for use, axis, positions, members in _places(propagation, atoms):
-            moved[use.name] = moved[use.name].clone()
-            view = moved[use.name].as_strided(use.size, use.stride, use.offset)
-            # Of an atom that stands in several places all move, in order.
-            places = positions[members.argsort(stable=True)].view(len(atoms), -1)
-            rows = view.index_select(axis, places[order].flatten().to(view.device))
-            view.index_copy_(axis, places.flatten().to(view.device), rows)
-    for name, axis in states.fading.items():
-        moved[name] = moved[name].index_select(axis, order.to(moved[name].device))
-    return moved
+def _moves(propagation: LabelPropagation, moving: Sequence[_States]) -> Moves:
+    """Return the moves that bring each of the states to the next one's place."""
+    pairs: list[tuple[Place, Place]] = []
+    for states in moving:
+        order = torch.arange(len(states.atoms[0])).roll(1)
+        for atoms in states.atoms:
+            for draft, axis, positions, members in _places(propagation, atoms):
+                use = ParameterUse(
+                    draft.name, draft.role, draft.size, draft.stride, draft.offset, -1
+                )
+                # Of an atom that stands in several places all move, in order.
+                places = positions[members.argsort(stable=True)].view(len(atoms), -1)
+                pairs.append(((use, axis, places), (use, axis, places[order])))
+        for name, axis in states.fading.items():
+            tensor = propagation.state[name]
+            use = ParameterUse(name, "element", tuple(tensor.shape), tensor.stride(), 0, -1)
+            pairs.append(((use, axis, torch.arange(len(order))), (use, axis, order)))
+    return moves_between(pairs)
 
 
 def _gap(outputs: Sequence[Tensor], others: Sequence[Tensor]) -> float:
