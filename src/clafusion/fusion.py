@@ -179,7 +179,7 @@ def _aligned(
     *,
     on_demand: bool = False,
 ) -> AlignedModels:
-    """Trace, profile and align; rows ``on_demand`` where all is over before the data can change."""
+    """Trace, profile and align; with ``on_demand`` for a fusion that closes the rows at its end."""
     clock = Clock(device_of(next(iter(named.values()))))
     with clock.stage("trace"):
         traced = [

@@ -166,7 +166,7 @@ def config_from(
 
 
 def expected_inputs(count: int, config: FusionConfig) -> dict[str, int]:
-    """Return of how many of ``count`` inputs in a tensor each stage tells ``progress`` in the end.
+    """Return how many of ``count`` inputs each stage will have reported when it ends.
 
     It is a guess before the models are traced: of models that admit one batch size only nothing is
     held out, and least squares takes fewer inputs where memory is short.

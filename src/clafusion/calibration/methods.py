@@ -136,7 +136,7 @@ def _least_squares(
 
 
 def _rescaled(problem: FusionProblem, goals: Collection[str]) -> set[str]:
-    """Return the parameters of which REPAIR rescales what they put out, at nodes with goals."""
+    """Return the parameters whose outputs REPAIR rescales: those with goals."""
     target = problem.target
     nodes = {node.name: node for node in target.module.graph.nodes}
     found = set()

@@ -72,7 +72,7 @@ def _general(
         typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
-    """Take what is said before a command."""
+    """Take the options that stand before a command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

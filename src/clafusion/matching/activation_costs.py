@@ -256,7 +256,7 @@ def _pair_costs(
     yield from ((i, cost_of(i)) for i, count in enumerate(left) if count == 0)
     for (of_source_hook, of_target_hook), members in sorted(hooks.items(), key=_in_order):
         measured = None
-        # Of a target that is nobody's, or with heads moved, not everything shows.
+        # A composed target, or one whose heads moved, may lack some hook points.
         if of_target_hook in target.rows and of_source_hook in source.rows:
             x, y = source.rows[of_source_hook], target.rows[of_target_hook]
             measured = measure.at_hook(x, y) if len(x) == len(y) else None

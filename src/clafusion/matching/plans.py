@@ -149,7 +149,7 @@ def _solved(
     solver: Solver | str,
     others: Collection[int],
 ) -> tuple[dict[int, Tensor], set[int]]:
-    """Return the plans of the groups that show, but for ``others``; and the groups that do not.
+    """Return plans of the groups with informative costs, except ``others``, and the groups without.
 
     Costs are solved as they come, many at a time but few enough to be held.
     """

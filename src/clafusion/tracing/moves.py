@@ -64,7 +64,7 @@ class Move:
 
 
 Moves: TypeAlias = Mapping[str, tuple[tuple[Move, ...], ...]]
-"""For each parameter what moves, step by step; the moves of one step are of parts of their own."""
+"""For each parameter what moves, step by step; the moves of one step touch disjoint parts."""
 
 
 def moves_between(pairs: Iterable[tuple[Place, Place]]) -> dict[str, tuple[tuple[Move, ...], ...]]:
@@ -101,7 +101,7 @@ def permutation_moves(
 
 
 def moved(tensor: Tensor, steps: Sequence[Sequence[Move]]) -> Tensor:
-    """Return a contiguous tensor after some moves; the tensor itself stays as it is."""
+    """Return a contiguous tensor after some moves, contiguous as well; it stays as it is."""
     for moves in steps:
         if len(moves) == 1 and moves[0].is_whole and moves[0].target.size == tuple(tensor.shape):
             tensor = moves[0].taken(tensor)

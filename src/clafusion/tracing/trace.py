@@ -60,10 +60,10 @@ def trace(
         The model's inputs: a tensor, a tuple of tensors (positional) or a mapping (keywords).
         The first axis of each is the batch; the first three rows are used.
     verify
-        Permute every group of a copy at random and compare outputs. This costs a few forward
-        passes. Without it, a mistake of the analysis would go unnoticed.
+        Permute every group at random and compare outputs: see :func:`clafusion.verify_graph`. This
+        costs a few forward passes. Without it, a mistake of the analysis would go unnoticed.
     seed
-        Seed of those permutations.
+        Seed of those permutations and of the random weights.
 
     Raises
     ------

@@ -65,7 +65,7 @@ def verify_graph(traced: TracedModel, inputs: tuple[Tensor, ...], *, seed: int =
     ------
     GraphVerificationError
         The outputs differ; the message names the groups that change them on their own, and the
-        first operation at which the values part company.
+        first operation at which the values differ.
     """
     trial = _Trial(traced, inputs, seed)
     trial.check_fidelity()
