@@ -38,8 +38,8 @@ class FusionResult:
         ``"iterative"`` that of the last step; ``steps`` have the others.
     averaged
         The names of the weights (parameters of two or more axes) that the calibration left at the
-        average, as it cannot solve for them: see the page Concepts. Empty where it leaves all of them
-        there ("none", "batchnorm"). For the strategy ``"iterative"`` those of the last step.
+        average, as it cannot solve for them: see the page Concepts. Empty where it leaves all there
+        ("none", "batchnorm"). For the strategy ``"iterative"`` those of the last step.
     rounds
         How many times all parents were matched with the target.
     converged
