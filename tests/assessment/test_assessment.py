@@ -18,7 +18,7 @@ from clafusion import (
     fuse_pairs,
 )
 from clafusion.assessment.assess import warn_of
-from clafusion.assessment.comparison import is_nearer
+from clafusion.assessment.comparison import Comparison, is_nearer
 from clafusion.assessment.nearness import Nearness
 from clafusion.assessment.output_cache import OutputCache
 from clafusion.fusion import align, fuse_aligned
@@ -556,3 +556,12 @@ def test_outputs_of_any_form_are_assessed_or_left_out(shown, kind):
         models = [Shown(9, 0).eval(), Shown(7, 1).eval()]
         found = clafusion.fuse(models, data, calibration=calibration).assessment
         assert (None if found is None else found.kind) == kind
+
+
+def test_of_many_positions_with_many_classes_some_are_compared():
+    generator = torch.Generator().manual_seed(0)
+    outputs = [torch.randn(3, 100, 5000, generator=generator) for _ in range(3)]
+    every, some = (Comparison("classes", -1, (0.5, 0.5)) for _ in range(2))
+    every.add(outputs[:2], outputs[2])
+    some.add([one[:, ::2] for one in outputs[:2]], outputs[2][:, ::2])
+    assert every.assessment(["a", "b"], True) == some.assessment(["a", "b"], True)

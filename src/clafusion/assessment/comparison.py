@@ -13,6 +13,8 @@ from clafusion.assessment.nearness import FusionAssessment, Kind, Nearness
 __all__ = ["Comparison", "is_nearer"]
 
 _FAR = 100.0  # nats: a probability of 0 counts as exp(-100), so that one row does not hide all
+_MOST_NUMBERS = 1 << 18  # of an input's outputs that are compared, where it has many positions
+_LEAST_POSITIONS = 8
 _ROUNDING = 1e-12  # nats, which is none
 _NOISE, _ERRORS = 1e-4, 2.0  # a difference counts that is above both; the latter in standard errors
 
@@ -36,11 +38,12 @@ class Comparison:
     def add(self, parents: Sequence[Tensor], result: Tensor) -> None:
         """Add a chunk's outputs."""
         self.num_inputs += result.size(0)
-        outputs = [one.double() for one in (*parents, result)]
+        outputs = [*parents, result]
         if self._kind == "classes":
-            self._add_classes([one.movedim(self._axis, -1) for one in outputs])
+            chosen = [_some_positions(one.movedim(self._axis, -1)) for one in outputs]
+            self._add_classes([one.double() for one in chosen])
         else:
-            self._add_values(outputs)
+            self._add_values([one.double() for one in outputs])
 
     def _add_classes(self, outputs: list[Tensor]) -> None:
         if self._are_probabilities is None:
@@ -111,6 +114,18 @@ class Comparison:
         """Return how much the parents' mean varies; of a constant one its squares."""
         around = self._squares - float(self._total.square().sum()) / self.num_inputs
         return max(around if around > 1e-9 * self._squares else self._squares, 1e-30)
+
+
+def _some_positions(outputs: Tensor) -> Tensor:
+    """Return outputs ``(inputs, positions, classes)`` at some of many positions, evenly spaced.
+
+    A language model's neighbouring tokens, or an image's pixels, say little more than these.
+    """
+    if outputs.dim() < 3:
+        return outputs
+    flat = outputs.reshape(len(outputs), -1, outputs.size(-1))
+    most = max(_MOST_NUMBERS // flat.size(2), _LEAST_POSITIONS)
+    return flat[:, :: math.ceil(flat.size(1) / most)]
 
 
 def _mean(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -179,11 +179,16 @@ class Walk:
         return self._values.get(node)
 
     def finish(self) -> tuple[Any, ...]:
-        """Run all nodes that have not run yet; return the graph's outputs in one flat tuple."""
+        """Run all nodes that have not run yet; return the graph's outputs in one flat tuple.
+
+        Of the values only those stay that are kept.
+        """
         for node in self._rest:
             self._step(node)
-        outputs = fx.map_arg(self._module.graph.output_node().args[0], self._value)
-        return tuple(outputs)
+        outputs = tuple(fx.map_arg(self._module.graph.output_node().args[0], self._value))
+        for node in [node for node in self._values if node.name not in self._keep]:
+            del self._values[node]
+        return outputs
 
     def release(self, name: str) -> None:
         """Stop keeping a node's value; drop it unless a later node needs it."""

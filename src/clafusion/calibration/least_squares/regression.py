@@ -25,6 +25,7 @@ ANCHORS = (0.0, 0.8)
 """What ``"auto"`` tries."""
 
 _CHUNK = 125  # inputs whose patches are held at once
+_MOST_OUTPUTS = 1 << 25  # numbers in the outputs of a chunk
 _FEW = 8  # inputs of which a warning speaks
 _HELD = 1 << 32  # bytes of activations that all networks together may hold
 _VALUES = 3  # of a network that are alive at a time: what a layer reads and writes, and a goal
@@ -131,7 +132,9 @@ def _regressed(
     like = next(iter(fused.values()))
     where = next(iter(like.values())).device
     samples = min(settings.samples, _most_inputs(problem, len(fused)))
-    inputs = list(in_chunks(data, problem.target, samples, _CHUNK, device=where))
+    numbers = sum(math.prod(shape) for shape, _ in problem.target.outputs)
+    chunk = min(_CHUNK, max(_MOST_OUTPUTS // max(numbers, 1), _FEW))
+    inputs = list(in_chunks(data, problem.target, samples, chunk, device=where))
     num_inputs = sum(one[0].size(0) for one in inputs)
     if num_inputs < _FEW:
         warn(
