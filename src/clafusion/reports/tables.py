@@ -243,7 +243,7 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
     if result.assessment is not None:
         facts["assessed"] = result.assessment.verdict
     facts["verified"] = (
-        "yes, by permuting copies of all models" if config.verify else "no: verify is off"
+        "yes, by permuting the channels of all models" if config.verify else "no: verify is off"
     )
     facts["seconds"] = seconds_text(result.timings)
     if result.peak_memory:
