@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from clafusion import Barycentre, FusionConfig, Matching, Shallower, fuse, trace
-from clafusion.calibration import methods, scales
-from clafusion.correspondence import duplicated_channels, inserted
+from clafusion.calibration import methods
+from clafusion.correspondence import inserted
 from clafusion.fusion import align_profiles, fuse_aligned
-from clafusion.matching import head_order
 from clafusion.stages import Clock, profile_traced
-from clafusion.targets import sources, target
+from clafusion.targets import target
 from clafusion.tracing.groups import find_channels
+from clafusion.weights import build
 from clafusion.weights.build import with_state
 from tests.support import networks
 from tests.support.simulated_gpu import FarTensor, move, simulated_gpu
@@ -116,15 +116,7 @@ def assert_same_there(models, data, config, monkeypatch):
         made.append(built)  # so that no other module gets its id
         return built
 
-    for place in (
-        methods,
-        scales,
-        duplicated_channels,
-        inserted,
-        head_order,
-        sources,
-        target,
-    ):
+    for place in (build, methods, inserted, target):
         monkeypatch.setattr(place, "with_state", far_with_state)
     with simulated_gpu():
         found = run(graphs, data, config)

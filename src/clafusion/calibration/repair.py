@@ -190,9 +190,7 @@ def repair(
         scale, shift = _correction(
             measured[node].result(), goals.overall[node], point.bias is not None
         )
-        weight = repaired[point.weight]
-        rows = weight.double().movedim(point.weight_axis, -1) * scale
-        repaired[point.weight] = rows.movedim(-1, point.weight_axis).contiguous().to(weight)
+        repaired[point.weight] = point.scaled(repaired[point.weight], scale)
         if point.bias is not None:
             bias = repaired[point.bias]
             repaired[point.bias] = (bias.double() * scale + shift).to(bias)

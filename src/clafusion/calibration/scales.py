@@ -25,7 +25,7 @@ from clafusion.profiling.moments import BatchMoments
 from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import SAME_VALUES, bound_operands, op_name
-from clafusion.weights.build import with_state
+from clafusion.weights.build import with_weights
 
 __all__ = ["with_equal_scales"]
 
@@ -133,8 +133,7 @@ def _rescaled(parent: Parent, target: TracedModel, norms: list[_NormBehind]) -> 
         _rescale(state, partner, factor)
     if not factors:
         return parent
-    model = with_state(source.model, state, source.aliases)
-    copied = replace(source, model=model)
+    copied = with_weights(source, state)
     moments = parent.profile.moments
     if moments is not None:
         moments = tuple(_of_rescaled(one, factors) for one in moments)
@@ -168,9 +167,8 @@ def _wanted(
 def _rescale(state: dict[str, Tensor], norm: _NormBehind, factor: Tensor) -> None:
     """Multiply what a layer puts out by a factor for each channel; the norm undoes it."""
     point = norm.point
-    weight, variance = state[point.weight], state[norm.variance]
-    rows = weight.double().movedim(point.weight_axis, -1) * factor
-    state[point.weight] = rows.movedim(-1, point.weight_axis).contiguous().to(weight)
+    variance = state[norm.variance]
+    state[point.weight] = point.scaled(state[point.weight], factor)
     for name in (point.bias, norm.mean):
         if name is not None:
             state[name] = (state[name].double() * factor).to(state[name])

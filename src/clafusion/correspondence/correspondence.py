@@ -78,6 +78,12 @@ class Correspondence:
     products: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
+    def head_counts(self) -> Mapping[int, tuple[int, int]]:
+        """How many united heads the source and the target have, for the target's groups of such."""
+        pairs = zip(self.target.united_heads, self.source.united_heads, strict=True)
+        return {index: (of.count, to.count) for to, of in pairs for index in to.groups}
+
+    @cached_property
     def target_points(self) -> Mapping[str, CalibrationPoint]:
         """The target's calibration points by node."""
         return {one.node: one for layer in self.target.layers for one in layer.calibration_points}
@@ -289,11 +295,7 @@ def warn_of_counted_channels(correspondence: Correspondence, name: str = "the so
         The message names the channels. See :attr:`ChannelGroup.is_counted`.
     """
     target, source = correspondence.target, correspondence.source
-    heads = {
-        index: (other.count, one.count)
-        for one, other in zip(target.united_heads, source.united_heads, strict=True)
-        for index in one.groups
-    }
+    heads = correspondence.head_counts
     found: dict[tuple[int, int], list[str]] = {}
     for one, other in zip(target.groups, correspondence.groups, strict=True):
         if other < 0:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clafusion.correspondence.correspondence import Correspondence, identity_correspondence
 from clafusion.correspondence.moving import move_state
-from clafusion.weights.build import with_state
+from clafusion.weights.build import with_weights
 
 __all__ = ["CopyingPlans", "copying_plans", "with_copied_channels"]
 
@@ -45,11 +45,7 @@ def copying_plans(correspondence: Correspondence) -> CopyingPlans | None:
     those of other channels have no common divisor, so that nothing of a network would be left.
     """
     target, source = correspondence.target, correspondence.source
-    counts = {
-        index: (of.count, to.count)
-        for to, of in zip(target.united_heads, source.united_heads, strict=True)
-        for index in to.groups
-    }
+    counts = correspondence.head_counts
     sizes: dict[int, list[tuple[int, int]]] = {}  # of the source's group: (heads, channels of one)
     for one, other in zip(target.groups, correspondence.groups, strict=True):
         if other < 0:
@@ -99,8 +95,4 @@ def with_copied_channels(
     source = correspondence.source
     moved = move_state(identity_correspondence(source), within)
     state = {**source.state(), **moved}
-    constants = {name: state[name] for name in source.constants}
-    copied = replace(
-        source, model=with_state(source.model, state, source.aliases), constants=constants
-    )
-    return replace(correspondence, source=copied)
+    return replace(correspondence, source=with_weights(source, state))

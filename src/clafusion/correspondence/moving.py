@@ -53,7 +53,7 @@ def move_state(
     correspondence: Correspondence,
     plans: Sequence[Tensor | None],
     normalisation: str = "two",
-) -> LazyState:
+) -> LazyState[str]:
     r"""Return the source's parameters in the target's structure, channels and widths.
 
     For a layer from group ``i`` to group ``o``

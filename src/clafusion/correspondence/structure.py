@@ -16,7 +16,7 @@ from clafusion.tracing.operations import bound_operands, op_name
 __all__ = ["resized_shape", "structured_state"]
 
 
-def structured_state(correspondence: Correspondence) -> LazyState:
+def structured_state(correspondence: Correspondence) -> LazyState[str]:
     """Return the source's state in the target's structure and in its own widths."""
     target_state, source_state = correspondence.target.state(), correspondence.source.state()
     sizes = {

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from torch import Tensor
 
 __all__ = ["LazyState"]
 
+Key = TypeVar("Key")
 
-class LazyState(Mapping[str, Tensor]):
-    """Tensors by name, each made anew whenever it is read, so that no two have to be held at once.
+
+class LazyState(Mapping[Key, Tensor]):
+    """Tensors by name, or by another key, each made anew whenever it is read: none has to be held.
 
     Parameters
     ----------
@@ -20,11 +23,11 @@ class LazyState(Mapping[str, Tensor]):
         Returns the tensor of a name. It may be a tensor that others hold, too: do not change it.
     """
 
-    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
+    def __init__(self, names: Iterable[Key], make: Callable[[Key], Tensor]) -> None:
         self._names = dict.fromkeys(names)
         self._make = make
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: Key) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
         return self._make(name)
@@ -32,7 +35,7 @@ class LazyState(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._names
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Key]:
         return iter(self._names)
 
     def __len__(self) -> int:

@@ -14,7 +14,16 @@ from clafusion.execution.call import State
 from clafusion.execution.lazy import LazyState
 from clafusion.execution.writes import written_inputs
 
-__all__ = ["WIDER", "Executable", "RowState", "Walk", "in_lockstep", "run_graph", "run_widened"]
+__all__ = [
+    "WIDER",
+    "Executable",
+    "RowState",
+    "Walk",
+    "in_lockstep",
+    "run_graph",
+    "run_widened",
+    "widened",
+]
 
 _LARGE = 1 << 21  # elements: a weight of more is read by rows, from a state that can
 
@@ -75,6 +84,11 @@ WIDER: Mapping[torch.dtype, torch.dtype] = dict.fromkeys(
 """The types that a widened run replaces by float64."""
 
 
+def widened(value: Tensor) -> Tensor:
+    """Return a tensor in float64, where it holds floating-point numbers."""
+    return value.double() if value.is_floating_point() else value
+
+
 def run_widened(
     graph: Executable, inputs: tuple[Tensor, ...], state: State
 ) -> tuple[tuple[Any, ...], bool]:
@@ -82,14 +96,9 @@ def run_widened(
 
     Parameters are those of :func:`run_graph`.
     """
-
-    def wide(value: Tensor) -> Tensor:
-        return value.double() if value.is_floating_point() else value
-
     try:
-        widened = LazyState(state, lambda name: wide(state[name]))
-        walk = Walk(graph, tuple(wide(one) for one in inputs), widened, set(), WIDER)
-        return walk.finish(), True
+        wide = LazyState(state, lambda name: widened(state[name]))
+        return Walk(graph, tuple(map(widened, inputs)), wide, set(), WIDER).finish(), True
     except RuntimeError:
         return run_graph(graph, inputs, state), False
 

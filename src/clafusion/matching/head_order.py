@@ -16,7 +16,6 @@ from torch import Tensor
 
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.hooks import HookPair, hook_pairs
-from clafusion.execution.call import State
 from clafusion.matching.activation_costs import pair_costs
 from clafusion.profiling.moments import BatchMoments
 from clafusion.profiling.on_demand import with_columns
@@ -34,7 +33,7 @@ from clafusion.tracing.layer import CalibrationPoint, HookPoint
 from clafusion.tracing.model import HeadPartition, TracedModel
 from clafusion.tracing.points import places_of
 from clafusion.transport.solve import solve_transport
-from clafusion.weights.build import with_state
+from clafusion.weights.build import with_weights
 
 __all__ = ["exchanged_model", "order_heads", "restored_model"]
 
@@ -243,17 +242,12 @@ def _moved_moments(profile: ModelProfile, orders: HeadOrders) -> tuple[BatchMome
 
 def exchanged_model(model: TracedModel, orders: HeadOrders) -> TracedModel:
     """Return a copy of a model in which heads have changed places."""
-    return _with_state(model, exchange_heads(model, model.state(), orders))
+    return with_weights(model, exchange_heads(model, model.state(), orders))
 
 
 def restored_model(model: TracedModel, orders: HeadOrders) -> TracedModel:
     """Return a copy of a model whose heads are back where they were before these orders."""
-    return _with_state(model, restored_heads(model, model.state(), orders))
-
-
-def _with_state(model: TracedModel, state: State) -> TracedModel:
-    constants = {name: state[name] for name in model.constants}
-    return replace(model, model=with_state(model.model, state, model.aliases), constants=constants)
+    return with_weights(model, restored_heads(model, model.state(), orders))
 
 
 def _columns(model: TracedModel, point: HookPoint | CalibrationPoint, orders: HeadOrders) -> Tensor:

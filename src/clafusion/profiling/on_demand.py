@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clafusion.errors import StructureError
 from clafusion.execution.call import State
+from clafusion.execution.lazy import LazyState
 from clafusion.execution.walk import Walk
 from clafusion.tracing.model import TracedModel
 
@@ -107,40 +108,15 @@ class RowsOnDemand(Mapping[RowKey, Tensor]):
         self._walks = [Walk(self._model, one, self._state, self._wanted) for one in self._inputs]
 
 
-class _SelectedColumns(Mapping[RowKey, Tensor]):
-    """Rows of which some columns are taken, each when it is read.
-
-    Parameters
-    ----------
-    rows
-        The rows before.
-    columns
-        For each hook point that is left the columns to take, or None for all.
-    """
-
-    def __init__(
-        self, rows: Mapping[RowKey, Tensor], columns: Mapping[RowKey, Tensor | None]
-    ) -> None:
-        self._rows, self._columns = rows, columns
-
-    def __getitem__(self, key: RowKey) -> Tensor:
-        columns = self._columns[key]
-        return self._rows[key] if columns is None else self._rows[key][:, columns]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._columns
-
-    def __iter__(self) -> Iterator[RowKey]:
-        return iter(self._columns)
-
-    def __len__(self) -> int:
-        return len(self._columns)
-
-
 def with_columns(
     rows: Mapping[RowKey, Tensor], columns: Mapping[RowKey, Tensor | None]
 ) -> Mapping[RowKey, Tensor]:
     """Return some hook points' rows with other columns: those at these indices, or all for None."""
+
+    def selected(key: RowKey) -> Tensor:
+        of_key = columns[key]
+        return rows[key] if of_key is None else rows[key][:, of_key]
+
     if not isinstance(rows, dict):
-        return _SelectedColumns(rows, columns)
-    return {key: rows[key] if one is None else rows[key][:, one] for key, one in columns.items()}
+        return LazyState(columns, selected)
+    return {key: selected(key) for key in columns}

@@ -30,7 +30,7 @@ from clafusion.targets.resizing import resizing_plan
 from clafusion.targets.target import ChosenTarget
 from clafusion.tracing.layer import Layer
 from clafusion.tracing.model import ChannelGroup, TracedModel
-from clafusion.weights.build import with_state
+from clafusion.weights.build import with_weights
 
 __all__ = ["Source", "TargetSources", "source_of", "sources_of"]
 
@@ -151,7 +151,7 @@ def _of_template(chosen: ChosenTarget, aligned: AlignedModels) -> TargetSources:
     first = drafts[order[0]].correspondence
     every = [plans[order[0]].get(one.index) for one in first.target.groups]
     state = {**template.state(), **move_state(first, every)}
-    target = replace(template, model=with_state(template.model, state, template.aliases))
+    target = with_weights(template, state)
     profile = _composed(target, drafts, plans, order, givers)
     sources = tuple(
         replace(source_of(profile, original, of, products), plans=known)

@@ -89,6 +89,11 @@ class CalibrationPoint:
     is_crossed: bool = False
     weight_axis: int = 0
 
+    def scaled(self, weight: Tensor, factors: Tensor) -> Tensor:
+        """Return a weight that puts out the channels times these factors, taken in float64."""
+        rows = weight.double().movedim(self.weight_axis, -1) * factors
+        return rows.movedim(-1, self.weight_axis).contiguous().to(weight)
+
 
 @dataclass(frozen=True)
 class Layer:

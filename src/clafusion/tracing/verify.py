@@ -15,7 +15,7 @@ from torch import Tensor
 from clafusion.errors import GraphVerificationError
 from clafusion.execution.call import State, call_model, flatten_tensors, rounding_of
 from clafusion.execution.lazy import LazyState
-from clafusion.execution.walk import WIDER, Walk, in_lockstep
+from clafusion.execution.walk import WIDER, Walk, in_lockstep, widened
 from clafusion.execution.writes import written_inputs
 from clafusion.tracing.copies import evaluation_copy
 from clafusion.tracing.heads import exchange_moves, possible_heads, possible_shared_heads
@@ -225,12 +225,11 @@ class _Trial:
             )
         self._seed = seed
         self._use(torch.float64)
-        self._expected: dict[bool, list[Tensor]] = {}
 
     def _use(self, dtype: torch.dtype | None) -> None:
         """Compute in a type from now on; None for the types that the graph asks for."""
         trained = frozenset(dict(self.traced.model.named_parameters()))
-        self._expected = {}
+        self._expected: dict[bool, list[Tensor]] = {}
         self._dtype = dtype
         self._weights = {
             redrawn: BaseWeights(self._own, names, self._seed)
@@ -300,13 +299,9 @@ class _Trial:
         return [_difference(one, self._expected[redrawn]) for one in outputs]
 
     def _walk(self, weights: State) -> Walk:
-        inputs = self._inputs
-        if self._dtype is not None:
-            inputs = tuple(
-                one.to(self._dtype) if one.is_floating_point() else one for one in inputs
-            )
-        types = {} if self._dtype is None else WIDER
-        return Walk(self.traced, inputs, weights, set(), types)
+        if self._dtype is None:
+            return Walk(self.traced, self._inputs, weights, set())
+        return Walk(self.traced, tuple(map(widened, self._inputs)), weights, set(), WIDER)
 
     def keeps_outputs(self, cycle: Moves, swap: Moves) -> bool:
         """Return whether moves of the weights move the outputs by no more than rounding."""

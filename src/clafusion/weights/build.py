@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from clafusion.execution.call import State
 from clafusion.execution.lazy import LazyState
+from clafusion.tracing.model import TracedModel
 from clafusion.weights.state_files import EXTRA_STATE
 
-__all__ = ["fill", "with_state"]
+__all__ = ["fill", "with_state", "with_weights"]
 
 
 def with_state(
@@ -27,6 +30,15 @@ def with_state(
         built = _without(module, full)
         fill(built, full)
     return built
+
+
+def with_weights(traced: TracedModel, state: State) -> TracedModel:
+    """Return a traced model with a copy of its module that holds ``state``, constants included."""
+    return replace(
+        traced,
+        model=with_state(traced.model, state, traced.aliases),
+        constants={name: state[name] for name in traced.constants},
+    )
 
 
 def _without(module: nn.Module, names: Collection[str]) -> nn.Module:

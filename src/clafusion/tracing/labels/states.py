@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from clafusion.execution.call import flatten_tensors
-from clafusion.execution.walk import WIDER, Walk, in_lockstep
+from clafusion.execution.walk import WIDER, Walk, in_lockstep, widened
 from clafusion.tracing.labels.ids import collapse
 from clafusion.tracing.labels.interpreter import DraftUse, LabelPropagation
 from clafusion.tracing.labels.rule import Label, ParameterView
@@ -138,13 +138,10 @@ def _crossed(
 
     In float64 where the graph runs in that, as roundings would look like a difference.
     """
-    for dtype in (torch.float64, None):
-        try:
-            return _crossed_in(dtype, propagation, graph, inputs, found)
-        except RuntimeError:
-            if dtype is None:
-                raise
-    return None
+    try:
+        return _crossed_in(torch.float64, propagation, graph, inputs, found)
+    except RuntimeError:  # the graph fixes a type somewhere
+        return _crossed_in(None, propagation, graph, inputs, found)
 
 
 def _crossed_in(
@@ -161,8 +158,8 @@ def _crossed_in(
 
     def walk(moving: Sequence[_States]) -> Walk:
         weights = TrialWeights(base, dtype, _moves(propagation, moving))
-        wide = (one.to(dtype) if one.is_floating_point() and dtype else one for one in inputs)
-        return Walk(graph, tuple(wide), weights, set(), WIDER if dtype else {})
+        wide = tuple(map(widened, inputs)) if dtype else inputs
+        return Walk(graph, wide, weights, set(), WIDER if dtype else {})
 
     walks = [walk([]), walk(found)]
     crossed = set()
