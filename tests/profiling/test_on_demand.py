@@ -140,6 +140,19 @@ def test_rows_of_many_inputs_are_kept():
     assert isinstance(profile.rows, dict)
 
 
+def test_data_of_small_networks_is_not_read_again():
+    class Counts:
+        read = 0
+
+        def __iter__(self):
+            self.read += 1
+            yield IMAGES
+
+    data, models = Counts(), [trace(resnet(1, 1), IMAGES[:3])]
+    profiling.profile_models(models, data, alignment_samples=200, matching_rows=300, on_demand=True)
+    assert data.read == 1
+
+
 @pytest.mark.usefixtures("rows_are_much")
 def test_data_whose_order_changes_is_read_once():
     class Shuffles:

@@ -121,11 +121,11 @@ def test_a_model_that_fixes_its_batch_is_refused_for_other_batches():
 
 
 def test_the_gram_matrix_of_wide_outputs_is_made_in_parts(monkeypatch):
-    from clafusion.profiling import profile
+    from clafusion.profiling import gram
 
     generator = torch.Generator().manual_seed(0)
     flat = torch.randn(30, 3 * 4096 + 100, generator=generator)
-    expected = profile.gram_matrix(flat)
-    monkeypatch.setattr(profile, "_WIDE", 30 * 4096)
-    monkeypatch.setattr(profile, "gram_matrix", None)
-    assert torch.equal(profile.gram_of_parts(flat.split(7)), expected)
+    expected = gram.gram_matrix(flat)
+    monkeypatch.setattr(gram, "_WIDE", 30 * 4096)
+    monkeypatch.setattr(gram, "gram_matrix", None)
+    assert torch.equal(gram.gram_of_parts(flat.split(7)), expected)

@@ -15,7 +15,8 @@ from clafusion import _native
 from clafusion._native import gram
 from clafusion.config import LAYER_COSTS
 from clafusion.errors import InputError
-from clafusion.profiling.profile import ModelProfile, gram_matrix
+from clafusion.profiling.gram import gram_matrix
+from clafusion.profiling.profile import ModelProfile
 from clafusion.profiling.statistics import standardised
 from clafusion.transport.solve import solve_transport
 

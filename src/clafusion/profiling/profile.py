@@ -22,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clafusion import _native
 from clafusion.errors import InputError, StructureError
 from clafusion.execution.walk import Walk
 from clafusion.profiling.batches import Data, batches, has_rows, keeps_order
+from clafusion.profiling.gram import gram_of_parts
 from clafusion.profiling.moments import (
     BatchMoments,
     joint_moments,
@@ -39,17 +39,10 @@ from clafusion.tracing.layer import HookPoint, Layer
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import batch_axis, module_path
 
-__all__ = [
-    "ModelProfile",
-    "gram_matrix",
-    "gram_of_parts",
-    "profile_models",
-]
+__all__ = ["ModelProfile", "profile_models"]
 
 _LEAST_INPUTS = 3  # of two, every two channels are correlated by 1 or -1
-_BLOCK_FEATURES = 4096
 _MUCH = 1 << 30  # bytes of rows
-_WIDE = 1 << 24  # numbers of a layer's outputs that are copied at once
 
 
 @dataclass(frozen=True)
@@ -212,16 +205,19 @@ def profile_models(
 
 def _rows_are_large(models: Sequence[TracedModel], data: Data, samples: int, most: int) -> bool:
     """Say whether rows of few inputs, which come in one order, would take much memory."""
-    if not keeps_order(data) or has_rows(data, samples + 1):
+    points = [point for one in models for layer in one.layers for point in layer.hook_points]
+
+    def are_large(count: int) -> bool:
+        rows = (min(count * math.prod(point.positions), most) for point in points)
+        sizes = (number * len(point.groups) for number, point in zip(rows, points, strict=True))
+        return 4 * sum(sizes) > _MUCH
+
+    # Reading data may take long, and most networks are small.
+    if not are_large(samples) or not keeps_order(data) or has_rows(data, samples + 1):
         return False
     first = models[0]
     read = batches(data, first.example_inputs, first.keywords)
-    count = sum(inputs[0].size(0) for inputs in read)
-    points = (point for one in models for layer in one.layers for point in layer.hook_points)
-    numbers = sum(
-        min(count * math.prod(point.positions), most) * len(point.groups) for point in points
-    )
-    return 4 * numbers > _MUCH
+    return are_large(sum(inputs[0].size(0) for inputs in read))
 
 
 def _with_moments(profile: ModelProfile, data: Data) -> ModelProfile:
@@ -462,39 +458,6 @@ def _preactivation(layer: Layer) -> str:
 def _hash(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
     """Scramble numbers: another order for each seed."""
     return mix((values + np.uint64(seed + 1)) * np.uint64(0x9E3779B97F4A7C15))
-
-
-def gram_matrix(flat: Tensor) -> Tensor:
-    """Return ``X X^T`` of samples ``(num_samples, num_features)`` in float64, where they are.
-
-    On the CPU by :func:`clafusion._native.gram`. Elsewhere PyTorch multiplies blocks of features in
-    float32 and adds them up in float64; it is for PyTorch's settings to say whether TF32 may stand
-    in for float32.
-    """
-    if flat.device.type == "cpu":
-        return torch.from_numpy(_native.gram(flat))
-    total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
-    for block in flat.split(_BLOCK_FEATURES, dim=1):
-        block = block.float()
-        total += block @ block.T
-    return total
-
-
-def gram_of_parts(flat: Sequence[Tensor]) -> Tensor:
-    """Return :func:`gram_matrix` of samples in parts, of which no second copy is made.
-
-    The bytes are the same: the kernel adds up blocks of so many features anyway.
-    """
-    features = flat[0].size(1)
-    if flat[0].device.type != "cpu" or sum(one.numel() for one in flat) <= _WIDE:
-        return gram_matrix(torch.cat(list(flat)))
-    count = sum(len(one) for one in flat)
-    total = np.zeros((count, count))
-    width = max(_WIDE // (count * _BLOCK_FEATURES), 1) * _BLOCK_FEATURES
-    for start in range(0, features, width):
-        block = torch.cat([one[:, start : start + width] for one in flat])
-        total = _native.gram(block, out=total)
-    return torch.from_numpy(total)
 
 
 def _data_key(key: int, inputs: tuple[Tensor, ...]) -> int:

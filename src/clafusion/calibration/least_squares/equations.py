@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from clafusion.calibration.least_squares.places import Place
 from clafusion.execution.call import State
 from clafusion.execution.walk import Walk
-from clafusion.profiling.profile import gram_matrix
+from clafusion.profiling.gram import gram_matrix
 from clafusion.threads import one_thread
 from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.operations import affine_operands, convolution_geometry
