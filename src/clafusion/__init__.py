@@ -60,6 +60,7 @@ from clafusion.errors import (
     UnsupportedOpError,
     WidthWarning,
 )
+from clafusion.estimates import FusionEstimate, estimate
 from clafusion.fusion import align, fuse, profile
 from clafusion.matching.activation_costs import channel_cost
 from clafusion.merging.mean import average
@@ -79,6 +80,7 @@ from clafusion.transport.sinkhorn import sinkhorn
 from clafusion.transport.solution import TransportSolution
 from clafusion.transport.solve import solve_transport
 from clafusion.weights.factories import ModelFile
+from clafusion.weights.state_files import save_model
 
 __all__ = [
     "AlignedModels",
@@ -102,6 +104,7 @@ __all__ = [
     "Exact",
     "FusionAssessment",
     "FusionConfig",
+    "FusionEstimate",
     "FusionProblem",
     "FusionResult",
     "FusionWarning",
@@ -153,6 +156,7 @@ __all__ = [
     "cka",
     "correspond",
     "distill",
+    "estimate",
     "explain",
     "finetune",
     "fuse",
@@ -166,6 +170,7 @@ __all__ = [
     "permute_channels",
     "plot",
     "profile",
+    "save_model",
     "set_num_threads",
     "sinkhorn",
     "solve_transport",

@@ -19,17 +19,14 @@ from clafusion.config import (
     Deeper,
     FusionConfig,
     Iterative,
-    LeastSquares,
     Like,
-    Repair,
     Shallower,
 )
-from clafusion.errors import ConvergenceWarning, warn
 from clafusion.execution.call import device_of, usable_device
-from clafusion.matching.plans import Matched, match_sources
+from clafusion.memory import bytes_of, check_limit, check_weights, needed_memory
 from clafusion.merging.layer_weights import weigh_layers
-from clafusion.merging.problem import FusionProblem, MergeWeights, Parent, plans_are_at_rest
-from clafusion.profiling.batches import Data, Progress, first_batch
+from clafusion.problems import matched_with_mean, problem_of
+from clafusion.profiling.batches import Data, Progress, first_batch, rows_side_by_side
 from clafusion.profiling.on_demand import RowsOnDemand
 from clafusion.profiling.profile import ModelProfile
 from clafusion.results import FusionResult
@@ -46,23 +43,26 @@ from clafusion.stages import (
     traced_parent,
     traced_template,
 )
-from clafusion.targets.sources import TargetSources, source_of, sources_of
+from clafusion.targets.sources import sources_of
 from clafusion.targets.target import choose_target, width_position
 from clafusion.tracing.copies import copied
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.trace import trace
+from clafusion.weights.factories import Model
+from clafusion.weights.storage import InFiles
 
 __all__ = ["align", "align_profiles", "fuse", "fuse_aligned", "profile"]
 
 
 def fuse(
-    models: Sequence[nn.Module] | Mapping[str, nn.Module],
+    models: Sequence[Model] | Mapping[str, Model],
     data: Data,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     config: FusionConfig | None = None,
     *,
     example_inputs: ExampleInputs | None = None,
     device: str | torch.device | None = None,
+    memory_limit: int | str | None = None,
     progress: Progress | None = None,
     **overrides: Any,
 ) -> FusionResult:
@@ -80,7 +80,9 @@ def fuse(
     ----------
     models
         Two or more trained networks with the same inputs and outputs: a list, or a mapping with
-        names, which then appear in every table and error.
+        names, which then appear in every table and error. Of a :class:`clafusion.ModelFile` the
+        weights stay in the file until an operation needs them, one at a time: no copy of the model
+        is held.
     data
         Unlabelled inputs as the models were trained on: a tensor, a list of batches or a
         DataLoader (labels are ignored). A few hundred are enough. Every tenth input is kept out of
@@ -95,6 +97,12 @@ def fuse(
         models that take keyword inputs, a tuple for several positional ones.
     device
         Where to compute; default where the models are.
+    memory_limit
+        How much memory the process may take, as ``"6GB"`` or in bytes; default no limit. Then
+        weights are read from files, or made, when an operation needs them, and the averaged and
+        calibrated ones are kept in temporary files (``TMPDIR`` says where), from which the result's
+        parameters are mapped. The result has the same bytes as without a limit. See
+        :func:`clafusion.estimate` for what a fusion needs.
     progress
         Called with the stage's name and the number of inputs it has seen.
     overrides
@@ -109,7 +117,8 @@ def fuse(
     Raises
     ------
     InputError
-        An option, a model's weights or the data are unusable.
+        An option, a model's weights or the data are unusable, or ``memory_limit`` is less than the
+        fusion needs; the message says the least that would do.
     UnsupportedOpError, GraphVerificationError
         A model cannot be analysed.
     StructureError, AlignmentError
@@ -130,6 +139,7 @@ def fuse(
     config = config_from(config, overrides, ("weights", "example_inputs", "device", "progress"))
     named = named_models(models)
     given = merge_weights(weights, tuple(named))
+    limit = None if memory_limit is None else bytes_of(memory_limit, "memory_limit")
     if example_inputs is None:
         example_inputs = first_batch(data)
     if device is not None:
@@ -140,13 +150,17 @@ def fuse(
     if isinstance(config.target, Like):
         template = traced_template(config, next(iter(named.values())), example_inputs)
     if isinstance(config.merging.strategy, Iterative) and len(named) > 2:
-        return _one_after_another(named, data, given, config, example_inputs, template, progress)
-    aligned = _aligned(named, data, config, example_inputs, progress, on_demand=True)
-    return fuse_aligned(aligned, data, given, config, template=template, progress=progress)
+        return _one_after_another(
+            named, data, given, config, example_inputs, template, limit, progress
+        )
+    aligned = _aligned(named, data, config, example_inputs, progress, limit, on_demand=True)
+    return fuse_aligned(
+        aligned, data, given, config, template=template, memory_limit=limit, progress=progress
+    )
 
 
 def align(
-    models: Sequence[nn.Module] | Mapping[str, nn.Module],
+    models: Sequence[Model] | Mapping[str, Model],
     data: Data,
     config: FusionConfig | None = None,
     *,
@@ -171,16 +185,20 @@ def align(
 
 
 def _aligned(
-    named: Mapping[str, nn.Module],
+    named: Mapping[str, Model],
     data: Data,
     config: FusionConfig,
     example_inputs: ExampleInputs,
     progress: Progress | None,
+    limit: int | None = None,
     *,
     on_demand: bool = False,
 ) -> AlignedModels:
     """Trace, profile and align; with ``on_demand`` for a fusion that closes the rows at its end."""
-    clock = Clock(device_of(next(iter(named.values()))))
+    first = next(iter(named.values()))
+    clock = Clock(device_of(first) if isinstance(first, nn.Module) else None)
+    if limit is not None:
+        check_weights(limit, named)
     with clock.stage("trace"):
         traced = [
             traced_parent(name, model, example_inputs, config) for name, model in named.items()
@@ -188,7 +206,18 @@ def _aligned(
     check_models(tuple(named), traced, config)
     with clock.stage("profile"):
         kept = parts_of(data, traced, config.assessment).kept
-        profiles = profile_traced(traced, kept, config, progress, tuple(named), on_demand=on_demand)
+        if limit is not None:
+            count = rows_side_by_side(kept, config.profiling.alignment_samples)
+            check_limit(limit, needed_memory(traced, count, config))
+        profiles = profile_traced(
+            traced,
+            kept,
+            config,
+            progress,
+            tuple(named),
+            on_demand=on_demand,
+            most_rows=None if limit is None else limit // 8,
+        )
     return align_profiles(tuple(named), profiles, config, clock=clock)
 
 
@@ -249,6 +278,7 @@ def fuse_aligned(
     *,
     template: TracedModel | None = None,
     known_outputs: OutputCache | None = None,
+    memory_limit: int | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
     """Do the second half of :func:`fuse`: choose the target, match channels, average, calibrate.
@@ -257,8 +287,8 @@ def fuse_aligned(
     ----------
     aligned
         The models; see :func:`align` and :func:`align_profiles`.
-    data, weights, config, progress
-        As for :func:`fuse`.
+    data, weights, config, memory_limit, progress
+        As for :func:`fuse`; the limit in bytes.
     template
         The traced module of a target :class:`clafusion.config.Like` one.
     known_outputs
@@ -269,7 +299,7 @@ def fuse_aligned(
     check_strategy(config.merging.strategy, len(aligned.names))
     parents = {name: one.traced for name, one in zip(aligned.names, aligned.profiles, strict=True)}
     parts = parts_of(data, tuple(parents.values()), config.assessment)
-    result = _fused(aligned, parts.kept, given, config, template, progress)
+    result = _fused(aligned, parts.kept, given, config, template, memory_limit, progress)
     return _assessed(result, parents, parts, progress, known_outputs)
 
 
@@ -279,6 +309,7 @@ def _fused(
     weights: tuple[float, ...],
     config: FusionConfig,
     template: TracedModel | None,
+    limit: int | None,
     progress: Progress | None,
 ) -> FusionResult:
     """Do what :func:`fuse_aligned` does on the part of the data that a fusion may see."""
@@ -287,11 +318,11 @@ def _fused(
         chosen = choose_target(aligned, config, template)
         sources = sources_of(chosen, aligned)
     with clock.stage("match"):
-        problem = _problem(aligned.names, sources, weights, config)
+        problem = problem_of(aligned.names, sources, weights, config)
     rounds, converged = 1, True
     if isinstance(config.merging.strategy, Barycentre):
         with clock.stage("barycentre"):
-            problem, rounds, converged = _barycentre(
+            problem, rounds, converged = matched_with_mean(
                 problem, aligned, sources, data, config, config.merging.strategy.max_rounds
             )
     for one in aligned.profiles:
@@ -300,6 +331,8 @@ def _fused(
     with clock.stage("merge"):
         if config.merging.layer_weights == "sensitivity":
             problem = weigh_layers(problem)
+    if limit is not None:
+        problem = replace(problem, storage=InFiles())
     with clock.stage("calibrate"):
         outcome = calibrate(
             problem, data, config.used_calibration, seed=config.seed, progress=progress
@@ -346,44 +379,17 @@ def _assessed(
     return replace(result, assessment=found, timings=clock.seconds, peak_memory=clock.peak_memory)
 
 
-def _problem(
-    names: Sequence[str],
-    sources: TargetSources,
-    weights: Sequence[float],
-    config: FusionConfig,
-) -> FusionProblem:
-    parents = [
-        _parent(name, one, weight)
-        for name, one, weight in zip(names, match_sources(sources, config), weights, strict=True)
-    ]
-    return FusionProblem(
-        sources.profile.traced, tuple(parents), sources.reference, config.merging.normalisation
-    )
-
-
-def _parent(name: str, matched: Matched, weight: float) -> Parent:
-    source = matched.source
-    return Parent(
-        name,
-        source.profile,
-        source.correspondence,
-        matched.plans,
-        MergeWeights(weight),
-        matched.output_plan,
-        matched.head_orders,
-    )
-
-
 # --- more than two ------------------------------------------------------------------------------
 
 
 def _one_after_another(
-    named: Mapping[str, nn.Module],
+    named: Mapping[str, Model],
     data: Data,
     weights: tuple[float, ...],
     config: FusionConfig,
     example_inputs: ExampleInputs,
     template: TracedModel | None,
+    limit: int | None,
     progress: Progress | None,
 ) -> FusionResult:
     """Fuse the first two, then what came of it with the third, and so on."""
@@ -397,12 +403,12 @@ def _one_after_another(
         part = weight / total if total > 0 else 0.5
         pair = {called: fused, name: named[name]}
         own = _options_of_step(config, names, i)
-        aligned = _aligned(pair, data, own, example_inputs, progress, on_demand=True)
+        aligned = _aligned(pair, data, own, example_inputs, progress, limit, on_demand=True)
         traced = [one.traced for one in aligned.profiles]
         parents.setdefault(names[0], traced[0])
         parents[name] = traced[1]
         kept = parts_of(data, traced, own.assessment).kept
-        step = _fused(aligned, kept, (1.0 - part, part), own, template, progress)
+        step = _fused(aligned, kept, (1.0 - part, part), own, template, limit, progress)
         fused, called = step.model, f"{called}+{name}"
         while called in named:
             called = f"({called})"
@@ -440,48 +446,3 @@ def _options_of_step(config: FusionConfig, names: Sequence[str], joining: int) -
         return config
     width = "own" if giver > joining else int(giver == joining)
     return replace(config, target=replace(target, width=width))
-
-
-def _barycentre(
-    problem: FusionProblem,
-    aligned: AlignedModels,
-    sources: TargetSources,
-    data: Data,
-    config: FusionConfig,
-    max_rounds: int,
-) -> tuple[FusionProblem, int, bool]:
-    """Match all parents with their mean, again and again, until no plan changes."""
-    # Least squares takes long, and what the others are matched with needs no such care.
-    calibration = config.used_calibration
-    if isinstance(calibration, LeastSquares):
-        calibration = Repair()
-    maps = [one.correspondence.layer_map for one in sources.sources]
-    products = [one.correspondence.products for one in sources.sources]
-    rounds, converged = 1, False
-    for _ in range(max_rounds - 1):
-        mean = calibrate(problem, data, calibration, seed=config.seed).model
-        target = replace(problem.target, model=mean)
-        mean_profile = profile_traced([target], data, config)[0]
-        found = [
-            source_of(mean_profile, original, of, made)
-            for original, of, made in zip(aligned.profiles, maps, products, strict=True)
-        ]
-        again = _problem(
-            aligned.names,
-            TargetSources(mean_profile, tuple(found), -1),
-            [one.weights.overall for one in problem.parents],
-            config,
-        )
-        again = replace(again, reference=problem.reference)
-        converged = plans_are_at_rest(problem, again)
-        if converged:
-            break
-        problem = again
-        rounds += 1
-    if not converged:
-        warn(
-            f"the plans are not at rest after {max_rounds} round(s); the last mean is taken. Raise "
-            "merging.strategy.max_rounds, or use merging='many_to_one'",
-            ConvergenceWarning,
-        )
-    return problem, rounds, converged

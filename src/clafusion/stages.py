@@ -39,6 +39,8 @@ from clafusion.settings import made, options_of
 from clafusion.tracing.copies import copied
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.trace import trace
+from clafusion.weights.factories import Model, ModelFile
+from clafusion.weights.mapped import FileWeights
 
 __all__ = [
     "Clock",
@@ -69,11 +71,12 @@ def profile_traced(
     names: Sequence[str] = (),
     *,
     on_demand: bool = False,
+    most_rows: int | None = None,
 ) -> list[ModelProfile]:
     """Profile traced models in one pass, with all that the options of a fusion need of them.
 
-    Errors call the models by ``names``, where they are given. ``on_demand`` is that of
-    :func:`clafusion.profiling.profile.profile_models`.
+    Errors call the models by ``names``, where they are given. ``on_demand`` and ``most_rows`` are
+    those of :func:`clafusion.profiling.profile.profile_models`.
     """
     options = config.profiling
     profiles = profile_models(
@@ -88,6 +91,7 @@ def profile_traced(
         progress=progress,
         called=[label(name) for name in names],
         on_demand=on_demand,
+        most_rows=most_rows,
     )
     if config.matching.importance == config.merging.layer_weights == "uniform":
         return profiles
@@ -184,7 +188,7 @@ def expected_inputs(count: int, config: FusionConfig) -> dict[str, int]:
     }
 
 
-def named_models(models: Sequence[nn.Module] | Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def named_models(models: Sequence[Model] | Mapping[str, Model]) -> dict[str, Model]:
     """Return the models by what errors and tables call them."""
     if isinstance(models, nn.Module) or not isinstance(models, (Sequence, Mapping)):
         raise InputError(
@@ -199,8 +203,11 @@ def named_models(models: Sequence[nn.Module] | Mapping[str, nn.Module]) -> dict[
     else:
         named = {f"models[{i}]": one for i, one in enumerate(models)}
     for name, model in named.items():
-        if not isinstance(model, nn.Module):
-            raise InputError(f"{label(name)} must be a torch.nn.Module; got {type(model).__name__}")
+        if not isinstance(model, (nn.Module, ModelFile)):
+            raise InputError(
+                f"{label(name)} must be a torch.nn.Module or a clafusion.ModelFile; got "
+                f"{type(model).__name__}"
+            )
     if len(named) < 2:
         raise InputError(f"models must be at least two networks; got {len(named)}")
     return named
@@ -268,9 +275,11 @@ def check_strategy(strategy: Strategy, count: int) -> None:
         )
 
 
-def copied_to(name: str, model: nn.Module, device: str | torch.device) -> nn.Module:
+def copied_to(name: str, model: Model, device: str | torch.device) -> nn.Module:
     """Return a copy of a model on a device; errors name the model."""
     try:
+        if isinstance(model, ModelFile):
+            return model.load().to(device)
         return copied(model).to(device)
     except InputError as error:
         raise InputError(f"{label(name)}: {error}") from error
@@ -286,9 +295,11 @@ def moved_to(inputs: ExampleInputs, device: torch.device) -> ExampleInputs:
 
 
 def traced_parent(
-    name: str, model: nn.Module, example_inputs: ExampleInputs, config: FusionConfig
+    name: str, model: Model, example_inputs: ExampleInputs, config: FusionConfig
 ) -> TracedModel:
     """Trace a model and refuse what no fusion could use; errors name the model.
+
+    Of a :class:`clafusion.ModelFile` the weights stay in the file.
 
     Raises
     ------
@@ -300,9 +311,14 @@ def traced_parent(
         The model has no layer with weights.
     """
     try:
-        traced = trace(model, example_inputs, verify=config.verify, seed=config.seed)
+        module, mapped = model.open() if isinstance(model, ModelFile) else (model, None)
+        traced = trace(module, example_inputs, verify=config.verify, seed=config.seed)
     except ClafusionError as error:
         raise type(error)(f"{label(name)}: {error}") from error
+    if mapped:
+        weights = FileWeights(traced.module_state(), mapped)
+        weights.drop()
+        traced = replace(traced, weights=weights)
     for group in traced.groups:
         if group.size > MAX_CHANNELS:
             raise InputError(
@@ -322,7 +338,7 @@ def traced_parent(
 
 
 def traced_template(
-    config: FusionConfig, like: nn.Module, example_inputs: ExampleInputs
+    config: FusionConfig, like: Model, example_inputs: ExampleInputs
 ) -> TracedModel:
     """Trace a copy of the module that gives the result its structure.
 
@@ -342,6 +358,8 @@ def traced_template(
             "target.template must be a torch.nn.Module of the wanted structure; got "
             f"{target.template!r}"
         )
+    if isinstance(like, ModelFile):
+        like, _ = like.open()
     known = next((one for one in like.parameters() if one.is_floating_point()), torch.empty(0))
     try:
         module = copied(target.template).to(known.device, known.dtype)

@@ -15,6 +15,7 @@ from tests.support import networks
 from tests.support.assertions import assert_same_function
 from tests.support.attention import MODELS, TOKENS, Encoder, built, shuffled
 from tests.support.data import CALIBRATIONS, PROFILED
+from tests.support.networks import module_of
 
 
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
@@ -102,7 +103,7 @@ def test_a_moved_profile_is_that_of_the_moved_model():
     layers = tuple(range(len(graph.layers)))
     _, moved, orders = order_heads(correspond(one.traced, two.traced, layers), one, two)
     assert orders
-    again = profile(moved.traced.model, inputs)
+    again = profile(module_of(moved.traced), inputs)
     for key, rows in again.rows.items():
         torch.testing.assert_close(moved.rows[key], rows)
     for ours, theirs in zip(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clafusion import TracedModel, permute_channels, trace
+from clafusion.weights.build import with_state
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -215,6 +216,11 @@ def permuted_copy(model: nn.Module, inputs: Tensor, seed: int = 3) -> nn.Module:
     """Trace a model and return a copy with the channels of each group in a random order."""
     graph = trace(model, inputs)
     return permuted(model, graph, orders_of(graph, seed))
+
+
+def module_of(traced: TracedModel) -> nn.Module:
+    """Return a module with a traced model's weights, which may not be its own module's."""
+    return with_state(traced.model, traced.state(), traced.aliases)
 
 
 def output(model: nn.Module, inputs: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from clafusion.targets.sources import source_of, sources_of
 from clafusion.targets.target import choose_target
 from tests.support.attention import TOKENS, Encoder
 from tests.support.data import CALIBRATIONS
-from tests.support.networks import mlp, output, permuted_copy, randomise, resnet, vgg
+from tests.support.networks import mlp, module_of, output, permuted_copy, randomise, resnet, vgg
 
 VECTORS = torch.randn(300, 12, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -147,9 +147,12 @@ def test_rows_are_what_the_template_with_the_parents_moved_weights_does(name, la
     # The target's module computes what the parent does that gives it its channels.
     wanted = output(models[sources.reference], inputs)
     torch.testing.assert_close(
-        output(made.traced.model, inputs), wanted, rtol=0, atol=1e-4 * float(wanted.abs().max())
+        output(module_of(made.traced), inputs),
+        wanted,
+        rtol=0,
+        atol=1e-4 * float(wanted.abs().max()),
     )
-    again = profile(made.traced.model, inputs, assessment="none")
+    again = profile(module_of(made.traced), inputs, assessment="none")
     shown, nodes = set(), set()
     for layer in made.traced.layers:
         lacking = first.layer_map[layer.index] < 0

@@ -19,12 +19,11 @@ from clafusion.assessment.nearness import FusionAssessment
 from clafusion.errors import InputError
 from clafusion.results import FusionResult
 from clafusion.weights.build import fill
-from clafusion.weights.factories import ModelFile
+from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.state_files import stored_content
 
-__all__ = ["Model", "Pair", "PairResult", "facts_of", "result_of"]
+__all__ = ["Pair", "PairResult", "facts_of", "result_of"]
 
-Model: TypeAlias = "nn.Module | ModelFile"
 Pair: TypeAlias = "tuple[str, str]"
 """The names of the first and the second model."""
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from clafusion.alignment.models import label
 from clafusion.batch.processes import block_sigint, worker_processes
-from clafusion.batch.results import Model, Pair, PairResult
+from clafusion.batch.results import Pair, PairResult
 from clafusion.batch.scheduler import Scheduler, split_into_tasks
 from clafusion.batch.store import CACHE, Store, check_names
 from clafusion.batch.tasks import (
@@ -37,7 +37,7 @@ from clafusion.config import FusionConfig, Like
 from clafusion.errors import ClafusionError, InputError, warn
 from clafusion.profiling.batches import Data, data_digest, first_batch
 from clafusion.stages import ExampleInputs, config_from, merge_weights
-from clafusion.weights.factories import ModelFile
+from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.messages import one_line
 
 __all__ = ["fuse_pairs"]

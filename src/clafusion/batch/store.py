@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clafusion.batch.results import Model, Pair, PairResult, result_of
+from clafusion.batch.results import Pair, PairResult, result_of
 from clafusion.batch.worker import Job, Outcome
 from clafusion.errors import InputError
 from clafusion.weights.atomic import replacing
 from clafusion.weights.digests import digest_of, structure_digest, tensors_digest, versions
-from clafusion.weights.factories import ModelFile
+from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.messages import one_line
 from clafusion.weights.state_files import (
     check_extra_state,

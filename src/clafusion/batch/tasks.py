@@ -13,9 +13,10 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from clafusion.batch.processes import stoppable
-from clafusion.batch.results import Model, Pair
+from clafusion.batch.results import Pair
 from clafusion.batch.worker import Job, Outcome, Worker
 from clafusion.errors import InputError
+from clafusion.weights.factories import Model
 from clafusion.weights.messages import one_line
 
 __all__ = [

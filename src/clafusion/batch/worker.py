@@ -17,7 +17,7 @@ from clafusion.alignment.models import label
 from clafusion.assessment.output_cache import OutputCache
 from clafusion.assessment.parts import parts_of
 from clafusion.batch.prepared import PreparedModel, prepare
-from clafusion.batch.results import Model, Pair, facts_of
+from clafusion.batch.results import Pair, facts_of
 from clafusion.config import FusionConfig
 from clafusion.errors import FusionWarning, InputError, StructureError
 from clafusion.fusion import align_profiles, fuse_aligned
@@ -25,7 +25,7 @@ from clafusion.profiling.batches import Data
 from clafusion.results import FusionResult
 from clafusion.stages import ExampleInputs, profile_traced
 from clafusion.tracing.copies import copied
-from clafusion.weights.factories import ModelFile
+from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.messages import one_line
 from clafusion.weights.round_trip import check_round_trip
 from clafusion.weights.state_files import state_of

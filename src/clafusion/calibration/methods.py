@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,11 +14,11 @@ from clafusion.calibration.repair import moment_goals, repair
 from clafusion.calibration.scales import with_equal_scales
 from clafusion.config import BatchNorm, Calibration, LeastSquares, NoCalibration, Repair
 from clafusion.errors import InputError
+from clafusion.execution.call import State
 from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Data, Progress
 from clafusion.tracing.operations import affine_operands
-from clafusion.weights.build import with_state
 
 __all__ = ["Calibrated", "Method", "calibrate", "calibrates"]
 
@@ -42,7 +42,7 @@ class Calibrated:
     averaged: tuple[str, ...] = ()
 
 
-Method: TypeAlias = Callable[..., "Calibrated | dict[str, Tensor]"]
+Method: TypeAlias = Callable[..., "Calibrated | Mapping[str, Tensor]"]
 """``(problem, data, settings, *, seed, progress)`` -> the calibrated state, or what it became."""
 
 _METHODS: dict[type[Calibration], Method] = {}
@@ -90,12 +90,12 @@ def calibrate(
     return Calibrated(_built(problem, outcome))
 
 
-def _built(problem: FusionProblem, state: dict[str, Tensor]) -> nn.Module:
-    return with_state(problem.target.model, state, problem.target.aliases)
+def _built(problem: FusionProblem, state: State) -> nn.Module:
+    return problem.storage.model(problem.target.model, state, problem.target.aliases)
 
 
 @calibrates(NoCalibration)
-def _plain_mean(problem: FusionProblem, *_: Any, **__: Any) -> dict[str, Tensor]:
+def _plain_mean(problem: FusionProblem, *_: Any, **__: Any) -> State:
     return average(problem)
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
 from clafusion.errors import InputError
 from clafusion.execution.call import State
+from clafusion.execution.lazy import LazyState
 from clafusion.execution.walk import Walk
 from clafusion.merging.mean import counted, weighted_mean
 from clafusion.merging.problem import FusionProblem, Parent
@@ -132,7 +134,7 @@ def repair(
     goals: MomentGoals,
     *,
     progress: Callable[[str, int], None] | None = None,
-) -> dict[str, Tensor]:
+) -> State:
     r"""Rescale and shift every layer's outputs to the statistics that they should have (REPAIR).
 
     With :math:`\mu_y, \sigma_y` a channel's mean and standard deviation over inputs and positions,
@@ -160,8 +162,8 @@ def repair(
 
     Returns
     -------
-    dict
-        The state with the repaired parameters.
+    State
+        The state with the repaired parameters, which are made when they are read.
 
     Raises
     ------
@@ -172,7 +174,7 @@ def repair(
     order = [one.name for one in target.module.graph.nodes]  # as they are computed
     points = {node: by_node[node] for node in order if node in by_node and node in goals.overall}
     measured = {node: Moments() for node in points}
-    where = next((one.device for one in state.values()), torch.device("cpu"))
+    where = target.device
     seen = done = 0
     with torch.no_grad():
         for inputs in batches(data, target.example_inputs, target.keywords, device=where):
@@ -185,16 +187,25 @@ def repair(
                 progress("calibrate", seen)
     if done < len(goals.batches):
         raise InputError(_other_batches(goals, "fewer"))
-    repaired = dict(state)
+    changes: dict[str, list[Callable[[Tensor], Tensor]]] = {}
     for node, point in points.items():
         scale, shift = _correction(
             measured[node].result(), goals.overall[node], point.bias is not None
         )
-        repaired[point.weight] = point.scaled(repaired[point.weight], scale)
+        changes.setdefault(point.weight, []).append(partial(point.scaled, factors=scale))
         if point.bias is not None:
-            bias = repaired[point.bias]
-            repaired[point.bias] = (bias.double() * scale + shift).to(bias)
-    return repaired
+            changes.setdefault(point.bias, []).append(
+                partial(_moved_bias, scale=scale, shift=shift)
+            )
+
+    def make(name: str) -> Tensor:
+        return reduce(lambda value, change: change(value), changes.get(name, ()), state[name])
+
+    return LazyState(state, make)
+
+
+def _moved_bias(bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return (bias.double() * scale + shift).to(bias)
 
 
 def _other_batches(goals: MomentGoals, has: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clafusion.correspondence.correspondence import Correspondence, identity_correspondence
 from clafusion.correspondence.moving import move_state
+from clafusion.execution.lazy import overlaid
 from clafusion.weights.build import with_weights
 
 __all__ = ["CopyingPlans", "copying_plans", "with_copied_channels"]
@@ -94,5 +95,5 @@ def with_copied_channels(
     """Return the correspondence of a copy of the source in which channels are made equal."""
     source = correspondence.source
     moved = move_state(identity_correspondence(source), within)
-    state = {**source.state(), **moved}
+    state = overlaid(source.state(), moved)
     return replace(correspondence, source=with_weights(source, state))

@@ -14,6 +14,7 @@ from clafusion.correspondence.moving import move_state
 from clafusion.correspondence.structure import structured_state
 from clafusion.errors import StructureError
 from clafusion.execution.call import call_model, flatten_tensors, rounding_of
+from clafusion.execution.lazy import overlaid
 from clafusion.execution.walk import run_widened
 from clafusion.tracing.model import TracedModel
 from clafusion.weights.build import with_state
@@ -90,7 +91,7 @@ def _check_by_copies(correspondence: Correspondence) -> None:
         return
     copies = with_copied_channels(correspondence, plans.within_source)
     target, source = copies.target, copies.source
-    state = {**target.state(), **move_state(copies, plans.into_target)}
+    state = overlaid(target.state(), move_state(copies, plans.into_target))
     with torch.no_grad():  # in float64, for copies are divided and added up
         wanted, of_source = run_widened(source, target.example_inputs, source.state())
         found, of_target = run_widened(target, target.example_inputs, state)

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-__all__ = ["LazyState"]
+__all__ = ["LazyState", "overlaid"]
 
 Key = TypeVar("Key")
 
@@ -40,3 +40,9 @@ class LazyState(Mapping[Key, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def overlaid(below: Mapping[Key, Tensor], above: Mapping[Key, Tensor]) -> LazyState[Key]:
+    """Return the tensors of two states, read from ``above`` where that has them."""
+    names = [*below, *(name for name in above if name not in below)]
+    return LazyState(names, lambda name: above[name] if name in above else below[name])

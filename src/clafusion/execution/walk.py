@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from clafusion.execution.call import State
-from clafusion.execution.lazy import LazyState
 from clafusion.execution.writes import written_inputs
 
 __all__ = [
+    "HALF_WIDER",
     "WIDER",
     "Executable",
     "RowState",
@@ -22,7 +22,6 @@ __all__ = [
     "in_lockstep",
     "run_graph",
     "run_widened",
-    "widened",
 ]
 
 _LARGE = 1 << 21  # elements: a weight of more is read by rows, from a state that can
@@ -39,6 +38,11 @@ class Executable(Protocol):
     @property
     def placeholders(self) -> tuple[str | None, ...]:
         """For each input of the graph the state entry that feeds it, or None for a model input."""
+        ...
+
+    @property
+    def types(self) -> Mapping[torch.dtype, torch.dtype]:
+        """Types to compute in, in place of those of the weights and of those the graph asks for."""
         ...
 
 
@@ -83,10 +87,10 @@ WIDER: Mapping[torch.dtype, torch.dtype] = dict.fromkeys(
 )
 """The types that a widened run replaces by float64."""
 
-
-def widened(value: Tensor) -> Tensor:
-    """Return a tensor in float64, where it holds floating-point numbers."""
-    return value.double() if value.is_floating_point() else value
+HALF_WIDER: Mapping[torch.dtype, torch.dtype] = dict.fromkeys(
+    (torch.float16, torch.bfloat16), torch.float32
+)
+"""The types that are for weights in files; what is computed with them is in float32."""
 
 
 def run_widened(
@@ -97,8 +101,7 @@ def run_widened(
     Parameters are those of :func:`run_graph`.
     """
     try:
-        wide = LazyState(state, lambda name: widened(state[name]))
-        return Walk(graph, tuple(map(widened, inputs)), wide, set(), WIDER).finish(), True
+        return Walk(graph, inputs, state, set(), WIDER).finish(), True
     except RuntimeError:
         return run_graph(graph, inputs, state), False
 
@@ -126,7 +129,7 @@ class Walk:
     keep
         Names of the nodes whose values stay; the walk removes the released ones from this set.
     types
-        Types to compute in, in place of types that the graph asks for.
+        Types to compute in, in place of those of inputs, weights and graph; default the graph's.
     replace
         As for :func:`run_graph`.
     """
@@ -145,7 +148,7 @@ class Walk:
         self._state = state
         self._rows = state if isinstance(state, RowState) else None
         self._keep = keep
-        self._types = types or {}
+        self._types = graph.types if types is None else types
         self._values: dict[fx.Node, Any] = {}
         self._spared: dict[str, Tensor] = {}
         self._parameters: dict[fx.Node, str] = {}
@@ -160,9 +163,11 @@ class Walk:
                 continue
             name = next(names)
             if name is None:
-                self._values[node] = next(feed)
+                self._values[node] = self._computed(next(feed))
             elif node.name in written:
-                self._values[node] = state[name].clone()
+                value = state[name]
+                wide = self._computed(value)
+                self._values[node] = value.clone() if wide is value else wide
             else:
                 self._parameters[node] = name
         self._rest = iter([node for node in nodes if node.op in ("get_attr", "call_function")])
@@ -207,7 +212,8 @@ class Walk:
 
     def _step(self, node: fx.Node) -> None:
         if node.op == "get_attr":
-            self._values[node] = self._retyped(getattr(self._module, str(node.target)))
+            value = getattr(self._module, str(node.target))
+            self._values[node] = self._computed(value) if isinstance(value, Tensor) else value
             return
         target: Any = node.target
         if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
@@ -222,6 +228,10 @@ class Walk:
         for operand in node.all_input_nodes:
             self._pending[operand] -= 1
             self._drop(operand)
+
+    def _computed(self, value: Tensor) -> Tensor:
+        """Return an input or a weight in the type to compute in."""
+        return value.to(self._types.get(value.dtype, value.dtype))
 
     def _retyped(self, value: Any) -> Any:
         """Return a value as it is, but in place of a type the one to compute in."""
@@ -240,15 +250,14 @@ class Walk:
         if table == 0:  # an embedding: what else it is given changes its gradients only
             indices = self._value(node.args[1])
             wanted, places = indices.unique(return_inverse=True)
-            return F.embedding(places, self._rows.rows(name, wanted))
+            return F.embedding(places, self._computed(self._rows.rows(name, wanted)))
         inputs, *bias = [self._value(one) for i, one in enumerate(node.args) if i != 1]
         count = max(_LARGE // shape[1], 1)
         result: Tensor = inputs.new_empty(*inputs.shape[:-1], shape[0])
         for rows in torch.arange(shape[0], device=inputs.device).split(count):
             of_rows = (None if one is None else one[rows] for one in bias)
-            result[..., rows[0] : rows[-1] + 1] = F.linear(
-                inputs, self._rows.rows(name, rows), *of_rows
-            )
+            part = self._computed(self._rows.rows(name, rows))
+            result[..., rows[0] : rows[-1] + 1] = F.linear(inputs, part, *of_rows)
         return result
 
     def _spare(self, node: fx.Node) -> None:
@@ -267,7 +276,7 @@ class Walk:
         if not isinstance(node, fx.Node):
             return node
         name = self._parameters.get(node)
-        return self._values[node] if name is None else self._state[name]
+        return self._values[node] if name is None else self._computed(self._state[name])
 
     def _drop(self, node: fx.Node) -> None:
         if self._pending[node] == 0 and node.name not in self._keep:

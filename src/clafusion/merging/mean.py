@@ -9,7 +9,7 @@ where averaging every weight with zero would shrink the block once a layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,8 +59,10 @@ def counted(weights: Sequence[float], masks: Sequence[Tensor | None]) -> list[We
 
 def average(
     problem: FusionProblem, weights: Sequence[MergeWeights] | None = None
-) -> dict[str, Tensor]:
+) -> MutableMapping[str, Tensor]:
     """Return the weighted mean of all parents' parameters in the target's structure.
+
+    It is kept where ``problem.storage`` says.
 
     Parameters
     ----------
@@ -76,7 +78,7 @@ def average(
     """
     weights = [one.weights for one in problem.parents] if weights is None else weights
     states = [one.state(problem.normalisation) for one in problem.parents]
-    fused: dict[str, Tensor] = {}
+    fused = problem.storage.empty()
     for name, tensor in problem.target.state().items():
         present = [i for i, state in enumerate(states) if name in state]
         if not present:

@@ -21,6 +21,7 @@ from clafusion.matching.weight_costs import is_at_rest
 from clafusion.profiling.profile import ModelProfile
 from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.model import TracedModel
+from clafusion.weights.storage import InMemory, Storage
 
 __all__ = ["FusionProblem", "MergeWeights", "Parent", "plans_are_at_rest"]
 
@@ -165,12 +166,15 @@ class FusionProblem:
         interior leans towards it.
     normalisation
         How plans are normalised: ``"two"`` or ``"single"``.
+    storage
+        Where the averaged and calibrated weights are kept.
     """
 
     target: TracedModel
     parents: tuple[Parent, ...]
     reference: int = 0
     normalisation: str = "two"
+    storage: Storage = field(default_factory=InMemory, compare=False)
 
     @property
     def names(self) -> tuple[str, ...]:

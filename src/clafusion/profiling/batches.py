@@ -25,6 +25,8 @@ __all__ = [
     "has_rows",
     "in_chunks",
     "keeps_order",
+    "num_rows",
+    "rows_side_by_side",
 ]
 
 Data: TypeAlias = "Tensor | Iterable[Any]"
@@ -113,6 +115,24 @@ def has_rows(data: Data, least: int) -> bool:
         if count >= least:
             return True
     return False
+
+
+def num_rows(data: Data) -> int:
+    """Return how many rows there are; every batch is read."""
+    _check_kind(data)
+    return sum(map(_num_rows, data if isinstance(data, Part) else _raw(data)))
+
+
+def rows_side_by_side(data: Data, samples: int) -> int:
+    """Return how many rows a profile runs at once: batches until there are ``samples``, or one."""
+    _check_kind(data)
+    first = most = 0
+    for batch in _raw(data):
+        size = _num_rows(batch)
+        most = max(most, size)
+        if first < samples:
+            first += size
+    return max(first, most)
 
 
 def keeps_order(data: Data) -> bool:

@@ -105,6 +105,7 @@ def profile_models(
     progress: Callable[[str, int], None] | None = None,
     called: Sequence[str] = (),
     on_demand: bool = False,
+    most_rows: int | None = None,
 ) -> list[ModelProfile]:
     """Profile several models on the same batches, in one pass over the data.
 
@@ -139,6 +140,8 @@ def profile_models(
         Whether rows may be made by other passes, when somebody reads them, where they would take
         much memory and all inputs run side by side. ``data`` must not change as long as the
         profiles live.
+    most_rows
+        How many bytes of rows are much; default 1 GiB.
 
     Raises
     ------
@@ -154,7 +157,7 @@ def profile_models(
     on_demand = (
         on_demand
         and max_inputs is None
-        and _rows_are_large(models, data, alignment_samples, matching_rows)
+        and _rows_are_large(models, data, alignment_samples, matching_rows, most_rows or _MUCH)
     )
     recorders = [
         _Recorder(
@@ -203,14 +206,16 @@ def profile_models(
     return [replace(one, batch_sizes=tuple(sizes)) for one in profiles] if moments else profiles
 
 
-def _rows_are_large(models: Sequence[TracedModel], data: Data, samples: int, most: int) -> bool:
-    """Say whether rows of few inputs, which come in one order, would take much memory."""
+def _rows_are_large(
+    models: Sequence[TracedModel], data: Data, samples: int, most: int, much: int
+) -> bool:
+    """Say whether rows of few inputs, which come in one order, would take more than ``much``."""
     points = [point for one in models for layer in one.layers for point in layer.hook_points]
 
     def are_large(count: int) -> bool:
         rows = (min(count * math.prod(point.positions), most) for point in points)
         sizes = (number * len(point.groups) for number, point in zip(rows, points, strict=True))
-        return 4 * sum(sizes) > _MUCH
+        return 4 * sum(sizes) > much
 
     # Reading data may take long, and most networks are small.
     if not are_large(samples) or not keeps_order(data) or has_rows(data, samples + 1):

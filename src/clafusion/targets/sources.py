@@ -25,6 +25,7 @@ from clafusion.correspondence.heads import unite_heads, unite_models
 from clafusion.correspondence.hooks import source_hook
 from clafusion.correspondence.inserted import check_inserted
 from clafusion.correspondence.moving import move_state, move_values
+from clafusion.execution.lazy import overlaid
 from clafusion.profiling.profile import ModelProfile
 from clafusion.targets.resizing import resizing_plan
 from clafusion.targets.target import ChosenTarget
@@ -150,8 +151,7 @@ def _of_template(chosen: ChosenTarget, aligned: AlignedModels) -> TargetSources:
     plans = [_given_plans(i, one, givers, template) for i, one in enumerate(drafts)]
     first = drafts[order[0]].correspondence
     every = [plans[order[0]].get(one.index) for one in first.target.groups]
-    state = {**template.state(), **move_state(first, every)}
-    target = with_weights(template, state)
+    target = with_weights(template, overlaid(template.state(), move_state(first, every)))
     profile = _composed(target, drafts, plans, order, givers)
     sources = tuple(
         replace(source_of(profile, original, of, products), plans=known)

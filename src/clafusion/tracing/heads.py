@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clafusion.execution.call import State
+from clafusion.execution.lazy import LazyState
 from clafusion.tracing.layer import Layer
 from clafusion.tracing.model import ChannelGroup, GroupAxis, HeadPartition, TracedModel
 from clafusion.tracing.moves import Moves, Place, joined, moved, moves_between
@@ -296,8 +297,8 @@ def exchange_moves(model: TracedModel, orders: HeadOrders) -> Moves:
     return joined(wholes, moves_between(_shared_places(model, last)))
 
 
-def exchange_heads(model: TracedModel, state: State, orders: HeadOrders) -> dict[str, Tensor]:
-    """Return a copy of a state in which heads have changed places.
+def exchange_heads(model: TracedModel, state: State, orders: HeadOrders) -> LazyState[str]:
+    """Return a state in which heads have changed places; its tensors are made when they are read.
 
     Parameters
     ----------
@@ -307,14 +308,16 @@ def exchange_heads(model: TracedModel, state: State, orders: HeadOrders) -> dict
         The model's parameters and buffers by name.
     """
     moves = exchange_moves(model, orders)
-    return {
-        name: moved(tensor.detach(), moves[name]) if name in moves else tensor.detach().clone()
-        for name, tensor in state.items()
-    }
+
+    def make(name: str) -> Tensor:
+        tensor = state[name].detach()
+        return moved(tensor, moves[name]) if name in moves else tensor
+
+    return LazyState(state, make)
 
 
-def restored_heads(model: TracedModel, state: State, orders: HeadOrders) -> dict[str, Tensor]:
-    """Return a copy of a state with heads where they were before :func:`exchange_heads`.
+def restored_heads(model: TracedModel, state: State, orders: HeadOrders) -> LazyState[str]:
+    """Return a state with heads where they were before :func:`exchange_heads`.
 
     Parameters
     ----------

@@ -204,6 +204,12 @@ class TracedModel:
         Parameters with entries that no example input reached and that keep their places; how many.
     united_heads
         Heads whose groups are united: see :mod:`clafusion.correspondence.heads`.
+    types
+        Types to compute in, in place of those of weights, inputs and graph: half precision is for
+        storage, and runs of the graph are in float32.
+    weights
+        Parameters, buffers and constants of the module's shapes, to be taken in place of its own:
+        of a copy with other weights, or from files as they are read. None for the module's own.
     """
 
     model: nn.Module
@@ -221,6 +227,8 @@ class TracedModel:
     keeps_rows: bool = True
     unreached: Mapping[str, int] = field(default_factory=dict)
     united_heads: tuple[UnitedHeads, ...] = ()
+    types: Mapping[torch.dtype, torch.dtype] = field(default_factory=dict)
+    weights: State | None = None
 
     @property
     def device(self) -> torch.device:
@@ -314,8 +322,12 @@ class TracedModel:
             if isinstance(operand, fx.Node) and operand in self.entries
         }
 
-    def state(self) -> dict[str, Tensor]:
-        """Return the model's parameters, buffers and constants, detached and contiguous."""
+    def state(self) -> State:
+        """Return the parameters, buffers and constants: see :attr:`weights`."""
+        return self.module_state() if self.weights is None else self.weights
+
+    def module_state(self) -> dict[str, Tensor]:
+        """Return the module's parameters, buffers and constants, detached and contiguous."""
         tensors: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         tensors.update(self.model.named_buffers(remove_duplicate=False))
         return {

@@ -17,7 +17,8 @@ from clafusion.errors import (
     UnsupportedOpError,
     warn,
 )
-from clafusion.execution.call import device_of, flatten_tensors
+from clafusion.execution.call import device_of
+from clafusion.execution.walk import HALF_WIDER
 from clafusion.tracing.copies import evaluation_copy
 from clafusion.tracing.export import export_model, refuse_changed_inputs
 from clafusion.tracing.groups import find_channels
@@ -136,15 +137,14 @@ def _traced(
         aliases=aliases,
         static_batch=None,
     )
-    state = traced.state()
+    state = traced.module_state()
+    types = {one.dtype for one in state.values()} & HALF_WIDER.keys()
     with torch.no_grad():
         buffers = frozenset(state) - trainable
         channels = find_channels(module, placeholders, state, buffers, inputs)
         layers = find_layers(module, placeholders, state, channels, buffers)
-        static_batch, keeps_rows = _batch_behaviour(traced)
-        traced = replace(
-            traced, static_batch=static_batch, keeps_rows=keeps_rows, unreached=channels.unreached
-        )
+        traced = replace(traced, unreached=channels.unreached)
+        traced = _with_batch_behaviour(traced, HALF_WIDER if types else {})
         singles = channels_of_heads(channels.groups, channels.alone, layers)
         if singles:
             whole = channels.with_singles(singles)
@@ -285,18 +285,27 @@ def _example(
     return arguments, keywords
 
 
-def _batch_behaviour(traced: TracedModel) -> tuple[int | None, bool]:
-    """Return the batch size, where the model's code fixes it, and whether outputs have its rows."""
-    size = traced.example_inputs[0].size(0)
-    fewer = tuple(value[: size - 1] for value in traced.example_inputs)
-    with torch.no_grad():
-        outputs = list(flatten_tensors(list(traced.run(traced.example_inputs))))
-        try:
-            of_fewer = list(flatten_tensors(list(traced.run(fewer))))
-        except Exception:  # whatever the model's code does with another size than the one it knows
-            return size, True
-    return None, any(
+def _with_batch_behaviour(
+    traced: TracedModel, types: Mapping[torch.dtype, torch.dtype]
+) -> TracedModel:
+    """Say in a traced model which batches it admits, if outputs have rows, and how it computes.
+
+    ``types`` are the types to compute in, where the graph runs in them.
+    """
+    inputs = traced.example_inputs
+    try:
+        wide = replace(traced, types=types)
+        outputs = wide.output_tensors(inputs)
+    except RuntimeError:  # the graph fixes a type somewhere
+        wide, outputs = traced, traced.output_tensors(inputs)
+    size = inputs[0].size(0)
+    try:
+        of_fewer = wide.output_tensors(tuple(value[: size - 1] for value in inputs))
+    except Exception:  # whatever the model's code does with another size than the one it knows
+        return replace(wide, static_batch=size, keeps_rows=True)
+    keeps_rows = any(
         one.dim() > 0 and one.size(0) * (size - 1) == other.size(0) * size > 0
         for one, other in zip(outputs, of_fewer, strict=True)
         if one.dim() == other.dim()
     )
+    return replace(wide, static_batch=None, keeps_rows=keeps_rows)

@@ -15,7 +15,7 @@ from torch import Tensor
 from clafusion.errors import GraphVerificationError
 from clafusion.execution.call import State, call_model, flatten_tensors, rounding_of
 from clafusion.execution.lazy import LazyState
-from clafusion.execution.walk import WIDER, Walk, in_lockstep, widened
+from clafusion.execution.walk import WIDER, Walk, in_lockstep
 from clafusion.execution.writes import written_inputs
 from clafusion.tracing.copies import evaluation_copy
 from clafusion.tracing.heads import exchange_moves, possible_heads, possible_shared_heads
@@ -299,9 +299,8 @@ class _Trial:
         return [_difference(one, self._expected[redrawn]) for one in outputs]
 
     def _walk(self, weights: State) -> Walk:
-        if self._dtype is None:
-            return Walk(self.traced, self._inputs, weights, set())
-        return Walk(self.traced, tuple(map(widened, self._inputs)), weights, set(), WIDER)
+        types = None if self._dtype is None else WIDER
+        return Walk(self.traced, self._inputs, weights, set(), types)
 
     def keeps_outputs(self, cycle: Moves, swap: Moves) -> bool:
         """Return whether moves of the weights move the outputs by no more than rounding."""

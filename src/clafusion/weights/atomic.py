@@ -30,7 +30,7 @@ def check_output(
         ``argument``.
     """
     path = Path(path)
-    if path.suffix.lower() not in endings:
+    if not path.name.lower().endswith(tuple(endings)):
         raise InputError(
             f"{argument} {str(path)!r} must end with one of {', '.join(endings)}: the ending "
             "chooses the format"

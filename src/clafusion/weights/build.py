@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.execution.call import State
-from clafusion.execution.lazy import LazyState
+from clafusion.execution.lazy import LazyState, overlaid
 from clafusion.tracing.model import TracedModel
 from clafusion.weights.state_files import EXTRA_STATE
 
-__all__ = ["fill", "with_state", "with_weights"]
+__all__ = ["fill", "with_state", "with_tensors", "with_weights"]
+
+_LARGE = 1 << 28  # bytes of weights
 
 
 def with_state(
@@ -32,11 +34,40 @@ def with_state(
     return built
 
 
+def with_tensors(
+    module: nn.Module,
+    parameters: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
+    aliases: Mapping[str, str],
+) -> nn.Module:
+    """Return a copy of a module that has these parameters, without a copy of them.
+
+    ``others`` holds the rest of its state, which is copied; ``aliases`` is that of
+    :func:`with_state`.
+    """
+    own = dict(module.named_parameters(remove_duplicate=False))
+    names = [name for name in parameters if type(own[name]) is nn.Parameter and not vars(own[name])]
+    state = overlaid(parameters, others)
+    with torch.inference_mode(False):
+        given: dict[int, Any] = {
+            id(own[name]): nn.Parameter(parameters[name], own[name].requires_grad) for name in names
+        }
+        left = [name for name in (*state, *aliases) if id(own.get(name)) not in given]
+        built = copy.deepcopy(module, given)  # which adds to ``given``
+        fill(built, LazyState(left, lambda name: state[aliases.get(name, name)]))
+    return built
+
+
 def with_weights(traced: TracedModel, state: State) -> TracedModel:
-    """Return a traced model with a copy of its module that holds ``state``, constants included."""
+    """Return a traced model with other weights of the same shapes, constants included.
+
+    ``state`` may make its tensors when they are read. Those of a large network it makes again each
+    time, so that nothing holds them; those of others it makes once, here.
+    """
+    size = sum(one.numel() * one.element_size() for one in traced.module_state().values())
     return replace(
         traced,
-        model=with_state(traced.model, state, traced.aliases),
+        weights=state if size > _LARGE else {name: state[name].clone() for name in state},
         constants={name: state[name] for name in traced.constants},
     )
 

@@ -15,16 +15,17 @@ from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from clafusion.errors import InputError
 from clafusion.weights.fitting import model_with
+from clafusion.weights.mapped import file_backed, parameters_on_meta
 from clafusion.weights.messages import listed, one_line
 from clafusion.weights.state_files import READABLE, check_input, stored_content, weights_digest
 
-__all__ = ["ModelFile", "build_model", "load_model"]
+__all__ = ["Model", "ModelFile", "build_model", "load_model"]
 
 _SPEC = re.compile(r"(?P<module>.+?):(?P<call>[A-Za-z_]\w*(\.\w+)*\s*(\(.*\))?)", re.DOTALL)
 
@@ -94,6 +95,30 @@ def load_model(factory: str, path: str | os.PathLike[str], key: str | None = Non
     return model_with(lambda: build_model(factory), content, key, str(path), factory)
 
 
+def open_model(
+    factory: str, path: str | os.PathLike[str], key: str | None = None
+) -> tuple[nn.Module, frozenset[str]]:
+    """Return what :meth:`ModelFile.open` does."""
+    content = stored_content(path, mapped=True)
+
+    def build() -> nn.Module:
+        with parameters_on_meta():
+            return build_model(factory)
+
+    try:
+        model = model_with(build, content, key, str(path), factory, assign=True)
+    except InputError:  # of the model, which needs memory, or of the file, which load_model tells
+        return load_model(factory, path, key), frozenset()
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    others = [value for one in model.modules() for value in vars(one).values()]
+    if any(one.is_meta for one in (*tensors.values(), *others) if isinstance(one, Tensor)):
+        return load_model(factory, path, key), frozenset()
+    return model, file_backed(tensors)
+
+
 @dataclass(frozen=True)
 class ModelFile:
     """A model whose weights lie in a file until they are needed.
@@ -120,6 +145,14 @@ class ModelFile:
     def load(self) -> nn.Module:
         """Return the model with its weights, in eval mode; errors are :func:`load_model`'s."""
         return load_model(self.factory, self.path, self.key)
+
+    def open(self) -> tuple[nn.Module, frozenset[str]]:
+        """Return the model, in eval mode, and the names of what stays in the file until it is read.
+
+        The others are in memory: all of them where the model cannot be built without memory for its
+        parameters. Nobody may change the model's tensors. Errors are :func:`load_model`'s.
+        """
+        return open_model(self.factory, self.path, self.key)
 
     def build(self) -> nn.Module:
         """Return the model, in eval mode, with the weights that the factory gives it."""
@@ -158,6 +191,10 @@ class ModelFile:
         if code is not None and code.is_file():
             digest.update(code.read_bytes())
         return digest.hexdigest()
+
+
+Model: TypeAlias = nn.Module | ModelFile
+"""A module, or one whose weights lie in a file."""
 
 
 def _matched(factory: str) -> re.Match[str]:

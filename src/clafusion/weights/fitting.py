@@ -26,7 +26,13 @@ __all__ = ["check_materialised", "model_with", "put_state"]
 
 
 def model_with(
-    build: Callable[[], nn.Module], content: Any, key: str | None, path: str, factory: str
+    build: Callable[[], nn.Module],
+    content: Any,
+    key: str | None,
+    path: str,
+    factory: str,
+    *,
+    assign: bool = False,
 ) -> nn.Module:
     """Return a new model with a state dict that a file holds.
 
@@ -43,6 +49,9 @@ def model_with(
         Which of the state dicts in it, as for :func:`clafusion.weights.checkpoints.load_state`.
     path, factory
         What errors call the file and the model.
+    assign
+        Whether the model gets the file's own tensors, where they are of its types, instead of
+        copies; ``build`` may then leave its parameters on the meta device.
 
     Raises
     ------
@@ -54,22 +63,23 @@ def model_with(
     called = f"checkpoint {path!r}"
     states = states_in(content, key, called)
     model = build()
-    check_materialised(model, f"factory {factory!r}")
+    if not assign:
+        check_materialised(model, f"factory {factory!r}")
     fits = [one for one in _distinct(_named(states, model)) if _names_fit(model, one)]
     if fits:
-        problems = put_state(model, choose(fits, called))
+        problems = put_state(model, choose(fits, called), assign=assign)
         if not problems:
             return model
     else:
         likely = ranked(states)
         guesses = list(_distinct(_named(likely, model)))
         for guess in guesses:  # perhaps the model's own hooks rename what they load
-            if not put_state(model, guess):
+            if not put_state(model, guess, assign=assign):
                 choose([guess], called)  # which warns of what was left out
                 return model
             model = build()  # without what the failed attempt has left
         told = min(guesses, key=lambda one: _misfits(model, one))
-        problems = put_state(model, told)
+        problems = put_state(model, told, assign=assign)
     raise InputError(f"{path!r} does not fit {factory!r}: {'; '.join(problems)}")
 
 
@@ -94,30 +104,77 @@ def check_materialised(model: nn.Module, called: str) -> None:
             )
 
 
-def put_state(model: nn.Module, state: StoredState) -> list[str]:
+def put_state(model: nn.Module, state: StoredState, *, assign: bool = False) -> list[str]:
     """Load a state dict into a model in place; return what keeps it from fitting, in words.
 
-    After a problem the model may hold a part of the state dict.
+    After a problem the model may hold a part of the state dict. With ``assign`` it holds the state
+    dict's own tensors, where they are of its types.
     """
     problems = unusable_values(state.entries)
     if problems:
         return problems
     unlike = unlike_values(model, state.entries)
-    entries: Any = OrderedDict(state.entries)
+    entries: Any = OrderedDict(_typed(model, state.entries) if assign else state.entries)
+    ties = aliases_of(model) if assign else {}
     if state.versions is not None:
         entries._metadata = state.versions
     try:
-        found = model.load_state_dict(entries, strict=False)
+        found = model.load_state_dict(entries, strict=False, assign=assign)
     except Exception as error:  # of another shape, or a hook's own error
         differences = _differences(model, state.entries)
         return [*unlike, *differences] or [one_line(error)]
+    lost = _tied_again(model, ties, state.entries)
     missing = _needed(model, getattr(found, "missing_keys", ()), state.entries)
     unexpected = getattr(found, "unexpected_keys", ())
     return [
         *unlike,
+        *lost,
         *_counted(missing, unexpected, ()),
         *([] if missing or unexpected else _overwritten(model, state.entries)),
     ]
+
+
+def _typed(model: nn.Module, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return entries in the types that a model has for them."""
+    own = model.state_dict()
+    return {
+        name: value.to(own[name].dtype)
+        if isinstance(value, Tensor) and isinstance(own.get(name), Tensor)
+        else value
+        for name, value in entries.items()
+    }
+
+
+def _tied_again(model: nn.Module, ties: Mapping[str, str], entries: Mapping[str, Any]) -> list[str]:
+    """Tie what got tensors of its own by an assignment; return which of them differ, in words."""
+    lost = []
+    names: dict[str, list[str]] = {}
+    for name, first in ties.items():
+        names.setdefault(first, [first]).append(name)
+    for tied in names.values():
+        given = [name for name in tied if name in entries] or tied
+        for name in given[1:] if given[0] in entries else ():
+            if not torch.equal(entries[name], entries[given[0]]):
+                lost.append(_untied(name, repr(given[0])))
+        owner, leaf = _owner(model, given[0])
+        kept = getattr(owner, leaf)
+        for name in tied:
+            owner, leaf = _owner(model, name)
+            setattr(owner, leaf, kept)
+    return lost[:1]
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the submodule that has a state entry, and its name there."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _untied(name: str, others: str) -> str:
+    return (
+        f"{name!r} and {others} are tied in the model and differ in the file: remove the one that "
+        "is not meant, or give a model that does not tie them"
+    )
 
 
 # --- names --------------------------------------------------------------------------------------
@@ -226,8 +283,5 @@ def _overwritten(model: nn.Module, entries: Mapping[str, Any]) -> list[str]:
             wanted = entries[name].to(own[name])
             if not torch.equal(torch.nan_to_num(wanted), torch.nan_to_num(own[name])):
                 others = listed(repr(other) for other in names if other != name)
-                lost.append(
-                    f"{name!r} and {others} are tied in the model and differ in the file: remove "
-                    "the one that is not meant, or give a model that does not tie them"
-                )
+                lost.append(_untied(name, others))
     return lost[:1]

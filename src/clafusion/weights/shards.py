@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from clafusion.errors import InputError
+from clafusion.weights.atomic import replacing
+from clafusion.weights.digests import add_tensor
 from clafusion.weights.messages import listed, one_line
 
-__all__ = ["INDEX", "is_index", "shards_of"]
+__all__ = ["INDEX", "SHARDED", "is_index", "shards_of", "write_shards"]
 
 INDEX = ".index.json"
 """How the name of an index ends."""
+SHARDED = ".safetensors.index.json"
+"""How the name of an index ends that :func:`write_shards` writes."""
+_ENDING = ".safetensors"
+_SIZE = 1 << 29  # bytes of a shard; while one is written, twice as many are in memory
 
 
 def is_index(path: Path) -> bool:
@@ -53,3 +66,107 @@ def shards_of(path: Path, what: str) -> dict[Path, list[str]]:
             f"{listed(map(repr, gone))}; fetch them into its folder"
         )
     return shards
+
+
+def write_shards(
+    state: Mapping[str, Tensor],
+    path: Path,
+    check: Callable[[Mapping[str, Path]], None] | None = None,
+    size: int = _SIZE,
+) -> None:
+    """Write tensors to safetensors files of about ``size`` bytes, and an index of them to ``path``.
+
+    A tensor is read from ``state`` when its file is written. Files are named after what they hold.
+    The index gets its name when all of them are there, and files that only the old one names go
+    after that: whenever the process is killed, the index that is there is of whole files.
+
+    Parameters
+    ----------
+    state
+        Tensors by name.
+    path
+        The index, which ends with ``.safetensors.index.json``.
+    check
+        Called with each tensor's file, before the index gets its name. If it raises, the old files
+        stay as they are.
+    size
+        How large a file may become. A larger tensor has a file of its own.
+
+    Raises
+    ------
+    InputError
+        A file cannot be written, for example on a full disk.
+    """
+    stem = path.name[: -len(SHARDED)]
+    written: list[Path] = []
+    places: dict[str, Path] = {}
+    total = 0
+    parts = _parts(state, size)
+    try:
+        for i, names in enumerate(parts, 1):
+            tensors = {name: state[name].detach().cpu().contiguous() for name in names}
+            total += sum(one.nbytes for one in tensors.values())
+            shard = path.with_name(
+                f"{stem}-{i:05d}-of-{len(parts):05d}-{_digest(tensors)}{_ENDING}"
+            )
+            is_new = not shard.exists()
+            _write(tensors, shard)
+            written += [shard] if is_new else []
+            places |= dict.fromkeys(names, shard)
+        if check is not None:
+            check(places)
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: shard.name for name, shard in places.items()},
+        }
+        with replacing(path, "path") as temporary:
+            temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    except BaseException:
+        for shard in written:
+            shard.unlink(missing_ok=True)
+        raise
+    _remove_others(path, stem, set(places.values()))
+
+
+def _parts(state: Mapping[str, Tensor], size: int) -> list[list[str]]:
+    """Return the names that go to each file, in order."""
+    parts: list[list[str]] = [[]]
+    left = size
+    for name in state:
+        needed = state[name].nbytes
+        if needed > left and parts[-1]:
+            parts.append([])
+            left = size
+        parts[-1].append(name)
+        left -= needed
+    return parts
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        add_tensor(digest, name, tensor)
+    return digest.hexdigest()[:8]
+
+
+def _write(tensors: dict[str, Tensor], shard: Path) -> None:
+    storages: set[int] = set()
+    for name, tensor in tensors.items():  # safetensors refuses names that share memory
+        if tensor.untyped_storage().data_ptr() in storages:
+            tensors[name] = tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+    with replacing(shard, "path") as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(None, one_line(error)) from error
+
+
+def _remove_others(index: Path, stem: str, kept: set[Path]) -> None:
+    """Remove what earlier indices of this name had, and what killed runs have left."""
+    shard = rf"{re.escape(stem)}-\d{{5}}-of-\d{{5}}-[0-9a-f]{{8}}\.safetensors"
+    ours = re.compile(rf"{shard}|\.({shard}|{re.escape(index.name)})\.\w+\.tmp")
+    for path in index.parent.iterdir():
+        if ours.fullmatch(path.name) and path not in kept:
+            with contextlib.suppress(OSError):
+                path.unlink()

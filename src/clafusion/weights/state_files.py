@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +21,7 @@ from clafusion.errors import InputError
 from clafusion.weights.atomic import check_output, replacing
 from clafusion.weights.messages import listed, one_line
 from clafusion.weights.recognition import is_shard, stands_for_another, unreadable_content
-from clafusion.weights.shards import INDEX, is_index, shards_of
+from clafusion.weights.shards import INDEX, SHARDED, is_index, shards_of, write_shards
 
 __all__ = [
     "EXTRA_STATE",
@@ -42,7 +43,7 @@ __all__ = [
 _TORCH_ENDINGS = (".pt", ".pth", ".th", ".bin", ".ckpt")
 READABLE = (".safetensors", *_TORCH_ENDINGS, INDEX)
 """The endings of files of weights that are read."""
-WRITABLE = (".safetensors", ".pt", ".pth")
+WRITABLE = (".safetensors", ".pt", ".pth", SHARDED)
 """The endings of files that :func:`save_model` writes."""
 EXTRA_STATE = "_extra_state"
 """How the name of an entry ends that a module's own ``get_extra_state`` returned."""
@@ -53,7 +54,11 @@ def save_model(
     path: str | os.PathLike[str],
     check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> None:
-    """Write a model's state dict to a ``.safetensors``, ``.pt`` or ``.pth`` file.
+    """Write a model's state dict to a ``.safetensors``, ``.pt`` or ``.pth`` file, or to several.
+
+    A path that ends with ``.safetensors.index.json`` is the index of several files, of about 500 MB
+    each, which are written beside it one after another: see
+    :func:`clafusion.weights.shards.write_shards`.
 
     The old file stays as it is until the new one is complete. The file holds tied weights under
     each of their names, so that ``load_state_dict`` of the same architecture takes it as it is.
@@ -96,8 +101,18 @@ def save_state(
     check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> None:
     """Write a state dict, as :func:`save_model` does, with the same errors."""
-    check_output(path, WRITABLE, "path")
-    ending = Path(path).suffix.lower()
+    path = check_output(path, WRITABLE, "path")
+    if path.name.lower().endswith(SHARDED):
+        check_extra_state(state, ".safetensors")
+
+        def check_files(places: Mapping[str, Path]) -> None:
+            if check is not None:
+                shards = dict.fromkeys(places.values())
+                check({k: v for one in shards for k, v in read_safetensors(one, "path").items()})
+
+        write_shards(state, path, check_files)
+        return
+    ending = path.suffix.lower()
     check_extra_state(state, ending)
     others = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
     tensors = {
@@ -190,8 +205,10 @@ def check_input(path: str | os.PathLike[str], endings: Sequence[str], what: str)
     return path
 
 
-def read_torch(path: Path, what: str) -> Any:
+def read_torch(path: Path, what: str, *, mapped: bool = False) -> Any:
     """Return what ``torch.save`` has written to a file, loading weights only.
+
+    With ``mapped`` the tensors stay in the file until they are read, where its format allows that.
 
     Raises
     ------
@@ -201,7 +218,8 @@ def read_torch(path: Path, what: str) -> Any:
     try:
         with warnings.catch_warnings():  # of formats that the errors below name
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            lazily = mapped and is_zipfile(path)  # older files cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except Exception as error:
         found = unreadable_content(path, error)
         if found is not None:
@@ -236,8 +254,12 @@ def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
     return tensors
 
 
-def stored_content(path: str | os.PathLike[str], what: str = "checkpoint") -> Any:
+def stored_content(
+    path: str | os.PathLike[str], what: str = "checkpoint", *, mapped: bool = False
+) -> Any:
     """Return what a file of weights holds, as it is; of an index what its files hold.
+
+    With ``mapped`` the tensors stay in the files until they are read, where formats allow that.
 
     Raises
     ------
@@ -247,11 +269,11 @@ def stored_content(path: str | os.PathLike[str], what: str = "checkpoint") -> An
     """
     path = check_input(path, READABLE, what)
     if is_index(path):
-        return _sharded(path, what)
+        return _sharded(path, what, mapped=mapped)
     part = is_shard(path)
     if part is not None:
         raise InputError(f"{what} {str(path)!r} {part}")
-    return _content(path, path.suffix.lower(), what)
+    return _content(path, path.suffix.lower(), what, mapped=mapped)
 
 
 def weights_digest(path: str | os.PathLike[str], what: str = "checkpoint") -> str:
@@ -269,16 +291,18 @@ def weights_digest(path: str | os.PathLike[str], what: str = "checkpoint") -> st
     return hashlib.sha256("".join(map(file_digest, every)).encode()).hexdigest()
 
 
-def _content(path: Path, ending: str, what: str) -> Any:
-    return read_safetensors(path, what) if ending == ".safetensors" else read_torch(path, what)
+def _content(path: Path, ending: str, what: str, *, mapped: bool = False) -> Any:
+    if ending == ".safetensors":
+        return read_safetensors(path, what)
+    return read_torch(path, what, mapped=mapped)
 
 
-def _sharded(path: Path, what: str) -> dict[str, Any]:
+def _sharded(path: Path, what: str, *, mapped: bool) -> dict[str, Any]:
     """Return the tensors of a checkpoint in several files."""
     state: dict[str, Any] = {}
     for shard, names in shards_of(path, what).items():
         check_input(shard, READABLE, what)
-        content = _content(shard, shard.suffix.lower(), what)
+        content = _content(shard, shard.suffix.lower(), what, mapped=mapped)
         gone = [name for name in names if not isinstance(content, Mapping) or name not in content]
         if gone:
             raise InputError(

@@ -90,7 +90,7 @@ def regress_anchored(
         anchors = (settings.anchor,)
     elif max(one.weights.overall for one in problem.parents) >= 1.0:
         anchors = ANCHORS[:1]
-    plain = average(problem)
+    plain = dict(average(problem))
     if any(
         one.is_identity and one.weights.overall >= 1.0 and not one.weights.own
         for one in problem.parents

@@ -9,13 +9,13 @@ tried: in a copy with random weights the states change places, and the outputs a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
 from clafusion.execution.call import flatten_tensors
-from clafusion.execution.walk import WIDER, Walk, in_lockstep, widened
+from clafusion.execution.walk import WIDER, Walk, in_lockstep
 from clafusion.tracing.labels.ids import collapse
 from clafusion.tracing.labels.interpreter import DraftUse, LabelPropagation
 from clafusion.tracing.labels.rule import Label, ParameterView
@@ -35,6 +35,7 @@ class _Graph:
 
     module: fx.GraphModule
     placeholders: tuple[str | None, ...]
+    types: Mapping[torch.dtype, torch.dtype] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,7 @@ def _crossed_in(
 
     def walk(moving: Sequence[_States]) -> Walk:
         weights = TrialWeights(base, dtype, _moves(propagation, moving))
-        wide = tuple(map(widened, inputs)) if dtype else inputs
-        return Walk(graph, wide, weights, set(), WIDER if dtype else {})
+        return Walk(graph, inputs, weights, set(), WIDER if dtype else {})
 
     walks = [walk([]), walk(found)]
     crossed = set()

@@ -1,0 +1,250 @@
+"""How much memory a fusion needs, told before anything long begins."""
+
+from __future__ import annotations
+
+import math
+import re
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from clafusion.alignment.models import label
+from clafusion.config import FusionConfig, LeastSquares
+from clafusion.errors import InputError
+from clafusion.tracing.model import TracedModel
+from clafusion.weights.factories import Model, ModelFile
+
+__all__ = [
+    "NeededMemory",
+    "activation_bytes",
+    "bytes_of",
+    "check_limit",
+    "check_weights",
+    "needed_memory",
+    "shown",
+]
+
+_COPIES = 3  # of a weight in float32, while it is moved and averaged
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", 1)}
+_TEXT = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]?I?)B?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class NeededMemory:
+    """The memory of a process, in bytes, as far as shapes tell it.
+
+    Attributes
+    ----------
+    held
+        What the process holds before: the code, the data and models that are no files.
+    stages
+        Stage -> what it adds, of which it lets go.
+    """
+
+    held: int
+    stages: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        """The most that the process holds at a time."""
+        return self.held + max(self.stages.values())
+
+
+def bytes_of(limit: int | str, argument: str) -> int:
+    """Return an amount of memory in bytes, given in bytes or as ``"6GB"`` or ``"512 MiB"``.
+
+    Raises
+    ------
+    InputError
+        It is none. The message calls it ``argument``.
+    """
+    if isinstance(limit, str):
+        found = _TEXT.fullmatch(limit.strip())
+        if found is not None:
+            limit = int(float(found["number"]) * _UNITS[found["unit"].upper()])
+    if not isinstance(limit, Integral) or isinstance(limit, bool) or limit <= 0:
+        raise InputError(
+            f"{argument} must be an amount of memory as '6GB' or '800MiB', or a number of bytes; "
+            f"got {limit!r}"
+        )
+    return int(limit)
+
+
+def shown(size: float) -> str:
+    """Return an amount of memory as text, rounded up."""
+    unit = next((one for one in "TGM" if size >= _UNITS[one]), "M")
+    return f"{math.ceil(10 * size / _UNITS[unit]) / 10:g} {unit}B"
+
+
+def check_limit(limit: int, needed: NeededMemory) -> None:
+    """Refuse a limit within which a fusion cannot stay.
+
+    Raises
+    ------
+    InputError
+        The message says the least that would do, and which stage needs it.
+    """
+    if needed.peak <= limit:
+        return
+    stage = max(needed.stages, key=lambda one: needed.stages[one])
+    raise InputError(
+        f"memory_limit={shown(limit)!r} is too little: the least is about {shown(needed.peak)!r}. "
+        f"The process holds {shown(needed.held)} before, and {stage!r} needs "
+        f"{shown(needed.stages[stage])} more; fewer inputs need less"
+    )
+
+
+def check_weights(limit: int, models: Mapping[str, Model]) -> None:
+    """Refuse a limit within which a single weight of a model cannot be moved.
+
+    Raises
+    ------
+    InputError
+        The message names the weight, and says how much it needs.
+    """
+    for name, model in models.items():
+        module = model.open()[0] if isinstance(model, ModelFile) else model
+        held = held_now()
+        for called, one in module.named_parameters():
+            needed = _COPIES * 4 * one.numel()
+            if held + needed > limit:
+                raise InputError(
+                    f"memory_limit={shown(limit)!r} is too little: {called!r} of {label(name)} "
+                    f"alone needs {shown(needed)}, and the process holds {shown(held)} before; the "
+                    f"least for it is {shown(held + needed)!r}"
+                )
+
+
+def needed_memory(models: Sequence[TracedModel], count: int, config: FusionConfig) -> NeededMemory:
+    """Return how much memory a fusion within a limit needs at least.
+
+    Rows are then made when they are needed, and what is averaged lies in files.
+
+    Parameters
+    ----------
+    models
+        The parents.
+    count
+        How many inputs the fusion sees.
+    config
+        The options.
+    """
+    activations = [activation_bytes(one, count) for one in models]
+    largest = max(_largest_weight(one) for one in models)
+    grams = sum(len(one.layers) for one in models) * min(count, _samples(config)) ** 2 * 8
+    rows = max(_largest_rows(one, count, config) for one in models)
+    groups = sorted((group.size for one in models for group in one.groups), reverse=True)
+    # float32 costs, the solver's own float64 copy and one for what the costs are made from
+    matching = 16 * groups[0] ** 2 if groups else 0
+    calibrated = max(activations) + 6 * largest
+    if isinstance(config.used_calibration, LeastSquares):
+        weights = max(_weights(one) for one in models)
+        calibrated = sum(activations) + max(activations) + 6 * largest + 2 * weights
+    return NeededMemory(
+        held=held_now(),
+        stages={
+            "profile": max(activations) + grams + 2 * largest,
+            "match": sum(activations) + grams + 6 * rows + matching + 2 * largest,
+            "calibrate": grams + calibrated,
+        },
+    )
+
+
+def held_now() -> int:
+    """Return the memory that this process holds, in bytes, but for files that can be read again."""
+    if sys.platform.startswith("linux"):
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(re.findall(r"^RssAnon:\s*(\d+) kB", status, re.MULTILINE)[0])
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else 1024 * used
+
+
+def activation_bytes(model: TracedModel, count: int) -> int:
+    """Return how much memory values of a run on ``count`` inputs take at the most.
+
+    A value is held until the last operation that reads it has run.
+    """
+    rows = model.example_inputs[0].size(0)
+    roots: dict[fx.Node, fx.Node] = {}
+    sizes: dict[fx.Node, int] = {}
+    pending: dict[fx.Node, int] = {}
+    held = most = 0
+    for node in model.module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        root = roots[node] = _root(node, roots)
+        pending[root] = pending.get(root, 0) + len(node.users)
+        if root is node:
+            sizes[node] = _size(node, model, count, rows)
+            held += sizes[node]
+            most = max(most, held)
+        for operand in node.all_input_nodes:
+            base = roots.get(operand)
+            if base is not None:
+                pending[base] -= 1
+                if pending[base] == 0:
+                    held -= sizes.pop(base, 0)
+        if pending[root] == 0:
+            held -= sizes.pop(root, 0)
+    return most
+
+
+def _root(node: fx.Node, roots: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """Return the node whose memory a node's value is a view of; itself for memory of its own."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        aliases = target._schema.returns and target._schema.returns[0].alias_info is not None
+        first = node.all_input_nodes[0] if node.all_input_nodes else None
+        return roots.get(first, node) if aliases and first is not None else node
+    return roots.get(node.all_input_nodes[0], node) if node.all_input_nodes else node
+
+
+def _size(node: fx.Node, model: TracedModel, count: int, rows: int) -> int:
+    """Return the bytes of a node's value for ``count`` inputs, where the example has ``rows``."""
+    value = node.meta.get("val")
+    values = value if isinstance(value, (tuple, list)) else [value]
+    total = 0
+    for one in values:
+        if not isinstance(one, Tensor):
+            continue
+        dtype = model.types.get(one.dtype, one.dtype)
+        size = dtype.itemsize
+        grows = False
+        for length in one.shape:
+            if isinstance(length, torch.SymInt):
+                grows = True
+                hint = length.node.hint
+                size *= rows if hint is None else int(hint)
+            else:
+                size *= int(length)
+        total += math.ceil(size * count / rows) if grows and model.static_batch is None else size
+    return total
+
+
+def _largest_weight(model: TracedModel) -> int:
+    """Return the bytes of the largest tensor, in float32."""
+    return max((4 * one.numel() for one in model.module_state().values()), default=0)
+
+
+def _weights(model: TracedModel) -> int:
+    return sum(one.numel() * one.element_size() for one in model.module_state().values())
+
+
+def _largest_rows(model: TracedModel, count: int, config: FusionConfig) -> int:
+    most = config.profiling.matching_rows
+    points = [point for layer in model.layers for point in layer.hook_points]
+    return max(
+        (4 * min(count * math.prod(one.positions), most) * len(one.groups) for one in points),
+        default=0,
+    )
+
+
+def _samples(config: FusionConfig) -> int:
+    return config.profiling.alignment_samples

@@ -1,0 +1,92 @@
+"""Targets and their sources -> fusion problems, once or until the plans are at rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from clafusion.alignment.models import AlignedModels
+from clafusion.calibration.methods import calibrate
+from clafusion.config import FusionConfig, LeastSquares, Repair
+from clafusion.errors import ConvergenceWarning, warn
+from clafusion.matching.plans import Matched, match_sources
+from clafusion.merging.problem import FusionProblem, MergeWeights, Parent, plans_are_at_rest
+from clafusion.profiling.batches import Data
+from clafusion.stages import profile_traced
+from clafusion.targets.sources import TargetSources, source_of
+
+__all__ = ["matched_with_mean", "problem_of"]
+
+
+def problem_of(
+    names: Sequence[str],
+    sources: TargetSources,
+    weights: Sequence[float],
+    config: FusionConfig,
+) -> FusionProblem:
+    """Match all sources with the target; return the problem with the parents' weights."""
+    parents = [
+        _parent(name, one, weight)
+        for name, one, weight in zip(names, match_sources(sources, config), weights, strict=True)
+    ]
+    return FusionProblem(
+        sources.profile.traced, tuple(parents), sources.reference, config.merging.normalisation
+    )
+
+
+def _parent(name: str, matched: Matched, weight: float) -> Parent:
+    source = matched.source
+    return Parent(
+        name,
+        source.profile,
+        source.correspondence,
+        matched.plans,
+        MergeWeights(weight),
+        matched.output_plan,
+        matched.head_orders,
+    )
+
+
+def matched_with_mean(
+    problem: FusionProblem,
+    aligned: AlignedModels,
+    sources: TargetSources,
+    data: Data,
+    config: FusionConfig,
+    max_rounds: int,
+) -> tuple[FusionProblem, int, bool]:
+    """Match all parents with their mean, again and again, until no plan changes."""
+    # Least squares takes long, and what the others are matched with needs no such care.
+    calibration = config.used_calibration
+    if isinstance(calibration, LeastSquares):
+        calibration = Repair()
+    maps = [one.correspondence.layer_map for one in sources.sources]
+    products = [one.correspondence.products for one in sources.sources]
+    rounds, converged = 1, False
+    for _ in range(max_rounds - 1):
+        mean = calibrate(problem, data, calibration, seed=config.seed).model
+        target = replace(problem.target, model=mean, weights=None)
+        mean_profile = profile_traced([target], data, config)[0]
+        found = [
+            source_of(mean_profile, original, of, made)
+            for original, of, made in zip(aligned.profiles, maps, products, strict=True)
+        ]
+        again = problem_of(
+            aligned.names,
+            TargetSources(mean_profile, tuple(found), -1),
+            [one.weights.overall for one in problem.parents],
+            config,
+        )
+        again = replace(again, reference=problem.reference)
+        converged = plans_are_at_rest(problem, again)
+        if converged:
+            break
+        problem = again
+        rounds += 1
+    if not converged:
+        warn(
+            f"the plans are not at rest after {max_rounds} round(s); the last mean is taken. Raise "
+            "merging.strategy.max_rounds, or use merging='many_to_one'",
+            ConvergenceWarning,
+        )
+    return problem, rounds, converged
