@@ -86,8 +86,8 @@ def test_a_file_is_not_changed_by_what_is_done_with_the_result(tmp_path):
 def test_a_limit_that_is_too_small_says_the_least_that_would_do(monkeypatch):
     monkeypatch.setattr("clafusion.memory.held_now", lambda: 0)
     models = [mlp(12, 20, 4), mlp(12, 20, 16, 4)]
-    with pytest.raises(InputError, match=r"is too little: the least is about '0.1 MB'.*'match'"):
-        fuse(models, VECTORS, memory_limit="20kB")
+    with pytest.raises(InputError, match=r"is too little: the least is about '0.4 MB'.*'match'"):
+        fuse(models, VECTORS, memory_limit="5kB")
 
 
 def test_a_limit_below_the_largest_weight_is_refused_before_anything_runs(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,9 +42,11 @@ from clafusion.cli.parsing import merge_weights_of
 from clafusion.cli.settings import read_config
 from clafusion.cli.show import print_json, print_line, progress
 from clafusion.config import FusionConfig, Iterative, Like
-from clafusion.errors import StructureError
+from clafusion.errors import InputError, StructureError
+from clafusion.estimates import estimate
 from clafusion.execution.call import usable_device
 from clafusion.fusion import align, fuse, fuse_aligned
+from clafusion.memory import bytes_of, check_limit
 from clafusion.profiling.batches import Progress
 from clafusion.reports import plot as draw
 from clafusion.reports import summary
@@ -51,7 +54,7 @@ from clafusion.results import FusionResult
 from clafusion.stages import expected_inputs, traced_template
 from clafusion.tracing.copies import copied
 from clafusion.weights.atomic import check_output
-from clafusion.weights.factories import build_model
+from clafusion.weights.factories import ModelFile, build_model, model_without_weights
 from clafusion.weights.round_trip import check_round_trip
 from clafusion.weights.state_files import WRITABLE, save_model
 
@@ -65,7 +68,11 @@ def fuse_command(
     arch: Archs,
     data: DataFile,
     out: Annotated[
-        Path, typer.Option(help="Where to write the fused weights (.safetensors, .pt, .pth).")
+        Path,
+        typer.Option(
+            help="Where to write the fused weights (.safetensors, .pt, .pth; in several files: "
+            ".safetensors.index.json)."
+        ),
     ],
     merge_weights: Annotated[
         str | None,
@@ -84,6 +91,20 @@ def fuse_command(
     mean: Mean = None,
     std: Std = None,
     device: Device = "cpu",
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="Stay within this much memory, as 6GB: weights stay in files, those made in "
+            "temporary ones (see TMPDIR).",
+            metavar="AMOUNT",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what it would take (time, memory, size); fuse nothing."
+        ),
+    ] = False,
     plot: Plot = None,
     as_json: AsJson = False,
     *,
@@ -103,14 +124,30 @@ def fuse_command(
     usable_device(device, "--device")
     check_output(out, WRITABLE, "--out", (*files.values(), data))
     check_plot(plot)
-    models = load_models(files, archs, keys)
+    at_most = None if memory_limit is None else bytes_of(memory_limit, "--memory-limit")
+    if at_most is not None and device != "cpu":
+        raise InputError(f"--memory-limit is for the CPU; --device is {device}: leave one out")
     samples = samples_of(data, limit, DataOptions(data_key, shape, scale, mean, std))
-    try_models(models, samples)
+    if dry_run or at_most is not None:
+        mapped = {name: ModelFile(archs[name], file, keys[name]) for name, file in files.items()}
+    if dry_run:
+        with messages_by_flags():
+            found = estimate(mapped, samples, settings)
+        if at_most is not None:
+            check_limit(at_most, found.memory)
+        print_json(asdict(found)) if as_json else print(found)
+        return
     expected = expected_inputs(len(samples), settings)
-    with progress(len(samples), expected) as report, messages_by_flags():
-        result = _fused(models, samples, given, settings, device, report)
+    if at_most is not None:
+        with progress(len(samples), expected) as report, messages_by_flags():
+            result = _fused_within(at_most, mapped, samples, given, settings, report)
+    else:
+        models = load_models(files, archs, keys)
+        try_models(models, samples)
+        with progress(len(samples), expected) as report, messages_by_flags():
+            result = _fused(models, samples, given, settings, device, report)
     built_by = _architecture(result, archs, options)
-    save_model(result.model, out, _round_trip(result, built_by, archs))
+    save_model(result.model, out, _round_trip(result, built_by, archs, at_most is not None))
     if plot is not None:
         draw(result, plot)
     if as_json:
@@ -145,6 +182,21 @@ def _fused(
     return fuse_aligned(aligned, samples, weights, config, template=template, progress=report)
 
 
+def _fused_within(
+    limit: int,
+    models: Mapping[str, ModelFile],
+    samples: Tensor,
+    weights: list[float] | None,
+    config: FusionConfig,
+    report: Progress | None,
+) -> FusionResult:
+    """Fuse with a limit of memory; refuse what no architecture could load."""
+    result = fuse(models, samples, weights, config, memory_limit=limit, progress=report)
+    for step in result.steps or (result,):
+        _check_depths(step.aligned, config)
+    return result
+
+
 def _check_depths(aligned: AlignedModels, config: FusionConfig) -> None:
     gaps = any(one.alignment.unmatched_shallow for one in aligned.pairs)
     if gaps and not isinstance(config.target, Like):  # messages_by_flags says how that is typed
@@ -174,16 +226,19 @@ def _architecture(
 
 
 def _round_trip(
-    result: FusionResult, built_by: str, archs: Mapping[str, str]
+    result: FusionResult, built_by: str, archs: Mapping[str, str], in_files: bool
 ) -> Callable[[Mapping[str, Any]], None] | None:
-    """Return the check of what is written; None where no factory builds such a model."""
+    """Return the check of what is written; None where no factory builds such a model.
+
+    With ``in_files`` the model that it builds holds no weights of its own.
+    """
     target = result.config.target
     build: Callable[[], nn.Module]
     if isinstance(target, Like) and built_by == _TEMPLATE:
         assert isinstance(target.template, nn.Module), "else nothing would have been fused"
         build = partial(copied, target.template)
     elif isinstance(target, Like) or built_by in archs.values():
-        build = partial(build_model, built_by)
+        build = partial(model_without_weights if in_files else build_model, built_by)
     else:
         return None
     aligned = (result.steps or (result,))[0].aligned
@@ -191,7 +246,8 @@ def _round_trip(
 
     def check(state: Mapping[str, Any]) -> None:
         inputs, names = example.example_inputs, example.keywords
-        check_round_trip(result.model, state, build, inputs, names, called=repr(built_by))
+        called = repr(built_by)
+        check_round_trip(result.model, state, build, inputs, names, called=called, assign=in_files)
 
     return check
 

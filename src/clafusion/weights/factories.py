@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ from clafusion.weights.mapped import file_backed, parameters_on_meta
 from clafusion.weights.messages import listed, one_line
 from clafusion.weights.state_files import READABLE, check_input, stored_content, weights_digest
 
-__all__ = ["Model", "ModelFile", "build_model", "load_model"]
+__all__ = ["Model", "ModelFile", "build_model", "load_model", "model_without_weights"]
 
 _SPEC = re.compile(r"(?P<module>.+?):(?P<call>[A-Za-z_]\w*(\.\w+)*\s*(\(.*\))?)", re.DOTALL)
 
@@ -71,6 +72,12 @@ def build_model(factory: str) -> nn.Module:
     return model.eval()
 
 
+def model_without_weights(factory: str) -> nn.Module:
+    """Return what :func:`build_model` does, its parameters on the meta device."""
+    with parameters_on_meta():
+        return build_model(factory)
+
+
 def load_model(factory: str, path: str | os.PathLike[str], key: str | None = None) -> nn.Module:
     """Return a new model, in eval mode, with the weights in a file.
 
@@ -100,11 +107,7 @@ def open_model(
 ) -> tuple[nn.Module, frozenset[str]]:
     """Return what :meth:`ModelFile.open` does."""
     content = stored_content(path, mapped=True)
-
-    def build() -> nn.Module:
-        with parameters_on_meta():
-            return build_model(factory)
-
+    build = partial(model_without_weights, factory)
     try:
         model = model_with(build, content, key, str(path), factory, assign=True)
     except InputError:  # of the model, which needs memory, or of the file, which load_model tells

@@ -30,6 +30,7 @@ def check_round_trip(
     keywords: tuple[str, ...] = (),
     *,
     called: str,
+    assign: bool = False,
 ) -> None:
     """Load a state dict into a new model and compare its outputs with those of ``model``.
 
@@ -49,6 +50,9 @@ def check_round_trip(
         Their names, where the model takes them by keyword; else empty.
     called
         What errors call the architecture.
+    assign
+        Whether the new model gets the state's own tensors; ``build`` may leave its parameters on
+        the meta device then.
 
     Raises
     ------
@@ -62,7 +66,7 @@ def check_round_trip(
         raise InputError(
             f"{called} cannot be built again to check what was written: {one_line(error)}"
         ) from error
-    problems = put_state(fresh, StoredState("", state))
+    problems = put_state(fresh, StoredState("", state), assign=assign)
     if problems:
         raise InputError(f"the fused weights do not load into {called}: {'; '.join(problems)}")
     device = device_of(model)
