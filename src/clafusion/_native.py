@@ -8,6 +8,7 @@ results nor see torch.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -25,10 +26,12 @@ __all__ = [
     "align_layers",
     "assign",
     "build_info",
+    "channel_moments",
     "cuda_devices",
     "gram",
     "hsic_all_pairs",
     "num_threads",
+    "scale_channels",
     "set_num_threads",
     "sinkhorn",
     "sinkhorn_on_device",
@@ -216,6 +219,44 @@ def assign(
         np.split(target_potentials, ends)[:-1],
         totals,
     )
+
+
+def channel_moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    r"""Return each channel's mean and variance over all other axes, in float64.
+
+    .. math:: \mu_c = \frac1n \sum_i x_{ic}, \qquad v_c = \frac1n \sum_i (x_{ic} - \mu_c)^2
+
+    Values are summed in float32 in short runs, and the runs, with the squares of deviations from
+    their own means, in float64 (Chan, Golub and LeVeque, The American Statistician 37(3), 1983).
+    The bytes depend on the input only, not on the number of threads.
+
+    Parameters
+    ----------
+    x
+        Contiguous float32 on the CPU, with at least one value a channel.
+    axis
+        The axis of the channels.
+    """
+    mean, variance = np.empty(x.size(axis)), np.empty(x.size(axis))
+    _core.channel_moments(_by_channels(x, axis), mean, variance)
+    return torch.from_numpy(mean), torch.from_numpy(variance)
+
+
+def scale_channels(x: Tensor, axis: int, scale: Tensor, shift: Tensor) -> None:
+    """Multiply each channel by its scale and add its shift, in place.
+
+    ``x`` and ``axis`` are those of :func:`channel_moments`.
+    """
+    factors = (one.detach().to(torch.float32).numpy() for one in (scale, shift))
+    _core.scale_channels(_by_channels(x, axis), *factors)
+
+
+def _by_channels(x: Tensor, axis: int) -> NDArray[np.float32]:
+    """Return a tensor's own memory in the shape ``(outer, num_channels, inner)``."""
+    axis = axis % x.dim()
+    outer, inner = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
+    array: NDArray[np.float32] = x.detach().view(outer, x.size(axis), inner).numpy()
+    return array
 
 
 def gram(x: Tensor, *, out: NDArray[np.float64] | None = None) -> NDArray[np.float64]:

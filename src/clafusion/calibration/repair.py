@@ -13,6 +13,7 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 
+from clafusion import _native
 from clafusion.errors import InputError
 from clafusion.execution.call import State
 from clafusion.execution.lazy import LazyState
@@ -20,7 +21,7 @@ from clafusion.execution.walk import Walk
 from clafusion.merging.mean import counted, weighted_mean
 from clafusion.merging.problem import FusionProblem, Parent
 from clafusion.profiling.batches import Data, batches
-from clafusion.profiling.moments import BatchMoments, Moments, channel_moments, parts
+from clafusion.profiling.moments import BatchMoments, Moments, channel_moments, is_plain, parts
 from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.model import TracedModel
 
@@ -225,7 +226,7 @@ def _run_repaired(
 ) -> None:
     """Run a batch, correct every layer's output on the way, and add what was there to measured."""
     walks = [Walk(target, part, state, set(points)) for part in parts(target, inputs)]
-    before: tuple[str, Tensor, Tensor] | None = None
+    before: tuple[CalibrationPoint, Tensor, Tensor] | None = None
     for node, point in points.items():
         in_parts = Moments()
         for walk in walks:
@@ -235,19 +236,20 @@ def _run_repaired(
             in_parts.add(value.numel(), *channel_moments(value, point.axis))
         found = in_parts.result()
         measured[node].add(inputs[0].size(0), *found)
+        scale, shift = _correction(found, goals[node], point.bias is not None)
+        before = point, scale, shift
+
+
+def _correct(walk: Walk, point: CalibrationPoint, scale: Tensor, shift: Tensor) -> None:
+    # In place: the output is the layer's own, and new memory takes longer to get than to fill.
+    value = walk.reach(point.node)
+    if is_plain(value):
+        _native.scale_channels(value, point.axis, scale, shift)
+    else:
         shape = [1] * value.dim()
         shape[point.axis] = -1
-        scale, shift = (
-            one.to(value).view(shape)
-            for one in _correction(found, goals[node], point.bias is not None)
-        )
-        before = node, scale, shift
-
-
-def _correct(walk: Walk, node: str, scale: Tensor, shift: Tensor) -> None:
-    # In place: the output is the layer's own, and new memory takes longer to get than to fill.
-    walk.reach(node).mul_(scale).add_(shift)
-    walk.release(node)
+        value.mul_(scale.to(value).view(shape)).add_(shift.to(value).view(shape))
+    walk.release(point.node)
 
 
 def _correction(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from clafusion import _native
 from clafusion.profiling.batches import Data, batches
 from clafusion.tracing.model import TracedModel
 
@@ -19,6 +20,7 @@ __all__ = [
     "batch_moments",
     "channel_moments",
     "inputs_in_cache",
+    "is_plain",
     "joint_moments",
     "moment_axes",
     "observed_moments",
@@ -54,17 +56,22 @@ class Moments:
 
 def channel_moments(value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Return each channel's mean and standard deviation over all other axes, in float64."""
-    if value.dtype == torch.float32 and axis == 1 and value.dim() > 2:
-        # Image by image in float32, from there on in float64: forty times as fast as a copy in
-        # float64, and as exact, for the mean is taken off before squaring.
-        flat = value.flatten(2)
-        count = flat.size(0) * flat.size(2)
-        mean = flat.sum(2).double().sum(0) / count
-        off = flat - mean.float()[:, None]
-        return mean, (torch.linalg.vector_norm(off, dim=2).double().square().sum(0) / count).sqrt()
+    if is_plain(value):
+        mean, variance = _native.channel_moments(value, axis)
+        return mean, variance.sqrt()
     flat = value.movedim(axis, -1).reshape(-1, value.size(axis)).double()
     mean = flat.mean(0)
     return mean, _deviation(mean, flat.square().mean(0))
+
+
+def is_plain(value: Tensor) -> bool:
+    """Say whether the compiled loops over channels take a tensor."""
+    return (
+        value.dtype == torch.float32
+        and value.device.type == "cpu"
+        and value.is_contiguous()
+        and value.numel() > 0
+    )
 
 
 def joint_moments(values: Iterable[Tensor], axis: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,12 @@ from clafusion.tracing.layers import find_layers
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.ties import aliases_of
 from clafusion.tracing.trace_cache import TraceCache, trace_key
-from clafusion.tracing.verify import computes_the_same, verify_graph, with_proved_heads
+from clafusion.tracing.verify import (
+    computes_the_same,
+    verify_graph,
+    verify_weights,
+    with_proved_heads,
+)
 
 __all__ = ["trace", "trace_like"]
 
@@ -51,7 +56,8 @@ def trace(
 
     A process keeps the graphs of its last traces, without weights and inputs. One of a model of
     equal architecture, on equal inputs, is taken only after a trial on this model: with ``verify``
-    the whole proof, else a comparison of outputs.
+    the proof with its own weights (that with random ones is true of all), else a comparison of
+    outputs.
 
     Parameters
     ----------
@@ -85,9 +91,10 @@ def trace(
     inputs = (*arguments, *keywords.values())
     key = trace_key(model, inputs, tuple(keywords))
     traced = _cache.get(key, model, inputs)
-    if traced is None or not _is_true_of(traced, verify=verify, seed=seed):
-        traced = _traced(model, arguments, keywords, verify=verify, seed=seed)
-        _cache.add(key, traced)
+    proved = traced is not None and _cache.is_proved(key)
+    if traced is None or not _is_true_of(traced, proved=proved, verify=verify, seed=seed):
+        traced, proved = _traced(model, arguments, keywords, verify=verify, seed=seed), False
+    _cache.add(key, traced, proved=verify or proved)
     for name, count in traced.unreached.items():
         warn(
             f"the example inputs reach all but {count} entries of {name!r}, which keep their "
@@ -97,11 +104,13 @@ def trace(
     return traced
 
 
-def _is_true_of(traced: TracedModel, *, verify: bool, seed: int) -> bool:
+def _is_true_of(traced: TracedModel, *, proved: bool, verify: bool, seed: int) -> bool:
     """Say whether a graph from elsewhere is this model's, too, whatever their code reads."""
     try:
         if not verify:
             return computes_the_same(traced, traced.example_inputs)
+        if proved:
+            return verify_weights(traced, traced.example_inputs, seed=seed)
         verify_graph(traced, traced.example_inputs, seed=seed)
     except Exception:  # raised again by a trace of its own, if it is the model's fault
         return False

@@ -27,6 +27,7 @@ class TraceCache:
 
     def __init__(self) -> None:
         self._traces: OrderedDict[Hashable, TracedModel] = OrderedDict()
+        self._proved: set[Hashable] = set()
         self._lock = threading.Lock()
 
     def get(
@@ -40,7 +41,11 @@ class TraceCache:
             self._traces.move_to_end(key)
         return replace(known, model=model, example_inputs=inputs)
 
-    def add(self, key: Hashable | None, traced: TracedModel) -> None:
+    def is_proved(self, key: Hashable | None) -> bool:
+        """Say whether the channel groups of a trace are proved with random weights."""
+        return key in self._proved
+
+    def add(self, key: Hashable | None, traced: TracedModel, *, proved: bool) -> None:
         """Keep a trace, if it has a key; forget the one not needed for the longest time."""
         if key is None:
             return
@@ -48,8 +53,11 @@ class TraceCache:
             # Neither is kept: they are the caller's, who may change them, and may be large.
             self._traces[key] = replace(traced, model=nn.Module(), example_inputs=())
             self._traces.move_to_end(key)
+            if proved:
+                self._proved.add(key)
             while len(self._traces) > _MOST:
-                self._traces.popitem(last=False)
+                forgotten, _ = self._traces.popitem(last=False)
+                self._proved.discard(forgotten)
 
 
 def trace_key(

@@ -24,7 +24,7 @@ from clafusion.tracing.moves import Moves, joined, permutation_moves
 from clafusion.tracing.operations import module_path, op_name
 from clafusion.tracing.trial_weights import BaseWeights, TrialWeights
 
-__all__ = ["computes_the_same", "verify_graph", "with_proved_heads"]
+__all__ = ["computes_the_same", "verify_graph", "verify_weights", "with_proved_heads"]
 
 # Relative to the largest output. Float64 leaves 1e-16 a rounding, and deep networks amplify it.
 # Other types are the fallback for graphs that do not run in float64.
@@ -78,6 +78,23 @@ def verify_graph(traced: TracedModel, inputs: tuple[Tensor, ...], *, seed: int =
             "output. The analysis does not understand this model: please open an issue with its "
             "code"
         )
+
+
+def verify_weights(traced: TracedModel, inputs: tuple[Tensor, ...], *, seed: int = 0) -> bool:
+    """Say whether a graph that is proved with random weights is proved with a model's own, too.
+
+    What random weights show is true of all weights. So only the model's own are moved, by the
+    cycle and the swap, and the graph has to reproduce the outputs of the model itself.
+
+    Parameters
+    ----------
+    traced, inputs, seed
+        As for :func:`verify_graph`.
+    """
+    trial = _Trial(traced, inputs, seed)
+    if not trial.is_faithful(trial.fidelity()):
+        return False
+    return trial.keeps_outputs(*_moves(trial, traced.groups, traced.heads), sorts=(False,))
 
 
 def computes_the_same(traced: TracedModel, inputs: tuple[Tensor, ...]) -> bool:
@@ -267,21 +284,25 @@ class _Trial:
                     f"the model puts out something else each time: {_changes(self) or _AT_RANDOM}"
                 )
 
-    def gap(self, cycle: Moves, swap: Moves) -> float:
-        """Return how far moves of the weights move the outputs, relative to the largest."""
+    def gap(self, cycle: Moves, swap: Moves, sorts: Sequence[bool] = (True, False)) -> float:
+        """Return how far moves of the weights move the outputs, relative to the largest.
+
+        ``sorts`` are the weights to be moved: True for random ones, False for the model's own.
+        """
         try:
-            return self._gap(cycle, swap)
+            return self._gap(cycle, swap, sorts)
         except Exception:
             if self._dtype is None:
                 raise
         self._use(None)  # the graph fixes a type somewhere
-        return self._gap(cycle, swap)
+        return self._gap(cycle, swap, sorts)
 
-    def _gap(self, cycle: Moves, swap: Moves) -> float:
+    def _gap(self, cycle: Moves, swap: Moves, sorts: Sequence[bool]) -> float:
         worst = 0.0
-        for redrawn in (True, False):
+        for redrawn in sorts:
             finite = all(bool(one.isfinite().all()) for one in self._expected.get(True, ()))
-            several = [cycle, swap] if redrawn or not finite else [cycle]
+            alone = len(sorts) == 1  # random weights, which may have overflowed, are not at hand
+            several = [cycle, swap] if redrawn or alone or not finite else [cycle]
             worst = max([worst, *self._gaps(redrawn, several)])
         return worst
 
@@ -302,9 +323,11 @@ class _Trial:
         types = None if self._dtype is None else WIDER
         return Walk(self.traced, self._inputs, weights, set(), types)
 
-    def keeps_outputs(self, cycle: Moves, swap: Moves) -> bool:
+    def keeps_outputs(
+        self, cycle: Moves, swap: Moves, sorts: Sequence[bool] = (True, False)
+    ) -> bool:
         """Return whether moves of the weights move the outputs by no more than rounding."""
-        gap = self.gap(cycle, swap)
+        gap = self.gap(cycle, swap, sorts)
         if gap > self.bound and not self._bound_is_final and gap <= _MOST:
             self._bound_is_final = True
             self.bound = min(max(self.bound, self._amplified()), _MOST)

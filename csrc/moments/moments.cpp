@@ -1,0 +1,238 @@
+#include "moments/moments.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+#include <vector>
+
+#include "common/parallel.hpp"
+#include "common/simd.hpp"
+
+namespace clafusion {
+namespace {
+
+constexpr std::int64_t kLanes = 32;  // sums that are independent, so that they fill vectors
+constexpr std::int64_t kRun = 1024;  // values a lane sums in float32
+constexpr std::int64_t kRows = 64;   // rows of channels that are a part
+constexpr std::int64_t kShortest = 4;  // an inner length from which on a row is a part
+constexpr std::int64_t kGrain = 1 << 15;  // values that are worth a thread
+
+struct Sums {
+  double of_values;
+  double of_squares;
+};
+
+CLAFUSION_INLINE double total_of(float (&lanes)[kLanes]) {
+  for (std::int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (std::int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return static_cast<double>(lanes[0]);
+}
+
+CLAFUSION_INLINE double sum_of(const float* x, std::int64_t count) {
+  double total = 0.0;
+  for (std::int64_t start = 0; start < count; start += kLanes * kRun) {
+    const std::int64_t end = std::min(count, start + kLanes * kRun);
+    float lanes[kLanes] = {};
+    std::int64_t i = start;
+    for (; i + kLanes <= end; i += kLanes) {
+      for (std::int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += x[i + lane];
+    }
+    for (; i < end; ++i) lanes[i % kLanes] += x[i];
+    total += total_of(lanes);
+  }
+  return total;
+}
+
+// The sums of the values less `origin` and of their squares.
+CLAFUSION_INLINE Sums sums_from(const float* x, std::int64_t count, float origin) {
+  Sums total{0.0, 0.0};
+  for (std::int64_t start = 0; start < count; start += kLanes * kRun) {
+    const std::int64_t end = std::min(count, start + kLanes * kRun);
+    float lanes[kLanes] = {};
+    float squares[kLanes] = {};
+    std::int64_t i = start;
+    for (; i + kLanes <= end; i += kLanes) {
+      for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+        const float value = x[i + lane] - origin;
+        lanes[lane] += value;
+        squares[lane] += value * value;
+      }
+    }
+    for (; i < end; ++i) {
+      const float value = x[i] - origin;
+      lanes[i % kLanes] += value;
+      squares[i % kLanes] += value * value;
+    }
+    total.of_values += total_of(lanes);
+    total.of_squares += total_of(squares);
+  }
+  return total;
+}
+
+// Rows [begin, end) of (outer * channels): each row's mean and sum of squared deviations.
+//
+// A first sum gives the mean up to float32's rounding. Values less that are small, and what their
+// own sum says of the mean is exact enough.
+CLAFUSION_MULTIVERSION
+void moments_of_rows(const float* x, std::int64_t inner, std::int64_t begin, std::int64_t end,
+                     double* mean, double* squares) {
+  const auto count = static_cast<double>(inner);
+  for (std::int64_t row = begin; row < end; ++row) {
+    const float* values = x + row * inner;
+    const auto origin = static_cast<float>(sum_of(values, inner) / count);
+    const Sums found = sums_from(values, inner, origin);
+    mean[row] = static_cast<double>(origin) + found.of_values / count;
+    squares[row] = found.of_squares - found.of_values * found.of_values / count;
+  }
+}
+
+// `rows` rows of `channels` numbers: each column's mean and sum of squared deviations.
+CLAFUSION_MULTIVERSION
+void moments_of_columns(const float* x, std::int64_t rows, std::int64_t channels, float* work,
+                        double* mean, double* squares) {
+  const auto count = static_cast<double>(rows);
+  float* sums = work;
+  float* origins = work + channels;
+  float* of_squares = work + 2 * channels;
+  std::fill(work, work + 3 * channels, 0.0f);
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const float* values = x + row * channels;
+    for (std::int64_t c = 0; c < channels; ++c) sums[c] += values[c];
+  }
+  for (std::int64_t c = 0; c < channels; ++c) {
+    origins[c] = static_cast<float>(static_cast<double>(sums[c]) / count);
+    sums[c] = 0.0f;
+  }
+  for (std::int64_t row = 0; row < rows; ++row) {
+    const float* values = x + row * channels;
+    for (std::int64_t c = 0; c < channels; ++c) {
+      const float value = values[c] - origins[c];
+      sums[c] += value;
+      of_squares[c] += value * value;
+    }
+  }
+  for (std::int64_t c = 0; c < channels; ++c) {
+    const auto sum = static_cast<double>(sums[c]);
+    mean[c] = static_cast<double>(origins[c]) + sum / count;
+    squares[c] = static_cast<double>(of_squares[c]) - sum * sum / count;
+  }
+}
+
+CLAFUSION_MULTIVERSION
+void scale_rows(float* x, std::int64_t channels, std::int64_t inner, std::int64_t begin,
+                std::int64_t end, const float* scale, const float* shift) {
+  for (std::int64_t row = begin; row < end; ++row) {
+    float* values = x + row * inner;
+    const float factor = scale[row % channels];
+    const float offset = shift[row % channels];
+    for (std::int64_t i = 0; i < inner; ++i) values[i] = values[i] * factor + offset;
+  }
+}
+
+CLAFUSION_MULTIVERSION
+void scale_columns(float* x, std::int64_t channels, std::int64_t begin, std::int64_t end,
+                   const float* scale, const float* shift) {
+  for (std::int64_t row = begin; row < end; ++row) {
+    float* values = x + row * channels;
+    for (std::int64_t c = 0; c < channels; ++c) values[c] = values[c] * scale[c] + shift[c];
+  }
+}
+
+// Joins parts: counts[p] values of part p, whose channel c is at p * channels + c.
+void join(const std::vector<double>& means, const std::vector<double>& squares,
+          const std::vector<double>& counts, std::int64_t channels, double* mean,
+          double* variance) {
+  double total = 0.0;
+  for (const double count : counts) total += count;
+  const auto parts = static_cast<std::int64_t>(counts.size());
+  std::fill(mean, mean + channels, 0.0);
+  std::fill(variance, variance + channels, 0.0);
+  for (std::int64_t p = 0; p < parts; ++p) {
+    const double share = counts[p] / total;
+    for (std::int64_t c = 0; c < channels; ++c) mean[c] += share * means[p * channels + c];
+  }
+  for (std::int64_t p = 0; p < parts; ++p) {
+    const double share = counts[p] / total;
+    for (std::int64_t c = 0; c < channels; ++c) {
+      const double off = means[p * channels + c] - mean[c];
+      variance[c] += squares[p * channels + c] / total + share * off * off;
+    }
+  }
+}
+
+void check(ChannelLayout layout) {
+  if (layout.outer < 0 || layout.channels < 0 || layout.inner < 0) {
+    throw std::invalid_argument("sizes must not be negative");
+  }
+}
+
+}  // namespace
+
+void channel_moments(const float* x, ChannelLayout layout, double* mean, double* variance) {
+  check(layout);
+  const auto [outer, channels, inner] = layout;
+  if (outer * inner == 0) throw std::invalid_argument("there are no values");
+  if (channels == 0) return;
+  std::vector<double> means, squares, counts;
+  if (inner >= kShortest) {
+    means.resize(outer * channels);
+    squares.resize(outer * channels);
+    counts.assign(outer, static_cast<double>(inner));
+    const std::int64_t grain = std::max<std::int64_t>(1, kGrain / inner);
+    parallel_for(outer * channels, grain, [&](std::int64_t begin, std::int64_t end) {
+      moments_of_rows(x, inner, begin, end, means.data(), squares.data());
+    });
+    join(means, squares, counts, channels, mean, variance);
+    return;
+  }
+  // With few values behind each other a row of channels holds each of them `inner` times.
+  const std::int64_t width = channels * inner;
+  const std::int64_t parts = (outer + kRows - 1) / kRows;
+  means.resize(parts * width);
+  squares.resize(parts * width);
+  for (std::int64_t p = 0; p < parts; ++p) {
+    counts.push_back(static_cast<double>(std::min(kRows, outer - p * kRows)));
+  }
+  const std::int64_t grain = std::max<std::int64_t>(1, kGrain / (kRows * width));
+  parallel_for(parts, grain, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> work(3 * width);
+    for (std::int64_t p = begin; p < end; ++p) {
+      moments_of_columns(x + p * kRows * width, static_cast<std::int64_t>(counts[p]), width,
+                         work.data(), means.data() + p * width, squares.data() + p * width);
+    }
+  });
+  if (inner == 1) {
+    join(means, squares, counts, channels, mean, variance);
+    return;
+  }
+  std::vector<double> of_places(width), spread(width), each(inner, 1.0);
+  join(means, squares, counts, width, of_places.data(), spread.data());
+  std::vector<double> by_place(width), spread_by_place(width);
+  for (std::int64_t c = 0; c < channels; ++c) {
+    for (std::int64_t i = 0; i < inner; ++i) {
+      by_place[i * channels + c] = of_places[c * inner + i];
+      spread_by_place[i * channels + c] = spread[c * inner + i];  // of one value: its variance
+    }
+  }
+  join(by_place, spread_by_place, each, channels, mean, variance);
+}
+
+void scale_channels(float* x, ChannelLayout layout, const float* scale, const float* shift) {
+  check(layout);
+  const auto [outer, channels, inner] = layout;
+  if (outer * channels * inner == 0) return;
+  if (inner == 1) {
+    const std::int64_t grain = std::max<std::int64_t>(1, kGrain / channels);
+    parallel_for(outer, grain, [&, channels = channels](std::int64_t begin, std::int64_t end) {
+      scale_columns(x, channels, begin, end, scale, shift);
+    });
+    return;
+  }
+  const std::int64_t grain = std::max<std::int64_t>(1, kGrain / inner);
+  parallel_for(outer * channels, grain,
+               [&, channels = channels, inner = inner](std::int64_t begin, std::int64_t end) {
+                 scale_rows(x, channels, inner, begin, end, scale, shift);
+               });
+}
+
+}  // namespace clafusion

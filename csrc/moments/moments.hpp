@@ -1,0 +1,29 @@
+// The mean and the variance of channels, and their rescaling, in one pass over memory each.
+#pragma once
+
+#include <cstdint>
+
+namespace clafusion {
+
+// A tensor (outer, channels, inner), dense, with the channels in the middle: images have their
+// pixels as `inner`, tokens have an `inner` of 1.
+struct ChannelLayout {
+  std::int64_t outer;
+  std::int64_t channels;
+  std::int64_t inner;
+};
+
+// Writes each channel's mean and its mean squared deviation from it.
+//
+// Values are summed in float32 in runs of at most 1024 a lane, and these sums in float64. Squares
+// are of deviations from the mean of a part (one row of `inner`, or 64 rows of channels), and parts
+// are joined in float64 (Chan, Golub and LeVeque, The American Statistician 37(3), 1983). The parts
+// and their order depend on the layout only, not on the number of threads.
+//
+// Throws std::invalid_argument when a size is negative or there are no values.
+void channel_moments(const float* x, ChannelLayout layout, double* mean, double* variance);
+
+// Replaces each value by value * scale[channel] + shift[channel].
+void scale_channels(float* x, ChannelLayout layout, const float* scale, const float* shift);
+
+}  // namespace clafusion
