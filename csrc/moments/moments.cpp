@@ -10,10 +10,10 @@
 namespace clafusion {
 namespace {
 
-constexpr std::int64_t kLanes = 32;  // sums that are independent, so that they fill vectors
-constexpr std::int64_t kRun = 1024;  // values a lane sums in float32
-constexpr std::int64_t kRows = 64;   // rows of channels that are a part
-constexpr std::int64_t kShortest = 4;  // an inner length from which on a row is a part
+constexpr std::int64_t kLanes = 32;       // sums that are independent, so that they fill vectors
+constexpr std::int64_t kRun = 1024;       // values a lane sums in float32
+constexpr std::int64_t kRows = 64;        // rows of channels that are a part
+constexpr std::int64_t kShortest = 4;     // an inner length from which on a row is a part
 constexpr std::int64_t kGrain = 1 << 15;  // values that are worth a thread
 
 struct Sums {
