@@ -343,6 +343,17 @@ def test_what_a_hook_says_nothing_of_is_told(factory, prefix):
     assert_equal(loaded(whole, factory), {**found, **whole})  # lacking a counter of batches only
 
 
+@pytest.mark.parametrize("factory", ["nets.py:hiding", "nets.py:hiding_by_hook"])
+def test_it_is_told_once_of_a_model_whose_weights_stay_in_their_file(factory):
+    whole = build_model(factory).state_dict()
+    for lost in ("2.weight", "1.running_mean"):
+        saved({name: one for name, one in whole.items() if name != lost})
+        with pytest.warns(FusionWarning, match=f"lacks '{lost}'") as told:
+            model, _ = ModelFile(factory, "w.pt").open()
+        assert len(told) == 1
+        assert not any(one.is_meta for one in model.state_dict().values())
+
+
 def test_names_are_found_though_a_hook_says_nothing_of_any():
     factory = "nets.py:hiding(also_unexpected=True)"
     state = {name: one + 1 for name, one in build_model(factory).state_dict().items()}
