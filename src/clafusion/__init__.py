@@ -56,6 +56,7 @@ from clafusion.errors import (
     FusionWarning,
     GraphVerificationError,
     InputError,
+    PinnedWarning,
     StructureError,
     UnsupportedOpError,
     WidthWarning,
@@ -71,7 +72,13 @@ from clafusion.reports import explain, plot, summary
 from clafusion.results import FusionResult
 from clafusion.targets.target import chooses
 from clafusion.tracing.layer import Layer, Stream
-from clafusion.tracing.model import ChannelGroup, GroupAxis, HeadPartition, TracedModel
+from clafusion.tracing.model import (
+    ChannelGroup,
+    GroupAxis,
+    HeadPartition,
+    PinnedChannels,
+    TracedModel,
+)
 from clafusion.tracing.moves import permute_channels
 from clafusion.tracing.trace import trace
 from clafusion.tracing.verify import verify_graph
@@ -128,6 +135,8 @@ __all__ = [
     "NoCalibration",
     "PairResult",
     "Parent",
+    "PinnedChannels",
+    "PinnedWarning",
     "Profiling",
     "Repair",
     "Shallower",

@@ -15,6 +15,7 @@ __all__ = [
     "FusionWarning",
     "GraphVerificationError",
     "InputError",
+    "PinnedWarning",
     "StructureError",
     "UnsupportedOpError",
     "WidthWarning",
@@ -81,6 +82,13 @@ class AssessmentWarning(FusionWarning):
 
 class ConvergenceWarning(FusionWarning):
     """An iterative solver stopped before it reached its tolerance."""
+
+
+class PinnedWarning(FusionWarning):
+    """Channels keep their places, although other places might do as well.
+
+    They are averaged as they stand: see ``TracedModel.pinned`` and ``TracedModel.unreached``.
+    """
 
 
 class WidthWarning(FusionWarning):

@@ -42,6 +42,7 @@ from clafusion.stages import (
     profile_traced,
     traced_parent,
     traced_template,
+    warn_of_pinned_channels,
 )
 from clafusion.targets.sources import sources_of
 from clafusion.targets.target import choose_target, width_position
@@ -128,6 +129,8 @@ def fuse(
     -----
     WidthWarning, ConvergenceWarning
         See there.
+    PinnedWarning
+        Channels that cannot be matched are averaged in the order in which they stand.
     AssessmentWarning
         A parent alone comes clearly nearer to what all put out together than the result does.
 
@@ -313,6 +316,7 @@ def _fused(
     progress: Progress | None,
 ) -> FusionResult:
     """Do what :func:`fuse_aligned` does on the part of the data that a fusion may see."""
+    warn_of_pinned_channels(aligned.names, [one.traced for one in aligned.profiles], weights)
     clock = Clock(aligned.profiles[0].traced.device, aligned.timings, aligned.peak_memory)
     with clock.stage("target"):
         chosen = choose_target(aligned, config, template)

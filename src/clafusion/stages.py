@@ -26,7 +26,7 @@ from clafusion.config import (
     ManyToOne,
     Strategy,
 )
-from clafusion.errors import ClafusionError, InputError, StructureError
+from clafusion.errors import ClafusionError, InputError, PinnedWarning, StructureError, warn
 from clafusion.matching.activation_costs import MAX_CHANNELS
 from clafusion.profiling.batches import Data, Progress
 from clafusion.profiling.importance import (
@@ -57,6 +57,7 @@ __all__ = [
     "profile_traced",
     "traced_parent",
     "traced_template",
+    "warn_of_pinned_channels",
 ]
 
 ExampleInputs: TypeAlias = "Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]"
@@ -367,6 +368,34 @@ def traced_template(
         return trace(module, example_inputs, verify=config.verify, seed=config.seed)
     except ClafusionError as error:
         raise type(error)(f"target.template: {error}") from error
+
+
+def warn_of_pinned_channels(
+    names: Sequence[str], models: Sequence[TracedModel], weights: Sequence[float]
+) -> None:
+    """Warn where several models count, and have channels that keep their places.
+
+    Warns
+    -----
+    PinnedWarning
+        The message names the channels, and the operations at which the analysis loses them.
+    """
+    counting = [
+        (name, one) for name, one, weight in zip(names, models, weights, strict=True) if weight > 0
+    ]
+    found: dict[str, list[str]] = {}
+    for name, one in counting:
+        for pinned in one.pinned:
+            found.setdefault(str(pinned), []).append(label(name))
+    if len(counting) < 2 or not found:
+        return
+    shown = [f"{pinned} in {' and '.join(whose)}" for pinned, whose in found.items()]
+    more = f"; and {len(shown) - 3} more" if len(shown) > 3 else ""
+    warn(
+        f"channels that cannot be matched are averaged in the order in which they stand: "
+        f"{'; '.join(shown[:3])}{more}. That suits only networks that were trained from one start",
+        PinnedWarning,
+    )
 
 
 # --- clocks -------------------------------------------------------------------------------------

@@ -1,12 +1,22 @@
 """Every option of the configuration on the command line: its flag, its value, its refusals."""
 
+import ast
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import typer
 
-from clafusion import AssessmentWarning, ConvergenceWarning, FusionConfig, InputError
+import clafusion
+from clafusion import (
+    AssessmentWarning,
+    ConvergenceWarning,
+    FusionConfig,
+    FusionWarning,
+    InputError,
+)
 from clafusion.cli.align import STAGES
 from clafusion.cli.app import main, make_app
 from clafusion.cli.options import (
@@ -190,6 +200,13 @@ def test_options_come_before_the_file(typed, tmp_path, capsys):
         ('take calibration="repair"', "take --calibration repair"),
         ("a wider target (width='wide')", "a wider target (--target-width wide)"),
         ("raise merging.strategy.max_rounds,", "raise --merging-strategy-max-rounds,"),
+        ("or training (clafusion.distill)", "or training (in Python: clafusion.distill)"),
+        ("Give example_inputs as long as", "Give --data with inputs as long as"),
+        ("a key (key=..., --checkpoint-key) chooses", "a key (--checkpoint-key) chooses"),
+        (
+            "1.0e-06; raise epsilon, tolerance or max_iterations",
+            "1.0e-06; raise --matching-solver-epsilon",
+        ),
         ("the seed of 'repair' is the target", "the seed of 'repair' is the target"),
         ("inputs must be a tensor", "inputs must be a tensor"),
     ],
@@ -211,6 +228,55 @@ def test_warnings_of_many_pairs_call_options_as_a_manifest_does():
         warn("Try calibration='least_squares' or width='wide'", AssessmentWarning)
     told = "Try settings.calibration: least_squares or settings.target.width: wide"
     assert [str(one.message) for one in given] == [told]
+
+
+def texts_of_warnings():
+    """Yield every text in a function that gives a warning, with where it stands."""
+    for path in sorted(Path(clafusion.__file__).parent.rglob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef) or function.name == "warn":
+                continue
+            calls = [one.func for one in ast.walk(function) if isinstance(one, ast.Call)]
+            if not any(isinstance(one, ast.Name) and one.id == "warn" for one in calls):
+                continue
+            for one in function.body[ast.get_docstring(function) is not None :]:
+                for part in ast.walk(one):
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                        yield f"{path.name}: {function.name}", part.value
+
+
+ONLY_PYTHON = re.compile(
+    r"(?<!in Python: )\bclafusion\.\w+|example_inputs|\w=['\"\w.(\[]|\w\((?!s\))\w*\)"
+    rf"|\b({'|'.join({one.field for one in options_of(FusionConfig) if '_' in one.field})})\b"
+)
+
+
+@pytest.mark.parametrize("messages", [messages_by_flags, warnings_by_entries])
+def test_no_warning_names_on_the_command_line_what_only_python_has(messages):
+    found = {(where, text) for where, text in texts_of_warnings() if " " in text}
+    assert len(found) > 15
+    left = []
+    for where, text in sorted(found):
+        with pytest.warns(FusionWarning) as given, messages():
+            warn(text, FusionWarning)
+        (told,) = (str(one.message) for one in given)
+        told = re.sub(r"settings\.[\w.]+", "", told)  # an entry of a manifest
+        left += [(where, told)] if ONLY_PYTHON.search(told) else []
+    assert left == []
+
+
+@pytest.mark.filterwarnings("default::clafusion.errors.FusionWarning")
+@pytest.mark.parametrize("command", ["inspect", "explain"])
+def test_warnings_of_every_command_do(command, capsys, monkeypatch):
+    def stopped(*_, **__):
+        warn("Try calibration='least_squares'", AssessmentWarning)
+        raise InputError("stop here")
+
+    for name in ("build_model", "load_model", "load_models"):
+        monkeypatch.setattr(f"clafusion.cli.{command}.{name}", stopped, raising=False)
+    given = FUSE[1:-1] if command == "explain" else ["--arch", "a.py:b", "--input-shape", "3"]
+    assert main([command, *given]) == 2
+    assert "clafusion: warning: Try --calibration least_squares\n" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("default::clafusion.errors.FusionWarning")

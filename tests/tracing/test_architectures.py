@@ -18,6 +18,14 @@ from clafusion.tracing.trace import trace
 from tests.support import architectures
 from tests.support.architectures import ARCHITECTURES, Inputs, call
 
+PINNED = {
+    "Bilinear pooling (outer product)",
+    "Channel attention (scores between channels)",
+    "Channels sorted",
+    "Maxout over neighbouring channels",
+}
+"""What has channels that keep their places although others would do as well."""
+
 REFUSALS = (UnsupportedOpError, GraphVerificationError)
 
 
@@ -110,6 +118,7 @@ def test_verified_or_refused(name: str) -> None:
 
     if entry.channels is not None:
         assert tuple(sorted(one.size for one in graph.groups)) == entry.channels
+    assert bool(graph.pinned) == (name in PINNED)
 
     model, inputs = model.double(), widen(inputs)
     expected = call(model, inputs)

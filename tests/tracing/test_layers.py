@@ -29,6 +29,21 @@ def test_an_activation_that_is_not_idempotent_admits_no_identity():
     assert [kind for *_, kind in describe(model, VECTORS)] == [None, None, None]
 
 
+def test_a_layer_that_cannot_be_inserted_says_why():
+    layers = [nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()]
+    found = trace(networks.randomise(nn.Sequential(*layers, nn.Linear(8, 3))), VECTORS[:, :8])
+    says = [one.obstacle for one in found.layers]
+    assert "keep their places" in says[0]
+    assert says[1].startswith("its linear is followed by relu, where only")  # its input is a tanh's
+    assert says[2] == ""
+    assert "keep their places" in says[3]
+    images = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, stride=2), nn.ReLU(), nn.Conv2d(6, 3, 1)
+    )
+    found = trace(networks.randomise(images), IMAGES)
+    assert "its convolution needs stride 1" in found.layers[1].obstacle
+
+
 def test_a_pooling_between_layers_belongs_to_neither():
     layers = trace(networks.vgg(2, 2), IMAGES).layers
     assert [layer.output_shape for layer in layers] == [(16, 16)] * 2 + [(8, 8)] * 2 + [()]

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from clafusion import InputError, ModelFile
 from clafusion.errors import FusionWarning
 from clafusion.weights.checkpoints import load_state
-from clafusion.weights.factories import load_model
+from clafusion.weights.factories import build_model, load_model
 from tests.support import networks
 
 FACTORIES = """
@@ -65,6 +65,48 @@ def hooked():
     model = nn.Sequential(nn.Linear(4, 3))
     model.register_load_state_dict_pre_hook(rename)
     return model
+
+# Says nothing of what a file lacks, nor perhaps of what it holds in vain.
+class Hiding(nn.Sequential):
+    def __init__(self, *layers, also_unexpected=False):
+        super().__init__(*layers)
+        self.also_unexpected = also_unexpected
+
+    def load_state_dict(self, *given, **options):
+        found = super().load_state_dict(*given, **options)
+        found.missing_keys.clear()
+        if self.also_unexpected:
+            found.unexpected_keys.clear()
+        return found
+
+def hiding(**options):
+    return Hiding(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3), **options)
+
+def hiding_by_hook():
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    model.register_load_state_dict_post_hook(lambda module, found: found.missing_keys.clear())
+    return model
+
+# Gives what a file lacks a value of its own, and the rest through ``.data``.
+class Initialises(nn.Linear):
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        self.weight.data.copy_(state_dict.pop(prefix + "w"))
+        nn.init.zeros_(self.bias)
+
+# Makes new parameters of what a file holds.
+class Replaces(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 4))
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        self.weight = nn.Parameter(state_dict.pop(prefix + "w"))
+
+def initialises():
+    return nn.Sequential(Initialises(4, 3))
+
+def replaces():
+    return nn.Sequential(Replaces())
 
 class Versioned(nn.Module):
     _version = 3
@@ -283,6 +325,52 @@ def test_hooks_go_with_prefixes_and_values_that_mean_something_else():
     for dtype in (torch.int8, torch.complex64):
         with pytest.raises(InputError, match=r"'0\.w' is (int8|complex64) in the file and float32"):
             loaded({**state, "0.w": state["0.w"].to(dtype)}, "nets.py:renames")
+
+
+@pytest.mark.parametrize("factory", ["nets.py:hiding", "nets.py:hiding_by_hook"])
+@pytest.mark.parametrize("prefix", ["", "net."])
+def test_what_a_hook_says_nothing_of_is_told(factory, prefix):
+    whole = build_model(factory).state_dict()
+    whole = {name: torch.randn(one.shape) for name, one in whole.items() if one.dim()}
+    lost = ["1.running_mean", "2.weight"]
+    state = {name: value for name, value in whole.items() if name not in lost}
+    lacks = r"checkpoint 'w\.pt' lacks '2\.weight', '1\.running_mean', .* they keep the values"
+    with pytest.warns(FusionWarning, match=lacks):
+        found = loaded(prefixed(prefix, state), factory)
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    with pytest.warns(FusionWarning, match=r"lacks '1\.bias', .* it keeps the value that"):
+        loaded({name: one for name, one in whole.items() if name != "1.bias"}, factory)
+    assert_equal(loaded(whole, factory), {**found, **whole})  # lacking a counter of batches only
+
+
+@pytest.mark.parametrize("factory", ["nets.py:hiding", "nets.py:hiding_by_hook"])
+def test_it_is_told_once_of_a_model_whose_weights_stay_in_their_file(factory):
+    whole = build_model(factory).state_dict()
+    for lost in ("2.weight", "1.running_mean"):
+        saved({name: one for name, one in whole.items() if name != lost})
+        with pytest.warns(FusionWarning, match=f"lacks '{lost}'") as told:
+            model, _ = ModelFile(factory, "w.pt").open()
+        assert len(told) == 1
+        assert not any(one.is_meta for one in model.state_dict().values())
+
+
+def test_names_are_found_though_a_hook_says_nothing_of_any():
+    factory = "nets.py:hiding(also_unexpected=True)"
+    state = {name: one + 1 for name, one in build_model(factory).state_dict().items()}
+    del state["2.bias"]
+    with pytest.warns(FusionWarning, match=r"lacks '2\.bias'"):
+        found = loaded(prefixed("net.", state), factory)
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+    with pytest.raises(InputError, match="the model's own loading takes nothing from it"):
+        loaded({"other.weight": torch.ones(3)}, factory)
+
+
+def test_values_that_hooks_give_are_no_lost_ones():
+    weight = torch.randn(3, 4)
+    found = loaded({"0.w": weight}, "nets.py:initialises")
+    assert_equal(found, {"0.weight": weight, "0.bias": torch.zeros(3)})
+    for weight in (torch.randn(3, 4), torch.zeros(3, 4)):
+        assert_equal(loaded({"0.w": weight}, "nets.py:replaces"), {"0.weight": weight})
 
 
 def test_the_versions_of_modules_reach_their_hooks():

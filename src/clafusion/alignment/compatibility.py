@@ -147,7 +147,7 @@ def _reasons(
             )
     if stuck < len(deep) and not deep[stuck].insertable:
         reasons.append(
-            f"layer {deep[stuck].name!r} of {names[0]} has no partner, and nothing that leaves "
-            "the function as it is can stand in for it"
+            f"layer {deep[stuck].name!r} of {names[0]} has no partner, and cannot be inserted into "
+            f"{names[1]} without changing it: {deep[stuck].obstacle}"
         )
     return reasons

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from clafusion.alignment.models import AlignedModels, PairAlignment
@@ -17,7 +18,12 @@ def alignment_facts(aligned: AlignedModels) -> dict[str, Any]:
     """Return the models' layers and every alignment with the reference."""
     return {
         "models": [
-            {"name": name, "layers": aligned.layer_names(i)} for i, name in enumerate(aligned.names)
+            {
+                "name": name,
+                "layers": aligned.layer_names(i),
+                "pinned": _pinned_facts(aligned.profiles[i].traced),
+            }
+            for i, name in enumerate(aligned.names)
         ],
         "reference": aligned.names[aligned.reference],
         "alignments": [_pair_facts(aligned, pair) for pair in aligned.pairs],
@@ -88,6 +94,11 @@ def _parent_facts(parent: Parent) -> dict[str, Any]:
     }
 
 
+def _pinned_facts(model: TracedModel) -> list[dict[str, Any]]:
+    """Return the channels that keep their places although they might change them."""
+    return [asdict(one) for one in model.pinned]
+
+
 def model_facts(model: TracedModel) -> dict[str, Any]:
     """Return a model's layers, channel groups and heads."""
     return {
@@ -124,4 +135,5 @@ def model_facts(model: TracedModel) -> dict[str, Any]:
             }
             for one in model.heads
         ],
+        "pinned": _pinned_facts(model),
     }

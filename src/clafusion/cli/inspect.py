@@ -24,7 +24,7 @@ from clafusion.cli.inputs import (
     samples_of,
     try_models,
 )
-from clafusion.cli.options import configured
+from clafusion.cli.options import configured, messages_by_flags
 from clafusion.cli.parsing import numbers_of
 from clafusion.cli.show import print_json, print_line
 from clafusion.errors import InputError
@@ -81,7 +81,8 @@ def inspect_command(
         generator = torch.Generator().manual_seed(settings.seed)
         samples = torch.randn(_ROWS, *sizes, generator=generator)
     try_models({"": model}, samples)
-    traced = trace(model, samples, verify=settings.verify, seed=settings.seed)
+    with messages_by_flags():
+        traced = trace(model, samples, verify=settings.verify, seed=settings.seed)
     if plot is not None:
         draw(traced, plot)
     if as_json:

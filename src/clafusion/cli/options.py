@@ -50,7 +50,8 @@ def with_options(command: Callable[..., None], *stages: str) -> Callable[..., No
     def run(**arguments: Any) -> None:
         typed = {one.path: arguments.pop(_parameter(one)) for one in options}
         given = {path: value for path, value in typed.items() if value is not None}
-        command(**arguments, options=given)
+        with _warnings_spelled(_FLAGS):
+            command(**arguments, options=given)
 
     own = [
         one.replace(kind=inspect.Parameter.KEYWORD_ONLY)
@@ -262,13 +263,36 @@ class _Spelling:
 
     name: Callable[[Option], str]
     between: str  # a name and a value
+    phrases: Mapping[str, str]  # what only Python has -> what there is instead
 
     def told(self, option: Option, value: str) -> str:
         return f"{self.name(option)}{self.between}{value}"
 
 
-_FLAGS = _Spelling(lambda option: option.flag, " ")
-_ENTRIES = _Spelling(lambda option: f"settings.{option.path}", ": ")
+_PHRASES = {
+    "training (clafusion.distill)": "training (in Python: clafusion.distill)",
+    "clafusion.explain, or 'clafusion explain',": "'clafusion explain'",
+    # Of these a fusion has an option for the first, whose path is spelled in turn.
+    "raise epsilon, tolerance or max_iterations": "raise matching.solver.epsilon",
+}
+_FLAGS = _Spelling(
+    lambda option: option.flag,
+    " ",
+    {
+        **_PHRASES,
+        "Give example_inputs as": "Give --data with inputs as",
+        "(key=..., --checkpoint-key)": "(--checkpoint-key)",
+    },
+)
+_ENTRIES = _Spelling(
+    lambda option: f"settings.{option.path}",
+    ": ",
+    {
+        **_PHRASES,
+        "Give example_inputs as": "Give data with inputs as",
+        "(key=..., --checkpoint-key)": "(an entry key of the model)",
+    },
+)
 
 
 @contextmanager
@@ -330,6 +354,8 @@ def _spelled(message: str, spelling: _Spelling) -> str:
         return spelling.told(option, value)
 
     message = re.sub(r"models\[(?P<name>'[^']*')\]", r"model \g<name>", message)
+    for phrase, instead in spelling.phrases.items():
+        message = message.replace(phrase, instead)
     template = next(one for one in options if _is_module(one.rule) and Like.name in one.of)
     needed = spelling.told(paths[template.needs], Like.name)
     wanted = f"{needed} {spelling.told(template, _metavar(template))}"

@@ -91,8 +91,8 @@ def _compared(names: tuple[str, str], deep: TracedModel, shallow: TracedModel) -
         plain_table(titles, rows),
     ]
     lines += [
-        f"{one.name!r} of {called[0]} matches nothing, and nothing that leaves the function as it "
-        "is can stand in for it"
+        f"{one.name!r} of {called[0]} matches nothing, and cannot be inserted into {called[1]} "
+        f"without changing it: {one.obstacle}"
         for one in lonely
     ]
     return "\n".join([*lines, f"verdict: {_verdict(called, deep, shallow)}"])

@@ -227,6 +227,8 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
     heads = _heads(result)
     if heads:
         facts["heads"] = heads
+    if pinned := _pinned(result):
+        facts["pinned"] = pinned
     strategy = config.merging.strategy
     if not isinstance(strategy, ManyToOne):
         outcome = "" if result.converged else ", not converged"
@@ -301,6 +303,16 @@ def _heads(result: FusionResult) -> str:
             for numbers, names in united.items()
         ]
     return "; ".join(found)
+
+
+def _pinned(result: FusionResult) -> str:
+    """Say which channels keep their places although they might change them."""
+    found: dict[str, list[str]] = {}
+    for step in result.steps or (result,):
+        for name, one in zip(step.aligned.names, step.aligned.profiles, strict=True):
+            for pinned in one.traced.pinned:
+                found.setdefault(str(pinned), []).append(name)
+    return shortened([f"{pinned} of {', '.join(names)}" for pinned, names in found.items()])
 
 
 # --- pairs --------------------------------------------------------------------------------------
@@ -396,6 +408,10 @@ def model_summary(model: TracedModel) -> str:
     if model.heads:
         named = [f"{len(one.members)} in {model.layers[one.layer].name}" for one in model.heads]
         facts["heads"] = f"exchangeable as wholes: {shortened(named)}"
+    if model.pinned:
+        facts["pinned"] = (
+            f"channels that keep their places: {shortened(list(map(str, model.pinned)))}"
+        )
     return f"{layers}\n\n{groups}\n\n{fact_lines(facts)}"
 
 

@@ -197,7 +197,7 @@ def place_in_template(
         left = layers[error.reached_shallow : error.reached_shallow + 1]
         reasons = [f"layer {one.name!r} of the networks finds no place in it" for one in left]
         reasons += [
-            f"nothing can stand in for its layer {one.name!r}"
+            f"nothing can stand in for its layer {one.name!r}: {one.obstacle}"
             for one in stuck
             if not one.insertable
         ]

@@ -100,12 +100,16 @@ def _multiply(
         d = (z > 0).double().mean(0)
         d = (d > 0.5).double() if merge == "majority" else d
     first, second = state[gone_weight].double(), product[into_weight].double()
+    first = first.transpose(0, 1) if _is_transposed(source.traced, gone_weight) else first
+    is_transposed = _is_transposed(source.traced, into_weight)
+    second = second.transpose(0, 1) if is_transposed else second
     for size in reversed(first.shape[2:]):  # of a convolution the centre, where regression starts
         first = first.select(-1, size // 2)
     # Of a flattened image a channel stands for several columns.
     columns = second.reshape(len(second), len(first), -1)
     merged = torch.einsum("ocr,c,ci->oir", columns, d.to(columns), first)
-    product[into_weight] = merged.reshape(len(second), -1, *second.shape[2:]).to(state[gone_weight])
+    merged = merged.reshape(len(second), -1, *second.shape[2:]).to(state[gone_weight])
+    product[into_weight] = merged.transpose(0, 1).contiguous() if is_transposed else merged
     if gone_bias is None or merge == "least_squares":
         return
     if into_bias is None:
@@ -115,6 +119,14 @@ def _multiply(
         )
     shift = second @ (d * state[gone_bias].double())
     product[into_bias] = (product[into_bias].double() + shift).to(product[into_bias])
+
+
+def _is_transposed(model: TracedModel, weight: str) -> bool:
+    """Return whether a matrix has its inputs on the first axis, not on the second."""
+    return any(
+        axis.axis == (0 if axis.direction == "in" else 1)
+        for _, axis in model.axes_by_parameter.get(weight, ())
+    )
 
 
 def _weight_and_bias(

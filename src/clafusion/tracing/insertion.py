@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import fx
 
@@ -15,8 +15,9 @@ from clafusion.tracing.operations import (
     is_affine_product,
     op_name,
 )
+from clafusion.tracing.points import bias_addition
 
-__all__ = ["insertable"]
+__all__ = ["Insertion", "insertion"]
 
 # f(f(x)) = f(x): after such an activation, an inserted layer with identity weights and the same
 # activation changes nothing.
@@ -24,17 +25,29 @@ _IDEMPOTENT = frozenset("relu relu6 hardtanh clamp clamp_min abs".split())
 _ZERO_AT_ZERO = frozenset("relu relu6 gelu silu tanh hardswish leaky_relu elu selu mish".split())
 
 
-def insertable(
-    flow: Flow, draft: Draft
-) -> tuple[Literal["identity", "zero"] | None, tuple[str, ...]]:
-    """Return :class:`~clafusion.tracing.layer.Layer`'s ``insertable`` and ``last_write``."""
-    if draft.kind == "chain" and _can_be_identity(flow, draft):
-        return "identity", ()
+class Insertion(NamedTuple):
+    """What of a :class:`~clafusion.tracing.layer.Layer` says whether it can be inserted."""
+
+    insertable: Literal["identity", "zero"] | None
+    last_write: tuple[str, ...] = ()
+    obstacle: str = ""
+
+
+def insertion(flow: Flow, draft: Draft) -> Insertion:
+    """Say whether a layer can be inserted, and how, or what is in the way."""
+    if draft.kind == "chain":
+        obstacle = _obstacle(flow, draft)
+        return Insertion(None, obstacle=obstacle) if obstacle else Insertion("identity")
     if draft.kind == "residual_block":
         last_write = _last_write(flow, draft)
         if last_write:
-            return "zero", last_write
-    return None, ()
+            return Insertion("zero", last_write)
+        return Insertion(
+            None,
+            obstacle="its branch must end in weights that can be zero, so that only its shortcut "
+            "is left, and an activation behind the addition must be one that its input has passed",
+        )
+    return Insertion(None, obstacle="a norm on its own is never the identity")
 
 
 def _has_passed(flow: Flow, node: fx.Node | None, activations: Sequence[fx.Node]) -> bool:
@@ -49,27 +62,41 @@ def _has_passed(flow: Flow, node: fx.Node | None, activations: Sequence[fx.Node]
     return node is not None and (op_name(node), flow.settings(node)) in kinds
 
 
-def _can_be_identity(flow: Flow, draft: Draft) -> bool:
-    """Return whether some weights make a chain layer the identity."""
+def _obstacle(flow: Flow, draft: Draft) -> str:
+    """Say why no weights make a chain layer the identity; "" where some do."""
     affine, *rest = draft.nodes
-    if rest and op_name(rest[0]) == "batch_norm":
-        rest = rest[1:]
+    name = op_name(affine)
+    is_convolution = name in ("conv1d", "conv2d", "conv3d")
+    if not is_convolution and name != "linear" and not is_affine_product(affine):
+        return f"{name} is no linear layer, no convolution and no product with a matrix"
     operands = flow.operands(affine)
     if len(operands) != 1 or not all((flow.freedom(affine) or ())[:-1]):
-        return False
+        return "it reads or writes channels that keep their places, as inputs and outputs do"
     before, after = (flow.channels.nodes[value.name] for value in (operands[0], affine))
-    if before.axis is None or before.axis != after.axis or bool((before.groups < 0).any()):
-        return False
-    if len(before.groups.unique()) > 1 or len(after.groups.unique()) > 1:
-        return False
-    if len(before.members.unique()) != len(before.members):
-        return False  # several positions for each channel, as after a flatten
-    if op_name(affine) in ("conv1d", "conv2d", "conv3d"):
-        if not _keeps_positions(flow, affine):
-            return False
-    elif op_name(affine) != "linear" and not is_affine_product(affine):
-        return False
-    return _has_passed(flow, operands[0], rest)
+    if (
+        before.axis is None
+        or before.axis != after.axis
+        or bool((before.groups < 0).any())
+        or len(before.groups.unique()) > 1
+        or len(after.groups.unique()) > 1
+        # Several positions for each channel, as after a flatten.
+        or len(before.members.unique()) != len(before.members)
+    ):
+        return "it reads its channels along another axis, in other groups or at several positions"
+    if is_convolution and not _keeps_positions(flow, affine):
+        return "its convolution needs stride 1, an odd kernel, one group and padding to equal size"
+    bias = None if is_convolution else bias_addition(flow, affine)
+    if rest and bias is not None and rest[0] is bias[0]:
+        rest = rest[1:]
+    if rest and op_name(rest[0]) == "batch_norm":
+        rest = rest[1:]
+    if _has_passed(flow, operands[0], rest):
+        return ""
+    return (
+        f"its {name} is followed by {', '.join(map(op_name, rest))}, where only a bias, a "
+        "BatchNorm and one activation may stand that keeps its own results (ReLU, ReLU6, hardtanh, "
+        "clamp, abs), and the layer's input must have passed the same"
+    )
 
 
 def _keeps_positions(flow: Flow, convolution: fx.Node) -> bool:

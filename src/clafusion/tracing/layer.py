@@ -138,6 +138,8 @@ class Layer:
         For ``"zero"``: the parameters that, set to zero, make the branch write zero.
     output_shape
         Shape of the output without the batch and channel axes. Layers of one stage share it.
+    obstacle
+        Why the layer cannot be inserted; "" where it can.
     """
 
     index: int
@@ -155,6 +157,7 @@ class Layer:
     insertable: Literal["identity", "zero"] | None
     last_write: tuple[str, ...]
     output_shape: tuple[int, ...]
+    obstacle: str = ""
 
 
 @dataclass(frozen=True)

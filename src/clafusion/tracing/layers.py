@@ -12,7 +12,7 @@ from clafusion.tracing.cuts import Draft, cut_into_drafts, side_nodes
 from clafusion.tracing.fixed_values import Constant, FixedValues
 from clafusion.tracing.flow import Flow
 from clafusion.tracing.groups import Channels
-from clafusion.tracing.insertion import insertable
+from clafusion.tracing.insertion import insertion
 from clafusion.tracing.layer import Layer
 from clafusion.tracing.operations import RESHAPES, module_path, op_name
 from clafusion.tracing.points import calibration_points, hook_points
@@ -64,7 +64,7 @@ def _layer(
     output = draft.nodes[-1]
     channels = flow.channels.nodes[output.name]
     shape = flow.channels.shapes.get(output.name, ())
-    way, last_write = insertable(flow, draft)
+    found = insertion(flow, draft)
     structure, beside = _structure(flow, fixed, draft, side)
     parameters = dict.fromkeys(entry for node in nodes for entry in flow.parameters(node))
     return Layer(
@@ -84,9 +84,10 @@ def _layer(
         tuple(parameters),
         hook_points(flow, draft),
         calibration_points(flow, draft),
-        way,
-        last_write,
+        found.insertable,
+        found.last_write,
         tuple(size for axis, size in enumerate(shape) if axis not in (0, channels.axis)),
+        found.obstacle,
     )
 
 

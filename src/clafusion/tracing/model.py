@@ -26,6 +26,7 @@ __all__ = [
     "GroupAxis",
     "HeadPartition",
     "ParameterUse",
+    "PinnedChannels",
     "TracedModel",
     "UnitedHeads",
 ]
@@ -168,6 +169,36 @@ class UnitedHeads:
 
 
 @dataclass(frozen=True)
+class PinnedChannels:
+    """Channels that keep their places, although other places might do as well.
+
+    A network and a copy of it with these channels in another order do not fuse to that network.
+
+    Attributes
+    ----------
+    parameter
+        The weight that writes them.
+    size
+        How many they are.
+    operation, module
+        The operation at which the analysis loses them, and the path of the module that calls it;
+        "" for the model itself.
+    why
+        What the operation does with them.
+    """
+
+    parameter: str
+    size: int
+    operation: str
+    module: str
+    why: str
+
+    def __str__(self) -> str:
+        where = f"in {self.module!r}" if self.module else "in the model's forward"
+        return f"{self.size} of {self.parameter!r} ({self.operation} {where}: {self.why})"
+
+
+@dataclass(frozen=True)
 class TracedModel:
     """A traced model: what it computes, by which parameters, and which channels move together.
 
@@ -202,6 +233,8 @@ class TracedModel:
         Whether some output has a row for each row of the inputs, as far as that can be tried.
     unreached
         Parameters with entries that no example input reached and that keep their places; how many.
+    pinned
+        Channels that keep their places because the analysis does not follow an operation on them.
     united_heads
         Heads whose groups are united: see :mod:`clafusion.correspondence.heads`.
     types
@@ -226,6 +259,7 @@ class TracedModel:
     static_batch: int | None
     keeps_rows: bool = True
     unreached: Mapping[str, int] = field(default_factory=dict)
+    pinned: tuple[PinnedChannels, ...] = ()
     united_heads: tuple[UnitedHeads, ...] = ()
     types: Mapping[torch.dtype, torch.dtype] = field(default_factory=dict)
     weights: State | None = None

@@ -20,7 +20,7 @@ from clafusion.tracing.operations import (
     op_name,
 )
 
-__all__ = ["calibration_points", "hook_points", "places_of"]
+__all__ = ["bias_addition", "calibration_points", "hook_points", "places_of"]
 
 _VIEWS = ("view", "reshape", "_unsafe_view")
 
@@ -160,21 +160,27 @@ def _calibration_point(flow: Flow, node: fx.Node) -> CalibrationPoint | None:
 def _added_bias(flow: Flow, node: fx.Node) -> tuple[fx.Node, str | None]:
     """Return the addition of a bias to a layer that has none of its own, and the bias.
 
-    Without one, the layer and None.
+    Without one, and before a norm, which undoes any change here, the layer and None.
+    """
+    found = bias_addition(flow, node)
+    if found is None or any(op_name(reader) in NORMS for reader in found[0].users):
+        return node, None
+    return found
+
+
+def bias_addition(flow: Flow, node: fx.Node) -> tuple[fx.Node, str] | None:
+    """Return the operation that adds a vector of parameters to a layer's last axis, and its name.
+
+    None where no operation of its own does.
     """
     user = next(iter(node.users)) if len(node.users) == 1 else None
-    if user is None or user.target is not torch.ops.aten.add.Tensor:
-        return node, None
+    if user is None or op_name(user) != "add" or bound_operands(user).get("alpha") != 1:
+        return None
     others = [operand for operand in user.all_input_nodes if operand is not node]
     name = flow.sources.get(others[0]) if len(others) == 1 else None
     shape = flow.channels.shapes[node.name]
-    if (
-        name is None
-        or tuple(flow.state[name].shape) != shape[-1:]
-        or bound_operands(user)["alpha"] != 1
-        or any(op_name(reader) in NORMS for reader in user.users)  # which undo any change here
-    ):
-        return node, None
+    if name is None or tuple(flow.state[name].shape) != shape[-1:]:
+        return None
     return user, name
 
 

@@ -11,12 +11,7 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.nn.parameter import is_lazy
 
-from clafusion.errors import (
-    FusionWarning,
-    InputError,
-    UnsupportedOpError,
-    warn,
-)
+from clafusion.errors import InputError, PinnedWarning, UnsupportedOpError, warn
 from clafusion.execution.call import device_of
 from clafusion.execution.walk import HALF_WIDER
 from clafusion.tracing.copies import evaluation_copy
@@ -25,6 +20,7 @@ from clafusion.tracing.groups import find_channels
 from clafusion.tracing.heads import channels_of_heads
 from clafusion.tracing.layers import find_layers
 from clafusion.tracing.model import TracedModel
+from clafusion.tracing.pinned import pinned_channels
 from clafusion.tracing.ties import aliases_of
 from clafusion.tracing.trace_cache import TraceCache, trace_key
 from clafusion.tracing.verify import (
@@ -99,7 +95,7 @@ def trace(
         warn(
             f"the example inputs reach all but {count} entries of {name!r}, which keep their "
             "places. Give example_inputs as long as those that the model is for",
-            FusionWarning,
+            PinnedWarning,
         )
     return traced
 
@@ -161,9 +157,10 @@ def _traced(
             with_singles = replace(traced, layers=of_whole, groups=whole.groups, uses=whole.uses)
             proved = with_proved_heads(with_singles, inputs, verify=verify, seed=seed)
             if any(proved.groups[i].size == 1 for one in proved.heads for i in one.members[0]):
-                return proved
+                return replace(proved, pinned=pinned_channels(proved, whole.labels))
     traced = replace(traced, layers=layers, groups=channels.groups, uses=channels.uses)
-    return with_proved_heads(traced, inputs, verify=verify, seed=seed)
+    traced = with_proved_heads(traced, inputs, verify=verify, seed=seed)
+    return replace(traced, pinned=pinned_channels(traced, channels.labels))
 
 
 def trace_like(model: nn.Module, like: TracedModel) -> TracedModel:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from clafusion.errors import InputError
+from clafusion.errors import FusionWarning, InputError, warn
+from clafusion.tracing.architecture import digest_of_values
 from clafusion.tracing.ties import aliases_of
 from clafusion.weights.checkpoints import (
     StoredState,
@@ -23,6 +25,8 @@ from clafusion.weights.messages import listed, one_line
 from clafusion.weights.values import unlike_values, unusable_values
 
 __all__ = ["check_materialised", "model_with", "put_state"]
+
+_Mark: TypeAlias = "tuple[int, int, bytes]"
 
 
 def model_with(
@@ -67,19 +71,19 @@ def model_with(
         check_materialised(model, f"factory {factory!r}")
     fits = [one for one in _distinct(_named(states, model)) if _names_fit(model, one)]
     if fits:
-        problems = put_state(model, choose(fits, called), assign=assign)
+        problems = put_state(model, choose(fits, called), called, assign=assign)
         if not problems:
             return model
     else:
         likely = ranked(states)
         guesses = list(_distinct(_named(likely, model)))
         for guess in guesses:  # perhaps the model's own hooks rename what they load
-            if not put_state(model, guess, assign=assign):
+            if not put_state(model, guess, called, assign=assign):
                 choose([guess], called)  # which warns of what was left out
                 return model
             model = build()  # without what the failed attempt has left
         told = min(guesses, key=lambda one: _misfits(model, one))
-        problems = put_state(model, told, assign=assign)
+        problems = put_state(model, told, called, assign=assign)
     raise InputError(f"{path!r} does not fit {factory!r}: {'; '.join(problems)}")
 
 
@@ -104,11 +108,19 @@ def check_materialised(model: nn.Module, called: str) -> None:
             )
 
 
-def put_state(model: nn.Module, state: StoredState, *, assign: bool = False) -> list[str]:
+def put_state(
+    model: nn.Module, state: StoredState, called: str = "the file", *, assign: bool = False
+) -> list[str]:
     """Load a state dict into a model in place; return what keeps it from fitting, in words.
 
     After a problem the model may hold a part of the state dict. With ``assign`` it holds the state
     dict's own tensors, where they are of its types.
+
+    Warns
+    -----
+    FusionWarning
+        The model's own hooks say nothing of parameters that ``called``, the file, lacks, and that
+        keep the values which they had. Not where some have no values, on the meta device.
     """
     problems = unusable_values(state.entries)
     if problems:
@@ -118,6 +130,7 @@ def put_state(model: nn.Module, state: StoredState, *, assign: bool = False) -> 
     ties = aliases_of(model) if assign else {}
     if state.versions is not None:
         entries._metadata = state.versions
+    before = _lacking(model, state.entries)
     try:
         found = model.load_state_dict(entries, strict=False, assign=assign)
     except Exception as error:  # of another shape, or a hook's own error
@@ -126,12 +139,11 @@ def put_state(model: nn.Module, state: StoredState, *, assign: bool = False) -> 
     lost = _tied_again(model, ties, state.entries)
     missing = _needed(model, getattr(found, "missing_keys", ()), state.entries)
     unexpected = getattr(found, "unexpected_keys", ())
-    return [
-        *unlike,
-        *lost,
-        *_counted(missing, unexpected, ()),
-        *([] if missing or unexpected else _overwritten(model, state.entries)),
-    ]
+    problems = [*unlike, *lost, *_counted(missing, unexpected, ())]
+    if missing or unexpected:
+        return problems
+    problems += _overwritten(model, state.entries)
+    return problems or _unloaded(model, before, called)
 
 
 def _typed(model: nn.Module, entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,6 +238,59 @@ def _is_tied(model: nn.Module, name: str, entries: Mapping[str, Any]) -> bool:
     return any(
         other in entries for other in (first, *(a for a, one in aliases.items() if one == first))
     )
+
+
+# --- what keeps its values ----------------------------------------------------------------------
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """Return what training has made of a model: its parameters, and the statistics of norms."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    norms = {path for path, one in model.named_modules() if isinstance(one, _BatchNorm)}
+    for name, value in model.named_buffers(remove_duplicate=False):
+        path, _, last = name.rpartition(".")
+        if path in norms and last.startswith("running_"):
+            found[name] = value
+    own = model.state_dict()
+    return {name: value for name, value in found.items() if name in own}
+
+
+def _lacking(model: nn.Module, entries: Mapping[str, Any]) -> dict[str, tuple[Tensor, _Mark]]:
+    """Return what a file lacks of a model, with what shows whether it is loaded all the same."""
+    trained = _trained(model)
+    names = _needed(model, [name for name in trained if name not in entries], entries)
+    return {name: (trained[name], _mark(trained[name])) for name in names}
+
+
+def _mark(tensor: Tensor) -> _Mark:
+    # A write may leave the values as they are, or the version (through ``.data``), but hardly both.
+    version = 0 if tensor.is_inference() else tensor._version
+    if tensor.is_meta:
+        return version, 0, b""
+    return version, tensor.data_ptr(), digest_of_values(tensor)
+
+
+def _unloaded(
+    model: nn.Module, before: Mapping[str, tuple[Tensor, _Mark]], called: str
+) -> list[str]:
+    """Warn of what a file lacks and no hook has loaded; a problem if that is all of a model."""
+    now = _trained(model)
+    kept = [
+        name
+        for name, (tensor, mark) in before.items()
+        if now.get(name) is tensor and _mark(tensor) == mark
+    ]
+    if kept and len(kept) == len(now):
+        return ["the model's own loading takes nothing from it"]
+    if kept and not any(now[name].is_meta for name in kept):
+        several = len(kept) > 1
+        warn(
+            f"{called} lacks {listed(map(repr, kept))}, and the model's own loading says nothing "
+            f"of it: {'they keep the values' if several else 'it keeps the value'} that the "
+            "factory gave",
+            FusionWarning,
+        )
+    return []
 
 
 # --- what differs -------------------------------------------------------------------------------

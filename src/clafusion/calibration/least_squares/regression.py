@@ -15,6 +15,7 @@ from clafusion.calibration.least_squares.walks import Candidate, Walks
 from clafusion.config import LeastSquares
 from clafusion.errors import FusionWarning, warn
 from clafusion.execution.call import State
+from clafusion.merging.copies import without_copies
 from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem, MergeWeights
 from clafusion.profiling.batches import Data, in_chunks
@@ -85,6 +86,7 @@ def regress_anchored(
     ``"auto"`` tries all of ``ANCHORS`` and takes the one whose outputs come nearest to the parents'
     weighted mean.
     """
+    problem = without_copies(problem)
     anchors: tuple[float, ...] = ANCHORS
     if not isinstance(settings.anchor, str):
         anchors = (settings.anchor,)

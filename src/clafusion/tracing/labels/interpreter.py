@@ -23,7 +23,7 @@ from clafusion.tracing.labels.ids import collapse, fixed_ids, mix, salt, sequenc
 from clafusion.tracing.labels.rule import POINTWISE, RULES, Call, Label, ParameterView
 from clafusion.tracing.operations import module_path, op_name
 
-__all__ = ["DraftUse", "LabelPropagation"]
+__all__ = ["DraftPin", "DraftUse", "LabelPropagation"]
 
 
 @dataclass
@@ -37,6 +37,28 @@ class DraftUse:
     offset: int
     axes: dict[int, Tensor] = field(default_factory=dict)
     directions: dict[int, Literal["out", "in"]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DraftPin:
+    """Channels that a rule does not follow, though they might change places.
+
+    Attributes
+    ----------
+    atoms
+        The atoms.
+    node
+        The operation.
+    why
+        What it does with them.
+    as_wholes
+        Whether the channels themselves can change places, but not the sets of them that it takes.
+    """
+
+    atoms: Tensor
+    node: fx.Node
+    why: str
+    as_wholes: bool = False
 
 
 class LabelPropagation:
@@ -56,8 +78,11 @@ class LabelPropagation:
         The union-find: the parent of each atom; a root is its own parent.
     undecided
         Whether a parameter's element met several atoms. A second run may find them united.
-    pinned, counted
-        Atoms that keep their places; atoms whose values the model adds up without a weight.
+    pinned, returned, counted
+        Atoms that keep their places; those of them that the model puts out; atoms whose values the
+        model adds up without a weight.
+    lost
+        Which channels keep their places because a rule does not follow them, and why.
     uses
         Every view of every parameter, by name, size, stride and offset.
     labels
@@ -77,6 +102,8 @@ class LabelPropagation:
         self.created = 0
         self.undecided = False
         self.pinned: set[int] = set()
+        self.returned: set[int] = set()
+        self.lost: list[DraftPin] = []
         self.counted: set[int] = set()
         self._met: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []
         self.uses: dict[tuple[Any, ...], DraftUse] = {}
@@ -85,6 +112,7 @@ class LabelPropagation:
         self.labels: dict[fx.Node, Label] = {}
         self.crossed: set[fx.Node] = set()
         self.outer: list[Tensor] = []
+        self._node: fx.Node | None = None
 
     def run(
         self,
@@ -119,7 +147,7 @@ class LabelPropagation:
             elif node.op == "output":
                 for result in pytree.tree_leaves(node.args):
                     if isinstance(result, fx.Node):
-                        self.pin(self.activation(self.labels[result], values[result]))
+                        self.give_out(self.activation(self.labels[result], values[result]))
             else:
                 self._visit(node, values)
             if isinstance(values.get(node), Tensor):
@@ -164,6 +192,7 @@ class LabelPropagation:
             )
         if function is None:
             raise self.unsupported(node)
+        self._node = node
         self.labels[node] = function(self, call)
         self._mark(node)
         if node.target._schema.name.endswith("_") and isinstance(node.args[0], fx.Node):
@@ -240,8 +269,17 @@ class LabelPropagation:
 
     def pin(self, ids: Tensor) -> None:
         """Keep every atom in ``ids`` at its place: it joins no channel group."""
-        (ids,) = collapse(ids)
-        self.pinned.update(ids[ids >= 0].unique().tolist())
+        self.pinned.update(_atoms(ids).tolist())
+
+    def give_out(self, ids: Tensor) -> None:
+        """Pin the atoms of an output."""
+        self.pin(ids)
+        self.returned.update(_atoms(ids).tolist())
+
+    def lose(self, ids: Tensor, why: str, *, as_wholes: bool = False) -> None:
+        """Note that the operation at hand pins channels which might change places."""
+        assert self._node is not None
+        self.lost.append(DraftPin(_atoms(ids), self._node, why, as_wholes))
 
     def fixed(self, ids: Tensor) -> Tensor:
         """Return labels with a fixed id in place of every atom, the same for united ones."""
@@ -250,8 +288,7 @@ class LabelPropagation:
 
     def count(self, ids: Tensor) -> None:
         """Note that the model adds up values of every atom in ``ids`` without a weight."""
-        (ids,) = collapse(ids)
-        self.counted.update(ids[ids >= 0].unique().tolist())
+        self.counted.update(_atoms(ids).tolist())
 
     def meet(self, ids: Tensor, others: Tensor) -> None:
         """Give every atom in ``ids`` the sequence of fixed ids that it meets as a fingerprint.
@@ -423,6 +460,13 @@ class LabelPropagation:
             return chosen
         fixed = torch.where((rows == first).all(0), first[0], sequence_ids(rows.T))
         return torch.where(any_moving, chosen, fixed)
+
+
+def _atoms(ids: Tensor) -> Tensor:
+    """Return the atoms in labels, each once."""
+    (ids,) = collapse(ids)
+    atoms: Tensor = ids[ids >= 0].unique()
+    return atoms
 
 
 def _last_users(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -8,8 +8,16 @@ from torch import Tensor, fx
 from clafusion.tracing.labels.ids import collapse, fixed_ids, sequence_ids
 from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.labels.rule import Call, Label, rule
-from clafusion.tracing.labels.rules.common import collapse_within, combined, joined, reduced
+from clafusion.tracing.labels.rules.common import (
+    CROSSED,
+    collapse_within,
+    combined,
+    joined,
+    reduced,
+)
 from clafusion.tracing.labels.rules.weighted import linear_labels
+
+_SEVERAL = "its operands have channels along several axes"
 
 
 @rule(*"matmul mm bmm addmm baddbmm".split())
@@ -106,6 +114,7 @@ def _contracted(propagation: LabelPropagation, text: str, left: Tensor, right: T
             propagation.meet(right[..., 0], sequence_ids(left.mT))
             return fixed_ids(text, (*batch, m, n))
         propagation.pin(right)
+        propagation.lose(right, _SEVERAL)
         return fixed_ids(text, (*batch, m, n))
     if _constant_along(left, -2) and _constant_along(right, -1):
         # The product contracts channels (query with key): they move together, and the result
@@ -119,14 +128,17 @@ def _contracted(propagation: LabelPropagation, text: str, left: Tensor, right: T
         # trained biases, or keys that were multiplied with values first (linear attention). A label
         # names one channel, that of the right side. Those of the left side keep their places in it.
         propagation.outer.append(left)
+        if not (_constant_along(left, -1) and _constant_along(left, -2)):  # else it is of heads
+            propagation.lose(left, CROSSED)
         propagation.meet(left, fixed_ids(text + "_left", (*batch, m, k)))
         weights = sequence_ids(propagation.fixed(left).flatten(-2))
         propagation.meet(right[..., 0, :], weights.unsqueeze(-1).expand(*batch, n))
         return right[..., :1, :].expand(*batch, m, n)
     if _constant_along(left, -1):
         return _contracted(propagation, text, right.mT, left.mT).mT
-    propagation.pin(left)
-    propagation.pin(right)
+    for ids in (left, right):
+        propagation.pin(ids)
+        propagation.lose(ids, _SEVERAL)
     return fixed_ids(text, (*batch, m, n))
 
 

@@ -13,6 +13,7 @@ from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.labels.rule import Call, Label, ParameterView
 
 __all__ = [
+    "CROSSED",
     "collapse_within",
     "combined",
     "joined",
@@ -21,6 +22,9 @@ __all__ = [
     "scale_channels",
     "trained_weight",
 ]
+
+CROSSED = "its result belongs to pairs of channels"
+"""Why the channels of an outer product keep their places."""
 
 
 def combined(
@@ -113,6 +117,7 @@ def _without_outer(
         if count > 1 and spread[most][1] > 1 and axes.isdisjoint(spread[most][0]):
             propagation.outer.append(kept[i])
             propagation.pin(kept[i])
+            propagation.lose(kept[i], CROSSED)
             kept[i] = propagation.fixed(kept[i])
     return kept
 

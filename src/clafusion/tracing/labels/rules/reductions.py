@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import Any
 
-from clafusion.tracing.labels.ids import combine, fixed_ids
+import torch
+from torch import Tensor
+
+from clafusion.tracing.labels.ids import collapse, combine, fixed_ids
 from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.labels.rule import Call, Label, rule
 from clafusion.tracing.labels.rules.common import collapse_within, joined, reduced
@@ -12,6 +16,7 @@ from clafusion.tracing.labels.rules.elementwise import elementwise
 
 # Reductions whose result changes when a value is there twice.
 _COUNTING = frozenset("sum nansum norm logsumexp prod linalg_vector_norm count_nonzero".split())
+_SORTING = frozenset("sort topk kthvalue".split())
 
 
 @rule(
@@ -28,15 +33,31 @@ def _reduction(propagation: LabelPropagation, call: Call) -> Label:
     axes = [axes] if isinstance(axes, int) else list(axes or range(ids.dim()))
     axes = [axis % max(ids.dim(), 1) for axis in axes]
     results = reduced(propagation, call.node.name, ids, axes, call.name in _COUNTING)
-    if call.name in ("max", "min", "median") and isinstance(call.output, tuple):
-        used = {user.args[1] for user in call.node.users if user.users}
-        if used - {0}:  # the model uses the index of the extreme value, so channels keep places
-            propagation.pin(torch.where(results < 0, ids, -1))
+    # Where the model uses the index of the extreme value, channels keep their places.
+    has_index = call.name in ("max", "min", "median") and isinstance(call.output, tuple)
+    if has_index and _read(call) - {0}:
+        propagation.pin(torch.where(results < 0, ids, -1))
+    elif _takes_sets(propagation, ids, axes):
+        propagation.lose(ids, "each of its results stands for several channels", as_wholes=True)
     outputs = call.output if isinstance(call.output, tuple) else (call.output,)
     if outputs[0].dim() < ids.dim():
         results = results.flatten() if outputs[0].dim() == 0 else results.squeeze(tuple(axes))
         results = results.reshape(outputs[0].shape)
     return (results,) * len(outputs) if isinstance(call.output, tuple) else results
+
+
+def _read(call: Call) -> set[Any]:
+    """Return which of an operation's results the model reads."""
+    return {user.args[1] for user in call.node.users if user.users}
+
+
+def _takes_sets(propagation: LabelPropagation, ids: Tensor, axes: Sequence[int]) -> bool:
+    """Return whether a reduction takes several channels to one result, and others to others."""
+    roots = propagation.roots(collapse_within(ids, axes))
+    if bool((roots < 0).any()) or all(roots.size(axis) == 1 for axis in axes):
+        return False
+    (roots,) = collapse(roots)
+    return sum(size > 1 for size in roots.shape) > 1
 
 
 @rule(*"softmax _softmax log_softmax _log_softmax _safe_softmax softmin".split())
@@ -49,18 +70,30 @@ def _softmax(propagation: LabelPropagation, call: Call) -> Label:
 
 @rule(*"cumsum cumprod logcumsumexp cummax cummin sort argsort topk argmax argmin kthvalue".split())
 def _ordered(propagation: LabelPropagation, call: Call) -> Label:
-    """Pin the channels along the axis, for the result depends on their order."""
+    """Pin channels that lie along the axis, for the result depends on their order."""
     ids = propagation.activation(call.label("self"), call.value("self"))
     axis = call.concrete(call.bound.get("dim"))
-    axes = list(range(ids.dim())) if axis is None else [axis % max(ids.dim(), 1)]
-    if collapse_within(ids, axes).numel() != ids.numel() and call.name.startswith("cum"):
-        return ids
-    propagation.pin(ids)
     outputs = call.output if isinstance(call.output, tuple) else (call.output,)
+    along = None if axis is None or ids.dim() == 0 else axis % ids.dim()
+    row = ids if along is None else collapse_within(ids, [along])
+    if along is None or row.size(along) > 1:
+        propagation.pin(ids)
+        if call.name in _SORTING and not (isinstance(call.output, tuple) and _read(call) - {0}):
+            propagation.lose(ids, "it sorts values")
+        row = torch.tensor(-1)
+    elif outputs[0].dim() < ids.dim():
+        row = row.squeeze(along)  # positions of one channel: the results are of that channel
     labels = tuple(
-        fixed_ids(f"{call.node.name}{i}", output.shape) for i, output in enumerate(outputs)
+        _moving(row, f"{call.node.name}{i}", output.shape) for i, output in enumerate(outputs)
     )
     return labels if isinstance(call.output, tuple) else labels[0]
+
+
+def _moving(ids: Tensor, text: str, shape: Sequence[int]) -> Tensor:
+    """Return labels of a shape: the atoms in ``ids``, and new fixed ids for other elements."""
+    if bool((ids >= 0).all()):
+        return ids.expand(tuple(shape))
+    return torch.where(ids >= 0, ids, fixed_ids(text, shape))
 
 
 @rule(
