@@ -107,7 +107,7 @@ shared = []
 for heads in small.correspondence.target.united_heads:
     plan = small.plans[heads.groups[0]]
     if plan is not None:
-        shared.append(plan.unflatten(0, (2, -1)).unflatten(2, (4, -1)).sum((1, 3)))
+        shared.append(plan.dense().unflatten(0, (2, -1)).unflatten(2, (4, -1)).sum((1, 3)))
         shared[-1] /= shared[-1].sum()
 
 # --- the picture ----------------------------------------------------------------------------------

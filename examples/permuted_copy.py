@@ -82,7 +82,7 @@ figure, (left, right) = plt.subplots(
     1, 2, figsize=(9, 4), layout="constrained", width_ratios=(1, 1.3)
 )
 plan = next(one for one in result.parents if not one.is_identity).plans[0]
-left.imshow((plan > 0).numpy(), cmap="Blues", interpolation="nearest")
+left.imshow((plan.dense() > 0).numpy(), cmap="Blues", interpolation="nearest")
 left.set_xticks(range(0, 40, 10))
 left.set_yticks(range(0, 40, 10))
 left.set_xlabel("channel of the network")

@@ -83,6 +83,7 @@ from clafusion.tracing.moves import permute_channels
 from clafusion.tracing.trace import trace
 from clafusion.tracing.verify import verify_graph
 from clafusion.training import TrainingResult, distill, finetune
+from clafusion.transport.plan import TransportPlan
 from clafusion.transport.sinkhorn import sinkhorn
 from clafusion.transport.solution import TransportSolution
 from clafusion.transport.solve import solve_transport
@@ -148,6 +149,7 @@ __all__ = [
     "Target",
     "TracedModel",
     "TrainingResult",
+    "TransportPlan",
     "TransportSolution",
     "Unbalanced",
     "UnsupportedOpError",

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, fx
 
 from clafusion.alignment.models import label
-from clafusion.config import FusionConfig, LeastSquares
+from clafusion.config import Auto, FusionConfig, LeastSquares, Sinkhorn, Unbalanced
 from clafusion.errors import InputError
 from clafusion.tracing.model import TracedModel
+from clafusion.transport.solve import LARGEST_EXACT
 from clafusion.weights.factories import Model, ModelFile
 
 __all__ = [
@@ -141,8 +142,9 @@ def needed_memory(models: Sequence[TracedModel], count: int, config: FusionConfi
     grams = sum(len(one.layers) for one in models) * min(count, _samples(config)) ** 2 * 8
     rows = max(_largest_rows(one, count, config) for one in models)
     groups = sorted((group.size for one in models for group in one.groups), reverse=True)
-    # float32 costs, the solver's own float64 copy and one for what the costs are made from
+    # Costs in float64, and in float32 what they are made from, or Sinkhorn's costs and its plan.
     matching = 16 * groups[0] ** 2 if groups else 0
+    plans = _full_plans(models, config)
     calibrated = max(activations) + 6 * largest
     if isinstance(config.used_calibration, LeastSquares):
         weights = max(_weights(one) for one in models)
@@ -151,8 +153,8 @@ def needed_memory(models: Sequence[TracedModel], count: int, config: FusionConfi
         held=held_now(),
         stages={
             "profile": max(activations) + grams + 2 * largest,
-            "match": sum(activations) + grams + 6 * rows + matching + 2 * largest,
-            "calibrate": grams + calibrated,
+            "match": sum(activations) + grams + 6 * rows + matching + plans + 2 * largest,
+            "calibrate": grams + plans + calibrated,
         },
     )
 
@@ -231,6 +233,16 @@ def _size(node: fx.Node, model: TracedModel, count: int, rows: int) -> int:
 def _largest_weight(model: TracedModel) -> int:
     """Return the bytes of the largest tensor, in float32."""
     return max((4 * one.numel() for one in model.module_state().values()), default=0)
+
+
+def _full_plans(models: Sequence[TracedModel], config: FusionConfig) -> int:
+    """Return the bytes of plans that are matrices: those of all parents but the reference."""
+    solver = config.matching.solver
+    if not isinstance(solver, (Auto, Sinkhorn, Unbalanced)):
+        return 0
+    least = LARGEST_EXACT if isinstance(solver, Auto) else 0
+    sizes = [sum(4 * one.size**2 for one in m.groups if one.size**2 > least) for m in models]
+    return sum(sizes) - max(sizes)
 
 
 def _weights(model: TracedModel) -> int:

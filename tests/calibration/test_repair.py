@@ -191,7 +191,7 @@ def check_goals(problem, inputs, found, weights):
             for parent, weight, of in zip(problem.parents, weights, own, strict=True):
                 value = of[node][kind]
                 if index < 2:  # the outputs are never moved
-                    plan = parent.plans[index].double()
+                    plan = parent.plans[index].dense()
                     value = value @ (plan / plan.sum(0))
                 expected = expected + weight * value
             torch.testing.assert_close(found[node][kind], expected, rtol=1e-5, atol=1e-6)
@@ -216,7 +216,7 @@ def test_a_parent_writes_nothing_in_a_block_that_it_lacks():
         for node, into in ((inner, inside), (last, written)):
             source = correspondence.points[node]
             value = torch.stack(own[i][source.node])
-            plan = parent.plans[int(correspondence.target_points[node].groups[0])].double()
+            plan = parent.plans[int(correspondence.target_points[node].groups[0])].dense()
             into.append(value @ (plan / plan.sum(0)))
     expected = (0.5 * inside[0] + 0.3 * inside[1]) / 0.8  # of those that have it
     torch.testing.assert_close(torch.stack(goals[inner]), expected, rtol=1e-4, atol=1e-5)

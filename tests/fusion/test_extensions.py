@@ -168,7 +168,7 @@ def test_a_cost_of_others_is_a_function():
         x = parent.profile.rows[pair.source][:, pair.source_columns]
         y = result.aligned.profiles[0].rows[pair.target][:, pair.target_columns]
         costs = angle(x, y)
-        best = float((costs * (plan > 0)).sum())
+        best = float((costs * (plan.dense() > 0)).sum())
         draw = torch.Generator().manual_seed(0)
         for _ in range(200):
             other = costs[torch.arange(len(costs)), torch.randperm(len(costs), generator=draw)]

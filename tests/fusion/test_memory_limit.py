@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import clafusion
-from clafusion import InputError, fuse
-from clafusion.memory import activation_bytes, bytes_of
+from clafusion import FusionConfig, InputError, fuse
+from clafusion.memory import activation_bytes, bytes_of, needed_memory
 from clafusion.weights.mapped import FileWeights
 from tests.support.data import CALIBRATIONS
 from tests.support.in_files import PAIRS, VECTORS, in_file, made
@@ -132,6 +132,23 @@ def test_activations_grow_with_inputs_and_widths():
     # The hidden values and what the activation makes of them are there at a time.
     assert activation_bytes(one, 1) == 2 * 20 * 4
     assert activation_bytes(two, 1) == 2 * 40 * 4
+
+
+def test_plans_that_a_solver_fills_count():
+    models = [clafusion.trace(mlp(12, n, 4), VECTORS) for n in (4200, 4100)]
+    needed = {
+        solver: needed_memory(models, 10, FusionConfig(matching={"solver": solver})).stages
+        for solver in ("auto", "sinkhorn", "exact")
+    }
+    for stage, more in (("profile", 0), ("match", 4 * 4100**2), ("calibrate", 4 * 4100**2)):
+        assert needed["auto"][stage] == needed["exact"][stage] + more
+    assert needed["auto"] == needed["sinkhorn"]
+    narrow = [clafusion.trace(mlp(12, 40, 4), VECTORS)] * 2
+    for solver, more in (("auto", 0), ("sinkhorn", 4 * 40**2)):
+        config = FusionConfig(matching={"solver": solver})
+        least = needed_memory(narrow, 10, FusionConfig(matching={"solver": "exact"}))
+        found = needed_memory(narrow, 10, config)
+        assert found.stages["match"] == least.stages["match"] + more
 
 
 def test_an_estimate_says_time_memory_and_size(tmp_path):

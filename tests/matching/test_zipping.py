@@ -22,6 +22,7 @@ from clafusion import (
 )
 from clafusion.matching.zipping import zip_channels, zip_plans
 from clafusion.profiling.statistics import standardised
+from clafusion.transport.plan import TransportPlan
 from clafusion.transport.solve import solve_transport
 from tests.support import networks
 from tests.support.assertions import assert_same_function, assert_same_logits
@@ -71,7 +72,7 @@ def random_costs(count, seed=0):
 
 
 def grouped(plans):
-    both = torch.cat(plans).numpy()
+    both = torch.cat([plan.dense() for plan in plans]).numpy()
     return [frozenset(np.flatnonzero(column).tolist()) for column in both.T]
 
 
@@ -82,13 +83,12 @@ def test_groups_are_those_of_the_plain_algorithm(sizes, budget):
     for seed in range(5):
         costs = random_costs(sum(sizes), seed)
         plans = zip_channels(costs, sizes, num_target, budget=budget, home=1)
-        assert [tuple(plan.shape) for plan in plans] == [sizes, (num_target, num_target)]
+        assert [plan.shape for plan in plans] == [sizes, (num_target, num_target)]
         groups = grouped(plans)
         assert set(groups) == zip_ref(costs.numpy(), sizes, num_target, budget, 1)
         for plan in plans:
-            torch.testing.assert_close(
-                plan.sum(1), torch.full((len(plan),), 1 / len(plan)).double()
-            )
+            size = plan.shape[0]
+            torch.testing.assert_close(plan.row_sums, torch.full((size,), 1 / size).double())
         for position, group in enumerate(groups):  # by its first target channel
             of_target = [i - num_source for i in group if i >= num_source]
             assert min(of_target, default=position) == position
@@ -113,14 +113,13 @@ def test_three_and_more_networks_are_zipped_as_by_the_plain_algorithm(sizes, hom
     for seed in range(4):
         costs = random_costs(sum(sizes), seed)
         plans = zip_channels(costs, sizes, num_groups, budget=budget, home=home)
-        assert [tuple(plan.shape) for plan in plans] == [(size, num_groups) for size in sizes]
+        assert [plan.shape for plan in plans] == [(size, num_groups) for size in sizes]
         groups = grouped(plans)
         assert set(groups) == zip_ref(costs.numpy(), sizes, num_groups, budget, home)
         for plan in plans:
-            assert torch.equal((plan > 0).sum(1), torch.ones(len(plan), dtype=torch.int64))
-            torch.testing.assert_close(
-                plan.sum(1), torch.full((len(plan),), 1 / len(plan)).double()
-            )
+            size = plan.shape[0]
+            assert plan.entries.rows.sort().values.tolist() == list(range(size))
+            torch.testing.assert_close(plan.row_sums, torch.full((size,), 1 / size).double())
         if home is None:  # the groups come as their first channels do
             assert [min(group) for group in groups] == sorted(min(group) for group in groups)
         for position, group in enumerate(groups if home is not None else []):
@@ -131,19 +130,20 @@ def test_three_and_more_networks_are_zipped_as_by_the_plain_algorithm(sizes, hom
 
 def test_more_networks_than_channels_leave_one_group():
     plans = zip_channels(random_costs(5), (1, 1, 1, 1, 1), 1, budget=0.0, home=2)
-    assert all(torch.equal(plan, torch.ones(1, 1, dtype=torch.float64)) for plan in plans)
+    assert all(plan == TransportPlan.identity(1) for plan in plans)
 
 
 def test_without_a_budget_every_channel_has_one_partner():
     costs = random_costs(40)
-    source_plan, target_plan = zip_channels(costs, (20, 20), 20, budget=0.0, home=1)
+    plans = zip_channels(costs, (20, 20), 20, budget=0.0, home=1)
+    source_plan, target_plan = (plan.dense() for plan in plans)
     assert torch.equal(target_plan, torch.eye(20, dtype=torch.float64) / 20)
     assert torch.equal((source_plan > 0).sum(0), torch.ones(20, dtype=torch.int64))
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     copies = torch.cat([20 + order, torch.arange(20, 40)])  # of the target's channels
     costs = costs[copies][:, copies]
     source_plan, _ = zip_channels(costs, (20, 20), 20, budget=0.0, home=1)
-    assert torch.equal(source_plan.argmax(1), order)
+    assert torch.equal(source_plan.dense().argmax(1), order)
 
 
 def test_without_a_budget_every_channel_has_a_partner_in_each_of_three():
@@ -151,6 +151,7 @@ def test_without_a_budget_every_channel_has_a_partner_in_each_of_three():
     copies = torch.cat(orders)
     costs = random_costs(20)[copies][:, copies]
     plans = zip_channels(costs, (20, 20, 20), 20, budget=0.0, home=1)
+    plans = [plan.dense() for plan in plans]
     assert torch.equal(plans[1], torch.eye(20, dtype=torch.float64) / 20)
     for plan, order in zip(plans, orders, strict=True):
         assert torch.equal((plan > 0).sum(0), torch.ones(20, dtype=torch.int64))
@@ -326,7 +327,7 @@ def assert_papers_matrices(models, shares):
     merge = []
     for layer in ("0.weight", "2.weight"):
         index = by_name[layer]
-        members = [(one.plans[index].numpy() > 0).astype(float) for one in result.parents]
+        members = [(one.plans[index].dense().numpy() > 0).astype(float) for one in result.parents]
         unmerge.append(members)
         own = np.array(shares)[:, None] * np.array([one.any(0) for one in members])
         own /= own.sum(0)
@@ -383,7 +384,7 @@ def test_covered_channels_are_those_into_which_something_moves():
     found = result.model.state_dict()
     partly = 0
     for layer, index in (("0", 0), ("2", 1)):
-        plans = [one.plans[index] for one in result.parents]
+        plans = [one.plans[index].dense() for one in result.parents]
         for channel in range(plans[0].size(1)):
             moving = [i for i, plan in enumerate(plans) if bool((plan[:, channel] > 0).any())]
             for i, parent in enumerate(result.parents):

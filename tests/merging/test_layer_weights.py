@@ -333,7 +333,7 @@ def test_sensitivities_are_computed_once_for_masses_and_layers(monkeypatch):
     plans = moved_parent(fuse(models, VECTORS, matching=masses)).plans
     pairs = list(zip(moved_parent(both).plans, plans, strict=True))
     assert pairs
-    assert all(torch.equal(one, two) for one, two in pairs)
+    assert all(one == two for one, two in pairs)
 
 
 def by_deep_layer(result, deep):

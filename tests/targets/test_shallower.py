@@ -74,7 +74,7 @@ def test_nothing_is_regressed_unless_the_calibration_is(merge):
     merged = merged_ref(deep, gone, merge)
     moved, kept = result.parents
     assert kept.is_identity
-    plans = [plan.double() for plan in moved.plans]
+    plans = [plan.dense() for plan in moved.plans]
     names = [one.name for one in moved.correspondence.target.groups]
     assert names == ["0.weight", "2.weight"]
     first, second = plans

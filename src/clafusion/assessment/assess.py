@@ -13,13 +13,13 @@ from clafusion.assessment.nearness import FusionAssessment
 from clafusion.assessment.output_cache import OutputCache
 from clafusion.assessment.parts import Parts, compared_output, most_assessed
 from clafusion.config import Assessment, FusionConfig, LeastSquares
-from clafusion.correspondence.moving import outgoing_map
 from clafusion.errors import AssessmentWarning, warn
 from clafusion.execution.call import call_model
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Progress, batches
 from clafusion.profiling.moments import inputs_in_cache
 from clafusion.tracing.model import TracedModel
+from clafusion.transport.plan import TransportPlan
 
 __all__ = ["assess", "warn_of"]
 
@@ -127,12 +127,11 @@ def _joined(held: Sequence[tuple[Tensor, ...]], rows: int) -> Iterator[tuple[Ten
     yield from zip(*chunks, strict=True)
 
 
-def _moved(outputs: Tensor, plan: Tensor | None, axis: int) -> Tensor:
+def _moved(outputs: Tensor, plan: TransportPlan | None, axis: int) -> Tensor:
     """Bring outputs that were matched into the result's order."""
-    if plan is None or outputs.size(axis) != plan.size(0):
+    if plan is None or outputs.size(axis) != plan.shape[0]:
         return outputs
-    channels = outputs.movedim(axis, -1)
-    return (channels @ outgoing_map(plan).to(channels)).movedim(-1, axis)
+    return plan.outgoing(outputs, axis)
 
 
 def warn_of(assessment: FusionAssessment | None, config: FusionConfig) -> None:

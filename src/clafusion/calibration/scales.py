@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from clafusion.correspondence.moving import incoming_map
 from clafusion.merging.problem import FusionProblem, Parent
 from clafusion.profiling.moments import BatchMoments
 from clafusion.tracing.layer import CalibrationPoint
@@ -158,9 +157,10 @@ def _wanted(
         return None
     by_member = torch.empty_like(scales)
     by_member[point.members] = scales
-    mapped = incoming_map(plan.to(scales))
+    goes = plan.row_sums.to(scales) > 0
     # A channel that goes nowhere keeps its scale.
-    found = torch.where(mapped.sum(1) > 0, mapped @ by_member, partner.scales(parent.traced))
+    mapped = plan.transposed().outgoing(by_member)
+    found = torch.where(goes, mapped, partner.scales(parent.traced))
     return found[other.members]
 
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from clafusion.correspondence.hooks import HookPair, hook_pairs, source_hook
 from clafusion.errors import StructureError, WidthWarning, warn
 from clafusion.tracing.layer import CalibrationPoint, HookPoint, Layer
 from clafusion.tracing.model import TracedModel
+from clafusion.transport.plan import TransportPlan
 
 __all__ = [
     "Correspondence",
@@ -276,14 +276,9 @@ def identity_correspondence(model: TracedModel) -> Correspondence:
     return correspond(model, model, tuple(range(len(model.layers))))
 
 
-def identity_plans(model: TracedModel) -> tuple[Tensor, ...]:
-    """Return for each group the plan that leaves its channels where they are.
-
-    Groups of one size share a plan.
-    """
-    sizes = dict.fromkeys(one.size for one in model.groups)
-    plans = {size: torch.eye(size, dtype=torch.float64) for size in sizes}
-    return tuple(plans[one.size] for one in model.groups)
+def identity_plans(model: TracedModel) -> tuple[TransportPlan, ...]:
+    """Return for each group the plan that leaves its channels where they are."""
+    return tuple(TransportPlan.identity(one.size) for one in model.groups)
 
 
 def warn_of_counted_channels(correspondence: Correspondence, name: str = "the source") -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from clafusion.correspondence.correspondence import Correspondence, identity_correspondence
 from clafusion.correspondence.moving import move_state
 from clafusion.execution.lazy import overlaid
+from clafusion.transport.plan import TransportPlan
 from clafusion.weights.build import with_weights
 
 __all__ = ["CopyingPlans", "copying_plans", "with_copied_channels"]
@@ -35,8 +36,8 @@ class CopyingPlans:
         For each channel group of the target the plan from those, or None.
     """
 
-    within_source: tuple[Tensor, ...]
-    into_target: tuple[Tensor | None, ...]
+    within_source: tuple[TransportPlan, ...]
+    into_target: tuple[TransportPlan | None, ...]
 
 
 def copying_plans(correspondence: Correspondence) -> CopyingPlans | None:
@@ -71,8 +72,8 @@ def copying_plans(correspondence: Correspondence) -> CopyingPlans | None:
         )
         return (heads[:, None] * kept[other][1] + channels).flatten()
 
-    within = [torch.eye(one.size, dtype=torch.float64) for one in source.groups]
-    into: list[Tensor | None] = []
+    within = [TransportPlan.identity(one.size) for one in source.groups]
+    into: list[TransportPlan | None] = []
     for one, other in zip(target.groups, correspondence.groups, strict=True):
         if other < 0:
             into.append(None)
@@ -85,12 +86,20 @@ def copying_plans(correspondence: Correspondence) -> CopyingPlans | None:
     return CopyingPlans(tuple(within), tuple(into))
 
 
-def _equal(ones: Tensor, others: Tensor) -> Tensor:
-    return (ones[:, None] == others).double()
+def _equal(ones: Tensor, others: Tensor) -> TransportPlan:
+    """Return the plan by which each channel gets mass 1 from every one of its class."""
+    ordered, rows = ones.sort(stable=True)
+    first, last = (torch.searchsorted(ordered, others, right=end) for end in (False, True))
+    counts = last - first
+    columns = torch.arange(len(others)).repeat_interleave(counts)
+    turns = torch.arange(len(columns)) - (counts.cumsum(0) - counts)[columns]
+    masses = torch.ones(len(columns), dtype=torch.float64)
+    shape = len(ones), len(others)
+    return TransportPlan.from_entries(shape, rows[first[columns] + turns], columns, masses)
 
 
 def with_copied_channels(
-    correspondence: Correspondence, within: Sequence[Tensor]
+    correspondence: Correspondence, within: Sequence[TransportPlan]
 ) -> Correspondence:
     """Return the correspondence of a copy of the source in which channels are made equal."""
     source = correspondence.source

@@ -1,20 +1,15 @@
 r"""Move parameters and values from the source's channels into the target's, by transport plans.
 
-A plan ``T (num_source, num_target)`` has two normalisations. Going out of a group (rows of a
-weight, biases, norms) every target channel is an average of source channels,
-``T_out = T / column sums``. Going into a group (columns of the next weight) the source's channel is
-an average of target channels, ``x_source ~ T_in x_target`` with ``T_in = T / row sums``, so that
-the weights of duplicated channels add up. For equal widths both agree. With a single normalisation,
-a width ratio r would scale every layer by 1 / r.
+A plan has two normalisations, for what leaves a group and for what reads it: see
+:mod:`clafusion.transport.plan`.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.structure import structured_state
@@ -22,36 +17,19 @@ from clafusion.errors import StructureError
 from clafusion.execution.lazy import LazyState
 from clafusion.tracing.layer import CalibrationPoint, HookPoint
 from clafusion.tracing.model import ChannelGroup, GroupAxis
+from clafusion.transport.plan import TransportPlan
 
 __all__ = [
-    "incoming_map",
     "move_along",
     "move_parameter",
     "move_state",
     "move_values",
-    "outgoing_map",
 ]
-
-
-# Many parameters move by one plan, and to look through that takes long.
-_rows_of_plans: MutableMapping[Tensor, dict[bool, Tensor | None]] = WeakTensorKeyDictionary()
-
-
-def outgoing_map(plan: Tensor) -> Tensor:
-    """Return ``T / column sums``: each target channel as an average of source channels."""
-    sums = plan.sum(0, keepdim=True)
-    return plan / torch.where(sums > 0, sums, 1.0)
-
-
-def incoming_map(plan: Tensor) -> Tensor:
-    """Return ``T / row sums``: each source channel as an average of target channels."""
-    sums = plan.sum(1, keepdim=True)
-    return plan / torch.where(sums > 0, sums, 1.0)
 
 
 def move_state(
     correspondence: Correspondence,
-    plans: Sequence[Tensor | None],
+    plans: Sequence[TransportPlan | None],
     normalisation: str = "two",
 ) -> LazyState[str]:
     r"""Return the source's parameters in the target's structure, channels and widths.
@@ -87,7 +65,7 @@ def move_state(
 
 def move_parameter(
     correspondence: Correspondence,
-    plans: Sequence[Tensor | None],
+    plans: Sequence[TransportPlan | None],
     name: str,
     source: Tensor,
     target: Tensor,
@@ -139,7 +117,7 @@ def move_parameter(
 
 
 def move_along(
-    plans: Sequence[Tensor | None],
+    plans: Sequence[TransportPlan | None],
     tensor: Tensor,
     axis: int,
     length: int,
@@ -159,7 +137,7 @@ def move_along(
         assert plan is not None, "a matched parameter carries a group without a partner"
         repeats = group_axis.positions.size(1)
         if source_axes is None:
-            positions = torch.arange(plan.size(0) * repeats).view(-1, repeats)
+            positions = torch.arange(plan.shape[0] * repeats).view(-1, repeats)
         else:
             positions = source_axes[i][1].positions
         if positions.size(1) != repeats:
@@ -168,7 +146,7 @@ def move_along(
                 f"partner for {positions.size(1)}; the inputs or strides differ"
             )
         leaves = group_axis.direction == "out" or normalisation == "single"
-        rows.append(_copied_rows(plan, leaves=leaves))
+        rows.append(plan.copied_rows(leaves=leaves))
         places.append(positions)
     fixed_target = _others([one.positions for _, one in pairs], length)
     fixed_source = _others(places, tensor.size(axis))
@@ -192,11 +170,10 @@ def move_along(
         plan = plans[group.index]
         assert plan is not None
         leaves = group_axis.direction == "out" or normalisation == "single"
-        weights = outgoing_map(plan) if leaves else incoming_map(plan)
-        block = tensor.movedim(axis, 0)[positions.reshape(-1).to(tensor.device)].double()
-        of_channels = weights.T.to(block) @ block.reshape(plan.size(0), -1)
+        block = tensor.movedim(axis, 0)[positions.reshape(-1).to(tensor.device)]
+        moved = (plan.outgoing if leaves else plan.incoming)(block.reshape(plan.shape[0], -1))
         into = group_axis.positions.reshape(-1).to(tensor.device)
-        result.movedim(axis, 0)[into] = of_channels.reshape(-1, *block.shape[1:]).to(result)
+        result.movedim(axis, 0)[into] = moved.reshape(-1, *block.shape[1:])
     return result
 
 
@@ -211,7 +188,7 @@ def _others(used: Sequence[Tensor], length: int) -> Tensor:
 def move_values(
     values: Tensor,
     correspondence: Correspondence,
-    plans: Sequence[Tensor | None],
+    plans: Sequence[TransportPlan | None],
     target: CalibrationPoint | HookPoint,
     source: CalibrationPoint | HookPoint,
 ) -> Tensor:
@@ -222,7 +199,7 @@ def move_values(
     values
         One number for each channel of ``source``, in the last axis.
     plans
-        For each group of the target ``(num_source, num_target)``.
+        For each group of the target.
     target, source
         Points of the two networks that correspond: which group and member each channel is.
     """
@@ -233,7 +210,7 @@ def move_values(
     for one in target.groups[target.groups >= 0].unique().tolist():
         plan = plans[one]
         assert plan is not None, "a matched point shows a group without a partner"
-        chosen = _copied_rows(plan, leaves=True)
+        chosen = plan.copied_rows(leaves=True)
         into = torch.nonzero(target.groups == one).squeeze(1)
         out_of = torch.nonzero(source.groups == correspondence.groups[one]).squeeze(1)
         # A member may stand in several places, as in a projection to queries and keys at once.
@@ -242,30 +219,16 @@ def move_values(
         for turn in into_turns.unique().tolist():
             to, of = into[into_turns == turn], out_of[out_of_turns == turn]
             if chosen is not None:
-                places = torch.full((plan.size(0),), -1)
+                places = torch.full((plan.shape[0],), -1)
                 places[source.members[of]] = of
                 wanted = places[chosen[target.members[to]]]
                 if bool((wanted >= 0).all()):
                     result[..., to] = values[..., wanted]
                     continue
-            weights = outgoing_map(plan).to(values)
-            by_member = values.new_zeros(*values.shape[:-1], plan.size(0))
+            by_member = values.new_zeros(*values.shape[:-1], plan.shape[0])
             by_member[..., source.members[of]] = values[..., of]
-            result[..., to] = (by_member @ weights)[..., target.members[to]]
+            result[..., to] = plan.outgoing(by_member, -1)[..., target.members[to]]
     return result
-
-
-def _copied_rows(plan: Tensor, *, leaves: bool) -> Tensor | None:
-    """Return for each target channel the source's that it copies; None where one is a mixture."""
-    known = _rows_of_plans.setdefault(plan, {})
-    if leaves not in known:
-        weights = outgoing_map(plan) if leaves else incoming_map(plan)
-        rows = weights.argmax(0)
-        is_copy = int(weights.count_nonzero()) == weights.size(1) and bool(
-            (weights.gather(0, rows[None]) == 1).all()
-        )
-        known[leaves] = rows.cpu() if is_copy else None
-    return known[leaves]
 
 
 def _earlier_equals(members: Tensor) -> Tensor:

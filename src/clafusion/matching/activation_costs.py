@@ -37,6 +37,7 @@ __all__ = [
 ChannelCost: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Values ``(num_rows, num_source)`` and ``(num_rows, num_target)`` -> costs of every two."""
 
+_AT_ONCE = 1 << 20  # entries of a cost that are held, besides the cost itself
 _TIE = 1e-5  # what a difference of means or deviations counts: it decides where correlations do not
 
 MAX_CHANNELS = 10_000
@@ -91,7 +92,7 @@ def channel_cost(
     return register
 
 
-@channel_cost("correlation", of_mean=lambda mean: 1.0 - mean)
+@channel_cost("correlation", of_mean=lambda mean: mean.neg_().add_(1.0))
 def correlations(x: Tensor, y: Tensor) -> Tensor:
     r"""Return how alike every two channels are: their correlation, or what decides in its place.
 
@@ -105,7 +106,7 @@ def correlations(x: Tensor, y: Tensor) -> Tensor:
     correlation of two constant channels, as dead ones behind a norm, stands :math:`1 - d(x, y)`, at
     least 0, and 0 where both are 0. Where all channels of both are constant nothing is said: 0.
     """
-    found = standardised(x).T @ standardised(y) / len(x)
+    found = (standardised(x).T @ standardised(y)).div_(len(x))
     of_x, of_y = channel_statistics(x), channel_statistics(y)
     constant = of_x.scale == 0, of_y.scale == 0
     if all(bool(one.all()) for one in constant):
@@ -117,22 +118,26 @@ def correlations(x: Tensor, y: Tensor) -> Tensor:
         alike = torch.where(largest > 0, alike.clamp(min=0), 0.0)
         found[constant[0].nonzero(), constant[1].nonzero().T] = alike.to(found)
     # Channels that were dead before a norm over all channels are correlated, each with all others.
-    apart = _relative_differences(of_x.mean, of_y.mean)
-    apart += _relative_differences(of_x.deviation, of_y.deviation)
-    return found - _TIE * apart.to(found)
+    rows = max(_AT_ONCE // len(of_y.mean), 1)
+    for first in range(0, len(found), rows):
+        part = slice(first, first + rows)
+        apart = _relative_differences(of_x.mean[part], of_y.mean)
+        apart += _relative_differences(of_x.deviation[part], of_y.deviation)
+        found[part] -= _TIE * apart.to(found)
+    return found
 
 
 def _relative_differences(a: Tensor, b: Tensor) -> Tensor:
     a, b = a.double()[:, None], b.double()
-    return (a - b).abs() / torch.maximum(a.abs(), b.abs()).clamp(min=1e-30)
+    return (a - b).abs_().div_(torch.maximum(a.abs(), b.abs()).clamp_(min=1e-30))
 
 
-@channel_cost("euclidean", of_mean=torch.sqrt)
+@channel_cost("euclidean", of_mean=torch.sqrt_)
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """Return the mean of ``(x - y)^2`` over the rows for every two channels."""
     x, y = x.double(), y.double()
-    squares = x.square().sum(0)[:, None] + y.square().sum(0)[None] - 2 * (x.T @ y)
-    return squares.clamp(min=0) / len(x)
+    squares = x.square().sum(0)[:, None] + y.square().sum(0)[None]
+    return squares.sub_((x.T @ y).mul_(2)).clamp_(min=0).div_(len(x))
 
 
 def measures() -> tuple[str, ...]:
@@ -194,6 +199,7 @@ def group_costs(
     matched = [(one.index, other, pairs) for one, other, pairs in groups if other >= 0]
     for i, cost in _pair_costs(correspondence, target, source, matched, metric):
         yield matched[i][0], cost
+        del cost  # before the next one is made
 
 
 def pair_costs(
@@ -245,34 +251,48 @@ def _pair_costs(
     totals: dict[int, tuple[Tensor, int]] = {}
 
     def cost_of(i: int) -> Tensor:
+        if i in totals:
+            total, number = totals.pop(i)
+            return measure.of_mean(total.div_(number))
         of_target, of_source, _ = pairs[i]
         size = correspondence.source.groups[of_source].size
-        nothing = torch.zeros(
-            size, correspondence.target.groups[of_target].size, dtype=torch.float64, device=device
-        )
-        total, number = totals.pop(i, (nothing, 0))
-        return measure.of_mean(total / number) if number else total
+        num_target = correspondence.target.groups[of_target].size
+        return torch.zeros(size, num_target, dtype=torch.float64, device=device)
+
+    def add(keys: tuple[tuple[int, int], tuple[int, int]]) -> None:
+        of_source_hook, of_target_hook = keys
+        # A composed target, or one whose heads moved, may lack some hook points.
+        if of_target_hook not in target.rows or of_source_hook not in source.rows:
+            return
+        x, y = source.rows[of_source_hook], target.rows[of_target_hook]
+        if len(x) != len(y):
+            return
+        measured = measure.at_hook(x, y)
+        for i, pair in hooks[keys]:
+            block = _block(measured, pair.source_columns, pair.target_columns)
+            total, number = totals.get(i, (None, 0))
+            totals[i] = block if total is None else total.add_(block), number + 1
 
     yield from ((i, cost_of(i)) for i, count in enumerate(left) if count == 0)
-    for (of_source_hook, of_target_hook), members in sorted(hooks.items(), key=_in_order):
-        measured = None
-        # A composed target, or one whose heads moved, may lack some hook points.
-        if of_target_hook in target.rows and of_source_hook in source.rows:
-            x, y = source.rows[of_source_hook], target.rows[of_target_hook]
-            measured = measure.at_hook(x, y) if len(x) == len(y) else None
-        for i, pair in members:
+    for keys in sorted(hooks, key=_in_order):
+        add(keys)  # when the next line hands over a cost, nothing else of its size is held
+        for i, _ in hooks[keys]:
             left[i] -= 1
-            if measured is not None:
-                block = measured[pair.source_columns][:, pair.target_columns].double()
-                total, number = totals.get(i, (None, 0))
-                totals[i] = block if total is None else total.add_(block), number + 1
             if left[i] == 0:
                 yield i, cost_of(i)
 
 
-def _in_order(item: tuple[tuple[tuple[int, int], tuple[int, int]], Any]) -> tuple[Any, ...]:
+def _block(measured: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the costs of some channels, float64; the caller may change them."""
+    for axis, index in enumerate((rows, columns)):
+        if not torch.equal(index, torch.arange(measured.size(axis))):
+            measured = measured.index_select(axis, index.to(measured.device))
+    return measured.to(torch.float64, copy=True)
+
+
+def _in_order(keys: tuple[tuple[int, int], tuple[int, int]]) -> tuple[Any, ...]:
     """Return what sorts hook points: by the target's layer, point, and before or after it."""
-    of_source, of_target = item[0]
+    of_source, of_target = keys
     return tuple(
         (layer, ~index if index < 0 else index, index < 0)
         for layer, index in (of_target, of_source)

@@ -32,7 +32,7 @@ from clafusion.tracing.heads import (
 from clafusion.tracing.layer import CalibrationPoint, HookPoint
 from clafusion.tracing.model import HeadPartition, TracedModel
 from clafusion.tracing.points import places_of
-from clafusion.transport.solve import solve_transport
+from clafusion.transport.solve import solve_compactly
 from clafusion.weights.build import with_weights
 
 __all__ = ["exchanged_model", "order_heads", "restored_model"]
@@ -119,7 +119,7 @@ def _order(
         for j, of_source in enumerate(of.members)
         for pair in [(of_target[place], of_source[place]) for place in seen]
     ]
-    solutions = solve_transport(pair_costs(correspondence, target, source, shown, metric=metric))
+    solutions = solve_compactly(pair_costs(correspondence, target, source, shown, metric=metric))
     costs = torch.stack([one.cost for one in solutions]).view(count, count, -1).sum(2)
     from scipy.optimize import linear_sum_assignment  # here, for it takes long to import
 

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,7 +25,8 @@ from clafusion.config import Auto, Solver
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.matching.activation_costs import pair_costs, says_nothing
 from clafusion.profiling.profile import ModelProfile
-from clafusion.transport.solve import solve_transport
+from clafusion.transport.plan import TransportPlan
+from clafusion.transport.solve import solve_compactly
 
 __all__ = ["HeadPairs", "head_plans", "plan_heads"]
 
@@ -41,18 +41,18 @@ def head_plans(
     *,
     metric: str = "correlation",
     solver: Solver | str = Auto(),  # noqa: B008
-) -> tuple[dict[int, Tensor], list[HeadPairs | None]]:
+) -> tuple[dict[int, TransportPlan], list[HeadPairs | None]]:
     """Match heads by what the data show of their channels.
 
     Returns
     -------
     (plans, pairs)
-        The plans ``(num_source, num_target)`` of the united groups that show, by group; and for
-        each of ``correspondence.target.united_heads`` which heads go together, or None where no
-        group shows. Those can be matched by weights: see
+        The plans of the united groups that show, by group; and for each of
+        ``correspondence.target.united_heads`` which heads go together, or None where no group
+        shows. Those can be matched by weights: see
         :func:`clafusion.matching.weight_costs.match_by_weights`.
     """
-    plans: dict[int, Tensor] = {}
+    plans: dict[int, TransportPlan] = {}
     pairs: list[HeadPairs | None] = []
     for one, other in zip(
         correspondence.target.united_heads, correspondence.source.united_heads, strict=True
@@ -79,7 +79,7 @@ def plan_heads(
     pairs: HeadPairs | None = None,
     *,
     solver: Solver | str = Auto(),  # noqa: B008
-) -> tuple[list[Tensor], HeadPairs]:
+) -> tuple[list[TransportPlan], HeadPairs]:
     """Return the plans of groups that share heads, and which heads go together.
 
     Parameters
@@ -97,21 +97,24 @@ def plan_heads(
     for cost in costs:
         heads = cost.unflatten(0, (counts[0], -1)).unflatten(2, (counts[1], -1))
         problems += [heads[i, :, j] for i, j in chosen]
-    solved = iter(solve_transport(problems, solver=solver))
-    plans = []
+    solved = iter(solve_compactly(problems, solver=solver))
+    within: list[dict[tuple[int, int], TransportPlan]] = []
     total = np.zeros(counts)
-    for cost in costs:
-        heads = torch.zeros(cost.shape, dtype=torch.float64)
-        heads = heads.unflatten(0, (counts[0], -1)).unflatten(2, (counts[1], -1))
+    for _ in costs:
+        within.append({})
         for i, j in chosen:
             one = next(solved)
-            heads[i, :, j] = one.plan
+            within[-1][i, j] = one.plan
             total[i, j] += float(one.cost)
-        plans.append(heads)
     if pairs is None:
         pairs = _assigned(total)
-    mass = torch.from_numpy(pairs / pairs.sum())[:, None, :, None]
-    return [(mass * one).flatten(2, 3).flatten(0, 1) for one in plans], pairs
+    mass = pairs / pairs.sum()
+    together = {(i, j): float(mass[i, j]) for i, j in np.argwhere(pairs).tolist()}
+    plans = [
+        TransportPlan.from_heads({pair: plans[pair] for pair in together}, together, counts)
+        for plans in within
+    ]
+    return plans, pairs
 
 
 def _assigned(costs: NDArray[np.float64]) -> HeadPairs:

@@ -23,7 +23,8 @@ from clafusion.matching.masses import marginals
 from clafusion.matching.weight_costs import match_by_weights
 from clafusion.matching.zipping import zip_plans
 from clafusion.targets.sources import Source, TargetSources
-from clafusion.transport.solve import solve_transport
+from clafusion.transport.plan import TransportPlan
+from clafusion.transport.solve import solve_compactly
 
 __all__ = ["Matched", "channel_plans", "match_sources"]
 
@@ -39,7 +40,7 @@ class Matched:
     source
         How the network maps to the target, its heads in the target's order.
     plans
-        For each channel group of the target its plan ``(num_source, num_target)``, or None.
+        For each channel group of the target its plan, or None.
     output_plan
         A plan for the outputs, where they are matched, too.
     head_orders
@@ -47,8 +48,8 @@ class Matched:
     """
 
     source: Source
-    plans: tuple[Tensor | None, ...]
-    output_plan: Tensor | None
+    plans: tuple[TransportPlan | None, ...]
+    output_plan: TransportPlan | None
     head_orders: Mapping[int, tuple[int, ...]]
 
 
@@ -85,7 +86,7 @@ def match_sources(sources: TargetSources, config: FusionConfig) -> tuple[Matched
         output_plan = None
         if config.matching.outputs and i != sources.reference:
             cost = output_costs(source.target, source.profile, metric=metric)
-            (solution,) = solve_transport([cost], solver=solver)
+            (solution,) = solve_compactly([cost], solver=solver)
             output_plan = solution.plan
         matched.append(Matched(source, tuple(of), output_plan, orders))
     return tuple(matched)
@@ -111,7 +112,7 @@ def _check_zip(sources: TargetSources) -> None:
             )
 
 
-def channel_plans(source: Source, config: FusionConfig) -> list[Tensor | None]:
+def channel_plans(source: Source, config: FusionConfig) -> list[TransportPlan | None]:
     """Match the channels of every group; None where the source has no such channels."""
     correspondence, target, profile = source.correspondence, source.target, source.profile
     groups = range(len(correspondence.groups))
@@ -148,18 +149,18 @@ def _solved(
     masses: Sequence[tuple[Tensor, Tensor] | None] | None,
     solver: Solver | str,
     others: Collection[int],
-) -> tuple[dict[int, Tensor], set[int]]:
+) -> tuple[dict[int, TransportPlan], set[int]]:
     """Return plans of the groups with informative costs, except ``others``, and the groups without.
 
     Costs are solved as they come, many at a time but few enough to be held.
     """
-    plans: dict[int, Tensor] = {}
+    plans: dict[int, TransportPlan] = {}
     unseen: set[int] = set()
     waiting: dict[int, Tensor] = {}
 
     def solve() -> None:
         pairs = None if masses is None else [pair for i in waiting if (pair := masses[i])]
-        solutions = solve_transport(
+        solutions = solve_compactly(
             list(waiting.values()),
             None if pairs is None else [of_source for of_source, _ in pairs],
             None if pairs is None else [of_target for _, of_target in pairs],
@@ -174,7 +175,8 @@ def _solved(
             unseen.add(i)
         elif i not in others:
             waiting[i] = cost
-        if sum(one.numel() for one in waiting.values()) > _AT_ONCE:
+        del cost  # so that what is solved is gone before the next costs are made
+        if sum(one.numel() for one in waiting.values()) >= _AT_ONCE:
             solve()
     solve()
     return plans, unseen

@@ -21,38 +21,46 @@ from clafusion.errors import ConvergenceWarning, warn
 from clafusion.execution.call import State
 from clafusion.matching.head_plans import HeadPairs, plan_heads
 from clafusion.tracing.model import ChannelGroup
-from clafusion.transport.solve import solve_transport
+from clafusion.transport.plan import TransportPlan
+from clafusion.transport.solve import solve_compactly
 
 __all__ = ["index_plan", "index_plans", "is_at_rest", "match_by_weights"]
 
 _AT_REST = 1e-5  # of the mass: what Sinkhorn's float32 leaves
 
 
-def is_at_rest(before: Tensor, after: Tensor) -> bool:
-    """Return whether a plan is the same as the one before, but for what a soft solver leaves."""
-    return float((after - before).abs().sum()) / 2 <= _AT_REST * float(before.sum())
+def is_at_rest(before: TransportPlan, after: TransportPlan, *, averages: bool = False) -> bool:
+    """Return whether a plan is the same as the one before, but for what a soft solver leaves.
+
+    With ``averages`` only the averages that leave a group count, not the channels' masses.
+    """
+    mass = before.covered if averages else before.column_sums
+    return before.distance(after, averages=averages) / 2 <= _AT_REST * float(mass.sum())
 
 
-def index_plan(num_source: int, num_target: int) -> Tensor:
-    """Return the plan ``(num_source, num_target)`` that keeps the channels' order.
+def index_plan(num_source: int, num_target: int) -> TransportPlan:
+    """Return the plan that keeps the channels' order.
 
     Each channel is an interval of [0, 1]; the mass between two is how far they overlap. For equal
     numbers that is the identity.
     """
     source = torch.arange(num_source + 1, dtype=torch.float64) / num_source
     target = torch.arange(num_target + 1, dtype=torch.float64) / num_target
-    upper = torch.minimum(source[1:, None], target[None, 1:])
-    lower = torch.maximum(source[:-1, None], target[None, :-1])
-    return (upper - lower).clamp(min=0)
+    bounds = torch.cat([source, target]).unique()
+    rows, columns = (
+        torch.searchsorted(one, bounds[:-1], right=True) - 1 for one in (source, target)
+    )
+    shape = num_source, num_target
+    return TransportPlan.from_entries(shape, rows, columns, bounds[1:] - bounds[:-1])
 
 
-def index_plans(correspondence: Correspondence) -> list[Tensor | None]:
+def index_plans(correspondence: Correspondence) -> list[TransportPlan | None]:
     """Return for each channel group of the target the plan that keeps the channels' order.
 
     Of heads of which the networks have different numbers that is the order of the heads, and of
     the channels within them.
     """
-    plans: list[Tensor | None] = [
+    plans: list[TransportPlan | None] = [
         None if other < 0 else index_plan(correspondence.source.groups[other].size, one.size)
         for one, other in zip(correspondence.target.groups, correspondence.groups, strict=True)
     ]
@@ -62,8 +70,16 @@ def index_plans(correspondence: Correspondence) -> list[Tensor | None]:
         for index in to.groups:
             source = correspondence.source.groups[correspondence.groups[index]].size // of.count
             target = correspondence.target.groups[index].size // to.count
-            heads = index_plan(of.count, to.count)
-            plans[index] = torch.kron(heads, index_plan(source, target))
+            within, (rows, columns, masses) = (
+                index_plan(source, target),
+                index_plan(of.count, to.count).entries,
+            )
+            heads = dict(
+                zip(zip(rows.tolist(), columns.tolist(), strict=True), masses.tolist(), strict=True)
+            )
+            plans[index] = TransportPlan.from_heads(
+                dict.fromkeys(heads, within), heads, (of.count, to.count)
+            )
     return plans
 
 
@@ -72,11 +88,11 @@ def match_by_weights(
     *,
     activation_costs: Sequence[Tensor | None] | None = None,
     masses: Sequence[tuple[Tensor, Tensor] | None] | None = None,
-    known: Mapping[int, Tensor] | None = None,
+    known: Mapping[int, TransportPlan] | None = None,
     head_pairs: Sequence[HeadPairs | None] = (),
     solver: Solver | str = Auto(),  # noqa: B008
     max_sweeps: int = 100,
-) -> list[Tensor | None]:
+) -> list[TransportPlan | None]:
     r"""Return a plan for each channel group of the target.
 
     With ``a`` and ``b`` all weights of two channels, the source's in the target's channels
@@ -106,7 +122,7 @@ def match_by_weights(
     Returns
     -------
     list
-        ``(num_source, num_target)``, or None where the source has no such channels.
+        A plan, or None where the source has no such channels.
 
     Warns
     -----
@@ -127,15 +143,15 @@ def match_by_weights(
             return cost
         of_activations = activation_costs[index]
         assert of_activations is not None
-        return (cost + of_activations.to(cost)) / 2
+        return cost.add_(of_activations.to(cost)).div_(2)
 
-    def single(index: int) -> list[Tensor]:
+    def single(index: int) -> list[TransportPlan]:
         pair = None if masses is None else masses[index]
         weights = (None, None) if pair is None else ([pair[0]], [pair[1]])
-        solved = solve_transport([cost_of(index)], *weights, solver=solver)
+        solved = solve_compactly([cost_of(index)], *weights, solver=solver)
         return [one.plan for one in solved]
 
-    def united(place: int, left: Sequence[int]) -> list[Tensor]:
+    def united(place: int, left: Sequence[int]) -> list[TransportPlan]:
         counts = (
             correspondence.source.united_heads[place].count,
             correspondence.target.united_heads[place].count,
@@ -145,7 +161,7 @@ def match_by_weights(
         return plan_heads(costs, counts, pairs, solver=solver)[0]
 
     # What is matched at once: a group, or all united ones of the same heads.
-    steps: list[tuple[Sequence[int], Callable[[], list[Tensor]]]] = []
+    steps: list[tuple[Sequence[int], Callable[[], list[TransportPlan]]]] = []
     in_heads = {index for one in correspondence.target.united_heads for index in one.groups}
     for place, one in enumerate(correspondence.target.united_heads):
         left = [index for index in one.groups if index not in known]
@@ -161,8 +177,8 @@ def match_by_weights(
             for index, plan in zip(indices, match(), strict=True):
                 before = plans[index]
                 assert before is not None, "groups without a partner are left out"
-                changed |= not is_at_rest(before, plan.to(before))
-                plans[index] = plan.to(before)
+                changed |= not is_at_rest(before, plan)
+                plans[index] = plan
         if not changed:
             return plans
     warn(
@@ -174,7 +190,7 @@ def match_by_weights(
 
 def _weight_costs(
     correspondence: Correspondence,
-    plans: Sequence[Tensor | None],
+    plans: Sequence[TransportPlan | None],
     group: ChannelGroup,
     states: tuple[State, State],
     normalised: bool,
@@ -221,5 +237,6 @@ def _weight_costs(
         of_source += a.square().sum(1, keepdim=True)
         of_target += b.square().sum(1)
     if normalised:
-        return 1 - cross / (of_source * of_target).sqrt().clamp(min=1e-30)
-    return (of_source + of_target - 2 * cross).clamp(min=0)
+        lengths = (of_source * of_target).sqrt_().clamp_(min=1e-30)
+        return cross.div_(lengths).neg_().add_(1)
+    return (of_source + of_target).sub_(cross.mul_(2)).clamp_(min=0)

@@ -25,6 +25,7 @@ from torch import Tensor
 from clafusion.errors import InputError, StructureError
 from clafusion.matching.activation_costs import correlations, flowing
 from clafusion.targets.sources import Source
+from clafusion.transport.plan import TransportPlan
 
 __all__ = ["zip_channels", "zip_plans"]
 
@@ -36,7 +37,7 @@ def zip_channels(
     *,
     budget: float,
     home: int | None = None,
-) -> list[Tensor]:
+) -> list[TransportPlan]:
     r"""Group the channels of networks until so many groups are left.
 
     Starting with each channel alone, the two groups with the smallest cost are united (Stoica et
@@ -66,8 +67,8 @@ def zip_channels(
     Returns
     -------
     list
-        For each network ``(size, num_groups)``, float64: each channel's mass ``1 / size`` in its
-        group.
+        For each network the plan ``(size, num_groups)``: each channel's mass ``1 / size`` goes to
+        its group.
 
     Raises
     ------
@@ -92,12 +93,10 @@ def zip_channels(
     group = _grouped(costs.detach().cpu().double().numpy(), sizes, num_groups, budget, home)
     firsts = [0, *accumulate(sizes)]
     place = _places(group, num_groups, None if home is None else (firsts[home], firsts[home + 1]))
-    plans = []
-    for first, last in pairwise(firsts):
-        plan = torch.zeros(last - first, num_groups, dtype=torch.float64)
-        plan[torch.arange(last - first), place[first:last]] = 1 / (last - first)
-        plans.append(plan)
-    return plans
+    return [
+        TransportPlan.from_columns(place[first:last], num_groups, 1 / (last - first))
+        for first, last in pairwise(firsts)
+    ]
 
 
 def _grouped(
@@ -202,7 +201,7 @@ def _places(group: NDArray[np.int64], num_groups: int, home: tuple[int, int] | N
     return torch.tensor([place[label] for label in labels])
 
 
-def zip_plans(sources: Sequence[Source], budget: float) -> list[list[Tensor | None]]:
+def zip_plans(sources: Sequence[Source], budget: float) -> list[list[TransportPlan | None]]:
     """Return for each parent and each channel group of the target the parent's plan.
 
     Channels are as near as their activations correlate. Channels that no layer reads keep their
@@ -216,7 +215,7 @@ def zip_plans(sources: Sequence[Source], budget: float) -> list[list[Tensor | No
         As for :func:`zip_channels`.
     """
     target = sources[0].correspondence.target
-    plans: list[list[Tensor | None]] = [[None] * len(target.groups) for _ in sources]
+    plans: list[list[TransportPlan | None]] = [[None] * len(target.groups) for _ in sources]
     for group in target.groups:
         having = [i for i, one in enumerate(sources) if one.correspondence.groups[group.index] >= 0]
         if not having:
@@ -228,7 +227,8 @@ def zip_plans(sources: Sequence[Source], budget: float) -> list[list[Tensor | No
                 f"{' + '.join(map(str, sizes))}: use solver='auto', or a narrower target"
             )
         if len(having) == 1 and sizes[0] == group.size:
-            found = [torch.eye(group.size, dtype=torch.float64) / group.size]
+            stays = torch.arange(group.size)
+            found = [TransportPlan.from_columns(stays, group.size, 1 / group.size)]
         else:
             costs, shows = _joint_costs([sources[i] for i in having], group.index)
             home = next(

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from clafusion.correspondence.correspondence import Correspondence
-from clafusion.correspondence.moving import move_state, move_values, outgoing_map
+from clafusion.correspondence.moving import move_state, move_values
 from clafusion.execution.call import State
 from clafusion.execution.lazy import LazyState
 from clafusion.matching.weight_costs import is_at_rest
 from clafusion.profiling.profile import ModelProfile
 from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.model import TracedModel
+from clafusion.transport.plan import TransportPlan
 from clafusion.weights.storage import InMemory, Storage
 
 __all__ = ["FusionProblem", "MergeWeights", "Parent", "plans_are_at_rest"]
@@ -66,8 +67,8 @@ class Parent:
     correspondence
         How it maps to the target.
     plans
-        For each channel group of ``correspondence.target`` its transport plan
-        ``(num_source, num_target)``, or None where the source has no such channels.
+        For each channel group of ``correspondence.target`` its transport plan, or None where the
+        source has no such channels; ``plan.dense()`` is the matrix.
     weights
         Its merge weights.
     output_plan
@@ -81,9 +82,9 @@ class Parent:
     name: str
     profile: ModelProfile
     correspondence: Correspondence
-    plans: tuple[Tensor | None, ...]
+    plans: tuple[TransportPlan | None, ...]
     weights: MergeWeights
-    output_plan: Tensor | None = None
+    output_plan: TransportPlan | None = None
     head_orders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
@@ -95,17 +96,14 @@ class Parent:
     def is_identity(self) -> bool:
         """Whether the parent is the target itself, and none of its channels moves."""
         return self.correspondence.source is self.correspondence.target and all(
-            plan is not None and _is_identity(plan) for plan in self.plans
+            plan is not None and plan.is_identity for plan in self.plans
         )
 
     @cached_property
     def covered(self) -> tuple[Tensor | None, ...]:
         """For each group of the target into which of its channels some mass moves; None for all."""
-        found: list[Tensor | None] = []
-        for plan in self.plans:
-            into = None if plan is None else plan.sum(0) > 0
-            found.append(None if into is None or bool(into.all()) else into.cpu())
-        return tuple(found)
+        every = (None if plan is None else plan.covered for plan in self.plans)
+        return tuple(None if one is None or bool(one.all()) else one for one in every)
 
     def state(self, normalisation: str = "two") -> State:
         """Return the parent's parameters in the target's structure, channels and widths."""
@@ -117,15 +115,11 @@ class Parent:
             return state
         point = self.correspondence.target.layers[-1].calibration_points[-1]
         axes = {point.weight: point.weight_axis, point.bias: 0}
-        rows = outgoing_map(self.output_plan).T
+        plan = self.output_plan
 
         def make(name: str) -> Tensor:
             value = state[name]
-            if name not in axes:
-                return value
-            channels = value.to(rows).movedim(axes[name], 0)
-            moved: Tensor = torch.tensordot(rows, channels, dims=1).movedim(0, axes[name])
-            return moved.to(value)
+            return plan.outgoing(value, axes[name]) if name in axes else value
 
         return LazyState(state, make)
 
@@ -182,23 +176,13 @@ class FusionProblem:
         return tuple(one.name for one in self.parents)
 
 
-def _is_identity(plan: Tensor) -> bool:
-    """Say whether a plan leaves every channel where it is, without making another one."""
-    diagonal = plan.diagonal()
-    return bool((diagonal == 1.0).all()) and int(plan.count_nonzero()) == len(diagonal) == len(plan)
-
-
 def plans_are_at_rest(before: FusionProblem, after: FusionProblem) -> bool:
     """Say whether no plan moves any channel otherwise, and heads stay in their order."""
     return all(
         left.head_orders == right.head_orders
         and all(
             one is other
-            or (
-                one is not None
-                and other is not None
-                and is_at_rest(outgoing_map(one), outgoing_map(other))
-            )
+            or (one is not None and other is not None and is_at_rest(one, other, averages=True))
             for one, other in zip(left.plans, right.plans, strict=True)
         )
         for left, right in zip(before.parents, after.parents, strict=True)

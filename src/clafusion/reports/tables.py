@@ -279,7 +279,7 @@ def _channels(result: FusionResult) -> str:
 
 def _groups(parent: Parent) -> str:
     matched = [plan for plan in parent.plans if plan is not None]
-    widths = sorted({(int(plan.size(0)), int(plan.size(1))) for plan in matched})
+    widths = sorted({plan.shape for plan in matched})
     shown = shortened([f"{source} to {target}" for source, target in widths], 6)
     return f"{parent.name} {len(matched)} of {len(parent.plans)} groups" + (
         f" ({shown})" if shown else ""

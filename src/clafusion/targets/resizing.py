@@ -13,12 +13,15 @@ from clafusion.correspondence.correspondence import Correspondence
 from clafusion.profiling.profile import ModelProfile
 from clafusion.threads import one_thread
 from clafusion.tracing.model import UnitedHeads
+from clafusion.transport.plan import TransportPlan
 
 __all__ = ["resizing_plan"]
 
 
-def resizing_plan(correspondence: Correspondence, index: int, source: ModelProfile) -> Tensor:
-    """Return a plan ``(num_source, num_target)`` from a group of the source to the target's.
+def resizing_plan(
+    correspondence: Correspondence, index: int, source: ModelProfile
+) -> TransportPlan:
+    """Return a plan from a group of the source to the target's.
 
     Each target channel is one of the source's; ``index`` is the target's group.
     """
@@ -39,9 +42,7 @@ def resizing_plan(correspondence: Correspondence, index: int, source: ModelProfi
             )
     if chosen is None:
         chosen = _kept(*sizes, rows)
-    plan = torch.zeros(sizes, dtype=torch.float64)
-    plan[chosen, torch.arange(sizes[1])] = 1.0
-    return plan
+    return TransportPlan.from_rows(chosen, sizes[0])
 
 
 def _shown(correspondence: Correspondence, index: int, source: ModelProfile) -> Tensor | None:

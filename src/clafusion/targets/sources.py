@@ -31,6 +31,7 @@ from clafusion.targets.resizing import resizing_plan
 from clafusion.targets.target import ChosenTarget
 from clafusion.tracing.layer import Layer
 from clafusion.tracing.model import ChannelGroup, TracedModel
+from clafusion.transport.plan import TransportPlan
 from clafusion.weights.build import with_weights
 
 __all__ = ["Source", "TargetSources", "source_of", "sources_of"]
@@ -55,7 +56,7 @@ class Source:
     correspondence: Correspondence
     profile: ModelProfile
     target: ModelProfile
-    plans: Mapping[int, Tensor]
+    plans: Mapping[int, TransportPlan]
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def _parts(template: TracedModel, view: TracedModel, index: int) -> list[int]:
 
 def _given_plans(
     position: int, draft: _Draft, givers: Sequence[int], template: TracedModel
-) -> dict[int, Tensor]:
+) -> dict[int, TransportPlan]:
     """Return the plans by which a parent gives the target its channels."""
     correspondence = draft.correspondence
     return {
@@ -229,7 +230,7 @@ def _given_plans(
 def _composed(
     target: TracedModel,
     drafts: Sequence[_Draft],
-    plans: Sequence[Mapping[int, Tensor]],
+    plans: Sequence[Mapping[int, TransportPlan]],
     order: Sequence[int],
     givers: Sequence[int],
 ) -> ModelProfile:
@@ -260,7 +261,7 @@ def _composed(
 
 
 def _moved_rows(
-    layer: Layer, index: int, draft: _Draft, plans: Mapping[int, Tensor]
+    layer: Layer, index: int, draft: _Draft, plans: Mapping[int, TransportPlan]
 ) -> Tensor | None:
     """Return a hook point's rows from a parent; None where it does not give those channels."""
     correspondence, profile = draft.correspondence, draft.profile
@@ -296,7 +297,7 @@ def _shown(correspondence: Correspondence, layer: Layer, index: int) -> tuple[in
 def _composed_importance(
     target: TracedModel,
     drafts: Sequence[_Draft],
-    plans: Sequence[Mapping[int, Tensor]],
+    plans: Sequence[Mapping[int, TransportPlan]],
     givers: Sequence[int],
 ) -> tuple[Tensor, ...]:
     """Return the masses of the target's channels: those of the channels that they are copies of."""
@@ -313,7 +314,7 @@ def _composed_importance(
                 of_source = correspondence.source.groups[correspondence.groups[view.index]]
                 own = _same_group(profile.traced, of_source)
                 if own is not None:
-                    given = profile.importance[own.index] @ plans[giver][view.index]
+                    given = plans[giver][view.index].outgoing(profile.importance[own.index])
         masses.append(given / given.sum())
     return tuple(masses)
 

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clafusion import _native
-from clafusion.transport.solution import TransportSolution, optimal
+from clafusion.transport.plan import TransportPlan
+from clafusion.transport.solution import CompactSolution, optimal
 
 __all__ = ["assign", "is_assignable"]
 
@@ -22,15 +23,14 @@ def is_assignable(cost: Tensor, source: NDArray[np.float64], target: NDArray[np.
     )
 
 
-def assign(costs: list[Tensor], masses: list[float]) -> list[TransportSolution]:
+def assign(costs: list[Tensor], masses: list[float]) -> list[CompactSolution]:
     """Solve problems by the best permutation, all in parallel (Jonker and Volgenant)."""
     found = _native.assign([cost.numpy() for cost in costs])
     solutions = []
     for target, f, g, total, mass in zip(*found, masses, strict=True):
         n = len(target)
-        plan = np.zeros((n, n))  # memory that is 0 as it comes, where torch would write it
-        plan[np.arange(n), target] = mass / n
+        plan = TransportPlan.from_columns(torch.from_numpy(target), n, mass / n)
         cost = torch.tensor(total * mass / n, dtype=torch.float64)
         dual = torch.from_numpy(f), torch.from_numpy(g)
-        solutions.append(optimal(torch.from_numpy(plan), *dual, cost, 0.0))
+        solutions.append(optimal(plan, *dual, cost, 0.0))
     return solutions

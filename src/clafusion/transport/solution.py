@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["TransportSolution", "optimal"]
+from clafusion.transport.plan import TransportPlan
+
+__all__ = ["CompactSolution", "TransportSolution", "optimal"]
+
+Plan = TypeVar("Plan", Tensor, TransportPlan)
 
 
 @dataclass(frozen=True)
-class TransportSolution:
+class _Solution(Generic[Plan]):
+    plan: Plan
+    source_potential: Tensor
+    target_potential: Tensor
+    cost: Tensor
+    marginal_error: Tensor
+    iterations: Tensor
+    converged: Tensor
+    status: str
+
+
+@dataclass(frozen=True)
+class TransportSolution(_Solution[Tensor]):
     r"""A transport plan and what is known of it.
 
     For a dense batch every tensor has the batch as its first dimension.
@@ -37,19 +54,21 @@ class TransportSolution:
         ``"optimal"``, ``"converged"`` or what to change.
     """
 
-    plan: Tensor
-    source_potential: Tensor
-    target_potential: Tensor
-    cost: Tensor
-    marginal_error: Tensor
-    iterations: Tensor
-    converged: Tensor
-    status: str
+
+@dataclass(frozen=True)
+class CompactSolution(_Solution[TransportPlan]):
+    """The same, with a plan that takes no more memory than what it says."""
+
+    def dense(self) -> TransportSolution:
+        """Return the solution with its plan as a matrix."""
+        return TransportSolution(**{**vars(self), "plan": self.plan.dense()})
 
 
-def optimal(plan: Tensor, f: Tensor, g: Tensor, total: Tensor, error: float) -> TransportSolution:
+def optimal(
+    plan: TransportPlan, f: Tensor, g: Tensor, total: Tensor, error: float
+) -> CompactSolution:
     """Return the solution of an exact solver."""
-    return TransportSolution(
+    return CompactSolution(
         plan=plan,
         source_potential=f,
         target_potential=g,

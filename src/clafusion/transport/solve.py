@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,10 +24,11 @@ from clafusion.transport.checks import (
     not_finite,
 )
 from clafusion.transport.exact import transport_exactly
+from clafusion.transport.plan import TransportPlan
 from clafusion.transport.sinkhorn import sinkhorn
-from clafusion.transport.solution import TransportSolution
+from clafusion.transport.solution import CompactSolution, TransportSolution
 
-__all__ = ["LARGEST_EXACT", "solve_transport"]
+__all__ = ["LARGEST_EXACT", "solve_compactly", "solve_transport"]
 
 
 LARGEST_EXACT = 4096 * 4096
@@ -78,6 +78,18 @@ def solve_transport(
     ConvergenceWarning
         A solver stopped before it was done.
     """
+    solutions = solve_compactly(costs, source_weights, target_weights, solver=solver)
+    return [one.dense() for one in solutions]
+
+
+def solve_compactly(
+    costs: Sequence[Tensor],
+    source_weights: Sequence[Tensor] | None = None,
+    target_weights: Sequence[Tensor] | None = None,
+    *,
+    solver: Solver | str = "auto",
+) -> list[CompactSolution]:
+    """Solve problems as :func:`solve_transport` does; no plan is a matrix unless it is full."""
     settings = Solver.parse(solver, "solver")
     if isinstance(settings, Zip):
         raise InputError(
@@ -113,7 +125,7 @@ def solve_transport(
         _choose(cost, a, b) if isinstance(settings, Auto) else settings.name
         for cost, a, b in zip(problems, sources, targets, strict=True)
     ]
-    solutions: dict[int, TransportSolution] = {}
+    solutions: dict[int, CompactSolution] = {}
     soft = [i for i, name in enumerate(chosen) if name in ("sinkhorn", "unbalanced")]
     if soft:
         masses = [(sources[i], targets[i]) for i in soft]
@@ -138,7 +150,7 @@ def _solve_softly(
     costs: Sequence[Tensor],
     masses: Sequence[tuple[NDArray[np.float64], NDArray[np.float64]]],
     settings: Solver,
-) -> list[TransportSolution]:
+) -> list[CompactSolution]:
     """Solve problems by Sinkhorn's iteration, on a GPU where costs are on one; return to the CPU.
 
     Plans are scaled to the mass of the source weights.
@@ -146,7 +158,7 @@ def _solve_softly(
     gpu = next((cost.device for cost in costs if cost.device.type == "cuda"), None)
     use_gpu = gpu is not None and bool(_native.cuda_devices()[0])
     solved = sinkhorn(
-        [cost.to(gpu) if use_gpu else cost.cpu().double() for cost in costs],
+        [cost.to(gpu if use_gpu else "cpu", torch.float32) for cost in costs],
         [torch.from_numpy(source) for source, _ in masses],
         [torch.from_numpy(target) for _, target in masses],
         epsilon=getattr(settings, "epsilon", Sinkhorn().epsilon),
@@ -154,12 +166,14 @@ def _solve_softly(
     )
     solutions = []
     for solution, (source, _) in zip(solved, masses, strict=True):
-        tensors: dict[str, Any] = {
-            name: value.cpu() for name, value in vars(solution).items() if isinstance(value, Tensor)
+        found: dict[str, Any] = {
+            name: value.cpu() if isinstance(value, Tensor) else value
+            for name, value in vars(solution).items()
         }
-        plan = tensors["plan"].double()
-        tensors["plan"] = plan * (source.sum() / plan.sum())
-        solutions.append(replace(solution, **tensors))
+        plan: Tensor = found["plan"]
+        scale = float(source.sum() / plan.numpy().sum(dtype=np.float64))
+        found["plan"] = TransportPlan.from_dense(plan, scale)
+        solutions.append(CompactSolution(**found))
     return solutions
 
 

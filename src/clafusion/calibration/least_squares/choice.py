@@ -211,8 +211,8 @@ def _kinship(problem: FusionProblem, hidden: Hidden) -> Tensor:
     for part in hidden.parts:
         plan = problem.parents[part.parent].plans[part.group]
         assert plan is not None, "a matched layer writes a group without a partner"
-        scale = (plan.sum(1, keepdim=True) * plan.sum(0)).sqrt()
-        normalised.append(plan / torch.where(scale > 0, scale, 1.0))
+        scale = (plan.row_sums[:, None] * plan.column_sums).sqrt()
+        normalised.append(plan.dense() / torch.where(scale > 0, scale, 1.0))
     side_by_side = torch.cat(normalised)
     alike = side_by_side @ side_by_side.T
     first = 0

@@ -39,6 +39,7 @@ from clafusion.execution.walk import Walk
 from clafusion.merging.mean import weighted_mean
 from clafusion.merging.problem import FusionProblem
 from clafusion.threads import one_thread
+from clafusion.transport.plan import TransportPlan
 
 __all__ = ["Candidate", "Walks"]
 
@@ -244,10 +245,10 @@ class Walks:
     def _aligned(self, place: Place, hidden: Hidden, part: Part, kept: Kept) -> dict[str, Tensor]:
         """Return a layer's parameters from a parent, with the channels that are kept of it."""
         parent, state = self.parents[part.parent], self.structured[part.parent]
-        plan = torch.zeros(len(part.columns), len(hidden.columns), dtype=torch.float64)
-        plan[kept.taken, kept.own] = 1.0
+        shape = len(part.columns), len(hidden.columns)
+        masses = torch.ones(len(kept.own), dtype=torch.float64)
         plans = list(parent.plans)
-        plans[part.group] = plan
+        plans[part.group] = TransportPlan.from_entries(shape, kept.taken, kept.own, masses)
         return {
             name: move_parameter(
                 parent.correspondence, plans, name, state[name], self.of_target[name]
