@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from clafusion.correspondence.moving import incoming_map, outgoing_map
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
 from clafusion.tracing.model import TracedModel
+from clafusion.transport.plan import TransportPlan
 
 __all__ = ["without_copies"]
 
@@ -81,11 +80,13 @@ def _is_same_network(one: TracedModel, other: TracedModel) -> bool:
     )
 
 
-def _moves_alike(plan: Tensor | None, other: Tensor | None) -> bool:
+def _moves_alike(plan: TransportPlan | None, other: TransportPlan | None) -> bool:
     """Say whether two plans are the same once they are normalised, whatever their masses."""
     if plan is None or other is None:
         return plan is other
-    return torch.equal(plan, other) or all(
-        torch.allclose(normalised(plan), normalised(other), rtol=0.0, atol=_ROUNDING)
-        for normalised in (outgoing_map, incoming_map)
+    if plan.shape != other.shape:
+        return False
+    return all(
+        one.distance(two, averages=True) <= _ROUNDING * max(plan.shape)
+        for one, two in ((plan, other), (plan.transposed(), other.transposed()))
     )
