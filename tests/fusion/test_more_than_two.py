@@ -229,7 +229,10 @@ def test_refusals_by_name():
             {"models": {"": models[0], "b": models[1]}},
             "a name must be text on one line; got ''",
         ),
-        ({"models": [models[0], None]}, r"models\[1\] must be a torch\.nn\.Module; got NoneType"),
+        (
+            {"models": [models[0], None]},
+            r"models\[1\] must be a torch\.nn\.Module or a clafusion\.ModelFile; got NoneType",
+        ),
         ({"models": {"a": models[0], "b": "b.pt"}}, r"models\['b'\] must be a torch\.nn\.Module"),
         ({"weights": [1.0]}, "weights must have one entry for each model, 2; got 1"),
         ({"weights": [1.0, 1.0, 1.0]}, "weights must have one entry for each model, 2; got 3"),
