@@ -7,13 +7,12 @@ import torch
 from torch import nn
 
 from clafusion import Barycentre, FusionConfig, Matching, Shallower, fuse, trace
-from clafusion.calibration import methods
 from clafusion.correspondence import inserted
 from clafusion.fusion import align_profiles, fuse_aligned
 from clafusion.stages import Clock, profile_traced
 from clafusion.targets import target
 from clafusion.tracing.groups import find_channels
-from clafusion.weights import build
+from clafusion.weights import build, storage
 from clafusion.weights.build import with_state
 from tests.support import networks
 from tests.support.simulated_gpu import FarTensor, move, simulated_gpu
@@ -116,7 +115,7 @@ def assert_same_there(models, data, config, monkeypatch):
         made.append(built)  # so that no other module gets its id
         return built
 
-    for place in (build, methods, inserted, target):
+    for place in (build, storage, inserted, target):
         monkeypatch.setattr(place, "with_state", far_with_state)
     with simulated_gpu():
         found = run(graphs, data, config)
