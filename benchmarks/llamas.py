@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import clafusion
-from benchmarks.size import Logits, peak
+from benchmarks.size import Logits, forward_passes, peak
 from clafusion.weights.mapped import parameters_on_meta
 
 _VOCABULARY, _SHARD = 32_000, 1 << 30
@@ -81,21 +81,31 @@ def fuse(folder: Path, layers: list[int], width: int, limit: str, tokens: list[i
     before, started = peak(), time.perf_counter()
 
     def tell(stage: str, count: int) -> None:
-        print(
-            f"{time.perf_counter() - started:7.1f} s {peak() / 1e9:5.2f} GB {stage} {count}",
-            file=sys.stderr,
-            flush=True,
-        )
+        spent = time.perf_counter() - started
+        print(f"{spent:7.0f} s {peak() / 1e9:5.2f} GB {stage} {count}", file=sys.stderr, flush=True)
 
     result = clafusion.fuse(files, inputs, calibration="repair", memory_limit=limit, progress=tell)
     seconds, memory = time.perf_counter() - started, peak()
+    written = folder / "fused.safetensors.index.json"
+    clafusion.save_model(result.model, written)
+    after_writing = peak()
+    passes = forward_passes([*(one.load() for one in files), result.model], inputs)
+    deepest = factories[layers.index(max(layers))]
+    again = clafusion.ModelFile(deepest, written).load()
+    with torch.no_grad():
+        is_same = torch.equal(again(inputs[:2]), result.model(inputs[:2]))
     print(
         json.dumps(
             {
                 "seconds": seconds,
+                "forward_passes_seconds_bfloat16": passes,
                 "stages": dict(result.timings),
                 "before_bytes": before,
                 "peak_bytes": memory,
+                "peak_with_writing_bytes": after_writing,
+                "weights_bytes": sum(file.stat().st_size for file in folder.glob("llama*-*")),
+                "shards": len(list(folder.glob("fused-*"))),
+                "loaded_again_it_computes_the_same": is_same,
             }
         )
     )
@@ -125,7 +135,12 @@ def main() -> None:
             "--tokens",
             *map(str, arguments.tokens),
         ]
-        subprocess.run(command, check=True)
+        shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = json.loads(shown.splitlines()[-1])
+    print(json.dumps(found, indent=2))
+    if arguments.width == 2048:
+        about = {"layers": arguments.layers, "tokens": arguments.tokens, "limit": arguments.limit}
+        write_results("llamas", {**about, **found})
 
 
 if __name__ == "__main__":
