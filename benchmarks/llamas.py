@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import clafusion
+from benchmarks.results import write_results
 from benchmarks.size import Logits, forward_passes, peak
 from clafusion.weights.mapped import parameters_on_meta
 
