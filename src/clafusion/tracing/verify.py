@@ -259,9 +259,13 @@ class _Trial:
         self._bound_is_final = dtype is None
 
     def fidelity(self) -> float:
-        """Return how far the graph's outputs are from the model's, relative to the largest."""
+        """Return how far the graph's outputs are from the model's, relative to the largest.
+
+        It runs in the model's own types: half precision rounds more than mistakes may change.
+        """
         with torch.no_grad():
-            own = [one for one in self.traced.run(self._inputs) if isinstance(one, Tensor)]
+            found = Walk(self.traced, self._inputs, self._own, set(), {}).finish()
+        own = [one for one in found if isinstance(one, Tensor)]
         return _difference(own, self._of_model)
 
     def is_faithful(self, gap: float) -> bool:
