@@ -123,9 +123,13 @@ def _tensors(outputs: Sequence[Any]) -> list[Tensor]:
 def _outputs_of(built: nn.Module, correspondence: Correspondence) -> list[Tensor]:
     target = correspondence.target
     mode = built.training
+    inputs = target.example_inputs
+    if target.types:  # half precision would round by as much as is to be found
+        built = built.float()
+        inputs = tuple(one.to(target.types.get(one.dtype, one.dtype)) for one in inputs)
     try:
         with torch.no_grad():
-            return call_model(built.eval(), target.example_inputs, target.keywords)
+            return call_model(built.eval(), inputs, target.keywords)
     finally:
         built.train(mode)
 
