@@ -275,6 +275,22 @@ class TracedModel:
         return [node for node, name in self.entries.items() if name == entry]
 
     @cached_property
+    def unread(self) -> tuple[str, ...]:
+        """Parameters, and floating buffers of the state dict, that no output depends on."""
+        needed: set[fx.Node] = set()
+        for node in reversed(self.module.graph.nodes):
+            if node.op == "output" or node in needed or _is_in_place(node):
+                needed.update((node, *node.all_input_nodes))
+        read = {name for node, name in self.entries.items() if node in needed}
+        kept = [
+            *dict(self.model.named_parameters()),
+            *(name for name, _ in self.model.named_buffers() if name in self.model.state_dict()),
+        ]
+        state = self.state()
+        found = {self.aliases.get(name, name): None for name in kept}
+        return tuple(name for name in found if name not in read and state[name].is_floating_point())
+
+    @cached_property
     def shared_parameters(self) -> frozenset[str]:
         """Parameters that several operations read: what serves one of them may harm another."""
         readers: dict[str, set[fx.Node]] = {}
@@ -359,3 +375,8 @@ class TracedModel:
             it returns: a function that returns the value itself only observes.
         """
         return run_graph(self, inputs, self.state() if state is None else state, replace)
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
