@@ -20,7 +20,14 @@ from clafusion.errors import UnsupportedOpError
 from clafusion.execution.call import State
 from clafusion.execution.writes import written_inputs
 from clafusion.tracing.labels.ids import collapse, fixed_ids, mix, salt, sequence_ids, value_ids
-from clafusion.tracing.labels.rule import POINTWISE, RULES, Call, Label, ParameterView
+from clafusion.tracing.labels.rule import (
+    POINTWISE,
+    REARRANGING,
+    RULES,
+    Call,
+    Label,
+    ParameterView,
+)
 from clafusion.tracing.operations import module_path, op_name
 
 __all__ = ["DraftUse", "LabelPropagation"]
@@ -82,6 +89,7 @@ class LabelPropagation:
         self.uses: dict[tuple[Any, ...], DraftUse] = {}
         self.elements: dict[str, Tensor] = {}
         self.reached: dict[str, Tensor] = {}
+        self._rearranged: set[str] = set()
         self.labels: dict[fx.Node, Label] = {}
         self.crossed: set[fx.Node] = set()
         self.outer: list[Tensor] = []
@@ -119,6 +127,7 @@ class LabelPropagation:
             elif node.op == "output":
                 for result in pytree.tree_leaves(node.args):
                     if isinstance(result, fx.Node):
+                        self._reach(self.labels[result])
                         self.pin(self.activation(self.labels[result], values[result]))
             else:
                 self._visit(node, values)
@@ -164,6 +173,9 @@ class LabelPropagation:
             )
         if function is None:
             raise self.unsupported(node)
+        if call.name not in REARRANGING:
+            for label in labels:
+                self._reach(label)
         self.labels[node] = function(self, call)
         self._mark(node)
         if node.target._schema.name.endswith("_") and isinstance(node.args[0], fx.Node):
@@ -299,8 +311,12 @@ class LabelPropagation:
             return self.element_ids(label)
         return value_ids(value)
 
-    def element_ids(self, view: ParameterView) -> Tensor:
-        """Return the labels of a parameter that acts as an activation: an atom for each element."""
+    def element_ids(self, view: ParameterView, *, are_reached: bool = True) -> Tensor:
+        """Return the labels of a parameter that acts as an activation: an atom for each element.
+
+        Without ``are_reached`` they are those of an operation that may leave some of them behind,
+        as one that reads a table by index: those that another operation meets are reached.
+        """
         base = self.state[view.name]
         if view.name not in self.elements:
             self.elements[view.name] = self.fresh(base.numel())
@@ -310,8 +326,22 @@ class LabelPropagation:
             self.reached[view.name] = torch.zeros(base.numel(), dtype=torch.bool)
         offset = view.tensor.storage_offset() - base.storage_offset()
         place = view.tensor.shape, view.tensor.stride(), offset
-        self.reached[view.name].as_strided(*place).fill_(True)
+        if are_reached:
+            self.reached[view.name].as_strided(*place).fill_(True)
+        else:
+            self._rearranged.add(view.name)
         return self.elements[view.name].as_strided(*place)
+
+    def _reach(self, label: Label) -> None:
+        """Note that the elements in a label have met an operation that reads their values."""
+        for ids in label if isinstance(label, tuple) else (label,):
+            if not self._rearranged or not isinstance(ids, Tensor):
+                continue
+            atoms = collapse(ids)[0].reshape(-1)
+            for name in self._rearranged & self.reached.keys():
+                elements = self.elements[name]
+                own = atoms[(atoms >= elements[0]) & (atoms <= elements[-1])]
+                self.reached[name][own - elements[0]] = True
 
     def forget_elements(self, name: str) -> None:
         """Forget the atoms of a parameter's elements, so that it can get others."""
