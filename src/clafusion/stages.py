@@ -334,6 +334,13 @@ def traced_parent(
             "the batch. If its batch is another axis (batch_first=False), wrap it in a module that "
             "transposes inputs and outputs; if it returns a loss, let it return its outputs"
         )
+    if traced.mixes_rows:
+        raise InputError(
+            f"{label(name)}: the rows of its inputs see each other (a product, an attention or "
+            "statistics across the first axis, the batch), so that its outputs depend on which "
+            "rows come together. Give it an axis more in front, of such sets of rows, or fuse the "
+            "part that treats each row alone"
+        )
     return traced
 
 

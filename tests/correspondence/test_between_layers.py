@@ -1,4 +1,4 @@
-"""What lies between the layers is compared by name, flag and number, whatever the examples' size."""
+"""What lies between layers is compared by name, flag and number, whatever the examples' size."""
 
 import warnings
 

@@ -200,6 +200,8 @@ class TracedModel:
         The batch size, where the model admits only the one it was traced with; else None.
     keeps_rows
         Whether some output has a row for each row of the inputs, as far as that can be tried.
+    mixes_rows
+        Whether what some output has for a row depends on the other rows, as far as that was tried.
     unreached
         Parameters with entries that no example input reached and that keep their places; how many.
     united_heads
@@ -225,6 +227,7 @@ class TracedModel:
     aliases: Mapping[str, str]
     static_batch: int | None
     keeps_rows: bool = True
+    mixes_rows: bool = False
     unreached: Mapping[str, int] = field(default_factory=dict)
     united_heads: tuple[UnitedHeads, ...] = ()
     types: Mapping[torch.dtype, torch.dtype] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,8 @@ from clafusion.errors import (
     UnsupportedOpError,
     warn,
 )
-from clafusion.execution.call import device_of
+from clafusion.execution.call import device_of, rounding_of
+from clafusion.execution.transforms import transforms_undone
 from clafusion.execution.walk import HALF_WIDER
 from clafusion.tracing.copies import evaluation_copy
 from clafusion.tracing.export import export_model, refuse_changed_inputs
@@ -85,9 +86,10 @@ def trace(
     inputs = (*arguments, *keywords.values())
     key = trace_key(model, inputs, tuple(keywords))
     traced = _cache.get(key, model, inputs)
-    if traced is None or not _is_true_of(traced, verify=verify, seed=seed):
-        traced = _traced(model, arguments, keywords, verify=verify, seed=seed)
-        _cache.add(key, traced)
+    with transforms_undone():
+        if traced is None or not _is_true_of(traced, verify=verify, seed=seed):
+            traced = _traced(model, arguments, keywords, verify=verify, seed=seed)
+            _cache.add(key, traced)
     for name, count in traced.unreached.items():
         warn(
             f"the example inputs reach all but {count} entries of {name!r}, which keep their "
@@ -215,6 +217,12 @@ def _check_model(model: nn.Module) -> None:
             "in torch.inference_mode() a model would be made that cannot be trained: leave it, or "
             "use torch.no_grad()"
         )
+    if next(model.parameters(), None) is None:
+        raise InputError(
+            f"the model ({type(model).__name__}) has no parameters, so that there is nothing to "
+            "fuse: give the model with its trained layers registered in it (in an nn.ModuleList, "
+            "not in a list)"
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise InputError(
@@ -303,9 +311,28 @@ def _with_batch_behaviour(
         of_fewer = wide.output_tensors(tuple(value[: size - 1] for value in inputs))
     except Exception:  # whatever the model's code does with another size than the one it knows
         return replace(wide, static_batch=size, keeps_rows=True)
+    wide = replace(
+        wide, mixes_rows=_mix_rows(outputs, of_fewer, rounding_of(wide.state().values()))
+    )
     keeps_rows = any(
         one.dim() > 0 and one.size(0) * (size - 1) == other.size(0) * size > 0
         for one, other in zip(outputs, of_fewer, strict=True)
         if one.dim() == other.dim()
     )
     return replace(wide, static_batch=None, keeps_rows=keeps_rows)
+
+
+def _mix_rows(outputs: Sequence[Tensor], of_fewer: Sequence[Tensor], bound: float) -> bool:
+    """Say whether outputs for a row, or how many there are, depend on what other rows there are."""
+    for one, other in zip(outputs, of_fewer, strict=True):
+        if one.dim() != other.dim() or one.dim() == 0 or one.shape == other.shape:
+            continue
+        if one.shape[1:] != other.shape[1:]:
+            return True
+        if not one.is_floating_point():
+            continue
+        same, other = one[: len(other)].double(), other.double()
+        scale = float(other.abs().nan_to_num().amax()) if other.numel() else 0.0
+        if not torch.allclose(same, other, rtol=0.0, atol=bound * scale, equal_nan=True):
+            return True
+    return False

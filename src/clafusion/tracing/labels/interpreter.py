@@ -160,6 +160,10 @@ class LabelPropagation:
         if constant and op_name(node) not in ("batch_norm", "instance_norm"):
             self.labels[node] = None
             return
+        if "_functorch" in getattr(node.target, "__module__", ""):
+            raise self.unsupported(
+                node, "it belongs to a transform of torch.func, such as torch.vmap"
+            )
         if not isinstance(node.target, torch._ops.OpOverload):
             raise self.unsupported(node)
         call = Call(node, self.labels, values)
@@ -199,7 +203,7 @@ class LabelPropagation:
         """Return the error that refuses an operation; the caller raises it."""
         where = module_path(node) or "the top level"
         return UnsupportedOpError(
-            f"operation {node.target} in {where!r} (node {node.name!r}) is not supported: {why}. "
+            f"operation {_shown(node)} in {where!r} (node {node.name!r}) is not supported: {why}. "
             "Replace it by supported operations, or open an issue with the module's code"
         )
 
@@ -453,6 +457,13 @@ class LabelPropagation:
             return chosen
         fixed = torch.where((rows == first).all(0), first[0], sequence_ids(rows.T))
         return torch.where(any_moving, chosen, fixed)
+
+
+def _shown(node: fx.Node) -> str:
+    """Return what errors call a node's operation."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target)
+    return op_name(node)
 
 
 def _last_users(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
