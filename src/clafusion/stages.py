@@ -38,6 +38,7 @@ from clafusion.profiling.profile import ModelProfile, profile_models
 from clafusion.settings import made, options_of
 from clafusion.tracing.copies import copied
 from clafusion.tracing.model import TracedModel
+from clafusion.tracing.rows import mixing_operation
 from clafusion.tracing.trace import trace
 from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.mapped import FileWeights
@@ -336,10 +337,10 @@ def traced_parent(
         )
     if traced.mixes_rows:
         raise InputError(
-            f"{label(name)}: the rows of its inputs see each other (a product, an attention or "
-            "statistics across the first axis, the batch), so that its outputs depend on which "
-            "rows come together. Give it an axis more in front, of such sets of rows, or fuse the "
-            "part that treats each row alone"
+            f"{label(name)}: the rows of its inputs see each other ({mixing_operation(traced)} "
+            "is the first where they do), so that its outputs depend on which rows come together. "
+            "The first axis must be the batch: give it an axis more in front, of such sets of "
+            "rows, or fuse the part that treats each row alone"
         )
     return traced
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from clafusion.tracing.groups import find_channels
 from clafusion.tracing.heads import channels_of_heads
 from clafusion.tracing.layers import find_layers
 from clafusion.tracing.model import TracedModel
+from clafusion.tracing.rows import mix_rows
 from clafusion.tracing.ties import aliases_of
 from clafusion.tracing.trace_cache import TraceCache, trace_key
 from clafusion.tracing.verify import computes_the_same, verify_graph, with_proved_heads
@@ -311,28 +312,10 @@ def _with_batch_behaviour(
         of_fewer = wide.output_tensors(tuple(value[: size - 1] for value in inputs))
     except Exception:  # whatever the model's code does with another size than the one it knows
         return replace(wide, static_batch=size, keeps_rows=True)
-    wide = replace(
-        wide, mixes_rows=_mix_rows(outputs, of_fewer, rounding_of(wide.state().values()))
-    )
+    wide = replace(wide, mixes_rows=mix_rows(outputs, of_fewer, rounding_of(wide.state().values())))
     keeps_rows = any(
         one.dim() > 0 and one.size(0) * (size - 1) == other.size(0) * size > 0
         for one, other in zip(outputs, of_fewer, strict=True)
         if one.dim() == other.dim()
     )
     return replace(wide, static_batch=None, keeps_rows=keeps_rows)
-
-
-def _mix_rows(outputs: Sequence[Tensor], of_fewer: Sequence[Tensor], bound: float) -> bool:
-    """Say whether outputs for a row, or how many there are, depend on what other rows there are."""
-    for one, other in zip(outputs, of_fewer, strict=True):
-        if one.dim() != other.dim() or one.dim() == 0 or one.shape == other.shape:
-            continue
-        if one.shape[1:] != other.shape[1:]:
-            return True
-        if not one.is_floating_point():
-            continue
-        same, other = one[: len(other)].double(), other.double()
-        scale = float(other.abs().nan_to_num().amax()) if other.numel() else 0.0
-        if not torch.allclose(same, other, rtol=0.0, atol=bound * scale, equal_nan=True):
-            return True
-    return False
