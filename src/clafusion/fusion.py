@@ -25,6 +25,7 @@ from clafusion.config import (
 from clafusion.execution.call import device_of, usable_device
 from clafusion.memory import bytes_of, check_limit, check_weights, needed_memory
 from clafusion.merging.layer_weights import weigh_layers
+from clafusion.merging.left_out import left_out_parameters, warn_of_left_out
 from clafusion.problems import matched_with_mean, problem_of
 from clafusion.profiling.batches import Data, Progress, first_batch, rows_side_by_side
 from clafusion.profiling.on_demand import RowsOnDemand
@@ -323,6 +324,8 @@ def _fused(
         sources = sources_of(chosen, aligned)
     with clock.stage("match"):
         problem = problem_of(aligned.names, sources, weights, config)
+    left_out = left_out_parameters(problem)
+    warn_of_left_out(problem, left_out)
     rounds, converged = 1, True
     if isinstance(config.merging.strategy, Barycentre):
         with clock.stage("barycentre"):
@@ -349,6 +352,7 @@ def _fused(
         weights=weights,
         anchor=outcome.anchor,
         averaged=outcome.averaged,
+        left_out=left_out,
         timings=clock.seconds,
         peak_memory=clock.peak_memory,
         rounds=rounds,
@@ -429,6 +433,7 @@ def _one_after_another(
         config=config,
         weights=weights,
         rounds=len(steps),
+        left_out=tuple(dict.fromkeys(name for step in steps for name in step.left_out)),
         steps=tuple(steps),
         timings=timings,
         peak_memory=peak_memory,

@@ -40,6 +40,9 @@ class FusionResult:
         The names of the weights (parameters of two or more axes) that the calibration left at the
         average, as it cannot solve for them: see the page Concepts. Empty where it leaves all there
         ("none", "batchnorm"). For the strategy ``"iterative"`` those of the last step.
+    left_out
+        The names of parameters that nothing reads on the example inputs and that the parents have
+        with unlike values, so that they are not fused: see the page Concepts.
     rounds
         How many times all parents were matched with the target.
     converged
@@ -71,6 +74,7 @@ class FusionResult:
     assessment: FusionAssessment | None = None
     steps: tuple[FusionResult, ...] = ()
     averaged: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def parents(self) -> tuple[Parent, ...]:

@@ -38,6 +38,7 @@ from clafusion.profiling.profile import ModelProfile, profile_models
 from clafusion.settings import made, options_of
 from clafusion.tracing.copies import copied
 from clafusion.tracing.model import TracedModel
+from clafusion.tracing.rows import mixing_operation
 from clafusion.tracing.trace import trace
 from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.mapped import FileWeights
@@ -334,6 +335,13 @@ def traced_parent(
             f"{label(name)} puts out no row for each row of its inputs, whose first axis must be "
             "the batch. If its batch is another axis (batch_first=False), wrap it in a module that "
             "transposes inputs and outputs; if it returns a loss, let it return its outputs"
+        )
+    if traced.mixes_rows:
+        raise InputError(
+            f"{label(name)}: the rows of its inputs see each other ({mixing_operation(traced)} "
+            "is the first where they do), so that its outputs depend on which rows come together. "
+            "The first axis must be the batch: give it an axis more in front, of such sets of "
+            "rows, or fuse the part that treats each row alone"
         )
     return traced
 

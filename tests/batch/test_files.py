@@ -1,9 +1,11 @@
 """What a run writes comes back: names, extra state, and what no state dict holds."""
 
+import json
 import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from clafusion import ModelFile, fuse_pairs
@@ -121,4 +123,12 @@ def test_a_result_would_not_replace_a_models_own_file(nets, data):
     save_model(models["a"].load(), nets / "a+b.pt")
     models["a"] = ModelFile(models["a"].factory, nets / "a+b.pt")
     with pytest.raises(ValueError, match="would be written over"):
+        fuse_pairs(models, data, out_dir=nets)
+    part = nets / "a+b.safetensors"  # of a checkpoint in several files
+    state = models["a"].load().state_dict()
+    save_file(state, part)
+    index = nets / "several.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(state, part.name)}))
+    models["a"] = ModelFile(models["a"].factory, index)
+    with pytest.raises(ValueError, match=r"a\+b.safetensors' would be written over"):
         fuse_pairs(models, data, out_dir=nets)

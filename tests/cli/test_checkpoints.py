@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from clafusion.cli.app import main
 from clafusion.weights.state_files import save_model
@@ -170,3 +170,15 @@ def test_models_without_values_are_refused_in_one_line(capsys, arch, message):
     code = main(inspect)
     told = capsys.readouterr().err
     assert (code, told) == (0, "") if arch == "lazy" else (code, told.count("\n")) == (2, 1)
+
+
+def test_out_is_no_part_of_a_checkpoint_in_several_files(files, capsys):
+    state = networks.mlp(*WIDTHS).state_dict()
+    save_file(state, "part.safetensors")
+    index = {"weight_map": dict.fromkeys(state, "part.safetensors")}
+    (files / "model.safetensors.index.json").write_text(json.dumps(index))
+    whole = (files / "part.safetensors").read_bytes()
+    given = ("model.safetensors.index.json", "shallow.pt", "deep", "shallow")
+    assert main(command(*given, out="part.safetensors")) == 2
+    assert "--out 'part.safetensors' is an input, which would be lost" in capsys.readouterr().err
+    assert (files / "part.safetensors").read_bytes() == whole

@@ -17,12 +17,22 @@ TABLES = {
     "embedding's weight": lambda: nn.Embedding(24, 16),
     "embedding": lambda: nn.Embedding(24, 16),
     "transposed": lambda: nn.Parameter(torch.randn(16, 24)),
+    "indexed": lambda: nn.Parameter(torch.randn(16, 24)),
+    "indexed rows": lambda: nn.Embedding(24, 16),
+    "index_select": lambda: nn.Parameter(torch.randn(1, 24, 16)),
+    "gather": lambda: nn.Parameter(torch.randn(24, 16)),
+    "sliced after a roll": lambda: nn.Parameter(torch.randn(24, 16)),
 }
 READ = {
     "parameter": lambda table, t: table[:, :t],
     "embedding's weight": lambda table, t: table.weight[:t],
     "embedding": lambda table, t: table(torch.arange(t)),
     "transposed": lambda table, t: table[:, :t].T,
+    "indexed": lambda table, t: table[:, torch.arange(t)].T,
+    "indexed rows": lambda table, t: table.weight[torch.arange(t)],
+    "index_select": lambda table, t: table.index_select(1, torch.arange(t)),
+    "gather": lambda table, t: table.gather(0, torch.arange(t)[:, None].expand(t, 16)),
+    "sliced after a roll": lambda table, t: table.roll(3, 0)[:t],
 }
 
 
@@ -89,3 +99,38 @@ def test_channels_with_some_alone_as_groups_tell_of_it_too():
 def trace_unreached():
     with pytest.warns(FusionWarning, match="reach all but 32 entries of 'table'"):
         return trace(Shuffled().eval(), torch.randn(4, 8))
+
+
+class RelativeBias(nn.Module):
+    """Attention with a bias for every distance, read from a table by index."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.qkv, self.last = nn.Linear(6, 24), nn.Linear(8, 4)
+        self.table = nn.Parameter(torch.randn(2, 63))
+
+    def forward(self, x):
+        count, n, _ = x.shape
+        q, k, v = self.qkv(x).view(count, n, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        places = torch.arange(n)
+        bias = self.table[:, places - places[:, None] + 31]
+        scores = (q @ k.mT / 2 + bias).softmax(-1)
+        return self.last((scores @ v).transpose(1, 2).reshape(count, n, 8).mean(1))
+
+
+def test_entries_of_a_table_that_no_index_reaches_keep_their_places_and_that_is_told():
+    models = [RelativeBias(seed).eval() for seed in range(2)]
+    inputs = torch.randn(60, 9, 6, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(FusionWarning, match="reach all but 92 entries of 'table'"):
+        traced = trace(models[1], inputs)
+    unreached = torch.ones(2, 63, dtype=torch.bool)
+    unreached[:, 31 - 8 : 31 + 9] = False
+    for group in traced.groups:
+        for axis in group.axes:
+            if axis.use.parameter == "table":
+                assert not unreached.flatten()[axis.positions].any()
+    with pytest.warns(FusionWarning, match="reach all but 92 entries of 'table'"):
+        fused = fuse(models, inputs, [0, 1]).model
+    assert_same_function(fused, models[1], inputs)
+    assert torch.equal(fused.table[unreached], models[1].table[unreached])

@@ -11,7 +11,8 @@ import torch
 
 from clafusion import InputError, ModelFile, save_model
 from clafusion.weights.checkpoints import load_state
-from clafusion.weights.shards import write_shards
+from clafusion.weights.shards import shards_of, write_shards
+from clafusion.weights.state_files import check_weights_output
 from tests.support.in_files import TOKENS, made
 
 INDEX = "model.safetensors.index.json"
@@ -125,3 +126,21 @@ def test_a_model_is_written_in_shards_and_comes_back(tmp_path):
     save_model(model, tmp_path / INDEX)
     again = ModelFile("tests.support.in_files:Language(2)", tmp_path / INDEX).load()
     assert torch.equal(again(TOKENS), model(TOKENS))
+
+
+def test_no_output_takes_the_place_of_a_part_that_an_inputs_index_names(tmp_path):
+    index = tmp_path / INDEX
+    write_shards(state_of(0), index, size=600)
+    copied = tmp_path / "copy.safetensors.index.json"
+    copied.write_text(index.read_text())
+    linked = tmp_path / "link.safetensors"
+    (shard, *_) = shards_of(index, "checkpoint")
+    linked.symlink_to(shard)
+    for path, inputs in [(shard, [index]), (linked, [copied]), (index, [index]), (shard, [shard])]:
+        with pytest.raises(InputError, match=r"--out .* is an input, which would be lost"):
+            check_weights_output(path, "--out", inputs)
+    for inputs in ([copied], [shard]):  # of which the parts have the names of the output's
+        with pytest.raises(InputError, match="called as the parts of that checkpoint"):
+            check_weights_output(index, "--out", inputs)
+    for path in ("other.safetensors", "other.safetensors.index.json"):
+        assert check_weights_output(tmp_path / path, "--out", [index, copied, "gone.index.json"])

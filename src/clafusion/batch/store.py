@@ -25,6 +25,7 @@ from clafusion.weights.messages import one_line
 from clafusion.weights.state_files import (
     check_extra_state,
     file_digest,
+    files_of,
     save_state,
     tensors_of,
 )
@@ -55,9 +56,11 @@ def check_names(folder: Path, pairs: Sequence[Pair], models: Mapping[str, Model]
             )
     results = {folder.resolve() / _file_name(pair, ending) for pair in pairs for ending in _ENDINGS}
     for name, model in models.items():
-        if isinstance(model, ModelFile) and Path(model.path).resolve() in results:
+        files = files_of(model.path) if isinstance(model, ModelFile) else []
+        lost = next((one for one in files if one.resolve() in results), None)
+        if lost is not None:
             raise InputError(
-                f"models[{name!r}]: {str(model.path)!r} would be written over by a pair's "
+                f"models[{name!r}]: {str(lost)!r} would be written over by a pair's "
                 "result: choose another out_dir"
             )
 

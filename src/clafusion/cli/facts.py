@@ -56,6 +56,7 @@ def fusion_facts(result: FusionResult) -> dict[str, Any]:
         "weights": list(result.weights),
         "anchor": result.anchor,
         "averaged": list(result.averaged),
+        "left_out": list(result.left_out),
         "rounds": result.rounds,
         "converged": result.converged,
         "assessment": None if result.assessment is None else result.assessment.to_dict(),

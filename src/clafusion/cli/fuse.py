@@ -53,10 +53,9 @@ from clafusion.reports import summary
 from clafusion.results import FusionResult
 from clafusion.stages import expected_inputs, traced_template
 from clafusion.tracing.copies import copied
-from clafusion.weights.atomic import check_output
 from clafusion.weights.factories import ModelFile, build_model, model_without_weights
 from clafusion.weights.round_trip import check_round_trip
-from clafusion.weights.state_files import WRITABLE, save_model
+from clafusion.weights.state_files import check_weights_output, save_model
 
 __all__ = ["fuse_command"]
 
@@ -122,7 +121,7 @@ def fuse_command(
     base = None if config is None else read_config(config, "--config")
     settings = configured(options, base)
     usable_device(device, "--device")
-    check_output(out, WRITABLE, "--out", (*files.values(), data))
+    check_weights_output(out, "--out", tuple(files.values()), (data,))
     check_plot(plot)
     at_most = None if memory_limit is None else bytes_of(memory_limit, "--memory-limit")
     if at_most is not None and device != "cpu":

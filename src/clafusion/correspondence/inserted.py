@@ -12,14 +12,19 @@ from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.duplicated_channels import copying_plans, with_copied_channels
 from clafusion.correspondence.moving import move_state
 from clafusion.correspondence.structure import structured_state
-from clafusion.errors import StructureError
+from clafusion.errors import FusionWarning, StructureError, warn
 from clafusion.execution.call import call_model, flatten_tensors, rounding_of
 from clafusion.execution.lazy import overlaid
 from clafusion.execution.walk import run_widened
 from clafusion.tracing.model import TracedModel
 from clafusion.weights.build import with_state
 
-__all__ = ["check_inserted", "inserted_model"]
+__all__ = [
+    "check_inserted",
+    "differences_between_layers",
+    "inserted_model",
+    "warn_of_other_operations",
+]
 
 
 def inserted_model(target: nn.Module, correspondence: Correspondence) -> nn.Module:
@@ -82,6 +87,26 @@ def check_inserted(correspondence: Correspondence) -> None:
             _check_by_copies(correspondence)
             return
         _compare(found, _wanted(correspondence), correspondence)
+
+
+def warn_of_other_operations(correspondence: Correspondence, name: str) -> None:
+    """Warn where what lies between the layers is another operation in the result.
+
+    On the example inputs it computes the same (:func:`check_inserted`), but not for every size.
+
+    Warns
+    -----
+    FusionWarning
+        The message names the operations.
+    """
+    found = differences_between_layers(correspondence)
+    if found:
+        warn(
+            f"{name} computes what the result's module does on inputs of the examples' shape, but "
+            f"perhaps not on others: {found}. Where there are inputs of other shapes, give both "
+            "networks the same operations",
+            FusionWarning,
+        )
 
 
 def _check_by_copies(correspondence: Correspondence) -> None:
@@ -161,16 +186,28 @@ def _between(model: TracedModel) -> list[tuple[str, Any]]:
     return [entry for layer in model.layers for entry in layer.between]
 
 
-def _reason(correspondence: Correspondence) -> str:
-    """Say what may change a network's outputs in the target's structure."""
+def differences_between_layers(correspondence: Correspondence) -> str:
+    """Say in which operations between their layers the source and the target differ; or ""."""
     between = [_between(one) for one in (correspondence.source, correspondence.target)]
+    if len(between[0]) != len(between[1]):  # an inserted layer may bring a glue of its own
+        between = [list(dict.fromkeys(one)) for one in between]
     only = [
         [one for one in dict.fromkeys(mine) if mine.count(one) != rest.count(one)]
         for mine, rest in (between, between[::-1])
     ]
+    if between[0] != between[1] and len(between[0]) == len(between[1]) and not any(only):
+        only = [list(one) for one in between]  # the same in another order
     own, other = (", ".join(_shown(one, rest) for one in mine) for mine, rest in (only, only[::-1]))
-    if own or other:
-        return f"between its layers lies {own or 'nothing'}, and in the result {other or 'nothing'}"
+    if not (own or other):
+        return ""
+    return f"between its layers lies {own or 'nothing'}, and in the result {other or 'nothing'}"
+
+
+def _reason(correspondence: Correspondence) -> str:
+    """Say what may change a network's outputs in the target's structure."""
+    found = differences_between_layers(correspondence)
+    if found:
+        return found
     if -1 in correspondence.layer_map:
         return "the inserted layers change them, or layers share parameters"
     return "its module's code fixes a number, such as a size, that the result's code has otherwise"

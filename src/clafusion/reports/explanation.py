@@ -13,7 +13,7 @@ from clafusion.alignment.models import label, reference_of
 from clafusion.config import FusionConfig
 from clafusion.correspondence.correspondence import correspond
 from clafusion.correspondence.heads import unite_models
-from clafusion.correspondence.inserted import check_inserted
+from clafusion.correspondence.inserted import check_inserted, differences_between_layers
 from clafusion.errors import ClafusionError
 from clafusion.reports.text import plain_table, shortened
 from clafusion.stages import ExampleInputs, named_models, traced_parent
@@ -108,7 +108,11 @@ def _verdict(names: tuple[str, str], deep: TracedModel, shallow: TracedModel) ->
             return "they can be fused into the union of both: each is the deeper one somewhere"
         of = fit.layer_map
         target, source = unite_models(deep, shallow, of)
-        check_inserted(correspond(target, source, of))
+        correspondence = correspond(target, source, of)
+        check_inserted(correspondence)
+        found = differences_between_layers(correspondence)
+        if found:
+            return f"they can be fused, for inputs of this shape: of {names[1]} {found}"
     except ClafusionError as error:
         return f"they cannot be fused: {error}"
     return "they can be fused"

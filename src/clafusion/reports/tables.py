@@ -242,6 +242,11 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
             f"{len(result.averaged)} weights that {calibration.name} does not calibrate: "
             f"{shortened(result.averaged)}"
         )
+    if result.left_out:
+        facts["left out"] = (
+            f"{len(result.left_out)} parameters that nothing reads on the example inputs: "
+            f"{shortened(result.left_out)}"
+        )
     if result.assessment is not None:
         facts["assessed"] = result.assessment.verdict
     facts["verified"] = (

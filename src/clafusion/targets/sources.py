@@ -23,7 +23,7 @@ from clafusion.correspondence.correspondence import (
 )
 from clafusion.correspondence.heads import unite_heads, unite_models
 from clafusion.correspondence.hooks import source_hook
-from clafusion.correspondence.inserted import check_inserted
+from clafusion.correspondence.inserted import check_inserted, warn_of_other_operations
 from clafusion.correspondence.moving import move_state, move_values
 from clafusion.execution.lazy import overlaid
 from clafusion.profiling.profile import ModelProfile
@@ -92,6 +92,8 @@ def sources_of(chosen: ChosenTarget, aligned: AlignedModels) -> TargetSources:
     -----
     WidthWarning
         See :func:`clafusion.correspondence.correspondence.warn_of_counted_channels`.
+    FusionWarning
+        See :func:`clafusion.correspondence.inserted.warn_of_other_operations`.
     """
     if chosen.owner is None:
         found = _of_template(chosen, aligned)
@@ -104,6 +106,7 @@ def sources_of(chosen: ChosenTarget, aligned: AlignedModels) -> TargetSources:
         if correspondence.uses_all_layers:
             with naming(aligned.names[i]):
                 check_inserted(correspondence)
+        warn_of_other_operations(correspondence, label(aligned.names[i]))
         warn_of_counted_channels(correspondence, label(aligned.names[i]))
     return found
 

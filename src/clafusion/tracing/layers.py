@@ -77,7 +77,7 @@ def _layer(
         beside,
         tuple(node.name for node in draft.leading),
         tuple(
-            (op_name(node), flow.settings(node))
+            _glue(flow, node)
             for node in [*draft.leading, *draft.trailing]
             if op_name(node) not in RESHAPES
         ),
@@ -89,6 +89,22 @@ def _layer(
         tuple(size for axis, size in enumerate(shape) if axis not in (0, channels.axis)),
         found.obstacle,
     )
+
+
+def _glue(flow: Flow, node: fx.Node) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """Describe an operation between layers; means over the same axes are alike however written."""
+    name, settings = op_name(node), flow.settings(node)
+    shape = flow.channels.shapes.get(node.all_input_nodes[0].name) if node.all_input_nodes else None
+    given = dict(settings)
+    axes: Sequence[int] | None = None
+    if name == "mean" and shape is not None:
+        dim = given.get("dim")
+        axes = [dim] if isinstance(dim, int) else dim
+    elif name.startswith("adaptive_avg_pool") and set(given.get("output_size", ())) == {1}:
+        axes = range(-len(given["output_size"]), 0)
+    if axes is None or shape is None:
+        return name, settings
+    return "mean", (("dim", tuple(sorted(axis % len(shape) - len(shape) for axis in axes))),)
 
 
 def _name(flow: Flow, draft: Draft) -> str:

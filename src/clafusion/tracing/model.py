@@ -231,6 +231,8 @@ class TracedModel:
         The batch size, where the model admits only the one it was traced with; else None.
     keeps_rows
         Whether some output has a row for each row of the inputs, as far as that can be tried.
+    mixes_rows
+        Whether what some output has for a row depends on the other rows, as far as that was tried.
     unreached
         Parameters with entries that no example input reached and that keep their places; how many.
     pinned
@@ -258,6 +260,7 @@ class TracedModel:
     aliases: Mapping[str, str]
     static_batch: int | None
     keeps_rows: bool = True
+    mixes_rows: bool = False
     unreached: Mapping[str, int] = field(default_factory=dict)
     pinned: tuple[PinnedChannels, ...] = ()
     united_heads: tuple[UnitedHeads, ...] = ()
@@ -307,6 +310,22 @@ class TracedModel:
     def nodes_of(self, entry: str) -> list[fx.Node]:
         """Return the graph's inputs that are a state entry."""
         return [node for node, name in self.entries.items() if name == entry]
+
+    @cached_property
+    def unread(self) -> tuple[str, ...]:
+        """Parameters, and floating buffers of the state dict, that no output depends on."""
+        needed: set[fx.Node] = set()
+        for node in reversed(self.module.graph.nodes):
+            if node.op == "output" or node in needed or _is_in_place(node):
+                needed.update((node, *node.all_input_nodes))
+        read = {name for node, name in self.entries.items() if node in needed}
+        kept = [
+            *dict(self.model.named_parameters()),
+            *(name for name, _ in self.model.named_buffers() if name in self.model.state_dict()),
+        ]
+        state = self.state()
+        found = {self.aliases.get(name, name): None for name in kept}
+        return tuple(name for name in found if name not in read and state[name].is_floating_point())
 
     @cached_property
     def shared_parameters(self) -> frozenset[str]:
@@ -393,3 +412,8 @@ class TracedModel:
             it returns: a function that returns the value itself only observes.
         """
         return run_graph(self, inputs, self.state() if state is None else state, replace)
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable

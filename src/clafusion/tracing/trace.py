@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.nn.parameter import is_lazy
 
-from clafusion.errors import InputError, PinnedWarning, UnsupportedOpError, warn
-from clafusion.execution.call import device_of
+from clafusion.errors import (
+    InputError,
+    PinnedWarning,
+    UnsupportedOpError,
+    warn,
+)
+from clafusion.execution.call import device_of, rounding_of
+from clafusion.execution.transforms import transforms_undone
 from clafusion.execution.walk import HALF_WIDER
 from clafusion.tracing.copies import evaluation_copy
 from clafusion.tracing.export import export_model, refuse_changed_inputs
@@ -21,6 +27,7 @@ from clafusion.tracing.heads import channels_of_heads
 from clafusion.tracing.layers import find_layers
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.pinned import pinned_channels
+from clafusion.tracing.rows import mix_rows
 from clafusion.tracing.ties import aliases_of
 from clafusion.tracing.trace_cache import TraceCache, trace_key
 from clafusion.tracing.verify import (
@@ -88,8 +95,10 @@ def trace(
     key = trace_key(model, inputs, tuple(keywords))
     traced = _cache.get(key, model, inputs)
     proved = traced is not None and _cache.is_proved(key)
-    if traced is None or not _is_true_of(traced, proved=proved, verify=verify, seed=seed):
-        traced, proved = _traced(model, arguments, keywords, verify=verify, seed=seed), False
+    with transforms_undone():
+        if traced is None or not _is_true_of(traced, proved=proved, verify=verify, seed=seed):
+            traced = _traced(model, arguments, keywords, verify=verify, seed=seed)
+            proved = False
     _cache.add(key, traced, proved=verify or proved)
     for name, count in traced.unreached.items():
         warn(
@@ -221,6 +230,12 @@ def _check_model(model: nn.Module) -> None:
             "in torch.inference_mode() a model would be made that cannot be trained: leave it, or "
             "use torch.no_grad()"
         )
+    if next(model.parameters(), None) is None:
+        raise InputError(
+            f"the model ({type(model).__name__}) has no parameters, so that there is nothing to "
+            "fuse: give the model with its trained layers registered in it (in an nn.ModuleList, "
+            "not in a list)"
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise InputError(
@@ -309,6 +324,7 @@ def _with_batch_behaviour(
         of_fewer = wide.output_tensors(tuple(value[: size - 1] for value in inputs))
     except Exception:  # whatever the model's code does with another size than the one it knows
         return replace(wide, static_batch=size, keeps_rows=True)
+    wide = replace(wide, mixes_rows=mix_rows(outputs, of_fewer, rounding_of(wide.state().values())))
     keeps_rows = any(
         one.dim() > 0 and one.size(0) * (size - 1) == other.size(0) * size > 0
         for one, other in zip(outputs, of_fewer, strict=True)

@@ -18,7 +18,7 @@ from clafusion.weights.atomic import replacing
 from clafusion.weights.digests import add_tensor
 from clafusion.weights.messages import listed, one_line
 
-__all__ = ["INDEX", "SHARDED", "is_index", "shards_of", "write_shards"]
+__all__ = ["INDEX", "SHARDED", "is_index", "is_shard_of", "shards_of", "write_shards"]
 
 INDEX = ".index.json"
 """How the name of an index ends."""
@@ -125,7 +125,7 @@ def write_shards(
         for shard in written:
             shard.unlink(missing_ok=True)
         raise
-    _remove_others(path, stem, set(places.values()))
+    _remove_others(path, set(places.values()))
 
 
 def _parts(state: Mapping[str, Tensor], size: int) -> list[list[str]]:
@@ -162,9 +162,22 @@ def _write(tensors: dict[str, Tensor], shard: Path) -> None:
             raise OSError(None, one_line(error)) from error
 
 
-def _remove_others(index: Path, stem: str, kept: set[Path]) -> None:
+def is_shard_of(index: Path, path: Path) -> bool:
+    """Return whether a file is called as those that :func:`write_shards` writes for an index."""
+    is_ours = index.name.lower().endswith(SHARDED) and path.resolve().parent == (
+        index.resolve().parent
+    )
+    return is_ours and re.fullmatch(_shard_pattern(index), path.resolve().name) is not None
+
+
+def _shard_pattern(index: Path) -> str:
+    stem = re.escape(index.name[: -len(SHARDED)])
+    return rf"{stem}-\d{{5}}-of-\d{{5}}-[0-9a-f]{{8}}\.safetensors"
+
+
+def _remove_others(index: Path, kept: set[Path]) -> None:
     """Remove what earlier indices of this name had, and what killed runs have left."""
-    shard = rf"{re.escape(stem)}-\d{{5}}-of-\d{{5}}-[0-9a-f]{{8}}\.safetensors"
+    shard = _shard_pattern(index)
     ours = re.compile(rf"{shard}|\.({shard}|{re.escape(index.name)})\.\w+\.tmp")
     for path in index.parent.iterdir():
         if ours.fullmatch(path.name) and path not in kept:

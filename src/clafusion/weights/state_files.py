@@ -21,7 +21,14 @@ from clafusion.errors import InputError
 from clafusion.weights.atomic import check_output, replacing
 from clafusion.weights.messages import listed, one_line
 from clafusion.weights.recognition import is_shard, stands_for_another, unreadable_content
-from clafusion.weights.shards import INDEX, SHARDED, is_index, shards_of, write_shards
+from clafusion.weights.shards import (
+    INDEX,
+    SHARDED,
+    is_index,
+    is_shard_of,
+    shards_of,
+    write_shards,
+)
 
 __all__ = [
     "EXTRA_STATE",
@@ -29,7 +36,9 @@ __all__ = [
     "WRITABLE",
     "check_extra_state",
     "check_input",
+    "check_weights_output",
     "file_digest",
+    "files_of",
     "read_safetensors",
     "read_torch",
     "save_model",
@@ -202,6 +211,50 @@ def check_input(path: str | os.PathLike[str], endings: Sequence[str], what: str)
     replaced = stands_for_another(path)
     if replaced is not None:
         raise InputError(f"{what} {str(path)!r} {replaced}")
+    return path
+
+
+def files_of(path: str | os.PathLike[str]) -> list[Path]:
+    """Return a file of weights, and of an index also the files that it names, if it can be read."""
+    path = Path(path)
+    if not is_index(path):
+        return [path]
+    try:
+        return [path, *shards_of(path, "checkpoint")]
+    except InputError:  # which reading it tells
+        return [path]
+
+
+def check_weights_output(
+    path: str | os.PathLike[str],
+    argument: str,
+    inputs: Sequence[str | os.PathLike[str]],
+    others: Sequence[str | os.PathLike[str]] = (),
+) -> Path:
+    """Return ``path`` if weights can be written there, and no input is lost by that.
+
+    Parameters
+    ----------
+    path, argument
+        As for :func:`clafusion.weights.atomic.check_output`.
+    inputs
+        Files of weights, or indices of several, that are read.
+    others
+        Other files that are read.
+
+    Raises
+    ------
+    InputError
+        As for that function; or a file that an input's index names would be replaced or removed.
+    """
+    files = [file for one in inputs for file in files_of(one)]
+    path = check_output(path, WRITABLE, argument, (*files, *others))
+    lost = next((one for one in files if is_shard_of(path, one)), None)
+    if lost is not None:
+        raise InputError(
+            f"{argument} {str(path)!r}: the input {str(lost)!r} is called as the parts of that "
+            "checkpoint, which are replaced, and would be lost: choose another name"
+        )
     return path
 
 

@@ -79,7 +79,8 @@ def combine(text: str, operands: Sequence[Tensor]) -> Tensor:
 def sequence_ids(ids: Tensor) -> Tensor:
     """Return one fixed id for each row ``(..., k)``, equal where the rows are equal."""
     ranks = mix(np.arange(ids.size(-1), dtype=np.uint64))
-    return _as_fixed(mix(_words(ids) ^ ranks).sum(-1, dtype=np.uint64))
+    sums = np.asarray(mix(_words(ids) ^ ranks).sum(-1, dtype=np.uint64))
+    return _as_fixed(sums.reshape(-1)).reshape(ids.shape[:-1])
 
 
 def collapse(*tensors: Tensor) -> tuple[Tensor, ...]:

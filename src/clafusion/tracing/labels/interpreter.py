@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -19,46 +18,19 @@ from torch.utils import _pytree as pytree
 from clafusion.errors import UnsupportedOpError
 from clafusion.execution.call import State
 from clafusion.execution.writes import written_inputs
+from clafusion.tracing.labels.drafts import DraftPin, DraftUse
 from clafusion.tracing.labels.ids import collapse, fixed_ids, mix, salt, sequence_ids, value_ids
-from clafusion.tracing.labels.rule import POINTWISE, RULES, Call, Label, ParameterView
+from clafusion.tracing.labels.rule import (
+    POINTWISE,
+    REARRANGING,
+    RULES,
+    Call,
+    Label,
+    ParameterView,
+)
 from clafusion.tracing.operations import module_path, op_name
 
-__all__ = ["DraftPin", "DraftUse", "LabelPropagation"]
-
-
-@dataclass
-class DraftUse:
-    """A parameter view whose axes carry ids; it becomes a ``ParameterUse``."""
-
-    name: str
-    role: str
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    axes: dict[int, Tensor] = field(default_factory=dict)
-    directions: dict[int, Literal["out", "in"]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class DraftPin:
-    """Channels that a rule does not follow, though they might change places.
-
-    Attributes
-    ----------
-    atoms
-        The atoms.
-    node
-        The operation.
-    why
-        What it does with them.
-    as_wholes
-        Whether the channels themselves can change places, but not the sets of them that it takes.
-    """
-
-    atoms: Tensor
-    node: fx.Node
-    why: str
-    as_wholes: bool = False
+__all__ = ["LabelPropagation"]
 
 
 class LabelPropagation:
@@ -109,6 +81,7 @@ class LabelPropagation:
         self.uses: dict[tuple[Any, ...], DraftUse] = {}
         self.elements: dict[str, Tensor] = {}
         self.reached: dict[str, Tensor] = {}
+        self._rearranged: set[str] = set()
         self.labels: dict[fx.Node, Label] = {}
         self.crossed: set[fx.Node] = set()
         self.outer: list[Tensor] = []
@@ -147,6 +120,7 @@ class LabelPropagation:
             elif node.op == "output":
                 for result in pytree.tree_leaves(node.args):
                     if isinstance(result, fx.Node):
+                        self._reach(self.labels[result])
                         self.give_out(self.activation(self.labels[result], values[result]))
             else:
                 self._visit(node, values)
@@ -179,6 +153,10 @@ class LabelPropagation:
         if constant and op_name(node) not in ("batch_norm", "instance_norm"):
             self.labels[node] = None
             return
+        if "_functorch" in getattr(node.target, "__module__", ""):
+            raise self.unsupported(
+                node, "it belongs to a transform of torch.func, such as torch.vmap"
+            )
         if not isinstance(node.target, torch._ops.OpOverload):
             raise self.unsupported(node)
         call = Call(node, self.labels, values)
@@ -192,6 +170,9 @@ class LabelPropagation:
             )
         if function is None:
             raise self.unsupported(node)
+        if call.name not in REARRANGING:
+            for label in labels:
+                self._reach(label)
         self._node = node
         self.labels[node] = function(self, call)
         self._mark(node)
@@ -216,7 +197,7 @@ class LabelPropagation:
         """Return the error that refuses an operation; the caller raises it."""
         where = module_path(node) or "the top level"
         return UnsupportedOpError(
-            f"operation {node.target} in {where!r} (node {node.name!r}) is not supported: {why}. "
+            f"operation {_shown(node)} in {where!r} (node {node.name!r}) is not supported: {why}. "
             "Replace it by supported operations, or open an issue with the module's code"
         )
 
@@ -336,8 +317,12 @@ class LabelPropagation:
             return self.element_ids(label)
         return value_ids(value)
 
-    def element_ids(self, view: ParameterView) -> Tensor:
-        """Return the labels of a parameter that acts as an activation: an atom for each element."""
+    def element_ids(self, view: ParameterView, *, are_reached: bool = True) -> Tensor:
+        """Return the labels of a parameter that acts as an activation: an atom for each element.
+
+        Without ``are_reached`` they are those of an operation that may leave some of them behind,
+        as one that reads a table by index: those that another operation meets are reached.
+        """
         base = self.state[view.name]
         if view.name not in self.elements:
             self.elements[view.name] = self.fresh(base.numel())
@@ -347,8 +332,22 @@ class LabelPropagation:
             self.reached[view.name] = torch.zeros(base.numel(), dtype=torch.bool)
         offset = view.tensor.storage_offset() - base.storage_offset()
         place = view.tensor.shape, view.tensor.stride(), offset
-        self.reached[view.name].as_strided(*place).fill_(True)
+        if are_reached:
+            self.reached[view.name].as_strided(*place).fill_(True)
+        else:
+            self._rearranged.add(view.name)
         return self.elements[view.name].as_strided(*place)
+
+    def _reach(self, label: Label) -> None:
+        """Note that the elements in a label have met an operation that reads their values."""
+        for ids in label if isinstance(label, tuple) else (label,):
+            if not self._rearranged or not isinstance(ids, Tensor):
+                continue
+            atoms = collapse(ids)[0].reshape(-1)
+            for name in self._rearranged & self.reached.keys():
+                elements = self.elements[name]
+                own = atoms[(atoms >= elements[0]) & (atoms <= elements[-1])]
+                self.reached[name][own - elements[0]] = True
 
     def forget_elements(self, name: str) -> None:
         """Forget the atoms of a parameter's elements, so that it can get others."""
@@ -467,6 +466,13 @@ def _atoms(ids: Tensor) -> Tensor:
     (ids,) = collapse(ids)
     atoms: Tensor = ids[ids >= 0].unique()
     return atoms
+
+
+def _shown(node: fx.Node) -> str:
+    """Return what errors call a node's operation."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target)
+    return op_name(node)
 
 
 def _last_users(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -13,7 +13,7 @@ from clafusion.tracing.operations import bound_operands, op_name
 if TYPE_CHECKING:
     from clafusion.tracing.labels.interpreter import LabelPropagation
 
-__all__ = ["POINTWISE", "RULES", "Call", "Label", "ParameterView", "rule"]
+__all__ = ["POINTWISE", "REARRANGING", "RULES", "Call", "Label", "ParameterView", "rule"]
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,17 @@ Rule = Callable[["LabelPropagation", Call], Label]
 RULES: dict[str, Rule] = {}
 """The rule of every operation, by the operation's base name (``relu`` for ``aten.relu_``)."""
 
+REARRANGING: set[str] = set()
+"""Operations that move, copy or leave out elements and read no value of them."""
+
 POINTWISE = "pointwise"
 """The name of the rule for operations that PyTorch tags as pointwise and that have no other."""
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str, rearranges: bool = False) -> Callable[[Rule], Rule]:
     """Register a function as the rule for the named operations.
+
+    Those that only rearrange elements become part of ``REARRANGING``.
 
     Raises
     ------
@@ -104,6 +109,8 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
             if name in RULES:
                 raise ValueError(f"operation {name!r} has two rules")
             RULES[name] = function
+            if rearranges:
+                REARRANGING.add(name)
         return function
 
     return register

@@ -16,8 +16,9 @@ from torch import Tensor, fx
 
 from clafusion.execution.call import flatten_tensors
 from clafusion.execution.walk import WIDER, Walk, in_lockstep
+from clafusion.tracing.labels.drafts import DraftUse
 from clafusion.tracing.labels.ids import collapse
-from clafusion.tracing.labels.interpreter import DraftUse, LabelPropagation
+from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.labels.rule import Label, ParameterView
 from clafusion.tracing.model import ParameterUse
 from clafusion.tracing.moves import Moves, Place, moves_between

@@ -17,6 +17,7 @@ from clafusion.tracing.labels.rules.elementwise import elementwise
 # Reductions whose result changes when a value is there twice.
 _COUNTING = frozenset("sum nansum norm logsumexp prod linalg_vector_norm count_nonzero".split())
 _SORTING = frozenset("sort topk kthvalue".split())
+_SPREADS = frozenset("var std var_mean std_mean".split())
 
 
 @rule(
@@ -32,7 +33,7 @@ def _reduction(propagation: LabelPropagation, call: Call) -> Label:
     axes = call.concrete(call.bound.get("dim"))
     axes = [axes] if isinstance(axes, int) else list(axes or range(ids.dim()))
     axes = [axis % max(ids.dim(), 1) for axis in axes]
-    results = reduced(propagation, call.node.name, ids, axes, call.name in _COUNTING)
+    results = reduced(propagation, call.node.name, ids, axes, _counts(call))
     # Where the model uses the index of the extreme value, channels keep their places.
     has_index = call.name in ("max", "min", "median") and isinstance(call.output, tuple)
     if has_index and _read(call) - {0}:
@@ -58,6 +59,16 @@ def _takes_sets(propagation: LabelPropagation, ids: Tensor, axes: Sequence[int])
         return False
     (roots,) = collapse(roots)
     return sum(size > 1 for size in roots.shape) > 1
+
+
+def _counts(call: Call) -> bool:
+    """Return whether a reduction changes when all its values are there twice.
+
+    A variance does unless it divides by their number itself, without a correction.
+    """
+    if call.name not in _SPREADS:
+        return call.name in _COUNTING
+    return bool(call.bound.get("unbiased", call.bound.get("correction", 1)) not in (0, False))
 
 
 @rule(*"softmax _softmax log_softmax _log_softmax _safe_softmax softmin".split())

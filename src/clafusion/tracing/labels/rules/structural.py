@@ -23,7 +23,8 @@ _FILLING = frozenset("constant_pad_nd pad tril triu".split())
     replication_pad2d replication_pad3d repeat repeat_interleave reshape roll rot90
     select slice split split_with_sizes squeeze stack swapaxes swapdims t tile transpose
     tril triu unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze vstack view
-    view_as mT adjoint ravel tensor_split atleast_1d atleast_2d atleast_3d""".split()
+    view_as mT adjoint ravel tensor_split atleast_1d atleast_2d atleast_3d""".split(),
+    rearranges=True,
 )
 def _structural(propagation: LabelPropagation, call: Call) -> Label:
     """Run the operation itself on the labels."""
@@ -50,7 +51,7 @@ def _structural(propagation: LabelPropagation, call: Call) -> Label:
     substitutes: dict[fx.Node, Tensor] = {}
     for i, (_, node) in enumerate(tensors):
         if node not in indices and i != shape_only:
-            substitutes[node] = propagation.activation(call.label_of(node), call.value_of(node))
+            substitutes[node] = _elements(propagation, call, node)
     # Labels may have another memory layout than the values, and some operations have no integer
     # kernel. Ids are exact in float64.
     for change in (_as_is, Tensor.contiguous, Tensor.double):
@@ -59,6 +60,14 @@ def _structural(propagation: LabelPropagation, call: Call) -> Label:
         except (RuntimeError, NotImplementedError):
             continue
     raise propagation.unsupported(call.node, "it cannot run on label tensors")
+
+
+def _elements(propagation: LabelPropagation, call: Call, node: fx.Node) -> Tensor:
+    """Return an operand's labels; of a parameter this operation may leave some elements out."""
+    label = call.label_of(node)
+    if propagation.is_trained(label):
+        return propagation.element_ids(label, are_reached=False)
+    return propagation.activation(label, call.value_of(node))
 
 
 def _as_is(ids: Tensor) -> Tensor:
@@ -108,7 +117,8 @@ def _same_memory(result: Any, source: Tensor) -> bool:
 @rule(
     *"""_to_copy to type_as clone contiguous detach alias alias_copy dropout native_dropout
     feature_dropout alpha_dropout lift_fresh lift_fresh_copy float double half bfloat16
-    _conj resolve_conj resolve_neg identity""".split()
+    _conj resolve_conj resolve_neg identity""".split(),
+    rearranges=True,
 )
 def _unchanged(_propagation: LabelPropagation, call: Call) -> Label:
     """Keep the labels: the values change at most their type, layout or memory.
