@@ -88,7 +88,21 @@ class MeanSubtracted(nn.Module):
         return (x - x.mean(1, keepdim=True)).relu()
 
 
+def spread(function, **options):
+    """Divide by a standard deviation or variance, as "The Annotated Transformer" does."""
+
+    def make(width=8):
+        return Net(lambda h: (h / (function(h, -1, keepdim=True, **options) + 1)).relu(), width)
+
+    return make
+
+
 COUNTED = {
+    "std": (spread(torch.std), INPUTS),
+    "var": (spread(torch.var), INPUTS),
+    "correction": (spread(torch.var, correction=2), INPUTS),
+    "std_mean": (spread(lambda *a, **k: torch.std_mean(*a, **k)[0]), INPUTS),
+    "var_mean": (spread(lambda *a, **k: torch.var_mean(*a, **k)[0], unbiased=True), INPUTS),
     "softmax": (softmax, INPUTS),
     "sum": (Summed, INPUTS),
     "ones": (Ones, INPUTS),
@@ -96,6 +110,9 @@ COUNTED = {
     "tied embedding": (Tied, TOKENS),
 }
 WEIGHED = {
+    "biased std": (spread(torch.std, unbiased=False), INPUTS),
+    "biased var": (spread(torch.var, correction=0), INPUTS),
+    "biased var_mean": (spread(lambda *a, **k: torch.var_mean(*a, **k)[0], correction=0), INPUTS),
     "norm": (layer_norm, INPUTS),
     "mean": (mean, INPUTS),
     "plain": (lambda width=8: networks.mlp(6, width, 4), INPUTS),

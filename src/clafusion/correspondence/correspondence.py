@@ -309,8 +309,8 @@ def warn_of_counted_channels(correspondence: Correspondence, name: str = "the so
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         warn(
             f"the channels of {names[0]!r}{more}, {of_source} in {name} and {of_target} in the "
-            "result, are added up without weights (queries with keys, a softmax or sum over "
-            "channels, an embedding's weights used again for the outputs), so that each copy of "
-            "them counts: what the network computes there is not kept",
+            "result, are added up without weights (queries with keys, a softmax, a sum or an "
+            "unbiased variance over channels, an embedding's weights used again for the outputs), "
+            "so that each copy of them counts: what the network computes there is not kept",
             WidthWarning,
         )

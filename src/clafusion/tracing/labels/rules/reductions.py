@@ -12,6 +12,7 @@ from clafusion.tracing.labels.rules.elementwise import elementwise
 
 # Reductions whose result changes when a value is there twice.
 _COUNTING = frozenset("sum nansum norm logsumexp prod linalg_vector_norm count_nonzero".split())
+_SPREADS = frozenset("var std var_mean std_mean".split())
 
 
 @rule(
@@ -27,7 +28,7 @@ def _reduction(propagation: LabelPropagation, call: Call) -> Label:
     axes = call.concrete(call.bound.get("dim"))
     axes = [axes] if isinstance(axes, int) else list(axes or range(ids.dim()))
     axes = [axis % max(ids.dim(), 1) for axis in axes]
-    results = reduced(propagation, call.node.name, ids, axes, call.name in _COUNTING)
+    results = reduced(propagation, call.node.name, ids, axes, _counts(call))
     if call.name in ("max", "min", "median") and isinstance(call.output, tuple):
         used = {user.args[1] for user in call.node.users if user.users}
         if used - {0}:  # the model uses the index of the extreme value, so channels keep places
@@ -37,6 +38,16 @@ def _reduction(propagation: LabelPropagation, call: Call) -> Label:
         results = results.flatten() if outputs[0].dim() == 0 else results.squeeze(tuple(axes))
         results = results.reshape(outputs[0].shape)
     return (results,) * len(outputs) if isinstance(call.output, tuple) else results
+
+
+def _counts(call: Call) -> bool:
+    """Return whether a reduction changes when all its values are there twice.
+
+    A variance does unless it divides by their number itself, without a correction.
+    """
+    if call.name not in _SPREADS:
+        return call.name in _COUNTING
+    return bool(call.bound.get("unbiased", call.bound.get("correction", 1)) not in (0, False))
 
 
 @rule(*"softmax _softmax log_softmax _log_softmax _safe_softmax softmin".split())
