@@ -491,6 +491,7 @@ def test_a_stdout_that_takes_nothing_is_one_line(files):
     assert (files / "fused.safetensors").exists()
 
 
+@pytest.mark.usefixtures("files")
 def test_a_reader_of_stdout_that_has_gone_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
@@ -500,6 +501,7 @@ def test_a_reader_of_stdout_that_has_gone_is_no_error():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.usefixtures("files")
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
