@@ -392,10 +392,11 @@ class Merging(Settings):
 class Assessment(Settings):
     """How the result is assessed, without labels: see :class:`clafusion.FusionAssessment`.
 
-    The first floating output counts. By default it is taken as classes where it has the shape
-    ``(batch, classes)`` or ``(batch, positions, classes)`` with at least 2 classes, or where you
-    give the axis. It is taken as values where it has more axes, as an image, or one number for each
-    input. Say ``outputs="values"`` for a regression with several numbers.
+    The first floating output that inputs and weights enter counts. By default it is taken as
+    classes where it has the shape ``(batch, classes)`` or ``(batch, positions, classes)`` with at
+    least 2 classes, or where you give the axis. It is taken as values where it has more axes, as an
+    image, or one number for each input. Say ``outputs="values"`` for a regression with several
+    numbers.
     """
 
     outputs: str = choice("auto", ASSESSED_OUTPUTS, "how the first floating output is compared")

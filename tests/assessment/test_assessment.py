@@ -565,3 +565,35 @@ def test_of_many_positions_with_many_classes_some_are_compared():
     every.add(outputs[:2], outputs[2])
     some.add([one[:, ::2] for one in outputs[:2]], outputs[2][:, ::2])
     assert every.assessment(["a", "b"], True) == some.assessment(["a", "b"], True)
+
+
+class Several(nn.Module):
+    """A network that puts out something else before its classes."""
+
+    def __init__(self, outputs, seed):
+        super().__init__()
+        self.net, self.outputs = networks.mlp(12, 9, 5, seed=seed), outputs
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("constant", torch.ones(3))
+
+    def forward(self, x):
+        return self.outputs(self, x, self.net(x) * self.scale)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        lambda _, x, y: (x, y),
+        lambda _, x, y: {"inputs": x.relu(), "none": None, "logits": [y]},
+        lambda net, _, y: (net.constant * 2, y),
+        lambda net, _, y: (net.scale.exp(), y),
+    ],
+)
+def test_an_output_that_no_weight_or_no_input_enters_does_not_count(outputs):
+    inputs = torch.randn(80, 12, generator=torch.Generator().manual_seed(0))
+    alone = [Several(lambda _, __, y: y, seed).eval() for seed in range(2)]
+    models = [Several(outputs, seed).eval() for seed in range(2)]
+    wanted = fuse(alone, inputs, calibration="none").assessment
+    found = fuse(models, inputs, calibration="none").assessment
+    assert found.result == wanted.result
+    assert found.result.distance > 0

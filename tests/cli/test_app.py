@@ -478,3 +478,41 @@ def test_the_version_is_that_of_the_installed_package(capsys):
     assert capsys.readouterr().out == f"clafusion {clafusion.__version__}\n"
     with pytest.raises(AttributeError, match="module 'clafusion' has no attribute 'version'"):
         _ = clafusion.version
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_a_stdout_that_takes_nothing_is_one_line(files):
+    command = [sys.executable, "-m", "clafusion.cli.app", *FUSE]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("clafusion: cannot print: No space left on device; the written")
+    assert done.stderr.count("\n") == 1
+    assert (files / "fused.safetensors").exists()
+
+
+@pytest.mark.usefixtures("files")
+def test_a_reader_of_stdout_that_has_gone_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "clafusion.cli.app", *FUSE]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("-8", "--input-shape takes numbers of at least 1; got '-8'"),
+        ("3,0", "--input-shape takes numbers of at least 1; got '3,0'"),
+        ("99999999999", "--input-shape 99999999999: 8 samples of 99999999999 numbers would take"),
+        ("300000,300000", "--input-shape 300000,300000: 8 samples of 90000000000 numbers"),
+    ],
+)
+def test_shapes_of_which_no_sample_can_be_made_are_refused(capsys, shape, message):
+    assert main(["inspect", "--arch=models.py:deep", f"--input-shape={shape}"]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1

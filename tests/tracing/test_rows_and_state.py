@@ -81,3 +81,14 @@ def test_levels_of_transforms_that_are_left_by_an_error_are_undone():
     with pytest.raises(ValueError, match="of its own"):
         enter_and_fail()
     assert levels.get_dynamic_layer_stack_depth() == 0
+
+
+def test_inputs_of_another_floating_type_are_refused_with_what_to_do():
+    models = [networks.mlp(8, 6, 4, seed=seed) for seed in range(2)]
+    for kind in (torch.float64, torch.float16):
+        with pytest.raises(
+            InputError, match=r"Convert the inputs .*: inputs\.to\(torch\.float32\)"
+        ):
+            fuse(models, INPUTS.to(kind))
+    with pytest.raises(InputError, match=r"inputs\.to\(torch\.float64\)"):
+        fuse([one.double() for one in models], INPUTS)

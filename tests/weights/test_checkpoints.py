@@ -1,6 +1,7 @@
 """Checkpoints as people have them: which state dict is taken, what its values may be."""
 
 import json
+import pickle
 import sys
 import warnings
 from collections import OrderedDict
@@ -490,3 +491,32 @@ def test_a_lazy_model_and_one_without_values_are_refused_in_one_line():
         loaded(state, "nets.py:lazy")
     with pytest.raises(InputError, match=r"'0\.weight' is on the meta device, which holds no"):
         loaded(state, "nets.py:meta")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_ends_too_early_is_called_so(tmp_path, zipped):
+    path = tmp_path / "weights.pt"
+    torch.save(nn.Linear(99, 9).state_dict(), path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for size in (12, 60, 200, 400, 1000, len(whole) - 3):  # also within the name of a function
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError, match=f"corrupt: it is cut short, at {size} bytes"):
+            load_state(path)
+    path.write_bytes(pickle.dumps({"weight": [1.0]}))  # whole, but not of torch
+    with pytest.raises(InputError) as told:
+        load_state(path)
+    assert "cut short" not in str(told.value)
+
+
+def test_tensors_beside_the_state_dict_that_is_taken_are_told(tmp_path):
+    path, state = tmp_path / "weights.pt", nn.Linear(3, 2).state_dict()
+    others = {name: value + 1 for name, value in state.items()}
+    torch.save({**others, "epoch": torch.tensor(3), "state_dict": state}, path)
+    with pytest.warns(FusionWarning, match="was taken; 2 others were left out: 'weight'"):
+        found = load_state(path)
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_state(path, key="state_dict")
+        torch.save({"state_dict": state, "epoch": torch.tensor(3)}, path)
+        load_state(path)

@@ -16,7 +16,7 @@ from torch import nn
 from clafusion import InputError
 from clafusion.weights.checkpoints import load_state
 from clafusion.weights.factories import build_model, load_model
-from clafusion.weights.state_files import save_model
+from clafusion.weights.state_files import save_model, save_state
 from tests.support import networks
 
 FACTORIES = """
@@ -426,3 +426,16 @@ def test_a_write_that_the_system_refuses_leaves_the_old_file_whole(tmp_path):
         assert line.startswith(f"cannot write path {str(path)!r}: ")
         assert path.read_bytes() == b"the old one"
     assert sorted(tmp_path.iterdir()) == sorted(paths)
+
+
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+def test_a_full_disk_is_named(tmp_path, ending):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write path .*File too large"):
+            save_state({"weight": torch.zeros(100, 100)}, tmp_path / f"weights{ending}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())

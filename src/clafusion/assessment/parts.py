@@ -95,6 +95,9 @@ def compared_output(model: TracedModel, settings: Assessment) -> tuple[int, Kind
             f"assessment.outputs={settings.outputs!r} needs a floating output, which the models do "
             "not have: take 'auto' or 'none'"
         )
+    computed = model.computed_outputs
+    if len(computed) == len(model.outputs):  # what is passed through says nothing of a network
+        floating = [i for i in floating if computed[i]] or floating
     shape = (-1, *model.outputs[floating[0]][0])
     axis, count = settings.axis, len(shape)
     is_axis = -count < axis < count and axis != 0 and shape[axis] >= 2

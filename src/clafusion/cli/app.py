@@ -6,6 +6,7 @@ Everything that can be checked is checked before the first long step.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -34,6 +35,7 @@ from clafusion.errors import ClafusionError, FusionWarning
 
 __all__ = ["main", "make_app"]
 
+_FULL = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO")}
 # The base of typer's usage errors, whichever release of click it builds on.
 _UsageError: Any = typer.BadParameter.__mro__[2]
 
@@ -99,11 +101,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _refuse(f"interrupted; {kept}", 128 + (signals or [signal.SIGINT])[0], debug)
+    except SystemExit as error:  # so click ends where the reader has gone
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        return 0
     except BrokenPipeError:  # the reader has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ClafusionError as error:
         return _refuse(str(error), 2, debug)
+    except OSError as error:
+        if not _is_of_stdout(error):
+            return _refuse_fault(error, debug)
+        writes = any(one.partition("=")[0] == "--out" for one in given)
+        what = "the written file is whole" if writes else kept
+        return _refuse(f"cannot print: {error.strerror or error}; {what}", 2, debug)
     except _UsageError as error:
         hint = advice(getattr(error, "option_name", None) or "")
         said = error.format_message()
@@ -112,14 +124,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(f"{said}{hint} Try '{known} --help'.", 2, debug)
     except MemoryError as error:
         return _refuse(f"not enough memory: {error}; use fewer samples (--limit)", 2, debug)
-    except Exception as error:  # a fault of ours
-        what = " ".join(str(error).split())[:200]
-        return _refuse(
-            f"internal error: {type(error).__name__}: {what}. Please report it, with what "
-            "the same command prints with --debug",
-            3,
-            debug,
-        )
+    except Exception as error:
+        return _refuse_fault(error, debug)
+
+
+def _refuse_fault(error: Exception, debug: bool) -> int:
+    """Tell of a fault of ours."""
+    what = " ".join(str(error).split())[:200]
+    return _refuse(
+        f"internal error: {type(error).__name__}: {what}. Please report it, with what the same "
+        "command prints with --debug",
+        3,
+        debug,
+    )
+
+
+def _is_of_stdout(error: OSError) -> bool:
+    """Say whether stdout takes nothing more, as a file on a full disk; drop what it still holds.
+
+    What is written to a file of ours says so by an error of its own.
+    """
+    if error.filename is not None or error.errno not in _FULL:
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 @contextlib.contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from torch import Tensor
 
 from clafusion.cli.facts import model_facts
 from clafusion.cli.inputs import (
@@ -39,6 +41,7 @@ STAGES = ("verify", "seed")
 """The fields of the configuration that count for one model."""
 
 _ROWS = 8
+_MOST = 1 << 30  # numbers in the random samples
 
 
 def inspect_command(
@@ -77,9 +80,7 @@ def inspect_command(
     if data is not None:
         samples = samples_of(data, _ROWS, DataOptions(data_key, shape, scale, mean, std))
     else:
-        sizes = numbers_of("--input-shape", input_shape, int) or []
-        generator = torch.Generator().manual_seed(settings.seed)
-        samples = torch.randn(_ROWS, *sizes, generator=generator)
+        samples = _random_samples(input_shape or "", settings.seed)
     try_models({"": model}, samples)
     with messages_by_flags():
         traced = trace(model, samples, verify=settings.verify, seed=settings.seed)
@@ -90,3 +91,17 @@ def inspect_command(
         return
     print(summary(traced))
     print_line("picture", plot)
+
+
+def _random_samples(shape: str, seed: int) -> Tensor:
+    """Return a few random samples of a shape, as typed."""
+    sizes = numbers_of("--input-shape", shape, int) or []
+    if any(size < 1 for size in sizes):
+        raise InputError(f"--input-shape takes numbers of at least 1; got {shape!r}")
+    count = _ROWS * math.prod(sizes)
+    if count > _MOST:
+        raise InputError(
+            f"--input-shape {shape}: {_ROWS} samples of {math.prod(sizes)} numbers would take "
+            f"{4 * count / 1e9:.3g} GB; give the shape of one sample, without the batch axis"
+        )
+    return torch.randn(_ROWS, *sizes, generator=torch.Generator().manual_seed(seed))

@@ -135,7 +135,7 @@ def _export(
         types = ", ".join(sorted({str(value.dtype) for value in model.parameters()}))
         raise InputError(
             f"the model does not run on the example inputs {shown}, with parameters of "
-            f"{types or 'no type'}: {cause}"
+            f"{types or 'no type'}: {cause}{_advice(model, inputs)}"
         ) from cause
     _refuse_strange_outputs(model, outputs)
     try:
@@ -147,6 +147,15 @@ def _export(
             f"torch.export cannot export {type(model).__name__}: {first_line(failure)}. Rewrite "
             "data-dependent control flow, or fuse the part of the model that can be exported"
         ) from failure
+
+
+def _advice(model: nn.Module, inputs: Sequence[Tensor]) -> str:
+    """Say what to do about inputs of another floating type than the weights'; or ""."""
+    types = {one.dtype for one in model.parameters() if one.is_floating_point()}
+    unlike = {one.dtype for one in inputs if one.is_floating_point()} - types
+    if len(types) != 1 or not unlike:
+        return ""
+    return f". Convert the inputs to the weights' type: inputs.to({types.pop()})"
 
 
 def _refuse_strange_outputs(model: nn.Module, outputs: Any) -> None:

@@ -367,6 +367,27 @@ class TracedModel:
             values = self.output_tensors(self.example_inputs)
             return tuple((tuple(value.shape[1:]), value.dtype) for value in values)
 
+    @cached_property
+    def computed_outputs(self) -> tuple[bool, ...]:
+        """For each output tensor whether both an input and a trained parameter enter it."""
+        trained = {self.aliases.get(one, one) for one, _ in self.model.named_parameters()}
+        enters: dict[fx.Node, frozenset[str]] = {}
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                name = self.entries.get(node)
+                kind = "input" if name is None else "weight" if name in trained else "constant"
+                enters[node] = frozenset({kind})
+            elif node.op != "output":
+                found = frozenset[str]().union(*(enters[one] for one in node.all_input_nodes))
+                enters[node] = found
+                if _is_in_place(node):  # later nodes that read the operands see the result
+                    enters |= dict.fromkeys(node.all_input_nodes, found)
+        (output,) = (node for node in self.module.graph.nodes if node.op == "output")
+        leaves = torch.utils._pytree.tree_leaves(output.args)
+        nodes = [one for one in leaves if isinstance(one, fx.Node)]
+        tensors = [one for one in nodes if isinstance(one.meta.get("val"), Tensor)]
+        return tuple({"input", "weight"} <= enters[one] for one in tensors)
+
     def operand_names(self, node: fx.Node) -> dict[str, str]:
         """Return those operands of a node that are state entries: operand name -> entry's name."""
         return {

@@ -49,12 +49,15 @@ class StoredState:
         The versions of the modules that wrote it, by their path, as ``load_state_dict`` takes them.
     left_out
         The names in the same state dict that are not among ``entries``.
+    beside
+        The names of tensors that lie in the file beside the state dict, in no state dict.
     """
 
     where: str
     entries: Mapping[str, Any]
     versions: Mapping[str, Any] | None = None
     left_out: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     def below(self, prefix: str) -> StoredState:
         """Return the entries whose names have a prefix, without it."""
@@ -64,6 +67,7 @@ class StoredState:
             _below(self.entries, prefix),
             None if versions is None else _below({f"{k}.": v for k, v in versions.items()}, prefix),
             tuple(n for n in self.entries if not n.startswith(prefix) and n not in _COUNTERS),
+            self.beside,
         )
 
 
@@ -157,9 +161,15 @@ def _found(content: Mapping[Any, Any], where: str, depth: int) -> Iterator[Store
     if _is_state(content):
         yield StoredState(where, content, getattr(content, "_metadata", None))
     elif depth < _DEEPEST and "param_groups" not in content:  # which an optimizer has
+        beside = tuple(
+            f"{where}.{name}" if where else name
+            for name, value in content.items()
+            if isinstance(name, str) and isinstance(value, Tensor) and value.dim() > 0
+        )
         for name, value in content.items():
             if isinstance(name, str) and isinstance(value, Mapping):
-                yield from _found(value, f"{where}.{name}" if where else name, depth + 1)
+                for one in _found(value, f"{where}.{name}" if where else name, depth + 1):
+                    yield replace(one, beside=(*beside, *one.beside))
 
 
 def _is_state(content: Mapping[Any, Any]) -> bool:
@@ -226,12 +236,13 @@ def choose(states: Sequence[StoredState], called: str) -> StoredState:
         )
     if others:
         warn(
-            f"{called}: {taken} was taken, not {listed(repr(one.where) for one in others)}; a key "
+            f"{called}: {taken} was taken, not "
+            f"{listed([*(repr(one.where) for one in others), *map(repr, chosen.beside)])}; a key "
             "(key=..., --checkpoint-key) chooses another one",
             FusionWarning,
         )
     else:
-        left = chosen.left_out
+        left = (*chosen.left_out, *chosen.beside)
         if left:
             warn(
                 f"{called}: {taken} was taken; {len(left)} others were left out: "

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import pickletools
 import re
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 
 from clafusion.weights.messages import listed
 
-__all__ = ["is_shard", "stands_for_another", "unreadable_content"]
+__all__ = ["is_cut_short", "is_shard", "stands_for_another", "unreadable_content"]
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<ending>\.\w+)")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+_MAGIC = 0x1950A86A20F9469CFC6C
+_PICKLES = 4  # of a file of torch before 1.6: magic number, version, system and what was saved
 _TENSORS_HELPERS = ("builtins.", "collections.")  # which say nothing to those who read of them
 _KINDS = (
     ("torch.nn.parameter.UninitializedParameter", "the weights of a lazy module that never ran"),
@@ -59,6 +63,26 @@ def is_shard(path: Path) -> str | None:
         else f"fetch its index {index.name!r} and all parts into one folder, and give the index"
     )
     return f"is part {int(matched['number'])} of {int(matched['count'])} of a checkpoint: {told}"
+
+
+def is_cut_short(path: Path, error: BaseException) -> bool:
+    """Return whether a file of ``torch.save``, which could not be read, ends too early."""
+    with path.open("rb") as file:
+        head = file.read(4)
+        if head == b"PK\x03\x04":
+            return not is_zipfile(path)
+        if not head.startswith(b"\x80"):  # as the format begins that torch wrote before 1.6
+            return False
+        file.seek(0)
+        try:
+            if _MAGIC not in [value for _, value, _ in pickletools.genops(file)]:
+                return False
+            for _ in range(_PICKLES - 1):
+                for _operation in pickletools.genops(file):
+                    pass
+        except ValueError:  # it ends within one of them
+            return not file.read(1)
+    return "unexpected EOF" in str(error) or isinstance(error, EOFError)
 
 
 def unreadable_content(path: Path, error: BaseException) -> str | None:

@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from clafusion.errors import InputError
 from clafusion.weights.atomic import check_output, replacing
 from clafusion.weights.messages import listed, one_line
-from clafusion.weights.recognition import is_shard, stands_for_another, unreadable_content
+from clafusion.weights.recognition import (
+    is_cut_short,
+    is_shard,
+    stands_for_another,
+    unreadable_content,
+)
 from clafusion.weights.shards import (
     INDEX,
     SHARDED,
@@ -139,11 +144,25 @@ def save_state(
             if ending == ".safetensors":
                 save_file(tensors, temporary, metadata={"format": "pt"})
             else:
-                torch.save({**tensors, **others}, temporary)
+                _torch_save({**tensors, **others}, temporary)
         except (SafetensorError, RuntimeError) as error:  # so safetensors and torch report it
             raise OSError(None, one_line(error)) from error
         if check is not None:
             check(_content(temporary, ending, "path"))
+
+
+def _torch_save(content: Mapping[str, Any], path: Path) -> None:
+    """Write a file of torch.save; on a full disk raise the error that says so, which torch hides.
+
+    Written to an open file it has the same bytes whatever its name is.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def check_extra_state(state: Mapping[str, Any], ending: str) -> None:
@@ -274,6 +293,11 @@ def read_torch(path: Path, what: str, *, mapped: bool = False) -> Any:
             lazily = mapped and is_zipfile(path)  # older files cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except Exception as error:
+        if is_cut_short(path, error):
+            raise InputError(
+                f"{what} {str(path)!r} is corrupt: it is cut short, at {path.stat().st_size} "
+                "bytes. Copy, download or save it again"
+            ) from error
         found = unreadable_content(path, error)
         if found is not None:
             raise InputError(
