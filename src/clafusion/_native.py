@@ -247,16 +247,15 @@ def scale_channels(x: Tensor, axis: int, scale: Tensor, shift: Tensor) -> None:
 
     ``x`` and ``axis`` are those of :func:`channel_moments`.
     """
-    factors = (one.detach().to(torch.float32).numpy() for one in (scale, shift))
+    factors = (one.detach().float().numpy() for one in (scale, shift))
     _core.scale_channels(_by_channels(x, axis), *factors)
 
 
 def _by_channels(x: Tensor, axis: int) -> NDArray[np.float32]:
     """Return a tensor's own memory in the shape ``(outer, num_channels, inner)``."""
-    axis = axis % x.dim()
+    axis %= x.dim()
     outer, inner = math.prod(x.shape[:axis]), math.prod(x.shape[axis + 1 :])
-    array: NDArray[np.float32] = x.detach().view(outer, x.size(axis), inner).numpy()
-    return array
+    return x.detach().view(outer, x.size(axis), inner).numpy()
 
 
 def gram(x: Tensor, *, out: NDArray[np.float64] | None = None) -> NDArray[np.float64]:

@@ -73,6 +73,6 @@ def warn_of_left_out(problem: FusionProblem, names: Sequence[str]) -> None:
         f"nothing that the example inputs reach reads {', '.join(map(repr, names[:_SHOWN]))}{more} "
         "(of an optional input, a branch for other inputs, a head for training or another "
         f"method?): they cannot be matched, and the result {outcome}. What reads them is not "
-        "fused: give example_inputs that reach them, or do not use it in the result",
+        "fused. Give example_inputs as the model is used with, or do not use it in the result",
         FusionWarning,
     )
