@@ -218,7 +218,9 @@ def assign(
     )
 
 
-def gram(x: Tensor, *, out: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+def gram(
+    x: Tensor, *, leading: int | None = None, out: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
     r"""Return the inner products between all pairs of samples, ``G = X X^T``.
 
     Products are summed in float32 over at most 4096 features, in runs of 128, and these sums in
@@ -230,6 +232,8 @@ def gram(x: Tensor, *, out: NDArray[np.float64] | None = None) -> NDArray[np.flo
     x
         ``(num_samples, num_features)``, floating point, on any device, in any layout; read in
         place if it is float32 on the CPU and a sample's features lie one behind the other.
+    leading
+        With how many of the samples, from the first on, all are multiplied; default all.
     out
         A Gram matrix of the same samples, to which this one is added: features may come block by
         block. If an error is raised it is of no use any more.
@@ -237,13 +241,14 @@ def gram(x: Tensor, *, out: NDArray[np.float64] | None = None) -> NDArray[np.flo
     Returns
     -------
     ndarray
-        ``(num_samples, num_samples)``, symmetric: ``out`` or a new one.
+        ``(num_samples, leading)``, the columns of a symmetric matrix: ``out`` or a new one.
 
     Raises
     ------
     InputError
         ``x`` is not a floating-point matrix, a sample holds NaN, infinity or numbers whose
-        squares exceed float32, or ``out`` is not a contiguous float64 matrix of that shape.
+        products exceed float32, ``leading`` is negative or exceeds their number, or ``out`` is not
+        a contiguous float64 matrix of that shape.
     """
     if x.ndim != 2 or not x.is_floating_point():
         raise InputError(
@@ -253,7 +258,12 @@ def gram(x: Tensor, *, out: NDArray[np.float64] | None = None) -> NDArray[np.flo
     rows = x.detach().to(device="cpu", dtype=torch.float32)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    shape = (len(rows), len(rows))
+    leading = len(rows) if leading is None else leading
+    if not 0 <= leading <= len(rows):
+        raise InputError(
+            f"leading must be between 0 and the number of samples, {len(rows)}; got {leading}"
+        )
+    shape = (len(rows), leading)
     if out is None:
         out = np.zeros(shape)
     elif out.dtype != np.float64 or out.shape != shape or not out.flags.carray:
