@@ -42,5 +42,6 @@ PYBIND11_MODULE(_core, module) {
   clafusion::register_alignment(module);
   clafusion::register_assignment(module);
   clafusion::register_gram(module);
+  clafusion::register_selection(module);
   clafusion::register_sinkhorn(module);
 }

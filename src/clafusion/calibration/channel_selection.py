@@ -26,11 +26,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clafusion import _native
+
 __all__ = ["inverse_gram", "keep_channels"]
 
 _RIDGE = 1e-6  # of the inputs' mean square: identical channels make the problem singular
 _SHARED = 0.9999  # below 1, for the same reason
-_DELAYED = 256  # features whose loss is taken off the matrices at once
+_DELAYED, _LEAST_LOSSES = 128, 32  # features and channels whose loss is taken off at once
+_MUCH = 0.8  # of all are left where the others are dropped
+_BLOCK = 384  # rows of a matrix that are brought up to date at once
 _CANCELLED = 1e-4  # of a number is left when its last digits begin to matter
 
 
@@ -55,7 +59,8 @@ def inverse_gram(gram: Tensor, columns: Tensor, *, kinship: Tensor | None = None
         shared.fill_diagonal_(0.0)
         for feature in columns.T:  # the same column of two channels
             penalised[feature[:, None], feature] += shared
-    return torch.cholesky_inverse(torch.linalg.cholesky(penalised))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(penalised))
+    return inverse.mT.contiguous()  # LAPACK's matrices lie column by column
 
 
 def keep_channels(
@@ -86,17 +91,21 @@ def keep_channels(
     (kept, readout)
         The channels, in order, and the weights after the others have gone; theirs are 0.
     """
-    is_channels = torch.zeros(len(inverse), dtype=torch.bool, device=inverse.device)
-    is_channels[columns.flatten()] = True
-    order = torch.cat([columns.flatten(), torch.nonzero(~is_channels).squeeze(1)])
+    device = readout.device
+    features = columns.flatten().cpu()
+    is_channels = torch.zeros(len(inverse), dtype=torch.bool)
+    is_channels[features] = True
+    order = torch.cat([features, torch.nonzero(~is_channels).squeeze(1)])
     scale = readout.new_ones(readout.size(1)) if importance is None else importance
-    left = _Left(inverse[order[:, None], order], readout[order], scale, columns.shape)
-    while left.count > count:
-        left.lose()
-    left.settle()
-    found = torch.zeros_like(readout)
+    # One small step after another: the CPU is the place for that.
+    inverse = inverse.cpu()
+    is_in_order = bool((order == torch.arange(len(order))).all())
+    inverse = inverse.clone() if is_in_order else inverse[order[:, None], order]
+    left = _Left(inverse, readout.cpu()[order], scale.cpu(), *columns.shape)
+    left.lose(len(columns) - count)
+    found = torch.zeros(readout.shape, dtype=readout.dtype)
     found[order[left.features]] = left.weights
-    return left.channels, found
+    return left.kept.to(device), found.to(device)
 
 
 class _Left:
@@ -104,126 +113,103 @@ class _Left:
 
     Features lie channel by channel; those of no channel come last. To bring all of the matrices up
     to date after each loss would read and write them for a few rows. So what the losses take off
-    them is kept apart and taken off for many at once. Only the channels' own blocks and the rows
-    that are asked for are always up to date. Where a loss cancels most of what stood in a block of
-    ``S``, as that of a copy does, the rows of this channel are brought up to date at once, so that
-    its block and its rows agree to the last digit.
+    them is kept apart and taken off for many at once, of symmetric matrices in the lower triangle.
+    Only the channels' own blocks and the rows that are asked for are always up to date. Where a
+    loss cancels most of what stood in a block of ``S``, as that of a copy does, the rows of this
+    channel are brought up to date at once, so that its block and its rows agree to the last digit.
     """
 
     def __init__(
-        self, inverse: Tensor, weights: Tensor, scale: Tensor, shape: tuple[int, ...]
+        self, inverse: Tensor, weights: Tensor, scale: Tensor, count: int, width: int
     ) -> None:
-        self.count, self._width = shape
-        self.channels = torch.arange(self.count, device=weights.device)
-        self.features = torch.arange(len(weights), device=weights.device)
+        self.features = torch.arange(len(weights))
         self.weights = weights
-        self._inverse = inverse
-        scaled = weights * scale
-        self._products = scaled @ scaled.T
-        self._begin()
-
-    def _begin(self) -> None:
-        """Begin a run of losses: all matrices are up to date, and without what is lost."""
-        self._lost: list[int] = []  # positions among the channels
-        self._is_left = torch.ones_like(self.channels, dtype=torch.bool)
-        self._mask = self.weights.new_ones(len(self.features))
+        self._channels, self._width = torch.arange(count), width
+        self._is_left = torch.ones(count, dtype=torch.bool)
+        self._inverse, self._products = inverse, _lower_squares(weights * scale)
         self._blocks, self._read = self._own(self._inverse), self._own(self._products)
-        self._settled = self._diagonals().clone()
-        # Of S rows^T solved is taken off, of W given^T times the weights that were lost, of M
-        # given^T half and its transpose.
-        logs = self.weights.new_empty(4, _DELAYED + self._width, len(self.features))
-        self._rows, self._solved, self._given, self._half = logs
+
+    @property
+    def kept(self) -> Tensor:
+        """The channels that are left, in order."""
+        return self._channels[self._is_left]
 
     def _own(self, matrix: Tensor) -> Tensor:
-        """Return each channel's block of a matrix, ``(num_channels, num_columns, num_columns)``."""
-        count, width = len(self.channels), self._width
+        """Return each channel's block of a matrix, ``(num_channels, width, width)``."""
+        count, width = len(self._channels), self._width
         size = count * width
         blocks = matrix[:size, :size].reshape(count, width, count, width)
-        found: Tensor = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+        lower = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).tril()
+        found: Tensor = lower + lower.tril(-1).mT
         return found
 
-    def _of_channels(self, rows: Tensor) -> Tensor:
-        """Return rows as ``(num_channels, num_rows, num_columns)``."""
-        count = len(self.channels)
-        theirs = rows[:, : count * self._width]
-        return theirs.view(len(rows), count, self._width).transpose(0, 1)
+    def lose(self, count: int) -> None:
+        """Take away so many channels, each time the one that is missed least."""
+        at_once = max(_DELAYED // self._width, _LEAST_LOSSES)
+        while count > 0:
+            run = min(count, at_once)
+            # What is taken off S is rows^T solved, off W given^T times the weights that were lost,
+            # off M given^T half and its transpose.
+            logs = self.weights.new_empty(4, run * self._width, len(self.features))
+            lost = torch.empty(run, dtype=torch.int64)
+            settled = self._blocks.diagonal(dim1=1, dim2=2).contiguous()
+            _native.lose_channels(
+                self._inverse,
+                self._products,
+                self._blocks,
+                self._read,
+                settled,
+                logs,
+                self._is_left,
+                lost,
+                run,
+                cancelled=_CANCELLED,
+            )
+            lost = (lost[:, None] * self._width + torch.arange(self._width)).flatten()
+            self._weigh(lost, logs[2])
+            count -= run
+            if count > 0:
+                self._settle(logs)
 
-    def _diagonals(self) -> Tensor:
-        found: Tensor = self._blocks.diagonal(dim1=1, dim2=2)
-        return found
-
-    def _costs(self) -> Tensor:
-        """Return by how much the loss of each channel raises the squared error."""
-        if self._width == 1:
-            found = (self._read / self._blocks).flatten()
-        else:
-            solved = torch.linalg.solve(self._blocks, self._read)
-            found = solved.diagonal(dim1=1, dim2=2).sum(1)
-        costs: Tensor = found.clamp_(min=0.0).masked_fill_(~self._is_left, torch.inf)
-        return costs
-
-    def lose(self) -> None:
-        """Take away the channel that is missed least; the others take over its part."""
-        channel = int(self._costs().argmin())
-        own = slice(channel * self._width, (channel + 1) * self._width)
-        first = len(self._lost) * self._width
-        last = first + self._width
-        rows = self._inverse[own] - self._rows[:first, own].T @ self._solved[:first]
-        read = self._products[own] - self._given[:first, own].T @ self._half[:first]
-        read -= self._half[:first, own].T @ self._given[:first]
-        solved = torch.linalg.solve(self._blocks[channel], rows)
-        half = torch.addmm(read, self._read[channel], solved, alpha=-0.5)
-        self._lost.append(channel)
-        self._is_left[channel] = False
-        self._mask[own] = 0.0  # what is lost changes no more
-        logs = self._rows, self._solved, self._given, self._half
-        for log, new in zip(logs, (rows, solved, solved, half), strict=True):
-            torch.mul(new, self._mask, out=log[first:last])
-        rows, solved, half = (
-            self._of_channels(log[first:last]) for log in (self._rows, self._solved, self._half)
-        )
-        self._blocks -= rows.transpose(1, 2) @ solved
-        shared = solved.transpose(1, 2) @ half
-        self._read -= shared + shared.transpose(1, 2)
-        self.count -= 1
-        if last >= _DELAYED:
-            self.settle()
-        else:
-            self._refresh(last)
-
-    def _refresh(self, last: int) -> None:
-        """Bring those rows of ``S`` up to date of whose own block most is cancelled."""
-        is_cancelled = (self._diagonals() < _CANCELLED * self._settled).any(1) & self._is_left
-        channels = torch.nonzero(is_cancelled).squeeze(1)
-        if len(channels) == 0:
-            return
-        width = torch.arange(self._width, device=channels.device)
-        own = (channels[:, None] * self._width + width).flatten()
-        rows = self._inverse[own] - self._rows[:last, own].T @ self._solved[:last]
-        self._inverse[own], self._inverse[:, own] = rows, rows.T
-        self._rows[:last, own] = self._solved[:last, own] = 0.0
-        blocks = self._of_channels(rows)[channels].unflatten(1, (len(channels), self._width))
-        self._blocks[channels] = blocks.diagonal(dim1=0, dim2=1).permute(2, 0, 1)
-        self._settled[channels] = self._diagonals()[channels]
-
-    def settle(self) -> None:
-        """Bring all matrices up to date, and drop what is lost."""
-        if not self._lost:
-            return
-        stay = torch.nonzero(self._mask).squeeze(1)
-        channels = torch.tensor(self._lost, device=stay.device)[:, None] * self._width
-        lost = (channels + torch.arange(self._width, device=stay.device)).flatten()
-        logs = self._rows, self._solved, self._given, self._half
-        rows, solved, given, half = (log[: len(lost)] for log in logs)
-        # Each lost channel had taken over a part of those that were lost before it.
+    def _weigh(self, lost: Tensor, given: Tensor) -> None:
+        """Bring the weights up to date; those of the features that are lost become 0."""
+        # Each had taken over a part of those that were lost before it.
         taken = torch.linalg.solve_triangular(
             given[:, lost].T, self.weights[lost], upper=False, unitriangular=True
         )
-        rows, solved, given, half = (log[:, stay] for log in (rows, solved, given, half))
-        self.weights = self.weights[stay].addmm_(given.T, taken, alpha=-1)
-        square = stay[:, None], stay
-        self._inverse = self._inverse[square].addmm_(rows.T, solved, alpha=-1)
-        left, right = torch.cat([given, half]), torch.cat([half, given])
-        self._products = self._products[square].addmm_(left.T, right, alpha=-1)
-        self.channels, self.features = self.channels[self._is_left], self.features[stay]
-        self._begin()
+        self.weights.addmm_(given.T, taken, alpha=-1)
+        self.weights[lost] = 0.0
+
+    def _settle(self, logs: Tensor) -> None:
+        """Bring ``S`` and ``M`` up to date; drop what is lost where that is much."""
+        size = len(self._channels) * self._width
+        is_left = torch.ones(len(self.features), dtype=torch.bool)
+        is_left[:size] = self._is_left.repeat_interleave(self._width)
+        stay = torch.nonzero(is_left).squeeze(1)
+        if len(stay) <= _MUCH * len(is_left):
+            logs = logs[:, :, stay]
+            self._inverse = _native.keep_lower(self._inverse, stay)
+            self._products = _native.keep_lower(self._products, stay)
+            self.weights, self.features = self.weights[stay], self.features[stay]
+            left = self._is_left
+            self._channels, self._is_left = self._channels[left], left[left]
+            self._blocks, self._read = self._blocks[left], self._read[left]
+        rows, solved, given, half = logs
+        _take_off(self._inverse, rows, solved)
+        _take_off(self._products, torch.cat([given, half]), torch.cat([half, given]))
+
+
+def _lower_squares(x: Tensor) -> Tensor:
+    """Return ``x x^T``, of which the lower triangle is made."""
+    found = x.new_empty(len(x), len(x))
+    for first in range(0, len(x), _BLOCK):
+        last = first + _BLOCK
+        torch.mm(x[first:last], x[:last].T, out=found[first:last, :last])
+    return found
+
+
+def _take_off(matrix: Tensor, left: Tensor, right: Tensor) -> None:
+    """Take ``left^T right`` off the lower triangle of a symmetric matrix."""
+    for first in range(0, len(matrix), _BLOCK):
+        last = first + _BLOCK
+        matrix[first:last, :last].addmm_(left[:, first:last].T, right[:, :last], alpha=-1)

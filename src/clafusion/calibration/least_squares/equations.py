@@ -100,7 +100,10 @@ class Equations(ABC):
         # The fewer rows there are for each column, the less the sums say.
         ridge *= 1 + _SCARCE * len(self.start) / max(self.rows, 1)
         penalty = ridge * max(float(self._feature_squares().mean()), 1e-30)
-        return torch.where(self._is_settled(), self.start, self._solved(penalty))
+        settled, weights = self._is_settled(), self._solved(penalty)
+        if bool(settled.any()):
+            weights[:, settled] = self.start[:, settled]
+        return weights
 
     def _is_settled(self) -> Tensor:
         """Say of which channels the start leaves no more than roundings.
@@ -205,7 +208,7 @@ class DualEquations(Equations):
             for _ in range(_ROUNDS):
                 left = _left_of(active, made + (products @ duals).to(made))
                 duals += torch.cholesky_solve(left.double(), factor)
-        return self.start + inputs.T.double() @ duals
+        return torch.addmm(self.start, inputs.T.double(), duals)
 
     def _feature_squares(self) -> Tensor:
         found = torch.zeros_like(self.start[:, 0])
@@ -229,9 +232,12 @@ class DualEquations(Equations):
 
     def output_moments(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return them by the outputs of all rows."""
-        inputs, _ = self._joined()
-        made = inputs[:, :-1].double() @ weights.T
-        return made.mean(0), made.square().mean(0)
+        means, mean_squares = torch.zeros_like(self._left), torch.zeros_like(self._left)
+        for sides, _ in self._kept:
+            made = weights.to(sides) @ sides[: weights.size(1)]
+            means += made.double().sum(1)
+            mean_squares += _square_sums(made)
+        return means / self.rows, mean_squares / self.rows
 
 
 def equations_for(start: Tensor, num_rows: int) -> Equations:

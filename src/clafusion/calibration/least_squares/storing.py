@@ -11,23 +11,32 @@ from clafusion.execution.call import State
 
 __all__ = ["is_stored", "stacked", "store_solution"]
 
+_AT_ONCE = 64  # channels that are compared
 
-def stacked(place: Place, state: State) -> Tensor:
+
+def stacked(place: Place, state: State, channels: slice = slice(None)) -> Tensor:
     """Return a layer with its BatchNorm as ``(num_features (+ 1), num_channels)``, in float64.
 
-    The last row is the bias, where there is one.
+    The last row is the bias, where there is one. ``channels`` are the layer's outputs; default all.
     """
-    weight = state[place.kernel].double()
-    weight = weight.T if place.is_transposed else weight.flatten(1)
-    bias = weight.new_zeros(len(weight))
+    kernel = state[place.kernel]
+    weight = kernel[:, channels] if place.is_transposed else kernel.flatten(1).T[:, channels]
+    size, count = weight.shape
+    has_bias = place.point.bias is not None
+    found = weight.new_empty(size + has_bias, count, dtype=torch.float64)
+    bias = found.new_zeros(count)
     if place.kernel_bias is not None:
-        bias = state[place.kernel_bias].double()
-    if place.norm is not None:
-        norm = {role: state[name].double() for role, name in place.norm.items()}
+        bias = state[place.kernel_bias][channels].double()
+    if place.norm is None:
+        found[:size] = weight
+    else:
+        norm = {role: state[name][channels].double() for role, name in place.norm.items()}
         factor = norm["weight"] / (norm["running_var"] + place.epsilon).sqrt()
-        weight = weight * factor[:, None]
+        torch.mul(weight, factor, out=found[:size])
         bias = (bias - norm["running_mean"]) * factor + norm["bias"]
-    return weight.T if place.point.bias is None else torch.cat([weight.T, bias[None]])
+    if has_bias:
+        found[size] = bias
+    return found
 
 
 def is_stored(place: Place, state: State, solved: Tensor) -> bool:
@@ -35,12 +44,18 @@ def is_stored(place: Place, state: State, solved: Tensor) -> bool:
 
     Storing it anew would split it otherwise between a layer and its BatchNorm, and round it again.
     """
-    stored, size = stacked(place, state), place.num_features(state[place.kernel])
-    unit = torch.finfo(state[place.kernel].dtype).eps / 2
-    scale = stored[:size].norm(dim=0)
-    is_off = (solved - stored)[:size].norm(dim=0) > unit * scale
-    is_shifted = (solved - stored)[size:].abs() > unit * (scale + stored[size:].abs())
-    return not bool(is_off.any() or is_shifted.any())
+    kernel = state[place.kernel]
+    size, unit = place.num_features(kernel), torch.finfo(kernel.dtype).eps / 2
+    for first in range(0, solved.size(1), _AT_ONCE):  # mostly the first are off
+        channels = slice(first, first + _AT_ONCE)
+        stored = stacked(place, state, channels)
+        change = solved[:, channels] - stored
+        scale = stored[:size].norm(dim=0)
+        is_off = change[:size].norm(dim=0) > unit * scale
+        is_shifted = change[size:].abs() > unit * (scale + stored[size:].abs())
+        if bool(is_off.any() or is_shifted.any()):
+            return False
+    return True
 
 
 def store_solution(

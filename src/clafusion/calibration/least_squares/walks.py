@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from clafusion.calibration.least_squares.choice import (
     Choice,
@@ -246,8 +247,10 @@ class Walks:
     def _aligned(self, place: Place, hidden: Hidden, part: Part, kept: Kept) -> dict[str, Tensor]:
         """Return a layer's parameters from a parent, with the channels that are kept of it."""
         parent, state = self.parents[part.parent], self.structured[part.parent]
-        plan = torch.zeros(len(part.columns), len(hidden.columns), dtype=torch.float64)
-        plan[kept.taken, kept.own] = 1.0
+        # Each channel copies one: those of other parents, which nobody reads, the first.
+        taken = torch.zeros(len(hidden.columns), dtype=torch.int64)
+        taken[kept.own.cpu()] = kept.taken.cpu()
+        plan = F.one_hot(taken, len(part.columns)).T.double()
         plans = list(parent.plans)
         plans[part.group] = plan
         return {
