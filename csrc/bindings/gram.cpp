@@ -20,14 +20,16 @@ void add_gram(const py::array& x, Doubles result, int level) {
   require_aligned(result, "result");
   if (x.strides(0) % kSize != 0) throw py::value_error("x must be aligned");
   const std::int64_t samples = x.shape(0);
-  if (result.ndim() != 2 || result.shape(0) != samples || result.shape(1) != samples) {
-    throw py::value_error("result must have shape (num_samples, num_samples)");
+  if (result.ndim() != 2 || result.shape(0) != samples || result.shape(1) > samples) {
+    throw py::value_error("result must have shape (num_samples, at most num_samples)");
   }
+  const std::int64_t leading = result.shape(1);
   const auto* data = static_cast<const float*>(x.data());
   double* target = result.mutable_data();
   // Safe without the GIL: the arrays are kept alive by this call's arguments.
   const py::gil_scoped_release release;
-  gram(data, samples, x.shape(1), x.strides(0) / kSize, target, static_cast<SimdLevel>(level));
+  gram(data, samples, x.shape(1), x.strides(0) / kSize, leading, target,
+       static_cast<SimdLevel>(level));
 }
 
 const char* simd_level() {

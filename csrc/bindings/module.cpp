@@ -43,5 +43,6 @@ PYBIND11_MODULE(_core, module) {
   clafusion::register_assignment(module);
   clafusion::register_gram(module);
   clafusion::register_moments(module);
+  clafusion::register_selection(module);
   clafusion::register_sinkhorn(module);
 }

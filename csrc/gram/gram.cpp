@@ -36,9 +36,16 @@ struct Kernel {
   std::int64_t width;
   std::int64_t rows;
   void (*pack)(Packing& block);
-  void (*multiply)(const float* packed, std::int64_t samples, std::int64_t count, float* sums,
-                   Packing& next);
+  void (*multiply)(const float* packed, std::int64_t samples, std::int64_t columns,
+                   std::int64_t count, float* sums, Packing& next);
 };
+
+// How many squares of width by width products stand before a panel of rows, of the lower triangle's
+// first `columns` panels of columns.
+constexpr std::int64_t squares_before(std::int64_t panel, std::int64_t columns) {
+  if (panel <= columns) return panel * (panel + 1) / 2;
+  return columns * (columns + 1) / 2 + (panel - columns) * columns;
+}
 
 // How many squares ahead memory is asked for: about the time that a call's tiles take.
 constexpr std::int64_t kAhead = 2;
@@ -77,10 +84,10 @@ void pack(Packing& p) {
     std::copy_n(p.x + i * p.row_stride, p.count, p.packed + i * p.count);
   }
 }
-void multiply(const float* packed, std::int64_t samples, std::int64_t count, float* sums,
-              Packing& next) {
+void multiply(const float* packed, std::int64_t samples, std::int64_t columns, std::int64_t count,
+              float* sums, Packing& next) {
   for (std::int64_t i = 0; i < samples; ++i) {
-    for (std::int64_t j = 0; j <= i; ++j, ++sums) {
+    for (std::int64_t j = 0; j < std::min(i + 1, columns); ++j, ++sums) {
       float sum = 0.0f;
       for (std::int64_t k = 0; k < count; ++k) sum += packed[i * count + k] * packed[j * count + k];
       *sums += sum;
@@ -118,33 +125,38 @@ Floats allocate(std::int64_t count) {
   return Floats(new (std::align_val_t{64}) float[static_cast<std::size_t>(count)]);
 }
 
-// gram += the chunks, in order, tile by tile, for the row blocks [begin, end); both triangles.
+// gram += the chunks, in order, tile by tile, for the row blocks [begin, end); both triangles of the
+// first `leading` samples.
 void add_tiles(const Kernel& k, const float* sums, std::int64_t chunks, std::int64_t sums_size,
-               std::int64_t samples, std::int64_t begin, std::int64_t end, double* gram) {
+               std::int64_t samples, std::int64_t leading, std::int64_t begin, std::int64_t end,
+               double* gram) {
   const std::int64_t tile = k.rows * k.width;
   const std::int64_t blocks_in_panel = k.width / k.rows;
+  const std::int64_t columns = (leading + k.width - 1) / k.width;
   std::vector<double> total(static_cast<std::size_t>(tile));
   for (std::int64_t i = begin; i < end; ++i) {
     const std::int64_t panel = i / blocks_in_panel;
+    const std::int64_t last = std::min(panel + 1, columns);
     const std::int64_t before =
-        blocks_in_panel * panel * (panel + 1) / 2 + i % blocks_in_panel * (panel + 1);
-    for (std::int64_t c = 0; c <= panel; ++c) {
+        blocks_in_panel * squares_before(panel, columns) + i % blocks_in_panel * last;
+    for (std::int64_t c = 0; c < last; ++c) {
       const auto visit = [&](auto body) {
         for (std::int64_t r = 0; r < k.rows && i * k.rows + r < samples; ++r) {
           const std::int64_t row = i * k.rows + r;
-          const std::int64_t stop = std::min(k.width, row - c * k.width + 1);
+          const std::int64_t stop = std::min(k.width, std::min(row + 1, leading) - c * k.width);
           for (std::int64_t s = 0; s < stop; ++s) body(r * k.width + s, row, c * k.width + s);
         }
       };
       visit([&](std::int64_t e, std::int64_t row, std::int64_t column) {
-        total[e] = gram[row * samples + column];
+        total[e] = gram[row * leading + column];
       });
       const float* one = sums + (before + c) * tile;
       for (std::int64_t chunk = 0; chunk < chunks; ++chunk, one += sums_size) {
         for (std::int64_t e = 0; e < tile; ++e) total[e] += static_cast<double>(one[e]);
       }
       visit([&](std::int64_t e, std::int64_t row, std::int64_t column) {
-        gram[row * samples + column] = gram[column * samples + row] = total[e];
+        gram[row * leading + column] = total[e];
+        if (row < leading) gram[column * leading + row] = total[e];
       });
     }
   }
@@ -161,12 +173,17 @@ SimdLevel best_simd_level() {
 }
 
 void gram(const float* x, std::int64_t num_samples, std::int64_t num_features,
-          std::int64_t row_stride, double* gram, SimdLevel level) {
+          std::int64_t row_stride, std::int64_t leading, double* gram, SimdLevel level) {
   const Kernel k = kernel(level);
   if (num_samples < 0 || num_features < 0) throw std::invalid_argument("x has a negative size");
-  if (num_samples == 0 || num_features == 0) return;
+  if (leading < 0 || leading > num_samples) {
+    throw std::invalid_argument("leading must be between 0 and the number of samples, " +
+                                std::to_string(num_samples) + "; got " + std::to_string(leading));
+  }
+  if (leading == 0 || num_features == 0) return;
   const std::int64_t panels = (num_samples + k.width - 1) / k.width;
-  const std::int64_t sums_size = panels * (panels + 1) / 2 * k.width * k.width;
+  const std::int64_t columns = (leading + k.width - 1) / k.width;
+  const std::int64_t sums_size = squares_before(panels, columns) * k.width * k.width;
   const std::int64_t blocks = (num_features + kBlock - 1) / kBlock;
   // Some 16 chunks, so that threads share them evenly; a function of the shape only.
   const std::int64_t blocks_a_chunk =
@@ -202,16 +219,17 @@ void gram(const float* x, std::int64_t num_samples, std::int64_t num_features,
         float* target = sums.get() + (b / blocks_a_chunk - first_chunk) * sums_size;
         if (b % blocks_a_chunk == 0) std::fill_n(target, sums_size, 0.0f);
         Packing next = block(b + 1);
-        k.multiply(current.packed, num_samples, current.count, target, next);
+        k.multiply(current.packed, num_samples, columns, current.count, target, next);
         current = next;
       }
     });
     parallel_for(panels * (k.width / k.rows), 4, [&](std::int64_t begin, std::int64_t end) {
-      add_tiles(k, sums.get(), count, sums_size, num_samples, begin, end, gram);
+      add_tiles(k, sums.get(), count, sums_size, num_samples, leading, begin, end, gram);
     });
   }
+  // NaN and infinity show in every product of a sample, numbers that are too large in its square.
   for (std::int64_t i = 0; i < num_samples; ++i) {
-    if (!std::isfinite(gram[i * num_samples + i])) {
+    if (!std::isfinite(gram[i * leading + std::min(i, leading - 1)])) {
       throw std::invalid_argument("x[" + std::to_string(i) +
                                   "] holds NaN, infinity or numbers too large for float32 squares");
     }

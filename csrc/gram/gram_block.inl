@@ -98,16 +98,21 @@ CLAFUSION_INLINE void pack_some(Packing& p, std::int64_t squares) {
 
 void pack(Packing& p) { pack_some(p, std::numeric_limits<std::int64_t>::max()); }
 
-// Adds kRows samples (from `a` on, in a panel) times N panels (from `b` on) to N tiles.
+// Adds kRows samples (from `a` on, in a panel) times N panels (from `b` on) to N tiles, and asks for
+// the panel and the tiles that come next: those of thousands of samples are in no cache.
 template <int N>
-CLAFUSION_INLINE void tile(const float* a, const float* b, std::int64_t count, float* sums) {
+CLAFUSION_INLINE void tile(const float* a, const float* b, std::int64_t count, float* sums,
+                           const float* next_a, const float* next_sums) {
   Vector acc[kRows][N];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 3
     for (int c = 0; c < N; ++c) acc[r][c] = Vector{};
   }
+#pragma GCC unroll 24
+  for (int i = 0; i < N * kRows; ++i) __builtin_prefetch(next_sums + i * kWidth, 1, 3);
   for (std::int64_t k = 0; k < count; ++k) {
+    __builtin_prefetch(next_a + k * kWidth, 0, 3);
     Vector columns[N];
 #pragma GCC unroll 3
     for (int c = 0; c < N; ++c) {
@@ -129,31 +134,40 @@ CLAFUSION_INLINE void tile(const float* a, const float* b, std::int64_t count, f
   }
 }
 
-// Adds the packed features' products to the lower triangle's tiles, which lie row by row, and
-// packs the next block meanwhile: reading x for the first time waits for memory, and a little of it
-// between two tiles does not. Rows are the inner loop, so that the panels of the columns stay in
-// the cache.
-void multiply(const float* packed, std::int64_t samples, std::int64_t count, float* sums,
-              Packing& next) {
+// Adds the packed features' products to the tiles of the lower triangle's first column panels,
+// which lie row by row, and packs the next block meanwhile: reading x for the first time waits for
+// memory, and a little of it between two tiles does not. Rows are the inner loop, so that the
+// panels of the columns stay in the cache.
+void multiply(const float* packed, std::int64_t samples, std::int64_t columns, std::int64_t count,
+              float* sums, Packing& next) {
   constexpr std::int64_t kBlocksInPanel = kWidth / kRows;
   const std::int64_t panels = (samples + kWidth - 1) / kWidth;
   const std::int64_t row_blocks = (samples + kRows - 1) / kRows;
-  const std::int64_t tiles = kBlocksInPanel * panels * (panels + 1) / 2;
+  const std::int64_t tiles = kBlocksInPanel * squares_before(panels, columns);
   const std::int64_t squares = panels * ((next.count + kWidth - 1) / kWidth);
   const std::int64_t squares_a_call = kVectors * squares / tiles + 1;
-  for (std::int64_t column = 0; column < panels; column += kVectors) {
+  const auto sums_of = [&](std::int64_t i) {  // of row block i
+    const std::int64_t panel = i / kBlocksInPanel;
+    const std::int64_t width = panel < columns ? panel + 1 : columns;
+    return sums + (kBlocksInPanel * squares_before(panel, columns) + i % kBlocksInPanel * width) *
+                      kRows * kWidth;
+  };
+  for (std::int64_t column = 0; column < columns; column += kVectors) {
     const float* b = packed + column * count * kWidth;
+    const std::int64_t here = column * kRows * kWidth;
     for (std::int64_t i = column * kWidth / kRows; i < row_blocks; ++i) {
-      const std::int64_t panel = i / kBlocksInPanel;  // also the last column panel of row i
+      const std::int64_t panel = i / kBlocksInPanel;
+      const std::int64_t last = panel < columns ? panel + 1 : columns;  // of row i's column panels
       const float* a = packed + panel * count * kWidth + i % kBlocksInPanel * kRows;
-      const std::int64_t tiles_before =
-          kBlocksInPanel * panel * (panel + 1) / 2 + i % kBlocksInPanel * (panel + 1);
-      float* target = sums + (tiles_before + column) * kRows * kWidth;
+      float* target = sums_of(i) + here;
+      const std::int64_t after = i + 1 < row_blocks ? i + 1 : i;
+      const float* next_a = packed + after / kBlocksInPanel * count * kWidth;
+      const float* next_target = sums_of(after) + here;
       pack_some(next, squares_a_call);
-      switch (panel + 1 - column) {
-        case 1: tile<1>(a, b, count, target); break;
-        case 2: tile<2>(a, b, count, target); break;
-        default: tile<kVectors>(a, b, count, target); break;
+      switch (last - column) {
+        case 1: tile<1>(a, b, count, target, next_a, next_target); break;
+        case 2: tile<2>(a, b, count, target, next_a, next_target); break;
+        default: tile<kVectors>(a, b, count, target, next_a, next_target); break;
       }
     }
   }

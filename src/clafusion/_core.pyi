@@ -1,6 +1,6 @@
 from typing import Any
 
-from numpy import float32, float64, int64
+from numpy import bool_, float32, float64, int64
 from numpy.typing import NDArray
 
 def build_info() -> dict[str, Any]: ...
@@ -21,6 +21,19 @@ def scale_channels(
     x: NDArray[float32], scale: NDArray[float32], shift: NDArray[float32]
 ) -> None: ...
 def add_gram(x: NDArray[float32], result: NDArray[float64], level: int = 0) -> None: ...
+def keep_lower(matrix: NDArray[float64], kept: NDArray[int64]) -> None: ...
+def lose_channels(
+    inverse: NDArray[float64],
+    products: NDArray[float64],
+    blocks: NDArray[float64],
+    read: NDArray[float64],
+    settled: NDArray[float64],
+    logs: NDArray[float64],
+    left: NDArray[bool_],
+    lost: NDArray[int64],
+    count: int,
+    cancelled: float,
+) -> None: ...
 def hsic_all_pairs(
     grams_a: list[NDArray[float64]],
     grams_b: list[NDArray[float64]],

@@ -30,6 +30,8 @@ __all__ = [
     "cuda_devices",
     "gram",
     "hsic_all_pairs",
+    "keep_lower",
+    "lose_channels",
     "num_threads",
     "scale_channels",
     "set_num_threads",
@@ -258,7 +260,9 @@ def _by_channels(x: Tensor, axis: int) -> NDArray[np.float32]:
     return x.detach().view(outer, x.size(axis), inner).numpy()
 
 
-def gram(x: Tensor, *, out: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+def gram(
+    x: Tensor, *, leading: int | None = None, out: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
     r"""Return the inner products between all pairs of samples, ``G = X X^T``.
 
     Products are summed in float32 over at most 4096 features, in runs of 128, and these sums in
@@ -270,6 +274,8 @@ def gram(x: Tensor, *, out: NDArray[np.float64] | None = None) -> NDArray[np.flo
     x
         ``(num_samples, num_features)``, floating point, on any device, in any layout; read in
         place if it is float32 on the CPU and a sample's features lie one behind the other.
+    leading
+        With how many of the samples, from the first on, all are multiplied; default all.
     out
         A Gram matrix of the same samples, to which this one is added: features may come block by
         block. If an error is raised it is of no use any more.
@@ -277,13 +283,14 @@ def gram(x: Tensor, *, out: NDArray[np.float64] | None = None) -> NDArray[np.flo
     Returns
     -------
     ndarray
-        ``(num_samples, num_samples)``, symmetric: ``out`` or a new one.
+        ``(num_samples, leading)``, the columns of a symmetric matrix: ``out`` or a new one.
 
     Raises
     ------
     InputError
         ``x`` is not a floating-point matrix, a sample holds NaN, infinity or numbers whose
-        squares exceed float32, or ``out`` is not a contiguous float64 matrix of that shape.
+        products exceed float32, ``leading`` is negative or exceeds their number, or ``out`` is not
+        a contiguous float64 matrix of that shape.
     """
     if x.ndim != 2 or not x.is_floating_point():
         raise InputError(
@@ -293,7 +300,12 @@ def gram(x: Tensor, *, out: NDArray[np.float64] | None = None) -> NDArray[np.flo
     rows = x.detach().to(device="cpu", dtype=torch.float32)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    shape = (len(rows), len(rows))
+    leading = len(rows) if leading is None else leading
+    if not 0 <= leading <= len(rows):
+        raise InputError(
+            f"leading must be between 0 and the number of samples, {len(rows)}; got {leading}"
+        )
+    shape = (len(rows), leading)
     if out is None:
         out = np.zeros(shape)
     elif out.dtype != np.float64 or out.shape != shape or not out.flags.carray:
@@ -306,6 +318,48 @@ def gram(x: Tensor, *, out: NDArray[np.float64] | None = None) -> NDArray[np.flo
     except ValueError as error:
         raise InputError(str(error)) from None
     return out
+
+
+def lose_channels(
+    inverse: Tensor,
+    products: Tensor,
+    blocks: Tensor,
+    read: Tensor,
+    settled: Tensor,
+    logs: Tensor,
+    left: Tensor,
+    lost: Tensor,
+    count: int,
+    *,
+    cancelled: float,
+) -> None:
+    """Take away the channels that are missed least, in place: see ``csrc/selection/selection.hpp``.
+
+    Matrices are contiguous, float64 and on the CPU; ``logs`` are ``(4, num_rows, num_features)``,
+    ``left`` flags, ``lost`` int64.
+    """
+    _core.lose_channels(
+        inverse.numpy(),
+        products.numpy(),
+        blocks.numpy(),
+        read.numpy(),
+        settled.numpy(),
+        logs.numpy(),
+        left.numpy(),
+        lost.numpy(),
+        count,
+        cancelled,
+    )
+
+
+def keep_lower(matrix: Tensor, kept: Tensor) -> Tensor:
+    """Return some rows and columns of a symmetric matrix, in its own memory.
+
+    ``matrix`` is contiguous, float64 and on the CPU, ``kept`` int64 and ascending. The lower
+    triangle is read and written; what stands above is of no use.
+    """
+    _core.keep_lower(matrix.numpy(), kept.numpy())
+    return matrix.view(-1)[: len(kept) ** 2].view(len(kept), len(kept))
 
 
 def hsic_all_pairs(

@@ -21,7 +21,8 @@ from clafusion import (
     trace,
 )
 from clafusion.calibration.least_squares import anchored_weights
-from clafusion.calibration.least_squares.equations import NormalEquations, rows_for
+from clafusion.calibration.least_squares.equations import NormalEquations
+from clafusion.calibration.least_squares.rows import rows_for
 from clafusion.merging.mean import weighted_mean
 from tests.support.assertions import assert_same_function
 from tests.support.networks import Block, Matrices, mlp, output, resnet

@@ -56,6 +56,16 @@ def test_small_integers_are_exact(level):
     assert np.array_equal(found, gram_ref(x))
 
 
+@pytest.mark.parametrize("level", AVAILABLE)
+@pytest.mark.parametrize("leading", [0, 1, 15, 16, 17, 44, 45])
+def test_products_with_the_leading_samples_are_the_same_bytes(level, leading):
+    x = np.random.default_rng(3).normal(size=(45, 3000)).astype(np.float32)
+    whole, found = np.zeros((45, 45)), np.zeros((45, leading))
+    _core.add_gram(x, whole, level)
+    _core.add_gram(x, found, level)
+    assert np.array_equal(found, whole[:, :leading])
+
+
 def test_reads_any_layout():
     whole = torch.from_numpy(np.random.default_rng(2).normal(size=(60, 700))).float()
     for x in (whole[::2], whole[:, 5:300], whole[:, ::3], whole.T, whole[:1].expand(9, -1)):
@@ -87,6 +97,7 @@ def test_features_may_come_block_by_block():
 def test_no_features_and_no_samples():
     assert np.array_equal(_native.gram(torch.empty(3, 0)), np.zeros((3, 3)))
     assert _native.gram(torch.empty(0, 3)).shape == (0, 0)
+    assert np.array_equal(_native.gram(torch.empty(3, 0), leading=2), np.zeros((3, 2)))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +127,19 @@ def test_refuses_what_has_no_finite_square(bad):
         _core.add_gram(x.numpy(), np.zeros((20, 20)))
 
 
+def test_refuses_what_is_not_finite_behind_the_leading_samples():
+    x = torch.ones(20, 30)
+    x[17, 4] = float("nan")
+    with pytest.raises(InputError, match=r"x\[17\] holds NaN"):
+        _native.gram(x, leading=5)
+
+
+@pytest.mark.parametrize("leading", [-1, 4])
+def test_refuses_to_lead_with_more_samples_than_there_are(leading):
+    with pytest.raises(InputError, match=f"leading must be between 0 and .*, 3; got {leading}"):
+        _native.gram(torch.ones(3, 2), leading=leading)
+
+
 @pytest.mark.parametrize("x", [torch.ones(3), torch.ones(2, 2, 2), torch.ones(2, 2).long()])
 def test_refuses_what_is_no_matrix(x):
     with pytest.raises(InputError, match="x must be a floating-point matrix"):
@@ -135,7 +159,8 @@ def test_the_compiled_door_refuses_too():
         (x.T, np.empty((6, 6)), 0, "features of a sample one behind the other"),
         (unaligned, result, 0, "x must be aligned"),
         (x, unaligned_result, 0, "result must be aligned"),
-        (x, np.empty((4, 3)), 0, "result must have shape"),
+        (x, np.empty((4, 5)), 0, "result must have shape"),
+        (x, np.empty((3, 3)), 0, "result must have shape"),
         (x, read_only, 0, "not writeable"),
         (x, result, 4, "level 4 is not available"),
         (x, result, -1, "level -1 is not available"),

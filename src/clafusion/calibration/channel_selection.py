@@ -9,6 +9,16 @@ only with too many channels. So channels are taken away one by one, each time th
 missed least once the rest have taken over its part by least squares: the optimal brain surgeon
 (Hassibi and Stork, NeurIPS 1992) with a channel's columns in place of a single weight. Matching
 and averaging (OTFusion) blurs channels that do not agree; this keeps those that say most.
+
+Let ``S`` be the inverse of the Gram matrix of the features, ``W`` the readout and ``D`` the
+outputs' importance. Taking away the columns ``g`` of a channel costs
+:math:`\operatorname{tr}(D^2 W_g^T S_{gg}^{-1} W_g)` in the squared error. It leaves
+
+.. math:: W - P^T W_g, \qquad S - S_{:g} P, \qquad M - P^T Q - Q^T P,
+
+with :math:`P = S_{gg}^{-1} S_{g:}`, :math:`M = W D^2 W^T` and
+:math:`Q = M_{g:} - \tfrac12 M_{gg} P`. Costs are read off the channels' own blocks of ``S`` and
+``M``, so that a step takes no longer where there are thousands of outputs.
 """
 
 from __future__ import annotations
@@ -16,133 +26,190 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["keep_channels"]
+from clafusion import _native
+
+__all__ = ["inverse_gram", "keep_channels"]
 
 _RIDGE = 1e-6  # of the inputs' mean square: identical channels make the problem singular
 _SHARED = 0.9999  # below 1, for the same reason
-_DELAYED = 128  # features whose loss is taken off the inverse at once
+_DELAYED, _LEAST_LOSSES = 128, 32  # features and channels whose loss is taken off at once
+_MUCH = 0.8  # of all are left where the others are dropped
+_BLOCK = 384  # rows of a matrix that are brought up to date at once
 _CANCELLED = 1e-4  # of a number is left when its last digits begin to matter
 
 
-def keep_channels(
-    gram: Tensor,
-    readout: Tensor,
-    columns: Tensor,
-    count: int,
-    *,
-    importance: Tensor | None = None,
-    kinship: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    r"""Take channels away until ``count`` are left.
-
-    With ``S`` the inverse of the Gram matrix, ``W`` the readout and ``D`` the outputs' importance,
-    taking away the columns ``g`` of a channel costs
-    :math:`\operatorname{tr}(D^2 W_g^T S_{gg}^{-1} W_g)` in the squared error. It leaves
-    :math:`W - S_{:g} S_{gg}^{-1} W_g` and :math:`S - S_{:g} S_{gg}^{-1} S_{g:}`.
+def inverse_gram(gram: Tensor, columns: Tensor, *, kinship: Tensor | None = None) -> Tensor:
+    """Return the inverse of a Gram matrix, with a ridge that makes it one.
 
     Parameters
     ----------
     gram
         ``(num_features, num_features)``, float64: inner products of the reading layer's inputs.
+    columns
+        ``(num_channels, num_columns)``: the features of each channel.
+    kinship
+        ``(num_channels, num_channels)``, positive semidefinite: how alike channels are presumed to
+        be where the data do not tell, 1 for the same; default: each like itself only.
+    """
+    ridge = _RIDGE * gram.diagonal().mean().clamp(min=1e-30)
+    penalised = gram.clone()
+    penalised.diagonal().add_(ridge)
+    if kinship is not None:
+        shared = (ridge * _SHARED) * kinship.to(gram)
+        shared.fill_diagonal_(0.0)
+        for feature in columns.T:  # the same column of two channels
+            penalised[feature[:, None], feature] += shared
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(penalised))
+    return inverse.mT.contiguous()  # LAPACK's matrices lie column by column
+
+
+def keep_channels(
+    inverse: Tensor,
+    readout: Tensor,
+    columns: Tensor,
+    count: int,
+    *,
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Take channels away until ``count`` are left.
+
+    Parameters
+    ----------
+    inverse
+        ``(num_features, num_features)``: see :func:`inverse_gram`.
     readout
-        ``(num_features, num_outputs)``, float64: its weights.
+        ``(num_features, num_outputs)``, float64: the reading layer's weights.
     columns
         ``(num_channels, num_columns)``: the features of each channel. Features of no channel stay.
     count
         How many channels to keep.
     importance
         ``(num_outputs,)``: the weight of each output's error, not negative; default 1.
-    kinship
-        ``(num_channels, num_channels)``, positive semidefinite: how alike channels are presumed to
-        be where the data do not tell, 1 for the same; default: each like itself only.
 
     Returns
     -------
     (kept, readout)
         The channels, in order, and the weights after the others have gone; theirs are 0.
     """
-    size = len(gram)
-    presumed = torch.eye(size, dtype=gram.dtype, device=gram.device)
-    if kinship is not None:
-        shared = _SHARED * kinship.to(presumed)
-        shared.fill_diagonal_(1.0)
-        for feature in columns.T:  # the same column of two channels
-            presumed[feature[:, None], feature] = shared
-    ridge = _RIDGE * gram.diagonal().mean().clamp(min=1e-30)
-    squared = readout.new_ones(readout.size(1)) if importance is None else importance.square()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + ridge * presumed))
-    left = _Left(inverse, readout.clone(), columns)
-    while len(left.alive) > count:
-        left.lose(int(left.costs(squared).argmin()))
-    left.settle()
-    found = torch.zeros_like(readout)
-    found[left.features] = left.weights
-    return left.alive, found
+    device = readout.device
+    features = columns.flatten().cpu()
+    is_channels = torch.zeros(len(inverse), dtype=torch.bool)
+    is_channels[features] = True
+    order = torch.cat([features, torch.nonzero(~is_channels).squeeze(1)])
+    scale = readout.new_ones(readout.size(1)) if importance is None else importance
+    # One small step after another: the CPU is the place for that.
+    inverse = inverse.cpu()
+    is_in_order = bool((order == torch.arange(len(order))).all())
+    inverse = inverse.clone() if is_in_order else inverse[order[:, None], order]
+    left = _Left(inverse, readout.cpu()[order], scale.cpu(), *columns.shape)
+    left.lose(len(columns) - count)
+    found = torch.zeros(readout.shape, dtype=readout.dtype)
+    found[order[left.features]] = left.weights
+    return left.kept.to(device), found.to(device)
 
 
 class _Left:
-    """The channels that are left, and what the loss of the others has made of ``S`` and ``W``.
+    """The channels that are left, and what the loss of the others has made of ``S``, ``M``, ``W``.
 
-    To bring all of ``S`` up to date after each loss would read and write it for a few rows. So
-    what the losses take off it, ``rows^T solved``, is kept apart and taken off for many at once.
+    Features lie channel by channel; those of no channel come last. To bring all of the matrices up
+    to date after each loss would read and write them for a few rows. So what the losses take off
+    them is kept apart and taken off for many at once, of symmetric matrices in the lower triangle.
     Only the channels' own blocks and the rows that are asked for are always up to date. Where a
-    loss cancels most of what stood there, as that of a copy does, it is taken off at once, so that
-    blocks and rows agree to the last digit.
+    loss cancels most of what stood in a block of ``S``, as that of a copy does, the rows of this
+    channel are brought up to date at once, so that its block and its rows agree to the last digit.
     """
 
-    def __init__(self, inverse: Tensor, weights: Tensor, columns: Tensor) -> None:
-        self.alive = torch.arange(len(columns), device=columns.device)
-        self.features = torch.arange(len(weights), device=columns.device)
-        self.weights = weights  # of these features, as all that follows
-        self._columns = columns
-        self._inverse = inverse
-        self._blocks = inverse[columns[:, :, None], columns[:, None, :]]
-        self._settled = self._diagonals().clone()  # when S was up to date
-        self._losses: list[Tensor] = []  # features
-        self._rows, self._solved = weights.new_empty(2, _DELAYED + columns.size(1), len(weights))
+    def __init__(
+        self, inverse: Tensor, weights: Tensor, scale: Tensor, count: int, width: int
+    ) -> None:
+        self.features = torch.arange(len(weights))
+        self.weights = weights
+        self._channels, self._width = torch.arange(count), width
+        self._is_left = torch.ones(count, dtype=torch.bool)
+        self._inverse, self._products = inverse, _lower_squares(weights * scale)
+        self._blocks, self._read = self._own(self._inverse), self._own(self._products)
 
-    def costs(self, squared: Tensor) -> Tensor:
-        """Return by how much the loss of each channel raises the squared error."""
-        found: Tensor
-        weights = self.weights[self._columns]
-        if self._columns.size(1) == 1:
-            found = weights.squeeze(1).square() @ squared / self._blocks.flatten()
-        else:
-            found = (weights * torch.linalg.solve(self._blocks, weights)).sum(1) @ squared
+    @property
+    def kept(self) -> Tensor:
+        """The channels that are left, in order."""
+        return self._channels[self._is_left]
+
+    def _own(self, matrix: Tensor) -> Tensor:
+        """Return each channel's block of a matrix, ``(num_channels, width, width)``."""
+        count, width = len(self._channels), self._width
+        size = count * width
+        blocks = matrix[:size, :size].reshape(count, width, count, width)
+        lower = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).tril()
+        found: Tensor = lower + lower.tril(-1).mT
         return found
 
-    def lose(self, channel: int) -> None:
-        """Take a channel away; the others take over its part."""
-        gone, block = self._columns[channel], self._blocks[channel]
-        first = len(gone) * len(self._losses)
-        rows = self._inverse[gone] - self._rows[:first, gone].T @ self._solved[:first]
-        solved = torch.linalg.solve(block, rows)
-        self.weights -= solved.T @ self.weights[gone]
-        stay = self.alive != self.alive[channel]
-        self.alive, self._columns = self.alive[stay], self._columns[stay]
-        at = rows[:, self._columns].permute(1, 2, 0), solved[:, self._columns].permute(1, 0, 2)
-        self._blocks, self._settled = self._blocks[stay] - at[0] @ at[1], self._settled[stay]
-        self._losses.append(gone)
-        last = first + len(gone)
-        self._rows[first:last], self._solved[first:last] = rows, solved
-        if last >= _DELAYED or bool((self._diagonals() < _CANCELLED * self._settled).any()):
-            self.settle()
+    def lose(self, count: int) -> None:
+        """Take away so many channels, each time the one that is missed least."""
+        at_once = max(_DELAYED // self._width, _LEAST_LOSSES)
+        while count > 0:
+            run = min(count, at_once)
+            # What is taken off S is rows^T solved, off W given^T times the weights that were lost,
+            # off M given^T half and its transpose.
+            logs = self.weights.new_empty(4, run * self._width, len(self.features))
+            lost = torch.empty(run, dtype=torch.int64)
+            settled = self._blocks.diagonal(dim1=1, dim2=2).contiguous()
+            _native.lose_channels(
+                self._inverse,
+                self._products,
+                self._blocks,
+                self._read,
+                settled,
+                logs,
+                self._is_left,
+                lost,
+                run,
+                cancelled=_CANCELLED,
+            )
+            lost = (lost[:, None] * self._width + torch.arange(self._width)).flatten()
+            self._weigh(lost, logs[2])
+            count -= run
+            if count > 0:
+                self._settle(logs)
 
-    def _diagonals(self) -> Tensor:
-        found: Tensor = self._blocks.diagonal(dim1=1, dim2=2)
-        return found
+    def _weigh(self, lost: Tensor, given: Tensor) -> None:
+        """Bring the weights up to date; those of the features that are lost become 0."""
+        # Each had taken over a part of those that were lost before it.
+        taken = torch.linalg.solve_triangular(
+            given[:, lost].T, self.weights[lost], upper=False, unitriangular=True
+        )
+        self.weights.addmm_(given.T, taken, alpha=-1)
+        self.weights[lost] = 0.0
 
-    def settle(self) -> None:
-        """Bring ``S`` up to date, and drop the features of the channels that are lost."""
-        if not self._losses:
-            return
-        count = self._columns.size(1) * len(self._losses)
-        stay = torch.ones(len(self.features), dtype=torch.bool, device=self.features.device)
-        stay[torch.cat(self._losses)] = False
-        rows, solved = self._rows[:count, stay], self._solved[:count, stay]
-        self._inverse = self._inverse[stay][:, stay].addmm_(rows.T, solved, alpha=-1)
-        self._columns = (stay.cumsum(0) - 1)[self._columns]
-        self.features, self.weights = self.features[stay], self.weights[stay]
-        self._rows, self._solved = rows.new_empty(2, *self._rows.shape)[..., : len(self.features)]
-        self._losses = []
-        self._settled = self._diagonals().clone()
+    def _settle(self, logs: Tensor) -> None:
+        """Bring ``S`` and ``M`` up to date; drop what is lost where that is much."""
+        size = len(self._channels) * self._width
+        is_left = torch.ones(len(self.features), dtype=torch.bool)
+        is_left[:size] = self._is_left.repeat_interleave(self._width)
+        stay = torch.nonzero(is_left).squeeze(1)
+        if len(stay) <= _MUCH * len(is_left):
+            logs = logs[:, :, stay]
+            self._inverse = _native.keep_lower(self._inverse, stay)
+            self._products = _native.keep_lower(self._products, stay)
+            self.weights, self.features = self.weights[stay], self.features[stay]
+            left = self._is_left
+            self._channels, self._is_left = self._channels[left], left[left]
+            self._blocks, self._read = self._blocks[left], self._read[left]
+        rows, solved, given, half = logs
+        _take_off(self._inverse, rows, solved)
+        _take_off(self._products, torch.cat([given, half]), torch.cat([half, given]))
+
+
+def _lower_squares(x: Tensor) -> Tensor:
+    """Return ``x x^T``, of which the lower triangle is made."""
+    found = x.new_empty(len(x), len(x))
+    for first in range(0, len(x), _BLOCK):
+        last = first + _BLOCK
+        torch.mm(x[first:last], x[:last].T, out=found[first:last, :last])
+    return found
+
+
+def _take_off(matrix: Tensor, left: Tensor, right: Tensor) -> None:
+    """Take ``left^T right`` off the lower triangle of a symmetric matrix."""
+    for first in range(0, len(matrix), _BLOCK):
+        last = first + _BLOCK
+        matrix[first:last, :last].addmm_(left[:, first:last].T, right[:, :last], alpha=-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clafusion import _native
 
-__all__ = ["gram_matrix", "gram_of_parts"]
+__all__ = ["add_products", "gram_matrix", "gram_of_parts"]
 
 _BLOCK_FEATURES = 4096
 _WIDE = 1 << 24  # numbers of a layer's outputs that are copied at once
@@ -23,13 +23,23 @@ def gram_matrix(flat: Tensor) -> Tensor:
     float32 and adds them up in float64; it is for PyTorch's settings to say whether TF32 may stand
     in for float32.
     """
-    if flat.device.type == "cpu":
-        return torch.from_numpy(_native.gram(flat))
     total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
+    add_products(total, flat)
+    return total
+
+
+def add_products(total: Tensor, flat: Tensor) -> None:
+    """Add the inner products of all samples with the first ones to ``total``.
+
+    ``total`` is ``(num_samples, num_leading)``, in float64. It becomes the first columns of what
+    :func:`gram_matrix` returns.
+    """
+    if flat.device.type == "cpu":
+        _native.gram(flat, leading=total.size(1), out=total.numpy())
+        return
     for block in flat.split(_BLOCK_FEATURES, dim=1):
         block = block.float()
-        total += block @ block.T
-    return total
+        total += block @ block[: total.size(1)].T
 
 
 def gram_of_parts(flat: Sequence[Tensor]) -> Tensor:

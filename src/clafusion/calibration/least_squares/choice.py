@@ -10,20 +10,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clafusion.calibration.channel_selection import keep_channels
-from clafusion.calibration.least_squares.equations import (
+from clafusion.calibration.channel_selection import inverse_gram, keep_channels
+from clafusion.calibration.least_squares.hidden import Hidden, Kept
+from clafusion.calibration.least_squares.rows import (
     chosen_positions,
     features,
     num_positions,
     rows_for,
-    stacked,
 )
-from clafusion.calibration.least_squares.hidden import Hidden, Kept
+from clafusion.calibration.least_squares.storing import stacked
 from clafusion.execution.call import State
 from clafusion.merging.problem import FusionProblem
 from clafusion.threads import one_thread
 
-__all__ = ["Choice", "choose_channels", "hidden_features", "hidden_positions", "of_kept"]
+__all__ = [
+    "Choice",
+    "choose_channels",
+    "hidden_features",
+    "hidden_inverse",
+    "hidden_positions",
+    "of_kept",
+]
 
 _ROWS, _LEAST_ROWS = 8, 4096  # of a choice: for each column, and in all
 
@@ -80,10 +87,16 @@ def hidden_features(
     return torch.cat(sides)
 
 
+def hidden_inverse(problem: FusionProblem, hidden: Hidden, gram: Tensor) -> Tensor:
+    """Return the inverse of the inner products ``gram`` of :func:`hidden_features`."""
+    with one_thread():
+        return inverse_gram(gram, torch.cat(_columns(hidden)), kinship=_kinship(problem, hidden))
+
+
 def choose_channels(
     problem: FusionProblem,
     hidden: Hidden,
-    gram: Tensor,
+    inverse: Tensor,
     states: Sequence[State],
     weights: Sequence[float],
     *,
@@ -95,8 +108,8 @@ def choose_channels(
     ----------
     problem, hidden
         The parents, and their hidden channels.
-    gram
-        The inner products of :func:`hidden_features`.
+    inverse
+        See :func:`hidden_inverse`.
     states
         The parents' own weights.
     weights
@@ -105,23 +118,23 @@ def choose_channels(
         Whether the channels that the reading layer writes are to be chosen, too.
     """
     readout, importance = _readouts(problem, hidden, states, weights, reader_chooses)
-    sizes = [part.columns.numel() for part in hidden.parts]
-    firsts = [0, *accumulate(sizes)]
-    columns = [part.columns + first for part, first in zip(hidden.parts, firsts, strict=False)]
+    columns = _columns(hidden)
     with one_thread():
         alive, readout = keep_channels(
-            gram,
-            readout,
-            torch.cat(columns),
-            len(hidden.columns),
-            importance=importance,
-            kinship=_kinship(problem, hidden),
+            inverse, readout, torch.cat(columns), len(hidden.columns), importance=importance
         )
     kept = _given(problem, hidden, alive)
     start = readout.new_zeros(hidden.columns.numel(), readout.size(1))
     for given, theirs in zip(kept, columns, strict=True):
         start[hidden.columns[given.own].flatten()] = readout[theirs[given.taken].flatten()]
-    return Choice(kept, torch.cat([start, readout[firsts[-1] :]]))
+    size = sum(one.numel() for one in columns)
+    return Choice(kept, torch.cat([start, readout[size:]]))
+
+
+def _columns(hidden: Hidden) -> list[Tensor]:
+    """Return where each part's channels stand among the features of all side by side."""
+    firsts = accumulate((part.columns.numel() for part in hidden.parts), initial=0)
+    return [part.columns + first for part, first in zip(hidden.parts, firsts, strict=False)]
 
 
 def of_kept(hidden: Hidden, kept: Sequence[Kept], sides: Sequence[Tensor]) -> Tensor:

@@ -13,25 +13,23 @@ from clafusion.calibration.least_squares.choice import (
     Choice,
     choose_channels,
     hidden_features,
+    hidden_inverse,
     hidden_positions,
     of_kept,
 )
-from clafusion.calibration.least_squares.equations import (
-    NormalEquations,
+from clafusion.calibration.least_squares.equations import Equations, equations_for, squares
+from clafusion.calibration.least_squares.hidden import Hidden, Kept, Part, reads_partner
+from clafusion.calibration.least_squares.places import Place
+from clafusion.calibration.least_squares.rows import (
     by_position,
     channels_last,
     chosen_positions,
     chosen_rows,
     features,
     incoming_node,
-    is_stored,
     rows_for,
-    squares,
-    stacked,
-    store_solution,
 )
-from clafusion.calibration.least_squares.hidden import Hidden, Kept, Part, reads_partner
-from clafusion.calibration.least_squares.places import Place
+from clafusion.calibration.least_squares.storing import is_stored, stacked, store_solution
 from clafusion.correspondence.moving import move_parameter
 from clafusion.correspondence.structure import structured_state
 from clafusion.execution.call import State
@@ -123,8 +121,9 @@ class Walks:
         if hidden is not None:
             self._choose(place, hidden)
         chosen: Tensor | None = None
-        equations = [NormalEquations(self._start(place, hidden, one)) for one in self.candidates]
-        size, channels = equations[0].start.shape
+        starts = [self._start(place, hidden, one) for one in self.candidates]
+        equations: list[Equations] = []
+        size, channels = starts[0].shape
         for batch, (walks, count) in enumerate(zip(self.walks, self.batch_sizes, strict=True)):
 
             def positions(value: Tensor, count: int = count) -> Tensor:
@@ -136,8 +135,10 @@ class Walks:
             ]
             if chosen is None:
                 every = next(one.size(1) for one in values if one is not None)
-                num_rows = rows_for(size, _ROWS, _LEAST_ROWS)
-                chosen = chosen_positions(every, num_rows, sum(self.batch_sizes), self.of_rows)
+                num_rows, num_inputs = rows_for(size, _ROWS, _LEAST_ROWS), sum(self.batch_sizes)
+                chosen = chosen_positions(every, num_rows, num_inputs, self.of_rows)
+                num_rows = len(chosen) * num_inputs
+                equations = [equations_for(start, num_rows) for start in starts]
             rows = [None if one is None else chosen_rows(one, chosen) for one in values]
             moved = self._moved(place, rows) if hidden is None else []
             for one, sums in zip(self.candidates, equations, strict=True):
@@ -197,12 +198,13 @@ class Walks:
             products = squares(hidden_features(hidden, values, chosen, count).double())
             gram = products if gram is None else gram.add_(products)
         assert gram is not None
+        inverse = hidden_inverse(self.problem, hidden, gram)
         name = place.affine.name
         for one in self.candidates:
             one.choices[name] = choose_channels(
                 self.problem,
                 hidden,
-                gram,
+                inverse,
                 self.states,
                 one.weights[name],
                 reader_chooses=hidden.reader.affine.name in self.hidden,
@@ -245,10 +247,11 @@ class Walks:
     def _aligned(self, place: Place, hidden: Hidden, part: Part, kept: Kept) -> dict[str, Tensor]:
         """Return a layer's parameters from a parent, with the channels that are kept of it."""
         parent, state = self.parents[part.parent], self.structured[part.parent]
-        shape = len(part.columns), len(hidden.columns)
-        masses = torch.ones(len(kept.own), dtype=torch.float64)
+        # Each channel copies one: those of other parents, which nobody reads, the first.
+        taken = torch.zeros(len(hidden.columns), dtype=torch.int64)
+        taken[kept.own.cpu()] = kept.taken.cpu()
         plans = list(parent.plans)
-        plans[part.group] = TransportPlan.from_entries(shape, kept.taken, kept.own, masses)
+        plans[part.group] = TransportPlan.from_rows(taken, len(part.columns))
         return {
             name: move_parameter(
                 parent.correspondence, plans, name, state[name], self.of_target[name]
