@@ -494,8 +494,20 @@ def test_progress_is_told_in_inputs_as_by_other_stages():
 
 def test_few_inputs_are_warned_of():
     models = [mlp(8, 9, 7, 4), mlp(8, 6, 4, seed=1)]
-    with pytest.warns(FusionWarning, match="least squares has 5 inputs to learn from"):
-        fuse(models, VECTORS[:5])
+    for count in (5, 60):
+        with pytest.warns(FusionWarning, match=f"least squares has {count} inputs to learn from"):
+            fuse(models, VECTORS[:count])
+    with pytest.warns(FusionWarning, match="REPAIR has 5 inputs to learn from"):
+        fuse(models, VECTORS[:5], calibration="repair")
+
+
+@pytest.mark.parametrize(("calibration", "count"), [("least_squares", 100), ("repair", 10)])
+@pytest.mark.filterwarnings("error::clafusion.FusionWarning")
+@pytest.mark.filterwarnings("ignore::clafusion.AssessmentWarning")
+def test_enough_inputs_are_not(calibration, count):
+    models = [mlp(8, 9, 7, 4), mlp(8, 6, 4, seed=1)]
+    inputs = torch.randn(count, 8, generator=torch.Generator().manual_seed(0))
+    fuse(models, inputs, calibration=calibration)
 
 
 @pytest.mark.parametrize("anchor", ["auto", 0.5])

@@ -482,7 +482,7 @@ def test_the_version_is_that_of_the_installed_package(capsys):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
 def test_a_stdout_that_takes_nothing_is_one_line(files):
-    command = [sys.executable, "-m", "clafusion.cli.app", *FUSE]
+    command = [sys.executable, "-m", "clafusion.cli.app", *FUSE, "--calibration=none"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
@@ -495,7 +495,7 @@ def test_a_stdout_that_takes_nothing_is_one_line(files):
 def test_a_reader_of_stdout_that_has_gone_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "clafusion.cli.app", *FUSE]
+    command = [sys.executable, "-m", "clafusion.cli.app", *FUSE, "--calibration=none"]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")

@@ -132,7 +132,7 @@ def test_channels_that_are_added_up_are_found_and_told(name):
     with pytest.warns(WidthWarning, match="5 in .* and 8 in the result"):
         fuse([wide, narrow], inputs)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", WidthWarning)
         fuse([wide, wide], inputs)
 
 
@@ -142,7 +142,7 @@ def test_channels_that_only_layers_read_are_not(name):
     wide, narrow = pair(make)
     assert not any(one.is_counted for one in trace(wide, inputs).groups)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", WidthWarning)
         fuse([wide, narrow], inputs)
 
 

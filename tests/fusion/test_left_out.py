@@ -11,7 +11,7 @@ import clafusion
 from clafusion import FusionWarning, Like, Shallower, fuse, summary
 from clafusion.cli.facts import fusion_facts
 
-INPUTS = torch.randn(60, 9, 6, generator=torch.Generator().manual_seed(0))
+INPUTS = torch.randn(120, 9, 6, generator=torch.Generator().manual_seed(0))
 
 
 class Optional(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clafusion import _native
-from clafusion.errors import InputError
+from clafusion.errors import FusionWarning, InputError, warn
 from clafusion.execution.call import State
 from clafusion.execution.lazy import LazyState
 from clafusion.execution.walk import Walk
@@ -27,6 +27,7 @@ from clafusion.tracing.model import TracedModel
 
 __all__ = ["MomentGoals", "moment_goals", "repair"]
 
+_WANTED = 10  # inputs; of fewer a warning speaks
 _LARGEST_FACTOR = 1e3  # a channel that is all but constant carries nothing to restore
 
 
@@ -188,6 +189,12 @@ def repair(
                 progress("calibrate", seen)
     if done < len(goals.batches):
         raise InputError(_other_batches(goals, "fewer"))
+    if points and seen < _WANTED:
+        warn(
+            f"REPAIR has {seen} inputs to learn from; statistics of fewer than {_WANTED} may be "
+            'far from those of others: give more, or take calibration="none"',
+            FusionWarning,
+        )
     changes: dict[str, list[Callable[[Tensor], Tensor]]] = {}
     for node, point in points.items():
         scale, shift = _correction(

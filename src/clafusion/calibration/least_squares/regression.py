@@ -28,7 +28,8 @@ ANCHORS = (0.0, 0.8)
 _CHUNK = 125  # inputs whose patches are held at once
 _MOST_OUTPUTS = 1 << 25  # numbers in the outputs of a chunk
 _TRIED, _EXACT = 16, 2e-5  # inputs, and how far their outputs may be apart, relative to the largest
-_FEW = 8  # inputs of which a warning speaks
+_FEW = 8  # inputs in a chunk at the least
+_WANTED = 100  # inputs; of fewer a warning speaks
 _HELD = 1 << 32  # bytes of activations that all networks together may hold
 _VALUES = 3  # of a network that are alive at a time: what a layer reads and writes, and a goal
 
@@ -168,10 +169,11 @@ def _regressed(
     chunk = min(_CHUNK, max(_MOST_OUTPUTS // max(numbers, 1), _FEW))
     inputs = list(in_chunks(data, problem.target, samples, chunk, device=where))
     num_inputs = sum(one[0].size(0) for one in inputs)
-    if num_inputs < _FEW:
+    if num_inputs < _WANTED:
         warn(
-            f"least squares has {num_inputs} inputs to learn from, which say little: give a "
-            'hundred or more, or take calibration="repair"',
+            f"least squares has {num_inputs} inputs to learn from; with fewer than {_WANTED} it "
+            "may fit these and no others, which figures on the same inputs do not show: give more, "
+            'or take calibration="repair"',
             FusionWarning,
         )
     places = regressed_places(problem, like)
