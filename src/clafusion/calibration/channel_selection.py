@@ -91,7 +91,6 @@ def keep_channels(
     (kept, readout)
         The channels, in order, and the weights after the others have gone; theirs are 0.
     """
-    device = readout.device
     features = columns.flatten().cpu()
     is_channels = torch.zeros(len(inverse), dtype=torch.bool)
     is_channels[features] = True
@@ -105,7 +104,7 @@ def keep_channels(
     left.lose(len(columns) - count)
     found = torch.zeros(readout.shape, dtype=readout.dtype)
     found[order[left.features]] = left.weights
-    return left.kept.to(device), found.to(device)
+    return left.kept.to(columns.device), found.to(readout.device)
 
 
 class _Left:
