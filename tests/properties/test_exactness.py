@@ -261,6 +261,7 @@ def test_channels_that_stand_in_several_places_of_a_layer_move_together(family, 
         "Feature norm returned beside the logits",
     ],
 )
+@pytest.mark.filterwarnings("ignore::clafusion.errors.PinnedWarning")  # of the sorted channels
 def test_layers_that_put_out_several_tensors_or_one_number_are_fused(name):
     model, example = ARCHITECTURES[name].build()
     draw = torch.Generator().manual_seed(0)
