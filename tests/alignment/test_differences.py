@@ -37,7 +37,12 @@ ON_VECTORS = {
     ),
     "output buffer": (None, None, lambda y, m: y * m.scale, "constant 'scale'"),
     "softcap": (None, None, lambda y, m: torch.tanh(y / m.v) * m.v, "div: other"),
-    "axis of softmax": (None, None, lambda y, m: y.softmax(m.v - 2), "softmax: dim"),
+    "axis of softmax": (
+        None,
+        None,
+        lambda y, m: torch.stack([y, 2 * y], 1).softmax(m.v).flatten(1),
+        "softmax: dim",
+    ),
 }
 
 
