@@ -179,8 +179,7 @@ def test_many_pairs_keep_the_warning():
         (result,) = clafusion.fuse_pairs(
             {"wide": wide, "narrow": narrow}, INPUTS, assessment="none"
         )
-    (text,) = result.warnings
-    assert "added up without weights" in text
+    assert any("added up without weights" in text for text in result.warnings)
 
 
 @pytest.mark.parametrize("widths", [(64, 48), (48, 64)])
