@@ -34,7 +34,7 @@ from clafusion import _core
 assert Path(_core.__file__).is_relative_to(site), _core.__file__
 assert b"__asan_init" in Path(_core.__file__).read_bytes()
 names = ["alignment/test_dynamic_program", "alignment/test_layer_costs", "transport/test_solve"]
-names += [f"kernels/test_{name}" for name in ("assignment", "fuzz", "gram", "parallel")]
+names += [f"kernels/test_{name}" for name in ("assignment", "fuzz", "gram", "moments", "parallel")]
 files = [f"tests/{name}.py" for name in names]
 sys.exit(
     pytest.main(
