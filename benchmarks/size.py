@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import clafusion
+from benchmarks import imagenet_networks
 from benchmarks.datasets import checkpoint_pair, cifar10
 from benchmarks.results import write_results
 
@@ -39,6 +40,7 @@ class Row:
     name: str
     make: Callable[[], tuple[list[nn.Module], Tensor]]
     calibration: str
+    threads: int | None = None  # None: as many as the command line says
 
 
 def resnets(count: int) -> tuple[list[nn.Module], Tensor]:
@@ -82,17 +84,47 @@ def vits() -> tuple[list[nn.Module], Tensor]:
     return models, torch.randn(64, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
 
+def imagenet(*names: str, count: int, size: int) -> tuple[list[nn.Module], Tensor]:
+    """Networks with the layer shapes of ImageNet checkpoints, with images of ``size``."""
+    models = []
+    for name in names:
+        torch.manual_seed(len(models))
+        models.append(getattr(imagenet_networks, name)().eval())
+    return models, torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+CALIBRATIONS = {"repair": "REPAIR", "least_squares": "least squares"}
 ROWS = [
-    Row(f"ResNet-32 + ResNet-20, {count} images, {calibration}", lambda n=count: resnets(n), how)
-    for count in (450, 2000)
-    for how, calibration in (("repair", "REPAIR"), ("least_squares", "least squares"))
-] + [
-    Row(f"{name}, {calibration}", make, how)
-    for name, make in (
-        ("GPT-2 of 12 + 6 layers, 64 x 64 tokens", gpt2s),
-        ("ViT-B of 12 + 8 layers, 64 images", vits),
-    )
-    for how, calibration in (("repair", "REPAIR"), ("least_squares", "least squares"))
+    *(
+        Row(f"ResNet-32 + ResNet-20, {count} images, {name}", lambda n=count: resnets(n), how)
+        for count in (450, 2000)
+        for how, name in CALIBRATIONS.items()
+    ),
+    *(
+        Row(f"{networks}, {name}", make, how)
+        for networks, make in (
+            ("GPT-2 of 12 + 6 layers, 64 x 64 tokens", gpt2s),
+            ("ViT-B of 12 + 8 layers, 64 images", vits),
+        )
+        for how, name in CALIBRATIONS.items()
+    ),
+    Row(
+        "ResNet-101 + ResNet-50, 64 images of 224, REPAIR",
+        lambda: imagenet("resnet101", "resnet50", count=64, size=224),
+        "repair",
+    ),
+    *(
+        Row(
+            f"{networks}, 16 images of 64, least squares",
+            lambda names=names: imagenet(*names, count=16, size=64),
+            "least_squares",
+            threads=1,
+        )
+        for networks, names in (
+            ("EfficientNet-B1 + B0", ("efficientnet_b1", "efficientnet_b0")),
+            ("ResNet-101 + ResNet-50", ("resnet101", "resnet50")),
+        )
+    ),
 ]
 
 
@@ -152,8 +184,9 @@ def main() -> None:
         if arguments.names and not any(part in row.name for part in arguments.names):
             continue
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.size", "--here", str(i)]
-        if arguments.threads is not None:
-            command += ["--threads", str(arguments.threads)]
+        threads = arguments.threads or row.threads
+        if threads is not None:
+            command += ["--threads", str(threads)]
         shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found = rows[row.name] = json.loads(shown.splitlines()[-1])
         print(
@@ -161,7 +194,7 @@ def main() -> None:
             f"{found['peak_bytes'] / 1e9:>8.2f} {found['weights_bytes'] / 1e9:>11.2f}",
             flush=True,
         )
-        found["threads"] = arguments.threads or clafusion.num_threads()
+        found["threads"] = threads or clafusion.num_threads()
     write_results("size", {"rows": rows})
 
 
