@@ -86,11 +86,18 @@ def vits() -> tuple[list[nn.Module], Tensor]:
 
 def imagenet(*names: str, count: int, size: int) -> tuple[list[nn.Module], Tensor]:
     """Networks with the layer shapes of ImageNet checkpoints, with images of ``size``."""
+    images = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
     models = []
     for name in names:
         torch.manual_seed(len(models))
-        models.append(getattr(imagenet_networks, name)().eval())
-    return models, torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+        model = getattr(imagenet_networks, name)()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+        with torch.no_grad():
+            model.train()(images[:16])  # without statistics a random network puts out a constant
+        models.append(model.eval())
+    return models, images
 
 
 CALIBRATIONS = {"repair": "REPAIR", "least_squares": "least squares"}
@@ -195,7 +202,7 @@ def main() -> None:
             flush=True,
         )
         found["threads"] = threads or clafusion.num_threads()
-    write_results("size", {"rows": rows})
+        write_results("size", {"rows": rows})
 
 
 if __name__ == "__main__":

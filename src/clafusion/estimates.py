@@ -117,7 +117,7 @@ def _calibration(config: FusionConfig, every: float, largest: float) -> float:
     if isinstance(method, NoCalibration):
         return 0.0
     if isinstance(method, LeastSquares):
-        return 4 * (every + 2 * largest)  # both anchors, and equations as long as two passes
+        return 2.5 * (every + 2 * largest)  # anchors are tried; equations take as long as passes
     return (1.5 if isinstance(method, Repair) else 1.0) * largest
 
 

@@ -40,6 +40,16 @@ def test_a_limit_gives_the_same_weights_in_one_file_or_several(capsys):
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("limit", [[], ["--memory-limit=4GB"]])
+def test_weights_are_written_in_another_type_and_compute_the_same_again(limit):
+    assert main([*FUSE, "--out=free.safetensors"]) == 0
+    assert main([*FUSE, "--out=half.safetensors", "--out-dtype=bfloat16", *limit]) == 0
+    found, free = load_state("half.safetensors"), load_state("free.safetensors")
+    assert found.keys() == free.keys()
+    assert all(torch.equal(found[name], value.bfloat16()) for name, value in free.items())
+
+
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(folder, capsys):
     before = sorted(folder.iterdir())
     assert main([*FUSE, "--out=out.safetensors", "--dry-run"]) == 0
@@ -56,7 +66,8 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(folder, capsys):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--memory-limit=1MB"], "is too little"),
+        (["--memory-limit=1MB"], "--memory-limit '1 MB' is too little"),
+        (["--out-dtype=int8"], "--out-dtype must be one of float32, bfloat16, float16; got 'int8'"),
         (["--memory-limit=1MB", "--dry-run"], "is too little"),
         (["--memory-limit=much"], "--memory-limit must be an amount of memory"),
         (["--memory-limit=4GB", "--device=meta"], "--memory-limit is for the CPU"),

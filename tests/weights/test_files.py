@@ -327,6 +327,30 @@ def test_what_is_written_loads_back(tmp_path, ending):
     assert [one.name for one in tmp_path.iterdir()] == [f"w{ending}"]
 
 
+@pytest.mark.parametrize("ending", [".safetensors", ".pt", ".safetensors.index.json"])
+def test_weights_are_written_in_the_type_that_is_asked_for(tmp_path, ending):
+    model = networks.vgg(1, 2)
+    save_model(model, tmp_path / f"w{ending}", dtype="bfloat16")
+    found, state = load_state(tmp_path / f"w{ending}"), model.state_dict()
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        wanted = value.bfloat16() if value.is_floating_point() else value
+        assert found[name].dtype == wanted.dtype
+        assert torch.equal(found[name], wanted)
+    assert all(one.dtype != torch.bfloat16 for one in model.state_dict().values())
+
+
+def test_a_type_that_cannot_hold_the_weights_is_refused_and_nothing_is_written(tmp_path):
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        model.weight[0, 0] = 1e6
+    with pytest.raises(InputError, match=r"'weight' has values up to 1e\+06.*bfloat16"):
+        save_model(model, tmp_path / "w.pt", dtype=torch.float16)
+    with pytest.raises(InputError, match="dtype must be one of float32, bfloat16, float16; got"):
+        save_model(model, tmp_path / "w.pt", dtype="int8")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.usefixtures("here")
 def test_tied_and_overlapping_weights_are_written_under_every_name():
     model = build_model("factories.py:Tied")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from torch import Tensor, nn
 
@@ -45,6 +46,7 @@ from clafusion.config import FusionConfig, Iterative, Like
 from clafusion.errors import InputError, StructureError
 from clafusion.estimates import estimate
 from clafusion.execution.call import usable_device
+from clafusion.execution.lazy import LazyState
 from clafusion.fusion import align, fuse, fuse_aligned
 from clafusion.memory import bytes_of, check_limit
 from clafusion.profiling.batches import Progress
@@ -55,7 +57,12 @@ from clafusion.stages import expected_inputs, traced_template
 from clafusion.tracing.copies import copied
 from clafusion.weights.factories import ModelFile, build_model, model_without_weights
 from clafusion.weights.round_trip import check_round_trip
-from clafusion.weights.state_files import check_weights_output, save_model
+from clafusion.weights.state_files import (
+    check_weights_output,
+    in_type,
+    save_model,
+    weight_type,
+)
 
 __all__ = ["fuse_command"]
 
@@ -104,6 +111,14 @@ def fuse_command(
             "--dry-run", help="Say what it would take (time, memory, size); fuse nothing."
         ),
     ] = False,
+    out_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="The type of the written weights: float32, bfloat16 or float16; default the "
+            "models' own.",
+            metavar="TYPE",
+        ),
+    ] = None,
     plot: Plot = None,
     as_json: AsJson = False,
     *,
@@ -123,6 +138,7 @@ def fuse_command(
     usable_device(device, "--device")
     check_weights_output(out, "--out", tuple(files.values()), (data,))
     check_plot(plot)
+    written_type = None if out_dtype is None else weight_type(out_dtype, "--out-dtype")
     at_most = None if memory_limit is None else bytes_of(memory_limit, "--memory-limit")
     if at_most is not None and device != "cpu":
         raise InputError(f"--memory-limit is for the CPU; --device is {device}: leave one out")
@@ -146,7 +162,10 @@ def fuse_command(
         with progress(len(samples), expected) as report, messages_by_flags():
             result = _fused(models, samples, given, settings, device, report)
     built_by = _architecture(result, archs, options)
-    save_model(result.model, out, _round_trip(result, built_by, archs, at_most is not None))
+    if written_type is not None:
+        result = _rounded(result, written_type)
+    check = _round_trip(result, built_by, archs, at_most is not None)
+    save_model(result.model, out, check, dtype=written_type)
     if plot is not None:
         draw(result, plot)
     if as_json:
@@ -194,6 +213,15 @@ def _fused_within(
     for step in result.steps or (result,):
         _check_depths(step.aligned, config)
     return result
+
+
+def _rounded(result: FusionResult, dtype: torch.dtype) -> FusionResult:
+    """Return a result with the weights that the written ones will be, in the models' own types."""
+    model = result.model
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    narrow = in_type({name: one.detach() for name, one in own.items()}, dtype)
+    state = LazyState(own, lambda name: narrow[name].to(own[name].dtype))
+    return replace(result, model=result.problem.storage.model(model, state, {}))
 
 
 def _check_depths(aligned: AlignedModels, config: FusionConfig) -> None:

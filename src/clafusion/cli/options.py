@@ -282,6 +282,7 @@ _FLAGS = _Spelling(
         **_PHRASES,
         "Give example_inputs as": "Give --data with inputs as",
         "(key=..., --checkpoint-key)": "(--checkpoint-key)",
+        "memory_limit=": "--memory-limit ",
     },
 )
 _ENTRIES = _Spelling(

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clafusion.errors import InputError
+from clafusion.execution.lazy import LazyState
 from clafusion.weights.atomic import check_output, replacing
 from clafusion.weights.messages import listed, one_line
 from clafusion.weights.recognition import (
@@ -38,12 +39,14 @@ from clafusion.weights.shards import (
 __all__ = [
     "EXTRA_STATE",
     "READABLE",
+    "WEIGHT_TYPES",
     "WRITABLE",
     "check_extra_state",
     "check_input",
     "check_weights_output",
     "file_digest",
     "files_of",
+    "in_type",
     "read_safetensors",
     "read_torch",
     "save_model",
@@ -51,6 +54,7 @@ __all__ = [
     "state_of",
     "stored_content",
     "tensors_of",
+    "weight_type",
     "weights_digest",
 ]
 
@@ -59,6 +63,8 @@ READABLE = (".safetensors", *_TORCH_ENDINGS, INDEX)
 """The endings of files of weights that are read."""
 WRITABLE = (".safetensors", ".pt", ".pth", SHARDED)
 """The endings of files that :func:`save_model` writes."""
+WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""The types in which :func:`save_model` writes floating weights on demand."""
 EXTRA_STATE = "_extra_state"
 """How the name of an entry ends that a module's own ``get_extra_state`` returned."""
 
@@ -67,6 +73,8 @@ def save_model(
     model: nn.Module,
     path: str | os.PathLike[str],
     check: Callable[[Mapping[str, Any]], None] | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
 ) -> None:
     """Write a model's state dict to a ``.safetensors``, ``.pt`` or ``.pth`` file, or to several.
 
@@ -86,14 +94,60 @@ def save_model(
     check
         Called with what the new file holds, before the file gets its name. If it raises, no file
         is left behind, and an old one stays.
+    dtype
+        The type of all floating weights in the file: ``"float32"``, ``"bfloat16"``, ``"float16"``
+        or the type of torch. Default: that which they have.
 
     Raises
     ------
     InputError
-        The ending is unknown, the file cannot be written, for example on a full disk, or a module's
-        ``get_extra_state`` returns what such a file cannot hold.
+        The ending or the type is unknown, a weight is too large for the type, the file cannot be
+        written, for example on a full disk, or a module's ``get_extra_state`` returns what such a
+        file cannot hold.
     """
-    save_state(state_of(model), path, check)
+    state: Mapping[str, Any] = state_of(model)
+    if dtype is not None:
+        state = in_type(state, weight_type(dtype, "dtype"))
+    save_state(state, path, check)
+
+
+def weight_type(given: str | torch.dtype, what: str) -> torch.dtype:
+    """Return a type of weights by its name.
+
+    Raises
+    ------
+    InputError
+        There is no such type; the message calls it ``what``.
+    """
+    found = {str(one).removeprefix("torch."): one for one in WEIGHT_TYPES}
+    name = str(given).removeprefix("torch.")
+    if name not in found:
+        raise InputError(f"{what} must be one of {', '.join(found)}; got {name!r}")
+    return found[name]
+
+
+def in_type(state: Mapping[str, Any], dtype: torch.dtype) -> LazyState[str]:
+    """Return a state whose floating tensors have another type; each is made when it is read.
+
+    Raises
+    ------
+    InputError
+        When a tensor is read that has a value too large for the type.
+    """
+
+    def make(name: str) -> Any:
+        value = state[name]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        made = value.to(dtype)
+        if not bool(made.isfinite().all()) and bool(value.isfinite().all()):
+            raise InputError(
+                f"{name!r} has values up to {float(value.abs().max()):.3g}, and {dtype} ends at "
+                f"{torch.finfo(dtype).max:.3g}: take bfloat16, which has the range of float32"
+            )
+        return made
+
+    return LazyState(state, make)
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:

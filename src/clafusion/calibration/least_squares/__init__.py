@@ -23,14 +23,16 @@ across depths:
   things it should not be. Which of the two it is shows without labels: how far the fused network's
   outputs are from the weighted mean of the parents'.
 
-All anchors that are tried are followed at once: each parent runs once, whatever their number, and
-what the candidates share of a layer's goal is computed once (:mod:`.walks`).
+Anchors are tried on an eighth of the inputs, and compared on others; only the best is regressed on
+all (:mod:`.anchors`). All that are tried are followed at once: each parent runs once, whatever
+their number, and what the candidates share of a layer's goal is computed once (:mod:`.walks`).
 
 The normal equations are in closed form: no labels and no gradient steps. Layer-wise regression onto
 the parents' features is the idea of RegMean (arXiv 2212.09849) and PLeaS (arXiv 2407.02447); here
 it crosses widths and depths, and layers see the fused network's own inputs.
 """
 
-from clafusion.calibration.least_squares.regression import anchored_weights, regress_anchored
+from clafusion.calibration.least_squares.anchors import anchored_weights
+from clafusion.calibration.least_squares.regression import regress_anchored
 
 __all__ = ["anchored_weights", "regress_anchored"]

@@ -7,7 +7,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from clafusion import _native
 from clafusion.profiling.gram import add_products, gram_matrix
+from clafusion.profiling.moments import is_plain
 from clafusion.threads import one_thread
 
 __all__ = ["DualEquations", "Equations", "NormalEquations", "equations_for", "squares"]
@@ -59,8 +61,7 @@ class Equations(ABC):
             self._shortcuts += _square_sums(shortcut.T)
             goal = goal - shortcut
         x, residual = sides.tensor_split([len(self.start)])
-        torch.mm(self.start.T.to(x), x, out=residual)
-        torch.sub(goal.T.to(x), residual, out=residual)
+        residual.copy_((goal - _outputs(x, self.start).T).T)
         self._left += _square_sums(residual)
         self.rows += len(goal)
         self._take(sides, None if active is None else active.T.to(x))
@@ -150,7 +151,7 @@ class NormalEquations(Equations):
         for _ in range(_ROUNDS if self._kept else 0):
             residuals = torch.zeros_like(weights)
             for x, active in self._kept:
-                residuals += _products(x, _left_of(active, weights.T.to(x) @ x))
+                residuals += _products(x, _left_of(active, _outputs(x, weights)))
             weights = weights + torch.cholesky_solve(residuals, factor)
         return weights
 
@@ -163,7 +164,7 @@ class NormalEquations(Equations):
     def _left_active(self) -> Tensor:
         found = torch.zeros_like(self._left)
         for x, active in self._kept:
-            found += _square_sums(_left_of(active, self.start.T.to(x) @ x))
+            found += _square_sums(_left_of(active, _outputs(x, self.start)))
         return found
 
     def output_moments(self, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,14 +220,14 @@ class DualEquations(Equations):
     def _start_squares(self) -> Tensor:
         found = torch.zeros_like(self._left)
         for sides, _ in self._kept:
-            found += _square_sums(self.start.T.to(sides) @ sides[: len(self.start)])
+            found += _square_sums(_outputs(sides[: len(self.start)], self.start))
         return found
 
     def _left_active(self) -> Tensor:
         found = torch.zeros_like(self._left)
         for sides, active in self._kept:
             if active is not None:
-                made = self.start.T.to(sides) @ sides[: len(self.start)]
+                made = _outputs(sides[: len(self.start)], self.start)
                 found += _square_sums(_left_of(active, made))
         return found
 
@@ -234,7 +235,7 @@ class DualEquations(Equations):
         """Return them by the outputs of all rows."""
         means, mean_squares = torch.zeros_like(self._left), torch.zeros_like(self._left)
         for sides, _ in self._kept:
-            made = weights.to(sides) @ sides[: weights.size(1)]
+            made = _outputs(sides[: weights.size(1)], weights.T)
             means += made.double().sum(1)
             mean_squares += _square_sums(made)
         return means / self.rows, mean_squares / self.rows
@@ -252,8 +253,21 @@ def _left_of(active: Tensor, found: Tensor) -> Tensor:
     return (active - found).masked_fill_(idle, 0.0)
 
 
+def _outputs(x: Tensor, weights: Tensor) -> Tensor:
+    """Return what weights make of inputs: ``(num_channels, num_rows)``.
+
+    PyTorch shares the rows of a product among its threads, and rounds otherwise where each has a
+    few: so the many rows come first.
+    """
+    return (x.T @ weights.to(x)).T
+
+
 def _square_sums(x: Tensor) -> Tensor:
     """Return the sum of squares of each row in float64, the same bytes for any threads."""
+    for axis, value in enumerate((x, x.T)):
+        if is_plain(value):
+            mean, variance = _native.channel_moments(value, axis)
+            return x.size(1) * (variance + mean.square())
     with one_thread():
         return x.double().square().sum(1)
 

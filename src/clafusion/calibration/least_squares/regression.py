@@ -9,21 +9,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clafusion.calibration.least_squares.anchors import (
+    ANCHORS,
+    Trial,
+    anchored_weights,
+    output_distance,
+    outputs_and_goals,
+)
 from clafusion.calibration.least_squares.hidden import hidden_channels
 from clafusion.calibration.least_squares.places import Place, regressed_places
-from clafusion.calibration.least_squares.walks import Candidate, Walks
+from clafusion.calibration.least_squares.walks import Candidate, Rows, Walks
 from clafusion.config import LeastSquares
 from clafusion.errors import FusionWarning, warn
 from clafusion.execution.call import State
 from clafusion.merging.copies import without_copies
 from clafusion.merging.mean import average
-from clafusion.merging.problem import FusionProblem, MergeWeights
+from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Data, in_chunks
 
-__all__ = ["Regression", "anchored_weights", "regress_anchored"]
-
-ANCHORS = (0.0, 0.8)
-"""What ``"auto"`` tries."""
+__all__ = ["Regression", "regress_anchored"]
 
 _CHUNK = 125  # inputs whose patches are held at once
 _MOST_OUTPUTS = 1 << 25  # numbers in the outputs of a chunk
@@ -53,28 +57,7 @@ class Regression:
     solved: frozenset[str]
 
 
-def anchored_weights(problem: FusionProblem, anchor: float) -> list[MergeWeights]:
-    """Return the parents' weights inside the network.
-
-    ``anchor`` in [0, 1] is how far they go from the parents' own to the parent that has most of the
-    outputs; of equals that is the problem's reference. Those of each layer add up to 1.
-    """
-    own = [one.weights for one in problem.parents]
-    most = max(range(len(own)), key=lambda i: (own[i].overall, i == problem.reference))
-
-    def anchored(given: Sequence[float]) -> tuple[float, ...]:
-        moved = [weight + anchor * (float(i == most) - weight) for i, weight in enumerate(given)]
-        return (max(1.0 - sum(moved[1:]), 0.0), *moved[1:])
-
-    overall = anchored([one.overall for one in own])
-    names = dict.fromkeys(name for one in own for name in one.own)
-    by_name = {name: anchored([one.of(name) for one in own]) for name in names}
-    return [
-        MergeWeights(weight, {name: of_layer[i] for name, of_layer in by_name.items()})
-        for i, weight in enumerate(overall)
-    ]
-
-
+@torch.no_grad()
 def regress_anchored(
     problem: FusionProblem,
     data: Data,
@@ -85,8 +68,9 @@ def regress_anchored(
 ) -> Regression:
     """Average and regress, the interior anchored as it should be.
 
-    ``"auto"`` tries all of ``ANCHORS`` and takes the one whose outputs come nearest to the parents'
-    weighted mean.
+    ``"auto"`` takes that one of ``ANCHORS`` whose outputs come nearest to the parents' weighted
+    mean: regressed on a part of the inputs and compared on another, or where inputs are few, all of
+    them regressed and compared on all inputs.
     """
     problem = without_copies(problem)
     anchors: tuple[float, ...] = ANCHORS
@@ -103,12 +87,22 @@ def regress_anchored(
     if _is_exact(problem, plain, data):
         return Regression(plain, anchors[0], frozenset(plain))
     fused = {anchor: _anchored(problem, plain, anchor) for anchor in anchors}
-    states, distances, solved = _regressed(problem, fused, data, settings, seed, progress)
-    best = distances.index(min(distances))
-    return Regression(states[best], anchors[best], solved)
+    inputs = _inputs(problem, data, settings, len(fused))
+    rows = Rows(seed=seed)
+    trial = None
+    if len(fused) > 1 and problem.target.static_batch is None:
+        trial = Trial.of(inputs, min(math.prod(shape[:-1]) for shape, _ in problem.target.outputs))
+    if trial is not None:
+        walks = _regressed(problem, fused, trial.regressed, settings.ridge, rows.fewer())
+        far = [output_distance(problem, one.state, trial.compared) for one in walks.candidates]
+        best = anchors[far.index(min(far))]
+        fused = {best: fused[best]}
+    walks = _regressed(problem, fused, inputs, settings.ridge, rows, progress)
+    far = walks.distances() if len(fused) > 1 else [0.0]
+    nearest = far.index(min(far))
+    return Regression(walks.candidates[nearest].state, list(fused)[nearest], walks.solved)
 
 
-@torch.no_grad()
 def _is_exact(problem: FusionProblem, plain: State, data: Data) -> bool:
     """Say whether the average puts out what the parents put out together: nothing is to be mended.
 
@@ -121,18 +115,10 @@ def _is_exact(problem: FusionProblem, plain: State, data: Data) -> bool:
     if target.types or any(one.output_plan is not None or one.weights.own for one in counted):
         return False  # half precision rounds too much to tell
     inputs = next(iter(in_chunks(data, target, _TRIED, _TRIED, device=target.device)))
-    found = target.run(inputs, state=plain)
-    of_parents = [one.traced.run(inputs) for one in counted]
-    for value, *values in zip(found, *of_parents, strict=True):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            continue
-        goal = sum(
-            one.weights.overall * of.double() for one, of in zip(counted, values, strict=True)
-        )
-        assert isinstance(goal, Tensor)
-        if not float((value - goal).abs().max()) <= _EXACT * float(goal.abs().max()):
-            return False
-    return True
+    return all(
+        float((value - goal).abs().max()) <= _EXACT * float(goal.abs().max())
+        for value, goal in outputs_and_goals(problem, plain, inputs)
+    )
 
 
 def _anchored(problem: FusionProblem, plain: State, anchor: float) -> State:
@@ -149,24 +135,14 @@ def _anchored(problem: FusionProblem, plain: State, anchor: float) -> State:
     return {**average(problem, anchored_weights(problem, anchor)), **outputs}
 
 
-def _regressed(
-    problem: FusionProblem,
-    fused: Mapping[float, State],
-    data: Data,
-    settings: LeastSquares,
-    seed: int,
-    progress: Callable[[str, int], None] | None,
-) -> tuple[list[dict[str, Tensor]], list[float], frozenset[str]]:
-    """Regress the states, given by their anchors, side by side.
-
-    Returns the new states, how far their outputs are from the parents' weighted mean, and the names
-    of the parameters that were solved for or chosen.
-    """
-    like = next(iter(fused.values()))
-    where = next(iter(like.values())).device
-    samples = min(settings.samples, _most_inputs(problem, len(fused)))
+def _inputs(
+    problem: FusionProblem, data: Data, settings: LeastSquares, num_candidates: int
+) -> list[tuple[Tensor, ...]]:
+    """Return the inputs to regress on, in batches that are held at once."""
+    samples = min(settings.samples, _most_inputs(problem, num_candidates))
     numbers = sum(math.prod(shape) for shape, _ in problem.target.outputs)
     chunk = min(_CHUNK, max(_MOST_OUTPUTS // max(numbers, 1), _FEW))
+    where = problem.target.device
     inputs = list(in_chunks(data, problem.target, samples, chunk, device=where))
     num_inputs = sum(one[0].size(0) for one in inputs)
     if num_inputs < _WANTED:
@@ -176,7 +152,19 @@ def _regressed(
             'or take calibration="repair"',
             FusionWarning,
         )
-    places = regressed_places(problem, like)
+    return inputs
+
+
+def _regressed(
+    problem: FusionProblem,
+    fused: Mapping[float, State],
+    inputs: Sequence[tuple[Tensor, ...]],
+    ridge: float,
+    rows: Rows,
+    progress: Callable[[str, int], None] | None = None,
+) -> Walks:
+    """Regress the states, given by their anchors, side by side."""
+    places = regressed_places(problem, next(iter(fused.values())))
     states = [one.traced.state() for one in problem.parents]
     hidden = hidden_channels(problem, places, states, problem.target.state())
     candidates = [
@@ -186,16 +174,13 @@ def _regressed(
         )
         for anchor, state in fused.items()
     ]
-    with torch.no_grad():
-        walks = Walks(problem, candidates, inputs, places, hidden, states, seed)
-        for done, place in enumerate(places):
-            walks.solve(place, settings.ridge)
-            if progress is not None:
-                progress("calibrate", (done + 1) * num_inputs // len(places))
-        distances = walks.distances() if len(candidates) > 1 else [0.0]
-    solved = {name for place in places for name in place.parameters}
-    solved |= {axis.use.parameter for one in hidden.values() for axis in one.carried}
-    return [one.state for one in candidates], distances, frozenset(solved)
+    walks = Walks(problem, candidates, inputs, places, hidden, states, rows)
+    num_inputs = sum(walks.batch_sizes)
+    for done, place in enumerate(places):
+        walks.solve(place, ridge)
+        if progress is not None:
+            progress("calibrate", (done + 1) * num_inputs // len(places))
+    return walks
 
 
 def _most_inputs(problem: FusionProblem, num_candidates: int) -> int:

@@ -39,9 +39,23 @@ from clafusion.merging.problem import FusionProblem
 from clafusion.threads import one_thread
 from clafusion.transport.plan import TransportPlan
 
-__all__ = ["Candidate", "Walks"]
+__all__ = ["Candidate", "Rows", "Walks"]
 
-_ROWS, _LEAST_ROWS = 64, 10_000  # of a regression: for each column, and in all
+
+@dataclass(frozen=True)
+class Rows:
+    """How many rows a regression takes: for each column, and at the least; and which.
+
+    The seed chooses positions.
+    """
+
+    a_column: int = 64
+    least: int = 10_000
+    seed: int = 0
+
+    def fewer(self) -> Rows:
+        """Return a quarter, to find out which of several candidates is the best."""
+        return Rows(self.a_column // 4, self.least // 4, self.seed)
 
 
 @dataclass
@@ -80,15 +94,17 @@ class Walks:
         places: Sequence[Place],
         hidden: Mapping[str, Hidden],
         states: Sequence[State],
-        seed: int,
+        rows: Rows,
     ) -> None:
         self.problem = problem
         self.parents = problem.parents
         self.candidates = candidates
         self.hidden = hidden
         self.states = states
+        self.rows = rows
         self.of_target = problem.target.state()
         self.structured = [structured_state(one.correspondence) for one in problem.parents]
+        self.places = places
         self.writers = {one.reader.affine.name: name for name, one in hidden.items()}
         self.uses = Counter(key for place in places for key in self._reached(place))
         models = [one.traced for one in problem.parents]
@@ -104,7 +120,14 @@ class Walks:
         ]
         self.batch_sizes = [one[0].size(0) for one in inputs]
         # Of the positions of the regressions, and of those by which channels are chosen.
-        self.of_rows, self.of_choices = (torch.Generator().manual_seed(seed) for _ in range(2))
+        self.of_rows, self.of_choices = (torch.Generator().manual_seed(rows.seed) for _ in range(2))
+
+    @property
+    def solved(self) -> frozenset[str]:
+        """The names of the parameters that are solved for or chosen."""
+        names = {name for place in self.places for name in place.parameters}
+        carried = {axis.use.parameter for one in self.hidden.values() for axis in one.carried}
+        return frozenset(names | carried)
 
     def _reached(self, place: Place) -> Iterator[tuple[int, str]]:
         """Yield the parents' values that a regression asks for: parent, node."""
@@ -135,7 +158,8 @@ class Walks:
             ]
             if chosen is None:
                 every = next(one.size(1) for one in values if one is not None)
-                num_rows, num_inputs = rows_for(size, _ROWS, _LEAST_ROWS), sum(self.batch_sizes)
+                num_rows = rows_for(size, self.rows.a_column, self.rows.least)
+                num_inputs = sum(self.batch_sizes)
                 chosen = chosen_positions(every, num_rows, num_inputs, self.of_rows)
                 num_rows = len(chosen) * num_inputs
                 equations = [equations_for(start, num_rows) for start in starts]

@@ -1,0 +1,95 @@
+"""How far the interior leans towards one parent: what is tried, and how it is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clafusion.execution.call import State
+from clafusion.merging.mean import weighted_mean
+from clafusion.merging.problem import FusionProblem, MergeWeights
+
+__all__ = ["ANCHORS", "Trial", "anchored_weights", "output_distance", "outputs_and_goals"]
+
+ANCHORS = (0.0, 0.8)
+"""What ``"auto"`` tries."""
+
+_PART, _LEAST_PART = 8, 3  # one of so many inputs is regressed, and another one compared
+_ROWS = 32  # of the outputs, that are regressed at the least
+
+
+def anchored_weights(problem: FusionProblem, anchor: float) -> list[MergeWeights]:
+    """Return the parents' weights inside the network.
+
+    ``anchor`` in [0, 1] is how far they go from the parents' own to the parent that has most of the
+    outputs; of equals that is the problem's reference. Those of each layer add up to 1.
+    """
+    own = [one.weights for one in problem.parents]
+    most = max(range(len(own)), key=lambda i: (own[i].overall, i == problem.reference))
+
+    def anchored(given: Sequence[float]) -> tuple[float, ...]:
+        moved = [weight + anchor * (float(i == most) - weight) for i, weight in enumerate(given)]
+        return (max(1.0 - sum(moved[1:]), 0.0), *moved[1:])
+
+    overall = anchored([one.overall for one in own])
+    names = dict.fromkeys(name for one in own for name in one.own)
+    by_name = {name: anchored([one.of(name) for one in own]) for name in names}
+    return [
+        MergeWeights(weight, {name: of_layer[i] for name, of_layer in by_name.items()})
+        for i, weight in enumerate(overall)
+    ]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Inputs on which all anchors are regressed, and others on which they are compared.
+
+    Both are spread over all inputs, which may be sorted.
+    """
+
+    regressed: list[tuple[Tensor, ...]]
+    compared: list[tuple[Tensor, ...]]
+
+    @classmethod
+    def of(cls, inputs: Sequence[tuple[Tensor, ...]], positions: int) -> Trial | None:
+        """Part inputs, which come in batches; None where they are too few.
+
+        ``positions`` is how many rows of outputs an input has.
+        """
+        whole = [torch.cat(one) for one in zip(*inputs, strict=True)]
+        part = min(_PART, len(whole[0]) * positions // _ROWS)
+        if part < _LEAST_PART:
+            return None
+        chunk = max(len(one[0]) for one in inputs)
+        regressed, compared = (
+            list(zip(*(one[first::part].split(chunk) for one in whole), strict=True))
+            for first in (0, part // 2)
+        )
+        return cls(regressed, compared)
+
+
+def outputs_and_goals(
+    problem: FusionProblem, state: State, inputs: tuple[Tensor, ...]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what the target puts out with a state, and the parents' weighted mean, in float64."""
+    counted = [one for one in problem.parents if one.weights.overall > 0]
+    found = problem.target.run(inputs, state=state)
+    of_parents = [one.traced.run(inputs) for one in counted]
+    for value, *values in zip(found, *of_parents, strict=True):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            goals = [one.double() for one in values]
+            yield value.double(), weighted_mean(goals, [one.weights.overall for one in counted])
+
+
+def output_distance(
+    problem: FusionProblem, state: State, inputs: Sequence[tuple[Tensor, ...]]
+) -> float:
+    """Return how far a state's outputs are from the parents' weighted mean: a sum of squares."""
+    return sum(
+        float((value - goal).square().sum())
+        for batch in inputs
+        for value, goal in outputs_and_goals(problem, state, batch)
+    )
