@@ -235,7 +235,7 @@ def test_the_recipe_of_a_kernel_runs(recipe, monkeypatch):
     monkeypatch.syspath_prepend(str(recipe))
     names = {"_core": importlib.import_module("recipe"), "np": np}
     names |= {"NDArray": np.ndarray, "InputError": clafusion.InputError}
-    code = "from __future__ import annotations\n" + read(recipe / "src/clafusion/_native.py")
+    code = "from __future__ import annotations\n" + read(recipe / "src/clafusion/_native/energy.py")
     exec(code, names)
     x = np.random.default_rng(0).normal(size=(131, 17)).astype(np.float32)
     np.testing.assert_allclose(names["row_energies"](x), (x.astype(float) ** 2).sum(1))

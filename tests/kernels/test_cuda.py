@@ -14,14 +14,14 @@ from clafusion.transport.sinkhorn import sinkhorn
 from clafusion.transport.solve import solve_transport
 from tests.support.transport_problems import problem, weights
 
-kernels = pytest.mark.skipif(_native._cuda is None, reason="this build has no CUDA kernels")
+kernels = pytest.mark.skipif(_native.cuda.module is None, reason="this build has no CUDA kernels")
 
 
 @pytest.fixture
 def gpu():
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU, or this PyTorch has no CUDA")
-    if _native._cuda is None:
+    if _native.cuda.module is None:
         pytest.skip("this build has no CUDA kernels")
     names, reason = _native.cuda_devices()
     assert names, reason
@@ -56,7 +56,7 @@ class HostDevice:
 @pytest.fixture
 def host_device(compiled, monkeypatch):
     """Make the way to the GPU end in the host's memory."""
-    monkeypatch.setattr(_native, "_cuda", HostDevice(compiled))
+    monkeypatch.setattr(_native.cuda, "module", HostDevice(compiled))
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     stream = types.SimpleNamespace(cuda_stream=1234)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
@@ -161,8 +161,8 @@ def test_too_little_memory_is_told_in_bytes(monkeypatch):
 
 
 def test_cuda_tensors_without_cuda_kernels_are_refused_by_name(monkeypatch):
-    monkeypatch.setattr(_native, "_cuda", None)
-    monkeypatch.setattr(_native, "_no_cuda", "this build of clafusion has no CUDA kernels")
+    monkeypatch.setattr(_native.cuda, "module", None)
+    monkeypatch.setattr(_native.cuda, "missing", "this build of clafusion has no CUDA kernels")
     with FakeTensorMode():
         cost = torch.empty(4, 5, device="cuda")
         with pytest.raises(InputError, match=r"costs are on cuda:0, but this build .* no CUDA"):
@@ -224,14 +224,14 @@ def arguments(**changes):
 )
 def test_the_compiled_door_refuses_too(changes, error, message):
     with pytest.raises(error, match=message):
-        _native._cuda.sinkhorn(**arguments(**changes))
+        _native.cuda.module.sinkhorn(**arguments(**changes))
 
 
 @kernels
 def test_an_empty_batch_needs_no_gpu():
     none = np.empty(0, dtype=np.int64)
     shapes = np.empty((0, 2), dtype=np.int64)
-    _native._cuda.sinkhorn(**arguments(shapes=shapes, costs=none, plans=none))
+    _native.cuda.module.sinkhorn(**arguments(shapes=shapes, costs=none, plans=none))
 
 
 @kernels
@@ -240,12 +240,12 @@ def test_the_kernels_import_and_tell_why_there_is_no_gpu():
     assert bool(names) != bool(reason)
     if not names:
         with pytest.raises(RuntimeError, match="choosing the CUDA device: cudaError"):
-            _native._cuda.sinkhorn_workspace(np.array([[4, 5]]), 0)
+            _native.cuda.module.sinkhorn_workspace(np.array([[4, 5]]), 0)
 
 
 def test_without_kernels_the_reason_is_told(monkeypatch):
-    monkeypatch.setattr(_native, "_cuda", None)
-    monkeypatch.setattr(_native, "_no_cuda", "built without")
+    monkeypatch.setattr(_native.cuda, "module", None)
+    monkeypatch.setattr(_native.cuda, "missing", "built without")
     assert _native.cuda_devices() == ([], "built without")
     info = _native.build_info()
     assert (info["cuda"], info["cuda_architectures"], info["cuda_runtime"]) == (False, "", "")
