@@ -240,8 +240,14 @@ def _full_plans(models: Sequence[TracedModel], config: FusionConfig) -> int:
     solver = config.matching.solver
     if not isinstance(solver, (Auto, Sinkhorn, Unbalanced)):
         return 0
-    least = LARGEST_EXACT if isinstance(solver, Auto) else 0
-    sizes = [sum(4 * one.size**2 for one in m.groups if one.size**2 > least) for m in models]
+    least, equal = 0, set[int]()
+    if isinstance(solver, Auto):  # equal sizes are assigned to each other, which is no matrix
+        least = LARGEST_EXACT
+        equal = set.intersection(*({one.size for one in model.groups} for model in models))
+    sizes = [
+        sum(4 * one.size**2 for one in m.groups if one.size**2 > least and one.size not in equal)
+        for m in models
+    ]
     return sum(sizes) - max(sizes)
 
 

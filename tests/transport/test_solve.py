@@ -272,6 +272,9 @@ def test_auto_is_assignment_exact_or_sinkhorn():
     assert _choose(wide, uniform, np.full(15, 1 / 15)) == "exact"
     large = torch.zeros(1).expand(LARGEST_EXACT + 1, 1)
     assert _choose(large, uniform, uniform) == "sinkhorn"
+    size = LARGEST_EXACT**0.5 + 1
+    even = np.full(int(size), 1 / size)
+    assert _choose(torch.zeros(1).expand(len(even), len(even)), even, even) == "assignment"
     both = solve_transport([square, wide])
     assert [s.status for s in both] == ["optimal", "optimal"]
     assert torch.equal(both[0].plan, solve_transport([square], solver="assignment")[0].plan)
