@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, fx
 
 from clafusion.alignment.models import label
+from clafusion.calibration.least_squares.walks import Rows
 from clafusion.config import Auto, FusionConfig, LeastSquares, Sinkhorn, Unbalanced
 from clafusion.errors import InputError
 from clafusion.tracing.model import TracedModel
+from clafusion.tracing.operations import affine_operands
 from clafusion.transport.solve import LARGEST_EXACT
 from clafusion.weights.factories import Model, ModelFile
 
@@ -147,8 +149,11 @@ def needed_memory(models: Sequence[TracedModel], count: int, config: FusionConfi
     plans = _full_plans(models, config)
     calibrated = max(activations) + 6 * largest
     if isinstance(config.used_calibration, LeastSquares):
-        weights = max(_weights(one) for one in models)
-        calibrated = sum(activations) + max(activations) + 6 * largest + 2 * weights
+        calibrated = (
+            sum(activations)
+            + max(activations)
+            + max(_regression_bytes(one, count) for one in models)
+        )
     return NeededMemory(
         held=held_now(),
         stages={
@@ -235,6 +240,26 @@ def _largest_weight(model: TracedModel) -> int:
     return max((4 * one.numel() for one in model.module_state().values()), default=0)
 
 
+def _regression_bytes(model: TracedModel, count: int) -> int:
+    """Return the bytes of the largest regression: inputs and goals, sums, and what is solved."""
+    state, nodes = model.module_state(), {node.name: node for node in model.module.graph.nodes}
+    most = 0
+    for layer in model.layers:
+        positions = max((math.prod(one.positions) for one in layer.hook_points), default=1)
+        for point in layer.calibration_points:
+            if point.affine is None:
+                continue
+            kernel = model.entries.get(affine_operands(nodes[point.affine])["weight"])
+            if kernel is None:
+                continue
+            outputs = len(point.groups)
+            features = state[kernel].numel() // outputs
+            rows = min(count * positions, Rows().number(features))
+            sums = 2 * min(features, rows) ** 2 + features * (5 * outputs + 1)
+            most = max(most, 4 * rows * (2 * features + 3 * outputs) + 8 * sums)
+    return most
+
+
 def _full_plans(models: Sequence[TracedModel], config: FusionConfig) -> int:
     """Return the bytes of plans that are matrices: those of all parents but the reference."""
     solver = config.matching.solver
@@ -249,10 +274,6 @@ def _full_plans(models: Sequence[TracedModel], config: FusionConfig) -> int:
         for m in models
     ]
     return sum(sizes) - max(sizes)
-
-
-def _weights(model: TracedModel) -> int:
-    return sum(one.numel() * one.element_size() for one in model.module_state().values())
 
 
 def _largest_rows(model: TracedModel, count: int, config: FusionConfig) -> int:

@@ -87,6 +87,8 @@ def test_a_limit_that_is_too_small_says_the_least_that_would_do(monkeypatch):
     monkeypatch.setattr("clafusion.memory.held_now", lambda: 0)
     models = [mlp(12, 20, 4), mlp(12, 20, 16, 4)]
     with pytest.raises(InputError, match=r"is too little: the least is about '0.4 MB'.*'match'"):
+        fuse(models, VECTORS, calibration="repair", memory_limit="5kB")
+    with pytest.raises(InputError, match="and 'calibrate' needs"):
         fuse(models, VECTORS, memory_limit="5kB")
 
 

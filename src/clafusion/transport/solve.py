@@ -32,8 +32,8 @@ __all__ = ["LARGEST_EXACT", "solve_compactly", "solve_transport"]
 
 
 LARGEST_EXACT = 4096 * 4096
-"""Entries of a cost matrix beyond which ``"auto"`` takes Sinkhorn: the network simplex needs minutes
-there. An assignment of 8,192 channels needs seconds."""
+"""Entries of a cost matrix beyond which ``"auto"`` takes Sinkhorn: the network simplex needs
+minutes there. An assignment of 8,192 channels needs seconds."""
 
 
 def solve_transport(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,7 @@ class Regression:
         The names of those that were solved for, or taken from one parent as they are.
     """
 
-    state: dict[str, Tensor]
+    state: MutableMapping[str, Tensor]
     anchor: float
     solved: frozenset[str]
 
@@ -78,7 +78,7 @@ def regress_anchored(
         anchors = (settings.anchor,)
     elif max(one.weights.overall for one in problem.parents) >= 1.0:
         anchors = ANCHORS[:1]
-    plain = dict(average(problem))
+    plain = average(problem)
     if any(
         one.is_identity and one.weights.overall >= 1.0 and not one.weights.own
         for one in problem.parents
@@ -121,18 +121,19 @@ def _is_exact(problem: FusionProblem, plain: State, data: Data) -> bool:
     )
 
 
-def _anchored(problem: FusionProblem, plain: State, anchor: float) -> State:
+def _anchored(
+    problem: FusionProblem, plain: MutableMapping[str, Tensor], anchor: float
+) -> MutableMapping[str, Tensor]:
     """Return the average with the interior anchored, given the one by the parents' own weights."""
     if anchor == 0.0:
         return plain
     axes = problem.target.axes_by_parameter
-    # Channels leave these in no group: the outputs' parameters, which are not anchored.
-    outputs = {
-        name: value
-        for name, value in plain.items()
-        if all(one.direction == "in" for _, one in axes.get(name, ()))
-    }
-    return {**average(problem, anchored_weights(problem, anchor)), **outputs}
+    anchored = average(problem, anchored_weights(problem, anchor))
+    for name in anchored:
+        # Channels leave these in no group: the outputs' parameters, which are not anchored.
+        if all(one.direction == "in" for _, one in axes.get(name, ())):
+            anchored[name] = plain[name]
+    return anchored
 
 
 def _inputs(
@@ -168,10 +169,7 @@ def _regressed(
     states = [one.traced.state() for one in problem.parents]
     hidden = hidden_channels(problem, places, states, problem.target.state())
     candidates = [
-        Candidate(
-            {name: tensor.clone() for name, tensor in state.items()},
-            _weights(problem, places, anchor),
-        )
+        Candidate(_kept(problem, state), _weights(problem, places, anchor))
         for anchor, state in fused.items()
     ]
     walks = Walks(problem, candidates, inputs, places, hidden, states, rows)
@@ -181,6 +179,14 @@ def _regressed(
         if progress is not None:
             progress("calibrate", (done + 1) * num_inputs // len(places))
     return walks
+
+
+def _kept(problem: FusionProblem, state: State) -> MutableMapping[str, Tensor]:
+    """Return a copy of a state, where the problem keeps what it makes."""
+    kept = problem.storage.empty()
+    for name, tensor in state.items():
+        kept[name] = tensor.clone(memory_format=torch.contiguous_format)
+    return kept
 
 
 def _most_inputs(problem: FusionProblem, num_candidates: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,7 @@ def is_stored(place: Place, state: State, solved: Tensor) -> bool:
 
 
 def store_solution(
-    place: Place, state: dict[str, Tensor], solved: Tensor, equations: Equations
+    place: Place, state: MutableMapping[str, Tensor], solved: Tensor, equations: Equations
 ) -> None:
     """Put a solution ``(num_features (+ 1), num_channels)`` into the parameters."""
     has_bias = place.point.bias is not None
@@ -67,7 +69,8 @@ def store_solution(
     bias = solved[-1] if has_bias else None
 
     def put(name: str, value: Tensor) -> None:
-        state[name] = value.reshape(state[name].shape).to(state[name])
+        # Laid out as in a file: products of other layouts are rounded otherwise.
+        state[name] = value.reshape(state[name].shape).to(state[name]).contiguous()
 
     put(place.kernel, weight.T if place.is_transposed else weight)
     if place.norm is None:

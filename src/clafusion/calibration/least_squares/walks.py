@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -53,6 +53,10 @@ class Rows:
     least: int = 10_000
     seed: int = 0
 
+    def number(self, num_columns: int) -> int:
+        """Return how many rows a regression with so many columns takes at the most."""
+        return rows_for(num_columns, self.a_column, self.least)
+
     def fewer(self) -> Rows:
         """Return a quarter, to find out which of several candidates is the best."""
         return Rows(self.a_column // 4, self.least // 4, self.seed)
@@ -74,7 +78,7 @@ class Candidate:
         The hidden channels that were chosen, by the layer that writes them.
     """
 
-    state: dict[str, Tensor]
+    state: MutableMapping[str, Tensor]
     weights: Mapping[str, Sequence[float]]
     walks: list[Walk] = field(default_factory=list)
     choices: dict[str, Choice] = field(default_factory=dict)
@@ -158,7 +162,7 @@ class Walks:
             ]
             if chosen is None:
                 every = next(one.size(1) for one in values if one is not None)
-                num_rows = rows_for(size, self.rows.a_column, self.rows.least)
+                num_rows = self.rows.number(size)
                 num_inputs = sum(self.batch_sizes)
                 chosen = chosen_positions(every, num_rows, num_inputs, self.of_rows)
                 num_rows = len(chosen) * num_inputs
@@ -257,7 +261,9 @@ class Walks:
                 start[:, into] = stacked(place, self._aligned(place, hidden, part, one))[:, into]
         return start
 
-    def _carry(self, fused: dict[str, Tensor], hidden: Hidden, given: Sequence[Kept]) -> None:
+    def _carry(
+        self, fused: MutableMapping[str, Tensor], hidden: Hidden, given: Sequence[Kept]
+    ) -> None:
         """Give every channel its row of those parameters that are between its two layers."""
         for i, axis in enumerate(hidden.carried):
             rows = fused[axis.use.parameter].clone()
