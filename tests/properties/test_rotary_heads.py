@@ -109,3 +109,39 @@ def test_depths_may_differ_beside():
     for weights, parent in (([1, 0], deep), ([0, 1], shallow)):
         fused = fuse([deep, shallow], TOKENS, weights, calibration="none").model
         assert_same_logits(fused, parent, TOKENS)
+
+
+@pytest.mark.parametrize("heads", [2, 3, 4])
+@pytest.mark.parametrize("turned", [0.25, 0.5])
+def test_queries_and_values_move_together_where_a_part_of_a_head_is_turned(heads, turned):
+    """Two heads have one order but their own, in which all of them would move alike."""
+
+    def made(layers, seed):
+        torch.manual_seed(seed)
+        config = transformers.StableLmConfig(
+            vocab_size=60,
+            hidden_size=heads * SIZE,
+            intermediate_size=24,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": turned,
+            },
+            use_cache=False,
+        )
+        model = transformers.StableLmForCausalLM(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.5 * torch.randn_like(parameter)
+        return model
+
+    models = [made(3, 0), made(2, 1)]
+    traced = [trace(one, TOKENS[:4]) for one in models]
+    for one in traced:
+        assert len(one.heads) == len(one.model.model.layers)
+        assert all(len(whole.members) == heads for whole in one.heads)
+    fused = fuse(models, TOKENS, [0, 1], calibration="none").model
+    assert_same_logits(fused, models[1], TOKENS)

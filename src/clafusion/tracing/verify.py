@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, combinations
 
 import torch
 from torch import Tensor
@@ -138,34 +139,68 @@ def with_proved_heads(
         return replace(traced, heads=(*heads, *shared))
     if verify:
         _verify_groups(trial)
-    if not _can_be_exchanged(heads, trial):  # try each layer's alternatives alone
-        proved = (
-            next((heads for heads in alternatives if _can_be_exchanged(heads, trial)), ())
-            for alternatives in candidates
-        )
-        heads = list(chain.from_iterable(proved))
-    traced = replace(traced, heads=tuple(heads))
+    traced = replace(traced, heads=tuple(_exchangeable(candidates, trial)))
     shared = possible_shared_heads(traced)
     if not _can_be_exchanged(shared, trial):
         shared = [one for one in shared if _can_be_exchanged([one], trial)]
     return replace(traced, heads=(*traced.heads, *shared))
 
 
+def _exchangeable(
+    candidates: Sequence[Sequence[Sequence[HeadPartition]]], trial: _Trial
+) -> list[HeadPartition]:
+    """Return the finest of each layer's alternatives that can change places.
+
+    Layers are mostly alike, so the alternatives are tried in all of them at once first.
+    """
+    for rank in range(max(map(len, candidates), default=0)):
+        of_all = [one for several in candidates for one in several[min(rank, len(several) - 1)]]
+        if _can_be_exchanged(of_all, trial):
+            return of_all
+    found: list[HeadPartition] = []
+    for several in candidates:
+        found += next((heads for heads in several if _can_be_exchanged(heads, trial)), ())
+    return found
+
+
 def _moves(
     trial: _Trial, groups: Sequence[ChannelGroup], heads: Sequence[HeadPartition]
 ) -> tuple[Moves, Moves]:
     """Return a cycle of channels and heads, and a swap."""
+    of_groups = ([move(one.size, trial.generator) for one in groups] for move in (_cycle, _swap))
+    of_heads = zip(*_orders_apart(trial, heads), strict=True) if heads else ((), ())
     of_cycle, of_swap = (
         joined(
-            permutation_moves(groups, [move(one.size, trial.generator) for one in groups]),
-            exchange_moves(
-                trial.traced,
-                [(one, move(len(one.members), trial.generator).tolist()) for one in heads],
-            ),
+            permutation_moves(groups, permutations),
+            exchange_moves(trial.traced, list(zip(heads, orders, strict=True))),
         )
-        for move in (_cycle, _swap)
+        for permutations, orders in zip(of_groups, of_heads, strict=True)
     )
     return of_cycle, of_swap
+
+
+def _orders_apart(
+    trial: _Trial, heads: Sequence[HeadPartition]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the order that a cycle makes of each partition, and the one that a swap makes.
+
+    Partitions of one layer that move alike would hide that they can only move together, as the
+    queries and the values of an attention do. So of two heads some partitions change places in the
+    cycle only, some in the swap only; of more each swap is another one.
+    """
+    before: Counter[tuple[int, int]] = Counter()
+    for one in heads:
+        count = len(one.members)
+        rank = before[one.layer, count]
+        before[one.layer, count] += 1
+        cycle, swap = _cycle(count, trial.generator).tolist(), list(range(count))
+        pairs = list(combinations(range(count), 2))
+        if pairs:
+            first, second = pairs[(rank + one.layer) % len(pairs)]
+            swap[first], swap[second] = second, first
+        if count == 2 and rank % 3 < 2:
+            cycle, swap = (cycle, [0, 1]) if rank % 3 == 0 else ([0, 1], swap)
+        yield cycle, swap
 
 
 def _verify_groups(trial: _Trial) -> None:
