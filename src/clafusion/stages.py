@@ -38,6 +38,7 @@ from clafusion.profiling.profile import ModelProfile, profile_models
 from clafusion.settings import made, options_of
 from clafusion.tracing.copies import copied
 from clafusion.tracing.model import TracedModel
+from clafusion.tracing.pinned import movable_share
 from clafusion.tracing.rows import mixing_operation
 from clafusion.tracing.trace import trace
 from clafusion.weights.factories import Model, ModelFile
@@ -60,6 +61,8 @@ __all__ = [
     "traced_template",
     "warn_of_pinned_channels",
 ]
+
+_MOVABLE = 0.5  # of all weights: where fewer can move, a warning says so
 
 ExampleInputs: TypeAlias = "Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]"
 """What a model is traced with: one input, several positional ones, or keyword inputs."""
@@ -386,7 +389,8 @@ def warn_of_pinned_channels(
     Warns
     -----
     PinnedWarning
-        The message names the channels, and the operations at which the analysis loses them.
+        The message names the channels, and the operations at which the analysis loses them; and
+        how much of a model can move, where that is less than half of its weights.
     """
     counting = [
         (name, one) for name, one, weight in zip(names, models, weights, strict=True) if weight > 0
@@ -399,9 +403,12 @@ def warn_of_pinned_channels(
         return
     shown = [f"{pinned} in {' and '.join(whose)}" for pinned, whose in found.items()]
     more = f"; and {len(shown) - 3} more" if len(shown) > 3 else ""
+    shares = [(name, movable_share(one)) for name, one in counting if one.pinned]
+    few = ", ".join(f"{share:.0%} of {label(name)}" for name, share in shares if share < _MOVABLE)
     warn(
         f"channels that cannot be matched are averaged in the order in which they stand: "
-        f"{'; '.join(shown[:3])}{more}. That suits only networks that were trained from one start",
+        f"{'; '.join(shown[:3])}{more}. That suits only networks that were trained from one start"
+        + (f". Of all weights only these can move: {few}" if few else ""),
         PinnedWarning,
     )
 

@@ -10,6 +10,7 @@ from clafusion.alignment.models import AlignedModels, PairAlignment
 from clafusion.merging.problem import Parent
 from clafusion.results import FusionResult
 from clafusion.tracing.model import TracedModel
+from clafusion.tracing.pinned import movable_share
 
 __all__ = ["alignment_facts", "fusion_facts", "model_facts"]
 
@@ -137,4 +138,5 @@ def model_facts(model: TracedModel) -> dict[str, Any]:
             for one in model.heads
         ],
         "pinned": _pinned_facts(model),
+        "movable": movable_share(model),
     }

@@ -13,6 +13,7 @@ from clafusion.merging.problem import Parent
 from clafusion.reports.text import described, fact_lines, plain_table, seconds_text, shortened
 from clafusion.results import FusionResult
 from clafusion.tracing.model import TracedModel
+from clafusion.tracing.pinned import movable_share
 
 if TYPE_CHECKING:
     from clafusion.batch.results import PairResult
@@ -415,7 +416,8 @@ def model_summary(model: TracedModel) -> str:
         facts["heads"] = f"exchangeable as wholes: {shortened(named)}"
     if model.pinned:
         facts["pinned"] = (
-            f"channels that keep their places: {shortened(list(map(str, model.pinned)))}"
+            f"channels that keep their places: {shortened(list(map(str, model.pinned)))}; "
+            f"{movable_share(model):.0%} of the weights can move"
         )
     return f"{layers}\n\n{groups}\n\n{fact_lines(facts)}"
 

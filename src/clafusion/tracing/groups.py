@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 import clafusion.tracing.labels.rules  # noqa: F401  (registers the rules)
-from clafusion.errors import UnsupportedOpError
 from clafusion.execution.call import State
+from clafusion.tracing.labels.drafts import DraftUse
 from clafusion.tracing.labels.ids import collapse
 from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.labels.positions import find_token_hidden_units
@@ -124,8 +124,7 @@ def find_channels(
     Raises
     ------
     UnsupportedOpError
-        An operation has no rule, or one element of a parameter would have to move in two ways;
-        the message names the operation, where it stands and what to do.
+        As for :meth:`clafusion.tracing.labels.interpreter.LabelPropagation.run`.
     """
     labels = LabelPropagation(state, buffers)
     shapes = labels.run(module, placeholders, inputs)
@@ -137,6 +136,7 @@ def find_channels(
     find_token_hidden_units(labels, module)
     find_states(labels, module, placeholders, inputs)
     unreached = labels.settle_unreached()
+    _pin_overlaps(labels)
     return replace(_channels(labels, shapes, frozenset()), unreached=unreached)
 
 
@@ -147,7 +147,6 @@ def _channels(
         ParameterUse(use.name, use.role, use.size, use.stride, use.offset, i)
         for i, use in enumerate(labels.uses.values())
     )
-    _check_overlaps(uses, labels.state)
     roots = labels.roots(torch.arange(len(labels.parents))).numpy()
     found = _groups(labels, uses, roots)
     kept = [one for one in found if one.size > 1 or int(one.atoms[0]) in singles]
@@ -319,20 +318,20 @@ def _node_channels(
     return NodeChannels(varying[0], groups, members, moving, free)
 
 
-def _check_overlaps(uses: Sequence[ParameterUse], state: State) -> None:
-    """Raise where two views of a parameter share an element."""
-    by_name: dict[str, list[ParameterUse]] = {}
-    for use in uses:
-        by_name.setdefault(use.parameter, []).append(use)
+def _pin_overlaps(labels: LabelPropagation) -> None:
+    """Pin the channels of a parameter whose views share elements, as these would move twice."""
+    by_name: dict[str, list[DraftUse]] = {}
+    for use in labels.uses.values():
+        by_name.setdefault(use.name, []).append(use)
     for name, views in by_name.items():
-        if len(views) > 1:
-            count = torch.zeros(state[name].shape, dtype=torch.int32)
+        if len(views) == 1:
+            continue
+        tensor = labels.state[name]
+        count = torch.zeros(tensor.numel(), dtype=torch.int32)
+        for use in views:
+            count.as_strided(use.size, use.stride, use.offset).add_(1)
+        if int(count.max()) > 1:
             for use in views:
-                use.view(count).add_(1)
-            if int(count.max()) > 1:
-                raise UnsupportedOpError(
-                    f"parameter {name!r} is used through overlapping views "
-                    f"({', '.join(sorted({use.role for use in views}))}), so that one "
-                    "element would have to move in two ways. Use separate parameters, or "
-                    "always the same view"
-                )
+                for ids in use.axes.values():
+                    labels.pin(ids)
+                    labels.lose(ids, f"it reads {name!r} in another way, too", node=use.node)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 
+from clafusion.tracing.labels.drafts import DraftPin
 from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.model import PinnedChannels, TracedModel
 from clafusion.tracing.operations import module_path, op_name
 
-__all__ = ["pinned_channels"]
+__all__ = ["movable_share", "pinned_channels"]
 
 
 def pinned_channels(traced: TracedModel, labels: LabelPropagation) -> tuple[PinnedChannels, ...]:
@@ -31,7 +33,7 @@ def pinned_channels(traced: TracedModel, labels: LabelPropagation) -> tuple[Pinn
     for heads in traced.heads:
         for index in {index for head in heads.members for index in head}:
             in_heads[traced.groups[index].atoms] = True
-    written = dict(_written(labels))
+    written, elements = dict(_written(labels)), dict(_elements(labels))
     found = []
     for draft in labels.lost:
         atoms = labels.roots(draft.atoms).unique()
@@ -39,14 +41,40 @@ def pinned_channels(traced: TracedModel, labels: LabelPropagation) -> tuple[Pinn
         told[atoms] = True
         by_parameter: dict[str, int] = {}
         for atom in atoms.tolist():
-            if atom in written:
-                by_parameter[written[atom]] = by_parameter.get(written[atom], 0) + 1
-        found += [
-            PinnedChannels(name, size, op_name(draft.node), module_path(draft.node), draft.why)
-            for name, size in by_parameter.items()
-            if size > 1
-        ]
+            name = written.get(atom) or (elements.get(atom) if draft.with_elements else None)
+            if name is not None:
+                by_parameter[name] = by_parameter.get(name, 0) + 1
+        found += [_pinned(draft, name, size) for name, size in by_parameter.items() if size > 1]
     return tuple(found)
+
+
+def _pinned(draft: DraftPin, parameter: str, size: int) -> PinnedChannels:
+    node = draft.node
+    return PinnedChannels(parameter, size, op_name(node), module_path(node), draft.why)
+
+
+def movable_share(traced: TracedModel) -> float:
+    """Return which part of a model's trained weights can move, with channels or whole heads."""
+    in_heads = {index for one in traced.heads for head in one.members for index in head}
+    sizes = {
+        traced.aliases.get(name, name): value.numel()
+        for name, value in traced.model.named_parameters()
+    }
+    movable = 0
+    for name in sizes:
+        for use in traced.uses_by_parameter.get(name, ()):
+            kept = list(use.size)
+            for group, one in traced.axes_by_parameter.get(name, ()):
+                if one.use.index == use.index and (group.size > 1 or group.index in in_heads):
+                    kept[one.axis] -= len(one.positions.unique())
+            movable += math.prod(use.size) - math.prod(kept)
+    return movable / max(sum(sizes.values()), 1)
+
+
+def _elements(labels: LabelPropagation) -> Iterator[tuple[int, str]]:
+    """Yield the roots of all elements of parameters that are no channels of a weight."""
+    for name, ids in labels.elements.items():
+        yield from ((root, name) for root in labels.roots(ids).tolist())
 
 
 def _written(labels: LabelPropagation) -> Iterator[tuple[int, str]]:

@@ -12,7 +12,10 @@ __all__ = ["DraftPin", "DraftUse"]
 
 @dataclass
 class DraftUse:
-    """A parameter view whose axes carry ids; it becomes a ``ParameterUse``."""
+    """A parameter view whose axes carry ids; it becomes a ``ParameterUse``.
+
+    ``node`` is the operation that reads it first.
+    """
 
     name: str
     role: str
@@ -21,6 +24,7 @@ class DraftUse:
     offset: int
     axes: dict[int, Tensor] = field(default_factory=dict)
     directions: dict[int, Literal["out", "in"]] = field(default_factory=dict)
+    node: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,12 @@ class DraftPin:
         What it does with them.
     as_wholes
         Whether the channels themselves can change places, but not the sets of them that it takes.
+    with_elements
+        Whether elements of parameters that no weight writes are meant, too.
     """
 
     atoms: Tensor
     node: fx.Node
     why: str
     as_wholes: bool = False
+    with_elements: bool = False

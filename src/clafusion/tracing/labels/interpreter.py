@@ -18,41 +18,38 @@ from torch.utils import _pytree as pytree
 from clafusion.errors import UnsupportedOpError
 from clafusion.execution.call import State
 from clafusion.execution.writes import written_inputs
+from clafusion.tracing.labels.atoms import Atoms, atoms_in
 from clafusion.tracing.labels.drafts import DraftPin, DraftUse
-from clafusion.tracing.labels.ids import collapse, fixed_ids, mix, salt, sequence_ids, value_ids
+from clafusion.tracing.labels.ids import collapse, fixed_ids, salt, sequence_ids, value_ids
 from clafusion.tracing.labels.rule import (
     POINTWISE,
     REARRANGING,
     RULES,
     Call,
     Label,
+    NotFollowed,
     ParameterView,
+    Rule,
 )
 from clafusion.tracing.operations import module_path, op_name
 
 __all__ = ["LabelPropagation"]
 
 
-class LabelPropagation:
-    """The state of one run: the union-find, the fingerprints and the parameter uses.
+class LabelPropagation(Atoms):
+    """The state of one run: the atoms and the parameter uses.
 
     Parameters
     ----------
     state, buffers
         As for :func:`clafusion.tracing.groups.find_channels`.
     parents
-        The union-find of an earlier run over the same graph. Atoms are numbered in the order of
-        their creation, which is the same in every run.
+        As for :class:`clafusion.tracing.labels.atoms.Atoms`.
 
     Attributes
     ----------
-    parents
-        The union-find: the parent of each atom; a root is its own parent.
     undecided
         Whether a parameter's element met several atoms. A second run may find them united.
-    pinned, returned, counted
-        Atoms that keep their places; those of them that the model puts out; atoms whose values the
-        model adds up without a weight.
     lost
         Which channels keep their places because a rule does not follow them, and why.
     uses
@@ -68,16 +65,11 @@ class LabelPropagation:
     def __init__(
         self, state: State, buffers: frozenset[str], parents: NDArray[np.int64] | None = None
     ) -> None:
+        super().__init__(parents)
         self.state = state
         self.buffers = buffers
-        self.parents = np.empty(0, dtype=np.int64) if parents is None else parents.copy()
-        self.created = 0
         self.undecided = False
-        self.pinned: set[int] = set()
-        self.returned: set[int] = set()
         self.lost: list[DraftPin] = []
-        self.counted: set[int] = set()
-        self._met: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []
         self.uses: dict[tuple[Any, ...], DraftUse] = {}
         self.elements: dict[str, Tensor] = {}
         self.reached: dict[str, Tensor] = {}
@@ -100,7 +92,7 @@ class LabelPropagation:
         Raises
         ------
         UnsupportedOpError
-            An operation has no rule, or its rule refuses it.
+            The model computes a loss, or the graph holds more than operations on tensors.
         """
         values: dict[fx.Node, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -120,6 +112,7 @@ class LabelPropagation:
             elif node.op == "output":
                 for result in pytree.tree_leaves(node.args):
                     if isinstance(result, fx.Node):
+                        self._node = result
                         self._reach(self.labels[result])
                         self.give_out(self.activation(self.labels[result], values[result]))
             else:
@@ -153,28 +146,18 @@ class LabelPropagation:
         if constant and op_name(node) not in ("batch_norm", "instance_norm"):
             self.labels[node] = None
             return
-        if "_functorch" in getattr(node.target, "__module__", ""):
-            raise self.unsupported(
-                node, "it belongs to a transform of torch.func, such as torch.vmap"
-            )
         if not isinstance(node.target, torch._ops.OpOverload):
-            raise self.unsupported(node)
+            raise _refusal(node)
         call = Call(node, self.labels, values)
-        function = RULES.get(call.name)
-        if function is None and torch.Tag.pointwise in node.target.tags:
-            function = RULES[POINTWISE]
-        if function is None and (call.name in _LOSSES or call.name.endswith("_loss")):
-            raise UnsupportedOpError(
-                f"the model computes a loss ({call.name} in {module_path(node) or 'forward'}): "
-                "give inputs without labels, and a model that returns its outputs"
-            )
-        if function is None:
-            raise self.unsupported(node)
-        if call.name not in REARRANGING:
-            for label in labels:
-                self._reach(label)
         self._node = node
-        self.labels[node] = function(self, call)
+        try:
+            function = _rule_of(call)
+            if call.name not in REARRANGING:
+                for label in labels:
+                    self._reach(label)
+            self.labels[node] = function(self, call)
+        except NotFollowed as cause:
+            self.labels[node] = self._all_kept(call, str(cause))
         self._mark(node)
         if node.target._schema.name.endswith("_") and isinstance(node.args[0], fx.Node):
             # The operation works in place: later nodes that read the operand see the result.
@@ -190,16 +173,23 @@ class LabelPropagation:
                 atoms = np.unique(reduced[reduced >= 0].numpy())
                 self._met.append((atoms, np.broadcast_to(mark, atoms.shape)))
 
-    @staticmethod
-    def unsupported(
-        node: fx.Node, why: str = "the channel analysis has no rule for it"
-    ) -> Exception:
-        """Return the error that refuses an operation; the caller raises it."""
-        where = module_path(node) or "the top level"
-        return UnsupportedOpError(
-            f"operation {_shown(node)} in {where!r} (node {node.name!r}) is not supported: {why}. "
-            "Replace it by supported operations, or open an issue with the module's code"
+    def _all_kept(self, call: Call, why: str) -> Label:
+        """Pin all channels and parameters that an operation reads; return fixed labels.
+
+        What it returns is then the same, whatever else moves.
+        """
+        for operand in call.node.all_input_nodes:
+            label = self.labels[operand]
+            for one in label if isinstance(label, tuple) else (label,):
+                ids = self.element_ids(one) if self.is_trained(one) else one
+                if isinstance(ids, Tensor):
+                    self.pin(ids)
+                    self.lose(ids, why, with_elements=True)
+        labels = tuple(
+            fixed_ids(f"{call.node.name}{i}", one.shape) if isinstance(one, Tensor) else None
+            for i, one in enumerate(pytree.tree_leaves(call.output))
         )
+        return labels if isinstance(call.output, (tuple, list)) else labels[0]
 
     def is_trained(self, label: Label) -> TypeGuard[ParameterView]:
         """Return whether a value is a trained parameter, or a view of one."""
@@ -209,102 +199,22 @@ class LabelPropagation:
         """Return whether a value depends neither on the input nor on a trained parameter."""
         return label is None or (isinstance(label, ParameterView) and label.name in self.buffers)
 
-    # --- atoms ---------------------------------------------------------------------------------
+    def lose(
+        self,
+        ids: Tensor,
+        why: str,
+        *,
+        as_wholes: bool = False,
+        with_elements: bool = False,
+        node: fx.Node | None = None,
+    ) -> None:
+        """Note that an operation pins channels which might change places; default that at hand.
 
-    def fresh(self, count: int) -> Tensor:
-        """Return ``count`` new atoms."""
-        start, self.created = self.created, self.created + count
-        missing = np.arange(len(self.parents), self.created)
-        self.parents = np.append(self.parents, missing)
-        return torch.arange(start, self.created)
-
-    def roots(self, ids: Tensor) -> Tensor:
-        """Return ids with every atom replaced by its root in the union-find."""
-        array = ids.numpy()
-        moving = array >= 0
-        if not moving.any():
-            return ids
-        atoms = np.where(moving, array, 0)
-        while True:
-            parents = self.parents[atoms]
-            if np.array_equal(parents, atoms):
-                break
-            atoms = parents
-        return torch.from_numpy(np.where(moving, atoms, array))
-
-    def unite(self, first: Tensor, second: Tensor) -> None:
-        """Unite atoms element by element; an atom that meets a fixed id takes a fingerprint."""
-        first, second = collapse(first, second)
-        first, second = (self.roots(ids).reshape(-1) for ids in (first, second))
-        both = (first >= 0) & (second >= 0) & (first != second)
-        pairs = torch.stack([first[both], second[both]])
-        while pairs.size(1):
-            # Of all that a root is to be united with, the smallest becomes its parent. The others
-            # still differ from it, and have their turn in the next round.
-            higher, lower = pairs.amax(0).numpy(), pairs.amin(0).numpy()
-            np.minimum.at(self.parents, higher, lower)
-            pairs = self.roots(pairs)
-            pairs = pairs[:, pairs[0] != pairs[1]]
-        self.meet(first, second)
-        self.meet(second, first)
-
-    def pin(self, ids: Tensor) -> None:
-        """Keep every atom in ``ids`` at its place: it joins no channel group."""
-        self.pinned.update(_atoms(ids).tolist())
-
-    def give_out(self, ids: Tensor) -> None:
-        """Pin the atoms of an output."""
-        self.pin(ids)
-        self.returned.update(_atoms(ids).tolist())
-
-    def lose(self, ids: Tensor, why: str, *, as_wholes: bool = False) -> None:
-        """Note that the operation at hand pins channels which might change places."""
-        assert self._node is not None
-        self.lost.append(DraftPin(_atoms(ids), self._node, why, as_wholes))
-
-    def fixed(self, ids: Tensor) -> Tensor:
-        """Return labels with a fixed id in place of every atom, the same for united ones."""
-        roots = self.roots(ids)
-        return torch.where(roots >= 0, -1 - roots, roots)
-
-    def count(self, ids: Tensor) -> None:
-        """Note that the model adds up values of every atom in ``ids`` without a weight."""
-        self.counted.update(_atoms(ids).tolist())
-
-    def meet(self, ids: Tensor, others: Tensor) -> None:
-        """Give every atom in ``ids`` the sequence of fixed ids that it meets as a fingerprint.
-
-        A single id that all atoms meet sets none apart, and is left out.
+        The other arguments are those of :class:`clafusion.tracing.labels.drafts.DraftPin`.
         """
-        ids, others = collapse(ids, others)
-        ids, others = self.roots(ids).reshape(-1), others.reshape(-1)
-        chosen = (ids >= 0) & (others < 0)
-        atoms, fixed = ids[chosen].numpy(), others[chosen].numpy()
-        if len(atoms) == 0 or (fixed == fixed[0]).all():
-            return
-        order = np.argsort(atoms, kind="stable")
-        atoms, fixed = atoms[order], fixed[order]
-        starts = np.flatnonzero(np.r_[True, atoms[1:] != atoms[:-1]])
-        rank = np.arange(len(atoms)) - np.repeat(starts, np.diff(np.r_[starts, len(atoms)]))
-        words = mix(fixed.view(np.uint64) ^ mix(rank.astype(np.uint64)))
-        self._met.append((atoms[starts], np.add.reduceat(words, starts)))
-
-    def fingerprints(self, roots: NDArray[np.int64]) -> NDArray[np.uint64]:
-        """Return for each root a hash of the set of all that its atoms met.
-
-        Exchangeable atoms have equal fingerprints. ``roots`` has the root of every atom.
-        """
-        hashes = np.zeros(len(roots), dtype=np.uint64)
-        if self._met:
-            owners = roots[np.concatenate([atoms for atoms, _ in self._met])]
-            words = np.concatenate([words for _, words in self._met])
-            order = np.lexsort((words, owners))
-            owners, words = owners[order], words[order]
-            is_new = np.r_[True, (owners[1:] != owners[:-1]) | (words[1:] != words[:-1])]
-            np.add.at(hashes, owners[is_new], mix(words[is_new]))
-        return hashes
-
-    # --- labels --------------------------------------------------------------------------------
+        node = node or self._node
+        assert node is not None
+        self.lost.append(DraftPin(atoms_in(ids), node, why, as_wholes, with_elements))
 
     def activation(self, label: Label, value: Tensor) -> Tensor:
         """Return the label tensor of an operand that acts as an activation.
@@ -326,7 +236,7 @@ class LabelPropagation:
         base = self.state[view.name]
         if view.name not in self.elements:
             self.elements[view.name] = self.fresh(base.numel())
-            use = DraftUse(view.name, "element", (base.numel(),), (1,), 0)
+            use = DraftUse(view.name, "element", (base.numel(),), (1,), 0, node=self._node)
             use.axes[0], use.directions[0] = self.elements[view.name], "out"
             self.uses[view.name, "elements"] = use
             self.reached[view.name] = torch.zeros(base.numel(), dtype=torch.bool)
@@ -346,6 +256,8 @@ class LabelPropagation:
             atoms = collapse(ids)[0].reshape(-1)
             for name in self._rearranged & self.reached.keys():
                 elements = self.elements[name]
+                if len(elements) == 0:
+                    continue
                 own = atoms[(atoms >= elements[0]) & (atoms <= elements[-1])]
                 self.reached[name][own - elements[0]] = True
 
@@ -429,7 +341,8 @@ class LabelPropagation:
         stride = tuple(view.tensor.stride(axis) for axis in order)
         offset = int(view.tensor.storage_offset() - base.storage_offset())
         key = (view.name, size, stride, offset)
-        use = self.uses.setdefault(key, DraftUse(view.name, role, size, stride, offset))
+        new = DraftUse(view.name, role, size, stride, offset, node=self._node)
+        use = self.uses.setdefault(key, new)
         current = {}
         for axis, ids in axes.items():
             place = order.index(axis)
@@ -461,18 +374,38 @@ class LabelPropagation:
         return torch.where(any_moving, chosen, fixed)
 
 
-def _atoms(ids: Tensor) -> Tensor:
-    """Return the atoms in labels, each once."""
-    (ids,) = collapse(ids)
-    atoms: Tensor = ids[ids >= 0].unique()
-    return atoms
+def _rule_of(call: Call) -> Rule:
+    """Return the rule of an operation.
+
+    Raises
+    ------
+    NotFollowed
+        It has none.
+    UnsupportedOpError
+        It computes a loss.
+    """
+    function = RULES.get(call.name)
+    if function is None and torch.Tag.pointwise in call.node.target.tags:
+        function = RULES[POINTWISE]
+    if function is None and (call.name in _LOSSES or call.name.endswith("_loss")):
+        raise UnsupportedOpError(
+            f"the model computes a loss ({call.name} in {module_path(call.node) or 'forward'}): "
+            "give inputs without labels, and a model that returns its outputs"
+        )
+    if function is None:
+        raise NotFollowed("the channel analysis has no rule for it")
+    return function
 
 
-def _shown(node: fx.Node) -> str:
-    """Return what errors call a node's operation."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target)
-    return op_name(node)
+def _refusal(node: fx.Node) -> UnsupportedOpError:
+    """Return the error for a node that is no operation on tensors."""
+    where = module_path(node) or "the top level"
+    is_transform = "_functorch" in getattr(node.target, "__module__", "")
+    why = "a transform of torch.func, such as torch.vmap" if is_transform else "no ATen operation"
+    return UnsupportedOpError(
+        f"operation {op_name(node)} in {where!r} (node {node.name!r}) is not supported: it is "
+        f"{why}. Replace it by operations on tensors"
+    )
 
 
 def _last_users(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -13,7 +13,25 @@ from clafusion.tracing.operations import bound_operands, op_name
 if TYPE_CHECKING:
     from clafusion.tracing.labels.interpreter import LabelPropagation
 
-__all__ = ["POINTWISE", "REARRANGING", "RULES", "Call", "Label", "ParameterView", "rule"]
+__all__ = [
+    "POINTWISE",
+    "REARRANGING",
+    "RULES",
+    "Call",
+    "Label",
+    "NotFollowed",
+    "ParameterView",
+    "Rule",
+    "rule",
+]
+
+
+class NotFollowed(Exception):  # noqa: N818  (no error: the channels are pinned)
+    """Raised by a rule that does not follow an operation; the message says why.
+
+    The channels and parameters that the operation reads keep their places then, and the user is
+    told.
+    """
 
 
 @dataclass(frozen=True)

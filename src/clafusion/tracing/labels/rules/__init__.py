@@ -8,6 +8,7 @@ Importing this package registers every rule. To add a rule, write a function
 from clafusion.tracing.labels.rules import (
     attention,
     elementwise,
+    indexing,
     norms,
     recurrent,
     reductions,
@@ -18,6 +19,7 @@ from clafusion.tracing.labels.rules import (
 __all__ = [
     "attention",
     "elementwise",
+    "indexing",
     "norms",
     "recurrent",
     "reductions",

@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from clafusion.tracing.labels.ids import collapse, fixed_ids, sequence_ids
 from clafusion.tracing.labels.interpreter import LabelPropagation
-from clafusion.tracing.labels.rule import Call, Label, rule
+from clafusion.tracing.labels.rule import Call, Label, NotFollowed, rule
 from clafusion.tracing.labels.rules.common import (
     CROSSED,
     collapse_within,
@@ -37,7 +37,7 @@ def _matmul(propagation: LabelPropagation, call: Call) -> Label:
     elif propagation.is_trained(first) and first.tensor.dim() == 2:
         ids = propagation.activation(second, call.value(names[1]))
         if ids.dim() < 2:
-            raise propagation.unsupported(call.node, "a matrix parameter times a vector")
+            raise NotFollowed("it multiplies a matrix of parameters with a vector")
         result = linear_labels(propagation, call, ids.mT, first, (0, 1)).mT
     else:
         left, right = (

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from clafusion.tracing.labels.ids import collapse, combine, fixed_ids, value_ids, varies_along
 from clafusion.tracing.labels.interpreter import LabelPropagation
-from clafusion.tracing.labels.rule import Call, Label, ParameterView
+from clafusion.tracing.labels.rule import Call, Label, NotFollowed, ParameterView
 
 __all__ = [
     "CROSSED",
     "collapse_within",
     "combined",
     "joined",
+    "moving",
+    "outgoing",
     "reduced",
     "rows_along",
     "scale_channels",
@@ -150,12 +152,8 @@ def scale_channels(
 ) -> None:
     """Let the operand ``name`` ``(num_channels,)`` act along an axis of an activation.
 
-    A missing operand does nothing. A constant gives the channels a fingerprint.
-
-    Raises
-    ------
-    UnsupportedOpError
-        The operand is computed from other values.
+    A missing operand does nothing. A constant gives the channels a fingerprint. What is computed
+    from other values, as a bias that is joined from parts, has channels of its own.
     """
     label = call.label(name)
     value = call.value(name)
@@ -169,7 +167,8 @@ def scale_channels(
     elif label is None:
         propagation.meet(ids, value_ids(value).reshape(shape))
     else:
-        raise propagation.unsupported(call.node, f"its {name} is computed from other values")
+        own = propagation.activation(label, value).reshape(shape)
+        propagation.unite(own.expand(ids.shape), ids)
 
 
 def reduced(
@@ -230,17 +229,34 @@ def trained_weight(propagation: LabelPropagation, call: Call, name: str) -> Para
 
     Raises
     ------
-    UnsupportedOpError
+    NotFollowed
         The operand is a constant or is computed from other values.
     """
     label = call.label(name)
     if not propagation.is_trained(label):
-        raise propagation.unsupported(
-            call.node,
-            f"its {name} is {'a constant' if label is None else 'computed from other values'}, "
-            "not a parameter (remove parametrizations such as weight_norm first)",
+        is_constant = label is None or isinstance(label, ParameterView)
+        raise NotFollowed(
+            f"its {name} is {'a constant' if is_constant else 'computed from other values'}"
         )
     return label
+
+
+def moving(ids: Tensor, text: str, shape: Sequence[int]) -> Tensor:
+    """Return labels of a shape: the atoms in ``ids``, and new fixed ids for other elements."""
+    if bool((ids >= 0).all()):
+        return ids.expand(tuple(shape))
+    return torch.where(ids >= 0, ids, fixed_ids(text, shape))
+
+
+def outgoing(propagation: LabelPropagation, view: ParameterView, role: str, axis: int) -> Tensor:
+    """Return the labels of a weight's outgoing channels: new atoms, or those of its first use.
+
+    A single channel has nothing to change places with, so it gets a fixed id.
+    """
+    count = view.tensor.size(axis)
+    if count == 1:
+        return fixed_ids(f"{view.name}{role}single", (1,))
+    return propagation.weigh(view, role, {axis: propagation.fresh(count)})[axis]
 
 
 def rows_along(ids: Tensor, axis: int) -> Tensor:

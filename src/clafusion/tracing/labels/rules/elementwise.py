@@ -13,7 +13,11 @@ __all__ = ["elementwise"]
     POINTWISE,
     *"""where masked_fill clamp clamp_min clamp_max hardtanh relu6 rrelu softplus hardswish
     hardsigmoid hardshrink softshrink threshold celu selu elu gelu silu mish log_sigmoid
-    leaky_relu softsign __and__ __or__ __xor__""".split(),
+    leaky_relu softsign __and__ __or__ __xor__ multiply subtract divide true_divide
+    floor_divide negative absolute clip square fix rsub greater greater_equal less less_equal
+    not_equal arccos arccosh arcsin arcsinh arctan arctanh arctan2 float_power isfinite isinf
+    isnan nan_to_num special_expit special_expm1 special_log1p special_erf special_softmax
+    logical_and logical_or logical_xor logical_not complex polar copy""".split(),
 )
 def elementwise(propagation: LabelPropagation, call: Call) -> Label:
     """Unite the labels of the operands element by element."""

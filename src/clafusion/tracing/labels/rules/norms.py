@@ -40,9 +40,7 @@ def _layer_norm(propagation: LabelPropagation, call: Call) -> Label:
         if isinstance(label, ParameterView):
             propagation.scale(label, ids)
         elif isinstance(label, Tensor):
-            raise propagation.unsupported(
-                call.node, f"its {parameter} is computed from other values"
-            )
+            propagation.unite(label.expand(ids.shape), ids)
     return (ids, None, None) if isinstance(call.output, tuple) else ids
 
 

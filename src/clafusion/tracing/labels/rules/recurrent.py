@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from clafusion.tracing.labels.interpreter import LabelPropagation
-from clafusion.tracing.labels.rule import Call, Label, ParameterView, rule
+from clafusion.tracing.labels.rule import Call, Label, NotFollowed, ParameterView, rule
 from clafusion.tracing.labels.rules.common import rows_along
 
 
@@ -16,7 +16,7 @@ from clafusion.tracing.labels.rules.common import rows_along
 def _recurrent(propagation: LabelPropagation, call: Call) -> Label:
     """Unite each layer's hidden channels: the rows of all gates, the columns of the recurrence."""
     if "input" not in call.bound or "hx" not in call.bound or "data" in call.bound:
-        raise propagation.unsupported(call.node, "packed sequences")
+        raise NotFollowed("its sequences are packed")
     gates = {"lstm": 4, "gru": 3}.get(call.name, 1)
     ids = propagation.activation(call.label("input"), call.value("input"))
     weights = list(call.bound["params"])
@@ -24,7 +24,7 @@ def _recurrent(propagation: LabelPropagation, call: Call) -> Label:
     layers = call.value("num_layers")
     each = 4 if call.value("has_biases") else 2
     if len(weights) != each * directions * layers:
-        raise propagation.unsupported(call.node, "projected hidden states (proj_size)")
+        raise NotFollowed("its hidden states are projected (proj_size)")
     hidden: list[Tensor] = []
     for layer in range(layers):
         row = propagation.common_row(rows_along(ids, -1))
@@ -65,7 +65,7 @@ def _recurrence(
     """Unite the hidden channels of one layer and direction; return their atoms."""
     views = [label for label in map(call.label_of, weights) if isinstance(label, ParameterView)]
     if len(views) != len(weights):
-        raise propagation.unsupported(call.node, "its weights are computed from other values")
+        raise NotFollowed("its weights are computed from other values")
     atoms = propagation.fresh(views[1].tensor.size(1))
     propagation.weigh(views[0], "weight", {0: atoms.repeat(gates), 1: row}, inward=[1])
     propagation.weigh(views[1], "weight", {0: atoms.repeat(gates), 1: atoms}, inward=[1])

@@ -11,7 +11,7 @@ from torch import Tensor
 from clafusion.tracing.labels.ids import collapse, combine, fixed_ids
 from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.labels.rule import Call, Label, rule
-from clafusion.tracing.labels.rules.common import collapse_within, joined, reduced
+from clafusion.tracing.labels.rules.common import collapse_within, joined, moving, reduced
 from clafusion.tracing.labels.rules.elementwise import elementwise
 
 # Reductions whose result changes when a value is there twice.
@@ -95,16 +95,9 @@ def _ordered(propagation: LabelPropagation, call: Call) -> Label:
     elif outputs[0].dim() < ids.dim():
         row = row.squeeze(along)  # positions of one channel: the results are of that channel
     labels = tuple(
-        _moving(row, f"{call.node.name}{i}", output.shape) for i, output in enumerate(outputs)
+        moving(row, f"{call.node.name}{i}", output.shape) for i, output in enumerate(outputs)
     )
     return labels if isinstance(call.output, tuple) else labels[0]
-
-
-def _moving(ids: Tensor, text: str, shape: Sequence[int]) -> Tensor:
-    """Return labels of a shape: the atoms in ``ids``, and new fixed ids for other elements."""
-    if bool((ids >= 0).all()):
-        return ids.expand(tuple(shape))
-    return torch.where(ids >= 0, ids, fixed_ids(text, shape))
 
 
 @rule(

@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from clafusion.tracing.labels.ids import value_ids
 from clafusion.tracing.labels.interpreter import LabelPropagation
-from clafusion.tracing.labels.rule import Call, Label, ParameterView, rule
+from clafusion.tracing.labels.rule import Call, Label, NotFollowed, ParameterView, rule
+from clafusion.tracing.labels.rules.indexing import indexed_by_values
 
 _FILLING = frozenset("constant_pad_nd pad tril triu".split())
 
@@ -23,7 +24,9 @@ _FILLING = frozenset("constant_pad_nd pad tril triu".split())
     replication_pad2d replication_pad3d repeat repeat_interleave reshape roll rot90
     select slice split split_with_sizes squeeze stack swapaxes swapdims t tile transpose
     tril triu unbind unflatten unfold unsafe_chunk unsafe_split unsqueeze vstack view
-    view_as mT adjoint ravel tensor_split atleast_1d atleast_2d atleast_3d""".split(),
+    view_as mT adjoint ravel tensor_split atleast_1d atleast_2d atleast_3d reshape_as
+    broadcast_tensors take_along_dim slice_scatter select_scatter diagonal_scatter
+    fft_fftshift fft_ifftshift""".split(),
     rearranges=True,
 )
 def _structural(propagation: LabelPropagation, call: Call) -> Label:
@@ -33,9 +36,7 @@ def _structural(propagation: LabelPropagation, call: Call) -> Label:
     target: Any = call.node.target
     indices = {node for name, node in tensors if name in ("indices", "index", "repeats")}
     if any(node in indices for node in sources):
-        raise propagation.unsupported(
-            call.node, f"it indexes by values that depend on the input{_hint(propagation, call)}"
-        )
+        return indexed_by_values(propagation, call)
     if len(sources) == 1 and isinstance(call.label_of(sources[0]), ParameterView):
         view = call.label_of(sources[0])
         assert isinstance(view, ParameterView)
@@ -47,7 +48,7 @@ def _structural(propagation: LabelPropagation, call: Call) -> Label:
             return ParameterView(view.name, moved)
         if isinstance(moved, (list, tuple)) and all(_same_memory(m, view.tensor) for m in moved):
             return tuple(ParameterView(view.name, part) for part in moved)
-    shape_only = {"expand_as": 1, "view_as": 1}.get(call.name)
+    shape_only = {"expand_as": 1, "view_as": 1, "reshape_as": 1}.get(call.name)
     substitutes: dict[fx.Node, Tensor] = {}
     for i, (_, node) in enumerate(tensors):
         if node not in indices and i != shape_only:
@@ -59,7 +60,7 @@ def _structural(propagation: LabelPropagation, call: Call) -> Label:
             return _moved(call, {node: change(ids) for node, ids in substitutes.items()})
         except (RuntimeError, NotImplementedError):
             continue
-    raise propagation.unsupported(call.node, "it cannot run on label tensors")
+    raise NotFollowed("it cannot run on labels")
 
 
 def _elements(propagation: LabelPropagation, call: Call, node: fx.Node) -> Tensor:
@@ -127,16 +128,3 @@ def _unchanged(_propagation: LabelPropagation, call: Call) -> Label:
     """
     label = call.label_of(call.tensors()[0][1])
     return (label, None) if isinstance(call.output, tuple) else label
-
-
-def _hint(propagation: LabelPropagation, call: Call) -> str:
-    """Say which input may stand in for a buffer that an operation indexes; or ""."""
-    waiting = [node for name, node in call.tensors() if name not in ("indices", "index")]
-    while waiting:
-        node = waiting.pop()
-        label = propagation.labels.get(node)
-        if isinstance(label, ParameterView):
-            name = label.name.rpartition(".")[2]
-            return f" (it reads {label.name!r}; if the model takes {name!r} as an input, give it)"
-        waiting += node.all_input_nodes
-    return ""

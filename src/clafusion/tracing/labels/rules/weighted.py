@@ -10,7 +10,12 @@ from torch import Tensor
 from clafusion.tracing.labels.ids import fixed_ids
 from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.labels.rule import Call, Label, ParameterView, rule
-from clafusion.tracing.labels.rules.common import rows_along, scale_channels, trained_weight
+from clafusion.tracing.labels.rules.common import (
+    outgoing,
+    rows_along,
+    scale_channels,
+    trained_weight,
+)
 
 __all__ = ["linear_labels"]
 
@@ -59,7 +64,7 @@ def linear_labels(
     propagation.weigh(view, "weight", {axes[1]: propagation.common_row(rows)}, inward=[axes[1]])
     if count == 1:
         return fixed_ids(call.node.name, (*ids.shape[:-1], 1))
-    return _outgoing(propagation, view, "weight", axes[0]).expand(*ids.shape[:-1], count)
+    return outgoing(propagation, view, "weight", axes[0]).expand(*ids.shape[:-1], count)
 
 
 @rule(*"conv1d conv2d conv3d convolution _convolution".split())
@@ -87,7 +92,7 @@ def _conv(propagation: LabelPropagation, call: Call) -> Label:
                 part = ParameterView(view.name, weight.chunk(groups, 0)[group])
                 incoming = row.chunk(groups)[group]
                 propagation.weigh(part, "weight", {1: incoming}, inward=[1])
-                parts.append(_outgoing(propagation, part, "weight", 0))
+                parts.append(outgoing(propagation, part, "weight", 0))
             out = torch.cat(parts)
         result = _channels_labels(call, out, shape)
     scale_channels(propagation, call, "bias", result)
@@ -109,10 +114,26 @@ def _transposed_conv(propagation: LabelPropagation, call: Call) -> Label:
         for group in range(groups):
             part = ParameterView(view.name, weight.chunk(groups, 0)[group])
             propagation.weigh(part, "weight", {0: row.chunk(groups)[group]}, inward=[0])
-            parts.append(_outgoing(propagation, part, "weight", 1))
+            parts.append(outgoing(propagation, part, "weight", 1))
         out = torch.cat(parts)
     result = _channels_labels(call, out, call.output.shape)
     scale_channels(propagation, call, "bias", result)
+    return result
+
+
+@rule("bilinear")
+def _bilinear(propagation: LabelPropagation, call: Call) -> Label:
+    """Read the channels of two operands by a weight, a product of each pair; write new ones."""
+    view = trained_weight(propagation, call, "weight")
+    first, second = (
+        propagation.common_row(
+            rows_along(propagation.activation(call.label(name), call.value(name)), -1)
+        )
+        for name in ("input1", "input2")
+    )
+    propagation.weigh(view, "weight", {1: first, 2: second}, inward=[1, 2])
+    result = outgoing(propagation, view, "weight", 0).expand(call.output.shape)
+    scale_channels(propagation, call, "bias", result, axis=-1)
     return result
 
 
@@ -120,25 +141,14 @@ def _transposed_conv(propagation: LabelPropagation, call: Call) -> Label:
 def _embedding(propagation: LabelPropagation, call: Call) -> Label:
     """Write the channels of the table's columns; its rows stay."""
     view = trained_weight(propagation, call, "weight")
-    return _outgoing(propagation, view, "weight", 1).expand(call.output.shape)
+    return outgoing(propagation, view, "weight", 1).expand(call.output.shape)
 
 
 @rule("embedding_bag", "_embedding_bag")
 def _embedding_bag(propagation: LabelPropagation, call: Call) -> Label:
     """Do as for an embedding; only the first output carries channels."""
-    out = _outgoing(propagation, trained_weight(propagation, call, "weight"), "weight", 1)
+    out = outgoing(propagation, trained_weight(propagation, call, "weight"), "weight", 1)
     return (out.expand(call.output[0].shape), None, None, None)
-
-
-def _outgoing(propagation: LabelPropagation, view: ParameterView, role: str, axis: int) -> Tensor:
-    """Return the labels of a weight's outgoing channels: new atoms, or those of its first use.
-
-    A single channel has nothing to change places with, so it gets a fixed id.
-    """
-    count = view.tensor.size(axis)
-    if count == 1:
-        return fixed_ids(f"{view.name}{role}single", (1,))
-    return propagation.weigh(view, role, {axis: propagation.fresh(count)})[axis]
 
 
 def _mixes_positions(propagation: LabelPropagation, rows: Tensor) -> bool:
