@@ -16,8 +16,8 @@ __all__ = ["elementwise"]
     leaky_relu softsign __and__ __or__ __xor__ multiply subtract divide true_divide
     floor_divide negative absolute clip square fix rsub greater greater_equal less less_equal
     not_equal arccos arccosh arcsin arcsinh arctan arctanh arctan2 float_power isfinite isinf
-    isnan nan_to_num special_expit special_expm1 special_log1p special_erf special_softmax
-    logical_and logical_or logical_xor logical_not complex polar copy""".split(),
+    isnan nan_to_num special_expit special_expm1 special_log1p special_erf
+    logical_and logical_or logical_xor logical_not complex polar""".split(),
 )
 def elementwise(propagation: LabelPropagation, call: Call) -> Label:
     """Unite the labels of the operands element by element."""

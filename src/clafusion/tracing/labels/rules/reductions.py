@@ -101,6 +101,25 @@ def _ordered(propagation: LabelPropagation, call: Call) -> Label:
 
 
 @rule(
+    *"""fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2
+    fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn""".split()
+)
+def _fourier(propagation: LabelPropagation, call: Call) -> Label:
+    """Transform positions; channels along a transformed axis keep their places."""
+    ids = propagation.activation(call.label("self"), call.value("self"))
+    dims = call.value("dim")
+    if dims is None:
+        count = len(call.bound.get("s") or range(ids.dim()))
+        dims = list(range(ids.dim() - count, ids.dim()))
+    axes = [axis % ids.dim() for axis in ([dims] if isinstance(dims, int) else dims)]
+    row = collapse_within(ids, axes)
+    if any(row.size(axis) > 1 for axis in axes):
+        propagation.pin(ids)
+        return fixed_ids(call.node.name, call.output.shape)
+    return moving(row, call.node.name, call.output.shape)
+
+
+@rule(
     *"""max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
     adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d
     _adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from clafusion.tracing.labels.ids import value_ids
 from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.labels.rule import Call, Label, NotFollowed, ParameterView, rule
+from clafusion.tracing.labels.rules.common import joined
 from clafusion.tracing.labels.rules.indexing import indexed_by_values
 
 _FILLING = frozenset("constant_pad_nd pad tril triu".split())
@@ -115,8 +116,26 @@ def _same_memory(result: Any, source: Tensor) -> bool:
     )
 
 
+@rule("copy")
+def _copied(propagation: LabelPropagation, call: Call) -> Label:
+    """Return the labels of what is copied, in the shape of what it replaces."""
+    ids = propagation.activation(call.label("src"), call.value("src"))
+    return ids.expand(call.output.shape)
+
+
+@rule("view_as_real", "view_as_complex")
+def _as_other_numbers(propagation: LabelPropagation, call: Call) -> Label:
+    """Take pairs of numbers for complex ones, or the other way: both parts are of one channel."""
+    ids = propagation.activation(call.label("self"), call.value("self"))
+    if call.name == "view_as_real":
+        return ids.unsqueeze(-1).expand(call.output.shape)
+    first, second = ids.unbind(-1)
+    propagation.unite(first, second)
+    return joined(call.node.name, [first, second], first.shape)
+
+
 @rule(
-    *"""_to_copy to type_as clone contiguous detach alias alias_copy dropout native_dropout
+    *"""_to_copy to real imag type_as clone contiguous detach alias alias_copy dropout native_dropout
     feature_dropout alpha_dropout lift_fresh lift_fresh_copy float double half bfloat16
     _conj resolve_conj resolve_neg identity""".split(),
     rearranges=True,
