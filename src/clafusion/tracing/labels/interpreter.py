@@ -6,7 +6,7 @@ The package :mod:`clafusion.tracing.labels.rules` says what each operation does 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -19,6 +19,11 @@ from clafusion.errors import UnsupportedOpError
 from clafusion.execution.call import State
 from clafusion.execution.writes import written_inputs
 from clafusion.tracing.labels.atoms import Atoms, atoms_in
+from clafusion.tracing.labels.computed import (
+    computed_label,
+    weigh_computed,
+    weight_computations,
+)
 from clafusion.tracing.labels.drafts import DraftPin, DraftUse
 from clafusion.tracing.labels.ids import collapse, fixed_ids, salt, sequence_ids, value_ids
 from clafusion.tracing.labels.rule import (
@@ -26,6 +31,7 @@ from clafusion.tracing.labels.rule import (
     REARRANGING,
     RULES,
     Call,
+    ComputedWeight,
     Label,
     NotFollowed,
     ParameterView,
@@ -78,6 +84,7 @@ class LabelPropagation(Atoms):
         self.crossed: set[fx.Node] = set()
         self.outer: list[Tensor] = []
         self._node: fx.Node | None = None
+        self._computing: dict[fx.Node, bool] = {}
 
     def run(
         self,
@@ -100,6 +107,7 @@ class LabelPropagation(Atoms):
         sources = iter(placeholders)
         feed = iter(inputs)
         written = written_inputs(module)
+        self._computing = weight_computations(module, placeholders, self.buffers)
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 name = next(sources)
@@ -143,7 +151,8 @@ class LabelPropagation(Atoms):
         if not has_tensor or op_name(node) in _SHAPE_ONLY:
             self.labels[node] = None
             return
-        if constant and op_name(node) not in ("batch_norm", "instance_norm"):
+        keeps_buffers = op_name(node) in ("batch_norm", "instance_norm") or node in self._computing
+        if constant and not keeps_buffers:
             self.labels[node] = None
             return
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -151,17 +160,23 @@ class LabelPropagation(Atoms):
         call = Call(node, self.labels, values)
         self._node = node
         try:
-            function = _rule_of(call)
-            if call.name not in REARRANGING:
-                for label in labels:
-                    self._reach(label)
-            self.labels[node] = function(self, call)
+            self.labels[node] = self._label(call, labels)
         except NotFollowed as cause:
             self.labels[node] = self._all_kept(call, str(cause))
         self._mark(node)
         if node.target._schema.name.endswith("_") and isinstance(node.args[0], fx.Node):
             # The operation works in place: later nodes that read the operand see the result.
             self.labels[node.args[0]] = self.labels[node]
+
+    def _label(self, call: Call, labels: Sequence[Label]) -> Label:
+        """Return the label that an operation's rule gives."""
+        if call.node in self._computing:
+            return computed_label(self, call, self._computing[call.node])
+        function = _rule_of(call)
+        if call.name not in REARRANGING:
+            for label in labels:
+                self._reach(label)
+        return function(self, call)
 
     def _mark(self, node: fx.Node) -> None:
         """Give the atoms the node as a fingerprint: a node that some atoms skip sets them apart."""
@@ -181,19 +196,25 @@ class LabelPropagation(Atoms):
         for operand in call.node.all_input_nodes:
             label = self.labels[operand]
             for one in label if isinstance(label, tuple) else (label,):
-                ids = self.element_ids(one) if self.is_trained(one) else one
-                if isinstance(ids, Tensor):
-                    self.pin(ids)
-                    self.lose(ids, why, with_elements=True)
+                layers = one.layers if isinstance(one, ComputedWeight) else (one,)
+                for layer in layers:
+                    ids = self.element_ids(layer) if self.is_parameter(layer) else layer
+                    if isinstance(ids, Tensor):
+                        self.pin(ids)
+                        self.lose(ids, why, with_elements=True)
         labels = tuple(
             fixed_ids(f"{call.node.name}{i}", one.shape) if isinstance(one, Tensor) else None
             for i, one in enumerate(pytree.tree_leaves(call.output))
         )
         return labels if isinstance(call.output, (tuple, list)) else labels[0]
 
-    def is_trained(self, label: Label) -> TypeGuard[ParameterView]:
+    def is_parameter(self, label: Label) -> TypeGuard[ParameterView]:
         """Return whether a value is a trained parameter, or a view of one."""
         return isinstance(label, ParameterView) and label.name not in self.buffers
+
+    def is_trained(self, label: Label) -> TypeGuard[ParameterView | ComputedWeight]:
+        """Return whether a value is a trained parameter, or is computed from such alone."""
+        return isinstance(label, ComputedWeight) or self.is_parameter(label)
 
     def is_constant(self, label: Label) -> bool:
         """Return whether a value depends neither on the input nor on a trained parameter."""
@@ -223,8 +244,13 @@ class LabelPropagation(Atoms):
         """
         if isinstance(label, Tensor):
             return label
-        if self.is_trained(label):
+        if self.is_parameter(label):
             return self.element_ids(label)
+        if isinstance(label, ComputedWeight):
+            if len(label.layers) > 1:
+                raise NotFollowed("it reads a weight that is computed from others")
+            layers = label.layers or (fixed_ids(label.name, value.shape),)
+            return layers[0]
         return value_ids(value)
 
     def element_ids(self, view: ParameterView, *, are_reached: bool = True) -> Tensor:
@@ -318,7 +344,11 @@ class LabelPropagation(Atoms):
         self.unite(fixed.reshape(elements.shape), ids)
 
     def weigh(
-        self, view: ParameterView, role: str, axes: Mapping[int, Tensor], inward: Iterable[int] = ()
+        self,
+        view: ParameterView | ComputedWeight,
+        role: str,
+        axes: Mapping[int, Tensor],
+        inward: Sequence[int] = (),
     ) -> dict[int, Tensor]:
         """Record that axes of a parameter view carry ids; return the ids now on them.
 
@@ -327,7 +357,7 @@ class LabelPropagation(Atoms):
         Parameters
         ----------
         view
-            The parameter view.
+            The parameter view, or a weight that is computed from such.
         role
             Which of the operation's operands it is.
         axes
@@ -335,6 +365,8 @@ class LabelPropagation(Atoms):
         inward
             Those axes whose channels enter the parameter; the others leave it.
         """
+        if isinstance(view, ComputedWeight):
+            return weigh_computed(self, view, axes, inward)
         base = self.state[view.name]
         order = sorted(range(view.tensor.dim()), key=view.tensor.stride, reverse=True)
         size = tuple(view.tensor.size(axis) for axis in order)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, fx
 
+from clafusion.tracing.labels.drafts import DraftUse
 from clafusion.tracing.operations import bound_operands, op_name
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ __all__ = [
     "REARRANGING",
     "RULES",
     "Call",
+    "ComputedWeight",
     "Label",
     "NotFollowed",
     "ParameterView",
@@ -41,9 +43,40 @@ class ParameterView:
     name: str
     tensor: Tensor
 
+    def changed(self, change: Callable[[Tensor], Tensor]) -> ParameterView:
+        """Return the view that a function makes of this one."""
+        return ParameterView(self.name, change(self.tensor))
 
-Label: TypeAlias = "Tensor | ParameterView | tuple[Label, ...] | None"
-"""Label tensor, parameter view, None for a constant; a tuple where a node has several values."""
+
+@dataclass(frozen=True)
+class ComputedWeight:
+    """A weight that is computed from parameters alone, and has not met an activation yet.
+
+    Attributes
+    ----------
+    name
+        The name of the node that computes it.
+    tensor
+        Its value.
+    layers
+        Labels of its shape, one tensor for each axis of the parameters that carries channels.
+    sources
+        The uses of the parameters.
+    """
+
+    name: str
+    tensor: Tensor
+    layers: tuple[Tensor, ...]
+    sources: tuple[DraftUse, ...]
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> ComputedWeight:
+        """Return the part that a function takes of this weight."""
+        layers = tuple(change(one) for one in self.layers)
+        return ComputedWeight(self.name, change(self.tensor), layers, self.sources)
+
+
+Label: TypeAlias = "Tensor | ParameterView | ComputedWeight | tuple[Label, ...] | None"
+"""Label tensor, parameter view, computed weight, None for a constant; a tuple for several values."""
 
 
 class Call:

@@ -77,6 +77,25 @@ def _attention(propagation: LabelPropagation, call: Call) -> Label:
     return _contracted(propagation, call.node.name, scores, value)
 
 
+@rule("cdist", "_euclidean_dist")
+def _distances(propagation: LabelPropagation, call: Call) -> Label:
+    """Measure distances: as a matrix product of the first operand with the transposed second."""
+    first, second = call.label("x1"), call.label("x2")
+    if propagation.is_trained(second) and second.tensor.dim() == 2:
+        ids = propagation.activation(first, call.value("x1"))
+        propagation.count(ids)
+        return linear_labels(propagation, call, ids, second, (0, 1))
+    if propagation.is_trained(first) and first.tensor.dim() == 2:
+        ids = propagation.activation(second, call.value("x2"))
+        propagation.count(ids)
+        return linear_labels(propagation, call, ids, first, (0, 1)).mT
+    left, right = (
+        propagation.activation(label, call.value(name))
+        for label, name in ((first, "x1"), (second, "x2"))
+    )
+    return _contracted(propagation, call.node.name, left, right.mT).reshape(call.output.shape)
+
+
 def _contracted(propagation: LabelPropagation, text: str, left: Tensor, right: Tensor) -> Tensor:
     """Return the labels of a product of two activations.
 

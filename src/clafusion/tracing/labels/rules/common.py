@@ -10,7 +10,13 @@ from torch import Tensor
 
 from clafusion.tracing.labels.ids import collapse, combine, fixed_ids, value_ids, varies_along
 from clafusion.tracing.labels.interpreter import LabelPropagation
-from clafusion.tracing.labels.rule import Call, Label, NotFollowed, ParameterView
+from clafusion.tracing.labels.rule import (
+    Call,
+    ComputedWeight,
+    Label,
+    NotFollowed,
+    ParameterView,
+)
 
 __all__ = [
     "CROSSED",
@@ -49,13 +55,13 @@ def combined(
         Labels of the broadcast shape; the parameter view itself for a function of one trained
         parameter alone.
     """
-    views = [label for label, _ in operands if propagation.is_trained(label)]
+    views = [label for label, _ in operands if propagation.is_parameter(label)]
     if len(operands) == 1 and views:
         return views[0]  # an elementwise function of a parameter moves as the parameter does
     activations = [
         propagation.activation(label, value)
         for label, value in operands
-        if not propagation.is_trained(label)
+        if not propagation.is_parameter(label)
     ]
     shape = torch.broadcast_shapes(*(value.shape for _, value in operands))
     if not activations:
@@ -224,13 +230,15 @@ def collapse_within(ids: Tensor, axes: Sequence[int]) -> Tensor:
     return ids
 
 
-def trained_weight(propagation: LabelPropagation, call: Call, name: str) -> ParameterView:
-    """Return the operand ``name``, which must be a trained parameter or a view of one.
+def trained_weight(
+    propagation: LabelPropagation, call: Call, name: str
+) -> ParameterView | ComputedWeight:
+    """Return the operand ``name``: a trained parameter, a view of one, or computed from such.
 
     Raises
     ------
     NotFollowed
-        The operand is a constant or is computed from other values.
+        The operand is a constant or depends on the input.
     """
     label = call.label(name)
     if not propagation.is_trained(label):
@@ -248,7 +256,9 @@ def moving(ids: Tensor, text: str, shape: Sequence[int]) -> Tensor:
     return torch.where(ids >= 0, ids, fixed_ids(text, shape))
 
 
-def outgoing(propagation: LabelPropagation, view: ParameterView, role: str, axis: int) -> Tensor:
+def outgoing(
+    propagation: LabelPropagation, view: ParameterView | ComputedWeight, role: str, axis: int
+) -> Tensor:
     """Return the labels of a weight's outgoing channels: new atoms, or those of its first use.
 
     A single channel has nothing to change places with, so it gets a fixed id.

@@ -39,7 +39,7 @@ def indexed_by_values(propagation: LabelPropagation, call: Call) -> Tensor:
         _check_indices(propagation, call, node)
     axes = _indexed_axes(call)
     label, value = call.label(name), call.value_of(operand)
-    if propagation.is_trained(label):
+    if propagation.is_parameter(label):
         if axes == [0] and value.dim() == 2:  # a table, whose rows stay
             return outgoing(propagation, label, "weight", 1).expand(call.output.shape)
         ids = propagation.element_ids(label)

@@ -11,7 +11,7 @@ from torch import Tensor
 from clafusion.tracing.labels.ids import collapse, combine, fixed_ids
 from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.labels.rule import Call, Label, rule
-from clafusion.tracing.labels.rules.common import collapse_within, joined, moving, reduced
+from clafusion.tracing.labels.rules.common import collapse_within, combined, joined, moving, reduced
 from clafusion.tracing.labels.rules.elementwise import elementwise
 
 # Reductions whose result changes when a value is there twice.
@@ -45,6 +45,19 @@ def _reduction(propagation: LabelPropagation, call: Call) -> Label:
         results = results.flatten() if outputs[0].dim() == 0 else results.squeeze(tuple(axes))
         results = results.reshape(outputs[0].shape)
     return (results,) * len(outputs) if isinstance(call.output, tuple) else results
+
+
+@rule("cosine_similarity", "pairwise_distance")
+def _compared(propagation: LabelPropagation, call: Call) -> Label:
+    """Compare two operands along one axis: their channels are the same."""
+    operands = call.tensors()
+    labels = [(call.label_of(node), call.value_of(node)) for _, node in operands]
+    ids = combined(propagation, call.node.name, labels)
+    axis = call.value("dim") if "dim" in call.bound else -1
+    ids = propagation.activation(ids, torch.broadcast_tensors(*(one for _, one in labels))[0])
+    return reduced(propagation, call.node.name + "_sum", ids, [axis], counts=True).reshape(
+        call.output.shape
+    )
 
 
 def _read(call: Call) -> set[Any]:

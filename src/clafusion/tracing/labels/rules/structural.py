@@ -67,7 +67,7 @@ def _structural(propagation: LabelPropagation, call: Call) -> Label:
 def _elements(propagation: LabelPropagation, call: Call, node: fx.Node) -> Tensor:
     """Return an operand's labels; of a parameter this operation may leave some elements out."""
     label = call.label_of(node)
-    if propagation.is_trained(label):
+    if propagation.is_parameter(label):
         return propagation.element_ids(label, are_reached=False)
     return propagation.activation(label, call.value_of(node))
 

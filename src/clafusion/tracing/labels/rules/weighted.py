@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clafusion.tracing.labels.ids import fixed_ids
 from clafusion.tracing.labels.interpreter import LabelPropagation
-from clafusion.tracing.labels.rule import Call, Label, ParameterView, rule
+from clafusion.tracing.labels.rule import Call, ComputedWeight, Label, ParameterView, rule
 from clafusion.tracing.labels.rules.common import (
     outgoing,
     rows_along,
@@ -35,7 +35,7 @@ def linear_labels(
     propagation: LabelPropagation,
     call: Call,
     ids: Tensor,
-    view: ParameterView,
+    view: ParameterView | ComputedWeight,
     axes: tuple[int, int],
 ) -> Tensor:
     """Return the labels of a matrix product with a weight over the last axis of ``ids``.
@@ -89,7 +89,7 @@ def _conv(propagation: LabelPropagation, call: Call) -> Label:
         else:
             parts = []
             for group in range(groups):
-                part = ParameterView(view.name, weight.chunk(groups, 0)[group])
+                part = view.changed(lambda one, group=group: one.chunk(groups, 0)[group])
                 incoming = row.chunk(groups)[group]
                 propagation.weigh(part, "weight", {1: incoming}, inward=[1])
                 parts.append(outgoing(propagation, part, "weight", 0))
@@ -112,7 +112,7 @@ def _transposed_conv(propagation: LabelPropagation, call: Call) -> Label:
     else:
         parts = []
         for group in range(groups):
-            part = ParameterView(view.name, weight.chunk(groups, 0)[group])
+            part = view.changed(lambda one, group=group: one.chunk(groups, 0)[group])
             propagation.weigh(part, "weight", {0: row.chunk(groups)[group]}, inward=[0])
             parts.append(outgoing(propagation, part, "weight", 1))
         out = torch.cat(parts)

@@ -1,0 +1,423 @@
+"""Weights that the model computes from parameters: normalised, standardised, joined ones.
+
+An element of a weight belongs to several channels, one for each of its axes. So the labels of a
+weight that is computed are several label tensors, its layers, one for each axis of the parameters
+that carries channels. Elementwise operations unite layers, reductions drop those along the reduced
+axes, and operations that move elements do so in each layer.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from clafusion.tracing.labels.ids import collapse, value_ids
+from clafusion.tracing.labels.rule import (
+    REARRANGING,
+    Call,
+    ComputedWeight,
+    Label,
+    NotFollowed,
+    ParameterView,
+)
+from clafusion.tracing.operations import bound_operands, op_name
+
+if TYPE_CHECKING:
+    from clafusion.tracing.labels.interpreter import LabelPropagation
+
+__all__ = ["computed_label", "weigh_computed", "weight_computations"]
+
+_CONVOLUTIONS = frozenset(
+    "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d".split()
+)
+_WEIGHTS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys((*_CONVOLUTIONS, "linear", "bilinear", "embedding"), ("weight",)),
+    "matmul": ("self", "other"),
+    "mm": ("self", "mat2"),
+    "addmm": ("mat1", "mat2"),
+    "cdist": ("x1", "x2"),
+}
+"""Which operands of an operation may be weights."""
+
+_READERS = frozenset("linear bilinear embedding embedding_bag lstm gru".split()) | _CONVOLUTIONS
+_REDUCTIONS = frozenset(
+    "sum mean amax amin var std norm linalg_vector_norm var_mean std_mean prod logsumexp".split()
+)
+_KEEPING = frozenset(
+    """_to_copy to clone contiguous detach alias lift_fresh_copy dropout softmax _softmax
+    layer_norm batch_norm""".split()
+)
+_TURNING = frozenset(
+    """t transpose permute mT numpy_T swapaxes movedim slice select narrow chunk split
+    split_with_sizes unbind""".split()
+)
+_SHAPED_LIKE = frozenset("expand_as view_as reshape_as".split())
+_FILLING = frozenset("constant_pad_nd pad tril triu".split())
+
+
+def weight_computations(
+    module: fx.GraphModule, placeholders: Sequence[str | None], buffers: frozenset[str]
+) -> dict[fx.Node, bool]:
+    """Return the nodes that compute weights from parameters; whether for a convolution.
+
+    Parameters are those of :func:`clafusion.tracing.groups.find_channels`.
+    """
+    names = iter(placeholders)
+    free: dict[fx.Node, bool] = {}  # of model inputs; whether trained parameters enter
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            name = next(names)
+            if name is not None:
+                free[node] = name not in buffers
+        elif node.op == "call_function" and all(one in free for one in node.all_input_nodes):
+            free[node] = any(free[one] for one in node.all_input_nodes)
+    found: dict[fx.Node, bool] = {}
+    for node in module.graph.nodes:
+        bound = bound_operands(node)
+        for role in _WEIGHTS.get(op_name(node), ()) if node.op == "call_function" else ():
+            weight = bound.get(role)
+            if node in free or not free.get(weight, False) or weight.op == "placeholder":
+                continue
+            closure = _closure(weight)
+            is_matrix = role == "weight" or weight.meta["val"].dim() == 2
+            is_computed = any(not _is_view(one) for one in closure)
+            if is_matrix and is_computed and not any(op_name(one) in _READERS for one in closure):
+                for one in closure:
+                    found[one] = found.get(one, False) or op_name(node) in _CONVOLUTIONS
+    return found
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Say whether a node shows a parameter in another shape, or is a function of each element."""
+    if node.target is operator.getitem or op_name(node) in _SHAPED_LIKE:
+        return True
+    tags = getattr(node.target, "tags", ())
+    is_simple = op_name(node) in REARRANGING or torch.Tag.pointwise in tags
+    return is_simple and len(node.all_input_nodes) == 1
+
+
+def _closure(node: fx.Node) -> set[fx.Node]:
+    """Return the operations from which a node's value comes, itself included."""
+    found, waiting = {node}, [node]
+    while waiting:
+        for one in waiting.pop().all_input_nodes:
+            if one.op == "call_function" and one not in found:
+                found.add(one)
+                waiting.append(one)
+    return found
+
+
+def computed_label(propagation: LabelPropagation, call: Call, for_convolution: bool) -> Label:
+    """Return the label of an operation that computes a weight, or a part of one.
+
+    Raises
+    ------
+    NotFollowed
+        The operation is none of those that leave each element with the channels of its axes.
+    """
+    operands = [(node, call.label_of(node), call.value_of(node)) for _, node in call.tensors()]
+    parts = [one for one in operands if isinstance(one[1], (ParameterView, ComputedWeight))]
+    if len(parts) == 1 and isinstance(parts[0][1], ParameterView):
+        view = _viewed(call, parts[0][0], parts[0][1], alone=len(operands) == 1)
+        if view is not None:
+            return view
+    if not parts:
+        return None
+
+    def computed(label: Label) -> ComputedWeight | None:
+        return _computed(propagation, label, for_convolution)
+
+    if call.name in ("mv", "dot", "vdot", "mm", "matmul"):
+        return _product(propagation, call, [_factor(propagation, call, computed, one) for one in operands])
+    weights = [computed(label) for _, label, _ in operands]
+    known = [one for one in weights if one is not None]
+    if not known:
+        return None
+    sources = tuple({id(use): use for one in known for use in one.sources}.values())
+    if call.name in _KEEPING or call.name in _REDUCTIONS or call.name == "_weight_norm":
+        return _normalised(propagation, call, known, sources)
+    if call.name in REARRANGING and call.name not in _FILLING:
+        if call.name == "cat":
+            return _joined(propagation, call, weights, sources)
+        return _rearranged(call, operands, weights, sources)
+    target: Any = call.node.target
+    if torch.Tag.pointwise in target.tags or call.name in ("multiply", "divide", "subtract"):
+        layers = _united(propagation, known, call.output.shape)
+        for (_, _, value), weight in zip(operands, weights, strict=True):
+            if weight is None:
+                for layer in layers:
+                    propagation.meet(layer, value_ids(value).expand(layer.shape))
+        return ComputedWeight(call.node.name, call.output, tuple(layers), sources)
+    raise NotFollowed("the channel analysis has no rule for it on weights")
+
+
+def _viewed(call: Call, node: fx.Node, label: ParameterView, *, alone: bool) -> Label:
+    """Return the result as a view of a parameter, where it is one; else None."""
+    target: Any = call.node.target
+    if alone and torch.Tag.pointwise in target.tags:
+        return label  # an elementwise function of a parameter moves as the parameter does
+    if call.name in _KEEPING and alone and not isinstance(call.output, tuple):
+        return label if call.name not in ("softmax", "_softmax", "layer_norm", "batch_norm") else None
+    if call.name not in _TURNING:
+        return None
+    moved = _run(call, {node: label.tensor})
+    parts = moved if isinstance(moved, (tuple, list)) else (moved,)
+    memory = label.tensor.untyped_storage().data_ptr()
+    if any(one.untyped_storage().data_ptr() != memory for one in parts):
+        return None
+    views = tuple(ParameterView(label.name, one) for one in parts)
+    return views if isinstance(moved, (tuple, list)) else views[0]
+
+
+def _computed(
+    propagation: LabelPropagation, label: Label, for_convolution: bool
+) -> ComputedWeight | None:
+    """Return a label as a computed weight; None for a constant."""
+    if isinstance(label, ComputedWeight):
+        return label
+    if not propagation.is_parameter(label):
+        return None
+    shape = label.tensor.shape
+    axes = [i for i, size in enumerate(shape) if size > 1]
+    if for_convolution and len(shape) > 2:
+        axes = [i for i in axes if i < 2]  # the others are the kernel's
+    if len(axes) < 2 and label.tensor.numel() == max([*shape, 1]):
+        layers = [propagation.element_ids(label)] if axes else []
+        use = propagation.uses[label.name, "elements"] if axes else None
+        return ComputedWeight(label.name, label.tensor, tuple(layers), (use,) if use else ())
+    found = propagation.weigh(label, "weight", {i: propagation.fresh(shape[i]) for i in axes})
+    layers = [
+        found[i].view([-1 if j == i else 1 for j in range(len(shape))]).expand(shape) for i in axes
+    ]
+    uses = tuple(use for use in propagation.uses.values() if use.name == label.name)
+    return ComputedWeight(label.name, label.tensor, tuple(layers), uses)
+
+
+def _factor(
+    propagation: LabelPropagation,
+    call: Call,
+    computed: Callable[[Label], ComputedWeight | None],
+    operand: tuple[fx.Node, Label, Tensor],
+) -> ComputedWeight:
+    """Return a factor of a product; a buffer that is a vector moves with what it multiplies."""
+    _, label, value = operand
+    if isinstance(label, ParameterView) and value.dim() == 1:
+        ids = propagation.element_ids(label)
+        return ComputedWeight(label.name, value, (ids,), (propagation.uses[label.name, "elements"],))
+    found = computed(label)
+    if found is None:
+        raise NotFollowed("it multiplies weights with constants")
+    return found
+
+
+def _product(
+    propagation: LabelPropagation, call: Call, factors: Sequence[ComputedWeight]
+) -> ComputedWeight:
+    """Contract the last axis of the first factor with the first of the second."""
+    left, right = factors
+    if left.tensor.dim() > 2 or right.tensor.dim() > 2:
+        raise NotFollowed("it multiplies more than matrices")
+    axis, layers = left.tensor.dim() - 1, []
+    inner = [[one for one in left.layers if _axes(propagation, one) == (axis,)]]
+    inner.append([one for one in right.layers if _axes(propagation, one) == (0,)])
+    rows = [one[0] if axis else one for one in inner[0]]
+    columns = [one[:, 0] if right.tensor.dim() == 2 else one for one in inner[1]]
+    if len(rows) > 1 or len(columns) > 1:
+        raise NotFollowed("its factors have several channels along one axis")
+    for row in rows:
+        propagation.count(row)
+        for column in columns:
+            propagation.unite(row, column)
+    if len(rows) != len(columns):
+        for ids in (*rows, *columns):
+            propagation.pin(ids)
+    shape = call.output.shape
+    for one in left.layers:
+        if _axes(propagation, one) == (0,) and axis == 1:
+            layers.append(one[:, 0].view(-1, *[1] * (len(shape) - 1)).expand(shape))
+    for one in right.layers:
+        if _axes(propagation, one) == (1,):
+            layers.append(one[0].expand(shape))
+    uses = (*left.sources, *right.sources)
+    return ComputedWeight(call.node.name, call.output, tuple(layers), uses)
+
+
+def _normalised(
+    propagation: LabelPropagation, call: Call, weights: Sequence[ComputedWeight], sources: Any
+) -> Label:
+    """Follow reductions and normalisations over some axes, of which the order does not matter."""
+    if len(weights) > 1 and call.name != "_weight_norm":
+        raise NotFollowed("its operands are computed, too")
+    layers = _united(propagation, weights, weights[0].tensor.shape)
+    shape = weights[0].tensor.shape
+    axes = _reduced_axes(call, len(shape))
+    outputs = call.output if isinstance(call.output, tuple) else (call.output,)
+    kept = []
+    for layer in layers:
+        along = set(_axes(propagation, layer))
+        if along & axes:
+            propagation.count(layer)
+        if call.name not in _REDUCTIONS:
+            kept.append(layer)
+        elif not along & axes:
+            for axis in axes:
+                layer = layer.narrow(axis, 0, 1)
+            kept.append(layer.reshape(outputs[0].shape))
+        elif not along <= axes:
+            raise NotFollowed("its channels lie along a part of the axes that it reduces")
+    labels = tuple(ComputedWeight(call.node.name, one, tuple(kept), sources) for one in outputs)
+    return labels if isinstance(call.output, tuple) else labels[0]
+
+
+def _reduced_axes(call: Call, dims: int) -> set[int]:
+    """Return the axes over which an operation sums up or normalises."""
+    if call.name == "batch_norm":
+        if not call.value("training") or any(call.bound.get(n) for n in ("weight", "bias")):
+            raise NotFollowed("it normalises weights by parameters or statistics")
+        return set(range(dims)) - {1}
+    if call.name == "layer_norm":
+        if any(call.bound.get(n) is not None for n in ("weight", "bias")):
+            raise NotFollowed("it normalises weights by parameters")
+        return set(range(dims - len(call.value("normalized_shape")), dims))
+    if call.name == "_weight_norm":
+        return set(range(dims)) - {call.value("dim") % dims}
+    if call.name in ("softmax", "_softmax"):
+        return {call.value("dim") % dims}
+    if call.name not in _REDUCTIONS:
+        return set()
+    found = call.concrete(call.bound.get("dim"))
+    found = [found] if isinstance(found, int) else list(found or range(dims))
+    return {axis % dims for axis in found}
+
+
+def _rearranged(
+    call: Call,
+    operands: Sequence[tuple[fx.Node, Label, Tensor]],
+    weights: Sequence[ComputedWeight | None],
+    sources: Any,
+) -> Label:
+    """Run an operation that moves elements on each layer of its operand."""
+    node, weight = operands[0][0], weights[0]
+    is_shape_only = call.name in _SHAPED_LIKE
+    if weight is None or (not is_shape_only and any(one is not None for one in weights[1:])):
+        raise NotFollowed("it joins weights")
+    layers = [_run(call, {node: layer}) for layer in weight.layers]
+    if not isinstance(call.output, (tuple, list)):
+        return ComputedWeight(call.node.name, call.output, tuple(layers), sources)
+    return tuple(
+        ComputedWeight(call.node.name, one, tuple(layer[i] for layer in layers), sources)
+        for i, one in enumerate(call.output)
+    )
+
+
+def _joined(
+    propagation: LabelPropagation,
+    call: Call,
+    weights: Sequence[ComputedWeight | None],
+    sources: Any,
+) -> ComputedWeight:
+    """Join weights along one axis; the channels of their other axes are the same."""
+    shape = call.output.shape
+    axis = call.bound.get("dim", 0) % len(shape)
+    along, across = [], list[Tensor]()
+    for weight in weights:
+        if weight is None:
+            raise NotFollowed("it joins weights with constants")
+        layers = {_axes(propagation, one): one for one in weight.layers}
+        if len(layers) != len(weight.layers) or any(len(one) > 1 for one in layers):
+            raise NotFollowed("it joins weights with several channels along one axis")
+        along.append(layers.pop((axis,), value_ids(torch.zeros(weight.tensor.shape))))
+        for one in layers.values():
+            rest = one.narrow(axis, 0, 1)
+            _join(propagation, across, rest.expand([*shape[:axis], 1, *shape[axis + 1 :]]))
+    found = (torch.cat(along, axis), *(one.expand(shape) for one in across))
+    return ComputedWeight(call.node.name, call.output, found, sources)
+
+
+def _united(
+    propagation: LabelPropagation, weights: Sequence[ComputedWeight], shape: Sequence[int]
+) -> list[Tensor]:
+    """Return the layers of an elementwise function of weights, those along one axis united."""
+    layers: list[Tensor] = []
+    for weight in weights:
+        for layer in weight.layers:
+            _join(propagation, layers, layer.expand(tuple(shape)))
+    return layers
+
+
+def _join(propagation: LabelPropagation, layers: list[Tensor], layer: Tensor) -> None:
+    """Unite a layer with that along the same axes, or add it."""
+    axes = set(_axes(propagation, layer))
+    for i, other in enumerate(layers):
+        others = set(_axes(propagation, other))
+        if axes == others:
+            propagation.unite(other, layer)
+            layers[i] = torch.where(other >= 0, other, layer)
+            return
+        if axes & others:
+            raise NotFollowed("its operands have channels along several axes")
+    if axes:
+        layers.append(layer)
+
+
+def _axes(propagation: LabelPropagation, layer: Tensor) -> tuple[int, ...]:
+    """Return the axes along which a layer's channels vary."""
+    ids = propagation.roots(collapse(layer)[0])
+    return tuple(i for i, size in enumerate(collapse(ids)[0].shape) if size > 1)
+
+
+def _run(call: Call, substitutes: Mapping[fx.Node, Tensor]) -> Any:
+    """Return what the operation makes of other values for some operands."""
+    target: Any = call.node.target
+    for change in (lambda one: one, Tensor.contiguous):
+        arguments, keywords = fx.map_arg(
+            (call.node.args, call.node.kwargs),
+            lambda node, change=change: (
+                change(substitutes[node]) if node in substitutes else call.value_of(node)
+            ),
+        )
+        try:
+            return target(*arguments, **keywords)
+        except (RuntimeError, NotImplementedError):
+            continue
+    raise NotFollowed("it cannot run on labels")
+
+
+def weigh_computed(
+    propagation: LabelPropagation,
+    weight: ComputedWeight,
+    axes: Mapping[int, Tensor],
+    inward: Sequence[int],
+) -> dict[int, Tensor]:
+    """Let axes of a computed weight carry ids; return the ids now on them.
+
+    Parameters are those of
+    :meth:`clafusion.tracing.labels.interpreter.LabelPropagation.weigh`.
+    """
+    current = {}
+    for axis, ids in axes.items():
+        found = ids
+        is_shown = False
+        for layer in weight.layers:
+            along = _axes(propagation, layer)
+            if axis not in along:
+                continue
+            if len(along) > 1:
+                raise NotFollowed("its weight has channels along several axes at once")
+            own = layer.movedim(axis, 0).reshape(layer.size(axis), -1)[:, 0]
+            propagation.unite(own, ids)
+            found, is_shown = torch.where(own >= 0, own, ids), True
+        if axis in inward:
+            roots = propagation.roots(found[found >= 0])
+            for use in weight.sources:
+                for place, on_axis in use.axes.items():
+                    if bool(torch.isin(propagation.roots(on_axis), roots).any()):
+                        use.directions[place] = "in"
+            if not is_shown:
+                propagation.count(ids)  # the weight adds up all of them alike
+        current[axis] = found
+    return current
