@@ -14,6 +14,7 @@ from collections.abc import MutableMapping, Sequence
 import torch
 from torch import Tensor
 
+from clafusion.merging.gauges import complete, gauged
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
 from clafusion.tracing.model import TracedModel
 
@@ -77,7 +78,9 @@ def average(
         Matched parameters differ in an axis that is no channel axis.
     """
     weights = [one.weights for one in problem.parents] if weights is None else weights
-    states = [one.state(problem.normalisation) for one in problem.parents]
+    is_gauged = bool(problem.target.normalised) and _is_mixed(problem, weights)
+    parents = [gauged(one) for one in problem.parents] if is_gauged else problem.parents
+    states = [one.state(problem.normalisation) for one in parents]
     fused = problem.storage.empty()
     for name, tensor in problem.target.state().items():
         present = [i for i, state in enumerate(states) if name in state]
@@ -92,7 +95,19 @@ def average(
             fused[name] = _mean_in_parts(values, own, tensor)
         else:
             fused[name] = values[0].to(tensor, copy=True)
+    if is_gauged:
+        complete(fused, problem.target, states, [one.overall for one in weights])
     return fused
+
+
+def _is_mixed(problem: FusionProblem, weights: Sequence[MergeWeights]) -> bool:
+    """Return whether more counts than one parent that is the target itself."""
+    counting = [
+        one
+        for one, weight in zip(problem.parents, weights, strict=True)
+        if weight.overall > 0 or any(value > 0 for value in weight.own.values())
+    ]
+    return len(counting) != 1 or not counting[0].is_identity
 
 
 def _mean_in_parts(values: Sequence[Tensor], weights: Sequence[Weight], like: Tensor) -> Tensor:

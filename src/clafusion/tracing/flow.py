@@ -12,6 +12,7 @@ from torch import fx
 
 from clafusion.execution.call import State
 from clafusion.tracing.groups import Channels
+from clafusion.tracing.labels.rule import ComputedWeight
 from clafusion.tracing.operations import RESHAPES, SAME_VALUES, bound_operands, op_name
 
 __all__ = [
@@ -105,9 +106,9 @@ class Flow:
 
     @property
     def statistics(self) -> frozenset[str]:
-        """The state entries that are a norm's running mean or variance."""
+        """The state entries that are a norm's running mean or variance, or move with a weight."""
         roles = ("running_mean", "running_var")
-        return frozenset(
+        return self.channels.labels.moving_buffers | frozenset(
             self.sources[operand]
             for node in self.graph.nodes
             if op_name(node) in NORMS
@@ -136,6 +137,11 @@ class Flow:
         """Return whether a node applies a weight: linear, convolution, embedding, recurrence."""
         name = op_name(node)
         return name in _WEIGHTED or (is_matrix_product(node) and bool(self.parameters(node)))
+
+    def has_computed_weight(self, node: fx.Node) -> bool:
+        """Return whether a node applies a weight that is computed from parameters."""
+        labels = self.channels.labels.labels
+        return any(isinstance(labels.get(one), ComputedWeight) for one in node.all_input_nodes)
 
     def is_contraction(self, node: fx.Node) -> bool:
         """Return whether a node is the matrix product of two activations."""

@@ -69,6 +69,8 @@ def _obstacle(flow: Flow, draft: Draft) -> str:
     is_convolution = name in ("conv1d", "conv2d", "conv3d")
     if not is_convolution and name != "linear" and not is_affine_product(affine):
         return f"{name} is no linear layer, no convolution and no product with a matrix"
+    if flow.has_computed_weight(affine):
+        return "its weight is computed from parameters, of which none need make the identity"
     operands = flow.operands(affine)
     if len(operands) != 1 or not all((flow.freedom(affine) or ())[:-1]):
         return "it reads or writes channels that keep their places, as inputs and outputs do"
@@ -123,7 +125,7 @@ def _last_write(flow: Flow, draft: Draft) -> tuple[str, ...]:
         parameters = flow.parameters(node)
         name = op_name(node)
         if parameters and flow.is_weighted(node):
-            return tuple(parameters)
+            return () if flow.has_computed_weight(node) else tuple(parameters)
         if parameters and name in NORMS:
             bound = bound_operands(node)
             affine = (bound.get(role) for role in ("weight", "bias"))

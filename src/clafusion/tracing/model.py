@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from clafusion.execution.call import State, device_of, flatten_tensors
 from clafusion.execution.walk import run_graph
 from clafusion.tracing.layer import Layer, Stream
+from clafusion.tracing.normalised import NormalisedWeight
 from clafusion.tracing.operations import RESHAPES, bound_operands, op_name
 
 __all__ = [
@@ -242,6 +243,8 @@ class TracedModel:
     types
         Types to compute in, in place of those of weights, inputs and graph: half precision is for
         storage, and runs of the graph are in float32.
+    normalised
+        Weights that the model divides by a norm of their own.
     weights
         Parameters, buffers and constants of the module's shapes, to be taken in place of its own:
         of a copy with other weights, or from files as they are read. None for the module's own.
@@ -265,6 +268,7 @@ class TracedModel:
     pinned: tuple[PinnedChannels, ...] = ()
     united_heads: tuple[UnitedHeads, ...] = ()
     types: Mapping[torch.dtype, torch.dtype] = field(default_factory=dict)
+    normalised: tuple[NormalisedWeight, ...] = ()
     weights: State | None = None
 
     @property

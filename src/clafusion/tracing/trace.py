@@ -157,7 +157,8 @@ def _traced(
         buffers = frozenset(state) - trainable
         channels = find_channels(module, placeholders, state, buffers, inputs)
         layers = find_layers(module, placeholders, state, channels, buffers)
-        traced = replace(traced, unreached=channels.unreached)
+        normalised = tuple(channels.labels.normalised.values())
+        traced = replace(traced, unreached=channels.unreached, normalised=normalised)
         traced = _with_batch_behaviour(traced, HALF_WIDER if types else {})
         singles = channels_of_heads(channels.groups, channels.alone, layers)
         if singles:

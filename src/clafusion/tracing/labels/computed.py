@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from clafusion.tracing.labels.drafts import DraftUse
 from clafusion.tracing.labels.ids import collapse, value_ids
 from clafusion.tracing.labels.rule import (
     REARRANGING,
@@ -24,6 +25,7 @@ from clafusion.tracing.labels.rule import (
     NotFollowed,
     ParameterView,
 )
+from clafusion.tracing.normalised import NormalisedWeight
 from clafusion.tracing.operations import bound_operands, op_name
 
 if TYPE_CHECKING:
@@ -132,7 +134,11 @@ def computed_label(propagation: LabelPropagation, call: Call, for_convolution: b
         return _computed(propagation, label, for_convolution)
 
     if call.name in ("mv", "dot", "vdot", "mm", "matmul"):
-        return _product(propagation, call, [_factor(propagation, call, computed, one) for one in operands])
+        factors = [_factor(propagation, computed, label, value) for _, label, value in operands]
+        product = _product(propagation, call, factors)
+        if call.name in ("dot", "vdot"):
+            _note_vectors(propagation, call, operands[0][1])
+        return product
     weights = [computed(label) for _, label, _ in operands]
     known = [one for one in weights if one is not None]
     if not known:
@@ -161,7 +167,8 @@ def _viewed(call: Call, node: fx.Node, label: ParameterView, *, alone: bool) -> 
     if alone and torch.Tag.pointwise in target.tags:
         return label  # an elementwise function of a parameter moves as the parameter does
     if call.name in _KEEPING and alone and not isinstance(call.output, tuple):
-        return label if call.name not in ("softmax", "_softmax", "layer_norm", "batch_norm") else None
+        is_norm = call.name in ("softmax", "_softmax", "layer_norm", "batch_norm")
+        return None if is_norm else label
     if call.name not in _TURNING:
         return None
     moved = _run(call, {node: label.tensor})
@@ -199,14 +206,15 @@ def _computed(
 
 def _factor(
     propagation: LabelPropagation,
-    call: Call,
     computed: Callable[[Label], ComputedWeight | None],
-    operand: tuple[fx.Node, Label, Tensor],
+    label: Label,
+    value: Tensor,
 ) -> ComputedWeight:
     """Return a factor of a product; a buffer that is a vector moves with what it multiplies."""
-    _, label, value = operand
     if isinstance(label, ParameterView) and value.dim() == 1:
         ids = propagation.element_ids(label)
+        if label.name in propagation.buffers:
+            propagation.moving_buffers.add(label.name)
         return ComputedWeight(label.name, value, (ids,), (propagation.uses[label.name, "elements"],))
     found = computed(label)
     if found is None:
@@ -252,6 +260,8 @@ def _normalised(
     """Follow reductions and normalisations over some axes, of which the order does not matter."""
     if len(weights) > 1 and call.name != "_weight_norm":
         raise NotFollowed("its operands are computed, too")
+    if call.name == "_weight_norm":
+        _note_lengths(propagation, call)
     layers = _united(propagation, weights, weights[0].tensor.shape)
     shape = weights[0].tensor.shape
     axes = _reduced_axes(call, len(shape))
@@ -273,6 +283,48 @@ def _normalised(
     return labels if isinstance(call.output, tuple) else labels[0]
 
 
+def _note_lengths(propagation: LabelPropagation, call: Call) -> None:
+    """Note the parameters of a weight norm, if both are whole ones."""
+    views = [call.label("v"), call.label("g")]
+    whole = [
+        one.name
+        for one in views
+        if isinstance(one, ParameterView) and one.tensor.shape == propagation.state[one.name].shape
+    ]
+    if len(whole) == 2:
+        axis = call.value("dim")
+        found = NormalisedWeight("length", whole[0], (whole[1],), axis)
+        propagation.normalised[whole[0]] = found
+
+
+def _note_vectors(propagation: LabelPropagation, call: Call, left: Label) -> None:
+    """Note the parameters of a spectral norm, whose estimate is ``u . (W v)``."""
+    product = call.bound["other" if call.name == "vdot" else "tensor"]
+    if not isinstance(left, ParameterView) or op_name(product) != "mv":
+        return
+    matrix, right = (call.label_of(one) for one in product.args[:2])
+    if not isinstance(matrix, (ComputedWeight, ParameterView)) or not isinstance(
+        right, ParameterView
+    ):
+        return
+    name = matrix.name if isinstance(matrix, ParameterView) else matrix.sources[0].name
+    rows = propagation.roots(propagation.element_ids(left))
+    for use in propagation.uses.values():
+        for place, ids in use.axes.items():
+            if use.name == name and use.role == "weight" and len(ids) == len(rows):
+                if torch.equal(propagation.roots(ids), rows):
+                    axis = _axis_of(use, place, propagation.state[name])
+                    found = NormalisedWeight("spectral", name, (left.name, right.name), axis)
+                    propagation.normalised[name] = found
+                    return
+
+
+def _axis_of(use: DraftUse, place: int, tensor: Tensor) -> int:
+    """Return the axis of a whole parameter that a use calls by another number."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return order[place] if len(order) == len(use.size) else 0
+
+
 def _reduced_axes(call: Call, dims: int) -> set[int]:
     """Return the axes over which an operation sums up or normalises."""
     if call.name == "batch_norm":
@@ -284,7 +336,7 @@ def _reduced_axes(call: Call, dims: int) -> set[int]:
             raise NotFollowed("it normalises weights by parameters")
         return set(range(dims - len(call.value("normalized_shape")), dims))
     if call.name == "_weight_norm":
-        return set(range(dims)) - {call.value("dim") % dims}
+        return set(range(dims)) - {call.value("dim")}  # -1: one norm of all
     if call.name in ("softmax", "_softmax"):
         return {call.value("dim") % dims}
     if call.name not in _REDUCTIONS:

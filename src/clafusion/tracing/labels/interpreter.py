@@ -37,6 +37,7 @@ from clafusion.tracing.labels.rule import (
     ParameterView,
     Rule,
 )
+from clafusion.tracing.normalised import NormalisedWeight
 from clafusion.tracing.operations import module_path, op_name
 
 __all__ = ["LabelPropagation"]
@@ -66,6 +67,10 @@ class LabelPropagation(Atoms):
         Nodes whose positions belong to other channels than their labels name.
     outer
         Labels of channels that met other channels in a product, whose label names those.
+    moving_buffers
+        Buffers, other than a norm's statistics, that move with a weight.
+    normalised
+        Weights that are divided by a norm of their own, by the parameter's name.
     """
 
     def __init__(
@@ -83,6 +88,8 @@ class LabelPropagation(Atoms):
         self.labels: dict[fx.Node, Label] = {}
         self.crossed: set[fx.Node] = set()
         self.outer: list[Tensor] = []
+        self.moving_buffers: set[str] = set()
+        self.normalised: dict[str, NormalisedWeight] = {}
         self._node: fx.Node | None = None
         self._computing: dict[fx.Node, bool] = {}
 

@@ -1,0 +1,61 @@
+"""Average weights that the model divides by a norm of their own, as if they were plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from clafusion.execution.lazy import LazyState
+from clafusion.merging.problem import Parent
+from clafusion.tracing.model import TracedModel
+
+__all__ = ["complete", "gauged"]
+
+
+def gauged(parent: Parent) -> Parent:
+    """Return a parent at whose parameters normalised weights are the parameters themselves."""
+    source = parent.correspondence.source
+    if not source.normalised:
+        return parent
+    return replace(
+        parent, correspondence=replace(parent.correspondence, source=_gauged_model(source))
+    )
+
+
+def _gauged_model(model: TracedModel) -> TracedModel:
+    own = model.state()
+    by_name = {name: one for one in model.normalised for name in (one.parameter, *one.others)}
+
+    def make(name: str) -> Tensor:
+        return by_name[name].gauged(own).get(name, own[name]) if name in by_name else own[name]
+
+    return replace(model, weights=LazyState(own, make))
+
+
+def complete(
+    fused: MutableMapping[str, Tensor],
+    target: TracedModel,
+    states: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[float],
+) -> None:
+    """Give averaged weights the lengths and vectors that leave them as they are.
+
+    Parameters
+    ----------
+    fused
+        The averaged parameters, which this changes.
+    target
+        The target.
+    states
+        The parents' parameters in the target's structure, of which the vectors are those of the
+        parent with the largest weight.
+    weights
+        The parents' weights.
+    """
+    first = states[max(range(len(states)), key=lambda i: weights[i])]
+    for one in target.normalised:
+        if all(name in first for name in one.others):
+            for name, value in one.completed(fused, first).items():
+                fused[name] = value.to(fused[name])
