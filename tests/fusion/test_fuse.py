@@ -1,6 +1,5 @@
 """What `fuse` takes, gives and refuses."""
 
-import warnings
 from dataclasses import fields
 
 import pytest
@@ -180,10 +179,8 @@ def test_bad_data_is_refused(data, message):
         fuse([networks.mlp(12, 9, 5), networks.mlp(12, 8, 5)], data)
 
 
-def weights_computed(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        nn.utils.weight_norm(model[0])
+def result_kept(model):
+    model.results = [model(VECTORS)]
     return model
 
 
@@ -194,7 +191,7 @@ def weights_computed(model):
         (nn.Module.double, r"models\[1\]: .* with parameters of torch.float64"),
         (nn.DataParallel, "wrapped in DataParallel: give its .module"),
         (torch.jit.script, "compiled by torch.jit"),
-        (weights_computed, r"cannot be copied .* Take off what computes a weight"),
+        (result_kept, r"cannot be copied .* Take off what no copy can be made of"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -203,7 +200,7 @@ def test_models_that_cannot_be_traced_are_refused(change, message):
     other = change(networks.mlp(12, 8, 5))
     with pytest.raises(InputError, match=message):
         fuse([model, other], VECTORS)
-    if change is weights_computed:
+    if change is result_kept:
         with pytest.raises(InputError, match=message):
             fuse([model, other], VECTORS, device="cpu")
 

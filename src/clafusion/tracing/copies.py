@@ -42,14 +42,20 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
 
 
 def _copied(model: nn.Module, shared: dict[int, Any]) -> nn.Module:
+    # What a hook computed in the last call, as of the old weight_norm: the next call makes it anew.
+    results = {
+        id(value): value.detach()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
     try:
-        return copy.deepcopy(model, shared)
+        return copy.deepcopy(model, shared | results)
     except Exception as error:
         shown = next(iter(str(error).strip().splitlines()), repr(error))
         raise InputError(
-            f"{type(model).__name__} cannot be copied ({shown}). Take off what computes a weight "
-            "from others (remove_weight_norm, remove_spectral_norm, torch.nn.utils.prune.remove) "
-            "or keeps a result of forward"
+            f"{type(model).__name__} cannot be copied ({shown}). Take off what no copy can be made "
+            "of, such as compiled functions, locks, or lists with results of forward"
         ) from error
 
 

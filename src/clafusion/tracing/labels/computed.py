@@ -215,7 +215,9 @@ def _factor(
         ids = propagation.element_ids(label)
         if label.name in propagation.buffers:
             propagation.moving_buffers.add(label.name)
-        return ComputedWeight(label.name, value, (ids,), (propagation.uses[label.name, "elements"],))
+        return ComputedWeight(
+            label.name, value, (ids,), (propagation.uses[label.name, "elements"],)
+        )
     found = computed(label)
     if found is None:
         raise NotFollowed("it multiplies weights with constants")
@@ -311,12 +313,12 @@ def _note_vectors(propagation: LabelPropagation, call: Call, left: Label) -> Non
     rows = propagation.roots(propagation.element_ids(left))
     for use in propagation.uses.values():
         for place, ids in use.axes.items():
-            if use.name == name and use.role == "weight" and len(ids) == len(rows):
-                if torch.equal(propagation.roots(ids), rows):
-                    axis = _axis_of(use, place, propagation.state[name])
-                    found = NormalisedWeight("spectral", name, (left.name, right.name), axis)
-                    propagation.normalised[name] = found
-                    return
+            is_its = use.name == name and use.role == "weight" and len(ids) == len(rows)
+            if is_its and torch.equal(propagation.roots(ids), rows):
+                axis = _axis_of(use, place, propagation.state[name])
+                found = NormalisedWeight("spectral", name, (left.name, right.name), axis)
+                propagation.normalised[name] = found
+                return
 
 
 def _axis_of(use: DraftUse, place: int, tensor: Tensor) -> int:

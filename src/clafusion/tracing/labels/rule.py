@@ -76,7 +76,7 @@ class ComputedWeight:
 
 
 Label: TypeAlias = "Tensor | ParameterView | ComputedWeight | tuple[Label, ...] | None"
-"""Label tensor, parameter view, computed weight, None for a constant; a tuple for several values."""
+"""Labels, parameter view, computed weight, None for a constant; a tuple for several values."""
 
 
 class Call:

@@ -7,6 +7,7 @@ Importing this package registers every rule. To add a rule, write a function
 
 from clafusion.tracing.labels.rules import (
     attention,
+    einsum,
     elementwise,
     indexing,
     norms,
@@ -18,6 +19,7 @@ from clafusion.tracing.labels.rules import (
 
 __all__ = [
     "attention",
+    "einsum",
     "elementwise",
     "indexing",
     "norms",
