@@ -108,7 +108,7 @@ class Flow:
     def statistics(self) -> frozenset[str]:
         """The state entries that are a norm's running mean or variance, or move with a weight."""
         roles = ("running_mean", "running_var")
-        return self.channels.labels.moving_buffers | frozenset(
+        return frozenset(self.channels.labels.moving_buffers) | frozenset(
             self.sources[operand]
             for node in self.graph.nodes
             if op_name(node) in NORMS

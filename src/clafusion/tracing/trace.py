@@ -22,6 +22,7 @@ from clafusion.execution.transforms import transforms_undone
 from clafusion.execution.walk import HALF_WIDER
 from clafusion.tracing.copies import evaluation_copy
 from clafusion.tracing.export import export_model, refuse_changed_inputs
+from clafusion.tracing.functional import without_partial_writes
 from clafusion.tracing.groups import find_channels
 from clafusion.tracing.heads import channels_of_heads
 from clafusion.tracing.layers import find_layers
@@ -136,6 +137,7 @@ def _traced(
     aliases = aliases_of(model)
     placeholders, constants, trainable = _sources(program, model, aliases)
     refuse_changed_inputs(module, placeholders)
+    without_partial_writes(module)
     inputs = (*arguments, *keywords.values())
     traced = TracedModel(
         model=model,

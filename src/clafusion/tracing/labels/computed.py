@@ -82,7 +82,9 @@ def weight_computations(
         bound = bound_operands(node)
         for role in _WEIGHTS.get(op_name(node), ()) if node.op == "call_function" else ():
             weight = bound.get(role)
-            if node in free or not free.get(weight, False) or weight.op == "placeholder":
+            if node in free or weight is None or not free.get(weight, False):
+                continue
+            if weight.op == "placeholder":
                 continue
             closure = _closure(weight)
             is_matrix = role == "weight" or weight.meta["val"].dim() == 2

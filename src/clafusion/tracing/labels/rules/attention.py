@@ -61,11 +61,11 @@ def _batch(propagation: LabelPropagation, call: Call, *names: str) -> Tensor:
     values = [call.value(name) for name in names]
     count = call.output.dim() - 2
     letters = "abcdefgh"[:count]
-    operands = [
+    first, second = (
         (call.label(name), value, letters[count - value.dim() + 2 :] + ends)
         for name, value, ends in zip(names, values, ("mk", "kn"), strict=True)
-    ]
-    return product_labels(propagation, call, *operands, letters + "mn")
+    )
+    return product_labels(propagation, call, first, second, letters + "mn")
 
 
 @rule("scaled_dot_product_attention")

@@ -13,6 +13,7 @@ from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.labels.rule import Call, Label, NotFollowed, rule
 from clafusion.tracing.labels.rules.common import (
     collapse_within,
+    combined,
     joined,
     moving,
     outgoing,
@@ -71,7 +72,8 @@ def _indexed_axes(call: Call) -> list[int]:
     dims = call.value_of(call.tensors()[0][1]).dim()
     if "indices" not in call.bound:
         return [call.value("dim") % max(dims, 1)]
-    axes, axis = [], 0
+    axes: list[int] = []
+    axis = 0
     for one in call.bound["indices"]:
         index = call.concrete(one)
         span = index.dim() if isinstance(index, Tensor) and index.dtype == torch.bool else 1
@@ -85,6 +87,13 @@ def _indexed_axes(call: Call) -> list[int]:
 def _index_put(propagation: LabelPropagation, call: Call) -> Label:
     """Put values in the places of others, which belong to the same channels."""
     indices = [one for one in call.bound["indices"] if isinstance(one, fx.Node)]
+    if _is_choice(call):  # as ``x[x < 0] = 0``
+        operands = [call.bound["self"], call.bound["values"], *indices]
+        return combined(
+            propagation,
+            call.node.name,
+            [(call.label_of(one), call.value_of(one)) for one in operands],
+        )
     for node in indices:
         _check_indices(propagation, call, node)
     own, values = (propagation.activation(call.label(n), call.value(n)) for n in ("self", "values"))
@@ -93,7 +102,8 @@ def _index_put(propagation: LabelPropagation, call: Call) -> Label:
     values = values.expand(before.shape)
     is_known = all(propagation.is_constant(call.label_of(node)) for node in indices)
     if is_known and not call.value("accumulate"):
-        return torch.ops.aten.index_put.default(own, places, values)
+        put: Tensor = torch.ops.aten.index_put.default(own, places, values)
+        return put
     for axis in _indexed_axes(call):
         if bool((own >= 0).any()) and collapse_within(own, [axis]).size(axis) > 1:
             raise NotFollowed(_BY_CHANNELS)
@@ -101,6 +111,19 @@ def _index_put(propagation: LabelPropagation, call: Call) -> Label:
     propagation.unite(before, values)
     result = torch.ops.aten.index_put.default(own, places, values.contiguous())
     return moving(_with_atoms_along(result, _indexed_axes(call)), call.node.name, own.shape)
+
+
+def _is_choice(call: Call) -> bool:
+    """Say whether a mask of the operand's shape says which elements become one value."""
+    (first, *others) = (call.concrete(one) for one in call.bound["indices"])
+    return (
+        not others
+        and isinstance(first, Tensor)
+        and first.dtype == torch.bool
+        and first.shape == call.output.shape
+        and call.value("values").numel() == 1
+        and not call.value("accumulate")
+    )
 
 
 def _with_atoms_along(ids: Tensor, axes: Sequence[int]) -> Tensor:

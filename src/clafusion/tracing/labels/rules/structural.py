@@ -136,8 +136,8 @@ def _as_other_numbers(propagation: LabelPropagation, call: Call) -> Label:
 
 @rule(
     *"""_to_copy to real imag type_as clone contiguous detach alias alias_copy dropout
-    native_dropout feature_dropout alpha_dropout lift_fresh lift_fresh_copy float double half bfloat16
-    _conj resolve_conj resolve_neg identity""".split(),
+    native_dropout feature_dropout alpha_dropout lift_fresh lift_fresh_copy float double half
+    bfloat16 _conj resolve_conj resolve_neg identity""".split(),
     rearranges=True,
 )
 def _unchanged(_propagation: LabelPropagation, call: Call) -> Label:

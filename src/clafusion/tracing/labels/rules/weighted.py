@@ -89,7 +89,7 @@ def _conv(propagation: LabelPropagation, call: Call) -> Label:
         else:
             parts = []
             for group in range(groups):
-                part = view.changed(lambda one, group=group: one.chunk(groups, 0)[group])
+                part = _part(view, groups, group)
                 incoming = row.chunk(groups)[group]
                 propagation.weigh(part, "weight", {1: incoming}, inward=[1])
                 parts.append(outgoing(propagation, part, "weight", 0))
@@ -97,6 +97,13 @@ def _conv(propagation: LabelPropagation, call: Call) -> Label:
         result = _channels_labels(call, out, shape)
     scale_channels(propagation, call, "bias", result)
     return result
+
+
+def _part(
+    view: ParameterView | ComputedWeight, groups: int, group: int
+) -> ParameterView | ComputedWeight:
+    """Return the rows of a convolution's weight that belong to one of its groups."""
+    return view.changed(lambda one: one.chunk(groups, 0)[group])
 
 
 @rule(*["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"])
@@ -112,7 +119,7 @@ def _transposed_conv(propagation: LabelPropagation, call: Call) -> Label:
     else:
         parts = []
         for group in range(groups):
-            part = view.changed(lambda one, group=group: one.chunk(groups, 0)[group])
+            part = _part(view, groups, group)
             propagation.weigh(part, "weight", {0: row.chunk(groups)[group]}, inward=[0])
             parts.append(outgoing(propagation, part, "weight", 1))
         out = torch.cat(parts)
