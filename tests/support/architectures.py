@@ -352,7 +352,7 @@ def pyramid() -> nn.Module:
     )
 
 
-@architecture("Weight-normalised layers", RGB, outcome="refused")
+@architecture("Weight-normalised layers", RGB, channels=(8, 10))
 def weight_norm() -> nn.Module:
     return nn.Sequential(
         parametrizations.weight_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(),
@@ -371,12 +371,12 @@ class SpectralNet(nn.Module):
         return self.head(self.second(self.first(x).relu().mean((2, 3))).relu())
 
 
-@architecture("Spectral-normalised layers", RGB, outcome="refused")
+@architecture("Spectral-normalised layers", RGB, channels=(8, 12))
 def spectral_norm() -> nn.Module:
     return SpectralNet()
 
 
-@architecture("Weight-standardised convolutions", RGB, outcome="refused")
+@architecture("Weight-standardised convolutions", RGB, channels=(8, 10))
 def weight_standardised() -> nn.Module:
     def standard(weight: Tensor) -> Tensor:
         variance, mean = torch.var_mean(weight, dim=(1, 2, 3), keepdim=True)
@@ -1103,7 +1103,7 @@ def sort_channels() -> nn.Module:
     )
 
 
-@architecture("Fourier transform over channels (FNet-like)", SEQUENCE, outcome="refused")
+@architecture("Fourier transform over channels (FNet-like)", SEQUENCE, channels=())
 def fourier() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = m.first(x)
@@ -1178,7 +1178,7 @@ def masked_channels() -> nn.Module:
     return Forward(forward, first=nn.Conv2d(3, 8, 3), head=Head(8))
 
 
-@architecture("In-place write to a slice of channels", RGB, outcome="refused")
+@architecture("In-place write to a slice of channels", RGB, channels=(3, 5))
 def slice_write() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = m.first(x)
@@ -1254,7 +1254,7 @@ def gmlp() -> nn.Module:
     )
 
 
-@architecture("Einsum layers", SEQUENCE, outcome="refused", channels=(8, 10))
+@architecture("Einsum layers", SEQUENCE, channels=(8, 10))
 def einsum() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = torch.einsum("bti,oi->bto", x, m.first).relu()
@@ -1295,7 +1295,7 @@ def bilinear_pooling() -> nn.Module:
     return Forward(forward, stem=nn.Conv2d(3, 8, 3), head=nn.Linear(64, CLASSES))
 
 
-@architecture("Bilinear layer", VECTOR, outcome="refused")
+@architecture("Bilinear layer", VECTOR, channels=(6, 8, 10))
 def bilinear() -> nn.Module:
     return Forward(
         lambda m, x: m.head(m.mix(m.left(x), m.right(x)).relu()),
@@ -1306,7 +1306,7 @@ def bilinear() -> nn.Module:
     )
 
 
-@architecture("Cosine classifier", RGB, outcome="refused", channels=(8,))
+@architecture("Cosine classifier", RGB, channels=(8,))
 def cosine() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         x = m.stem(x).relu().mean((2, 3))
@@ -1320,7 +1320,7 @@ def cosine() -> nn.Module:
     )
 
 
-@architecture("Distances to prototypes", VECTOR, outcome="refused")
+@architecture("Distances to prototypes", VECTOR, channels=(8,))
 def prototypes() -> nn.Module:
     return Forward(
         lambda m, x: -torch.cdist(m.hidden(x).relu(), m.centres),
@@ -1349,7 +1349,7 @@ def mixture() -> nn.Module:
     )
 
 
-@architecture("Weights made by a network (hypernetwork)", VECTOR, outcome="refused")
+@architecture("Weights made by a network (hypernetwork)", VECTOR, channels=())
 def hypernetwork() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         hidden = m.stem(x).relu()

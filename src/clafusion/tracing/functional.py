@@ -186,7 +186,8 @@ def _inverse(view: fx.Node) -> Callable[[Callable[..., fx.Node], fx.Node], fx.No
     if name in ("detach", "alias") or _writes(view):
         return lambda _call, new: new
     if name == "slice":
-        dim, start, end, step = [*rest, *(0, None, None, 1)[len(rest) :]]
+        defaults: list[Any] = [0, None, None, 1]
+        dim, start, end, step = rest + defaults[len(rest) :]
         is_to_the_end = end is None or (isinstance(end, int) and end > _ENDS)
         if start in (0, None) and is_to_the_end and step == 1:
             return lambda _call, new: new

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from clafusion.tracing.labels.ids import fixed_ids
+from clafusion.tracing.labels.ids import collapse, fixed_ids
 from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.labels.rule import Call, Label, NotFollowed, rule
 from clafusion.tracing.labels.rules.common import (
@@ -50,15 +50,32 @@ def indexed_by_values(propagation: LabelPropagation, call: Call) -> Tensor:
     else:
         ids = propagation.roots(propagation.activation(label, value))
     if bool((ids >= 0).any()):
-        for axis in axes:
-            if collapse_within(ids.clamp(min=-1), [axis]).size(axis) > 1:
-                raise NotFollowed(_BY_CHANNELS)
+        ids = _alike_along(propagation, ids, axes)
     target: Any = call.node.target
     arguments, keywords = fx.map_arg(
         (call.node.args, call.node.kwargs),
         lambda node: ids if node is operand else call.value_of(node),
     )
     return moving(target(*arguments, **keywords), call.node.name, call.output.shape)
+
+
+def _alike_along(propagation: LabelPropagation, ids: Tensor, axes: Sequence[int]) -> Tensor:
+    """Return labels that do not vary along some axes; unite those of several rows of channels.
+
+    Raises
+    ------
+    NotFollowed
+        They vary along one of these axes and no other: it is the axis of the channels.
+    """
+    for axis in axes:
+        if collapse_within(ids.clamp(min=-1), [axis]).size(axis) == 1:
+            continue
+        (varying,) = collapse(propagation.roots(ids).clamp(min=-1))
+        if sum(size > 1 for size in varying.shape) < 2:
+            raise NotFollowed(_BY_CHANNELS)
+        propagation.unite(ids, ids.narrow(axis, 0, 1).expand(ids.shape))
+        ids = propagation.roots(ids)
+    return ids
 
 
 def _check_indices(propagation: LabelPropagation, call: Call, node: fx.Node) -> None:

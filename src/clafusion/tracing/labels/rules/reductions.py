@@ -101,8 +101,17 @@ def _ordered(propagation: LabelPropagation, call: Call) -> Label:
     along = None if axis is None or ids.dim() == 0 else axis % ids.dim()
     row = ids if along is None else collapse_within(ids, [along])
     if along is None or row.size(along) > 1:
-        propagation.pin(ids)
-        if call.name in _SORTING and not (isinstance(call.output, tuple) and _read(call) - {0}):
+        gives_places = call.name == "argmax" or (
+            isinstance(call.output, tuple) and bool(_read(call) - {0})
+        )
+        if gives_places and along is not None and call.name in ("topk", "argmax"):
+            # Experts that a router chooses can change places together with its outputs.
+            places = fixed_ids(f"{call.node.name}_places", [ids.size(along)])
+            shape = [-1 if i == along else 1 for i in range(ids.dim())]
+            propagation.meet(ids, places.view(shape).expand(ids.shape))
+        else:
+            propagation.pin(ids)
+        if call.name in _SORTING and not gives_places:
             propagation.lose(ids, "it sorts values")
         row = torch.tensor(-1)
     elif outputs[0].dim() < ids.dim():

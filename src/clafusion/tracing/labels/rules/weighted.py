@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from clafusion.tracing.labels.ids import fixed_ids
 from clafusion.tracing.labels.interpreter import LabelPropagation
-from clafusion.tracing.labels.rule import Call, ComputedWeight, Label, ParameterView, rule
+from clafusion.tracing.labels.rule import (
+    Call,
+    ComputedWeight,
+    Label,
+    NotFollowed,
+    ParameterView,
+    rule,
+)
 from clafusion.tracing.labels.rules.common import (
     outgoing,
     rows_along,
@@ -126,6 +133,39 @@ def _transposed_conv(propagation: LabelPropagation, call: Call) -> Label:
     result = _channels_labels(call, out, call.output.shape)
     scale_channels(propagation, call, "bias", result)
     return result
+
+
+@rule("grouped_mm_fallback", "_grouped_mm", "grouped_mm")
+def _grouped_product(propagation: LabelPropagation, call: Call) -> Label:
+    """Multiply groups of rows, each with a matrix of its own, as experts do."""
+    rows, weight, ends = call.node.args[:3]
+    if not all(isinstance(one, fx.Node) for one in (rows, weight, ends)) or len(call.tensors()) > 3:
+        raise NotFollowed("it has other operands than rows, matrices and their ends")
+    view = call.label_of(weight)
+    if not propagation.is_trained(view) or view.tensor.dim() != 3:
+        raise NotFollowed("its matrices are no parameter")
+    ids = propagation.activation(call.label_of(rows), call.value_of(rows))
+    parts = []
+    start = 0
+    for i, end in enumerate(call.value_of(ends).tolist()):
+        part = _matrix(view, i)
+        if start == end:  # no input comes here: nothing could be proved of this matrix
+            for axis in (0, 1):
+                atoms = propagation.fresh(part.tensor.size(axis))
+                ids_there = propagation.weigh(part, "weight", {axis: atoms})[axis]
+                propagation.pin(ids_there)
+                propagation.lose(ids_there, "no example input comes to this expert")
+            continue
+        parts.append(linear_labels(propagation, call, ids[start:end], part, (1, 0)))
+        start = int(end)
+    if start != len(ids):
+        raise NotFollowed("it leaves out some rows")
+    return torch.cat(parts)
+
+
+def _matrix(view: ParameterView | ComputedWeight, index: int) -> ParameterView | ComputedWeight:
+    """Return one of several matrices."""
+    return view.changed(lambda one: one[index])
 
 
 @rule("bilinear")
