@@ -11,6 +11,7 @@ from clafusion.tracing.cuts import Draft
 from clafusion.tracing.flow import NORMS, Flow, is_matrix_product, is_pointwise
 from clafusion.tracing.layer import CalibrationPoint, HookPoint
 from clafusion.tracing.operations import (
+    RESHAPES,
     SAME_VALUES,
     affine_operands,
     batch_axis,
@@ -21,6 +22,8 @@ from clafusion.tracing.operations import (
 )
 
 __all__ = ["bias_addition", "calibration_points", "hook_points", "places_of"]
+
+_CHOICE = -1  # the place of a router among the readers of its own outputs
 
 _VIEWS = ("view", "reshape", "_unsafe_view")
 
@@ -41,6 +44,12 @@ def hook_points(flow: Flow, draft: Draft) -> tuple[HookPoint, ...]:
                 if point is not None:
                     points.setdefault(point.post, point)
                     readers.setdefault(point.post, set()).add((place, i))
+    for place, node in enumerate(draft.nodes):
+        if flow.is_weighted(node) and _are_chosen_from(node):
+            point = _hook_point(flow, node)
+            if point is not None:
+                points.setdefault(point.post, point)
+                readers.setdefault(point.post, set()).add((place, _CHOICE))
     joined = draft.nodes[-1]
     for place, node in enumerate(draft.nodes):
         if node.name not in points and node is not joined:
@@ -56,6 +65,16 @@ def hook_points(flow: Flow, draft: Draft) -> tuple[HookPoint, ...]:
         points[output.post] = output
         readers.setdefault(output.post, set()).add((len(draft.nodes), 0))
     return tuple(replace(point, readers=frozenset(readers[post])) for post, point in points.items())
+
+
+def _are_chosen_from(node: fx.Node) -> bool:
+    """Return whether a router's outputs say which of several experts take part."""
+    for user in node.users:
+        name = op_name(user)
+        is_kept = is_pointwise(user) or name in RESHAPES or name in ("softmax", "_softmax")
+        if name in ("topk", "argmax") or (is_kept and _are_chosen_from(user)):
+            return True
+    return False
 
 
 def _parts(flow: Flow, draft: Draft, node: fx.Node) -> list[fx.Node]:
