@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from clafusion.alignment.models import label
 from clafusion.assessment.parts import most_assessed, num_kept
@@ -64,8 +65,11 @@ __all__ = [
 
 _MOVABLE = 0.5  # of all weights: where fewer can move, a warning says so
 
-ExampleInputs: TypeAlias = "Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]"
-"""What a model is traced with: one input, several positional ones, or keyword inputs."""
+ExampleInputs: TypeAlias = "Tensor | tuple[Any, ...] | Mapping[str, Any]"
+"""What a model is traced with: one input, several positional ones, or keyword inputs.
+
+Each is a tensor, or a list or mapping of tensors.
+"""
 
 
 def profile_traced(
@@ -292,11 +296,10 @@ def copied_to(name: str, model: Model, device: str | torch.device) -> nn.Module:
 
 def moved_to(inputs: ExampleInputs, device: torch.device) -> ExampleInputs:
     """Return example inputs on a device."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {name: value.to(device) for name, value in inputs.items()}
-    return tuple(value.to(device) for value in inputs)
+    moved: ExampleInputs = tree_map(
+        lambda one: one.to(device) if isinstance(one, Tensor) else one, inputs
+    )
+    return moved
 
 
 def traced_parent(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.errors import InputError
+from clafusion.execution.nesting import nested
 
 __all__ = [
     "State",
@@ -39,12 +40,13 @@ def call_model(
     inputs
         Its inputs.
     keywords
-        The names of the inputs, where the module takes them by keyword; else empty.
+        The names of the inputs, where the module takes them by keyword; else empty. See
+        :mod:`clafusion.execution.nesting` for inputs that are lists or mappings.
     state
         Parameters and buffers to run with; default the module's own.
     """
     arguments = () if keywords else inputs
-    named = dict(zip(keywords, inputs, strict=True)) if keywords else {}
+    named = nested(keywords, inputs) if keywords else {}
     if state is None:
         return list(flatten_tensors(model(*arguments, **named)))
     outputs = torch.func.functional_call(

@@ -9,9 +9,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from clafusion.errors import InputError
+from clafusion.execution.nesting import flattened, part
 from clafusion.tracing.model import TracedModel
 from clafusion.weights.digests import add_tensor
 
@@ -86,12 +88,8 @@ def _raw(data: Data) -> Iterable[Any]:
 
 def _num_rows(batch: Any) -> int:
     """Return the size of a batch, that of its first tensor; 0 where there is none."""
-    if isinstance(batch, Tensor):
-        return batch.size(0) if batch.dim() else 0
-    parts = batch.values() if isinstance(batch, Mapping) else batch
-    if not isinstance(parts, Iterable):
-        return 0
-    return next((one.size(0) for one in parts if isinstance(one, Tensor) and one.dim()), 0)
+    tensors = (one for one in tree_leaves(batch) if isinstance(one, Tensor) and one.dim())
+    return next((one.size(0) for one in tensors), 0)
 
 
 def _taken(batch: Any, rows: Tensor, size: int) -> Any:
@@ -208,8 +206,8 @@ def batches(
         shape or dtype than the example inputs, or NaN or infinite values. Of a :class:`Part` the
         other part's rows are checked, too.
     """
-    part = data if isinstance(data, Part) else None
-    data = data if part is None else part.data
+    taken = data if isinstance(data, Part) else None
+    data = data if taken is None else taken.data
     _check_kind(data)
     count = 0
     for i, batch in enumerate(_raw(data)):
@@ -219,8 +217,8 @@ def batches(
         ):
             _check_like(value, example, f"data, batch {i}" + (f", input {name!r}" if name else ""))
         size = inputs[0].size(0)
-        if part is not None:  # what is wrong with a row shows wherever the row belongs
-            inputs = _taken(inputs, part.rows(count, size), size)
+        if taken is not None:  # what is wrong with a row shows wherever the row belongs
+            inputs = _taken(inputs, taken.rows(count, size), size)
         count += size
         if inputs[0].size(0):
             yield tuple(value.to(device) for value in inputs) if device is not None else inputs
@@ -271,13 +269,15 @@ def _inputs(batch: Any, count: int, keywords: tuple[str, ...], index: int) -> tu
     where = f"data, batch {index}"
     values: list[Any]
     if isinstance(batch, Mapping):
-        missing = [name for name in keywords if name not in batch]
+        missing = [name for name in keywords if part(batch, name) is None]
         if missing or not keywords:
             raise InputError(
                 f"{where} is a mapping, so the model's inputs are needed by name: give "
                 f"example_inputs as a mapping, too; missing {missing or 'their names'}"
             )
-        values = [batch[name] for name in keywords]
+        values = [part(batch, name) for name in keywords]
+    elif any("." in name for name in keywords):  # positional inputs that hold several tensors
+        values = [one for _, one in flattened(batch, "")][:count]
     elif isinstance(batch, (tuple, list)):
         values = list(batch[:count])
     else:
@@ -326,6 +326,7 @@ def data_digest(data: Data) -> str:
         )
         digest.update(b"batch")
         for name, value in parts:
-            if isinstance(value, Tensor):
-                add_tensor(digest, str(name), value)
+            for inner, one in flattened(value, str(name)):
+                if isinstance(one, Tensor):
+                    add_tensor(digest, inner, one)
     return digest.hexdigest()

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from clafusion.errors import InputError, UnsupportedOpError
+from clafusion.execution.nesting import nested
 from clafusion.execution.writes import written_inputs
 from clafusion.tracing.copies import parameters_protected
 from clafusion.tracing.operations import module_path, op_name
@@ -103,8 +105,9 @@ def _export(
     auto = {0: torch.export.Dim.AUTO}
     by_name: dict[str, Any] = {}
     signature = inspect.signature(model.forward)
+    named = nested(list(keywords), list(keywords.values()))
     try:
-        bound = signature.bind(*arguments, **keywords)
+        bound = signature.bind(*arguments, **named)
     except TypeError as error:
         of_list = (
             ". If it takes a list of tensors, as models for detection do, it cannot be fused: its "
@@ -119,14 +122,12 @@ def _export(
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
             by_name[name] = tuple(auto for _ in value)
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            by_name[name] = dict.fromkeys(value, auto)
         else:
-            by_name[name] = auto
+            by_name[name] = pytree.tree_map(lambda _: auto, value)
     shapes: Any = by_name if keywords else tuple(by_name.values())
     try:  # before the export, which would log the same failure at length
         with torch.no_grad(), parameters_protected(model):
-            outputs = model(*arguments, **keywords)
+            outputs = model(*arguments, **named)
     except UnsupportedOpError:
         raise
     except Exception as cause:
@@ -139,9 +140,7 @@ def _export(
         ) from cause
     _refuse_strange_outputs(model, outputs)
     try:
-        return torch.export.export(
-            model, arguments, dict(keywords), dynamic_shapes=shapes, strict=False
-        )
+        return torch.export.export(model, arguments, named, dynamic_shapes=shapes, strict=False)
     except Exception as failure:
         raise UnsupportedOpError(
             f"torch.export cannot export {type(model).__name__}: {first_line(failure)}. Rewrite "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from clafusion.errors import (
     warn,
 )
 from clafusion.execution.call import device_of, rounding_of
+from clafusion.execution.nesting import flattened, is_nested
 from clafusion.execution.transforms import transforms_undone
 from clafusion.execution.walk import HALF_WIDER
 from clafusion.tracing.copies import evaluation_copy
@@ -47,7 +49,7 @@ _cache = TraceCache()
 
 def trace(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
+    example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any],
     *,
     verify: bool = True,
     seed: int = 0,
@@ -69,7 +71,8 @@ def trace(
         Any module that ``torch.export`` accepts.
     example_inputs
         The model's inputs: a tensor, a tuple of tensors (positional) or a mapping (keywords).
-        The first axis of each is the batch; the first three rows are used.
+        An input may also be a list or a mapping of tensors. The first axis of each tensor is the
+        batch; the first three rows are used.
     verify
         Permute every group at random and compare outputs: see :func:`clafusion.verify_graph`. This
         costs a few forward passes. Without it, a mistake of the analysis would go unnoticed.
@@ -87,7 +90,7 @@ def trace(
         A permutation changed the output.
     """
     _check_model(model)
-    arguments, keywords = _example(example_inputs)
+    arguments, keywords = _example(model, example_inputs)
     device = device_of(model)
     if device is not None:
         arguments = tuple(value.to(device) for value in arguments)
@@ -264,9 +267,13 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _example(
-    example_inputs: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
+    model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Return positional and keyword tensors of the first rows of example inputs."""
+    """Return positional and keyword tensors of the first rows of example inputs.
+
+    Where one of them is a list or a mapping of tensors, all are taken by keyword, under the names
+    of :mod:`clafusion.execution.nesting`.
+    """
     sizes: dict[str, int] = {}
 
     def rows(name: str, value: Any) -> Tensor:
@@ -290,8 +297,15 @@ def _example(
         arguments = (rows("example_inputs", example_inputs),)
     elif isinstance(example_inputs, Mapping):
         keywords = {
-            str(key): rows(f"example_inputs[{key!r}]", value)
-            for key, value in example_inputs.items()
+            name: rows(f"example_inputs[{name!r}]", value)
+            for key, whole in example_inputs.items()
+            for name, value in flattened(whole, str(key))
+        }
+    elif isinstance(example_inputs, (tuple, list)) and any(map(is_nested, example_inputs)):
+        keywords = {
+            name: rows(f"example_inputs, {name!r}", value)
+            for key, whole in zip(_names(model, len(example_inputs)), example_inputs, strict=True)
+            for name, value in flattened(whole, key)
         }
     elif isinstance(example_inputs, (tuple, list)) and example_inputs:
         arguments = tuple(rows(f"example_inputs[{i}]", v) for i, v in enumerate(example_inputs))
@@ -307,6 +321,22 @@ def _example(
             "tensors is no batch, and neither are the nodes and edges of a graph)"
         )
     return arguments, keywords
+
+
+def _names(model: nn.Module, count: int) -> list[str]:
+    """Return the names of the first arguments of a model's forward."""
+    by_position = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    )
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [one.name for one in parameters if one.kind in by_position]
+    if len(names) < count:
+        raise InputError(
+            f"the model takes {len(names)} inputs by position that have a name, but example_inputs "
+            f"has {count}: give lists and mappings of tensors by name, in a mapping"
+        )
+    return names[:count]
 
 
 def _with_batch_behaviour(
