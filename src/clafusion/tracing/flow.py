@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -137,6 +138,28 @@ class Flow:
         """Return whether a node applies a weight: linear, convolution, embedding, recurrence."""
         name = op_name(node)
         return name in _WEIGHTED or (is_matrix_product(node) and bool(self.parameters(node)))
+
+    @cached_property
+    def _dependent(self) -> frozenset[fx.Node]:
+        """The nodes whose values depend on the model's inputs."""
+        found = set(self.inputs)
+        for node in self.graph.nodes:
+            if any(one in found for one in node.all_input_nodes):
+                found.add(node)
+        return frozenset(found)
+
+    @cached_property
+    def _has_free_batch(self) -> bool:
+        sizes = [size for one in self.inputs for size in getattr(one.meta.get("val"), "shape", ())]
+        return any(not isinstance(size, int) for size in sizes)
+
+    def is_same_for_all(self, node: fx.Node) -> bool:
+        """Return whether a value is the same whatever the input, and has no axis of the batch.
+
+        As what a network makes of a table of positions. An operation that spreads it over the
+        batch, as ``expand``, depends on the input's size.
+        """
+        return self._has_free_batch and node not in self._dependent
 
     def has_computed_weight(self, node: fx.Node) -> bool:
         """Return whether a node applies a weight that is computed from parameters."""

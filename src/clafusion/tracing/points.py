@@ -106,6 +106,8 @@ def _hook_point(flow: Flow, node: fx.Node) -> HookPoint | None:
     channels = flow.channels.nodes[node.name]
     if channels.axis in (None, batch_axis(node)) or not channels.free or channels.is_crossed:
         return None
+    if flow.is_same_for_all(node):
+        return None
     pre = node
     before = flow.operands(node)
     if len(before) == 1 and is_pointwise(node) and not flow.parameters(node):
@@ -134,7 +136,7 @@ def calibration_points(flow: Flow, draft: Draft) -> tuple[CalibrationPoint, ...]
 def _calibration_point(flow: Flow, node: fx.Node) -> CalibrationPoint | None:
     name = op_name(node)
     is_named = name in ("batch_norm", "linear", "conv1d", "conv2d", "conv3d")
-    if not (is_named or is_affine_product(node)):
+    if not (is_named or is_affine_product(node)) or flow.is_same_for_all(node):
         return None
     if len(node.users) == 1 and op_name(next(iter(node.users))) in NORMS:
         return None  # the norm undoes any change here
