@@ -1377,6 +1377,236 @@ def film() -> nn.Module:
     )
 
 
+# --- operations that people use: indices, sums over letters, normalised weights -----------------
+
+
+@architecture("Position ids that depend on the input (RoBERTa-like)", TEXT, channels=(10, 20))
+def position_ids() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        is_word = (x != 0).long()
+        types = torch.gather(m.types.expand(len(x), -1), 1, is_word.cumsum(1) * is_word)
+        x = m.words(x) + m.positions(is_word.cumsum(1) * is_word) + m.kinds(types)
+        return m.head(m.hidden(x).relu().mean(1))
+
+    net = Forward(
+        forward,
+        words=nn.Embedding(23, 20),
+        positions=nn.Embedding(12, 20),
+        kinds=nn.Embedding(2, 20),
+        hidden=nn.Linear(20, 10),
+        head=nn.Linear(10, CLASSES),
+    )
+    net.register_buffer("types", torch.arange(12).remainder(2)[None])
+    return net
+
+
+@architecture("Position that the input chooses (CLIP-like end of text)", TEXT, channels=(10, 20))
+def end_of_text() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        hidden = m.hidden(m.words(x)).relu()
+        return m.head(hidden[torch.arange(len(x)), x.argmax(-1)])
+
+    return Forward(
+        forward,
+        words=nn.Embedding(23, 20),
+        hidden=nn.Linear(20, 10),
+        head=nn.Linear(10, CLASSES),
+    )
+
+
+@architecture("A bare table read by the input", TEXT, channels=(20,))
+def bare_table() -> nn.Module:
+    return Forward(
+        lambda m, x: m.head(m.table[x].relu().mean(1)),
+        table=nn.Parameter(torch.zeros(23, 20)),
+        head=nn.Linear(20, CLASSES),
+    )
+
+
+@architecture("Channels chosen by the input", lambda: (VECTOR, tokens(3, 8)), channels=())
+def chosen_channels() -> nn.Module:
+    return ForwardPair(
+        lambda m, x, y: m.head(m.first(x).relu().gather(1, y)),
+        first=nn.Linear(12, 8),
+        head=nn.Linear(3, CLASSES),
+    )
+
+
+@architecture("Masked positions replaced by a token", SEQUENCE, channels=(10,))
+def mask_token() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        hidden = m.first(x).clone()
+        hidden[x[..., 0] > 0] = m.token
+        return m.head(hidden.relu().mean(1))
+
+    return Forward(
+        forward,
+        first=nn.Linear(16, 10),
+        token=nn.Parameter(torch.zeros(10)),
+        head=nn.Linear(10, CLASSES),
+    )
+
+
+@architecture("Rows added up by index", SEQUENCE, channels=(10,))
+def rows_added() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        hidden = m.first(x).relu()
+        places = (x[..., :1] > 0).long().expand(-1, -1, 10)
+        return m.head(hidden.new_zeros(x.size(0), 2, 10).scatter_add(1, places, hidden).flatten(1))
+
+    return Forward(forward, first=nn.Linear(16, 10), head=nn.Linear(20, CLASSES))
+
+
+@architecture("Writes to parts of a new tensor", RGB, channels=(2, 6))
+def partial_writes() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.first(x)
+        y = torch.zeros_like(x)
+        y[:, 2:4] = x[:, :2].tanh()
+        y[:, 4].zero_()
+        y[:, 5] = 1.0
+        x[x < 0] = 0.0
+        return m.head(torch.cat([x[:, 2:], y[:, 2:]], 1))
+
+    return Forward(forward, first=nn.Conv2d(3, 8, 3), head=Head(12))
+
+
+@architecture("Views of features written in place", RGB, channels=(3, 5))
+def view_writes() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.first(x)
+        last = x.permute(0, 2, 3, 1)
+        last[..., :3].mul_(2.0)
+        return m.head(x.relu())
+
+    return Forward(forward, first=nn.Conv2d(3, 8, 3), head=Head(8))
+
+
+@architecture("Patches taken apart and folded", RGB, channels=(4, 4))
+def folded() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = F.unfold(m.first(x), 3, padding=1)
+        x = F.fold(m.hidden(x).relu(), (14, 14), 3, padding=1)
+        return m.head(x)
+
+    return Forward(forward, first=nn.Conv2d(3, 4, 3), hidden=nn.Conv1d(36, 36, 1), head=Head(4))
+
+
+@architecture("Features sampled on a grid", RGB, channels=(8,))
+def grid_sample() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        grid = m.offsets(x.mean((2, 3))).view(-1, 3, 3, 2).tanh()
+        return m.head(F.grid_sample(m.first(x), grid, align_corners=False).relu())
+
+    return Forward(forward, first=nn.Conv2d(3, 8, 3), offsets=nn.Linear(3, 18), head=Head(8))
+
+
+@architecture("Fourier transform over positions (GFNet-like)", RGB, channels=(8,))
+def fourier_positions() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft2(m.first(x)) * m.filter
+        return m.head(torch.fft.irfft2(spectrum, s=(14, 14)).relu())
+
+    return Forward(
+        forward,
+        first=nn.Conv2d(3, 8, 3),
+        filter=nn.Parameter(torch.zeros(8, 14, 8)),
+        head=Head(8),
+    )
+
+
+@architecture("Cumulative sum over positions", SEQUENCE, channels=(10,))
+def cumsum_positions() -> nn.Module:
+    return Forward(
+        lambda m, x: m.head(m.first(x).cumsum(1).relu().floor_divide(0.3).mean(1)),
+        first=nn.Linear(16, 10),
+        head=nn.Linear(10, CLASSES),
+    )
+
+
+@architecture("Einsum attention with a weight for each head", SEQUENCE)
+def einsum_heads() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        query, key, value = (
+            torch.einsum("btc,hcd->bhtd", x, one) for one in (m.query, m.key, m.value)
+        )
+        scores = torch.einsum("bhtd,bhsd->bhts", query, key).softmax(-1)
+        mixed = torch.einsum("bhts,bhsd->bthd", scores, value)
+        return m.head(torch.einsum("bthd,hdc->btc", mixed, m.out).relu().mean(1))
+
+    return Forward(
+        forward,
+        **{name: nn.Parameter(torch.zeros(2, 16, 4)) for name in ("query", "key", "value")},
+        out=nn.Parameter(torch.zeros(2, 4, 12)),
+        head=nn.Linear(12, CLASSES),
+    )
+
+
+@architecture("Bias joined from two parts and zeros", SEQUENCE)
+def joined_bias() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        bias = torch.cat([m.of_query, torch.zeros(8), m.of_value])
+        query, key, value = F.linear(x, m.weight, bias).view(-1, 6, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return m.head(m.out(mixed.transpose(1, 2).flatten(2)).relu().mean(1))
+
+    return Forward(
+        forward,
+        weight=nn.Parameter(torch.zeros(24, 16)),
+        of_query=nn.Parameter(torch.zeros(8)),
+        of_value=nn.Parameter(torch.zeros(8)),
+        out=nn.Linear(8, 12),
+        head=nn.Linear(12, CLASSES),
+    )
+
+
+@architecture("Low-rank change of a weight (LoRA)", VECTOR, channels=(3, 10))
+def low_rank() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.head(F.linear(x, m.weight + m.up @ m.down).relu())
+
+    return Forward(
+        forward,
+        weight=nn.Parameter(torch.zeros(10, 12)),
+        up=nn.Parameter(torch.zeros(10, 3)),
+        down=nn.Parameter(torch.zeros(3, 12)),
+        head=nn.Linear(10, CLASSES),
+    )
+
+
+@architecture("Cosine similarity with prototypes", VECTOR, channels=(8,))
+def similarity() -> nn.Module:
+    return Forward(
+        lambda m, x: F.cosine_similarity(m.hidden(x).relu()[:, None], m.centres[None], -1),
+        hidden=nn.Linear(12, 8),
+        centres=nn.Parameter(torch.zeros(CLASSES, 8)),
+    )
+
+
+@architecture("Weight read as a layer and as a table", VECTOR, channels=())
+def read_twice() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.second(m.first(x).relu()).relu()
+        return m.head(x) + m.second.weight.sin()[:CLASSES, 0]
+
+    return Forward(
+        forward,
+        first=nn.Linear(12, 9),
+        second=nn.Linear(9, 7),
+        head=nn.Linear(7, CLASSES),
+    )
+
+
+@architecture("An operation that nobody knows", VECTOR, channels=(10,))
+def unknown_operation() -> nn.Module:
+    return Forward(
+        lambda m, x: m.head(torch.linalg.matrix_exp(m.first(m.enter(x).relu()).view(-1, 2, 2))),
+        enter=nn.Linear(12, 10),
+        first=nn.Linear(10, 4),
+        head=nn.Linear(2, CLASSES),
+    )
+
+
 # --- sharing, several inputs and outputs --------------------------------------------------------
 
 
@@ -2135,6 +2365,81 @@ transformers_architecture(
         "vocab_size": 23, "dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 20,
         "max_position_embeddings": 12, "num_labels": CLASSES, "pad_token_id": 0,
     }, channels=(16, 16, 20, 20, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4)
+)  # fmt: skip
+
+transformers_architecture(
+    "transformers RoBERTa",
+    "RobertaForSequenceClassification",
+    "RobertaConfig",
+    MASKED_TEXT,
+    LANGUAGE | {"num_labels": CLASSES},
+    channels=(16, 16, 20, 20, *(4,) * 16),
+)
+transformers_architecture(
+    "transformers CLIP text",
+    "CLIPTextModelWithProjection",
+    "CLIPTextConfig",
+    {"input_ids": TEXT},
+    LANGUAGE | {"projection_dim": 8},
+)
+transformers_architecture(
+    "transformers FNet",
+    "FNetForSequenceClassification",
+    "FNetConfig",
+    {"input_ids": TEXT},
+    LANGUAGE | {"num_labels": CLASSES},
+)
+transformers_architecture(
+    "transformers XLNet",
+    "XLNetForSequenceClassification",
+    "XLNetConfig",
+    {"input_ids": TEXT},
+    {
+        "vocab_size": 23, "d_model": 16, "n_layer": 1, "n_head": 4, "d_inner": 20,
+        "use_mems_eval": False, "num_labels": CLASSES,
+    },
+)  # fmt: skip
+transformers_architecture(
+    "transformers Mixtral, mixture of experts",
+    "MixtralForCausalLM",
+    "MixtralConfig",
+    {"input_ids": tokens(12, 23)},
+    LANGUAGE
+    | {"num_hidden_layers": 1, "num_key_value_heads": 2, "num_local_experts": 3}
+    | {"num_experts_per_tok": 2},
+    tolerance=1e-5,
+)
+transformers_architecture(
+    "transformers wav2vec2",
+    "Wav2Vec2ForSequenceClassification",
+    "Wav2Vec2Config",
+    {"input_values": torch.randn(BATCH, 400, generator=torch.Generator().manual_seed(3))},
+    {
+        "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "intermediate_size": 20, "conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3),
+        "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+        "classifier_proj_size": 8, "vocab_size": 23,
+    },
+)  # fmt: skip
+transformers_architecture(
+    "transformers Swin-V2",
+    "Swinv2ForImageClassification",
+    "Swinv2Config",
+    PIXELS,
+    {
+        "image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2], "num_heads": [2],
+        "window_size": 4, "num_labels": CLASSES,
+    },
+)  # fmt: skip
+transformers_architecture(
+    "transformers BiT, standardised weights",
+    "BitForImageClassification",
+    "BitConfig",
+    PIXELS,
+    {
+        "embedding_size": 16, "hidden_sizes": [32, 64], "depths": [1, 1],
+        "layer_type": "preactivation", "num_labels": CLASSES, "num_groups": 4,
+    },
 )  # fmt: skip
 
 

@@ -19,9 +19,14 @@ from tests.support import architectures
 from tests.support.architectures import ARCHITECTURES, Inputs, call
 
 PINNED = {
+    "An operation that nobody knows",
     "Bilinear pooling (outer product)",
     "Channel attention (scores between channels)",
+    "Channels chosen by the input",
     "Channels sorted",
+    "Features sampled on a grid",
+    "Weight read as a layer and as a table",
+    "Weights made by a network (hypernetwork)",
     "Maxout over neighbouring channels",
 }
 """What has channels that keep their places although others would do as well."""

@@ -127,7 +127,10 @@ class FixedValues:
         return Constant(shown.name, shown.whole, node.target(*arguments, **keywords))
 
     def before(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
-        """Return the operations beside the flow whose results some nodes read, in graph order."""
+        """Return the operations beside the flow whose results some nodes read, in graph order.
+
+        Those that compute weights from parameters are among them.
+        """
         own, found, waiting = set(nodes), set[fx.Node](), list(nodes)
         while waiting:
             for operand in waiting.pop().all_input_nodes:
@@ -138,11 +141,14 @@ class FixedValues:
         return sorted(found, key=self._flow.order.__getitem__)
 
     def _is_beside(self, node: fx.Node) -> bool:
-        """Return whether a node computes a tensor from inputs and constants alone."""
+        """Return whether a node computes a tensor from inputs and constants, or a weight."""
         return (
             node.op == "call_function"
             and node not in self._flow
             and node.name in self._flow.channels.shapes
-            and all(name in self._constants for name in self._flow.parameters(node))
+            and (
+                node in self._flow.channels.labels.computing
+                or all(name in self._constants for name in self._flow.parameters(node))
+            )
             and self.constant(node) is None
         )

@@ -182,7 +182,7 @@ class Flow:
         And last, in how many places of the result a channel stands. None for a node without a
         weight.
         """
-        if not self.is_weighted(node):
+        if not self.is_weighted(node) or node.name not in self.channels.nodes:
             return None
         involved = [self.channels.nodes[one.name] for one in (*self.operands(node), node)]
         result = involved[-1]

@@ -69,6 +69,8 @@ class LabelPropagation(Atoms):
         Labels of channels that met other channels in a product, whose label names those.
     moving_buffers
         Buffers, other than a norm's statistics, that move with a weight.
+    computing
+        The nodes that compute weights from parameters; whether for a convolution.
     normalised
         Weights that are divided by a norm of their own, by the parameter's name.
     """
@@ -91,7 +93,7 @@ class LabelPropagation(Atoms):
         self.moving_buffers: set[str] = set()
         self.normalised: dict[str, NormalisedWeight] = {}
         self._node: fx.Node | None = None
-        self._computing: dict[fx.Node, bool] = {}
+        self.computing: dict[fx.Node, bool] = {}
 
     def run(
         self,
@@ -114,7 +116,7 @@ class LabelPropagation(Atoms):
         sources = iter(placeholders)
         feed = iter(inputs)
         written = written_inputs(module)
-        self._computing = weight_computations(module, placeholders, self.buffers)
+        self.computing = weight_computations(module, placeholders, self.buffers)
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 name = next(sources)
@@ -158,7 +160,7 @@ class LabelPropagation(Atoms):
         if not has_tensor or op_name(node) in _SHAPE_ONLY:
             self.labels[node] = None
             return
-        keeps_buffers = op_name(node) in ("batch_norm", "instance_norm") or node in self._computing
+        keeps_buffers = op_name(node) in ("batch_norm", "instance_norm") or node in self.computing
         if constant and not keeps_buffers:
             self.labels[node] = None
             return
@@ -177,8 +179,8 @@ class LabelPropagation(Atoms):
 
     def _label(self, call: Call, labels: Sequence[Label]) -> Label:
         """Return the label that an operation's rule gives."""
-        if call.node in self._computing:
-            return computed_label(self, call, self._computing[call.node])
+        if call.node in self.computing:
+            return computed_label(self, call, self.computing[call.node])
         function = _rule_of(call)
         if call.name not in REARRANGING:
             for label in labels:

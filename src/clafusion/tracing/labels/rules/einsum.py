@@ -142,15 +142,38 @@ def product_labels(
     weight = right.label
     if isinstance(weight, (ParameterView, ComputedWeight)) and propagation.is_trained(weight):
         places = [right.letters.index(one) for one in (*batch, *inner, *columns)]
-        result = _weighted(propagation, call, ids, weight, places, len(batch), (k, n))
-    else:
-        others = propagation.activation(weight, right.value)
-        others = others.permute([right.letters.index(one) for one in (*batch, *inner, *columns)])
-        others = others.expand([sizes[one] for one in (*batch, *inner, *columns)])
-        result = contracted(propagation, call.node.name, ids, others.reshape(b, k, n))
+        apart = _apart(weight.tensor, places, len(batch), len(inner))
+        places = (
+            places[: len(batch)] + apart + [one for one in places[len(batch) :] if one not in apart]
+        )
+        copies = math.prod(weight.tensor.size(one) for one in apart)
+        ids = ids.repeat_interleave(copies, 0)
+        matrix = (k, n // copies)
+        result = _weighted(propagation, call, ids, weight, places, len(batch) + len(apart), matrix)
+        loose = [right.letters[one] for one in apart]
+        letters = [*batch, *loose, *rows, *(one for one in columns if one not in loose)]
+        result = result.reshape([sizes[one] for one in letters])
+        return result.permute([letters.index(one) for one in output])
+    others = propagation.activation(weight, right.value)
+    others = others.permute([right.letters.index(one) for one in (*batch, *inner, *columns)])
+    others = others.expand([sizes[one] for one in (*batch, *inner, *columns)])
+    result = contracted(propagation, call.node.name, ids, others.reshape(b, k, n))
     letters = [*batch, *rows, *columns]
     result = result.reshape([sizes[one] for one in letters])
     return result.permute([letters.index(one) for one in output])
+
+
+def _apart(weight: Tensor, places: Sequence[int], batched: int, inner: int) -> list[int]:
+    """Return those of a weight's outgoing axes that lie apart in memory: a matrix for each."""
+    columns = list(places[batched + inner :])
+    apart: list[int] = []
+    while len(columns) > 1:
+        last = [weight.stride(one) for one in columns]
+        sizes = [weight.size(one) for one in columns]
+        if all(last[i] == last[i + 1] * sizes[i + 1] for i in range(len(columns) - 1)):
+            break
+        apart.append(columns.pop(0))
+    return apart
 
 
 def _without_own_sums(

@@ -14,7 +14,7 @@ from clafusion.tracing.labels.rule import Call, Label, NotFollowed, ParameterVie
 from clafusion.tracing.labels.rules.common import joined
 from clafusion.tracing.labels.rules.indexing import indexed_by_values
 
-_FILLING = frozenset("constant_pad_nd pad tril triu".split())
+_FILLING = frozenset("constant_pad_nd pad tril triu im2col".split())
 
 
 @rule(
@@ -120,6 +120,17 @@ def _same_memory(result: Any, source: Tensor) -> bool:
 def _copied(propagation: LabelPropagation, call: Call) -> Label:
     """Return the labels of what is copied, in the shape of what it replaces."""
     ids = propagation.activation(call.label("src"), call.value("src"))
+    return ids.expand(call.output.shape)
+
+
+@rule("fill", "zero")
+def _filled(propagation: LabelPropagation, call: Call) -> Label:
+    """Return the labels of the value that takes the places of all others."""
+    value = call.bound.get("value", 0)
+    if isinstance(value, fx.Node):
+        ids = propagation.activation(call.label_of(value), call.value_of(value))
+    else:
+        ids = value_ids(torch.tensor(float(value)))
     return ids.expand(call.output.shape)
 
 
