@@ -1384,7 +1384,7 @@ def film() -> nn.Module:
 def position_ids() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         is_word = (x != 0).long()
-        types = torch.gather(m.types.expand(len(x), -1), 1, is_word.cumsum(1) * is_word)
+        types = torch.gather(m.types.expand(x.size(0), -1), 1, is_word.cumsum(1) * is_word)
         x = m.words(x) + m.positions(is_word.cumsum(1) * is_word) + m.kinds(types)
         return m.head(m.hidden(x).relu().mean(1))
 
@@ -1404,7 +1404,7 @@ def position_ids() -> nn.Module:
 def end_of_text() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:
         hidden = m.hidden(m.words(x)).relu()
-        return m.head(hidden[torch.arange(len(x)), x.argmax(-1)])
+        return m.head(hidden[torch.arange(x.size(0)), x.argmax(-1)])
 
     return Forward(
         forward,

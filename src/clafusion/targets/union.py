@@ -7,7 +7,6 @@ put into its containers (``nn.Sequential``, ``nn.ModuleList``).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -20,6 +19,7 @@ from clafusion.correspondence.correspondence import correspond
 from clafusion.correspondence.structure import resized_shape
 from clafusion.errors import ClafusionError, StructureError
 from clafusion.targets.places import Place, layer_at
+from clafusion.tracing.copies import copied
 from clafusion.tracing.layer import Layer
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import module_path
@@ -55,7 +55,7 @@ def union_model(
         not run what is put into it.
     """
     base = models[reference]
-    module = copy.deepcopy(base.model)
+    module = copied(base.model)
     insertions: dict[str, list[tuple[int, list[nn.Module]]]] = {}
     of_base = [place[reference] for place in places]
     for i, place in enumerate(places):
@@ -187,7 +187,7 @@ def _copies(
     copies = []
     for key, child in list(container._modules.items())[children.first : children.last + 1]:
         assert child is not None
-        made = copy.deepcopy(child)
+        made = copied(child)
         changed: dict[str, Tensor] = {}
         for name in layer.parameters:
             if name.startswith(f"{prefix}{key}."):

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clafusion.errors import InputError, UnsupportedOpError
+from clafusion.execution.results import kept_results
 
 __all__ = ["copied", "evaluation_copy", "parameters_protected"]
 
@@ -42,15 +43,8 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
 
 
 def _copied(model: nn.Module, shared: dict[int, Any]) -> nn.Module:
-    # What a hook computed in the last call, as of the old weight_norm: the next call makes it anew.
-    results = {
-        id(value): value.detach()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
     try:
-        return copy.deepcopy(model, shared | results)
+        return copy.deepcopy(model, shared | kept_results(model))
     except Exception as error:
         shown = next(iter(str(error).strip().splitlines()), repr(error))
         raise InputError(

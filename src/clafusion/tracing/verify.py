@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import zlib
 from collections import Counter
@@ -18,7 +17,7 @@ from clafusion.execution.call import State, call_model, flatten_tensors, roundin
 from clafusion.execution.lazy import LazyState
 from clafusion.execution.walk import WIDER, Walk, in_lockstep
 from clafusion.execution.writes import written_inputs
-from clafusion.tracing.copies import evaluation_copy
+from clafusion.tracing.copies import copied, evaluation_copy
 from clafusion.tracing.heads import exchange_moves, possible_heads, possible_shared_heads
 from clafusion.tracing.model import ChannelGroup, HeadPartition, TracedModel
 from clafusion.tracing.moves import Moves, joined, permutation_moves
@@ -222,7 +221,7 @@ def _verify_groups(trial: _Trial) -> None:
 
 def _changes(trial: _Trial) -> str:
     """Say which state the model's forward changes, in eval mode; empty for none."""
-    model = copy.deepcopy(trial.traced.model).eval()
+    model = copied(trial.traced.model).eval()
 
     def state() -> dict[str, object]:
         plain: dict[str, object] = {
