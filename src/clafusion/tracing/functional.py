@@ -6,7 +6,7 @@ the result of the write. Neither labels nor layers could follow that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,13 +28,28 @@ _WHOLE = frozenset(
 _ENDS = 1 << 40  # a slice to here goes to the end
 
 
-def without_partial_writes(module: fx.GraphModule) -> None:
+def without_partial_writes(
+    module: fx.GraphModule, placeholders: Sequence[str | None], trained: frozenset[str]
+) -> None:
     """Replace writes to views, and writes of other values than a tensor's own, in a graph.
 
     Only those that others read are replaced, and none that works on constants alone. A write that
     reaches a view in a way that cannot be turned round stays as it is.
+
+    Parameters
+    ----------
+    module, placeholders
+        As for :func:`clafusion.tracing.groups.find_channels`.
+    trained
+        The state entries that are no constants.
     """
     graph = module.graph
+    feeds = [node for node in graph.nodes if node.op == "placeholder"]
+    constants = {
+        node
+        for node, name in zip(feeds, placeholders, strict=True)
+        if name is not None and name not in trained
+    }
     order: dict[fx.Node, float] = {node: i for i, node in enumerate(graph.nodes)}
     changed = False
     for node in list(graph.nodes):
@@ -45,7 +60,7 @@ def without_partial_writes(module: fx.GraphModule) -> None:
         is_whole = len(chain) == 1
         if root.op == "placeholder" or (is_whole and op_name(node) not in _WHOLE):
             continue
-        if not _depends(node) or not _is_read_later(node, root, order):
+        if not _depends(node, constants) or not _is_read_later(node, root, order):
             continue
         with graph.inserting_after(node):
             changed |= _replace(graph, node, chain, order)
@@ -74,12 +89,12 @@ def _chain(node: fx.Node) -> list[fx.Node]:
     return chain
 
 
-def _depends(node: fx.Node) -> bool:
-    """Return whether a write, or what it changes, depends on any input of the graph."""
+def _depends(node: fx.Node, constants: set[fx.Node]) -> bool:
+    """Return whether a write, or what it changes, depends on more than constants."""
     seen, waiting = {node}, [node]
     while waiting:
         for one in (*waiting.pop().all_input_nodes,):
-            if one.op == "placeholder":
+            if one.op == "placeholder" and one not in constants:
                 return True
             if one not in seen:
                 seen.add(one)

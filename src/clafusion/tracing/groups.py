@@ -135,8 +135,10 @@ def find_channels(
         shapes = labels.run(module, placeholders, inputs)
     find_token_hidden_units(labels, module)
     find_states(labels, module, placeholders, inputs)
-    unreached = labels.settle_unreached()
-    _pin_overlaps(labels)
+    overlapping = _pin_overlaps(labels)
+    unreached = {
+        name: count for name, count in labels.settle_unreached().items() if name not in overlapping
+    }
     return replace(_channels(labels, shapes, frozenset()), unreached=unreached)
 
 
@@ -318,8 +320,12 @@ def _node_channels(
     return NodeChannels(varying[0], groups, members, moving, free)
 
 
-def _pin_overlaps(labels: LabelPropagation) -> None:
-    """Pin the channels of a parameter whose views share elements, as these would move twice."""
+def _pin_overlaps(labels: LabelPropagation) -> set[str]:
+    """Pin the channels of a parameter whose views share elements, as these would move twice.
+
+    Returns the names of such parameters.
+    """
+    found = set()
     by_name: dict[str, list[DraftUse]] = {}
     for use in labels.uses.values():
         by_name.setdefault(use.name, []).append(use)
@@ -331,7 +337,9 @@ def _pin_overlaps(labels: LabelPropagation) -> None:
         for use in views:
             count.as_strided(use.size, use.stride, use.offset).add_(1)
         if int(count.max()) > 1:
+            found.add(name)
             for use in views:
                 for ids in use.axes.values():
                     labels.pin(ids)
                     labels.lose(ids, f"it reads {name!r} in another way, too", node=use.node)
+    return found

@@ -140,7 +140,7 @@ def _traced(
     aliases = aliases_of(model)
     placeholders, constants, trainable = _sources(program, model, aliases)
     refuse_changed_inputs(module, placeholders)
-    without_partial_writes(module)
+    without_partial_writes(module, placeholders, trainable)
     inputs = (*arguments, *keywords.values())
     traced = TracedModel(
         model=model,

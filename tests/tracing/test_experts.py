@@ -1,0 +1,88 @@
+"""Mixtures of experts: experts change places together with their rows of the router."""
+
+import copy
+
+import pytest
+import torch
+
+from clafusion import fuse, trace
+
+transformers = pytest.importorskip("transformers")
+
+TEXT = torch.randint(3, 23, (40, 6), generator=torch.Generator().manual_seed(0))
+DATA = [{"input_ids": TEXT}]
+EXAMPLE = {"input_ids": TEXT[:3]}
+
+
+def mixture(seed, width=20):
+    torch.manual_seed(seed)
+    config = transformers.MixtralConfig(
+        vocab_size=23, hidden_size=16, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=width, max_position_embeddings=32, num_key_value_heads=2,
+        num_local_experts=3, num_experts_per_tok=2, use_cache=False, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)
+    return model
+
+
+def gap(model, other):
+    with torch.no_grad():
+        found, wanted = model(TEXT).logits, other(TEXT).logits
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def with_experts_in_another_order(model):
+    """Return a copy with other places of the experts, and of the hidden units of one of them."""
+    copied = copy.deepcopy(model)
+    places, units = torch.tensor([2, 0, 1]), torch.randperm(20)
+    for layer in copied.model.layers:
+        gate, experts = layer.mlp.gate, layer.mlp.experts
+        gate.weight.data = gate.weight[places]
+        up, down = experts.gate_up_proj.data[places], experts.down_proj.data[places]
+        up[1] = torch.cat([up[1, :20][units], up[1, 20:][units]])
+        down[1] = down[1][:, units]
+        experts.gate_up_proj.data, experts.down_proj.data = up, down
+    return copied
+
+
+def test_experts_are_heads():
+    traced = trace(mixture(0), EXAMPLE)
+    experts = [one for one in traced.heads if len(one.members) == 3]
+    assert len(experts) == 1
+    sizes = [sorted(traced.groups[i].size for i in head) for head in experts[0].members]
+    assert sizes == [[1, 20]] * 3  # the router's row, and the hidden units
+    assert traced.pinned == ()
+
+
+def test_experts_in_another_order_fuse_to_the_network():
+    model = mixture(0)
+    other = with_experts_in_another_order(model)
+    assert gap(other, model) < 1e-5
+    fused = fuse([model, other], DATA, example_inputs=EXAMPLE, calibration="none").model
+    assert gap(fused, model) < 1e-5
+
+
+def test_all_weight_on_one_mixture_gives_that_mixture():
+    models = [mixture(0, 28), mixture(1)]
+    for weights, model in (([1, 0], models[0]), ([0, 1], models[0])):
+        fused = fuse(models, DATA, weights, example_inputs=EXAMPLE, calibration="none").model
+        if weights[0]:
+            assert gap(fused, model) < 1e-5
+        with torch.no_grad():
+            assert fused(TEXT).logits.isfinite().all()
+
+
+def test_an_expert_that_no_example_reaches_keeps_its_channels_and_is_told():
+    model = mixture(0)
+    # The last expert's scores are far below the others', whatever the token.
+    row = model.model.layers[0].mlp.gate.weight
+    with torch.no_grad():
+        row.zero_()
+        model.model.layers[0].post_attention_layernorm.weight.fill_(1e-3)
+    traced = trace(model, EXAMPLE, verify=False)
+    reasons = {one.why for one in traced.pinned}
+    if len([one for one in traced.groups if one.size == 20]) < 3:
+        assert reasons == {"no example input comes to this expert"}
