@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from clafusion import fuse, trace
 
@@ -66,23 +67,42 @@ def test_experts_in_another_order_fuse_to_the_network():
 
 
 def test_all_weight_on_one_mixture_gives_that_mixture():
-    models = [mixture(0, 28), mixture(1)]
-    for weights, model in (([1, 0], models[0]), ([0, 1], models[0])):
+    models = [mixture(0), mixture(1)]
+    for weights, model in (([1, 0], models[0]), ([0, 1], models[1])):
         fused = fuse(models, DATA, weights, example_inputs=EXAMPLE, calibration="none").model
-        if weights[0]:
-            assert gap(fused, model) < 1e-5
-        with torch.no_grad():
-            assert fused(TEXT).logits.isfinite().all()
+        assert gap(fused, model) < 1e-5
+
+
+def test_mixtures_of_other_widths_fuse():
+    models = [mixture(0, 28), mixture(1)]
+    fused = fuse(models, DATA, example_inputs=EXAMPLE).model
+    with torch.no_grad():
+        assert fused(TEXT).logits.isfinite().all()
+
+
+class SignsChoose(nn.Module):
+    """Three experts, of which the sign of an input's first number chooses one of two."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter = nn.Linear(6, 10)
+        self.up, self.down = nn.Parameter(torch.randn(3, 10, 8)), nn.Parameter(torch.randn(3, 8, 4))
+
+    def forward(self, x):
+        product = torch.ops.transformers.grouped_mm_fallback
+        chosen = (x[:, 0] > 0).long()
+        order = chosen.argsort(stable=True)
+        ends = nn.functional.one_hot(chosen, 3).sum(0).cumsum(0).int()
+        hidden = product(self.enter(x).relu()[order], self.up, ends).relu()
+        return product(hidden, self.down, ends)[order.argsort()]
 
 
 def test_an_expert_that_no_example_reaches_keeps_its_channels_and_is_told():
-    model = mixture(0)
-    # The last expert's scores are far below the others', whatever the token.
-    row = model.model.layers[0].mlp.gate.weight
-    with torch.no_grad():
-        row.zero_()
-        model.model.layers[0].post_attention_layernorm.weight.fill_(1e-3)
-    traced = trace(model, EXAMPLE, verify=False)
-    reasons = {one.why for one in traced.pinned}
-    if len([one for one in traced.groups if one.size == 20]) < 3:
-        assert reasons == {"no example input comes to this expert"}
+    traced = trace(SignsChoose(), torch.randn(12, 6))
+    assert sorted(one.size for one in traced.groups) == [8, 8, 10]
+    (stream,) = (one for one in traced.groups if one.size == 10)
+    offsets = [one.use.offset for one in stream.axes if one.use.parameter == "up"]
+    assert offsets == [0, 80, 160]  # what the experts read moves in all of them
+    assert {one.why for one in traced.pinned} == {"no example input comes to this expert"}
+    assert [(one.parameter, one.size) for one in traced.pinned] == [("up", 8)]

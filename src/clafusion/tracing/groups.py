@@ -27,6 +27,7 @@ from torch import Tensor, fx
 import clafusion.tracing.labels.rules  # noqa: F401  (registers the rules)
 from clafusion.execution.call import State
 from clafusion.tracing.labels.drafts import DraftUse
+from clafusion.tracing.labels.experts import settle_experts
 from clafusion.tracing.labels.ids import collapse
 from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.labels.positions import find_token_hidden_units
@@ -133,6 +134,7 @@ def find_channels(
         # the atoms united from the start.
         labels = LabelPropagation(state, buffers, labels.parents)
         shapes = labels.run(module, placeholders, inputs)
+    settle_experts(labels)
     find_token_hidden_units(labels, module)
     find_states(labels, module, placeholders, inputs)
     overlapping = _pin_overlaps(labels)

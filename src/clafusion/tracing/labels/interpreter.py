@@ -69,6 +69,9 @@ class LabelPropagation(Atoms):
         Labels of channels that met other channels in a product, whose label names those.
     moving_buffers
         Buffers, other than a norm's statistics, that move with a weight.
+    experts
+        Operations with a matrix for each of several experts: the matrices, and to which of them an
+        example input comes.
     computing
         The nodes that compute weights from parameters; whether for a convolution.
     normalised
@@ -93,6 +96,9 @@ class LabelPropagation(Atoms):
         self.moving_buffers: set[str] = set()
         self.normalised: dict[str, NormalisedWeight] = {}
         self._node: fx.Node | None = None
+        self.experts: list[
+            tuple[fx.Node, Sequence[ParameterView | ComputedWeight], list[bool]]
+        ] = []
         self.computing: dict[fx.Node, bool] = {}
 
     def run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, fx
@@ -145,21 +146,17 @@ def _grouped_product(propagation: LabelPropagation, call: Call) -> Label:
     if not propagation.is_trained(view) or view.tensor.dim() != 3:
         raise NotFollowed("its matrices are no parameter")
     ids = propagation.activation(call.label_of(rows), call.value_of(rows))
-    parts = []
-    start = 0
-    for i, end in enumerate(call.value_of(ends).tolist()):
-        part = _matrix(view, i)
-        if start == end:  # no input comes here: nothing could be proved of this matrix
-            for axis in (0, 1):
-                atoms = propagation.fresh(part.tensor.size(axis))
-                ids_there = propagation.weigh(part, "weight", {axis: atoms})[axis]
-                propagation.pin(ids_there)
-                propagation.lose(ids_there, "no example input comes to this expert")
-            continue
-        parts.append(linear_labels(propagation, call, ids[start:end], part, (1, 0)))
-        start = int(end)
-    if start != len(ids):
-        raise NotFollowed("it leaves out some rows")
+    bounds = [0, *call.value_of(ends).tolist()]
+    matrices = [_matrix(view, i) for i in range(len(bounds) - 1)]
+    if bounds[-1] != len(ids) or not isinstance(view, ParameterView):
+        raise NotFollowed("it leaves out some rows, or computes its matrices")
+    reached = [end > start for start, end in pairwise(bounds)]
+    propagation.experts.append((call.node, matrices, reached))
+    parts = [
+        linear_labels(propagation, call, ids[start:end], part, (1, 0))
+        for part, (start, end) in zip(matrices, pairwise(bounds), strict=True)
+        if end > start
+    ]
     return torch.cat(parts)
 
 
