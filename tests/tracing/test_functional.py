@@ -79,6 +79,20 @@ def test_channels_that_are_written_elsewhere_move_with_their_place():
     assert groups[0].axes[0].positions.flatten().tolist() == [5, 6]
 
 
+def test_a_write_that_cannot_be_followed_pins_what_it_reads():
+    def into_a_part(x):
+        flat = x.flatten(2)
+        flat[:, :4] = flat[:, 4:].tanh()
+        return x
+
+    traced = trace(Net(into_a_part), IMAGES)
+    assert traced.groups == ()
+    assert {one.parameter for one in traced.pinned} == {"first.weight"}
+    assert sum(one.size for one in traced.pinned) == 8
+    reasons = {one.why for one in traced.pinned}
+    assert reasons == {"it writes to a part of a tensor that others read"}
+
+
 def test_writes_to_constants_stay_as_they_are():
     def mask(x):
         table = torch.zeros(6, 6)

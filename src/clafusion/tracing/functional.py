@@ -6,6 +6,7 @@ the result of the write. Neither labels nor layers could follow that.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import fx
 
 from clafusion.tracing.operations import op_name
 
-__all__ = ["without_partial_writes"]
+__all__ = ["changes_what_others_read", "without_partial_writes"]
 
 _aten = torch.ops.aten
 _VIEWS = frozenset(
@@ -57,6 +58,8 @@ def without_partial_writes(
             continue
         chain = _chain(node.args[0])
         root = chain[-1]
+        if _is_alias(root):
+            continue
         is_whole = len(chain) == 1
         if root.op == "placeholder" or (is_whole and op_name(node) not in _WHOLE):
             continue
@@ -67,6 +70,25 @@ def without_partial_writes(
     if changed:
         graph.lint()
         module.recompile()
+
+
+def changes_what_others_read(node: fx.Node) -> bool:
+    """Return whether a write puts other values into a tensor of which no other reader knows."""
+    if not _writes(node) or op_name(node) not in _WHOLE:
+        return False
+    order = {one: float(i) for i, one in enumerate(node.graph.nodes)}
+    root = _chain(node.args[0])[-1]
+    return _is_alias(root) or (root is not node.args[0] and _is_read_later(node, root, order))
+
+
+def _is_alias(node: fx.Node) -> bool:
+    """Return whether a node shows another one's memory, in a way that is not turned round here."""
+    if node.target is operator.getitem:
+        return _is_alias(node.args[0]) or op_name(node.args[0]) in ("unbind", "split", "chunk")
+    if not isinstance(node.target, torch._ops.OpOverload) or op_name(node) in _VIEWS:
+        return False
+    returns = node.target._schema.returns
+    return bool(returns) and returns[0].alias_info is not None
 
 
 def _writes(node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from clafusion.errors import UnsupportedOpError
 from clafusion.execution.call import State
 from clafusion.execution.writes import written_inputs
+from clafusion.tracing.functional import changes_what_others_read
 from clafusion.tracing.labels.atoms import Atoms, atoms_in
 from clafusion.tracing.labels.computed import (
     computed_label,
@@ -187,6 +188,8 @@ class LabelPropagation(Atoms):
         """Return the label that an operation's rule gives."""
         if call.node in self.computing:
             return computed_label(self, call, self.computing[call.node])
+        if changes_what_others_read(call.node):
+            raise NotFollowed("it writes to a part of a tensor that others read")
         function = _rule_of(call)
         if call.name not in REARRANGING:
             for label in labels:

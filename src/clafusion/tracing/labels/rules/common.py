@@ -27,6 +27,7 @@ __all__ = [
     "outgoing",
     "reduced",
     "rows_along",
+    "scale_by_computed",
     "scale_channels",
     "trained_weight",
 ]
@@ -173,8 +174,14 @@ def scale_channels(
     elif label is None:
         propagation.meet(ids, value_ids(value).reshape(shape))
     else:
-        own = propagation.activation(label, value).reshape(shape)
-        propagation.unite(own.expand(ids.shape), ids)
+        scale_by_computed(propagation, propagation.activation(label, value).reshape(shape), ids)
+
+
+def scale_by_computed(propagation: LabelPropagation, own: Tensor, ids: Tensor) -> None:
+    """Let computed values act on an activation; those that meet no channel keep their places."""
+    own, met = collapse(own.expand(ids.shape), propagation.roots(ids))
+    propagation.pin(own[(own >= 0) & (met < 0)])
+    propagation.unite(own, met)
 
 
 def reduced(

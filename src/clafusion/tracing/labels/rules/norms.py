@@ -6,7 +6,7 @@ from torch import Tensor
 
 from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.labels.rule import Call, Label, ParameterView, rule
-from clafusion.tracing.labels.rules.common import reduced, scale_channels
+from clafusion.tracing.labels.rules.common import reduced, scale_by_computed, scale_channels
 
 
 @rule(*["batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm"])
@@ -40,7 +40,7 @@ def _layer_norm(propagation: LabelPropagation, call: Call) -> Label:
         if isinstance(label, ParameterView):
             propagation.scale(label, ids)
         elif isinstance(label, Tensor):
-            propagation.unite(label.expand(ids.shape), ids)
+            scale_by_computed(propagation, label, ids)
     return (ids, None, None) if isinstance(call.output, tuple) else ids
 
 
