@@ -135,30 +135,31 @@ def product_labels(
     columns = [one for one in right.letters if one in output and one not in both]
     ids = propagation.activation(left.label, left.value)
     order = [left.letters.index(one) for one in (*batch, *rows, *inner)]
-    shape = [math.prod(sizes[one] for one in part) for part in (batch, rows, inner, columns)]
-    b, m, k, n = shape
+    b, m, k, n = (math.prod(sizes[one] for one in part) for part in (batch, rows, inner, columns))
     ids = ids.permute(order).expand([sizes[one] for one in (*batch, *rows, *inner)])
     ids = ids.reshape(b, m, k)
-    weight = right.label
-    if isinstance(weight, (ParameterView, ComputedWeight)) and propagation.is_trained(weight):
+    if propagation.is_trained(right.label):
         places = [right.letters.index(one) for one in (*batch, *inner, *columns)]
-        apart = _apart(weight.tensor, places, len(batch), len(inner))
-        places = (
-            places[: len(batch)] + apart + [one for one in places[len(batch) :] if one not in apart]
+        apart = _apart(right.value, places, len(batch), len(inner))
+        rest = [one for one in places[len(batch) :] if one not in apart]
+        copies = math.prod(right.value.size(one) for one in apart)
+        result = _weighted(
+            propagation,
+            call,
+            ids.repeat_interleave(copies, 0),
+            right.label,
+            [*places[: len(batch)], *apart, *rest],
+            len(rest),
+            (k, n // copies),
         )
-        copies = math.prod(weight.tensor.size(one) for one in apart)
-        ids = ids.repeat_interleave(copies, 0)
-        matrix = (k, n // copies)
-        result = _weighted(propagation, call, ids, weight, places, len(batch) + len(apart), matrix)
         loose = [right.letters[one] for one in apart]
         letters = [*batch, *loose, *rows, *(one for one in columns if one not in loose)]
-        result = result.reshape([sizes[one] for one in letters])
-        return result.permute([letters.index(one) for one in output])
-    others = propagation.activation(weight, right.value)
-    others = others.permute([right.letters.index(one) for one in (*batch, *inner, *columns)])
-    others = others.expand([sizes[one] for one in (*batch, *inner, *columns)])
-    result = contracted(propagation, call.node.name, ids, others.reshape(b, k, n))
-    letters = [*batch, *rows, *columns]
+    else:
+        others = propagation.activation(right.label, right.value)
+        others = others.permute([right.letters.index(one) for one in (*batch, *inner, *columns)])
+        others = others.expand([sizes[one] for one in (*batch, *inner, *columns)])
+        result = contracted(propagation, call.node.name, ids, others.reshape(b, k, n))
+        letters = [*batch, *rows, *columns]
     result = result.reshape([sizes[one] for one in letters])
     return result.permute([letters.index(one) for one in output])
 
@@ -197,10 +198,13 @@ def _weighted(
     ids: Tensor,
     weight: ParameterView | ComputedWeight,
     places: Sequence[int],
-    batched: int,
+    of_matrix: int,
     matrix: tuple[int, int],
 ) -> Tensor:
-    """Return the labels ``(batch, m, n)`` of a product with a weight, a matrix for each batch."""
+    """Return the labels ``(batch, m, n)`` of a product with a weight, a matrix for each batch.
+
+    ``places`` are the weight's axes, the last ``of_matrix`` of them those of a matrix.
+    """
 
     def part(index: tuple[int, ...]) -> ParameterView | ComputedWeight:
         def change(tensor: Tensor) -> Tensor:
@@ -211,8 +215,11 @@ def _weighted(
         except RuntimeError as cause:
             raise NotFollowed("its weight is no matrix in memory") from cause
 
+    batched = len(places) - of_matrix
     sizes = [weight.tensor.size(place) for place in places[:batched]]
     indices = list(itertools.product(*map(range, sizes)))
+    if len(indices) != len(ids):
+        raise NotFollowed("its weight is spread over a batch")
     parts = [
         linear_labels(propagation, call, rows, part(index), (1, 0))
         for index, rows in zip(indices, ids.split(1), strict=True)
