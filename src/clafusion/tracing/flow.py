@@ -29,8 +29,8 @@ CONVOLUTIONS = frozenset(
 )
 NORMS = frozenset("batch_norm layer_norm group_norm instance_norm rms_norm".split())
 
-_MATRIX_PRODUCTS = frozenset("matmul mm addmm bmm baddbmm".split())
-_WEIGHTED = CONVOLUTIONS | frozenset("linear embedding lstm gru rnn_tanh rnn_relu".split())
+_MATRIX_PRODUCTS = frozenset("matmul mm addmm bmm baddbmm einsum".split())
+_WEIGHTED = CONVOLUTIONS | frozenset("linear embedding lstm gru rnn_tanh rnn_relu bilinear".split())
 _GLUE = RESHAPES | frozenset(
     """chunk split split_with_sizes slice select narrow cat pad constant_pad_nd mean amax sum
     pixel_shuffle unbind""".split()
