@@ -32,11 +32,12 @@ class Fit:
 
 
 def allowed_pairs(deep: Sequence[Layer], shallow: Sequence[Layer]) -> NDArray[np.bool_]:
-    """Return ``(m, n)``: which layers have the same structure and stage, and so can match."""
+    """Return ``(m, n)``: which layers can match: of one structure and stage, and on one stream."""
     return np.array(
         [
             [
-                one.structure == other.structure
+                one.stream == other.stream
+                and one.structure == other.structure
                 and one.output_shape == other.output_shape
                 and one.beside == other.beside
                 for other in shallow

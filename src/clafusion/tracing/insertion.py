@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from torch import fx
 
-from clafusion.tracing.cuts import Draft
+from clafusion.tracing.drafts import Draft
 from clafusion.tracing.flow import NORMS, Flow
 from clafusion.tracing.operations import (
     bound_operands,

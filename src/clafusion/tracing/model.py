@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from clafusion.execution.call import State, device_of, flatten_tensors
 from clafusion.execution.walk import run_graph
-from clafusion.tracing.layer import Layer, Stream
+from clafusion.tracing.layer import Layer, Stream, streams_of
 from clafusion.tracing.operations import RESHAPES, bound_operands, op_name
 
 __all__ = [
@@ -218,7 +218,7 @@ class TracedModel:
         State entries that are neither parameters nor buffers of the model: tensors that its code
         makes or holds as plain attributes.
     layers
-        In topological order.
+        In topological order, those of a stream one after the other.
     groups
         The channel groups with more than one channel.
     heads
@@ -272,10 +272,10 @@ class TracedModel:
         """Where the model computes; the CPU for a model without parameters."""
         return device_of(self.model) or torch.device("cpu")
 
-    @property
+    @cached_property
     def streams(self) -> tuple[Stream, ...]:
-        """The streams along which the layers sit; for now one, the trunk, with all layers."""
-        return (Stream("trunk", tuple(layer.index for layer in self.layers)),)
+        """The streams along which the layers sit, each behind those that it reads."""
+        return streams_of(self.layers)
 
     @cached_property
     def reshapes(self) -> frozenset[str]:

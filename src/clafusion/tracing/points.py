@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from clafusion.tracing.cuts import Draft
+from clafusion.tracing.drafts import Draft
 from clafusion.tracing.flow import NORMS, Flow, is_matrix_product, is_pointwise
 from clafusion.tracing.layer import CalibrationPoint, HookPoint
 from clafusion.tracing.operations import (

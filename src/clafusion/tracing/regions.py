@@ -1,0 +1,381 @@
+"""Split a region of a graph into the streams that run side by side in it.
+
+A node's *post-dominator* is the next node through which all paths from it pass. The chain of
+post-dominators of a value is the stream that it runs along, even where values of other streams
+enter from the side: a decoder's sums follow one another, though all its blocks read the encoder's
+states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from clafusion.tracing.flow import Flow
+from clafusion.tracing.operations import bound_operands, op_name
+
+__all__ = ["Run", "Segment", "divided", "runs_of"]
+
+
+@dataclass
+class Segment:
+    """A node of a chain, with what is computed for it since the chain's node before.
+
+    Attributes
+    ----------
+    node
+        The node.
+    interior
+        The nodes between it and the one before, in graph order.
+    is_head
+        Whether a stream begins with it, as values from far away enter.
+    is_open
+        Whether nothing joins its paths, of which several end at outputs.
+    """
+
+    node: fx.Node
+    interior: list[fx.Node] = field(default_factory=list)
+    is_head: bool = False
+    is_open: bool = False
+
+
+@dataclass
+class Run:
+    """A stretch of a stream.
+
+    Attributes
+    ----------
+    segments
+        Its segments, in order.
+    entry
+        The value of the chain before the first segment; None where the chain begins here.
+    """
+
+    segments: list[Segment]
+    entry: fx.Node | None
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """All nodes, in the order of the segments."""
+        return [node for one in self.segments for node in (*one.interior, one.node)]
+
+
+class _Region:
+    """The part of a graph between two values, as a graph of its own.
+
+    Parameters
+    ----------
+    flow
+        The flow of the whole graph.
+    nodes
+        The region's nodes, in graph order; the last is its exit if ``has_exit``.
+    entry
+        The value that enters it, or None.
+    has_exit
+        Whether all paths end at the last node. Else they end outside of the region.
+    """
+
+    def __init__(
+        self, flow: Flow, nodes: Sequence[fx.Node], entry: fx.Node | None, has_exit: bool
+    ) -> None:
+        self.flow = flow
+        self.entry = entry
+        self.nodes = list(nodes)
+        self.exit = self.nodes[-1] if has_exit else None
+        self.inside = frozenset(nodes)
+        self.place = {node: i for i, node in enumerate(self.nodes)}
+        self.near = self._near_readers()
+        self.next = self._post_dominators(self.near)
+        self.after = self._descendants()
+
+    def users(self, node: fx.Node, near: Sequence[fx.Node]) -> list[fx.Node]:
+        """Return the region's nodes that read a node; of the entry the given ones."""
+        if node is self.entry:
+            return list(near)
+        return [user for user in node.users if user in self.inside]
+
+    def _near_readers(self) -> list[fx.Node]:
+        """Return the readers of the entry along which its stream goes on.
+
+        Those from the last on are left out until the entry's post-dominator is not the exit.
+        """
+        if self.entry is None:
+            return []
+        readers = sorted(
+            (user for user in self.entry.users if user in self.inside), key=self.place.__getitem__
+        )
+        while len(readers) > 1 and self._post_dominators(readers)[self.entry] is self.exit:
+            readers.pop()
+        return readers
+
+    def _post_dominators(self, near: Sequence[fx.Node]) -> dict[fx.Node, fx.Node | None]:
+        """Return for each node the next one that all its paths pass; None outside the region."""
+        depth: dict[fx.Node | None, int] = {None: 0}
+        found: dict[fx.Node, fx.Node | None] = {}
+
+        def common(one: fx.Node | None, other: fx.Node | None) -> fx.Node | None:
+            while one is not other:
+                if depth[one] < depth[other]:
+                    one, other = other, one
+                assert one is not None
+                one = found[one]
+            return one
+
+        first = [] if self.entry is None else [self.entry]
+        for node in reversed([*first, *self.nodes]):
+            users = [] if node is self.exit else self.users(node, near)
+            leaves = node is not self.entry and len(users) < len(
+                [user for user in node.users if user in self.flow]
+            )
+            if node is self.exit or not users or (leaves and self.exit is None):
+                following = None
+            else:
+                following = users[0]
+                for user in users[1:]:
+                    following = common(following, user)
+            found[node] = following
+            depth[node] = depth[following] + 1
+        return found
+
+    def _descendants(self) -> dict[fx.Node, int]:
+        """Return for each node, as bits by their places, the nodes that its value enters."""
+        found: dict[fx.Node, int] = {}
+        first = [] if self.entry is None else [self.entry]
+        for node in reversed([*first, *self.nodes]):
+            bits = 0
+            for user in self.users(node, self.near):
+                bits |= found[user] | 1 << self.place[user]
+            found[node] = bits
+        return found
+
+    def enters(self, node: fx.Node, other: fx.Node) -> bool:
+        """Return whether a node's value enters another node."""
+        return bool(self.after[node] >> self.place[other] & 1) if other in self.place else False
+
+    def sources(self) -> Iterator[fx.Node]:
+        """Yield where streams begin: the entry, and nodes that read nothing of the region."""
+        if self.entry is not None:
+            yield self.entry
+        near = frozenset(self.near)
+        for node in self.nodes:
+            if node not in near and not any(
+                one in self.inside for one in node.all_input_nodes
+            ):
+                yield node
+
+
+def runs_of(
+    flow: Flow,
+    nodes: Sequence[fx.Node],
+    entry: fx.Node | None,
+    has_exit: bool,
+    holds_layers: Callable[[Run], bool],
+) -> list[Run] | None:
+    """Return the runs side by side in a region; None where nothing in it is worth a run.
+
+    Parameters
+    ----------
+    flow, nodes, entry, has_exit
+        The region: its nodes in graph order, the value that enters, and whether all paths end at
+        the last node, which the last run then ends with.
+    holds_layers
+        Whether layers can be inserted into a run. One that has none and that one layer alone reads
+        is a part of that layer.
+    """
+    region = _Region(flow, nodes, entry, has_exit)
+    chain, before = _chains(region)
+    runs = _runs(region, chain, before)
+    if runs is None:
+        return None
+    runs = _without_parts(region, runs, before, holds_layers)
+    if not any(map(holds_layers, runs)):
+        return None
+    far = [user for user in ([] if entry is None else entry.users) if user in region.inside]
+    far = [user for user in far if user not in region.near]
+    for run in runs:
+        for one in run.segments:
+            one.is_head |= any(user in (*one.interior, one.node) for user in far)
+        if far and run.entry is entry:
+            run.segments[0].is_head = True
+    return runs
+
+
+def _chains(region: _Region) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
+    """Return the nodes of all chains of post-dominators, and which goes on in which."""
+    chain: set[fx.Node] = set()
+    for source in region.sources():
+        node: fx.Node | None = source
+        while node is not None and node not in chain:
+            chain.add(node)
+            node = region.next[node]
+    joined: dict[fx.Node, list[fx.Node]] = {}
+    for node in (*([] if region.entry is None else [region.entry]), *region.nodes):
+        following = region.next.get(node)
+        if node in chain and following is not None:
+            joined.setdefault(following, []).append(node)
+    before = {}
+    for node, several in joined.items():
+        going_on = _going_on(region, node, several)
+        if going_on is not None:
+            before[node] = going_on
+    return chain, before
+
+
+def _going_on(region: _Region, node: fx.Node, joined: Sequence[fx.Node]) -> fx.Node | None:
+    """Return which of the chains that meet at a node goes on there; None where all end.
+
+    It is the one that a residual addition takes as it is, or else the one whose values come last of
+    all.
+    """
+    is_sum = op_name(node) == "add" and bound_operands(node).get("alpha", 1) == 1
+    added = [one for one in joined if is_sum and one in node.all_input_nodes]
+    for one in added:
+        others = [other for other in node.all_input_nodes if other is not one]
+        if any(region.enters(one, other) for other in others):
+            return one
+    last = [one for one in joined if not any(region.enters(one, other) for other in joined)]
+    if len(last) > 1:
+        last = [one for one in last if one in added]
+    return last[0] if len(last) == 1 else None
+
+
+def _runs(
+    region: _Region, chain: set[fx.Node], before: dict[fx.Node, fx.Node]
+) -> list[Run] | None:
+    """Return every chain with the nodes that belong to it; None where some belong to none."""
+    interior: dict[fx.Node, list[fx.Node]] = {}
+    for node in region.nodes:
+        if node in chain:
+            continue
+        owner = region.next[node]
+        while owner is not None and owner not in chain:
+            owner = region.next[owner]
+        if owner is None:
+            return None
+        previous = before.get(owner)
+        if previous is not None and region.enters(node, previous):
+            return None  # an earlier layer reads it, too
+        interior.setdefault(owner, []).append(node)
+    goes_on = set(before.values())
+    runs = []
+    for node in region.nodes:
+        if node not in chain or node in goes_on:
+            continue
+        segments, entry = [Segment(node, interior.get(node, []))], before.get(node)
+        while entry is not None and entry is not region.entry:
+            segments.append(Segment(entry, interior.get(entry, [])))
+            entry = before.get(entry)
+        runs.append(Run(segments[::-1], entry))
+    return runs
+
+
+def _without_parts(
+    region: _Region,
+    runs: Sequence[Run],
+    before: dict[fx.Node, fx.Node],
+    holds_layers: Callable[[Run], bool],
+) -> list[Run]:
+    """Return the runs that stay, with those put into a layer that are a part of it."""
+    kept = []
+    owner = {node: one for run in runs for one in run.segments for node in (*one.interior, one.node)}
+    for run in sorted(runs, key=lambda one: region.place[one.segments[-1].node]):
+        reader = region.next[run.segments[-1].node]
+        if reader is None:
+            kept.append(run)
+            continue
+        previous = before.get(reader)
+        parts: list[Segment] = []
+        if previous is not None:
+            parts = _inside(region, run, previous)
+        if parts != run.segments:
+            run.segments = run.segments[: len(run.segments) - len(parts)]
+            if holds_layers(run):
+                kept.append(run)
+            else:
+                parts = run.segments + parts
+        nodes = [node for one in parts for node in (*one.interior, one.node)]
+        _put_into(region, owner, nodes, owner[reader])
+    return kept
+
+
+def _put_into(
+    region: _Region, owner: dict[fx.Node, Segment], nodes: Sequence[fx.Node], reader: Segment
+) -> None:
+    """Put nodes into the first segment that reads them."""
+    inside = set(nodes)
+    users = [user for node in nodes for user in region.users(node, ()) if user not in inside]
+    first = min(users, key=region.place.__getitem__, default=None)
+    into = reader if first is None else owner[first]
+    into.interior = sorted([*into.interior, *nodes], key=region.place.__getitem__)
+    owner.update(dict.fromkeys(nodes, into))
+
+
+def _inside(region: _Region, run: Run, previous: fx.Node) -> list[Segment]:
+    """Return a run's last segments that belong to the block of another stream that reads it.
+
+    They are those that the other stream's value, the one before the block, enters; and a layer that
+    the block applies to the run's value before, such as to keys and values at once.
+    """
+    segments = run.segments
+    start = next(
+        (i for i, one in enumerate(segments) if region.enters(previous, one.node)), len(segments)
+    )
+    if start == 0 or start == len(segments):
+        return segments[start:]
+    flow, end = region.flow, start
+    beside = (one for one in segments[start].interior if not region.enters(previous, one))
+    if not any(flow.is_weighted(one) for one in beside):
+        while end > 0 and flow.is_glue(segments[end - 1].node):
+            end -= 1
+        if end > 0 and flow.is_weighted(segments[end - 1].node):
+            start = end - 1
+    return segments[start:]
+
+
+def divided(flow: Flow, runs: Sequence[Run]) -> list[Run]:
+    """Divide runs behind every value that others read, and order them.
+
+    So such a value stands at a run's end, whatever is inserted before it, and no run reads one that
+    comes behind it. Of runs that read each other's values in turns all are put into one.
+    """
+    owner = {node: i for i, run in enumerate(runs) for node in run.nodes}
+    parts: list[Run] = []
+    for i, run in enumerate(runs):
+        segments: list[Segment] = []
+        before = run.entry
+        for one in run.segments:
+            last = segments[-1].node if segments else None
+            is_read = last is not None and any(
+                user.op == "output" or owner.get(user, i) != i for user in last.users
+            )
+            if segments and (is_read or one.is_head):
+                parts.append(Run(segments, before))
+                segments, before = [], last
+            segments.append(one)
+        parts.append(Run(segments, before))
+    return _ordered(flow, parts)
+
+
+def _ordered(flow: Flow, runs: Sequence[Run]) -> list[Run]:
+    """Return the runs, each behind those whose values it reads."""
+    owner = {node: i for i, run in enumerate(runs) for node in run.nodes}
+    needs = [
+        {owner[one] for node in run.nodes for one in node.all_input_nodes if one in owner} - {i}
+        for i, run in enumerate(runs)
+    ]
+    first = [min(flow.order[node] for node in run.nodes) for run in runs]
+    done: list[int] = []
+    while len(done) < len(runs):
+        ready = [i for i in range(len(runs)) if i not in done and needs[i] <= set(done)]
+        if not ready:
+            break
+        done.append(min(ready, key=first.__getitem__))
+    rest = [one for i, run in enumerate(runs) if i not in done for one in run.segments]
+    ordered = [runs[i] for i in done]
+    if rest:  # two read each other's values in turns: nothing can be inserted in between
+        nodes = [node for one in rest for node in (*one.interior, one.node)]
+        nodes.sort(key=flow.order.__getitem__)
+        ordered.append(Run([Segment(nodes[-1], nodes[:-1])], None))
+    return ordered
