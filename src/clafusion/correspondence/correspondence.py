@@ -47,7 +47,8 @@ class Correspondence:
     origins
         For each parameter and buffer of the target where the source's comes from: ``"matched"``
         (the source's parameter in ``names``), ``"identity"`` (part of an inserted identity layer),
-        ``"zero_residual"`` (the last write of an inserted block: zero) or ``"target_only"``
+        ``"zero_residual"`` (the last write of an inserted block: zero, or what a layer's
+        ``fillings`` say) or ``"target_only"``
         (inside an inserted block, where any value will do: the source has none).
     names
         Parameter of the target -> parameter of the source, where matched.
@@ -130,6 +131,7 @@ def correspond(
         inner: Origin = "identity" if layer.insertable == "identity" else "target_only"
         for parameter in layer.parameters:
             origins.setdefault(parameter, inner)
+        origins.update({name: "identity" for name, _ in layer.fillings})
         origins.update(dict.fromkeys(layer.last_write, "zero_residual"))
         shown = _passing(target, source, layer_map, layer)
         if shown is not None and layer.insertable == "zero":
@@ -158,8 +160,13 @@ def _passing(
     if layer.insertable == "identity":
         key = source_hook(source, layer_map, layer, len(layer.hook_points) - 1)
         return None if key is None else _flow_point(source.layers[key[0]].hook_points[key[1]])
-    matched = [i for i in range(layer.index) if layer_map[i] >= 0][-1:]
-    if layer.insertable == "zero" and matched:
+    matched = [
+        i
+        for i in target.streams[layer.stream].layers
+        if i < layer.index and layer_map[i] >= 0
+    ][-1:]
+    # Before a post-norm block flows what its norm makes of the value, which shows nowhere.
+    if layer.insertable == "zero" and matched and not layer.fillings:
         last, following = _following(source, layer_map[matched[0]])
         glue = [
             name for one in target.layers[matched[0] + 1 : layer.index + 1] for name in one.leading
@@ -174,8 +181,9 @@ def _passing(
 
 def _following(source: TracedModel, k: int) -> tuple[Layer, tuple[str, ...]]:
     """Return a layer, and the nodes between it and the next one."""
-    rest = source.layers[k + 1 : k + 2]
-    return source.layers[k], rest[0].leading if rest else ()
+    layer = source.layers[k]
+    rest = [one for one in source.layers[k + 1 : k + 2] if one.stream == layer.stream]
+    return layer, rest[0].leading if rest else ()
 
 
 def _flow_point(hook: HookPoint) -> CalibrationPoint:

@@ -18,6 +18,7 @@ from torch import fx
 from clafusion.tracing.drafts import Draft, drafts_of
 from clafusion.tracing.flow import Flow
 from clafusion.tracing.insertion import insertion
+from clafusion.tracing.post_norm import with_norms_before
 from clafusion.tracing.regions import Run, Segment, divided, runs_of
 
 __all__ = ["cut_into_drafts", "side_nodes"]
@@ -32,7 +33,7 @@ def cut_into_drafts(flow: Flow) -> list[Draft]:
     drafts = []
     for i, run in enumerate(runs):
         stream = i if len(runs) == 1 else i + 1
-        drafts += drafts_of(flow, run.segments, run.entry, stream)
+        drafts += with_norms_before(flow, drafts_of(flow, run.segments, run.entry, stream))
     return drafts
 
 

@@ -31,6 +31,9 @@ class Draft:
         Nodes before and after it that only reshape or pool.
     stream
         The number of the stream that it lies on.
+    norm, shortcut
+        Where the block begins with the norm of the value that enters (post-norm): the norm, and
+        what it puts out, to which the block adds. Else None.
     """
 
     kind: Literal["chain", "residual_block", "norm"]
@@ -39,6 +42,9 @@ class Draft:
     leading: list[fx.Node] = field(default_factory=list)
     trailing: list[fx.Node] = field(default_factory=list)
     stream: int = 0
+    norm: fx.Node | None = None
+
+    shortcut: fx.Node | None = None
 
 
 def drafts_of(

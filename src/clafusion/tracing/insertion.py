@@ -31,6 +31,7 @@ class Insertion(NamedTuple):
     insertable: Literal["identity", "zero"] | None
     last_write: tuple[str, ...] = ()
     obstacle: str = ""
+    fillings: tuple[tuple[str, float], ...] = ()
 
 
 def insertion(flow: Flow, draft: Draft) -> Insertion:
@@ -41,7 +42,7 @@ def insertion(flow: Flow, draft: Draft) -> Insertion:
     if draft.kind == "residual_block":
         last_write = _last_write(flow, draft)
         if last_write:
-            return Insertion("zero", last_write)
+            return Insertion("zero", last_write, fillings=_fillings(flow, draft))
         return Insertion(
             None,
             obstacle="its branch must end in weights that can be zero, so that only its shortcut "
@@ -111,14 +112,15 @@ def _keeps_positions(flow: Flow, convolution: fx.Node) -> bool:
 
 def _last_write(flow: Flow, draft: Draft) -> tuple[str, ...]:
     """Return the parameters that, set to zero, make a residual branch write zero."""
-    joins = [node for node in draft.nodes if _joins(flow, node, draft)]
+    shortcut = draft.entry if draft.norm is None else draft.shortcut
+    joins = [node for node in draft.nodes if _joins(flow, node, shortcut)]
     if len(joins) != 1:
         return ()
     join = joins[0]
     after = draft.nodes[draft.nodes.index(join) + 1 :]
-    if not _has_passed(flow, draft.entry, after):
+    if not _has_passed(flow, shortcut, after):
         return ()
-    (node,) = (operand for operand in flow.operands(join) if operand is not draft.entry)
+    (node,) = (operand for operand in flow.operands(join) if operand is not shortcut)
     while True:
         parameters = flow.parameters(node)
         name = op_name(node)
@@ -136,13 +138,26 @@ def _last_write(flow: Flow, draft: Draft) -> tuple[str, ...]:
         node = operands[0]
 
 
-def _joins(flow: Flow, node: fx.Node, draft: Draft) -> bool:
+def _fillings(flow: Flow, draft: Draft) -> tuple[tuple[str, float], ...]:
+    """Return what the parameters of the norm before a post-norm block are in an inserted one."""
+    if draft.norm is None:
+        return ()
+    bound = bound_operands(draft.norm)
+    neutral = {"weight": 1.0, "bias": 0.0}
+    return tuple(
+        (flow.sources[bound[role]], value)
+        for role, value in neutral.items()
+        if bound.get(role) in flow.sources
+    )
+
+
+def _joins(flow: Flow, node: fx.Node, shortcut: fx.Node | None) -> bool:
     """Return whether a node adds the branch's value to the value that entered the block."""
     operands = flow.operands(node)
     return (
         op_name(node) == "add"
-        and draft.entry is not None
+        and shortcut is not None
         and len(operands) == 2
-        and draft.entry in operands
+        and shortcut in operands
         and bound_operands(node).get("alpha", 1) == 1
     )

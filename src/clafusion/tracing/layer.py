@@ -136,11 +136,15 @@ class Layer:
         ``"identity"`` (some weights make the layer the identity), ``"zero"`` (some weights make
         its residual branch write zero) or None (the layer cannot be inserted).
     last_write
-        For ``"zero"``: the parameters that, set to zero, make the branch write zero.
+        For ``"zero"``: the parameters that, set to zero (or as ``fillings`` says), make the branch
+        write zero.
     output_shape
         Shape of the output without the batch and channel axes. Layers of one stage share it.
     obstacle
         Why the layer cannot be inserted; "" where it can.
+    fillings
+        What parameters must be in an inserted layer, where that is not zero for one of
+        ``last_write`` and any value for another.
     stream
         Position in ``TracedModel.streams`` of the stream that it lies on.
     inputs
@@ -164,6 +168,7 @@ class Layer:
     last_write: tuple[str, ...]
     output_shape: tuple[int, ...]
     obstacle: str = ""
+    fillings: tuple[tuple[str, float], ...] = ()
     stream: int = 0
     inputs: tuple[int | str, ...] = ()
 

@@ -125,6 +125,7 @@ def _layer(
         found.last_write,
         tuple(size for axis, size in enumerate(shape) if axis not in (0, channels.axis)),
         found.obstacle,
+        found.fillings,
         streams.position(draft.stream),
         streams.inputs(draft, nodes),
     )

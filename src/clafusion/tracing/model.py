@@ -278,6 +278,11 @@ class TracedModel:
         return streams_of(self.layers)
 
     @cached_property
+    def fillings(self) -> Mapping[str, float]:
+        """What parameters are in an inserted layer: see :attr:`Layer.fillings`."""
+        return {name: value for layer in self.layers for name, value in layer.fillings}
+
+    @cached_property
     def reshapes(self) -> frozenset[str]:
         """Names of the nodes that change the shape of a value and nothing else."""
         nodes = self.module.graph.nodes

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from clafusion.tracing.flow import Flow
-from clafusion.tracing.operations import bound_operands, op_name
+from clafusion.tracing.operations import SAME_VALUES, bound_operands, op_name
 
 __all__ = ["Run", "Segment", "divided", "runs_of"]
 
@@ -331,6 +331,10 @@ def _inside(region: _Region, run: Run, previous: fx.Node) -> list[Segment]:
             end -= 1
         if end > 0 and flow.is_weighted(segments[end - 1].node):
             start = end - 1
+            while start > 1 and flow.is_glue(segments[start - 1].node):
+                if op_name(segments[start - 1].node) in SAME_VALUES:
+                    break
+                start -= 1
     return segments[start:]
 
 
