@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from clafusion.alignment.differences import differences, nearest
 from clafusion.alignment.dynamic_program import align_layers
+from clafusion.alignment.streams import check_streams
 from clafusion.errors import AlignmentError, StructureError
 from clafusion.tracing.layer import Layer
 from clafusion.tracing.model import TracedModel
@@ -99,8 +100,10 @@ def fit_layers(names: tuple[str, str], deep: Sequence[Layer], shallow: Sequence[
     Raises
     ------
     StructureError
-        No alignment exists; the message names the layers that stand in the way.
+        No alignment exists; the message names the layers that stand in the way, or draws streams
+        that do not correspond.
     """
+    check_streams(names, deep, shallow)
     allowed = allowed_pairs(deep, shallow)
     costs, skip = np.where(allowed, 0.0, np.inf), skip_costs(deep)
     try:

@@ -28,7 +28,8 @@ class Draft:
     entry
         The cut before it, whose value it takes; None at the beginning.
     leading, trailing
-        Nodes before and after it that only reshape or pool.
+        Nodes before and after it that only reshape or pool; also those behind ``norm`` that keep
+        its values.
     stream
         The number of the stream that it lies on.
     norm, shortcut

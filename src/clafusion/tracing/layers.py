@@ -166,6 +166,9 @@ def _structure(
     beside = fixed.before(own)
     place = {node: str(i) for i, node in enumerate(own)}
     place |= {node: f"beside {i}" for i, node in enumerate(beside)}
+    if draft.norm is not None:
+        behind = (one for one in draft.leading if flow.order[one] > flow.order[draft.norm])
+        place |= dict.fromkeys(behind, place[draft.norm])
 
     def described(node: fx.Node) -> tuple[Any, ...]:
         wiring = tuple(_wire(flow, fixed, streams, draft, place, one) for one in node.all_input_nodes)

@@ -33,13 +33,12 @@ def with_norms_before(flow: Flow, drafts: Sequence[Draft]) -> list[Draft]:
             and _is_between_norms(flow, previous, draft, following)
             and insertion(flow, draft).insertable == "zero"
         ):
-            nodes = [*previous.nodes, *draft.leading, *draft.nodes]
-            norm = previous.nodes[0]
+            norm, *same_values = previous.nodes
             found[-1] = Draft(
                 "residual_block",
-                nodes,
+                [norm, *draft.nodes],
                 previous.entry,
-                previous.leading,
+                [*previous.leading, *same_values, *draft.leading],
                 stream=draft.stream,
                 norm=norm,
                 shortcut=draft.entry,
