@@ -166,7 +166,8 @@ def _passing(
         if i < layer.index and layer_map[i] >= 0
     ][-1:]
     # Before a post-norm block flows what its norm makes of the value, which shows nowhere.
-    if layer.insertable == "zero" and matched and not layer.fillings:
+    is_normed = bool({name for name, _ in layer.fillings} - set(layer.last_write))
+    if layer.insertable == "zero" and matched and not is_normed:
         last, following = _following(source, layer_map[matched[0]])
         glue = [
             name for one in target.layers[matched[0] + 1 : layer.index + 1] for name in one.leading

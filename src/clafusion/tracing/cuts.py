@@ -83,14 +83,14 @@ def _with_inner_runs(flow: Flow, run: Run) -> list[Run]:
 
 def _holds_layers(flow: Flow, entry: fx.Node | None) -> Callable[[Run], bool]:
     """Return what says whether a run in a region behind ``entry`` is worth being a stream."""
-    shape = () if entry is None else flow.channels.shapes.get(entry.name, ())
+    least = 1 if entry is None else 2
 
     def holds(run: Run) -> bool:
-        for draft in drafts_of(flow, run.segments, run.entry, 1):
-            found = insertion(flow, draft).insertable
-            weights = sum(flow.is_weighted(node) for node in draft.nodes)
-            if found == "zero" and weights >= (1 if entry is None else 2):
-                return True
+        for part in run.parts:
+            for draft in drafts_of(flow, part.segments, part.entry, 1):
+                weights = sum(flow.is_weighted(node) for node in draft.nodes)
+                if weights >= least and insertion(flow, draft).insertable == "zero":
+                    return True
         return False
 
     return holds

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from torch import fx
 
 from clafusion.tracing.drafts import Draft
-from clafusion.tracing.flow import NORMS, Flow
+from clafusion.tracing.flow import Flow
 from clafusion.tracing.operations import (
     bound_operands,
     convolution_geometry,
@@ -16,13 +16,13 @@ from clafusion.tracing.operations import (
     op_name,
 )
 from clafusion.tracing.points import bias_addition
+from clafusion.tracing.zero_writes import parameters_for_zero, summands
 
 __all__ = ["Insertion", "insertion"]
 
 # f(f(x)) = f(x): after such an activation, an inserted layer with identity weights and the same
 # activation changes nothing.
 _IDEMPOTENT = frozenset("relu relu6 hardtanh clamp clamp_min abs".split())
-_ZERO_AT_ZERO = frozenset("relu relu6 gelu silu tanh hardswish leaky_relu elu selu mish".split())
 
 
 class Insertion(NamedTuple):
@@ -40,9 +40,9 @@ def insertion(flow: Flow, draft: Draft) -> Insertion:
         obstacle = _obstacle(flow, draft)
         return Insertion(None, obstacle=obstacle) if obstacle else Insertion("identity")
     if draft.kind == "residual_block":
-        last_write = _last_write(flow, draft)
-        if last_write:
-            return Insertion("zero", last_write, fillings=_fillings(flow, draft))
+        found = _zero_residual(flow, draft)
+        if found is not None:
+            return found
         return Insertion(
             None,
             obstacle="its branch must end in weights that can be zero, so that only its shortcut "
@@ -110,35 +110,28 @@ def _keeps_positions(flow: Flow, convolution: fx.Node) -> bool:
     return same and odd and all(step == 1 for step in stride) and bool(groups == 1)
 
 
-def _last_write(flow: Flow, draft: Draft) -> tuple[str, ...]:
-    """Return the parameters that, set to zero, make a residual branch write zero."""
+def _zero_residual(flow: Flow, draft: Draft) -> Insertion | None:
+    """Return how a residual block writes zero; None where no parameters make it."""
     shortcut = draft.entry if draft.norm is None else draft.shortcut
-    joins = [node for node in draft.nodes if _joins(flow, node, shortcut)]
-    if len(joins) != 1:
-        return ()
-    join = joins[0]
-    after = draft.nodes[draft.nodes.index(join) + 1 :]
-    if not _has_passed(flow, shortcut, after):
-        return ()
-    (node,) = (operand for operand in flow.operands(join) if operand is not shortcut)
-    while True:
-        parameters = flow.parameters(node)
-        name = op_name(node)
-        if parameters and flow.is_weighted(node):
-            return tuple(parameters)
-        if parameters and name in NORMS:
-            bound = bound_operands(node)
-            affine = (bound.get(role) for role in ("weight", "bias"))
-            return tuple(flow.sources[operand] for operand in affine if operand in flow.sources)
-        operands = flow.operands(node)
-        if name == "mul" and parameters:
-            return tuple(parameters)
-        if len(operands) != 1 or not (flow.is_glue(node) or name in _ZERO_AT_ZERO):
-            return ()
-        node = operands[0]
+    block = [one for one in draft.nodes if one is not shortcut]
+    sums = next((one for one in reversed(block) if shortcut in summands(flow, one, block)), None)
+    if shortcut is None or sums is None:
+        return None
+    if not _has_passed(flow, shortcut, draft.nodes[draft.nodes.index(sums) + 1 :]):
+        return None
+    written: dict[str, float] = {}
+    parts = summands(flow, sums, block)
+    parts.remove(shortcut)
+    for part in parts:
+        of_part = None if part is shortcut else parameters_for_zero(flow, part, block)
+        if of_part is None:
+            return None
+        written |= of_part
+    fillings = {name: value for name, value in written.items() if value != 0.0}
+    return Insertion("zero", tuple(written), fillings=(*fillings.items(), *_neutral(flow, draft)))
 
 
-def _fillings(flow: Flow, draft: Draft) -> tuple[tuple[str, float], ...]:
+def _neutral(flow: Flow, draft: Draft) -> tuple[tuple[str, float], ...]:
     """Return what the parameters of the norm before a post-norm block are in an inserted one."""
     if draft.norm is None:
         return ()
@@ -148,16 +141,4 @@ def _fillings(flow: Flow, draft: Draft) -> tuple[tuple[str, float], ...]:
         (flow.sources[bound[role]], value)
         for role, value in neutral.items()
         if bound.get(role) in flow.sources
-    )
-
-
-def _joins(flow: Flow, node: fx.Node, shortcut: fx.Node | None) -> bool:
-    """Return whether a node adds the branch's value to the value that entered the block."""
-    operands = flow.operands(node)
-    return (
-        op_name(node) == "add"
-        and shortcut is not None
-        and len(operands) == 2
-        and shortcut in operands
-        and bound_operands(node).get("alpha", 1) == 1
     )

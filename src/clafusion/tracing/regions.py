@@ -57,6 +57,15 @@ class Run:
     entry: fx.Node | None
 
     @property
+    def parts(self) -> list[Run]:
+        """The run, divided where streams begin."""
+        starts = [i for i, one in enumerate(self.segments) if one.is_head or i == 0]
+        return [
+            Run(self.segments[start:end], self.segments[start - 1].node if start else self.entry)
+            for start, end in zip(starts, [*starts[1:], len(self.segments)], strict=True)
+        ]
+
+    @property
     def nodes(self) -> list[fx.Node]:
         """All nodes, in the order of the segments."""
         return [node for one in self.segments for node in (*one.interior, one.node)]
@@ -190,8 +199,6 @@ def runs_of(
     if runs is None:
         return None
     runs = _without_parts(region, runs, before, holds_layers)
-    if not any(map(holds_layers, runs)):
-        return None
     far = [user for user in ([] if entry is None else entry.users) if user in region.inside]
     far = [user for user in far if user not in region.near]
     for run in runs:
@@ -199,7 +206,7 @@ def runs_of(
             one.is_head |= any(user in (*one.interior, one.node) for user in far)
         if far and run.entry is entry:
             run.segments[0].is_head = True
-    return runs
+    return runs if any(map(holds_layers, runs)) else None
 
 
 def _chains(region: _Region) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
