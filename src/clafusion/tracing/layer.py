@@ -147,6 +147,9 @@ class Layer:
         ``last_write`` and any value for another.
     stream
         Position in ``TracedModel.streams`` of the stream that it lies on.
+    lender
+        Position of the first layer of those that share a value within them, as a table of positions
+        that all attentions read; its own where it shares none.
     inputs
         What its nodes, and those before it, read of other streams (their positions) and of the
         model's inputs (``"input 0"``), where the model has several streams.
@@ -170,6 +173,7 @@ class Layer:
     obstacle: str = ""
     fillings: tuple[tuple[str, float], ...] = ()
     stream: int = 0
+    lender: int = -1
     inputs: tuple[int | str, ...] = ()
 
 

@@ -63,6 +63,10 @@ class _Streams:
             for draft in drafts
             for node in (*draft.leading, *draft.nodes, *draft.trailing)
         }
+        self._inside = {
+            node: i for i, draft in enumerate(drafts) for node in draft.nodes[:-1]
+        }
+        self._lenders: dict[int, int] = {}
         self._numbers = list(dict.fromkeys(draft.stream for draft in drafts))
 
     def of(self, node: fx.Node) -> int | None:
@@ -72,6 +76,17 @@ class _Streams:
     def position(self, stream: int) -> int:
         """Return a stream's position among all streams that have layers."""
         return self._numbers.index(stream)
+
+    def lender(self, index: int, nodes: Sequence[fx.Node]) -> int:
+        """Return the first layer of those that share a value within them with a layer."""
+        lenders = [
+            self._lenders[owner]
+            for node in nodes
+            for operand in node.all_input_nodes
+            if (owner := self._inside.get(operand, index)) < index
+        ]
+        self._lenders[index] = min(lenders, default=index)
+        return self._lenders[index]
 
     def inputs(self, draft: Draft, nodes: Sequence[fx.Node]) -> tuple[int | str, ...]:
         """Return the other streams and inputs of the model that a draft's nodes read."""
@@ -127,6 +142,7 @@ def _layer(
         found.obstacle,
         found.fillings,
         streams.position(draft.stream),
+        streams.lender(index, nodes),
         streams.inputs(draft, nodes),
     )
 

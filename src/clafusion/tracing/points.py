@@ -22,6 +22,7 @@ from clafusion.tracing.operations import (
 
 __all__ = ["bias_addition", "calibration_points", "hook_points", "places_of"]
 
+_MASKING = ("where", "masked_fill")  # where a mask hides a value stands the least number of all
 _VIEWS = ("view", "reshape", "_unsafe_view")
 
 
@@ -37,6 +38,8 @@ def hook_points(flow: Flow, draft: Draft) -> tuple[HookPoint, ...]:
         is_product = flow.is_weighted(node) or is_matrix_product(node)
         if is_product or op_name(node) == "scaled_dot_product_attention":
             for i, operand in enumerate(flow.operands(node)):
+                if _is_masked(operand):
+                    continue
                 point = _hook_point(flow, operand)
                 if point is not None:
                     points.setdefault(point.post, point)
@@ -56,6 +59,13 @@ def hook_points(flow: Flow, draft: Draft) -> tuple[HookPoint, ...]:
         points[output.post] = output
         readers.setdefault(output.post, set()).add((len(draft.nodes), 0))
     return tuple(replace(point, readers=frozenset(readers[post])) for post, point in points.items())
+
+
+def _is_masked(node: fx.Node) -> bool:
+    """Return whether a value has been masked, but for operations that keep all values."""
+    while op_name(node) in SAME_VALUES:
+        node = node.all_input_nodes[0]
+    return op_name(node) in _MASKING
 
 
 def _parts(flow: Flow, draft: Draft, node: fx.Node) -> list[fx.Node]:
