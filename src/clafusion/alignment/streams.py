@@ -55,7 +55,5 @@ def _shown(streams: Sequence[Stream], index: int, layers: Sequence[Layer]) -> st
     counts = ", ".join(f"{n} {kind}{'s' if n > 1 else ''}" for kind, n in kinds.items())
     widths = dict.fromkeys(len(one.hook_points[-1].groups) for one in own if one.hook_points)
     channels = f", {'/'.join(map(str, widths))} channels" if widths else ""
-    reads = ", ".join(
-        one if isinstance(one, str) else streams[one].name for one in stream.inputs
-    )
+    reads = ", ".join(one if isinstance(one, str) else streams[one].name for one in stream.inputs)
     return f"{stream.name}: {counts}{channels}" + (f"; reads {reads}" if reads else "")

@@ -141,6 +141,7 @@ def correspond(
     for layer, k in zip(target.layers, layer_map, strict=True):  # a matched layer's stay so
         if k >= 0:
             origins.update(dict.fromkeys(layer.parameters, "matched"))
+    _check_counts(target, layer_map, origins)
     for name in target.state():
         origins.setdefault(name, "target_only")
     groups = _match_groups(target, source, names, layer_map)
@@ -153,6 +154,24 @@ def correspond(
     )
 
 
+def _check_counts(
+    target: TracedModel, layer_map: tuple[int, ...], origins: Mapping[str, Origin]
+) -> None:
+    """Refuse to insert a layer whose weights a matched layer has, too."""
+    for layer, k in zip(target.layers, layer_map, strict=True):
+        shared = [name for name in layer.parameters if origins[name] == "matched"]
+        needed = {*layer.last_write, *(name for name, _ in layer.fillings)}
+        if layer.insertable == "identity":
+            needed = set(layer.parameters)
+        found = [name for name in shared if name in needed]
+        if k < 0 and found:
+            raise StructureError(
+                f"layer {layer.name!r} cannot be inserted, for other layers have its weights "
+                f"({found[0]!r}), too: where one layer runs again and again (as in ALBERT), the "
+                "depth is a count and not a matter of weights. Give networks with equal counts"
+            )
+
+
 def _passing(
     target: TracedModel, source: TracedModel, layer_map: tuple[int, ...], layer: Layer
 ) -> CalibrationPoint | None:
@@ -161,9 +180,7 @@ def _passing(
         key = source_hook(source, layer_map, layer, len(layer.hook_points) - 1)
         return None if key is None else _flow_point(source.layers[key[0]].hook_points[key[1]])
     matched = [
-        i
-        for i in target.streams[layer.stream].layers
-        if i < layer.index and layer_map[i] >= 0
+        i for i in target.streams[layer.stream].layers if i < layer.index and layer_map[i] >= 0
     ][-1:]
     # Before a post-norm block flows what its norm makes of the value, which shows nowhere.
     is_normed = bool({name for name, _ in layer.fillings} - set(layer.last_write))

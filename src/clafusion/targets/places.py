@@ -163,7 +163,9 @@ def _left_goes_first(
         return left[0] == here
     if left[0] == right[0] or left[0] in right or right[0] in left:
         return left[0] not in right[1:]
-    return math.prod(left[0][1:]) >= math.prod(right[0][1:])  # most networks get narrower as they go on
+    return math.prod(left[0][1:]) >= math.prod(
+        right[0][1:]
+    )  # most networks get narrower as they go on
 
 
 # --- a template ---------------------------------------------------------------------------------

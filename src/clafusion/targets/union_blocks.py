@@ -1,7 +1,7 @@
 """Whole modules that hold several layers, for the union of networks.
 
-A block of a transformer is one child of an ``nn.ModuleList`` with two layers or three. Where another
-network has more of them, the union gets copies of children, not of their layers one by one.
+A block of a transformer is one child of an ``nn.ModuleList`` with two layers or three. Where
+another network has more of them, the union gets copies of children, not of their layers one by one.
 """
 
 from __future__ import annotations

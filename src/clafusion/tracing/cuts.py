@@ -11,13 +11,15 @@ decoder read, on a level of a U-Net), the region has streams of its own: see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import fx
 
 from clafusion.tracing.drafts import Draft, drafts_of
 from clafusion.tracing.flow import Flow
 from clafusion.tracing.insertion import insertion
+from clafusion.tracing.operations import op_name
 from clafusion.tracing.post_norm import with_norms_before
 from clafusion.tracing.regions import Run, Segment, divided, runs_of
 
@@ -65,7 +67,9 @@ def _with_inner_runs(flow: Flow, run: Run) -> list[Run]:
         inner = None
         if one.interior:
             nodes = [*one.interior, one.node]
-            inner = runs_of(flow, nodes, before, not one.is_open, _holds_layers(flow, before))
+            inner = runs_of(
+                flow, nodes, before, not one.is_open, _holds_layers(flow, before, one.node)
+            )
         if inner is None:
             segments.append(one)
         else:
@@ -81,17 +85,43 @@ def _with_inner_runs(flow: Flow, run: Run) -> list[Run]:
     return [*found, Run(segments, begin)]
 
 
-def _holds_layers(flow: Flow, entry: fx.Node | None) -> Callable[[Run], bool]:
-    """Return what says whether a run in a region behind ``entry`` is worth being a stream."""
+def _holds_layers(
+    flow: Flow, entry: fx.Node | None, join: fx.Node
+) -> Callable[[Sequence[Run]], list[bool]]:
+    """Return what says of each run of a region whether it holds layers that make it a stream.
+
+    They are residual blocks; inside another block these must have two layers with weights, for a
+    block may add up a little on its own. Layers of a chain do so on a level of a U-Net: the only
+    way from ``entry`` to ``join`` on which there are fewer positions.
+    """
     least = 1 if entry is None else 2
 
-    def holds(run: Run) -> bool:
+    def drafts(run: Run) -> Iterator[Draft]:
         for part in run.parts:
-            for draft in drafts_of(flow, part.segments, part.entry, 1):
-                weights = sum(flow.is_weighted(node) for node in draft.nodes)
-                if weights >= least and insertion(flow, draft).insertable == "zero":
-                    return True
-        return False
+            yield from drafts_of(flow, part.segments, part.entry, 1)
+
+    def has_block(run: Run) -> bool:
+        return any(
+            sum(flow.is_weighted(node) for node in draft.nodes) >= least
+            and insertion(flow, draft).insertable == "zero"
+            for draft in drafts(run)
+        )
+
+    def is_level(run: Run) -> bool:
+        return any(
+            1 < math.prod(flow.positions(draft.nodes[-1])) < math.prod(flow.positions(join))
+            and insertion(flow, draft).insertable == "identity"
+            for draft in drafts(run)
+        )
+
+    def holds(runs: Sequence[Run]) -> list[bool]:
+        levels = [False] * len(runs)
+        joins = op_name(join) in ("cat", "add") and entry is not None
+        if joins and flow.positions(join) == flow.positions(entry):
+            levels = [is_level(run) for run in runs]
+        if levels.count(True) > 1:  # pyramid pooling: branches, all parts of one layer
+            levels = [False] * len(runs)
+        return [level or has_block(run) for level, run in zip(levels, runs, strict=True)]
 
     return holds
 

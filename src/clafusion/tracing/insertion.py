@@ -22,6 +22,7 @@ __all__ = ["Insertion", "insertion"]
 
 # f(f(x)) = f(x): after such an activation, an inserted layer with identity weights and the same
 # activation changes nothing.
+_RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
 _IDEMPOTENT = frozenset("relu relu6 hardtanh clamp clamp_min abs".split())
 
 
@@ -43,12 +44,22 @@ def insertion(flow: Flow, draft: Draft) -> Insertion:
         found = _zero_residual(flow, draft)
         if found is not None:
             return found
-        return Insertion(
-            None,
-            obstacle="its branch must end in weights that can be zero, so that only its shortcut "
-            "is left, and an activation behind the addition must be one that its input has passed",
-        )
+        return Insertion(None, obstacle=_no_residual(draft))
     return Insertion(None, obstacle="a norm on its own is never the identity")
+
+
+def _no_residual(draft: Draft) -> str:
+    """Say why no weights make a block pass on its input."""
+    joins = [one for one in draft.nodes if op_name(one) == "cat"]
+    if draft.entry is not None and any(draft.entry in one.all_input_nodes for one in joins):
+        return (
+            "it puts new channels beside those that it reads, as dense blocks do: without a "
+            "partner all later layers would have to read channels that are zero"
+        )
+    return (
+        "its branch must end in weights that can be zero, so that only its shortcut is left, and "
+        "an activation behind the addition must be one that its input has passed"
+    )
 
 
 def _has_passed(flow: Flow, node: fx.Node | None, activations: Sequence[fx.Node]) -> bool:
@@ -68,6 +79,11 @@ def _obstacle(flow: Flow, draft: Draft) -> str:
     affine, *rest = draft.nodes
     name = op_name(affine)
     is_convolution = name in ("conv1d", "conv2d", "conv3d")
+    if name in _RECURRENT:
+        return (
+            f"no weights of a recurrent layer ({name}) pass on what it reads, for its states go "
+            "through tanh and gates; the layers of a stack are one operation"
+        )
     if not is_convolution and name != "linear" and not is_affine_product(affine):
         return f"{name} is no linear layer, no convolution and no product with a matrix"
     operands = flow.operands(affine)

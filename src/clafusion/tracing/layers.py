@@ -63,9 +63,7 @@ class _Streams:
             for draft in drafts
             for node in (*draft.leading, *draft.nodes, *draft.trailing)
         }
-        self._inside = {
-            node: i for i, draft in enumerate(drafts) for node in draft.nodes[:-1]
-        }
+        self._inside = {node: i for i, draft in enumerate(drafts) for node in draft.nodes[:-1]}
         self._lenders: dict[int, int] = {}
         self._numbers = list(dict.fromkeys(draft.stream for draft in drafts))
 
@@ -114,8 +112,6 @@ def _layer(
     before = sorted([*side, *draft.leading, *draft.nodes], key=flow.order.__getitem__)
     nodes = [*before, *draft.trailing]
     output = draft.nodes[-1]
-    channels = flow.channels.nodes[output.name]
-    shape = flow.channels.shapes.get(output.name, ())
     found = insertion(flow, draft)
     structure, beside = _structure(flow, fixed, streams, draft, side)
     parameters = dict.fromkeys(entry for node in nodes for entry in flow.parameters(node))
@@ -138,7 +134,7 @@ def _layer(
         calibration_points(flow, draft),
         found.insertable,
         found.last_write,
-        tuple(size for axis, size in enumerate(shape) if axis not in (0, channels.axis)),
+        flow.positions(output),
         found.obstacle,
         found.fillings,
         streams.position(draft.stream),
@@ -187,7 +183,9 @@ def _structure(
         place |= dict.fromkeys(behind, place[draft.norm])
 
     def described(node: fx.Node) -> tuple[Any, ...]:
-        wiring = tuple(_wire(flow, fixed, streams, draft, place, one) for one in node.all_input_nodes)
+        wiring = tuple(
+            _wire(flow, fixed, streams, draft, place, one) for one in node.all_input_nodes
+        )
         return op_name(node), flow.settings(node), wiring, flow.freedom(node)
 
     return (draft.kind, *map(described, own)), tuple(map(described, beside))

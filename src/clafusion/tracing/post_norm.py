@@ -49,7 +49,7 @@ def with_norms_before(flow: Flow, drafts: Sequence[Draft]) -> list[Draft]:
 
 
 def _is_between_norms(flow: Flow, norm: Draft, block: Draft, following: Draft) -> bool:
-    """Return whether only a norm's block reads it, and only an equal norm what the block returns."""
+    """Return whether only a norm's block reads it, and only an equal norm reads the block."""
     (first, *rest), sums = norm.nodes, block.nodes[-1]
     inside = {*norm.nodes, *block.leading, *block.nodes}
     again = following.nodes[0]

@@ -169,9 +169,7 @@ class _Region:
             yield self.entry
         near = frozenset(self.near)
         for node in self.nodes:
-            if node not in near and not any(
-                one in self.inside for one in node.all_input_nodes
-            ):
+            if node not in near and not any(one in self.inside for one in node.all_input_nodes):
                 yield node
 
 
@@ -180,7 +178,7 @@ def runs_of(
     nodes: Sequence[fx.Node],
     entry: fx.Node | None,
     has_exit: bool,
-    holds_layers: Callable[[Run], bool],
+    holds_layers: Callable[[Sequence[Run]], list[bool]],
 ) -> list[Run] | None:
     """Return the runs side by side in a region; None where nothing in it is worth a run.
 
@@ -190,8 +188,8 @@ def runs_of(
         The region: its nodes in graph order, the value that enters, and whether all paths end at
         the last node, which the last run then ends with.
     holds_layers
-        Whether layers can be inserted into a run. One that has none and that one layer alone reads
-        is a part of that layer.
+        Says of each of the runs whether layers can be inserted into it. One that has none is a part
+        of the layer that reads it.
     """
     region = _Region(flow, nodes, entry, has_exit)
     chain, before = _chains(region)
@@ -206,7 +204,7 @@ def runs_of(
             one.is_head |= any(user in (*one.interior, one.node) for user in far)
         if far and run.entry is entry:
             run.segments[0].is_head = True
-    return runs if any(map(holds_layers, runs)) else None
+    return runs if any(holds_layers(runs)) else None
 
 
 def _chains(region: _Region) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
@@ -248,9 +246,7 @@ def _going_on(region: _Region, node: fx.Node, joined: Sequence[fx.Node]) -> fx.N
     return last[0] if len(last) == 1 else None
 
 
-def _runs(
-    region: _Region, chain: set[fx.Node], before: dict[fx.Node, fx.Node]
-) -> list[Run] | None:
+def _runs(region: _Region, chain: set[fx.Node], before: dict[fx.Node, fx.Node]) -> list[Run] | None:
     """Return every chain with the nodes that belong to it; None where some belong to none."""
     interior: dict[fx.Node, list[fx.Node]] = {}
     for node in region.nodes:
@@ -282,28 +278,33 @@ def _without_parts(
     region: _Region,
     runs: Sequence[Run],
     before: dict[fx.Node, fx.Node],
-    holds_layers: Callable[[Run], bool],
+    holds_layers: Callable[[Sequence[Run]], list[bool]],
 ) -> list[Run]:
     """Return the runs that stay, with those put into a layer that are a part of it."""
+    owner = {
+        node: one for run in runs for one in run.segments for node in (*one.interior, one.node)
+    }
+    runs = sorted(runs, key=lambda one: region.place[one.segments[-1].node])
+    readers = [region.next[run.segments[-1].node] for run in runs]
+    parts: list[list[Segment]] = []
+    for run, reader in zip(runs, readers, strict=True):
+        previous = None if reader is None else before.get(reader)
+        inside = [] if previous is None else _inside(region, run, previous)
+        parts.append(inside)
+        run.segments = run.segments[: len(run.segments) - len(inside)]
     kept = []
-    owner = {node: one for run in runs for one in run.segments for node in (*one.interior, one.node)}
-    for run in sorted(runs, key=lambda one: region.place[one.segments[-1].node]):
-        reader = region.next[run.segments[-1].node]
+    holds = holds_layers(runs)
+    for run, reader, inside, stays in zip(runs, readers, parts, holds, strict=True):
         if reader is None:
             kept.append(run)
             continue
-        previous = before.get(reader)
-        parts: list[Segment] = []
-        if previous is not None:
-            parts = _inside(region, run, previous)
-        if parts != run.segments:
-            run.segments = run.segments[: len(run.segments) - len(parts)]
-            if holds_layers(run):
-                kept.append(run)
-            else:
-                parts = run.segments + parts
-        nodes = [node for one in parts for node in (*one.interior, one.node)]
-        _put_into(region, owner, nodes, owner[reader])
+        if run.segments and stays:
+            kept.append(run)
+        else:
+            inside = run.segments + inside
+        nodes = [node for one in inside for node in (*one.interior, one.node)]
+        if nodes:
+            _put_into(region, owner, nodes, owner[reader])
     return kept
 
 
