@@ -12,7 +12,7 @@ FAMILIES = {
     "T5": (lambda: families.t5(3, 3), lambda: families.t5(2, 2, seed=1), families.TEXTS),
     "T5, each deeper somewhere": (
         lambda: families.t5(3, 2),
-        lambda: families.t5(2, 3, seed=1, feed=28),
+        lambda: families.t5(2, 3, seed=1),
         families.TEXTS,
     ),
     "BART": (lambda: families.bart(3, 2), lambda: families.bart(2, 1, seed=1), families.TEXTS),

@@ -49,14 +49,14 @@ def _built(build, config, names: Sequence[str], seed: int) -> nn.Module:
     return randomise(OneOutput(build(config), *names), seed)
 
 
-def t5(encoder: int, decoder: int, seed: int = 0, feed: int = 20) -> nn.Module:
+def t5(encoder: int, decoder: int, seed: int = 0) -> nn.Module:
     import transformers
 
     config = transformers.T5Config(
         vocab_size=VOCABULARY,
         d_model=16,
         d_kv=4,
-        d_ff=feed,
+        d_ff=20,
         num_heads=4,
         num_layers=encoder,
         num_decoder_layers=decoder,
