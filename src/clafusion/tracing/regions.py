@@ -8,7 +8,7 @@ states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -193,10 +193,11 @@ def runs_of(
     """
     region = _Region(flow, nodes, entry, has_exit)
     chain, before = _chains(region)
+    left = _leave_blocks(region, chain, before)
     runs = _runs(region, chain, before)
     if runs is None:
         return None
-    runs = _without_parts(region, runs, before, holds_layers)
+    runs = _without_parts(region, runs, before, left, holds_layers)
     far = [user for user in ([] if entry is None else entry.users) if user in region.inside]
     far = [user for user in far if user not in region.near]
     for run in runs:
@@ -246,15 +247,41 @@ def _going_on(region: _Region, node: fx.Node, joined: Sequence[fx.Node]) -> fx.N
     return last[0] if len(last) == 1 else None
 
 
+def _leave_blocks(
+    region: _Region, chain: set[fx.Node], before: dict[fx.Node, fx.Node]
+) -> set[fx.Node]:
+    """Take out of a chain what lies within a block of another one, and return where it ends then.
+
+    A chain joins another one within a block, as keys and values do, or a table of positions. From
+    there on, where the other chain's value enters its nodes, they belong to that block.
+    """
+    goes_on = set(before.values())
+    ends = [node for node in region.nodes if node in chain and node not in goes_on]
+    left = set()
+    for end in ends:
+        following = region.next[end]
+        previous = None if following is None else before.get(following)
+        if previous is None:
+            continue
+        path = [end]
+        while before.get(path[-1]) not in (None, region.entry):
+            path.append(before[path[-1]])
+        inside = [node for node in path if region.enters(previous, node)]
+        for node in inside:
+            chain.discard(node)
+            before.pop(node, None)
+        if inside and len(inside) < len(path):
+            left.add(path[len(inside)])
+    return left
+
+
 def _runs(region: _Region, chain: set[fx.Node], before: dict[fx.Node, fx.Node]) -> list[Run] | None:
     """Return every chain with the nodes that belong to it; None where some belong to none."""
     interior: dict[fx.Node, list[fx.Node]] = {}
     for node in region.nodes:
         if node in chain:
             continue
-        owner = region.next[node]
-        while owner is not None and owner not in chain:
-            owner = region.next[owner]
+        owner = _reader(region, chain, node)
         if owner is None:
             return None
         previous = before.get(owner)
@@ -274,10 +301,19 @@ def _runs(region: _Region, chain: set[fx.Node], before: dict[fx.Node, fx.Node]) 
     return runs
 
 
+def _reader(region: _Region, chain: Container[fx.Node], node: fx.Node) -> fx.Node | None:
+    """Return the node of a chain for which a node is computed."""
+    following = region.next[node]
+    while following is not None and following not in chain:
+        following = region.next[following]
+    return following
+
+
 def _without_parts(
     region: _Region,
     runs: Sequence[Run],
     before: dict[fx.Node, fx.Node],
+    left: Container[fx.Node],
     holds_layers: Callable[[Sequence[Run]], list[bool]],
 ) -> list[Run]:
     """Return the runs that stay, with those put into a layer that are a part of it."""
@@ -285,11 +321,13 @@ def _without_parts(
         node: one for run in runs for one in run.segments for node in (*one.interior, one.node)
     }
     runs = sorted(runs, key=lambda one: region.place[one.segments[-1].node])
-    readers = [region.next[run.segments[-1].node] for run in runs]
+    chain = {one.node for run in runs for one in run.segments}
+    readers = [_reader(region, chain, run.segments[-1].node) for run in runs]
     parts: list[list[Segment]] = []
     for run, reader in zip(runs, readers, strict=True):
-        previous = None if reader is None else before.get(reader)
-        inside = [] if previous is None else _inside(region, run, previous)
+        inside: list[Segment] = []
+        if reader is not None and run.segments[-1].node in left:
+            inside = _inside(region, run, before[reader], owner[reader].interior)
         parts.append(inside)
         run.segments = run.segments[: len(run.segments) - len(inside)]
     kept = []
@@ -320,29 +358,31 @@ def _put_into(
     owner.update(dict.fromkeys(nodes, into))
 
 
-def _inside(region: _Region, run: Run, previous: fx.Node) -> list[Segment]:
+def _inside(
+    region: _Region, run: Run, previous: fx.Node, block: Sequence[fx.Node]
+) -> list[Segment]:
     """Return a run's last segments that belong to the block of another stream that reads it.
 
-    They are those that the other stream's value, the one before the block, enters; and a layer that
-    the block applies to the run's value before, such as to keys and values at once.
+    Where a block makes keys and values at once of the run's value, the layer that does is of that
+    block: of several blocks each has its own, and the run ends before. ``block`` are the block's
+    nodes, ``previous`` is the other stream's value before it.
     """
-    segments = run.segments
-    start = next(
-        (i for i, one in enumerate(segments) if region.enters(previous, one.node)), len(segments)
-    )
-    if start == 0 or start == len(segments):
-        return segments[start:]
-    flow, end = region.flow, start
-    beside = (one for one in segments[start].interior if not region.enters(previous, one))
-    if not any(flow.is_weighted(one) for one in beside):
-        while end > 0 and flow.is_glue(segments[end - 1].node):
-            end -= 1
-        if end > 0 and flow.is_weighted(segments[end - 1].node):
-            start = end - 1
-            while start > 1 and flow.is_glue(segments[start - 1].node):
-                if op_name(segments[start - 1].node) in SAME_VALUES:
-                    break
-                start -= 1
+    flow, segments = region.flow, run.segments
+    end = segments[-1].node
+    for node in block:
+        if region.enters(end, node) and not region.enters(previous, node):
+            if flow.is_weighted(node):
+                return []
+    start = len(segments)
+    while start > 0 and flow.is_glue(segments[start - 1].node):
+        start -= 1
+    if start == 0 or not flow.is_weighted(segments[start - 1].node):
+        return []
+    start -= 1
+    while start > 1 and flow.is_glue(segments[start - 1].node):
+        if op_name(segments[start - 1].node) in SAME_VALUES:
+            break
+        start -= 1
     return segments[start:]
 
 
