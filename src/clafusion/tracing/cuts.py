@@ -28,10 +28,9 @@ __all__ = ["cut_into_drafts", "side_nodes"]
 
 def cut_into_drafts(flow: Flow) -> list[Draft]:
     """Return the drafts of all layers: stream after stream, each behind those that it reads."""
-    trunk = Run(_segments(flow), None)
-    runs = _with_inner_runs(flow, trunk)
+    runs = _with_inner_runs(flow, Run(_segments(flow), None))
     if len(runs) > 1 or any(one.is_head for one in runs[0].segments):
-        runs = divided(flow, runs)
+        runs = divided(flow, runs) or [Run(_segments(flow), None)]
     drafts = []
     for i, run in enumerate(runs):
         stream = i if len(runs) == 1 else i + 1

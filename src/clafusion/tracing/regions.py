@@ -369,10 +369,9 @@ def _inside(
     """
     flow, segments = region.flow, run.segments
     end = segments[-1].node
-    for node in block:
-        if region.enters(end, node) and not region.enters(previous, node):
-            if flow.is_weighted(node):
-                return []
+    of_end = (node for node in block if region.enters(end, node))
+    if any(flow.is_weighted(node) and not region.enters(previous, node) for node in of_end):
+        return []
     start = len(segments)
     while start > 0 and flow.is_glue(segments[start - 1].node):
         start -= 1
@@ -386,11 +385,11 @@ def _inside(
     return segments[start:]
 
 
-def divided(flow: Flow, runs: Sequence[Run]) -> list[Run]:
+def divided(flow: Flow, runs: Sequence[Run]) -> list[Run] | None:
     """Divide runs behind every value that others read, and order them.
 
     So such a value stands at a run's end, whatever is inserted before it, and no run reads one that
-    comes behind it. Of runs that read each other's values in turns all are put into one.
+    comes behind it. None where two runs read each other's values in turns.
     """
     owner = {node: i for i, run in enumerate(runs) for node in run.nodes}
     parts: list[Run] = []
@@ -410,8 +409,8 @@ def divided(flow: Flow, runs: Sequence[Run]) -> list[Run]:
     return _ordered(flow, parts)
 
 
-def _ordered(flow: Flow, runs: Sequence[Run]) -> list[Run]:
-    """Return the runs, each behind those whose values it reads."""
+def _ordered(flow: Flow, runs: Sequence[Run]) -> list[Run] | None:
+    """Return the runs, each behind those whose values it reads; None where there is no order."""
     owner = {node: i for i, run in enumerate(runs) for node in run.nodes}
     needs = [
         {owner[one] for node in run.nodes for one in node.all_input_nodes if one in owner} - {i}
@@ -422,12 +421,6 @@ def _ordered(flow: Flow, runs: Sequence[Run]) -> list[Run]:
     while len(done) < len(runs):
         ready = [i for i in range(len(runs)) if i not in done and needs[i] <= set(done)]
         if not ready:
-            break
+            return None
         done.append(min(ready, key=first.__getitem__))
-    rest = [one for i, run in enumerate(runs) if i not in done for one in run.segments]
-    ordered = [runs[i] for i in done]
-    if rest:  # two read each other's values in turns: nothing can be inserted in between
-        nodes = [node for one in rest for node in (*one.interior, one.node)]
-        nodes.sort(key=flow.order.__getitem__)
-        ordered.append(Run([Segment(nodes[-1], nodes[:-1])], None))
-    return ordered
+    return [runs[i] for i in done]
