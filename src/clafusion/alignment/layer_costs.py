@@ -66,7 +66,9 @@ def layer_costs(
     Returns
     -------
     ndarray
-        ``(m, n)``, smaller is closer; the costs have no unit.
+        ``(m, n)``, smaller is closer; the costs have no unit. By CKA and CCA a layer that no input
+        of the model enters (the first of a decoder that starts from learnt queries) is like all
+        such, at cost 0, and unlike the others, at cost 1.
 
     Raises
     ------
@@ -88,16 +90,30 @@ def layer_costs(
     check_same_inputs(deep, shallow)
     if metric in ("wasserstein", "wasserstein_entropic"):
         return _wasserstein(deep, shallow, entropic=metric == "wasserstein_entropic")
+    entered = [np.array(one.traced.entered_layers, dtype=bool) for one in (deep, shallow)]
     for name, profile in zip(names, (deep, shallow), strict=True):
         _check_alive(name, profile)
-    if metric == "cca":
-        return 1 - mean_cca(deep.grams, shallow.grams)
-    return 1 - cka(deep.grams, shallow.grams, unbiased=metric == "cka_unbiased")
+    of_deep, of_shallow = (
+        [one for one, counts in zip(profile.grams, of, strict=True) if counts]
+        for profile, of in zip((deep, shallow), entered, strict=True)
+    )
+    # What no input enters is like all of its sort, and unlike the others.
+    costs = (entered[0][:, None] != entered[1]).astype(np.float64)
+    costs[np.ix_(*entered)] = (
+        1 - mean_cca(of_deep, of_shallow)
+        if metric == "cca"
+        else 1 - cka(of_deep, of_shallow, unbiased=metric == "cka_unbiased")
+    )
+    return costs
 
 
 def _check_alive(name: str, profile: ModelProfile) -> None:
     """Raise where a layer puts out the same for all inputs, for its similarity is undefined."""
-    for layer, products in zip(profile.traced.layers, profile.grams, strict=True):
+    for layer, products, is_entered in zip(
+        profile.traced.layers, profile.grams, profile.traced.entered_layers, strict=True
+    ):
+        if not is_entered:
+            continue
         total = float(products.trace())
         spread = total - float(products.sum()) / len(products)
         if not spread > 1e-12 * total:

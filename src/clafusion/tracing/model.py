@@ -393,6 +393,22 @@ class TracedModel:
         tensors = [one for one in nodes if isinstance(one.meta.get("val"), Tensor)]
         return tuple({"input", "weight"} <= enters[one] for one in tensors)
 
+    @cached_property
+    def entered_layers(self) -> tuple[bool, ...]:
+        """For each layer whether the values of some input enter what it puts out."""
+        entered: set[fx.Node] = set()
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                is_entered = node not in self.entries
+            else:
+                value = node.meta.get("val")
+                is_size = isinstance(value, (int, torch.SymInt))
+                is_entered = not is_size and any(one in entered for one in node.all_input_nodes)
+            if is_entered:
+                entered.add(node)
+        names = {node.name for node in entered}
+        return tuple(layer.output in names for layer in self.layers)
+
     def operand_names(self, node: fx.Node) -> dict[str, str]:
         """Return those operands of a node that are state entries: operand name -> entry's name."""
         return {
