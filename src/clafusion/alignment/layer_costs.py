@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clafusion import _native
 from clafusion._native import gram
+from clafusion.alignment.alive import check_alive
 from clafusion.config import LAYER_COSTS
 from clafusion.errors import InputError
 from clafusion.profiling.gram import gram_matrix
@@ -92,7 +93,7 @@ def layer_costs(
         return _wasserstein(deep, shallow, entropic=metric == "wasserstein_entropic")
     entered = [np.array(one.traced.entered_layers, dtype=bool) for one in (deep, shallow)]
     for name, profile in zip(names, (deep, shallow), strict=True):
-        _check_alive(name, profile)
+        check_alive(name, profile)
     of_deep, of_shallow = (
         [one for one, counts in zip(profile.grams, of, strict=True) if counts]
         for profile, of in zip((deep, shallow), entered, strict=True)
@@ -105,22 +106,6 @@ def layer_costs(
         else 1 - cka(of_deep, of_shallow, unbiased=metric == "cka_unbiased")
     )
     return costs
-
-
-def _check_alive(name: str, profile: ModelProfile) -> None:
-    """Raise where a layer puts out the same for all inputs, for its similarity is undefined."""
-    for layer, products, is_entered in zip(
-        profile.traced.layers, profile.grams, profile.traced.entered_layers, strict=True
-    ):
-        if not is_entered:
-            continue
-        total = float(products.trace())
-        spread = total - float(products.sum()) / len(products)
-        if not spread > 1e-12 * total:
-            raise InputError(
-                f"layer {layer.name!r} of {name} puts out the same for all inputs, so it "
-                "cannot be compared; check the model and the scale of the data"
-            )
 
 
 def cka(
