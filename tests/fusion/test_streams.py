@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from clafusion import PinnedWarning, StructureError, WidthWarning, fuse, trace
+from clafusion.reports.tables import model_summary
 from tests.support import families, networks
 
 FAMILIES = {
@@ -135,6 +136,12 @@ def test_streams_that_do_not_correspond_are_drawn_side_by_side():
     assert "wired differently" in lines[0]
     assert all("|" in line for line in lines[1:-1])
     assert "reads source, input 1" in str(refusal.value)
+
+
+def test_a_summary_names_the_streams():
+    text = model_summary(trace(families.unet(), families.IMAGES, verify=False))
+    assert "(down.0.0 to down.0.1) reads input 0; " in text
+    assert "(down.1.0 to down.1.1) reads down.0; " in text
 
 
 class _Encoders(torch.nn.Module):

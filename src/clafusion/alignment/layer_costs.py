@@ -99,7 +99,7 @@ def layer_costs(
         for profile, of in zip((deep, shallow), entered, strict=True)
     )
     # What no input enters is like all of its sort, and unlike the others.
-    costs = (entered[0][:, None] != entered[1]).astype(np.float64)
+    costs: NDArray[np.float64] = (entered[0][:, None] != entered[1]).astype(np.float64)
     costs[np.ix_(*entered)] = (
         1 - mean_cca(of_deep, of_shallow)
         if metric == "cca"
