@@ -43,7 +43,9 @@ def test_a_table_that_all_blocks_read_is_a_part_of_the_first():
 
 def test_the_levels_of_a_u_net_are_streams_on_the_way_down_and_up():
     for residual in (True, False):
-        inputs, kinds = streams_of(families.unet(residual=residual), families.IMAGES)
+        inputs, kinds = streams_of(
+            families.unet((2, 2), 2, (2, 2), residual=residual), families.IMAGES
+        )
         # down, down, bottom, and up twice, each with the level below and a skip
         assert inputs == [("input 0",), (0,), (1,), (1, 2), (0, 3)]
         assert all(any(one) for one in kinds)
