@@ -159,8 +159,28 @@ def stand_in(layers, key=1, samples=20):
         ),
         features=tuple(3 * channels for channels, _ in layers),
         data_key=key,
-        traced=SimpleNamespace(layers=[SimpleNamespace(output_shape=(3,)) for _ in layers]),
+        traced=SimpleNamespace(
+            layers=[SimpleNamespace(output_shape=(3,)) for _ in layers],
+            entered_layers=[True for _ in layers],
+        ),
     )
+
+
+def test_layers_that_no_input_enters_are_like_each_other_only():
+    models = [stand_in([(8, 0), (16, 1), (9, 2)]), stand_in([(8, 0), (32, 2)])]
+    whole = layer_costs(*models)
+    models[0].traced.entered_layers = [False, True, True]
+    models[1].traced.entered_layers = [False, True]
+    for one in models:
+        one.grams[0].fill_(1.0)
+    costs = layer_costs(*models)
+    np.testing.assert_array_equal(costs[0], [0.0, 1.0])
+    np.testing.assert_array_equal(costs[1:, 0], [1.0, 1.0])
+    np.testing.assert_allclose(costs[1:, 1], whole[1:, 1])
+    models[1].traced.entered_layers = [True, True]
+    models[1].traced.layers[0].name = "first"
+    with pytest.raises(InputError, match="puts out the same for all inputs"):
+        layer_costs(*models)
 
 
 def test_layer_costs_by_metric():

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from clafusion.alignment.differences import differences, nearest
 from clafusion.alignment.dynamic_program import align_layers
+from clafusion.alignment.streams import check_streams
 from clafusion.errors import AlignmentError, StructureError
 from clafusion.tracing.layer import Layer
 from clafusion.tracing.model import TracedModel
@@ -32,11 +33,12 @@ class Fit:
 
 
 def allowed_pairs(deep: Sequence[Layer], shallow: Sequence[Layer]) -> NDArray[np.bool_]:
-    """Return ``(m, n)``: which layers have the same structure and stage, and so can match."""
+    """Return ``(m, n)``: which layers can match: of one structure and stage, and on one stream."""
     return np.array(
         [
             [
-                one.structure == other.structure
+                one.stream == other.stream
+                and one.structure == other.structure
                 and one.output_shape == other.output_shape
                 and one.beside == other.beside
                 for other in shallow
@@ -98,8 +100,10 @@ def fit_layers(names: tuple[str, str], deep: Sequence[Layer], shallow: Sequence[
     Raises
     ------
     StructureError
-        No alignment exists; the message names the layers that stand in the way.
+        No alignment exists; the message names the layers that stand in the way, or draws streams
+        that do not correspond.
     """
+    check_streams(names, deep, shallow)
     allowed = allowed_pairs(deep, shallow)
     costs, skip = np.where(allowed, 0.0, np.inf), skip_costs(deep)
     try:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clafusion import _native
 from clafusion._native import gram
+from clafusion.alignment.alive import check_alive
 from clafusion.config import LAYER_COSTS
 from clafusion.errors import InputError
 from clafusion.profiling.gram import gram_matrix
@@ -66,7 +67,9 @@ def layer_costs(
     Returns
     -------
     ndarray
-        ``(m, n)``, smaller is closer; the costs have no unit.
+        ``(m, n)``, smaller is closer; the costs have no unit. By CKA and CCA a layer that no input
+        of the model enters (the first of a decoder that starts from learnt queries) is like all
+        such, at cost 0, and unlike the others, at cost 1.
 
     Raises
     ------
@@ -88,23 +91,21 @@ def layer_costs(
     check_same_inputs(deep, shallow)
     if metric in ("wasserstein", "wasserstein_entropic"):
         return _wasserstein(deep, shallow, entropic=metric == "wasserstein_entropic")
+    entered = [np.array(one.traced.entered_layers, dtype=bool) for one in (deep, shallow)]
     for name, profile in zip(names, (deep, shallow), strict=True):
-        _check_alive(name, profile)
-    if metric == "cca":
-        return 1 - mean_cca(deep.grams, shallow.grams)
-    return 1 - cka(deep.grams, shallow.grams, unbiased=metric == "cka_unbiased")
-
-
-def _check_alive(name: str, profile: ModelProfile) -> None:
-    """Raise where a layer puts out the same for all inputs, for its similarity is undefined."""
-    for layer, products in zip(profile.traced.layers, profile.grams, strict=True):
-        total = float(products.trace())
-        spread = total - float(products.sum()) / len(products)
-        if not spread > 1e-12 * total:
-            raise InputError(
-                f"layer {layer.name!r} of {name} puts out the same for all inputs, so it "
-                "cannot be compared; check the model and the scale of the data"
-            )
+        check_alive(name, profile)
+    of_deep, of_shallow = (
+        [one for one, counts in zip(profile.grams, of, strict=True) if counts]
+        for profile, of in zip((deep, shallow), entered, strict=True)
+    )
+    # What no input enters is like all of its sort, and unlike the others.
+    costs: NDArray[np.float64] = (entered[0][:, None] != entered[1]).astype(np.float64)
+    costs[np.ix_(*entered)] = (
+        1 - mean_cca(of_deep, of_shallow)
+        if metric == "cca"
+        else 1 - cka(of_deep, of_shallow, unbiased=metric == "cka_unbiased")
+    )
+    return costs
 
 
 def cka(

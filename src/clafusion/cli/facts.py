@@ -111,6 +111,7 @@ def model_facts(model: TracedModel) -> dict[str, Any]:
                 "kind": layer.kind,
                 "output_shape": list(layer.output_shape),
                 "insertable": layer.insertable,
+                "stream": model.streams[layer.stream].name,
                 "parameters": list(layer.parameters),
             }
             for layer in model.layers

@@ -47,7 +47,8 @@ class Correspondence:
     origins
         For each parameter and buffer of the target where the source's comes from: ``"matched"``
         (the source's parameter in ``names``), ``"identity"`` (part of an inserted identity layer),
-        ``"zero_residual"`` (the last write of an inserted block: zero) or ``"target_only"``
+        ``"zero_residual"`` (the last write of an inserted block: zero, or what a layer's
+        ``fillings`` say) or ``"target_only"``
         (inside an inserted block, where any value will do: the source has none).
     names
         Parameter of the target -> parameter of the source, where matched.
@@ -130,6 +131,7 @@ def correspond(
         inner: Origin = "identity" if layer.insertable == "identity" else "target_only"
         for parameter in layer.parameters:
             origins.setdefault(parameter, inner)
+        origins.update({name: "identity" for name, _ in layer.fillings})
         origins.update(dict.fromkeys(layer.last_write, "zero_residual"))
         shown = _passing(target, source, layer_map, layer)
         if shown is not None and layer.insertable == "zero":
@@ -139,6 +141,7 @@ def correspond(
     for layer, k in zip(target.layers, layer_map, strict=True):  # a matched layer's stay so
         if k >= 0:
             origins.update(dict.fromkeys(layer.parameters, "matched"))
+    _check_counts(target, layer_map, origins)
     for name in target.state():
         origins.setdefault(name, "target_only")
     groups = _match_groups(target, source, names, layer_map)
@@ -151,6 +154,24 @@ def correspond(
     )
 
 
+def _check_counts(
+    target: TracedModel, layer_map: tuple[int, ...], origins: Mapping[str, Origin]
+) -> None:
+    """Refuse to insert a layer whose weights a matched layer has, too."""
+    for layer, k in zip(target.layers, layer_map, strict=True):
+        shared = [name for name in layer.parameters if origins[name] == "matched"]
+        needed = {*layer.last_write, *(name for name, _ in layer.fillings)}
+        if layer.insertable == "identity":
+            needed = set(layer.parameters)
+        found = [name for name in shared if name in needed]
+        if k < 0 and found:
+            raise StructureError(
+                f"layer {layer.name!r} cannot be inserted, for other layers have its weights "
+                f"({found[0]!r}), too: where one layer runs again and again (as in ALBERT), the "
+                "depth is a count and not a matter of weights. Give networks with equal counts"
+            )
+
+
 def _passing(
     target: TracedModel, source: TracedModel, layer_map: tuple[int, ...], layer: Layer
 ) -> CalibrationPoint | None:
@@ -158,8 +179,12 @@ def _passing(
     if layer.insertable == "identity":
         key = source_hook(source, layer_map, layer, len(layer.hook_points) - 1)
         return None if key is None else _flow_point(source.layers[key[0]].hook_points[key[1]])
-    matched = [i for i in range(layer.index) if layer_map[i] >= 0][-1:]
-    if layer.insertable == "zero" and matched:
+    matched = [
+        i for i in target.streams[layer.stream].layers if i < layer.index and layer_map[i] >= 0
+    ][-1:]
+    # Before a post-norm block flows what its norm makes of the value, which shows nowhere.
+    is_normed = bool({name for name, _ in layer.fillings} - set(layer.last_write))
+    if layer.insertable == "zero" and matched and not is_normed:
         last, following = _following(source, layer_map[matched[0]])
         glue = [
             name for one in target.layers[matched[0] + 1 : layer.index + 1] for name in one.leading
@@ -174,8 +199,9 @@ def _passing(
 
 def _following(source: TracedModel, k: int) -> tuple[Layer, tuple[str, ...]]:
     """Return a layer, and the nodes between it and the next one."""
-    rest = source.layers[k + 1 : k + 2]
-    return source.layers[k], rest[0].leading if rest else ()
+    layer = source.layers[k]
+    rest = [one for one in source.layers[k + 1 : k + 2] if one.stream == layer.stream]
+    return layer, rest[0].leading if rest else ()
 
 
 def _flow_point(hook: HookPoint) -> CalibrationPoint:

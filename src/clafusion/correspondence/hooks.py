@@ -73,8 +73,11 @@ def source_hook(
     elif layer.insertable == "identity":
         # An identity passes on what the layer before it puts out, which the layer after it reads;
         # a pooling between them decides which of the two has the right positions.
-        before = [one for one in layer_map[: layer.index] if one >= 0]
-        after = [one for one in layer_map[layer.index :] if one >= 0]
+        stream = [
+            one for one in layer_map if one >= 0 and source.layers[one].stream == layer.stream
+        ]
+        before = [one for one in stream if one in layer_map[: layer.index]]
+        after = [one for one in stream if one in layer_map[layer.index :]]
         candidates = [(one, len(source.layers[one].hook_points) - 1) for one in before[-1:]]
         candidates += [(one, 0) for one in after[:1]]
     else:

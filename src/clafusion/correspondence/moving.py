@@ -82,7 +82,7 @@ def move_parameter(
             )
         return source.clone()
     if correspondence.origins[name] == "zero_residual":
-        return torch.zeros_like(target)
+        return torch.full_like(target, model.fillings.get(name, 0.0))
     # What no use of the parameter shows stays the source's.
     result = (source if source.shape == target.shape else target).clone()
     for i, use in enumerate(model.uses_by_parameter.get(name, ())):

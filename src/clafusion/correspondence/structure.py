@@ -25,6 +25,8 @@ def structured_state(correspondence: Correspondence) -> LazyState[str]:
         if other >= 0
     }
 
+    fillings = correspondence.target.fillings
+
     def make(name: str) -> Tensor:
         tensor, origin = target_state[name], correspondence.origins[name]
         if name in correspondence.products:
@@ -32,8 +34,12 @@ def structured_state(correspondence: Correspondence) -> LazyState[str]:
         if name in correspondence.names:
             return source_state[correspondence.names[name]]
         shape = resized_shape(correspondence.target, name, tensor.shape, sizes)
+        if origin == "identity" and name in fillings:
+            return torch.full(shape, fillings[name]).to(tensor)
         if origin == "identity":
             return _identity(correspondence.target, name, shape).to(tensor)
+        if origin == "zero_residual" and name in fillings:
+            return torch.full(shape, fillings[name]).to(tensor)
         if origin == "zero_residual" or shape != tuple(tensor.shape):
             # Any value will do inside an inserted block; where the widths differ, zero is one.
             return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)

@@ -8,7 +8,7 @@ that it computes, and all that comes behind sees heads that correspond by their 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -80,15 +80,31 @@ def order_heads(
 def _corresponding(
     correspondence: Correspondence,
 ) -> Iterator[tuple[int, HeadPartition, HeadPartition]]:
-    """Yield the heads of both networks that correspond by their places."""
+    """Yield the heads of both networks that correspond by their places.
+
+    Where attentions of several layers share a table, a head lies in all of them. Of one network's
+    only those count that the other has.
+    """
     known = {
         tuple(map(frozenset, one.members)): i for i, one in enumerate(correspondence.source.heads)
     }
+    taken = set(correspondence.groups)
     for one in correspondence.target.heads:
-        members = tuple(tuple(correspondence.groups[c] for c in head) for head in one.members)
-        index = known.get(tuple(map(frozenset, members)))
-        if index is not None:
-            yield index, one, replace(correspondence.source.heads[index], members=members)
+        places = [i for i, c in enumerate(one.members[0]) if correspondence.groups[c] >= 0]
+        shown = tuple(tuple(head[i] for i in places) for head in one.members)
+        members = tuple(tuple(correspondence.groups[c] for c in head) for head in shown)
+        wanted = tuple(map(frozenset, members))
+        index = next((i for sets, i in known.items() if _are_parts(sets, wanted, taken)), None)
+        if index is not None and places:
+            of_source = replace(correspondence.source.heads[index], members=members)
+            yield index, replace(one, members=shown), of_source
+
+
+def _are_parts(
+    heads: Sequence[frozenset[int]], wanted: Sequence[frozenset[int]], taken: Collection[int]
+) -> bool:
+    """Return whether some heads, without groups that have no partner, are the wanted ones."""
+    return [head.intersection(taken) for head in heads] == list(wanted)
 
 
 def _order(

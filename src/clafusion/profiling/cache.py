@@ -47,6 +47,7 @@ def profile_key(model: TracedModel, options: Mapping[str, Any], data_digest: str
             **versions(),
             "weights": tensors_digest(model.state()),
             "code": hashlib.sha256(str(model.module.graph).encode()).hexdigest(),
+            "layers": [layer.nodes for layer in model.layers],
             "data": data_digest,
             "example": tensors_digest({str(i): x for i, x in enumerate(model.example_inputs)}),
             "options": options,

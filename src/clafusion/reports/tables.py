@@ -12,6 +12,7 @@ from clafusion.config import ManyToOne
 from clafusion.merging.problem import Parent
 from clafusion.reports.text import described, fact_lines, plain_table, seconds_text, shortened
 from clafusion.results import FusionResult
+from clafusion.tracing.layer import Stream
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.pinned import movable_share
 
@@ -411,6 +412,8 @@ def model_summary(model: TracedModel) -> str:
         "layers": str(len(model.layers)),
         "groups": f"{len(model.groups)}, {sum(one.size for one in model.groups):,} channels",
     }
+    if len(model.streams) > 1:
+        facts["streams"] = "; ".join(_stream_text(model, one) for one in model.streams)
     if model.heads:
         named = [f"{len(one.members)} in {model.layers[one.layer].name}" for one in model.heads]
         facts["heads"] = f"exchangeable as wholes: {shortened(named)}"
@@ -420,6 +423,14 @@ def model_summary(model: TracedModel) -> str:
             f"{movable_share(model):.0%} of the weights can move"
         )
     return f"{layers}\n\n{groups}\n\n{fact_lines(facts)}"
+
+
+def _stream_text(model: TracedModel, stream: Stream) -> str:
+    """Name a stream, its first and last layer, and what it reads."""
+    first, last = (model.layers[stream.layers[i]].name for i in (0, -1))
+    reads = [one if isinstance(one, str) else model.streams[one].name for one in stream.inputs]
+    text = f"{stream.name} ({first} to {last})"
+    return f"{text} reads {', '.join(reads)}" if reads else text
 
 
 def settings_text(structure: tuple[Any, ...]) -> str:

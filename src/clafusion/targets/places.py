@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -13,6 +14,7 @@ from clafusion.alignment.compatibility import allowed_pairs, skip_costs
 from clafusion.alignment.dynamic_program import align_layers
 from clafusion.alignment.layer_costs import layer_costs
 from clafusion.alignment.models import AlignedModels, align_pair, label
+from clafusion.alignment.streams import check_streams
 from clafusion.config import FusionConfig
 from clafusion.errors import AlignmentError, StructureError
 from clafusion.profiling.profile import ModelProfile
@@ -113,7 +115,8 @@ def _joined(
         return (*place[:position], k, *place[position + 1 :])
 
     def shape(place: Place) -> tuple[int, ...]:
-        return layer_at(models, place).output_shape
+        layer = layer_at(models, place)
+        return (layer.stream, *layer.output_shape)
 
     nobody = (-1,) * len(models)
     joined: list[Place] = []
@@ -148,14 +151,21 @@ def _left_goes_first(
     right: Sequence[tuple[int, ...]],
     here: tuple[int, ...] | None,
 ) -> bool:
-    """Say which of two queues of stages is to go on, so that no stage is left too early."""
+    """Say which of two queues of stages is to go on, so that no stage is left too early.
+
+    A stage is a stream and the positions of its values.
+    """
     if not left or not right:
         return bool(left)
+    if left[0][0] != right[0][0]:  # stream after stream
+        return left[0][0] < right[0][0]
     if here in (left[0], right[0]):
         return left[0] == here
     if left[0] == right[0] or left[0] in right or right[0] in left:
         return left[0] not in right[1:]
-    return math.prod(left[0]) >= math.prod(right[0])  # most networks get narrower as they go on
+    return math.prod(left[0][1:]) >= math.prod(
+        right[0][1:]
+    )  # most networks get narrower as they go on
 
 
 # --- a template ---------------------------------------------------------------------------------
@@ -181,6 +191,7 @@ def place_in_template(
     """
     models = [one.traced for one in profiles]
     layers = [layer_at(models, place) for place in places]
+    check_streams((name, "the networks"), template.layers, layers)
     cost = np.where(allowed_pairs(template.layers, layers), 0.0, np.inf)
     changes = [_changes(one) for one in profiles]
     leaving_out = np.full(len(places), np.inf)
@@ -213,6 +224,12 @@ def place_in_template(
 
 
 def _changes(profile: ModelProfile) -> list[float]:
-    """Return for every layer one minus the linear CKA of what goes in and what comes out."""
+    """Return for every layer one minus the linear CKA of what goes in and what comes out.
+
+    For the first of a stream it is 1.
+    """
     costs = layer_costs(profile, profile)
-    return [1.0, *(float(one) for one in np.clip(np.diagonal(costs, -1), 0.0, 1.0))]
+    layers = profile.traced.layers
+    within = [one.stream == other.stream for one, other in pairwise(layers)]
+    found = np.where(within, np.clip(np.diagonal(costs, -1), 0.0, 1.0), 1.0)
+    return [1.0, *(float(one) for one in found)]

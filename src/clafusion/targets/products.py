@@ -59,6 +59,12 @@ def layer_products(
     last = -1
     for layer, k in zip(target.layers, layer_map, strict=True):
         if k > last + 1:
+            for i in range(last + 1, k):
+                if layers[i].stream != layers[k].stream:
+                    raise StructureError(
+                        f"layer {layers[i].name!r} is the last of its stream: there is no layer "
+                        "left on it into which it could be merged"
+                    )
             product = dict(state)
             for i in reversed(range(last + 1, k)):
                 _multiply(product, layers[k], source, layers[i], state, merge)

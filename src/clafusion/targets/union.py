@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from clafusion.correspondence.structure import resized_shape
 from clafusion.errors import ClafusionError, StructureError
 from clafusion.targets.places import Place, layer_at
 from clafusion.tracing.copies import copied
+from clafusion.targets.union_blocks import whole_children
 from clafusion.tracing.layer import Layer
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import module_path
@@ -54,9 +56,25 @@ def union_model(
         A layer's container is no ``nn.Sequential`` or ``nn.ModuleList``, or the module's code does
         not run what is put into it.
     """
+    try:
+        return _built(models, reference, places, _of_layers(names, models, reference, places))
+    except StructureError:
+        of_blocks = _of_blocks(models, reference, places)
+        if of_blocks is None:
+            raise
+        return _built(models, reference, places, of_blocks)
+
+
+_Insertions: TypeAlias = dict[str, list[tuple[int, list[nn.Module]]]]
+"""For each container by its path: before which of its children which modules go."""
+
+
+def _of_layers(
+    names: Sequence[str], models: Sequence[TracedModel], reference: int, places: Sequence[Place]
+) -> _Insertions:
+    """Return copies of all layers that the reference lacks, and where they go, one by one."""
     base = models[reference]
-    module = copied(base.model)
-    insertions: dict[str, list[tuple[int, list[nn.Module]]]] = {}
+    insertions: _Insertions = {}
     of_base = [place[reference] for place in places]
     for i, place in enumerate(places):
         if place[reference] >= 0:
@@ -68,6 +86,54 @@ def union_model(
             path, position = _anchor(base, of_base, i, layer)
             copies = _copies(base, models[owner], matched, of_base[:i], layer)
         insertions.setdefault(path, []).append((position, copies))
+    return insertions
+
+
+def _of_blocks(
+    models: Sequence[TracedModel], reference: int, places: Sequence[Place]
+) -> _Insertions | None:
+    """Return the same with whole blocks of several layers; None where they are no whole blocks."""
+    base = models[reference]
+    insertions: _Insertions = {}
+    of_base = [place[reference] for place in places]
+    i = 0
+    while i < len(places):
+        if of_base[i] >= 0:
+            i += 1
+            continue
+        owner = next(p for p, k in enumerate(places[i]) if k >= 0)
+        model = models[owner]
+        stream = model.layers[places[i][owner]].stream
+        own: list[Layer] = []
+        start = i
+        while i < len(places) and of_base[i] < 0 and places[i][owner] >= 0:
+            if model.layers[places[i][owner]].stream != stream:
+                break
+            own.append(model.layers[places[i][owner]])
+            i += 1
+        before, after = (
+            next((one for one in part if one >= 0 and base.layers[one].stream == stream), -1)
+            for part in (of_base[:start][::-1], of_base[i:])
+        )
+        found = whole_children(model, base, own, before, after)
+        if found is None:
+            return None
+        matched = tuple(one[owner] for one in places if one[reference] >= 0)
+        sizes = _sizes(base, model, matched, of_base[:start], own[0])
+        copies = _resized_copies(base, model, found.container, found.keys, sizes)
+        insertions.setdefault(found.container, []).append((found.position, copies))
+    return insertions
+
+
+def _built(
+    models: Sequence[TracedModel],
+    reference: int,
+    places: Sequence[Place],
+    insertions: _Insertions,
+) -> TracedModel:
+    """Build and trace the reference's module with what is put into it."""
+    base = models[reference]
+    module = copied(base.model)
     # Found before anything moves: a container may lie in another one.
     containers = [(module.get_submodule(path), inserted) for path, inserted in insertions.items()]
     for container, inserted in containers:
@@ -89,8 +155,10 @@ def union_model(
 
 def _anchor(base: TracedModel, of_base: Sequence[int], place: int, layer: Layer) -> tuple[str, int]:
     """Return the container of the reference, and before which of its children a layer goes."""
-    before = [one for one in of_base[:place] if one >= 0][-1:]
-    after = [one for one in of_base[place:] if one >= 0][:1]
+    here = [i for i, one in enumerate(of_base) if one >= 0]
+    here = [i for i in here if base.layers[of_base[i]].stream == layer.stream]
+    before = [of_base[i] for i in here if i < place][-1:]
+    after = [of_base[i] for i in here if i >= place][:1]
     candidates = [
         (base.layers[one], True)
         for one in before
@@ -180,16 +248,30 @@ def _copies(
             f"nn.Sequential or nn.ModuleList; {_ADVICE}"
         )
     sizes = _sizes(base, owner, matched, before, layer)
+    keys = list(_submodule(owner, children.container)._modules)
+    keys = keys[children.first : children.last + 1]
+    return _resized_copies(base, owner, children.container, keys, sizes)
+
+
+def _resized_copies(
+    base: TracedModel,
+    owner: TracedModel,
+    path: str,
+    keys: Sequence[str],
+    sizes: Mapping[int, int],
+) -> list[nn.Module]:
+    """Copy children of a container, with other sizes of channel groups."""
     trainable = any(one.requires_grad for one in base.model.parameters())
     state = owner.state()
-    prefix = f"{children.container}." if children.container else ""
-    container = owner.model.get_submodule(children.container)
+    prefix = f"{path}." if path else ""
+    container = owner.model.get_submodule(path)
     copies = []
-    for key, child in list(container._modules.items())[children.first : children.last + 1]:
+    for key in keys:
+        child = container._modules[key]
         assert child is not None
         made = copied(child)
         changed: dict[str, Tensor] = {}
-        for name in layer.parameters:
+        for name in state:
             if name.startswith(f"{prefix}{key}."):
                 shape = resized_shape(owner, name, state[name].shape, sizes)
                 if shape != state[name].shape:

@@ -1,77 +1,128 @@
-"""Cut the flow of a graph into drafts of layers.
+"""Cut the flow of a graph into streams, and those into drafts of layers.
 
-The cuts are the nodes through which every path from the input to the output passes. Where paths
-part and join between two cuts lies a residual block; in between run chains of single layers.
+Where the whole graph narrows to one value there is a *cut*: a node through which every path from
+the input to the output passes. Where paths part and join between two cuts lies a residual block; in
+between run chains of single layers. Such a network has one stream, its trunk.
+
+Where layers lie *within* a region between two cuts (in an encoder whose states all blocks of a
+decoder read, on a level of a U-Net), the region has streams of its own: see
+:mod:`clafusion.tracing.regions`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import fx
 
-from clafusion.tracing.flow import NORMS, Flow
+from clafusion.tracing.drafts import Draft, drafts_of
+from clafusion.tracing.flow import Flow
+from clafusion.tracing.insertion import insertion
 from clafusion.tracing.operations import op_name
+from clafusion.tracing.post_norm import with_norms_before
+from clafusion.tracing.regions import Run, Segment, divided, runs_of
 
-__all__ = ["Draft", "cut_into_drafts", "side_nodes"]
-
-
-@dataclass
-class Draft:
-    """A layer while its nodes are collected.
-
-    Attributes
-    ----------
-    kind
-        As for :class:`clafusion.tracing.layer.Layer`.
-    nodes
-        The nodes that compute it; the last is its output.
-    entry
-        The cut before it, whose value it takes; None at the beginning.
-    leading, trailing
-        Nodes before and after it that only reshape or pool.
-    """
-
-    kind: Literal["chain", "residual_block", "norm"]
-    nodes: list[fx.Node]
-    entry: fx.Node | None
-    leading: list[fx.Node] = field(default_factory=list)
-    trailing: list[fx.Node] = field(default_factory=list)
+__all__ = ["cut_into_drafts", "side_nodes"]
 
 
 def cut_into_drafts(flow: Flow) -> list[Draft]:
-    """Return the drafts of all layers, in order."""
-    cuts = _cuts(flow)
-    drafts: list[Draft] = []
-    pending: list[fx.Node] = []  # glue that may belong to the next layer
-    interior: list[fx.Node] = []  # nodes since the last cut, on paths that have parted
-    previous: fx.Node | None = None  # the last cut
-    for node in flow.nodes:
-        if node not in cuts:
-            interior.append(node)
-            continue
-        if interior:
-            drafts.append(Draft("residual_block", [*interior, node], previous, leading=pending))
-            interior, pending = [], []
-        elif flow.is_weighted(node):
-            drafts.append(Draft("chain", [node], previous, leading=pending))
-            pending = []
-        elif op_name(node) in NORMS and (not drafts or drafts[-1].kind != "chain"):
-            drafts.append(Draft("norm", [node], previous, leading=pending))
-            pending = []
-        elif flow.is_glue(node) or not drafts:
-            pending.append(node)
-        else:
-            drafts[-1].nodes += [*pending, node]
-            pending = []
-        previous = node
-    if interior:  # several outputs: nothing joins the last paths
-        drafts.append(Draft("residual_block", interior, previous, leading=pending))
-    elif drafts:
-        drafts[-1].trailing = pending
+    """Return the drafts of all layers: stream after stream, each behind those that it reads."""
+    runs = _with_inner_runs(flow, Run(_segments(flow), None))
+    if len(runs) > 1 or any(one.is_head for one in runs[0].segments):
+        runs = divided(flow, runs) or [Run(_segments(flow), None)]
+    drafts = []
+    for i, run in enumerate(runs):
+        stream = i if len(runs) == 1 else i + 1
+        drafts += with_norms_before(flow, drafts_of(flow, run.segments, run.entry, stream))
     return drafts
+
+
+def _segments(flow: Flow) -> list[Segment]:
+    """Return the cuts, each with what lies between the one before and itself."""
+    cuts = _cuts(flow)
+    segments: list[Segment] = []
+    interior: list[fx.Node] = []  # nodes since the last cut, on paths that have parted
+    for node in flow.nodes:
+        if node in cuts:
+            segments.append(Segment(node, interior))
+            interior = []
+        else:
+            interior.append(node)
+    if interior:  # several outputs: nothing joins the last paths
+        segments.append(Segment(interior[-1], interior[:-1], is_open=True))
+    return segments
+
+
+def _with_inner_runs(flow: Flow, run: Run) -> list[Run]:
+    """Return a run with the regions in which layers lie taken apart, and the runs within those.
+
+    The last continues the run to its end.
+    """
+    found: list[Run] = []
+    segments: list[Segment] = []
+    begin, before = run.entry, run.entry
+    for one in run.segments:
+        inner = None
+        if one.interior:
+            nodes = [*one.interior, one.node]
+            inner = runs_of(
+                flow, nodes, before, not one.is_open, _holds_layers(flow, before, one.node)
+            )
+        if inner is None:
+            segments.append(one)
+        else:
+            inner = [part for each in inner for part in _with_inner_runs(flow, each)]
+            *beside, main = inner
+            found += beside
+            if main.entry is not before or main.segments[0].is_head:
+                if segments:
+                    found.append(Run(segments, begin))
+                segments, begin = [], main.entry
+            segments += main.segments
+        before = one.node
+    return [*found, Run(segments, begin)]
+
+
+def _holds_layers(
+    flow: Flow, entry: fx.Node | None, join: fx.Node
+) -> Callable[[Sequence[Run]], list[bool]]:
+    """Return what says of each run of a region whether it holds layers that make it a stream.
+
+    They are residual blocks; inside another block these must have two layers with weights, for a
+    block may add up a little on its own. Layers of a chain do so on a level of a U-Net: the only
+    way from ``entry`` to ``join`` on which there are fewer positions.
+    """
+    least = 1 if entry is None else 2
+
+    def drafts(run: Run) -> Iterator[Draft]:
+        for part in run.parts:
+            yield from drafts_of(flow, part.segments, part.entry, 1)
+
+    def has_block(run: Run) -> bool:
+        return any(
+            sum(flow.is_weighted(node) for node in draft.nodes) >= least
+            and insertion(flow, draft).insertable == "zero"
+            for draft in drafts(run)
+        )
+
+    def is_level(run: Run) -> bool:
+        return any(
+            1 < math.prod(flow.positions(draft.nodes[-1])) < math.prod(flow.positions(join))
+            and insertion(flow, draft).insertable == "identity"
+            for draft in drafts(run)
+        )
+
+    def holds(runs: Sequence[Run]) -> list[bool]:
+        levels = [False] * len(runs)
+        joins = op_name(join) in ("cat", "add") and entry is not None
+        if joins and flow.positions(join) == flow.positions(entry):
+            levels = [is_level(run) for run in runs]
+        if levels.count(True) > 1:  # pyramid pooling: branches, all parts of one layer
+            levels = [False] * len(runs)
+        return [level or has_block(run) for level, run in zip(levels, runs, strict=True)]
+
+    return holds
 
 
 def _cuts(flow: Flow) -> set[fx.Node]:

@@ -134,6 +134,12 @@ class Flow:
                 names += self.parameters(operand)
         return names
 
+    def positions(self, node: fx.Node) -> tuple[int, ...]:
+        """Return the shape of a node's value without the axes of the batch and the channels."""
+        axis = self.channels.nodes[node.name].axis
+        shape = self.channels.shapes.get(node.name, ())
+        return tuple(size for i, size in enumerate(shape) if i not in (0, axis))
+
     def is_weighted(self, node: fx.Node) -> bool:
         """Return whether a node applies a weight: linear, convolution, embedding, recurrence."""
         name = op_name(node)

@@ -211,7 +211,7 @@ def _families(groups: Sequence[ChannelGroup]) -> list[_Family]:
 
 def _layer_of(family: _Family, layers: Sequence[Layer]) -> int | None:
     parameters = {group_axis.use.parameter for group_axis in family[0].axes}
-    return next((one.index for one in layers if parameters & set(one.parameters)), None)
+    return next((one.lender for one in layers if parameters & set(one.parameters)), None)
 
 
 def _side_by_side(family: _Family, count: int) -> list[_Family]:

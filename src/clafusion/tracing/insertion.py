@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 
 from torch import fx
 
-from clafusion.tracing.cuts import Draft
-from clafusion.tracing.flow import NORMS, Flow
+from clafusion.tracing.drafts import Draft
+from clafusion.tracing.flow import Flow
 from clafusion.tracing.operations import (
     bound_operands,
     convolution_geometry,
@@ -16,13 +16,14 @@ from clafusion.tracing.operations import (
     op_name,
 )
 from clafusion.tracing.points import bias_addition
+from clafusion.tracing.zero_writes import parameters_for_zero, summands
 
 __all__ = ["Insertion", "insertion"]
 
 # f(f(x)) = f(x): after such an activation, an inserted layer with identity weights and the same
 # activation changes nothing.
+_RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
 _IDEMPOTENT = frozenset("relu relu6 hardtanh clamp clamp_min abs".split())
-_ZERO_AT_ZERO = frozenset("relu relu6 gelu silu tanh hardswish leaky_relu elu selu mish".split())
 
 
 class Insertion(NamedTuple):
@@ -31,6 +32,7 @@ class Insertion(NamedTuple):
     insertable: Literal["identity", "zero"] | None
     last_write: tuple[str, ...] = ()
     obstacle: str = ""
+    fillings: tuple[tuple[str, float], ...] = ()
 
 
 def insertion(flow: Flow, draft: Draft) -> Insertion:
@@ -39,15 +41,25 @@ def insertion(flow: Flow, draft: Draft) -> Insertion:
         obstacle = _obstacle(flow, draft)
         return Insertion(None, obstacle=obstacle) if obstacle else Insertion("identity")
     if draft.kind == "residual_block":
-        last_write = _last_write(flow, draft)
-        if last_write:
-            return Insertion("zero", last_write)
-        return Insertion(
-            None,
-            obstacle="its branch must end in weights that can be zero, so that only its shortcut "
-            "is left, and an activation behind the addition must be one that its input has passed",
-        )
+        found = _zero_residual(flow, draft)
+        if found is not None:
+            return found
+        return Insertion(None, obstacle=_no_residual(draft))
     return Insertion(None, obstacle="a norm on its own is never the identity")
+
+
+def _no_residual(draft: Draft) -> str:
+    """Say why no weights make a block pass on its input."""
+    joins = [one for one in draft.nodes if op_name(one) == "cat"]
+    if draft.entry is not None and any(draft.entry in one.all_input_nodes for one in joins):
+        return (
+            "it puts new channels beside those that it reads, as dense blocks do: without a "
+            "partner all later layers would have to read channels that are zero"
+        )
+    return (
+        "its branch must end in weights that can be zero, so that only its shortcut is left, and "
+        "an activation behind the addition must be one that its input has passed"
+    )
 
 
 def _has_passed(flow: Flow, node: fx.Node | None, activations: Sequence[fx.Node]) -> bool:
@@ -67,6 +79,11 @@ def _obstacle(flow: Flow, draft: Draft) -> str:
     affine, *rest = draft.nodes
     name = op_name(affine)
     is_convolution = name in ("conv1d", "conv2d", "conv3d")
+    if name in _RECURRENT:
+        return (
+            f"no weights of a recurrent layer ({name}) pass on what it reads, for its states go "
+            "through tanh and gates; the layers of a stack are one operation"
+        )
     if not is_convolution and name != "linear" and not is_affine_product(affine):
         return f"{name} is no linear layer, no convolution and no product with a matrix"
     if flow.has_computed_weight(affine):
@@ -111,40 +128,35 @@ def _keeps_positions(flow: Flow, convolution: fx.Node) -> bool:
     return same and odd and all(step == 1 for step in stride) and bool(groups == 1)
 
 
-def _last_write(flow: Flow, draft: Draft) -> tuple[str, ...]:
-    """Return the parameters that, set to zero, make a residual branch write zero."""
-    joins = [node for node in draft.nodes if _joins(flow, node, draft)]
-    if len(joins) != 1:
-        return ()
-    join = joins[0]
-    after = draft.nodes[draft.nodes.index(join) + 1 :]
-    if not _has_passed(flow, draft.entry, after):
-        return ()
-    (node,) = (operand for operand in flow.operands(join) if operand is not draft.entry)
-    while True:
-        parameters = flow.parameters(node)
-        name = op_name(node)
-        if parameters and flow.is_weighted(node):
-            return () if flow.has_computed_weight(node) else tuple(parameters)
-        if parameters and name in NORMS:
-            bound = bound_operands(node)
-            affine = (bound.get(role) for role in ("weight", "bias"))
-            return tuple(flow.sources[operand] for operand in affine if operand in flow.sources)
-        operands = flow.operands(node)
-        if name == "mul" and parameters:
-            return tuple(parameters)
-        if len(operands) != 1 or not (flow.is_glue(node) or name in _ZERO_AT_ZERO):
-            return ()
-        node = operands[0]
+def _zero_residual(flow: Flow, draft: Draft) -> Insertion | None:
+    """Return how a residual block writes zero; None where no parameters make it."""
+    shortcut = draft.entry if draft.norm is None else draft.shortcut
+    block = [one for one in draft.nodes if one is not shortcut]
+    sums = next((one for one in reversed(block) if shortcut in summands(flow, one, block)), None)
+    if shortcut is None or sums is None:
+        return None
+    if not _has_passed(flow, shortcut, draft.nodes[draft.nodes.index(sums) + 1 :]):
+        return None
+    written: dict[str, float] = {}
+    parts = summands(flow, sums, block)
+    parts.remove(shortcut)
+    for part in parts:
+        of_part = None if part is shortcut else parameters_for_zero(flow, part, block)
+        if of_part is None:
+            return None
+        written |= of_part
+    fillings = {name: value for name, value in written.items() if value != 0.0}
+    return Insertion("zero", tuple(written), fillings=(*fillings.items(), *_neutral(flow, draft)))
 
 
-def _joins(flow: Flow, node: fx.Node, draft: Draft) -> bool:
-    """Return whether a node adds the branch's value to the value that entered the block."""
-    operands = flow.operands(node)
-    return (
-        op_name(node) == "add"
-        and draft.entry is not None
-        and len(operands) == 2
-        and draft.entry in operands
-        and bound_operands(node).get("alpha", 1) == 1
+def _neutral(flow: Flow, draft: Draft) -> tuple[tuple[str, float], ...]:
+    """Return what the parameters of the norm before a post-norm block are in an inserted one."""
+    if draft.norm is None:
+        return ()
+    bound = bound_operands(draft.norm)
+    neutral = {"weight": 1.0, "bias": 0.0}
+    return tuple(
+        (flow.sources[bound[role]], value)
+        for role, value in neutral.items()
+        if bound.get(role) in flow.sources
     )

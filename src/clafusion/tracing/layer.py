@@ -5,12 +5,13 @@ Everything here is frozen.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
-__all__ = ["CalibrationPoint", "HookPoint", "Layer", "Stream"]
+__all__ = ["CalibrationPoint", "HookPoint", "Layer", "Stream", "common_path", "streams_of"]
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,23 @@ class Layer:
         ``"identity"`` (some weights make the layer the identity), ``"zero"`` (some weights make
         its residual branch write zero) or None (the layer cannot be inserted).
     last_write
-        For ``"zero"``: the parameters that, set to zero, make the branch write zero.
+        For ``"zero"``: the parameters that, set to zero (or as ``fillings`` says), make the branch
+        write zero.
     output_shape
         Shape of the output without the batch and channel axes. Layers of one stage share it.
     obstacle
         Why the layer cannot be inserted; "" where it can.
+    fillings
+        What parameters must be in an inserted layer, where that is not zero for one of
+        ``last_write`` and any value for another.
+    stream
+        Position in ``TracedModel.streams`` of the stream that it lies on.
+    lender
+        Position of the first layer of those that share a value within them, as a table of positions
+        that all attentions read; its own where it shares none.
+    inputs
+        What its nodes, and those before it, read of other streams (their positions) and of the
+        model's inputs (``"input 0"``), where the model has several streams.
     """
 
     index: int
@@ -158,6 +171,10 @@ class Layer:
     last_write: tuple[str, ...]
     output_shape: tuple[int, ...]
     obstacle: str = ""
+    fillings: tuple[tuple[str, float], ...] = ()
+    stream: int = 0
+    lender: int = -1
+    inputs: tuple[int | str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,7 +190,48 @@ class Stream:
         A readable name.
     layers
         Positions in ``TracedModel.layers`` of its layers, in topological order.
+    inputs
+        What its layers read from elsewhere: positions of other streams, and ``"input 0"`` for the
+        model's first input. Empty for the trunk of a model that has no other stream.
     """
 
     name: str
     layers: tuple[int, ...]
+    inputs: tuple[int | str, ...] = ()
+
+
+def streams_of(layers: Sequence[Layer]) -> tuple[Stream, ...]:
+    """Return the streams of a model's layers, named after what their layers' paths have in common.
+
+    Of equal names the second gets ``#2``, and so on. A single stream is called ``"trunk"``.
+    """
+    by_stream: dict[int, list[Layer]] = {}
+    for layer in layers:
+        by_stream.setdefault(layer.stream, []).append(layer)
+    if len(by_stream) == 1:
+        return (Stream("trunk", tuple(layer.index for layer in layers)),)
+    counts: dict[str, int] = {}
+    streams = []
+    for of_stream in by_stream.values():
+        name = common_path([layer.name.partition("#")[0] for layer in of_stream])
+        name = name or of_stream[0].name
+        counts[name] = counts.get(name, 0) + 1
+        inputs = dict.fromkeys(one for layer in of_stream for one in layer.inputs)
+        streams.append(
+            Stream(
+                name if counts[name] == 1 else f"{name}#{counts[name]}",
+                tuple(layer.index for layer in of_stream),
+                tuple(sorted(inputs, key=str)),
+            )
+        )
+    return tuple(streams)
+
+
+def common_path(paths: Iterable[str]) -> str:
+    """Return the beginning that all dotted paths have in common."""
+    common = []
+    for parts in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)

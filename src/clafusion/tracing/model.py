@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from clafusion.execution.call import State, device_of, flatten_tensors
 from clafusion.execution.walk import run_graph
-from clafusion.tracing.layer import Layer, Stream
+from clafusion.tracing.layer import Layer, Stream, streams_of
 from clafusion.tracing.normalised import NormalisedWeight
 from clafusion.tracing.operations import RESHAPES, bound_operands, op_name
 
@@ -219,7 +219,7 @@ class TracedModel:
         State entries that are neither parameters nor buffers of the model: tensors that its code
         makes or holds as plain attributes.
     layers
-        In topological order.
+        In topological order, those of a stream one after the other.
     groups
         The channel groups with more than one channel.
     heads
@@ -276,10 +276,15 @@ class TracedModel:
         """Where the model computes; the CPU for a model without parameters."""
         return device_of(self.model) or torch.device("cpu")
 
-    @property
+    @cached_property
     def streams(self) -> tuple[Stream, ...]:
-        """The streams along which the layers sit; for now one, the trunk, with all layers."""
-        return (Stream("trunk", tuple(layer.index for layer in self.layers)),)
+        """The streams along which the layers sit, each behind those that it reads."""
+        return streams_of(self.layers)
+
+    @cached_property
+    def fillings(self) -> Mapping[str, float]:
+        """What parameters are in an inserted layer: see :attr:`Layer.fillings`."""
+        return {name: value for layer in self.layers for name, value in layer.fillings}
 
     @cached_property
     def reshapes(self) -> frozenset[str]:
@@ -391,6 +396,22 @@ class TracedModel:
         nodes = [one for one in leaves if isinstance(one, fx.Node)]
         tensors = [one for one in nodes if isinstance(one.meta.get("val"), Tensor)]
         return tuple({"input", "weight"} <= enters[one] for one in tensors)
+
+    @cached_property
+    def entered_layers(self) -> tuple[bool, ...]:
+        """For each layer whether the values of some input enter what it puts out."""
+        entered: set[fx.Node] = set()
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                is_entered = node not in self.entries
+            else:
+                value = node.meta.get("val")
+                is_size = isinstance(value, (int, torch.SymInt))
+                is_entered = not is_size and any(one in entered for one in node.all_input_nodes)
+            if is_entered:
+                entered.add(node)
+        names = {node.name for node in entered}
+        return tuple(layer.output in names for layer in self.layers)
 
     def operand_names(self, node: fx.Node) -> dict[str, str]:
         """Return those operands of a node that are state entries: operand name -> entry's name."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
-from clafusion.tracing.cuts import Draft
+from clafusion.tracing.drafts import Draft
 from clafusion.tracing.flow import NORMS, Flow, is_matrix_product, is_pointwise
 from clafusion.tracing.layer import CalibrationPoint, HookPoint
 from clafusion.tracing.operations import (
@@ -24,7 +24,7 @@ from clafusion.tracing.operations import (
 __all__ = ["bias_addition", "calibration_points", "hook_points", "places_of"]
 
 _CHOICE = -1  # the place of a router among the readers of its own outputs
-
+_MASKING = ("where", "masked_fill")  # where a mask hides a value stands the least number of all
 _VIEWS = ("view", "reshape", "_unsafe_view")
 
 
@@ -40,6 +40,8 @@ def hook_points(flow: Flow, draft: Draft) -> tuple[HookPoint, ...]:
         is_product = flow.is_weighted(node) or is_matrix_product(node)
         if is_product or op_name(node) == "scaled_dot_product_attention":
             for i, operand in enumerate(flow.operands(node)):
+                if _is_masked(operand):
+                    continue
                 point = _hook_point(flow, operand)
                 if point is not None:
                     points.setdefault(point.post, point)
@@ -75,6 +77,13 @@ def _are_chosen_from(node: fx.Node) -> bool:
         if name in ("topk", "argmax") or (is_kept and _are_chosen_from(user)):
             return True
     return False
+
+
+def _is_masked(node: fx.Node) -> bool:
+    """Return whether a value has been masked, but for operations that keep all values."""
+    while op_name(node) in SAME_VALUES:
+        node = node.all_input_nodes[0]
+    return op_name(node) in _MASKING
 
 
 def _parts(flow: Flow, draft: Draft, node: fx.Node) -> list[fx.Node]:
