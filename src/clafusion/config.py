@@ -62,6 +62,7 @@ __all__ = [
     "Merging",
     "NoCalibration",
     "Option",
+    "Orthogonal",
     "Profiling",
     "Repair",
     "Settings",
@@ -189,6 +190,15 @@ class Zip(Solver, name="zip"):
     budget: float = number(
         0.1, "share of a layer's channels that may be merged within one network", high=1.0
     )
+
+
+@dataclass(frozen=True)
+class Orthogonal(Solver, name="orthogonal"):
+    """Rotate residual streams that are read through norms only; all else is matched as by "auto".
+
+    For transformers whose blocks begin with an RMSNorm or a LayerNorm. The gains and biases of
+    these norms are folded into the layers that read them, in the result, too.
+    """
 
 
 # --- strategies ---------------------------------------------------------------------------------
@@ -366,6 +376,11 @@ class Matching(Settings):
             raise InputError(
                 "importance must be 'uniform' with solver 'assignment', which moves equal masses; "
                 f"got {self.importance!r}: use solver='auto' or 'exact'"
+            )
+        if isinstance(self.solver, Orthogonal) and self.cost == "weights":
+            raise InputError(
+                "solver 'orthogonal' finds rotations by what the channels do on data; "
+                "cost='weights' knows of none: use cost='correlation' or 'both'"
             )
         if isinstance(self.solver, Zip):
             _check_needed(

@@ -26,7 +26,7 @@ from clafusion.execution.call import device_of, usable_device
 from clafusion.memory import bytes_of, check_limit, check_weights, needed_memory
 from clafusion.merging.layer_weights import weigh_layers
 from clafusion.merging.left_out import left_out_parameters, warn_of_left_out
-from clafusion.problems import matched_with_mean, problem_of
+from clafusion.problems import matched_with_mean, problem_of, with_rotations
 from clafusion.profiling.batches import Data, Progress, first_batch, rows_side_by_side
 from clafusion.profiling.on_demand import RowsOnDemand
 from clafusion.profiling.profile import ModelProfile
@@ -323,6 +323,7 @@ def _fused(
         chosen = choose_target(aligned, config, template)
         sources = sources_of(chosen, aligned)
     with clock.stage("match"):
+        sources = with_rotations(sources, data, config)
         problem = problem_of(aligned.names, sources, weights, config)
     left_out = left_out_parameters(problem)
     warn_of_left_out(problem, left_out)

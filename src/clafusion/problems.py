@@ -7,15 +7,16 @@ from dataclasses import replace
 
 from clafusion.alignment.models import AlignedModels
 from clafusion.calibration.methods import calibrate
-from clafusion.config import FusionConfig, LeastSquares, Repair
+from clafusion.config import FusionConfig, LeastSquares, Orthogonal, Repair
 from clafusion.errors import ConvergenceWarning, warn
+from clafusion.matching.orthogonal import rotate_sources
 from clafusion.matching.plans import Matched, match_sources
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent, plans_are_at_rest
 from clafusion.profiling.batches import Data
-from clafusion.stages import profile_traced
+from clafusion.stages import needs_moments, profile_traced
 from clafusion.targets.sources import TargetSources, source_of
 
-__all__ = ["matched_with_mean", "problem_of"]
+__all__ = ["matched_with_mean", "problem_of", "with_rotations"]
 
 
 def problem_of(
@@ -44,7 +45,27 @@ def _parent(name: str, matched: Matched, weight: float) -> Parent:
         MergeWeights(weight),
         matched.output_plan,
         matched.head_orders,
+        source.rotations,
     )
+
+
+def with_rotations(sources: TargetSources, data: Data, config: FusionConfig) -> TargetSources:
+    """Rotate the sources' streams into the target's, where the solver asks for that.
+
+    Of rotated channels no statistics are known: they are observed again, where they are needed.
+    """
+    if not isinstance(config.matching.solver, Orthogonal):
+        return sources
+    rotated = rotate_sources(sources)
+    if not needs_moments(config):
+        return rotated
+    found = []
+    for one in rotated.sources:
+        if one.rotations:
+            (again,) = profile_traced([one.profile.traced], data, config)
+            one = replace(one, profile=replace(one.profile, moments=again.moments))
+        found.append(one)
+    return replace(rotated, sources=tuple(found))
 
 
 def matched_with_mean(
@@ -73,7 +94,7 @@ def matched_with_mean(
         ]
         again = problem_of(
             aligned.names,
-            TargetSources(mean_profile, tuple(found), -1),
+            with_rotations(TargetSources(mean_profile, tuple(found), -1), data, config),
             [one.weights.overall for one in problem.parents],
             config,
         )

@@ -24,6 +24,7 @@ from clafusion.config import (
     LeastSquares,
     Like,
     ManyToOne,
+    Orthogonal,
     Strategy,
 )
 from clafusion.errors import ClafusionError, InputError, PinnedWarning, StructureError, warn
@@ -38,8 +39,11 @@ from clafusion.profiling.profile import ModelProfile, profile_models
 from clafusion.settings import made, options_of
 from clafusion.tracing.copies import copied
 from clafusion.tracing.model import TracedModel
+from clafusion.tracing.rotatable import folded_state
+from clafusion.tracing.rotations import find_rotatable
 from clafusion.tracing.rows import mixing_operation
 from clafusion.tracing.trace import trace
+from clafusion.weights.build import with_weights
 from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.mapped import FileWeights
 
@@ -321,6 +325,7 @@ def traced_parent(
         weights = FileWeights(traced.module_state(), mapped)
         weights.drop()
         traced = replace(traced, weights=weights)
+    traced = _with_norms_folded(traced, config)
     for group in traced.groups:
         if group.size > MAX_CHANNELS:
             raise InputError(
@@ -344,6 +349,17 @@ def traced_parent(
             "rows, or fuse the part that treats each row alone"
         )
     return traced
+
+
+def _with_norms_folded(traced: TracedModel, config: FusionConfig) -> TracedModel:
+    """Return a model whose streams can be rotated, where the solver rotates them."""
+    if not isinstance(config.matching.solver, Orthogonal):
+        return traced
+    groups = find_rotatable(traced, seed=config.seed).groups
+    if not groups:
+        return traced
+    folded = with_weights(traced, folded_state(traced.state(), groups))
+    return replace(folded, rotatable=groups)
 
 
 def traced_template(
@@ -373,7 +389,8 @@ def traced_template(
     try:
         module = copied(target.template).to(known.device, known.dtype)
         module.train(like.training)
-        return trace(module, example_inputs, verify=config.verify, seed=config.seed)
+        traced = trace(module, example_inputs, verify=config.verify, seed=config.seed)
+        return _with_norms_folded(traced, config)
     except ClafusionError as error:
         raise type(error)(f"target.template: {error}") from error
 

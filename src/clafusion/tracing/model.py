@@ -20,6 +20,7 @@ from clafusion.execution.call import State, device_of, flatten_tensors
 from clafusion.execution.walk import run_graph
 from clafusion.tracing.layer import Layer, Stream
 from clafusion.tracing.operations import RESHAPES, bound_operands, op_name
+from clafusion.tracing.rotatable import RotatableGroup
 
 __all__ = [
     "ChannelGroup",
@@ -245,6 +246,9 @@ class TracedModel:
     weights
         Parameters, buffers and constants of the module's shapes, to be taken in place of its own:
         of a copy with other weights, or from files as they are read. None for the module's own.
+    rotatable
+        Channel groups whose norms are folded in these weights, so that any orthogonal map of the
+        channels leaves the function as it is: see :mod:`clafusion.tracing.rotations`.
     """
 
     model: nn.Module
@@ -266,6 +270,7 @@ class TracedModel:
     united_heads: tuple[UnitedHeads, ...] = ()
     types: Mapping[torch.dtype, torch.dtype] = field(default_factory=dict)
     weights: State | None = None
+    rotatable: tuple[RotatableGroup, ...] = ()
 
     @property
     def device(self) -> torch.device:
