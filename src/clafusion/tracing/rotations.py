@@ -38,7 +38,7 @@ _BOUND = 1e-9  # relative to the largest output, in float64: far above rounding,
 _NORMS = frozenset("layer_norm native_layer_norm rms_norm _fused_rms_norm".split())
 _MEAN_FREE = frozenset(("layer_norm", "native_layer_norm"))
 _CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
-_PARTS = RESHAPES | frozenset("slice select index index_select narrow repeat".split())
+_PARTS = RESHAPES | frozenset("slice select index index_select narrow repeat type_as".split())
 _ADDING = frozenset("add sub cat stack embedding where".split())
 
 
@@ -107,7 +107,7 @@ class _Analysis:
         self.places: dict[tuple[str, int], None] = {}
         self.writers: dict[tuple[str, int], None] = {}
         self.norms: dict[str, ReadNorm] = {}
-        self.scales: dict[str, ScaledWriter] = {}
+        self.scales: dict[ScaledWriter, None] = {}
         self.is_centred = False
 
     def candidate(self) -> RotatableGroup | None:
@@ -123,7 +123,7 @@ class _Analysis:
             tuple(self.places),
             tuple(self.writers),
             tuple(self.norms.values()),
-            tuple(self.scales.values()),
+            tuple(self.scales),
             self.is_centred,
         )
 
@@ -194,8 +194,9 @@ class _Analysis:
             self._add_norm(ReadNorm(name, offset, None, tuple(self._readers(node, name))))
         except _Refusal:
             scale = None if offset else self._scaled_writer(name, node)
-            if scale is None or self.scales.setdefault(name, scale) != scale:
+            if scale is None:
                 raise
+            self.scales[scale] = None
 
     def _add_norm(self, norm: ReadNorm) -> None:
         known = self.norms.get(norm.gain)
@@ -204,9 +205,6 @@ class _Analysis:
                 raise _Refusal(f"{norm.gain!r} is used in two ways")
             norm = replace(norm, readers=tuple(dict.fromkeys((*known.readers, *norm.readers))))
         self.norms[norm.gain] = norm
-        missing = [one.weight for one in norm.readers if one.bias is None]
-        if norm.bias is not None and missing:
-            raise _Refusal(f"{missing[0]!r} has no bias that could take {norm.bias!r}")
 
     def _readers(self, node: fx.Node, gain: str) -> Iterator[NormReader]:
         """Yield the linear layers that read a norm's outputs, whatever moves those before."""
@@ -216,7 +214,7 @@ class _Analysis:
                 yield reader
             elif op_name(user) in _PARTS or op_name(user) == "mean" or _is_scaling(user):
                 yield from self._readers(user, gain)
-            else:
+            elif not _is_check(user):
                 what = "the output" if user.op == "output" else op_name(user)
                 raise _Refusal(f"{what} reads what {gain!r} scales")
 
@@ -273,6 +271,10 @@ class _Analysis:
                         f"{reader.weight!r} is tied: it writes the channels, too, so that "
                         f"{norm.gain!r} cannot be multiplied into it"
                     )
+                if norm.bias is not None and reader.bias is None:
+                    raise _Refusal(
+                        f"{reader.weight!r} has no bias that could take {norm.bias!r}"
+                    )
 
 
 def _users(traced: TracedModel, name: str) -> Iterator[tuple[fx.Node, fx.Node]]:
@@ -281,12 +283,15 @@ def _users(traced: TracedModel, name: str) -> Iterator[tuple[fx.Node, fx.Node]]:
     while waiting:
         operand = waiting.pop()
         for user in operand.users:
-            if (op_name(user) in _PARTS and not is_affine_product(user)) or (
-                _is_scalar_sum(user) and operand.op == "placeholder"
-            ):
+            if op_name(user) in _PARTS or _is_scalar_sum(user):
                 waiting.append(user)
-            else:
+            elif not _is_check(user):
                 yield user, operand
+
+
+def _is_check(node: fx.Node) -> bool:
+    """Say whether a node computes nothing, as those that check a value's type."""
+    return op_name(node).startswith("_assert")
 
 
 def _is_scalar_sum(node: fx.Node) -> bool:
