@@ -323,7 +323,7 @@ def _fused(
         chosen = choose_target(aligned, config, template)
         sources = sources_of(chosen, aligned)
     with clock.stage("match"):
-        sources = with_rotations(sources, data, config)
+        sources = with_rotations(aligned.names, sources, data, config)
         problem = problem_of(aligned.names, sources, weights, config)
     left_out = left_out_parameters(problem)
     warn_of_left_out(problem, left_out)

@@ -49,14 +49,16 @@ def _parent(name: str, matched: Matched, weight: float) -> Parent:
     )
 
 
-def with_rotations(sources: TargetSources, data: Data, config: FusionConfig) -> TargetSources:
+def with_rotations(
+    names: Sequence[str], sources: TargetSources, data: Data, config: FusionConfig
+) -> TargetSources:
     """Rotate the sources' streams into the target's, where the solver asks for that.
 
     Of rotated channels no statistics are known: they are observed again, where they are needed.
     """
     if not isinstance(config.matching.solver, Orthogonal):
         return sources
-    rotated = rotate_sources(sources)
+    rotated = rotate_sources(sources, names)
     if not needs_moments(config):
         return rotated
     found = []
@@ -92,9 +94,10 @@ def matched_with_mean(
             source_of(mean_profile, original, of, made)
             for original, of, made in zip(aligned.profiles, maps, products, strict=True)
         ]
+        means = TargetSources(mean_profile, tuple(found), -1)
         again = problem_of(
             aligned.names,
-            with_rotations(TargetSources(mean_profile, tuple(found), -1), data, config),
+            with_rotations(aligned.names, means, data, config),
             [one.weights.overall for one in problem.parents],
             config,
         )

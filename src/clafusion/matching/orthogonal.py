@@ -15,13 +15,15 @@ identity: no matrix has to be moved by something that is no plan.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from clafusion.alignment.models import label
 from clafusion.correspondence.correspondence import Correspondence
+from clafusion.errors import WidthWarning, warn
 from clafusion.execution.lazy import LazyState
 from clafusion.matching.activation_costs import flowing
 from clafusion.profiling.profile import ModelProfile
@@ -31,15 +33,28 @@ from clafusion.tracing.rotatable import RotatableGroup, rotated_state, rotation_
 from clafusion.transport.plan import TransportPlan
 from clafusion.weights.build import with_weights
 
-__all__ = ["nearest_rotation", "rotate_sources", "rotatable_group"]
+__all__ = ["nearest_rotation", "rotatable_group", "rotate_sources"]
 
 
-def rotate_sources(sources: TargetSources) -> TargetSources:
+def rotate_sources(sources: TargetSources, names: Sequence[str]) -> TargetSources:
     """Rotate the streams of every source that the target has, too, with as many channels.
 
     The others, and those for which a plan is known, stay as they are.
+
+    Parameters
+    ----------
+    sources
+        The target and its sources.
+    names
+        What warnings call the sources.
+
+    Warns
+    -----
+    WidthWarning
+        A stream has other widths in the two networks, so that it is matched by a plan.
     """
-    return replace(sources, sources=tuple(_rotated(one) for one in sources.sources))
+    found = [_rotated(*one) for one in zip(sources.sources, names, strict=True)]
+    return replace(sources, sources=tuple(found))
 
 
 def rotatable_group(model: TracedModel, index: int) -> RotatableGroup | None:
@@ -48,14 +63,14 @@ def rotatable_group(model: TracedModel, index: int) -> RotatableGroup | None:
     return next((one for one in model.rotatable if torch.equal(one.atoms, atoms)), None)
 
 
-def _rotated(source: Source) -> Source:
+def _rotated(source: Source, name: str) -> Source:
     correspondence, profile = source.correspondence, source.profile
     rotations: dict[int, Tensor] = {}
     found: dict[int, tuple[RotatableGroup, Tensor]] = {}
     for one, other in zip(correspondence.target.groups, correspondence.groups, strict=True):
         if other < 0 or one.index in source.plans:
             continue
-        of = _admitted(correspondence, one.index, other)
+        of = _admitted(correspondence, one.index, other, name)
         rotation = None if of is None else _rotation(source, one.index, of)
         if of is not None and rotation is not None:
             rotations[one.index] = rotation
@@ -81,11 +96,21 @@ def _rotated(source: Source) -> Source:
     )
 
 
-def _admitted(correspondence: Correspondence, index: int, other: int) -> RotatableGroup | None:
+def _admitted(
+    correspondence: Correspondence, index: int, other: int, name: str
+) -> RotatableGroup | None:
     """Return the source's group, where both networks admit that it is rotated."""
     to = rotatable_group(correspondence.target, index)
     of = rotatable_group(correspondence.source, other)
-    if to is None or of is None or to.size != of.size or to.is_centred != of.is_centred:
+    if to is None or of is None or to.is_centred != of.is_centred:
+        return None
+    if to.size != of.size:
+        warn(
+            f"solver 'orthogonal': the stream {of.name!r} has {of.size} channels in {label(name)} "
+            f"and {to.size} in the result; it is matched by a plan, for only streams of equal "
+            "width are rotated",
+            WidthWarning,
+        )
         return None
     target = correspondence.target
     moved = {axis.use.parameter for axis in target.groups[index].axes}

@@ -200,6 +200,5 @@ def plans_are_at_rest(before: FusionProblem, after: FusionProblem) -> bool:
 def _are_near(left: Mapping[int, Tensor], right: Mapping[int, Tensor]) -> bool:
     """Say whether the same groups are rotated, and hardly otherwise."""
     return left.keys() == right.keys() and all(
-        float((one - right[index]).square().sum(1).mean()) < _AT_REST
-        for index, one in left.items()
+        float((one - right[index]).square().sum(1).mean()) < _AT_REST for index, one in left.items()
     )

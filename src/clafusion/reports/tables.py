@@ -13,6 +13,7 @@ from clafusion.merging.problem import Parent
 from clafusion.reports.text import described, fact_lines, plain_table, seconds_text, shortened
 from clafusion.results import FusionResult
 from clafusion.tracing.model import TracedModel
+from clafusion.tracing.rotations import find_rotatable
 
 if TYPE_CHECKING:
     from clafusion.batch.results import PairResult
@@ -413,11 +414,23 @@ def model_summary(model: TracedModel) -> str:
     if model.heads:
         named = [f"{len(one.members)} in {model.layers[one.layer].name}" for one in model.heads]
         facts["heads"] = f"exchangeable as wholes: {shortened(named)}"
+    facts |= _rotatable_facts(model)
     if model.pinned:
         facts["pinned"] = (
             f"channels that keep their places: {shortened(list(map(str, model.pinned)))}"
         )
     return f"{layers}\n\n{groups}\n\n{fact_lines(facts)}"
+
+
+def _rotatable_facts(model: TracedModel) -> dict[str, str]:
+    """Say which streams solver "orthogonal" can rotate, and which ones behind norms it cannot."""
+    found = find_rotatable(model)
+    facts = {}
+    if found.groups:
+        facts["rotatable"] = shortened([f"{one.name} ({one.size})" for one in found.groups])
+    if found.refused:
+        facts["not rotatable"] = "; ".join(f"{name}: {why}" for name, why in found.refused.items())
+    return facts
 
 
 def settings_text(structure: tuple[Any, ...]) -> str:

@@ -78,7 +78,7 @@ def find_rotatable(traced: TracedModel, *, seed: int = 0) -> Rotatable:
     for one in traced.groups:
         try:
             candidate = _Analysis(traced, one).candidate()
-        except _Refusal as refusal:
+        except _RefusalError as refusal:
             refused[one.name] = str(refusal)
             continue
         if candidate is None:
@@ -91,7 +91,7 @@ def find_rotatable(traced: TracedModel, *, seed: int = 0) -> Rotatable:
     return Rotatable(tuple(groups), refused)
 
 
-class _Refusal(Exception):
+class _RefusalError(Exception):
     """A group that does not admit rotations; the text says why."""
 
 
@@ -112,7 +112,8 @@ class _Analysis:
 
     def candidate(self) -> RotatableGroup | None:
         """Return the group with all that a rotation touches; None where no norm reads it."""
-        if not any([self._shows_a_norm(one) for one in self.group.axes]):
+        shown = [self._shows_a_norm(one) for one in self.group.axes]  # each may be centred
+        if not any(shown):
             return None
         for group_axis in self.group.axes:
             self._take(group_axis)
@@ -153,9 +154,9 @@ class _Analysis:
             for node, operand in nodes:
                 self._take_gain(name, node, operand)
         else:
-            for node, operand in nodes:
-                if not _is_linear(node, operand):
-                    raise _Refusal(f"{op_name(node)} reads {name!r}")
+            for node, _ in nodes:
+                if not _is_linear(node):
+                    raise _RefusalError(f"{op_name(node)} reads {name!r}")
             self.places[name, axis] = None
             if group_axis.direction == "out":
                 self.writers[name, axis] = None
@@ -174,25 +175,25 @@ class _Analysis:
                 if shape[axis] == size and bool((positions // stride % size == order).all()):
                     return axis
                 stride *= shape[axis]
-        raise _Refusal(f"other channels than these share an axis of {name!r}")
+        raise _RefusalError(f"other channels than these share an axis of {name!r}")
 
     def _take_norm(self, name: str, node: fx.Node) -> None:
         if op_name(node) not in _NORMS:
-            raise _Refusal(f"{op_name(node)} and a norm share {name!r}")
+            raise _RefusalError(f"{op_name(node)} and a norm share {name!r}")
         bound = bound_operands(node)
         gain, bias = (self._entry(bound.get(role)) for role in ("weight", "bias"))
         if gain is None:
-            raise _Refusal(f"the norm that adds {name!r} has no gain")
+            raise _RefusalError(f"the norm that adds {name!r} has no gain")
         self.is_centred |= op_name(node) in _MEAN_FREE
         self._add_norm(ReadNorm(gain, 0.0, bias, tuple(self._readers(node, gain))))
 
     def _take_gain(self, name: str, node: fx.Node, operand: fx.Node) -> None:
         if op_name(node) != "mul":
-            raise _Refusal(f"{op_name(node)} and a product share {name!r}")
+            raise _RefusalError(f"{op_name(node)} and a product share {name!r}")
         offset = float(_offset(operand))
         try:
             self._add_norm(ReadNorm(name, offset, None, tuple(self._readers(node, name))))
-        except _Refusal:
+        except _RefusalError:
             scale = None if offset else self._scaled_writer(name, node)
             if scale is None:
                 raise
@@ -202,7 +203,7 @@ class _Analysis:
         known = self.norms.get(norm.gain)
         if known is not None:
             if (known.offset, known.bias) != (norm.offset, norm.bias):
-                raise _Refusal(f"{norm.gain!r} is used in two ways")
+                raise _RefusalError(f"{norm.gain!r} is used in two ways")
             norm = replace(norm, readers=tuple(dict.fromkeys((*known.readers, *norm.readers))))
         self.norms[norm.gain] = norm
 
@@ -216,7 +217,7 @@ class _Analysis:
                 yield from self._readers(user, gain)
             elif not _is_check(user):
                 what = "the output" if user.op == "output" else op_name(user)
-                raise _Refusal(f"{what} reads what {gain!r} scales")
+                raise _RefusalError(f"{what} reads what {gain!r} scales")
 
     def _reader(self, user: fx.Node, node: fx.Node) -> NormReader | None:
         if not (op_name(user) == "linear" or is_affine_product(user)):
@@ -263,16 +264,16 @@ class _Analysis:
         for norm in self.norms.values():
             for reader in norm.readers:
                 if seen.setdefault(reader.weight, norm.gain) != norm.gain:
-                    raise _Refusal(f"several norms are read by {reader.weight!r}")
+                    raise _RefusalError(f"several norms are read by {reader.weight!r}")
                 if (reader.weight, reader.axis) not in self.places:
-                    raise _Refusal(f"other channels than these enter {reader.weight!r}")
+                    raise _RefusalError(f"other channels than these enter {reader.weight!r}")
                 if (reader.weight, reader.axis) in self.writers:
-                    raise _Refusal(
+                    raise _RefusalError(
                         f"{reader.weight!r} is tied: it writes the channels, too, so that "
                         f"{norm.gain!r} cannot be multiplied into it"
                     )
                 if norm.bias is not None and reader.bias is None:
-                    raise _Refusal(
+                    raise _RefusalError(
                         f"{reader.weight!r} has no bias that could take {norm.bias!r}"
                     )
 
@@ -338,7 +339,7 @@ def _norm_before(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _is_linear(node: fx.Node, operand: fx.Node) -> bool:
+def _is_linear(node: fx.Node) -> bool:
     """Say whether a node is linear in the channels of a parameter that it reads."""
     name = op_name(node)
     if name in _CONVOLUTIONS:
