@@ -194,10 +194,9 @@ class Zip(Solver, name="zip"):
 
 @dataclass(frozen=True)
 class Orthogonal(Solver, name="orthogonal"):
-    """Rotate residual streams that are read through norms only; all else is matched as by "auto".
+    """Rotate residual streams that norms alone read, by the data; match all else as "auto" does.
 
-    For transformers whose blocks begin with an RMSNorm or a LayerNorm. The gains and biases of
-    these norms are folded into the layers that read them, in the result, too.
+    For pre-norm transformers. The result's norms are folded into the layers that read them.
     """
 
 
@@ -376,11 +375,6 @@ class Matching(Settings):
             raise InputError(
                 "importance must be 'uniform' with solver 'assignment', which moves equal masses; "
                 f"got {self.importance!r}: use solver='auto' or 'exact'"
-            )
-        if isinstance(self.solver, Orthogonal) and self.cost == "weights":
-            raise InputError(
-                "solver 'orthogonal' finds rotations by what the channels do on data; "
-                "cost='weights' knows of none: use cost='correlation' or 'both'"
             )
         if isinstance(self.solver, Zip):
             _check_needed(

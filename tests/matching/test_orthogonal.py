@@ -54,6 +54,15 @@ def test_calibrations_know_the_rotated_channels(calibration):
     assert_same_function(result.model, model, inputs, calibration)
 
 
+@pytest.mark.parametrize("cost", ["weights", "both", "euclidean"])
+def test_any_cost_matches_the_other_channels(cost):
+    model, inputs = built("GPT, RMSNorm")
+    matching = Matching(cost=cost, solver=Orthogonal())
+    copied = turned(model, inputs)
+    result = fuse([model, copied], inputs, matching=matching, calibration="none")
+    assert_same_function(result.model, model, inputs)
+
+
 def test_permutations_alone_do_not_undo_a_rotation():
     model, inputs = built("GPT, RMSNorm")
     result = fuse([model, rotated_copy(model, inputs)], inputs, calibration="none")
@@ -72,7 +81,7 @@ def test_all_weight_on_one_parent_gives_its_function(layers):
 
 def test_the_result_is_a_module_of_the_same_architecture():
     model, other = (randomise(GPT(), seed) for seed in (0, 1))
-    result = fuse([model, other], TEXTS, matching="orthogonal", calibration="none").model
+    result = fuse([model, other], TEXTS, matching=ROTATED, calibration="none").model
     fresh = GPT()
     fresh.load_state_dict(result.state_dict())
     assert torch.equal(output(fresh.eval(), TEXTS), output(result, TEXTS))
@@ -142,8 +151,6 @@ def test_the_nearest_rotation_is_the_one_that_was_applied():
     torch.testing.assert_close(found, rotation)
 
 
-def test_rotations_need_data_and_networks():
-    with pytest.raises(InputError, match="cost='weights' knows of none"):
-        Matching(cost="weights", solver=Orthogonal())
+def test_rotations_need_networks():
     with pytest.raises(InputError, match="rotates the streams of networks"):
         solve_transport([torch.rand(3, 3)], solver="orthogonal")

@@ -29,7 +29,12 @@ from clafusion.matching.activation_costs import flowing
 from clafusion.profiling.profile import ModelProfile
 from clafusion.targets.sources import Source, TargetSources
 from clafusion.tracing.model import TracedModel
-from clafusion.tracing.rotatable import RotatableGroup, rotated_state, rotation_basis
+from clafusion.tracing.rotatable import (
+    RotatableGroup,
+    rotated_state,
+    rotation_basis,
+    with_kept_directions,
+)
 from clafusion.transport.plan import TransportPlan
 from clafusion.weights.build import with_weights
 
@@ -148,8 +153,7 @@ def nearest_rotation(products: Tensor, *, is_centred: bool) -> Tensor:
     """
     basis = rotation_basis(len(products), is_centred=is_centred).to(products)
     u, _, v = torch.linalg.svd(basis.T @ products @ basis)
-    kept = torch.eye(len(products)).to(products) - basis @ basis.T
-    return basis @ u @ v @ basis.T + kept
+    return with_kept_directions(u @ v, basis)
 
 
 def _rotated_rows(

@@ -228,6 +228,8 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
     heads = _heads(result)
     if heads:
         facts["heads"] = heads
+    if rotated := _rotated(result):
+        facts["rotated"] = rotated
     if pinned := _pinned(result):
         facts["pinned"] = pinned
     strategy = config.merging.strategy
@@ -309,6 +311,17 @@ def _heads(result: FusionResult) -> str:
             for numbers, names in united.items()
         ]
     return "; ".join(found)
+
+
+def _rotated(result: FusionResult) -> str:
+    """Say which streams were rotated."""
+    found: dict[str, list[str]] = {}
+    for step in result.steps or (result,):
+        for parent in step.parents:
+            for index in parent.rotations:
+                name = parent.correspondence.target.groups[index].name
+                found.setdefault(name, []).append(parent.name)
+    return "; ".join(f"{name} of {shortened(whose)}" for name, whose in found.items())
 
 
 def _pinned(result: FusionResult) -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "random_rotation",
     "rotated_state",
     "rotation_basis",
+    "with_kept_directions",
 ]
 
 
@@ -227,4 +228,10 @@ def random_rotation(group: RotatableGroup, generator: torch.Generator) -> Tensor
     free = basis.size(1)
     drawn = torch.randn(free, free, generator=generator, dtype=torch.float64)
     turned = torch.linalg.qr(drawn)[0]
-    return basis @ turned @ basis.T + torch.eye(group.size).double() - basis @ basis.T
+    return with_kept_directions(turned, basis)
+
+
+def with_kept_directions(turned: Tensor, basis: Tensor) -> Tensor:
+    """Return the map that turns the directions of a basis, and leaves all others as they are."""
+    rotation: Tensor = basis @ turned @ basis.T - basis @ basis.T
+    return rotation + torch.eye(len(basis)).to(basis)

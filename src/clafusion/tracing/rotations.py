@@ -343,7 +343,7 @@ def _is_linear(node: fx.Node) -> bool:
     """Say whether a node is linear in the channels of a parameter that it reads."""
     name = op_name(node)
     if name in _CONVOLUTIONS:
-        return bound_operands(node).get("groups", 1) == 1
+        return int(bound_operands(node).get("groups", 1)) == 1
     return name == "linear" or is_affine_product(node) or name in _ADDING
 
 
