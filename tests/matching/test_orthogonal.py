@@ -17,9 +17,12 @@ from clafusion import (
     WidthWarning,
     fuse,
     fuse_pairs,
+    naive_average,
     solve_transport,
+    summary,
     trace,
 )
+from clafusion.cli.facts import fusion_facts
 from clafusion.matching.orthogonal import nearest_rotation
 from tests.support.assertions import assert_same_function
 from tests.support.attention import shuffled
@@ -124,6 +127,23 @@ def test_networks_without_such_streams_are_matched_as_ever():
         for one in (Matching(), ROTATED)
     )
     assert all(torch.equal(one, rotated[name]) for name, one in plain.items())
+
+
+def test_the_naive_average_knows_no_rotation():
+    model, inputs = built("GPT, RMSNorm")
+    pair = [model, rotated_copy(model, inputs)]
+    problem = fuse(pair, inputs, matching=ROTATED, calibration="none").problem
+    naive = naive_average(problem, [0, 1])
+    weight = pair[1].layers[0].up.weight
+    torch.testing.assert_close(naive.layers[0].up.weight, weight, rtol=0, atol=1e-5)
+    assert_same_function(naive, model, inputs)
+
+
+def test_reports_say_what_was_rotated():
+    model, inputs = built("GPT, RMSNorm")
+    result = fuse([model, rotated_copy(model, inputs)], inputs, matching=ROTATED)
+    assert "rotated      characters.weight of models[1]" in summary(result)
+    assert fusion_facts(result)["parents"][1]["rotated"] == ["characters.weight"]
 
 
 def test_streams_of_other_widths_are_matched_by_plans_and_told():

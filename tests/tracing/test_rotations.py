@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from clafusion import trace
+from clafusion import summary, trace
+from clafusion.cli.facts import model_facts
 from clafusion.tracing.rotatable import folded_state, random_rotation
 from clafusion.tracing.rotations import find_rotatable
 from clafusion.weights.build import with_state
@@ -98,6 +99,15 @@ def test_what_tells_channels_apart_is_refused(build, inputs, message):
 def test_a_linear_layer_may_read_the_stream_itself():
     found = find_rotatable(trace(randomise(Reading(is_direct=True)), torch.randn(8, 6)))
     assert [one.size for one in found.groups] == [8]
+
+
+def test_summaries_name_streams_and_reasons():
+    traced = trace(*built("GPT, RMSNorm"))
+    assert "rotatable    characters.weight (12)" in summary(traced)
+    assert model_facts(traced)["rotatable"] == [{"name": "characters.weight", "channels": WIDTH}]
+    tied = trace(randomise(GPT(is_tied=True)), TEXTS)
+    assert "unrotatable  characters.weight: 'characters.weight' is tied" in summary(tied)
+    assert model_facts(tied)["unrotatable"].keys() == {"characters.weight"}
 
 
 def test_convolutional_networks_have_none():

@@ -140,6 +140,6 @@ def model_facts(model: TracedModel) -> dict[str, Any]:
             for one in model.heads
         ],
         "rotatable": [{"name": one.name, "channels": one.size} for one in rotatable.groups],
-        "not_rotatable": dict(rotatable.refused),
+        "unrotatable": dict(rotatable.refused),
         "pinned": _pinned_facts(model),
     }

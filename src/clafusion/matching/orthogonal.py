@@ -38,7 +38,7 @@ from clafusion.tracing.rotatable import (
 from clafusion.transport.plan import TransportPlan
 from clafusion.weights.build import with_weights
 
-__all__ = ["nearest_rotation", "rotatable_group", "rotate_sources"]
+__all__ = ["nearest_rotation", "rotatable_group", "rotate_sources", "unrotated_model"]
 
 
 def rotate_sources(sources: TargetSources, names: Sequence[str]) -> TargetSources:
@@ -66,6 +66,18 @@ def rotatable_group(model: TracedModel, index: int) -> RotatableGroup | None:
     """Return what is to know to rotate a channel group of a model; None where it cannot be."""
     atoms = model.groups[index].atoms
     return next((one for one in model.rotatable if torch.equal(one.atoms, atoms)), None)
+
+
+def unrotated_model(
+    model: TracedModel, correspondence: Correspondence, rotations: Mapping[int, Tensor]
+) -> TracedModel:
+    """Return a copy of a source whose streams are back where they were before some rotations."""
+    back = [
+        (group, rotation.T)
+        for index, rotation in rotations.items()
+        if (group := rotatable_group(model, correspondence.groups[index])) is not None
+    ]
+    return with_weights(model, rotated_state(model.state(), back))
 
 
 def _rotated(source: Source, name: str) -> Source:

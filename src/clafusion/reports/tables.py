@@ -442,7 +442,7 @@ def _rotatable_facts(model: TracedModel) -> dict[str, str]:
     if found.groups:
         facts["rotatable"] = shortened([f"{one.name} ({one.size})" for one in found.groups])
     if found.refused:
-        facts["not rotatable"] = "; ".join(f"{name}: {why}" for name, why in found.refused.items())
+        facts["unrotatable"] = "; ".join(f"{name}: {why}" for name, why in found.refused.items())
     return facts
 
 
