@@ -44,6 +44,7 @@ from clafusion.stages import (
     traced_parent,
     traced_template,
     warn_of_pinned_channels,
+    with_norms_folded,
 )
 from clafusion.targets.sources import sources_of
 from clafusion.targets.target import choose_target, width_position
@@ -270,6 +271,7 @@ def profile(
             model = copied(model).to(usable_device(device))
         example_inputs = first_batch(data) if example_inputs is None else example_inputs
         model = trace(model, example_inputs, verify=config.verify, seed=config.seed)
+    model = with_norms_folded(model, config)
     kept = parts_of(data, [model], config.assessment).kept
     return profile_traced([model], kept, config, progress)[0]
 

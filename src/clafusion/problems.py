@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from clafusion.alignment.models import AlignedModels
+from clafusion.alignment.models import AlignedModels, label
 from clafusion.calibration.methods import calibrate
 from clafusion.config import FusionConfig, LeastSquares, Orthogonal, Repair
-from clafusion.errors import ConvergenceWarning, warn
+from clafusion.errors import ConvergenceWarning, InputError, warn
 from clafusion.matching.orthogonal import rotate_sources
 from clafusion.matching.plans import Matched, match_sources
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent, plans_are_at_rest
@@ -55,9 +55,20 @@ def with_rotations(
     """Rotate the sources' streams into the target's, where the solver asks for that.
 
     Of rotated channels no statistics are known: they are observed again, where they are needed.
+
+    Raises
+    ------
+    InputError
+        The norms of a model are not folded, as it was profiled for another solver.
     """
     if not isinstance(config.matching.solver, Orthogonal):
         return sources
+    for name, one in zip(names, sources.sources, strict=True):
+        if one.profile.traced.rotatable is None or one.target.traced.rotatable is None:
+            raise InputError(
+                f"{label(name)} was profiled for another solver, or its target was traced for one: "
+                "give matching.solver='orthogonal' to clafusion.align or clafusion.profile, too"
+            )
     rotated = rotate_sources(sources, names)
     if not needs_moments(config):
         return rotated

@@ -63,6 +63,7 @@ __all__ = [
     "traced_parent",
     "traced_template",
     "warn_of_pinned_channels",
+    "with_norms_folded",
 ]
 
 ExampleInputs: TypeAlias = "Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]"
@@ -325,7 +326,7 @@ def traced_parent(
         weights = FileWeights(traced.module_state(), mapped)
         weights.drop()
         traced = replace(traced, weights=weights)
-    traced = _with_norms_folded(traced, config)
+    traced = with_norms_folded(traced, config)
     for group in traced.groups:
         if group.size > MAX_CHANNELS:
             raise InputError(
@@ -351,13 +352,13 @@ def traced_parent(
     return traced
 
 
-def _with_norms_folded(traced: TracedModel, config: FusionConfig) -> TracedModel:
+def with_norms_folded(traced: TracedModel, config: FusionConfig) -> TracedModel:
     """Return a model whose streams can be rotated, where the solver rotates them."""
-    if not isinstance(config.matching.solver, Orthogonal):
+    if not isinstance(config.matching.solver, Orthogonal) or traced.rotatable is not None:
         return traced
     groups = find_rotatable(traced, seed=config.seed).groups
     if not groups:
-        return traced
+        return replace(traced, rotatable=())
     folded = with_weights(traced, folded_state(traced.state(), groups))
     return replace(folded, rotatable=groups)
 
@@ -390,7 +391,7 @@ def traced_template(
         module = copied(target.template).to(known.device, known.dtype)
         module.train(like.training)
         traced = trace(module, example_inputs, verify=config.verify, seed=config.seed)
-        return _with_norms_folded(traced, config)
+        return with_norms_folded(traced, config)
     except ClafusionError as error:
         raise type(error)(f"target.template: {error}") from error
 

@@ -9,20 +9,24 @@ from torch import nn
 
 from clafusion import (
     Barycentre,
+    FusionConfig,
     InputError,
     Like,
     Matching,
     Merging,
     Orthogonal,
     WidthWarning,
+    align,
     fuse,
     fuse_pairs,
     naive_average,
+    profile,
     solve_transport,
     summary,
     trace,
 )
 from clafusion.cli.facts import fusion_facts
+from clafusion.fusion import align_profiles, fuse_aligned
 from clafusion.matching.orthogonal import nearest_rotation
 from tests.support.assertions import assert_same_function
 from tests.support.attention import shuffled
@@ -154,6 +158,17 @@ def test_streams_of_other_widths_are_matched_by_plans_and_told():
     told = [str(one.message) for one in caught]
     assert any("has 8 channels in models[1] and 12 in the result" in one for one in told)
     assert not result.parents[1].rotations
+
+
+def test_profiles_must_be_made_for_rotations():
+    model, inputs = built("GPT, RMSNorm")
+    pair = [model, rotated_copy(model, inputs)]
+    config = FusionConfig(matching=ROTATED, calibration="none")
+    profiles = [profile(one, inputs, config) for one in pair]
+    result = fuse_aligned(align_profiles(["a", "b"], profiles, config), inputs, config=config)
+    assert_same_function(result.model, model, inputs)
+    with pytest.raises(InputError, match=r"models\[0\] was profiled for another solver"):
+        fuse_aligned(align(pair, inputs), inputs, config=config)
 
 
 def test_models_stay_as_they_are():

@@ -65,7 +65,7 @@ def rotate_sources(sources: TargetSources, names: Sequence[str]) -> TargetSource
 def rotatable_group(model: TracedModel, index: int) -> RotatableGroup | None:
     """Return what is to know to rotate a channel group of a model; None where it cannot be."""
     atoms = model.groups[index].atoms
-    return next((one for one in model.rotatable if torch.equal(one.atoms, atoms)), None)
+    return next((one for one in model.rotatable or () if torch.equal(one.atoms, atoms)), None)
 
 
 def unrotated_model(

@@ -248,7 +248,8 @@ class TracedModel:
         of a copy with other weights, or from files as they are read. None for the module's own.
     rotatable
         Channel groups whose norms are folded in these weights, so that any orthogonal map of the
-        channels leaves the function as it is: see :mod:`clafusion.tracing.rotations`.
+        channels leaves the function as it is: see :mod:`clafusion.tracing.rotations`. None where
+        nobody has looked for them.
     """
 
     model: nn.Module
@@ -270,7 +271,7 @@ class TracedModel:
     united_heads: tuple[UnitedHeads, ...] = ()
     types: Mapping[torch.dtype, torch.dtype] = field(default_factory=dict)
     weights: State | None = None
-    rotatable: tuple[RotatableGroup, ...] = ()
+    rotatable: tuple[RotatableGroup, ...] | None = None
 
     @property
     def device(self) -> torch.device:
