@@ -24,6 +24,7 @@ from clafusion import (
     Matching,
     Merging,
     NoCalibration,
+    Orthogonal,
     Profiling,
     Repair,
     Shallower,
@@ -51,7 +52,7 @@ from clafusion.config import (
 )
 from clafusion.stages import config_from
 
-SOLVERS = (Auto, Assignment, Exact, Sinkhorn, Unbalanced, Zip)
+SOLVERS = (Auto, Assignment, Exact, Sinkhorn, Unbalanced, Zip, Orthogonal)
 FAMILIES = {
     Solver: SOLVERS,
     Strategy: (ManyToOne, Iterative, Barycentre),

@@ -62,6 +62,7 @@ __all__ = [
     "Merging",
     "NoCalibration",
     "Option",
+    "Orthogonal",
     "Profiling",
     "Repair",
     "Settings",
@@ -189,6 +190,14 @@ class Zip(Solver, name="zip"):
     budget: float = number(
         0.1, "share of a layer's channels that may be merged within one network", high=1.0
     )
+
+
+@dataclass(frozen=True)
+class Orthogonal(Solver, name="orthogonal"):
+    """Rotate residual streams that norms alone read, by the data; match all else as "auto" does.
+
+    For pre-norm transformers. The result's norms are folded into the layers that read them.
+    """
 
 
 # --- strategies ---------------------------------------------------------------------------------

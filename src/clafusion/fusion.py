@@ -26,7 +26,7 @@ from clafusion.execution.call import device_of, usable_device
 from clafusion.memory import bytes_of, check_limit, check_weights, needed_memory
 from clafusion.merging.layer_weights import weigh_layers
 from clafusion.merging.left_out import left_out_parameters, warn_of_left_out
-from clafusion.problems import matched_with_mean, problem_of
+from clafusion.problems import matched_with_mean, problem_of, with_rotations
 from clafusion.profiling.batches import Data, Progress, first_batch, rows_side_by_side
 from clafusion.profiling.on_demand import RowsOnDemand
 from clafusion.profiling.profile import ModelProfile
@@ -44,6 +44,7 @@ from clafusion.stages import (
     traced_parent,
     traced_template,
     warn_of_pinned_channels,
+    with_norms_folded,
 )
 from clafusion.targets.sources import sources_of
 from clafusion.targets.target import choose_target, width_position
@@ -270,6 +271,7 @@ def profile(
             model = copied(model).to(usable_device(device))
         example_inputs = first_batch(data) if example_inputs is None else example_inputs
         model = trace(model, example_inputs, verify=config.verify, seed=config.seed)
+    model = with_norms_folded(model, config)
     kept = parts_of(data, [model], config.assessment).kept
     return profile_traced([model], kept, config, progress)[0]
 
@@ -323,6 +325,7 @@ def _fused(
         chosen = choose_target(aligned, config, template)
         sources = sources_of(chosen, aligned)
     with clock.stage("match"):
+        sources = with_rotations(aligned.names, sources, data, config)
         problem = problem_of(aligned.names, sources, weights, config)
     left_out = left_out_parameters(problem)
     warn_of_left_out(problem, left_out)

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from clafusion.alignment.models import label
 from clafusion.calibration.least_squares.walks import Rows
-from clafusion.config import Auto, FusionConfig, LeastSquares, Sinkhorn, Unbalanced
+from clafusion.config import Auto, FusionConfig, LeastSquares, Orthogonal, Sinkhorn, Unbalanced
 from clafusion.errors import InputError
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import affine_operands
@@ -263,10 +263,11 @@ def _regression_bytes(model: TracedModel, count: int) -> int:
 def _full_plans(models: Sequence[TracedModel], config: FusionConfig) -> int:
     """Return the bytes of plans that are matrices: those of all parents but the reference."""
     solver = config.matching.solver
-    if not isinstance(solver, (Auto, Sinkhorn, Unbalanced)):
+    if not isinstance(solver, (Auto, Orthogonal, Sinkhorn, Unbalanced)):
         return 0
     least, equal = 0, set[int]()
-    if isinstance(solver, Auto):  # equal sizes are assigned to each other, which is no matrix
+    if isinstance(solver, (Auto, Orthogonal)):
+        # Equal sizes are assigned to each other, which is no matrix.
         least = LARGEST_EXACT
         equal = set.intersection(*({one.size for one in model.groups} for model in models))
     sizes = [

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from clafusion.alignment.models import AlignedModels
+from clafusion.alignment.models import AlignedModels, label
 from clafusion.calibration.methods import calibrate
-from clafusion.config import FusionConfig, LeastSquares, Repair
-from clafusion.errors import ConvergenceWarning, warn
+from clafusion.config import FusionConfig, LeastSquares, Orthogonal, Repair
+from clafusion.errors import ConvergenceWarning, InputError, warn
+from clafusion.matching.orthogonal import rotate_sources
 from clafusion.matching.plans import Matched, match_sources
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent, plans_are_at_rest
 from clafusion.profiling.batches import Data
-from clafusion.stages import profile_traced
+from clafusion.stages import needs_moments, profile_traced
 from clafusion.targets.sources import TargetSources, source_of
 
-__all__ = ["matched_with_mean", "problem_of"]
+__all__ = ["matched_with_mean", "problem_of", "with_rotations"]
 
 
 def problem_of(
@@ -44,7 +45,40 @@ def _parent(name: str, matched: Matched, weight: float) -> Parent:
         MergeWeights(weight),
         matched.output_plan,
         matched.head_orders,
+        source.rotations,
     )
+
+
+def with_rotations(
+    names: Sequence[str], sources: TargetSources, data: Data, config: FusionConfig
+) -> TargetSources:
+    """Rotate the sources' streams into the target's, where the solver asks for that.
+
+    Of rotated channels no statistics are known: they are observed again, where they are needed.
+
+    Raises
+    ------
+    InputError
+        The norms of a model are not folded, as it was profiled for another solver.
+    """
+    if not isinstance(config.matching.solver, Orthogonal):
+        return sources
+    for name, one in zip(names, sources.sources, strict=True):
+        if one.profile.traced.rotatable is None or one.target.traced.rotatable is None:
+            raise InputError(
+                f"{label(name)} was profiled for another solver, or its target was traced for one: "
+                "give matching.solver='orthogonal' to clafusion.align or clafusion.profile, too"
+            )
+    rotated = rotate_sources(sources, names)
+    if not needs_moments(config):
+        return rotated
+    found = []
+    for one in rotated.sources:
+        if one.rotations:
+            (again,) = profile_traced([one.profile.traced], data, config)
+            one = replace(one, profile=replace(one.profile, moments=again.moments))
+        found.append(one)
+    return replace(rotated, sources=tuple(found))
 
 
 def matched_with_mean(
@@ -71,9 +105,10 @@ def matched_with_mean(
             source_of(mean_profile, original, of, made)
             for original, of, made in zip(aligned.profiles, maps, products, strict=True)
         ]
+        means = TargetSources(mean_profile, tuple(found), -1)
         again = problem_of(
             aligned.names,
-            TargetSources(mean_profile, tuple(found), -1),
+            with_rotations(aligned.names, means, data, config),
             [one.weights.overall for one in problem.parents],
             config,
         )

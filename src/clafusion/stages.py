@@ -25,6 +25,7 @@ from clafusion.config import (
     LeastSquares,
     Like,
     ManyToOne,
+    Orthogonal,
     Strategy,
 )
 from clafusion.errors import ClafusionError, InputError, PinnedWarning, StructureError, warn
@@ -40,8 +41,11 @@ from clafusion.settings import made, options_of
 from clafusion.tracing.copies import copied
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.pinned import movable_share
+from clafusion.tracing.rotatable import folded_state
+from clafusion.tracing.rotations import find_rotatable
 from clafusion.tracing.rows import mixing_operation
 from clafusion.tracing.trace import trace
+from clafusion.weights.build import with_weights
 from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.mapped import FileWeights
 
@@ -61,6 +65,7 @@ __all__ = [
     "traced_parent",
     "traced_template",
     "warn_of_pinned_channels",
+    "with_norms_folded",
 ]
 
 _MOVABLE = 0.5  # of all weights: where fewer can move, a warning says so
@@ -327,6 +332,7 @@ def traced_parent(
         weights = FileWeights(traced.module_state(), mapped)
         weights.drop()
         traced = replace(traced, weights=weights)
+    traced = with_norms_folded(traced, config)
     for group in traced.groups:
         if group.size > MAX_CHANNELS:
             raise InputError(
@@ -350,6 +356,17 @@ def traced_parent(
             "rows, or fuse the part that treats each row alone"
         )
     return traced
+
+
+def with_norms_folded(traced: TracedModel, config: FusionConfig) -> TracedModel:
+    """Return a model whose streams can be rotated, where the solver rotates them."""
+    if not isinstance(config.matching.solver, Orthogonal) or traced.rotatable is not None:
+        return traced
+    groups = find_rotatable(traced, seed=config.seed).groups
+    if not groups:
+        return replace(traced, rotatable=())
+    folded = with_weights(traced, folded_state(traced.state(), groups))
+    return replace(folded, rotatable=groups)
 
 
 def traced_template(
@@ -379,7 +396,8 @@ def traced_template(
     try:
         module = copied(target.template).to(known.device, known.dtype)
         module.train(like.training)
-        return trace(module, example_inputs, verify=config.verify, seed=config.seed)
+        traced = trace(module, example_inputs, verify=config.verify, seed=config.seed)
+        return with_norms_folded(traced, config)
     except ClafusionError as error:
         raise type(error)(f"target.template: {error}") from error
 

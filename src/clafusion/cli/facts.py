@@ -11,6 +11,7 @@ from clafusion.merging.problem import Parent
 from clafusion.results import FusionResult
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.pinned import movable_share
+from clafusion.tracing.rotations import find_rotatable
 
 __all__ = ["alignment_facts", "fusion_facts", "model_facts"]
 
@@ -85,6 +86,7 @@ def _parent_facts(parent: Parent) -> dict[str, Any]:
             {"name": one.name, "channels": None if plan is None else list(plan.shape)}
             for one, plan in zip(target.groups, parent.plans, strict=True)
         ],
+        "rotated": [target.groups[index].name for index in parent.rotations],
         "head_orders": [
             {"layer": source.layers[source.heads[index].layer].name, "order": list(order)}
             for index, order in parent.head_orders.items()
@@ -103,6 +105,7 @@ def _pinned_facts(model: TracedModel) -> list[dict[str, Any]]:
 
 def model_facts(model: TracedModel) -> dict[str, Any]:
     """Return a model's layers, channel groups and heads."""
+    rotatable = find_rotatable(model)
     return {
         "parameters": sum(one.numel() for one in model.model.parameters()),
         "layers": [
@@ -138,6 +141,8 @@ def model_facts(model: TracedModel) -> dict[str, Any]:
             }
             for one in model.heads
         ],
+        "rotatable": [{"name": one.name, "channels": one.size} for one in rotatable.groups],
+        "unrotatable": dict(rotatable.refused),
         "pinned": _pinned_facts(model),
         "movable": movable_share(model),
     }

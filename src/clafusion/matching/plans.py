@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from clafusion.config import FusionConfig, Solver, Zip
+from clafusion.config import Auto, FusionConfig, Orthogonal, Solver, Zip
 from clafusion.errors import StructureError
 from clafusion.matching.activation_costs import (
     activation_costs,
@@ -76,6 +76,9 @@ def match_sources(sources: TargetSources, config: FusionConfig) -> tuple[Matched
         for i, one in enumerate(sources.sources)
     ]
     solver = config.matching.solver
+    if isinstance(solver, Orthogonal):  # what is left when streams are rotated
+        solver = Auto()
+        config = replace(config, matching=replace(config.matching, solver=solver))
     if isinstance(solver, Zip):
         _check_zip(sources)
         plans = zip_plans([one for one, _ in ordered], solver.budget)

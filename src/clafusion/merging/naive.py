@@ -9,6 +9,7 @@ from torch import nn
 
 from clafusion.errors import InputError
 from clafusion.matching.head_order import restored_model
+from clafusion.matching.orthogonal import unrotated_model
 from clafusion.matching.weight_costs import index_plans
 from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
@@ -19,6 +20,8 @@ __all__ = ["naive_average"]
 
 def naive_average(problem: FusionProblem, weights: Sequence[float] | None = None) -> nn.Module:
     """Average the parents of a fusion in the target's structure, channel by channel in order.
+
+    Streams that were rotated are as they were. Norms that were folded for that stay folded.
 
     Parameters
     ----------
@@ -49,6 +52,8 @@ def _unmatched(parent: Parent) -> Parent:
     if parent.head_orders:
         heads = [(own.heads[index], order) for index, order in parent.head_orders.items()]
         own = restored_model(own, heads)
+    if parent.rotations:
+        own = unrotated_model(own, parent.correspondence, parent.rotations)
     correspondence = replace(parent.correspondence, source=own)
     plans = tuple(index_plans(correspondence))
     return replace(parent, correspondence=correspondence, plans=plans, output_plan=None)

@@ -26,6 +26,8 @@ from clafusion.weights.storage import InMemory, Storage
 
 __all__ = ["FusionProblem", "MergeWeights", "Parent", "plans_are_at_rest"]
 
+_AT_REST = 1e-4  # mean square by which a rotation moves a channel of length 1
+
 
 @dataclass(frozen=True)
 class MergeWeights:
@@ -77,6 +79,10 @@ class Parent:
         Where attention heads or convolution groups had to change places to match the target's:
         index in ``correspondence.source.heads`` -> for every place the one that came there.
         ``correspondence.source`` is of a copy with that order.
+    rotations
+        Where residual streams were rotated into the target's (:class:`clafusion.Orthogonal`):
+        channel group of the target -> the orthogonal matrix. ``correspondence.source`` is of a
+        copy that is rotated so, and the group's plan is the identity.
     """
 
     name: str
@@ -86,6 +92,7 @@ class Parent:
     weights: MergeWeights
     output_plan: TransportPlan | None = None
     head_orders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    rotations: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def traced(self) -> TracedModel:
@@ -177,13 +184,21 @@ class FusionProblem:
 
 
 def plans_are_at_rest(before: FusionProblem, after: FusionProblem) -> bool:
-    """Say whether no plan moves any channel otherwise, and heads stay in their order."""
+    """Say whether nothing moves any channel otherwise: no plan, order of heads or rotation."""
     return all(
         left.head_orders == right.head_orders
+        and _are_near(left.rotations, right.rotations)
         and all(
             one is other
             or (one is not None and other is not None and is_at_rest(one, other, averages=True))
             for one, other in zip(left.plans, right.plans, strict=True)
         )
         for left, right in zip(before.parents, after.parents, strict=True)
+    )
+
+
+def _are_near(left: Mapping[int, Tensor], right: Mapping[int, Tensor]) -> bool:
+    """Say whether the same groups are rotated, and hardly otherwise."""
+    return left.keys() == right.keys() and all(
+        float((one - right[index]).square().sum(1).mean()) < _AT_REST for index, one in left.items()
     )

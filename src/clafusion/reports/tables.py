@@ -15,6 +15,7 @@ from clafusion.results import FusionResult
 from clafusion.tracing.layer import Stream
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.pinned import movable_share
+from clafusion.tracing.rotations import find_rotatable
 
 if TYPE_CHECKING:
     from clafusion.batch.results import PairResult
@@ -229,6 +230,8 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
     heads = _heads(result)
     if heads:
         facts["heads"] = heads
+    if rotated := _rotated(result):
+        facts["rotated"] = rotated
     if pinned := _pinned(result):
         facts["pinned"] = pinned
     strategy = config.merging.strategy
@@ -310,6 +313,17 @@ def _heads(result: FusionResult) -> str:
             for numbers, names in united.items()
         ]
     return "; ".join(found)
+
+
+def _rotated(result: FusionResult) -> str:
+    """Say which streams were rotated."""
+    found: dict[str, list[str]] = {}
+    for step in result.steps or (result,):
+        for parent in step.parents:
+            for index in parent.rotations:
+                name = parent.correspondence.target.groups[index].name
+                found.setdefault(name, []).append(parent.name)
+    return "; ".join(f"{name} of {shortened(whose)}" for name, whose in found.items())
 
 
 def _pinned(result: FusionResult) -> str:
@@ -417,6 +431,7 @@ def model_summary(model: TracedModel) -> str:
     if model.heads:
         named = [f"{len(one.members)} in {model.layers[one.layer].name}" for one in model.heads]
         facts["heads"] = f"exchangeable as wholes: {shortened(named)}"
+    facts |= _rotatable_facts(model)
     if model.pinned:
         facts["pinned"] = (
             f"channels that keep their places: {shortened(list(map(str, model.pinned)))}; "
@@ -431,6 +446,17 @@ def _stream_text(model: TracedModel, stream: Stream) -> str:
     reads = [one if isinstance(one, str) else model.streams[one].name for one in stream.inputs]
     text = f"{stream.name} ({first} to {last})"
     return f"{text} reads {', '.join(reads)}" if reads else text
+
+
+def _rotatable_facts(model: TracedModel) -> dict[str, str]:
+    """Say which streams solver "orthogonal" can rotate, and which ones behind norms it cannot."""
+    found = find_rotatable(model)
+    facts = {}
+    if found.groups:
+        facts["rotatable"] = shortened([f"{one.name} ({one.size})" for one in found.groups])
+    if found.refused:
+        facts["unrotatable"] = "; ".join(f"{name}: {why}" for name, why in found.refused.items())
+    return facts
 
 
 def settings_text(structure: tuple[Any, ...]) -> str:

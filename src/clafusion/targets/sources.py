@@ -8,7 +8,7 @@ where the numbers differ. What the target's channels do is then known without ru
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -51,12 +51,16 @@ class Source:
         The target's profile, with the same heads united.
     plans
         Plans that are known already, by group: those of channels that the parent gives the target.
+    rotations
+        Group of the target -> the orthogonal matrix by which the parent's channels ``x`` have
+        become ``x @ rotation``. The correspondence and the profile are of the rotated parent.
     """
 
     correspondence: Correspondence
     profile: ModelProfile
     target: ModelProfile
     plans: Mapping[int, TransportPlan]
+    rotations: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

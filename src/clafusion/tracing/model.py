@@ -21,6 +21,7 @@ from clafusion.execution.walk import run_graph
 from clafusion.tracing.layer import Layer, Stream, streams_of
 from clafusion.tracing.normalised import NormalisedWeight
 from clafusion.tracing.operations import RESHAPES, bound_operands, op_name
+from clafusion.tracing.rotatable import RotatableGroup
 
 __all__ = [
     "ChannelGroup",
@@ -248,6 +249,10 @@ class TracedModel:
     weights
         Parameters, buffers and constants of the module's shapes, to be taken in place of its own:
         of a copy with other weights, or from files as they are read. None for the module's own.
+    rotatable
+        Channel groups whose norms are folded in these weights, so that any orthogonal map of the
+        channels leaves the function as it is: see :mod:`clafusion.tracing.rotations`. None where
+        nobody has looked for them.
     """
 
     model: nn.Module
@@ -270,6 +275,7 @@ class TracedModel:
     types: Mapping[torch.dtype, torch.dtype] = field(default_factory=dict)
     normalised: tuple[NormalisedWeight, ...] = ()
     weights: State | None = None
+    rotatable: tuple[RotatableGroup, ...] | None = None
 
     @property
     def device(self) -> torch.device:

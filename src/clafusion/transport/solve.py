@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clafusion import _native
-from clafusion.config import Assignment, Auto, Exact, Sinkhorn, Solver, Unbalanced, Zip
+from clafusion.config import Assignment, Auto, Exact, Orthogonal, Sinkhorn, Solver, Unbalanced, Zip
 from clafusion.errors import InputError
 from clafusion.transport.assignment import assign, is_assignable
 from clafusion.transport.checks import (
@@ -96,6 +96,11 @@ def solve_compactly(
         raise InputError(
             "solver 'zip' also compares the channels within each network, of which these costs "
             "say nothing; it is for clafusion.fuse, and for clafusion.matching.zipping.zip_channels"
+        )
+    if isinstance(settings, Orthogonal):
+        raise InputError(
+            "solver 'orthogonal' rotates the streams of networks, of which these costs say "
+            "nothing; it is for clafusion.fuse"
         )
     if not isinstance(settings, (Assignment, Auto, Exact, Sinkhorn, Unbalanced)):
         raise InputError(
