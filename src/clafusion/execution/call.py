@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "flatten_tensors",
     "rounding_of",
     "usable_device",
+    "without_caches",
 ]
 
 State: TypeAlias = Mapping[str, Tensor]
@@ -45,12 +47,33 @@ def call_model(
     """
     arguments = () if keywords else inputs
     named = dict(zip(keywords, inputs, strict=True)) if keywords else {}
-    if state is None:
-        return list(flatten_tensors(model(*arguments, **named)))
-    outputs = torch.func.functional_call(
-        model, dict(state), arguments, named, strict=False, tie_weights=True
-    )
+    with without_caches(model):
+        if state is None:
+            return list(flatten_tensors(model(*arguments, **named)))
+        outputs = torch.func.functional_call(
+            model, dict(state), arguments, named, strict=False, tie_weights=True
+        )
     return list(flatten_tensors(outputs))
+
+
+@contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Let a language model return no cache of keys and values; restore its setting afterwards.
+
+    Networks of transformers return one beside their outputs where ``config.use_cache`` is set.
+    """
+    configs = {id(one): one for one in (getattr(m, "config", None) for m in model.modules())}
+    changed = []
+    for config in configs.values():
+        if getattr(config, "use_cache", None) is True:
+            with suppress(AttributeError):  # somebody's own, which is frozen
+                config.use_cache = False
+                changed.append(config)
+    try:
+        yield
+    finally:
+        for config in changed:
+            config.use_cache = True
 
 
 def flatten_tensors(value: Any) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from clafusion.errors import InputError, UnsupportedOpError
+from clafusion.execution.call import without_caches
 from clafusion.execution.writes import written_inputs
 from clafusion.tracing.copies import parameters_protected
 from clafusion.tracing.operations import module_path, op_name
@@ -44,7 +45,7 @@ def export_model(
         ``torch.export`` cannot export the model, the graph holds control flow, or forward changes a
         parameter.
     """
-    with _EXPORTING, _quiet_export():
+    with _EXPORTING, _quiet_export(), without_caches(model):
         program = _export(
             model,
             tuple(value.clone() for value in arguments),
