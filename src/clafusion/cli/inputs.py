@@ -12,11 +12,17 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from clafusion.alignment.models import label
 from clafusion.cli.parsing import numbers_of
 from clafusion.errors import InputError
-from clafusion.profiling.samples import load_samples
+from clafusion.interop.huggingface import ModelDirectory, input_names, stored_config
+from clafusion.interop.resolver import factory_of
+from clafusion.interop.tokenizers import check_same_labels, check_same_vocabulary, tokenised
+from clafusion.profiling.batches import Data, first_batch
+from clafusion.profiling.samples import load_named_samples, load_samples
+from clafusion.profiling.texts import TEXT_ENDINGS, read_texts
 from clafusion.weights.atomic import check_output
-from clafusion.weights.factories import load_model
+from clafusion.weights.factories import ModelFile
 from clafusion.weights.messages import one_line
 
 __all__ = [
@@ -31,21 +37,27 @@ __all__ = [
     "DataOptions",
     "Device",
     "Limit",
+    "MaxLength",
     "Mean",
     "NamedFiles",
     "Plot",
     "Scale",
     "Shape",
     "Std",
+    "TextColumn",
     "archs_of",
     "check_plot",
+    "data_of",
     "keys_of",
     "load_models",
+    "model_files",
     "named_files",
     "samples_of",
     "try_models",
 ]
 
+_OF_NUMBERS = ("key", "shape", "scale", "mean", "std")  # options of data that is numbers
+_BATCH_SIZE = 64  # samples of several inputs
 _FACTORY = (
     "MODULE:FACTORY, for example 'package.module:Net', 'file.py:make' or 'file.py:make(depth=20)'"
 )
@@ -53,9 +65,9 @@ _FACTORY = (
 NamedFiles = Annotated[
     list[str],
     typer.Argument(
-        help="Weights of two or more models (.safetensors, .pt, .pth, .th, .bin, .ckpt, or the "
-        ".index.json of several files). They are called first, second, third and so on, or as "
-        "NAME=FILE says.",
+        help="Two or more models: Hugging Face directories, or weights (.safetensors, .pt, .pth, "
+        ".th, .bin, .ckpt, or the .index.json of several files). They are called first, second, "
+        "third and so on, or as NAME=FILE says.",
         metavar="WEIGHTS",
     ),
 ]
@@ -63,10 +75,11 @@ Arch = Annotated[
     str, typer.Option(help=f"What makes the model: {_FACTORY}.", metavar="MODULE:FACTORY")
 ]
 Archs = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--arch",
-        help=f"What makes the models: {_FACTORY}. Once for all, or once for each, in their order.",
+        help=f"What makes the models: {_FACTORY}, timm:NAME or torchvision:NAME. Once for all, or "
+        "once for each, in their order. Hugging Face directories need none.",
         metavar="MODULE:FACTORY",
     ),
 ]
@@ -85,7 +98,24 @@ CheckpointKeys = Annotated[
 ]
 DataFile = Annotated[
     Path,
-    typer.Option("--data", help="Unlabelled inputs (.npy, .npz, .pt, .pth, .safetensors)."),
+    typer.Option(
+        "--data",
+        help="Unlabelled inputs (.npy, .npz, .pt, .pth, .safetensors), or texts for Hugging Face "
+        "directories with a tokenizer (.txt, .jsonl, .csv, .parquet).",
+    ),
+]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Which entry of a row is the text; default text, sentence or content.", metavar="NAME"
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        help="How many tokens of a text count; default what the tokenizer says, at most 512.",
+        metavar="N",
+    ),
 ]
 DataKey = Annotated[
     str | None,
@@ -162,21 +192,33 @@ def named_files(texts: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def archs_of(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """Return each model's factory by the model's name.
+def archs_of(given: Sequence[str] | None, files: Mapping[str, Path]) -> dict[str, str]:
+    """Return each model's factory by the model's name; a directory stands for itself.
 
     Raises
     ------
     InputError
-        There are neither one nor as many as models.
+        There are neither one nor as many as models, or a file of weights has none.
     """
-    if len(given) not in (1, len(names)):
+    of_files = [name for name, file in files.items() if not file.is_dir()]
+    if not given and of_files:
         raise InputError(
-            f"give --arch once, or once for each of the {len(names)} models "
-            f"({', '.join(names)}); got {len(given)}"
+            f"{str(files[of_files[0]])!r} is no directory: give what makes that model, "
+            "--arch MODULE:FACTORY"
         )
-    every = given if len(given) > 1 else [given[0]] * len(names)
-    return dict(zip(names, every, strict=True))
+    if given and not of_files:
+        raise InputError(f"Hugging Face directories say what they are: leave --arch {given[0]} out")
+    given = given or []
+    if of_files and len(given) not in (1, len(files)):
+        raise InputError(
+            f"give --arch once, or once for each of the {len(files)} models "
+            f"({', '.join(files)}); got {len(given)}"
+        )
+    every = given if len(given) == len(files) else [*given[:1]] * len(files)
+    factories = dict(zip(files, map(factory_of, every), strict=False))
+    return {
+        name: factories[name] if name in of_files else str(file) for name, file in files.items()
+    }
 
 
 def keys_of(given: Sequence[str] | None, names: Sequence[str]) -> dict[str, str | None]:
@@ -198,14 +240,36 @@ def keys_of(given: Sequence[str] | None, names: Sequence[str]) -> dict[str, str 
     return {name: key or None for name, key in zip(names, every, strict=True)}
 
 
-def load_models(
+def model_files(
     files: Mapping[str, Path], archs: Mapping[str, str], keys: Mapping[str, str | None]
-) -> dict[str, nn.Module]:
-    """Return the models with their weights; errors are those of ``load_model``."""
-    return {name: load_model(archs[name], file, keys[name]) for name, file in files.items()}
+) -> dict[str, ModelFile]:
+    """Return the models by name; each is read when it is needed.
+
+    Directories must have the same tokens and the same labels.
+    """
+    folders = {name: file for name, file in files.items() if file.is_dir()}
+    if folders:
+        for name, folder in folders.items():
+            try:
+                ModelDirectory(str(folder), folder).check()
+            except InputError as error:
+                raise InputError(f"{label(name)}: {error}") from error
+        check_same_labels({name: stored_config(one) for name, one in folders.items()})
+        check_same_vocabulary(folders)
+    return {
+        name: ModelDirectory(str(file), file)
+        if name in folders
+        else ModelFile(archs[name], file, keys[name])
+        for name, file in files.items()
+    }
 
 
-def try_models(models: Mapping[str, nn.Module], samples: Tensor) -> None:
+def load_models(models: Mapping[str, ModelFile]) -> dict[str, nn.Module]:
+    """Return the models with their weights; errors are those of ``ModelFile.load``."""
+    return {name: one.load() for name, one in models.items()}
+
+
+def try_models(models: Mapping[str, nn.Module], samples: Data) -> None:
     """Run each model once, so that unfitting data shows before anything takes long.
 
     Raises
@@ -213,15 +277,25 @@ def try_models(models: Mapping[str, nn.Module], samples: Tensor) -> None:
     InputError
         A model does not run on the data.
     """
+    inputs = first_batch(samples)
     for name, model in models.items():
         try:
             with torch.no_grad():
-                model(samples[:2])
+                if isinstance(inputs, Mapping):
+                    model(**{name: one[:2] for name, one in inputs.items()})
+                else:
+                    model(inputs[:2])
         except Exception as error:
             called = f"model {name!r}" if name else "the model"
+            shown = (
+                ", ".join(f"{name} {tuple(one.shape[1:])}" for name, one in inputs.items())
+                if isinstance(inputs, Mapping)
+                else f"{tuple(samples.shape[1:])}, {samples.dtype}"
+                if isinstance(samples, Tensor)
+                else "unknown"
+            )
             raise InputError(
-                f"{called} does not run on the data (a sample has shape "
-                f"{tuple(samples.shape[1:])}, {samples.dtype}): {one_line(error)}"
+                f"{called} does not run on the data (a sample has shape {shown}): {one_line(error)}"
             ) from error
 
 
@@ -237,10 +311,49 @@ class DataOptions:
     scale: float | None
     mean: str | None
     std: str | None
+    text_column: str | None = None
+    max_length: int | None = None
+
+
+def data_of(
+    data: Path, limit: int, options: DataOptions, files: Mapping[str, Path]
+) -> Tensor | list[dict[str, Tensor]]:
+    """Return what is in a data file, texts as tokens, for models in ``files``.
+
+    Raises
+    ------
+    InputError
+        As ``load_samples`` and ``read_texts``; or there is no tokenizer, or an option is for data
+        of another kind.
+    """
+    folder = next((file for file in files.values() if file.is_dir()), None)
+    is_text = data.suffix.lower() in TEXT_ENDINGS
+    typed = vars(options)
+    for name in ("text_column", "max_length") if not is_text else _OF_NUMBERS:
+        if typed[name] is not None:
+            flag = {"key": "--data-key"}.get(name, f"--{name.replace('_', '-')}")
+            kind = "texts" if is_text else "no texts"
+            raise InputError(f"{flag} does not fit --data {str(data)!r}, which holds {kind}")
+    if is_text:
+        if folder is None:
+            raise InputError(
+                f"--data {str(data)!r} holds texts, and a tokenizer is known of Hugging Face "
+                "directories only: give tokens (.npy, .npz)"
+            )
+        if options.max_length is not None and options.max_length < 1:
+            raise InputError(f"--max-length must be at least 1; got {options.max_length}")
+        return tokenised(read_texts(data, options.text_column, limit), folder, options.max_length)
+    plain = all(typed[name] is None for name in _OF_NUMBERS)
+    if folder is not None and plain:
+        named = load_named_samples(data, input_names(folder), limit)
+        if named:
+            parts = [value.split(_BATCH_SIZE) for value in named.values()]
+            return [dict(zip(named, one, strict=True)) for one in zip(*parts, strict=True)]
+    return samples_of(data, limit, options)
 
 
 def samples_of(data: Path, limit: int, options: DataOptions) -> Tensor:
-    """Return the samples in a data file; errors are those of ``load_samples``."""
+    """Return the samples in a data file of numbers; errors are those of ``load_samples``."""
     return load_samples(
         data,
         key=options.key,

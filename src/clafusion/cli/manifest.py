@@ -13,6 +13,8 @@ from typing import Any
 from clafusion.cli.settings import config_of, read_mapping, rooted
 from clafusion.config import FusionConfig
 from clafusion.errors import InputError
+from clafusion.interop.huggingface import ModelDirectory
+from clafusion.interop.resolver import factory_of
 from clafusion.stages import merge_weights
 from clafusion.weights.factories import ModelFile
 
@@ -55,8 +57,8 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
     Its entries: ``models`` maps names to ``{factory: MODULE:FACTORY, weights: FILE, key: KEY}``,
     the key only for a file of several state dicts, or to ``FILE`` alone where ``factory`` gives the
-    factory of all; ``pairs`` is ``all`` (the default), a list of pairs of names, or
-    ``{base: NAME}`` for every model with that one first; ``data`` is a file or
+    factory of all, or to a Hugging Face directory; ``pairs`` is ``all`` (the default), a list of
+    pairs of names, or ``{base: NAME}`` for every model with that one first; ``data`` is a file or
     ``{file: FILE, limit: N, shape: [..], scale: X, mean: [..], std: [..], key: NAME}``;
     ``weights`` are two numbers, of the first and the second model; ``settings`` is the nested
     mapping of :class:`clafusion.FusionConfig`; ``out`` is the directory for the results.
@@ -139,6 +141,8 @@ def _entries(found: Any, where: str, known: Sequence[str]) -> dict[str, Any]:
 
 
 def _model(where: str, found: Any, common: Any, root: Path) -> ModelFile:
+    if isinstance(found, str) and (root / found).is_dir():
+        return _checked(where, ModelDirectory(str(root / found), root / found))
     one = {"weights": found} if isinstance(found, str) else found
     one = _entries(one, where, ("factory", "weights", "key"))
     factory = one.get("factory", common)
@@ -151,7 +155,10 @@ def _model(where: str, found: Any, common: Any, root: Path) -> ModelFile:
     key = one.get("key")
     if key is not None and not isinstance(key, str):
         raise InputError(f"{where}: key must be a text; got {key!r}")
-    file = ModelFile(rooted(factory, root), root / one["weights"], key)
+    return _checked(where, ModelFile(rooted(factory_of(factory), root), root / one["weights"], key))
+
+
+def _checked(where: str, file: ModelFile) -> ModelFile:
     try:
         file.check()
     except InputError as error:

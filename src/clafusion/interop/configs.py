@@ -1,4 +1,4 @@
-"""The config of a fused network: what its module has become, so that the library builds it again."""
+"""The config of a fused network: what its module has become, so that it can be built again."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _changes(
     width = getattr(config, _HEAD_WIDTH, None)
     if isinstance(hidden, int) and isinstance(heads, int) and not isinstance(width, int):
         width = hidden // heads
-    named = {name: old for name, old in _numbers(config)}
+    named = dict(_numbers(config))
     for old, new in sorted(pairs):
         if hidden == old and isinstance(width, int) and new % width == 0:
             # The network computes with heads of the width that they had.

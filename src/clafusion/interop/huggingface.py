@@ -7,6 +7,7 @@ what it has to. Nothing is downloaded, and no code of a directory is run.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import tempfile
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 from clafusion.errors import FusionWarning, InputError, warn
+from clafusion.profiling.batches import LABELS
 from clafusion.weights.factories import ModelFile
 from clafusion.weights.messages import listed, one_line
 from clafusion.weights.state_files import file_digest
@@ -28,10 +30,13 @@ from clafusion.weights.state_files import file_digest
 __all__ = [
     "ModelDirectory",
     "directory_of",
+    "input_names",
     "is_of_transformers",
     "load_directory",
+    "quiet",
     "read_back",
     "read_config",
+    "stored_config",
     "transformers_library",
 ]
 
@@ -178,6 +183,12 @@ def transformers_library() -> Any:
     return transformers
 
 
+def input_names(path: Path) -> frozenset[str]:
+    """Return what the inputs of the network in a directory are called; nothing is loaded."""
+    kind, _ = _architecture(_base_of(path))
+    return frozenset(inspect.signature(kind.forward).parameters) - {"self", *LABELS}
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Return what a directory's ``config.json`` holds.
 
@@ -190,8 +201,8 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise InputError(
-            f"{str(path)!r} is no Hugging Face directory: it has no config.json. Give the directory "
-            "that save_pretrained wrote, or a file of weights and a factory"
+            f"{str(path)!r} is no Hugging Face directory: it has no config.json. Give the "
+            "directory that save_pretrained wrote, or a file of weights and a factory"
         )
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -219,6 +230,11 @@ def read_config(path: Path) -> dict[str, Any]:
     return found
 
 
+def stored_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the config of the network in a directory, of an adapter that of its base."""
+    return read_config(_base_of(Path(path)))
+
+
 def _architecture(path: Path) -> tuple[Any, dict[str, Any]]:
     """Return the class that a config names, and the config as a mapping."""
     found = read_config(path)
@@ -235,7 +251,7 @@ def _architecture(path: Path) -> tuple[Any, dict[str, Any]]:
 
 def _library_config(kind: Any, path: Path) -> Any:
     try:
-        with _quiet():
+        with quiet():
             return kind.config_class.from_pretrained(str(path), local_files_only=True)
     except Exception as error:
         raise InputError(
@@ -268,7 +284,7 @@ def _from_pretrained(
 ) -> tuple[nn.Module, Mapping[str, Any]]:
     """Read a network; refuse one that the library would complete by random weights."""
     try:
-        with _quiet():
+        with quiet():
             model, info = kind.from_pretrained(
                 str(path),
                 local_files_only=True,
@@ -288,7 +304,7 @@ def _from_pretrained(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from printing reports and progress; what they say is an error of ours."""
     logging = transformers_library().utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -357,9 +373,9 @@ def _merged(model: nn.Module, path: Path, peft: Any) -> nn.Module:
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            merged: nn.Module = peft.PeftModel.from_pretrained(
-                model, str(path)
-            ).merge_and_unload(safe_merge=True)
+            merged: nn.Module = peft.PeftModel.from_pretrained(model, str(path)).merge_and_unload(
+                safe_merge=True
+            )
     except Exception as error:
         raise InputError(
             f"the adapter in {str(path)!r} cannot be merged into the weights: {one_line(error)}"

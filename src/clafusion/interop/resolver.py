@@ -6,11 +6,13 @@ import os
 import re
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from clafusion.errors import InputError
 from clafusion.interop.huggingface import ModelDirectory
 from clafusion.weights.factories import ModelFile, build_model, load_model
+from clafusion.weights.messages import one_line
 
 __all__ = ["factory_of", "load", "model_file"]
 
@@ -31,7 +33,8 @@ def load(
     spec
         A Hugging Face directory (its ``config.json``, its weights in one or more files, perhaps an
         adapter, which is merged); or a factory ``MODULE:FACTORY``, as ``nets.py:make(depth=20)``;
-        or ``timm:NAME`` or ``torchvision:NAME``.
+        or ``timm:NAME`` or ``torchvision:NAME``; or a file that ``torch.export.save`` wrote
+        (``.pt2``), whose batch size must be free.
     weights
         The file of the weights, for all but a directory. Without it a factory of your own gives
         the network its weights.
@@ -49,6 +52,8 @@ def load(
     >>> model = clafusion.load("./bert-6")  # doctest: +SKIP
     >>> model = clafusion.load("nets.py:resnet(depth=20)", "resnet20.safetensors")  # doctest: +SKIP
     """
+    if os.fspath(spec).endswith(".pt2"):
+        return _exported(spec, weights, key)
     if weights is not None and not Path(spec).is_dir():
         return load_model(factory_of(_factory_text(spec)), weights, key)
     found = model_file(spec, weights, key)
@@ -61,6 +66,23 @@ def load(
             "downloaded"
         )
     return build_model(text)
+
+
+def _exported(
+    path: str | os.PathLike[str], weights: str | os.PathLike[str] | None, key: str | None
+) -> nn.Module:
+    """Return the module of an exported program, which holds its weights."""
+    if weights is not None or key is not None:
+        raise InputError(f"{os.fspath(path)!r} holds its own weights: leave out weights and key")
+    if not Path(path).is_file():
+        raise InputError(f"{os.fspath(path)!r} does not exist")
+    try:
+        return torch.export.load(path).module()
+    except Exception as error:
+        raise InputError(
+            f"{os.fspath(path)!r} is no program that torch.export.save wrote, or of another "
+            f"release: {one_line(error)}"
+        ) from error
 
 
 def model_file(
@@ -79,8 +101,7 @@ def model_file(
         if weights is not None or key is not None:
             what = "weights" if weights is not None else "key"
             raise InputError(
-                f"{os.fspath(spec)!r} is a directory, which holds its own weights: leave out "
-                f"{what}"
+                f"{os.fspath(spec)!r} is a directory, which holds its own weights: leave out {what}"
             )
         return ModelDirectory(os.fspath(spec), spec)
     if weights is None:
@@ -97,12 +118,6 @@ def factory_of(text: str) -> str:
 def _factory_text(spec: str | os.PathLike[str]) -> str:
     """Return a factory's text; refuse what is a path of another kind, or nothing known."""
     text = os.fspath(spec)
-    if text.endswith(".pt2"):
-        raise InputError(
-            f"{text!r} is an exported program, whose batch size and structure are fixed: give what "
-            "it was exported from, a factory MODULE:FACTORY and the weights, as those of "
-            "torch.export.load(path).state_dict"
-        )
     if ":" not in text or Path(text).exists():
         kind = "is a file, whose architecture is unknown" if Path(text).exists() else "is not there"
         raise InputError(

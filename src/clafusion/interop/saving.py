@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clafusion.errors import InputError
 from clafusion.interop.configs import config_of
-from clafusion.interop.huggingface import directory_of, is_of_transformers, read_back
+from clafusion.interop.huggingface import directory_of, is_of_transformers, quiet, read_back
 from clafusion.interop.model_card import model_card
 from clafusion.interop.tokenizers import check_same_vocabulary
 from clafusion.tracing.copies import copied
@@ -168,7 +168,7 @@ def _typed(model: nn.Module, dtype: str | torch.dtype | None) -> nn.Module:
 
 @contextmanager
 def _made_directory(path: Path) -> Iterator[Path]:
-    """Yield a directory beside ``path``, which gets that name in the end; after an error it is gone."""
+    """Yield a directory beside ``path``, which gets that name; after an error it is gone."""
     target = path.resolve()
     made = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -189,7 +189,8 @@ def _write(model: nn.Module, config: Any, made: Path, max_shard_size: str | int)
     own = written.config
     try:
         written.config = config
-        written.save_pretrained(str(made), max_shard_size=max_shard_size)
+        with quiet():
+            written.save_pretrained(str(made), max_shard_size=max_shard_size)
     except OSError:
         raise
     except Exception as error:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clafusion.alignment.models import label
 from clafusion.errors import InputError
-from clafusion.interop.huggingface import transformers_library
+from clafusion.interop.huggingface import quiet, transformers_library
 from clafusion.weights.messages import listed, one_line
 
 __all__ = ["check_same_labels", "check_same_vocabulary", "tokenised", "tokenizer_of"]
@@ -31,9 +31,10 @@ def tokenizer_of(path: Path) -> Any:
     if not any((path / name).is_file() for name in _FILES):
         return None
     try:
-        return transformers_library().AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
+        with quiet():
+            return transformers_library().AutoTokenizer.from_pretrained(
+                str(path), local_files_only=True, trust_remote_code=False
+            )
     except InputError:
         raise
     except Exception as error:
