@@ -49,8 +49,9 @@ def network(kind: str, layers: int, seed: int = 0, width: int = 16) -> nn.Module
         model = library.GPT2LMHeadModel(config)
     elif kind.startswith("Llama"):
         config = library.LlamaConfig(
-            vocab_size=vocabulary, hidden_size=width, intermediate_size=24, num_hidden_layers=layers,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=length,
+            vocab_size=vocabulary, hidden_size=width, intermediate_size=24,
+            num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=length,
             tie_word_embeddings=kind == "Llama, tied", bos_token_id=2, eos_token_id=2,
             pad_token_id=0,
         )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -44,9 +43,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
 
 def _copied(model: nn.Module, shared: dict[int, Any]) -> nn.Module:
     try:
-        with warnings.catch_warnings():  # of torch's own code, where it copies an exported graph
-            warnings.simplefilter("ignore", FutureWarning)
-            return copy.deepcopy(model, shared)
+        return copy.deepcopy(model, shared)
     except Exception as error:
         shown = next(iter(str(error).strip().splitlines()), repr(error))
         raise InputError(
