@@ -167,8 +167,8 @@ def _refuse_strange_outputs(outputs: Any) -> None:
     if strange is None:
         return
     raise UnsupportedOpError(
-        f"the model returns a {type(strange).__name__}, which is neither a tensor nor a tuple, list or "
-        "dictionary of tensors: wrap it in a module that returns its outputs alone"
+        f"the model returns a {type(strange).__name__}, which is neither a tensor nor a tuple, "
+        "list or dictionary of tensors: wrap it in a module that returns its outputs alone"
     )
 
 
