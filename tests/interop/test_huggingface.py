@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import clafusion
 from clafusion import Deeper, InputError
@@ -227,7 +228,7 @@ def test_a_full_directory_stays_as_it_is(place, capsys):
         (["--out=new.pt", "--processor-of=first"], "is for a directory"),
         (["--out=new", "--text-column=body"], "has no column 'body'; it has text"),
         (["--out=new", "--max-length=0"], "--max-length must be at least 1"),
-        (["--out=new", "--scale=2"], "--scale does not fit --data 'texts.jsonl'"),
+        (["--out=new", "--scale=2"], "--scale does not fit the data 'texts.jsonl'"),
     ):
         assert main([*command, *more]) == 2
         assert message in capsys.readouterr().err
@@ -306,3 +307,70 @@ def test_an_adapter_needs_its_base_and_its_library(tmp_path, monkeypatch):
     (path / "config.json").unlink()
     with pytest.raises(InputError, match="an adapter without its base, 'gone/base'"):
         clafusion.load(path)
+
+
+# --- other commands -----------------------------------------------------------------------------
+
+
+def test_other_commands_take_directories(place, capsys):
+    for name, layers in (("a", 2), ("b", 1)):
+        directory(place / name, network("GPT-2", layers), tokenizer())
+    assert main(["inspect", "a", "--data=texts.jsonl"]) == 0
+    assert "transformer.h.1" in capsys.readouterr().out
+    assert main(["explain", "a", "b", "--data=texts.jsonl"]) == 0
+    assert "they can be fused" in capsys.readouterr().out
+    assert main(["align", "one=a", "two=b", "--data=texts.jsonl", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reference"] == "one"
+    for command, message in (
+        (["inspect", "a", "--data=texts.jsonl", "--arch=x.py:y"], "leave --arch out"),
+        (["inspect", "--data=texts.jsonl"], "give what makes the model, --arch MODULE:FACTORY"),
+        (["align", "a", "w.pt", "--data=texts.jsonl"], "'w.pt' is no directory: give what makes"),
+    ):
+        assert main(command) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_manifest_names_directories(place, capsys):
+    for name, layers in (("a", 2), ("b", 1)):
+        directory(place / name, network("GPT-2", layers), tokenizer())
+    manifest = {
+        "models": {"one": "a", "two": "b"},
+        "data": {"file": "texts.jsonl", "text_column": "text", "max_length": 8},
+        "settings": {"calibration": "none"},
+        "out": "fused",
+    }
+    (place / "pairs.json").write_text(json.dumps(manifest))
+    assert main(["fuse-pairs", "pairs.json"]) == 0, capsys.readouterr()
+    (written,) = (place / "fused").rglob("*.safetensors")
+    model = clafusion.load("a")
+    model.load_state_dict(load_file(written))
+    manifest["data"]["scale"] = 2
+    (place / "pairs.json").write_text(json.dumps(manifest))
+    assert main(["fuse-pairs", "pairs.json"]) == 2
+    assert "data, scale does not fit the data" in capsys.readouterr().err
+    (place / "b/config.json").unlink()
+    assert main(["fuse-pairs", "pairs.json"]) == 2
+    assert "models, two: 'b' is no Hugging Face directory" in capsys.readouterr().err.replace(
+        f"{place}/", ""
+    )
+
+
+def test_texts_need_a_tokenizer(place, capsys):
+    for name in "ab":
+        directory(place / name, network("GPT-2", 1))
+    command = ["fuse", "a", "b", "--data=texts.jsonl", "--out=fused"]
+    assert main(command) == 2
+    assert "'a' has no tokenizer (none of tokenizer.json" in capsys.readouterr().err
+    command = ["fuse", "x.pt", "y.pt", "--arch=x.py:y", "--data=texts.jsonl", "--out=fused.pt"]
+    assert main(command) == 2
+    assert "a tokenizer is known of Hugging Face directories only" in capsys.readouterr().err
+
+
+def test_a_mapping_of_tokens_with_labels_is_data():
+    parents = [network("DistilBERT", 2), network("DistilBERT", 2, seed=1)]
+    tokens = torch.randint(3, 20, (60, 8), generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(60, dtype=torch.long)
+    batches = [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}]
+    result = clafusion.fuse(parents, batches, calibration="none")
+    assert outputs(result.model, {"input_ids": tokens}).shape == (60, 3)
+    assert result.assessment.kind == "classes"

@@ -26,6 +26,7 @@ from clafusion.cli.inputs import (
     try_models,
 )
 from clafusion.cli.options import configured
+from clafusion.profiling.batches import first_batch
 from clafusion.reports import explain
 
 __all__ = ["STAGES", "explain_command"]
@@ -60,4 +61,4 @@ def explain_command(
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
     samples = data_of(data, _ROWS, reading, files)
     try_models(models, samples)
-    print(explain(models, samples, verify=settings.verify))
+    print(explain(models, first_batch(samples), verify=settings.verify))

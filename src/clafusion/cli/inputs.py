@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -46,17 +46,17 @@ __all__ = [
     "Std",
     "TextColumn",
     "archs_of",
+    "check_alike",
     "check_plot",
     "data_of",
     "keys_of",
     "load_models",
     "model_files",
     "named_files",
-    "samples_of",
+    "read_data",
     "try_models",
 ]
 
-_OF_NUMBERS = ("key", "shape", "scale", "mean", "std")  # options of data that is numbers
 _BATCH_SIZE = 64  # samples of several inputs
 _FACTORY = (
     "MODULE:FACTORY, for example 'package.module:Net', 'file.py:make' or 'file.py:make(depth=20)'"
@@ -72,7 +72,12 @@ NamedFiles = Annotated[
     ),
 ]
 Arch = Annotated[
-    str, typer.Option(help=f"What makes the model: {_FACTORY}.", metavar="MODULE:FACTORY")
+    str | None,
+    typer.Option(
+        help=f"What makes the model: {_FACTORY}, timm:NAME or torchvision:NAME. A Hugging Face "
+        "directory needs none.",
+        metavar="MODULE:FACTORY",
+    ),
 ]
 Archs = Annotated[
     list[str] | None,
@@ -248,20 +253,25 @@ def model_files(
     Directories must have the same tokens and the same labels.
     """
     folders = {name: file for name, file in files.items() if file.is_dir()}
-    if folders:
-        for name, folder in folders.items():
-            try:
-                ModelDirectory(str(folder), folder).check()
-            except InputError as error:
-                raise InputError(f"{label(name)}: {error}") from error
-        check_same_labels({name: stored_config(one) for name, one in folders.items()})
-        check_same_vocabulary(folders)
+    for name, folder in folders.items():
+        try:
+            ModelDirectory(str(folder), folder).check()
+        except InputError as error:
+            raise InputError(f"{label(name)}: {error}") from error
+    check_alike(folders)
     return {
         name: ModelDirectory(str(file), file)
         if name in folders
         else ModelFile(archs[name], file, keys[name])
         for name, file in files.items()
     }
+
+
+def check_alike(folders: Mapping[str, Path]) -> None:
+    """Refuse Hugging Face directories whose tokens or labels mean other things."""
+    check_same_labels({name: stored_config(one) for name, one in folders.items()})
+    if folders:
+        check_same_vocabulary(folders)
 
 
 def load_models(models: Mapping[str, ModelFile]) -> dict[str, nn.Module]:
@@ -318,51 +328,86 @@ class DataOptions:
 def data_of(
     data: Path, limit: int, options: DataOptions, files: Mapping[str, Path]
 ) -> Tensor | list[dict[str, Tensor]]:
-    """Return what is in a data file, texts as tokens, for models in ``files``.
+    """Return what is in a data file, for models in ``files``, as the flags say.
 
     Raises
     ------
     InputError
-        As ``load_samples`` and ``read_texts``; or there is no tokenizer, or an option is for data
+        As :func:`read_data`; or a number is not what its flag takes.
+    """
+    numbers = {
+        "key": options.key,
+        "shape": numbers_of("--shape", options.shape, int),
+        "scale": options.scale,
+        "mean": numbers_of("--mean", options.mean, float),
+        "std": numbers_of("--std", options.std, float),
+    }
+    return read_data(
+        data,
+        next((file for file in files.values() if file.is_dir()), None),
+        numbers,
+        limit=limit,
+        text_column=options.text_column,
+        max_length=options.max_length,
+        called=lambda name: {"key": "--data-key"}.get(name, f"--{name.replace('_', '-')}"),
+    )
+
+
+def read_data(
+    data: Path,
+    folder: Path | None,
+    numbers: Mapping[str, Any],
+    *,
+    limit: int | None = None,
+    text_column: str | None = None,
+    max_length: int | None = None,
+    called: Callable[[str], str],
+) -> Tensor | list[dict[str, Tensor]]:
+    """Return what is in a data file: texts as tokens, several inputs by name, or one tensor.
+
+    Parameters
+    ----------
+    data
+        The file.
+    folder
+        A Hugging Face directory, if one of the models is one.
+    numbers
+        The settings of :func:`clafusion.profiling.samples.load_samples`, None where not given.
+    limit
+        Take this many samples from the beginning.
+    text_column, max_length
+        How texts are read.
+    called
+        What an error calls a setting.
+
+    Raises
+    ------
+    InputError
+        As ``load_samples`` and ``read_texts``; or there is no tokenizer, or a setting is for data
         of another kind.
     """
-    folder = next((file for file in files.values() if file.is_dir()), None)
     is_text = data.suffix.lower() in TEXT_ENDINGS
-    typed = vars(options)
-    for name in ("text_column", "max_length") if not is_text else _OF_NUMBERS:
-        if typed[name] is not None:
-            flag = {"key": "--data-key"}.get(name, f"--{name.replace('_', '-')}")
-            kind = "texts" if is_text else "no texts"
-            raise InputError(f"{flag} does not fit --data {str(data)!r}, which holds {kind}")
+    of_texts = {"text_column": text_column, "max_length": max_length}
+    unfitting = numbers if is_text else of_texts
+    wrong = next((name for name, value in unfitting.items() if value is not None), None)
+    if wrong is not None:
+        kind = "texts" if is_text else "no texts"
+        raise InputError(f"{called(wrong)} does not fit the data {str(data)!r}, which holds {kind}")
     if is_text:
         if folder is None:
             raise InputError(
-                f"--data {str(data)!r} holds texts, and a tokenizer is known of Hugging Face "
+                f"the data {str(data)!r} holds texts, and a tokenizer is known of Hugging Face "
                 "directories only: give tokens (.npy, .npz)"
             )
-        if options.max_length is not None and options.max_length < 1:
-            raise InputError(f"--max-length must be at least 1; got {options.max_length}")
-        return tokenised(read_texts(data, options.text_column, limit), folder, options.max_length)
-    plain = all(typed[name] is None for name in _OF_NUMBERS)
-    if folder is not None and plain:
+        if max_length is not None and max_length < 1:
+            raise InputError(f"{called('max_length')} must be at least 1; got {max_length}")
+        return tokenised(read_texts(data, text_column, limit), folder, max_length)
+    if folder is not None and all(one is None for one in numbers.values()):
         named = load_named_samples(data, input_names(folder), limit)
         if named:
             parts = [value.split(_BATCH_SIZE) for value in named.values()]
             return [dict(zip(named, one, strict=True)) for one in zip(*parts, strict=True)]
-    return samples_of(data, limit, options)
-
-
-def samples_of(data: Path, limit: int, options: DataOptions) -> Tensor:
-    """Return the samples in a data file of numbers; errors are those of ``load_samples``."""
-    return load_samples(
-        data,
-        key=options.key,
-        limit=limit,
-        shape=numbers_of("--shape", options.shape, int),
-        scale=options.scale,
-        mean=numbers_of("--mean", options.mean, float),
-        std=numbers_of("--std", options.std, float),
-    )
+    return load_samples(data, limit=limit, **numbers)
 
 
 def check_plot(plot: Path | None) -> None:

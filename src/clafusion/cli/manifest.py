@@ -21,7 +21,7 @@ from clafusion.weights.factories import ModelFile
 __all__ = ["DATA_KEYS", "KEYS", "Manifest", "read_manifest"]
 
 KEYS = ("models", "factory", "pairs", "data", "weights", "settings", "out")
-DATA_KEYS = ("file", "key", "limit", "shape", "scale", "mean", "std")
+DATA_KEYS = ("file", "key", "limit", "shape", "scale", "mean", "std", "text_column", "max_length")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Manifest:
     pairs
         Pairs of names, or ``"all"``.
     data
-        Arguments of :func:`clafusion.profiling.samples.load_samples`.
+        Arguments of :func:`clafusion.profiling.samples.load_samples`, and how texts are read.
     weights
         Weights of the first and the second model of each pair, or None for equal ones.
     config
@@ -59,7 +59,8 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     the key only for a file of several state dicts, or to ``FILE`` alone where ``factory`` gives the
     factory of all, or to a Hugging Face directory; ``pairs`` is ``all`` (the default), a list of
     pairs of names, or ``{base: NAME}`` for every model with that one first; ``data`` is a file or
-    ``{file: FILE, limit: N, shape: [..], scale: X, mean: [..], std: [..], key: NAME}``;
+    ``{file: FILE, limit: N, shape: [..], scale: X, mean: [..], std: [..], key: NAME}``,
+    of texts with ``text_column: NAME, max_length: N``;
     ``weights`` are two numbers, of the first and the second model; ``settings`` is the nested
     mapping of :class:`clafusion.FusionConfig`; ``out`` is the directory for the results.
 
@@ -113,7 +114,13 @@ def _data(found: Any, root: Path) -> dict[str, Any]:
         if not (isinstance(values, list) and values and all(map(is_right, values))):
             raise InputError(f"data, {key} must be a list of finite numbers; got {value!r}")
         data[key] = values
-    for key, is_right in (("limit", _is_whole), ("scale", _is_number), ("key", _is_text)):
+    for key, is_right in (
+        ("limit", _is_whole),
+        ("scale", _is_number),
+        ("key", _is_text),
+        ("text_column", _is_text),
+        ("max_length", _is_whole),
+    ):
         if data.get(key) is not None and not is_right(data[key]):
             raise InputError(f"data, {key} is not possible as {data[key]!r}")
     return {**data, "file": root / data["file"]}

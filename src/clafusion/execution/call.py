@@ -62,8 +62,9 @@ def without_caches(model: nn.Module) -> Iterator[None]:
 
     Networks of transformers return one beside their outputs where ``config.use_cache`` is set.
     """
-    configs = {id(one): one for one in (getattr(m, "config", None) for m in model.modules())}
-    changed = []
+    found: list[Any] = [getattr(one, "config", None) for one in model.modules()]
+    configs = {id(one): one for one in found}
+    changed: list[Any] = []
     for config in configs.values():
         if getattr(config, "use_cache", None) is True:
             with suppress(AttributeError):  # somebody's own, which is frozen

@@ -77,12 +77,13 @@ def _exported(
     if not Path(path).is_file():
         raise InputError(f"{os.fspath(path)!r} does not exist")
     try:
-        return torch.export.load(path).module()
+        loaded: nn.Module = torch.export.load(path).module()
     except Exception as error:
         raise InputError(
             f"{os.fspath(path)!r} is no program that torch.export.save wrote, or of another "
             f"release: {one_line(error)}"
         ) from error
+    return loaded
 
 
 def model_file(

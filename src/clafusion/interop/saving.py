@@ -17,7 +17,7 @@ from clafusion.errors import InputError
 from clafusion.interop.configs import config_of
 from clafusion.interop.huggingface import directory_of, is_of_transformers, quiet, read_back
 from clafusion.interop.model_card import model_card
-from clafusion.interop.tokenizers import check_same_vocabulary
+from clafusion.interop.tokenizers import check_same_labels, check_same_vocabulary
 from clafusion.tracing.copies import copied
 from clafusion.weights.messages import listed, one_line
 from clafusion.weights.round_trip import compare_models
@@ -78,6 +78,8 @@ def save_result(
     source = _processor_source(result, parents, processor_of)
     known = {name: one for name, one in map(_with_directory, parents.items()) if one is not None}
     check_same_vocabulary(known)
+    of_library = {name: one for name, one in parents.items() if is_of_transformers(one)}
+    check_same_labels({name: _stored(one) for name, one in of_library.items()})
     model = _typed(result.model, dtype)
     config = config_of(model)
     with _made_directory(path) as made:
@@ -121,6 +123,12 @@ def _parents(result: FusionResult) -> dict[str, nn.Module]:
         for name, profile in list(zip(aligned.names, aligned.profiles, strict=True))[i > 0 :]:
             found[name] = profile.traced.model
     return found
+
+
+def _stored(model: nn.Module) -> dict[str, Any]:
+    """Return a network's config as a directory would hold it."""
+    config: Any = model.config
+    return {**config.to_dict(), "architectures": [type(model).__name__]}
 
 
 def _with_directory(entry: tuple[str, nn.Module]) -> tuple[str, Path | None]:
