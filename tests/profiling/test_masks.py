@@ -6,6 +6,7 @@ import torch
 import clafusion
 from clafusion.assessment.comparison import Comparison
 from clafusion.profiling import masks
+from clafusion.profiling.importance import channel_importance
 from clafusion.profiling.masks import (
     counted_inputs,
     joined_masks,
@@ -53,6 +54,18 @@ def test_more_padding_changes_nothing(calibration, monkeypatch):
     counting = fused(15)
     assert (counting[0] - short[0]).abs().max() > 0.05
     assert counting[1] != pytest.approx(short[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["activation", "sensitivity"])
+def test_more_padding_changes_no_importance(kind):
+    pytest.importorskip("transformers")
+    model = network("GPT-2", 2)
+    found = []
+    for length in (9, 15):
+        data = padded(length)
+        traced = clafusion.trace(model, data[0])
+        found.append(torch.cat(channel_importance(traced, data, kind)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-7)
 
 
 def test_what_is_no_mask_of_positions_is_none():

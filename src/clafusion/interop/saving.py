@@ -182,6 +182,8 @@ def _made_directory(path: Path) -> Iterator[Path]:
     try:
         made.mkdir()
         yield made
+        if target.is_dir():  # and empty
+            target.rmdir()
         os.replace(made, target)
     except OSError as error:
         raise InputError(
