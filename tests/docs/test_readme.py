@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.hugging_face import directory, network, texts, tokenizer
+from tests.support.hugging_face import directory, network, tokenizer
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,13 +36,11 @@ def test_the_example_prints_about_what_it_says(capsys):
     assert printed["fused"] > printed["mean"] + 20
 
 
-@pytest.mark.filterwarnings("ignore::clafusion.FusionWarning")
 def test_the_example_of_hugging_face_runs(tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     for name, layers, seed in (("gpt2-12", 3, 0), ("gpt2-6", 2, 1)):
         directory(tmp_path / name, network("GPT-2", layers, seed), tokenizer())
-    Path("reviews.txt").write_text("\n".join(texts(40)))
     _, code = EXAMPLES
     found = {"__name__": "example"}
     exec(compile(code, "README example", "exec"), found)
