@@ -64,6 +64,7 @@ from clafusion.errors import (
 )
 from clafusion.estimates import FusionEstimate, estimate
 from clafusion.fusion import align, fuse, profile
+from clafusion.interop.resolver import load
 from clafusion.matching.activation_costs import channel_cost
 from clafusion.merging.mean import average
 from clafusion.merging.naive import naive_average
@@ -178,6 +179,7 @@ __all__ = [
     "inserted_model",
     "layer_costs",
     "linear_cka",
+    "load",
     "naive_average",
     "num_threads",
     "permute_channels",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from clafusion.alignment.dynamic_program import LayerAlignment
@@ -75,6 +77,58 @@ class FusionResult:
     steps: tuple[FusionResult, ...] = ()
     averaged: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        processor_of: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        max_shard_size: str | int = "5GB",
+        command: str | None = None,
+    ) -> None:
+        """Write the fused network: a Hugging Face directory, or a file of weights.
+
+        A directory is for networks of transformers. It holds the weights in safetensors files, a
+        config that says what the fused network is, tokenizer, processor, chat template and
+        generation config of a parent that was read from a directory, and a model card. Before this
+        returns it is read afresh by ``from_pretrained`` and computes what the result computes;
+        else nothing is left behind.
+
+        Parameters
+        ----------
+        path
+            A directory that is not there yet or empty; or a file (``.safetensors``, ``.pt``,
+            ``.pth``, ``.safetensors.index.json``), for any network.
+        processor_of
+            The name of the parent whose tokenizer, processor, chat template and generation config
+            the directory gets; default the one that gives the structure, or the first that has
+            any.
+        dtype
+            The type of the written weights: ``"float32"``, ``"bfloat16"``, ``"float16"``. Default:
+            that which they have.
+        max_shard_size
+            From which size on the weights go into several files.
+        command
+            The command that made the result, for the model card.
+
+        Raises
+        ------
+        InputError
+            The directory exists and is not empty, the network is none of transformers, no config
+            describes it, the parents have unlike vocabularies, what was written does not compute
+            what the result computes, or the disk is full.
+        """
+        from clafusion.interop.saving import save_result  # needs transformers for a directory
+
+        save_result(
+            self,
+            path,
+            processor_of=processor_of,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            command=command,
+        )
 
     @property
     def parents(self) -> tuple[Parent, ...]:

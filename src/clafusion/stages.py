@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -218,9 +219,11 @@ def named_models(models: Sequence[Model] | Mapping[str, Model]) -> dict[str, Mod
         named = {f"models[{i}]": one for i, one in enumerate(models)}
     for name, model in named.items():
         if not isinstance(model, (nn.Module, ModelFile)):
+            is_path = isinstance(model, (str, os.PathLike))
+            hint = ": read it by clafusion.load" if is_path else ""
             raise InputError(
                 f"{label(name)} must be a torch.nn.Module or a clafusion.ModelFile; got "
-                f"{type(model).__name__}"
+                f"{type(model).__name__}{hint}"
             )
     if len(named) < 2:
         raise InputError(f"models must be at least two networks; got {len(named)}")

@@ -286,7 +286,7 @@ def test_warnings_on_the_command_line_call_options_as_they_are_typed(capsys, mon
         raise InputError("stop here")
 
     monkeypatch.setattr("clafusion.cli.align.load_models", lambda *_: {})
-    monkeypatch.setattr("clafusion.cli.align.samples_of", lambda *_: [])
+    monkeypatch.setattr("clafusion.cli.align.data_of", lambda *_: torch.zeros(3, 2))
     monkeypatch.setattr("clafusion.cli.align.align", lambda *_, **__: fused())
     assert main(["align", *FUSE[1:-1]]) == 2
     told = "Try --calibration least_squares or --target-width wide"

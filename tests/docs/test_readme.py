@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.hugging_face import directory, network, tokenizer
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -25,13 +27,25 @@ def numbers(text):
 
 
 def test_the_example_prints_about_what_it_says(capsys):
-    (code,) = EXAMPLES
+    code, _ = EXAMPLES
     exec(compile(code, "README example", "exec"), {"__name__": "example"})
     printed = numbers(capsys.readouterr().out)
     said = numbers(README.partition("It prints:")[2].partition("## ")[0])
     assert list(printed) == list(said)
     assert printed == pytest.approx(said, abs=5.0)  # training differs a little between machines
     assert printed["fused"] > printed["mean"] + 20
+
+
+def test_the_example_of_hugging_face_runs(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    for name, layers, seed in (("gpt2-12", 3, 0), ("gpt2-6", 2, 1)):
+        directory(tmp_path / name, network("GPT-2", layers, seed), tokenizer())
+    _, code = EXAMPLES
+    found = {"__name__": "example"}
+    exec(compile(code, "README example", "exec"), found)
+    assert isinstance(found["fused"], transformers.GPT2LMHeadModel)
+    assert found["fused"].config.n_layer == 3
 
 
 def test_it_is_short():

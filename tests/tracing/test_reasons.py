@@ -100,13 +100,31 @@ def test_the_reason_is_named(kind, inputs, reason):
     assert "open an issue" not in str(raised.value)
 
 
-def test_caches_in_outputs_are_named():
+@pytest.mark.filterwarnings("ignore::clafusion.PinnedWarning")
+def test_caches_are_off_while_models_are_looked_at():
     transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+    config = transformers.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
     models = [transformers.GPT2LMHeadModel(config).eval() for _ in range(2)]
     tokens = torch.randint(0, 40, (30, 8))
-    with pytest.raises(ClafusionError, match=r"switch that off \(model.config.use_cache = False\)"):
-        fuse(models, tokens, calibration="none")
+    fused = fuse(models, tokens, calibration="none").model
+    assert all(one.config.use_cache for one in (*models, fused))
+    assert fused(tokens).past_key_values is not None
+
+
+def test_a_cache_that_no_setting_switches_off_is_named():
+    class Cache:
+        pass
+
+    class Keeps(ReturnsAnObject):
+        def forward(self, x):
+            return super().forward(x), Cache()
+
+    models = [Keeps().eval() for _ in range(2)]
+    with pytest.raises(ClafusionError, match="wrap it in a module that returns its outputs alone"):
+        fuse(models, ROWS, calibration="none")
 
 
 def test_the_switch_of_caches_is_named_for_caches_alone():

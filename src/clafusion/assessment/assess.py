@@ -17,6 +17,7 @@ from clafusion.errors import AssessmentWarning, warn
 from clafusion.execution.call import call_model
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Progress, batches
+from clafusion.profiling.masks import kept_positions
 from clafusion.profiling.moments import inputs_in_cache
 from clafusion.tracing.model import TracedModel
 from clafusion.transport.plan import TransportPlan
@@ -83,7 +84,8 @@ def assess(
             else:
                 found = known.get(traced, inputs, output)
             outputs = [_moved(one, plan, axis) for one, plan in zip(found, plans, strict=True)]
-            sums.add(outputs, call_model(model, inputs, traced[0].keywords)[output])
+            own = call_model(model, inputs, traced[0].keywords)[output]
+            sums.add(outputs, own, kept_positions(traced[0], inputs))
             if progress is not None:
                 progress("assess", sums.num_inputs)
     finally:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clafusion.assessment.nearness import FusionAssessment, Kind, Nearness
+from clafusion.profiling.masks import zeroed
 
 __all__ = ["Comparison", "is_nearer"]
 
@@ -35,17 +36,22 @@ class Comparison:
         self._apart, self._alike = 0.0, 0  # between the parents
         self._squares, self._total = 0.0, torch.zeros(())
 
-    def add(self, parents: Sequence[Tensor], result: Tensor) -> None:
-        """Add a chunk's outputs."""
+    def add(self, parents: Sequence[Tensor], result: Tensor, mask: Tensor | None = None) -> None:
+        """Add a chunk's outputs; ``mask`` says which positions of each input count."""
         self.num_inputs += result.size(0)
         outputs = [*parents, result]
         if self._kind == "classes":
-            chosen = [_some_positions(one.movedim(self._axis, -1)) for one in outputs]
-            self._add_classes([one.double() for one in chosen])
+            moved = [one.movedim(self._axis, -1) for one in outputs]
+            if mask is not None and moved[0].dim() == 3 and moved[0].shape[:2] == mask.shape:
+                mask = _some_positions(mask.unsqueeze(-1), moved[0].size(-1)).squeeze(-1)
+            else:
+                mask = None
+            chosen = [_some_positions(one, one.size(-1)) for one in moved]
+            self._add_classes([one.double() for one in chosen], mask)
         else:
-            self._add_values([one.double() for one in outputs])
+            self._add_values([zeroed(one.double(), mask) for one in outputs])
 
-    def _add_classes(self, outputs: list[Tensor]) -> None:
+    def _add_classes(self, outputs: list[Tensor], mask: Tensor | None) -> None:
         if self._are_probabilities is None:
             self._are_probabilities = all(map(_are_probabilities, outputs[:-1]))
         if self._are_probabilities:
@@ -56,14 +62,15 @@ class Comparison:
         mean = _mean(parts, self._weights)
         chosen = mean.argmax(-1)
         choices = [one.argmax(-1) for one in logs]
-        self._rows += chosen.numel()
+        counting = torch.ones_like(chosen, dtype=torch.bool) if mask is None else mask
+        self._rows += int(counting.sum())
         for i, (log, choice) in enumerate(zip(logs, choices, strict=True)):
-            self._distances[i].append(_divergence(mean, log))
-            self._agreements[i] += int((choice == chosen).sum())
+            self._distances[i].append(_divergence(mean, log, mask))
+            self._agreements[i] += int(((choice == chosen) & counting).sum())
         alike = torch.stack([one == choices[0] for one in choices[:-1]]).all(0)
-        self._alike += int(alike.sum())
+        self._alike += int((alike & counting).sum())
         self._apart += sum(
-            float(_divergence(one, log).sum())
+            float(_divergence(one, log, mask).sum())
             for i, one in enumerate(parts)
             for j, log in enumerate(logs[:-1])
             if i != j
@@ -116,7 +123,7 @@ class Comparison:
         return max(around if around > 1e-9 * self._squares else self._squares, 1e-30)
 
 
-def _some_positions(outputs: Tensor) -> Tensor:
+def _some_positions(outputs: Tensor, classes: int) -> Tensor:
     """Return outputs ``(inputs, positions, classes)`` at some of many positions, evenly spaced.
 
     A language model's neighbouring tokens, or an image's pixels, say little more than these.
@@ -124,7 +131,7 @@ def _some_positions(outputs: Tensor) -> Tensor:
     if outputs.dim() < 3:
         return outputs
     flat = outputs.reshape(len(outputs), -1, outputs.size(-1))
-    most = max(_MOST_NUMBERS // flat.size(2), _LEAST_POSITIONS)
+    most = max(_MOST_NUMBERS // classes, _LEAST_POSITIONS)
     return flat[:, :: math.ceil(flat.size(1) / most)]
 
 
@@ -137,10 +144,17 @@ def _mean(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return mean
 
 
-def _divergence(of: Tensor, log: Tensor) -> Tensor:
-    """Return each input's divergence of ``exp(log)`` from ``of``, the mean of its positions."""
+def _divergence(of: Tensor, log: Tensor, mask: Tensor | None) -> Tensor:
+    """Return each input's divergence of ``exp(log)`` from ``of``, the mean of its positions.
+
+    Only positions in ``mask`` count; None for all.
+    """
     terms = (torch.special.xlogy(of, of) - of * log.clamp(min=-_FAR)).sum(-1)
-    found = terms.reshape(len(terms), -1).mean(1).clamp(min=0)
+    if mask is None:
+        found = terms.reshape(len(terms), -1).mean(1).clamp(min=0)
+    else:
+        counts = mask.sum(1).clamp(min=1)
+        found = (torch.where(mask, terms, 0.0).sum(1) / counts).clamp(min=0)
     found = torch.where(found > _ROUNDING, found, 0.0 * found)
     return torch.where(torch.isfinite(found), found, math.inf)
 

@@ -21,6 +21,7 @@ from clafusion.execution.walk import Walk
 from clafusion.merging.mean import counted, weighted_mean
 from clafusion.merging.problem import FusionProblem, Parent
 from clafusion.profiling.batches import Data, batches
+from clafusion.profiling.masks import kept_positions, without_masked
 from clafusion.profiling.moments import BatchMoments, Moments, channel_moments, is_plain, parts
 from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.model import TracedModel
@@ -232,16 +233,18 @@ def _run_repaired(
     measured: Mapping[str, Moments],
 ) -> None:
     """Run a batch, correct every layer's output on the way, and add what was there to measured."""
-    walks = [Walk(target, part, state, set(points)) for part in parts(target, inputs)]
+    in_parts = parts(target, inputs)
+    walks = [Walk(target, part, state, set(points)) for part in in_parts]
+    masks = [kept_positions(target, part) for part in in_parts]
     before: tuple[CalibrationPoint, Tensor, Tensor] | None = None
     for node, point in points.items():
-        in_parts = Moments()
-        for walk in walks:
+        over_parts = Moments()
+        for walk, mask in zip(walks, masks, strict=True):
             if before is not None:
                 _correct(walk, *before)
-            value = walk.reach(node)
-            in_parts.add(value.numel(), *channel_moments(value, point.axis))
-        found = in_parts.result()
+            kept, axis = without_masked(walk.reach(node), point.axis, mask)
+            over_parts.add(kept.numel(), *channel_moments(kept, axis))
+        found = over_parts.result()
         measured[node].add(inputs[0].size(0), *found)
         scale, shift = _correction(found, goals[node], point.bias is not None)
         before = point, scale, shift

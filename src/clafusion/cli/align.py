@@ -16,18 +16,21 @@ from clafusion.cli.inputs import (
     DataOptions,
     Device,
     Limit,
+    MaxLength,
     Mean,
     NamedFiles,
     Plot,
     Scale,
     Shape,
     Std,
+    TextColumn,
     archs_of,
     check_plot,
+    data_of,
     keys_of,
     load_models,
+    model_files,
     named_files,
-    samples_of,
     try_models,
 )
 from clafusion.cli.options import configured, messages_by_flags
@@ -36,6 +39,7 @@ from clafusion.cli.show import print_json, print_line, progress
 from clafusion.config import NoCalibration
 from clafusion.execution.call import usable_device
 from clafusion.fusion import align
+from clafusion.profiling.batches import num_rows
 from clafusion.reports import plot as draw
 from clafusion.reports import summary
 from clafusion.stages import expected_inputs
@@ -48,8 +52,8 @@ STAGES = ("profiling", "alignment", "verify", "seed")
 
 def align_command(
     weights: NamedFiles,
-    arch: Archs,
     data: DataFile,
+    arch: Archs = None,
     checkpoint_key: CheckpointKeys = None,
     config: ConfigFile = None,
     data_key: DataKey = None,
@@ -58,6 +62,8 @@ def align_command(
     scale: Scale = None,
     mean: Mean = None,
     std: Std = None,
+    text_column: TextColumn = None,
+    max_length: MaxLength = None,
     device: Device = "cpu",
     plot: Plot = None,
     as_json: AsJson = False,
@@ -66,18 +72,19 @@ def align_command(
 ) -> None:
     """Show which layers of models belong together, and at what cost. Fuse nothing."""
     files = named_files(weights)
-    archs = archs_of(arch, list(files))
+    archs = archs_of(arch, files)
     keys = keys_of(checkpoint_key, list(files))
     base = None if config is None else read_config(config, "--config")
     # What only a calibration needs is not recorded.
     settings = replace(configured(options, base), calibration=NoCalibration())
     usable_device(device, "--device")
     check_plot(plot)
-    models = load_models(files, archs, keys)
-    samples = samples_of(data, limit, DataOptions(data_key, shape, scale, mean, std))
+    models = load_models(model_files(files, archs, keys))
+    reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
+    samples = data_of(data, limit, reading, files)
     try_models(models, samples)
-    expected = expected_inputs(len(samples), settings)
-    with progress(len(samples), expected) as report, messages_by_flags():
+    expected = expected_inputs(num_rows(samples), settings)
+    with progress(num_rows(samples), expected) as report, messages_by_flags():
         aligned = align(models, samples, settings, device=device, progress=report)
     if plot is not None:
         draw(aligned, plot)

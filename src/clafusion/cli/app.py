@@ -31,6 +31,7 @@ from clafusion.cli.inspect import STAGES as OF_INSPECT
 from clafusion.cli.inspect import inspect_command
 from clafusion.cli.options import CommandWithSections, advice, with_options
 from clafusion.cli.pairs import pairs_command
+from clafusion.cli.show import TYPED
 from clafusion.errors import ClafusionError, FusionWarning
 
 __all__ = ["main", "make_app"]
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = [one for one in given if one != "--debug"] or ["--help"]
     kept = "finished pairs are kept" if "fuse-pairs" in given else "no output was written"
     signals: list[int] = []
+    TYPED.set(tuple(arguments))
     try:
         with warnings.catch_warnings(), _signals_interrupt(signals):
             warnings.showwarning = _show_warning

@@ -10,19 +10,23 @@ from clafusion.cli.inputs import (
     DataFile,
     DataKey,
     DataOptions,
+    MaxLength,
     Mean,
     NamedFiles,
     Scale,
     Shape,
     Std,
+    TextColumn,
     archs_of,
+    data_of,
     keys_of,
     load_models,
+    model_files,
     named_files,
-    samples_of,
     try_models,
 )
 from clafusion.cli.options import configured
+from clafusion.profiling.batches import first_batch
 from clafusion.reports import explain
 
 __all__ = ["STAGES", "explain_command"]
@@ -35,14 +39,16 @@ _ROWS = 8
 
 def explain_command(
     weights: NamedFiles,
-    arch: Archs,
     data: DataFile,
+    arch: Archs = None,
     checkpoint_key: CheckpointKeys = None,
     data_key: DataKey = None,
     shape: Shape = None,
     scale: Scale = None,
     mean: Mean = None,
     std: Std = None,
+    text_column: TextColumn = None,
+    max_length: MaxLength = None,
     *,
     options: Mapping[str, str | bool],
 ) -> None:
@@ -50,7 +56,9 @@ def explain_command(
     files = named_files(weights)
     settings = configured(options)
     names = list(files)
-    models = load_models(files, archs_of(arch, names), keys_of(checkpoint_key, names))
-    samples = samples_of(data, _ROWS, DataOptions(data_key, shape, scale, mean, std))
+    known = model_files(files, archs_of(arch, files), keys_of(checkpoint_key, names))
+    models = load_models(known)
+    reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
+    samples = data_of(data, _ROWS, reading, files)
     try_models(models, samples)
-    print(explain(models, samples, verify=settings.verify))
+    print(explain(models, first_batch(samples), verify=settings.verify))

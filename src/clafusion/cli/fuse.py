@@ -24,32 +24,37 @@ from clafusion.cli.inputs import (
     DataOptions,
     Device,
     Limit,
+    MaxLength,
     Mean,
     NamedFiles,
     Plot,
     Scale,
     Shape,
     Std,
+    TextColumn,
     archs_of,
     check_plot,
+    data_of,
     keys_of,
     load_models,
+    model_files,
     named_files,
-    samples_of,
     try_models,
 )
 from clafusion.cli.options import configured, messages_by_flags
 from clafusion.cli.parsing import merge_weights_of
 from clafusion.cli.settings import read_config
-from clafusion.cli.show import print_json, print_line, progress
+from clafusion.cli.show import print_json, print_line, progress, typed_command
 from clafusion.config import FusionConfig, Iterative, Like
 from clafusion.errors import InputError, StructureError
 from clafusion.estimates import estimate
 from clafusion.execution.call import usable_device
 from clafusion.execution.lazy import LazyState
 from clafusion.fusion import align, fuse, fuse_aligned
+from clafusion.interop.huggingface import ModelDirectory
+from clafusion.interop.saving import check_directory
 from clafusion.memory import bytes_of, check_limit
-from clafusion.profiling.batches import Progress
+from clafusion.profiling.batches import Data, Progress, num_rows
 from clafusion.reports import plot as draw
 from clafusion.reports import summary
 from clafusion.results import FusionResult
@@ -58,6 +63,7 @@ from clafusion.tracing.copies import copied
 from clafusion.weights.factories import ModelFile, build_model, model_without_weights
 from clafusion.weights.round_trip import check_round_trip
 from clafusion.weights.state_files import (
+    WRITABLE,
     check_weights_output,
     in_type,
     save_model,
@@ -71,15 +77,15 @@ _TEMPLATE = "the template"  # what messages call one that a file of settings nam
 
 def fuse_command(
     weights: NamedFiles,
-    arch: Archs,
     data: DataFile,
     out: Annotated[
         Path,
         typer.Option(
             help="Where to write the fused weights (.safetensors, .pt, .pth; in several files: "
-            ".safetensors.index.json)."
+            ".safetensors.index.json); of Hugging Face directories a new directory."
         ),
     ],
+    arch: Archs = None,
     merge_weights: Annotated[
         str | None,
         typer.Option(
@@ -96,6 +102,16 @@ def fuse_command(
     scale: Scale = None,
     mean: Mean = None,
     std: Std = None,
+    text_column: TextColumn = None,
+    max_length: MaxLength = None,
+    processor_of: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose tokenizer, processor and generation config a written directory gets: the "
+            "model's name; default that which gives the structure.",
+            metavar="NAME",
+        ),
+    ] = None,
     device: Device = "cpu",
     memory_limit: Annotated[
         str | None,
@@ -124,48 +140,50 @@ def fuse_command(
     *,
     options: Mapping[str, str | bool],
 ) -> None:
-    """Fuse two or more models; write the fused weights.
+    """Fuse two or more models; write the fused weights, or a Hugging Face directory.
 
-    They load into the architecture of the deepest model; with --target shallower into that of the
-    shallowest, with --target like into that of --target-template.
+    Weights load into the architecture of the deepest model; with --target shallower into that of
+    the shallowest, with --target like into that of --target-template.
     """
     files = named_files(weights)
-    archs = archs_of(arch, list(files))
+    archs = archs_of(arch, files)
     keys = keys_of(checkpoint_key, list(files))
     given = merge_weights_of("--weights", merge_weights, list(files))
     base = None if config is None else read_config(config, "--config")
     settings = configured(options, base)
     usable_device(device, "--device")
-    check_weights_output(out, "--out", tuple(files.values()), (data,))
+    folder = _folder(out, files, processor_of)
+    if not folder:
+        weight_files = tuple(one for one in files.values() if not one.is_dir())
+        check_weights_output(out, "--out", weight_files, (data,))
     check_plot(plot)
     written_type = None if out_dtype is None else weight_type(out_dtype, "--out-dtype")
     at_most = None if memory_limit is None else bytes_of(memory_limit, "--memory-limit")
     if at_most is not None and device != "cpu":
         raise InputError(f"--memory-limit is for the CPU; --device is {device}: leave one out")
-    samples = samples_of(data, limit, DataOptions(data_key, shape, scale, mean, std))
-    if dry_run or at_most is not None:
-        mapped = {name: ModelFile(archs[name], file, keys[name]) for name, file in files.items()}
+    known = model_files(files, archs, keys)
+    reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
+    samples = data_of(data, limit, reading, files)
     if dry_run:
         with messages_by_flags():
-            found = estimate(mapped, samples, settings)
+            found = estimate(known, samples, settings)
         if at_most is not None:
             check_limit(at_most, found.memory)
         print_json(asdict(found)) if as_json else print(found)
         return
-    expected = expected_inputs(len(samples), settings)
-    if at_most is not None:
-        with progress(len(samples), expected) as report, messages_by_flags():
-            result = _fused_within(at_most, mapped, samples, given, settings, report)
-    else:
-        models = load_models(files, archs, keys)
-        try_models(models, samples)
-        with progress(len(samples), expected) as report, messages_by_flags():
+    count = num_rows(samples)
+    with progress(count, expected_inputs(count, settings)) as report, messages_by_flags():
+        if at_most is not None:
+            result = _fused_within(at_most, known, samples, given, settings, report)
+        else:
+            models = load_models(known)
+            try_models(models, samples)
             result = _fused(models, samples, given, settings, device, report)
-    built_by = _architecture(result, archs, options)
-    if written_type is not None:
-        result = _rounded(result, written_type)
-    check = _round_trip(result, built_by, archs, at_most is not None)
-    save_model(result.model, out, check, dtype=written_type)
+    built_by = type(result.model).__name__ if folder else _architecture(result, archs, options)
+    if folder:
+        result.save(out, processor_of=processor_of, dtype=written_type, command=typed_command())
+    else:
+        _write_weights(result, out, built_by, archs, written_type, at_most is not None)
     if plot is not None:
         draw(result, plot)
     if as_json:
@@ -173,13 +191,43 @@ def fuse_command(
         print_json({**shown, **fusion_facts(result)})
         return
     print(summary(result))
-    print_line("written", f"{out}, weights of {built_by}")
+    print_line("written", out if folder else f"{out}, weights of {built_by}")
     print_line("picture", plot)
+
+
+def _folder(out: Path, files: Mapping[str, Path], processor_of: str | None) -> bool:
+    """Say whether the result becomes a Hugging Face directory; refuse one that cannot be made."""
+    is_folder = all(one.is_dir() for one in files.values()) and not out.name.lower().endswith(
+        WRITABLE
+    )
+    if is_folder:
+        check_directory(out, "--out")
+    if processor_of is None:
+        return is_folder
+    if not is_folder:
+        raise InputError(f"--processor-of is for a directory as --out; {str(out)!r} is a file")
+    if processor_of not in files:
+        raise InputError(f"--processor-of {processor_of} is none of the models, {', '.join(files)}")
+    return True
+
+
+def _write_weights(
+    result: FusionResult,
+    out: Path,
+    built_by: str,
+    archs: Mapping[str, str],
+    dtype: torch.dtype | None,
+    in_files: bool,
+) -> None:
+    """Write a file of weights that loads and computes what the result computes."""
+    if dtype is not None:
+        result = _rounded(result, dtype)
+    save_model(result.model, out, _round_trip(result, built_by, archs, in_files), dtype=dtype)
 
 
 def _fused(
     models: Mapping[str, nn.Module],
-    samples: Tensor,
+    samples: Data,
     weights: list[float] | None,
     config: FusionConfig,
     device: str,
@@ -203,7 +251,7 @@ def _fused(
 def _fused_within(
     limit: int,
     models: Mapping[str, ModelFile],
-    samples: Tensor,
+    samples: Data,
     weights: list[float] | None,
     config: FusionConfig,
     report: Progress | None,
@@ -261,9 +309,12 @@ def _round_trip(
     """
     target = result.config.target
     build: Callable[[], nn.Module]
+    folders = {one for one in archs.values() if Path(one).is_dir()}
     if isinstance(target, Like) and built_by == _TEMPLATE:
         assert isinstance(target.template, nn.Module), "else nothing would have been fused"
         build = partial(copied, target.template)
+    elif built_by in folders:
+        build, in_files = ModelDirectory(built_by, built_by).build, False
     elif isinstance(target, Like) or built_by in archs.values():
         build = partial(model_without_weights if in_files else build_model, built_by)
     else:

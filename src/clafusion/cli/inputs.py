@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor, nn
 
+from clafusion.alignment.models import label
 from clafusion.cli.parsing import numbers_of
 from clafusion.errors import InputError
-from clafusion.profiling.samples import load_samples
+from clafusion.interop.huggingface import ModelDirectory, input_names, stored_config
+from clafusion.interop.resolver import factory_of
+from clafusion.interop.tokenizers import check_same_labels, check_same_vocabulary, tokenised
+from clafusion.profiling.batches import Data, first_batch
+from clafusion.profiling.samples import load_named_samples, load_samples
+from clafusion.profiling.texts import TEXT_ENDINGS, read_texts
 from clafusion.weights.atomic import check_output
-from clafusion.weights.factories import load_model
+from clafusion.weights.factories import ModelFile
 from clafusion.weights.messages import one_line
 
 __all__ = [
@@ -31,21 +37,27 @@ __all__ = [
     "DataOptions",
     "Device",
     "Limit",
+    "MaxLength",
     "Mean",
     "NamedFiles",
     "Plot",
     "Scale",
     "Shape",
     "Std",
+    "TextColumn",
     "archs_of",
+    "check_alike",
     "check_plot",
+    "data_of",
     "keys_of",
     "load_models",
+    "model_files",
     "named_files",
-    "samples_of",
+    "read_data",
     "try_models",
 ]
 
+_BATCH_SIZE = 64  # samples of several inputs
 _FACTORY = (
     "MODULE:FACTORY, for example 'package.module:Net', 'file.py:make' or 'file.py:make(depth=20)'"
 )
@@ -53,20 +65,26 @@ _FACTORY = (
 NamedFiles = Annotated[
     list[str],
     typer.Argument(
-        help="Weights of two or more models (.safetensors, .pt, .pth, .th, .bin, .ckpt, or the "
-        ".index.json of several files). They are called first, second, third and so on, or as "
-        "NAME=FILE says.",
+        help="Two or more models: Hugging Face directories, or weights (.safetensors, .pt, .pth, "
+        ".th, .bin, .ckpt, or the .index.json of several files). They are called first, second, "
+        "third and so on, or as NAME=FILE says.",
         metavar="WEIGHTS",
     ),
 ]
 Arch = Annotated[
-    str, typer.Option(help=f"What makes the model: {_FACTORY}.", metavar="MODULE:FACTORY")
+    str | None,
+    typer.Option(
+        help=f"What makes the model: {_FACTORY}, timm:NAME or torchvision:NAME. A Hugging Face "
+        "directory needs none.",
+        metavar="MODULE:FACTORY",
+    ),
 ]
 Archs = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--arch",
-        help=f"What makes the models: {_FACTORY}. Once for all, or once for each, in their order.",
+        help=f"What makes the models: {_FACTORY}, timm:NAME or torchvision:NAME. Once for all, or "
+        "once for each, in their order. Hugging Face directories need none.",
         metavar="MODULE:FACTORY",
     ),
 ]
@@ -85,7 +103,24 @@ CheckpointKeys = Annotated[
 ]
 DataFile = Annotated[
     Path,
-    typer.Option("--data", help="Unlabelled inputs (.npy, .npz, .pt, .pth, .safetensors)."),
+    typer.Option(
+        "--data",
+        help="Unlabelled inputs (.npy, .npz, .pt, .pth, .safetensors), or texts for Hugging Face "
+        "directories with a tokenizer (.txt, .jsonl, .csv, .parquet).",
+    ),
+]
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Which entry of a row is the text; default text, sentence or content.", metavar="NAME"
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        help="How many tokens of a text count; default what the tokenizer says, at most 512.",
+        metavar="N",
+    ),
 ]
 DataKey = Annotated[
     str | None,
@@ -162,21 +197,33 @@ def named_files(texts: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def archs_of(given: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """Return each model's factory by the model's name.
+def archs_of(given: Sequence[str] | None, files: Mapping[str, Path]) -> dict[str, str]:
+    """Return each model's factory by the model's name; a directory stands for itself.
 
     Raises
     ------
     InputError
-        There are neither one nor as many as models.
+        There are neither one nor as many as models, or a file of weights has none.
     """
-    if len(given) not in (1, len(names)):
+    of_files = [name for name, file in files.items() if not file.is_dir()]
+    if not given and of_files:
         raise InputError(
-            f"give --arch once, or once for each of the {len(names)} models "
-            f"({', '.join(names)}); got {len(given)}"
+            f"{str(files[of_files[0]])!r} is no directory: give what makes that model, "
+            "--arch MODULE:FACTORY"
         )
-    every = given if len(given) > 1 else [given[0]] * len(names)
-    return dict(zip(names, every, strict=True))
+    if given and not of_files:
+        raise InputError(f"Hugging Face directories say what they are: leave --arch {given[0]} out")
+    given = given or []
+    if of_files and len(given) not in (1, len(files)):
+        raise InputError(
+            f"give --arch once, or once for each of the {len(files)} models "
+            f"({', '.join(files)}); got {len(given)}"
+        )
+    every = given if len(given) == len(files) else [*given[:1]] * len(files)
+    factories = dict(zip(files, map(factory_of, every), strict=False))
+    return {
+        name: factories[name] if name in of_files else str(file) for name, file in files.items()
+    }
 
 
 def keys_of(given: Sequence[str] | None, names: Sequence[str]) -> dict[str, str | None]:
@@ -198,14 +245,41 @@ def keys_of(given: Sequence[str] | None, names: Sequence[str]) -> dict[str, str 
     return {name: key or None for name, key in zip(names, every, strict=True)}
 
 
-def load_models(
+def model_files(
     files: Mapping[str, Path], archs: Mapping[str, str], keys: Mapping[str, str | None]
-) -> dict[str, nn.Module]:
-    """Return the models with their weights; errors are those of ``load_model``."""
-    return {name: load_model(archs[name], file, keys[name]) for name, file in files.items()}
+) -> dict[str, ModelFile]:
+    """Return the models by name; each is read when it is needed.
+
+    Directories must have the same tokens and the same labels.
+    """
+    folders = {name: file for name, file in files.items() if file.is_dir()}
+    for name, folder in folders.items():
+        try:
+            ModelDirectory(str(folder), folder).check()
+        except InputError as error:
+            raise InputError(f"{label(name)}: {error}") from error
+    check_alike(folders)
+    return {
+        name: ModelDirectory(str(file), file)
+        if name in folders
+        else ModelFile(archs[name], file, keys[name])
+        for name, file in files.items()
+    }
 
 
-def try_models(models: Mapping[str, nn.Module], samples: Tensor) -> None:
+def check_alike(folders: Mapping[str, Path]) -> None:
+    """Refuse Hugging Face directories whose tokens or labels mean other things."""
+    check_same_labels({name: stored_config(one) for name, one in folders.items()})
+    if folders:
+        check_same_vocabulary(folders)
+
+
+def load_models(models: Mapping[str, ModelFile]) -> dict[str, nn.Module]:
+    """Return the models with their weights; errors are those of ``ModelFile.load``."""
+    return {name: one.load() for name, one in models.items()}
+
+
+def try_models(models: Mapping[str, nn.Module], samples: Data) -> None:
     """Run each model once, so that unfitting data shows before anything takes long.
 
     Raises
@@ -213,15 +287,25 @@ def try_models(models: Mapping[str, nn.Module], samples: Tensor) -> None:
     InputError
         A model does not run on the data.
     """
+    inputs = first_batch(samples)
     for name, model in models.items():
         try:
             with torch.no_grad():
-                model(samples[:2])
+                if isinstance(inputs, Mapping):
+                    model(**{name: one[:2] for name, one in inputs.items()})
+                else:
+                    model(inputs[:2])
         except Exception as error:
             called = f"model {name!r}" if name else "the model"
+            shown = (
+                ", ".join(f"{name} {tuple(one.shape[1:])}" for name, one in inputs.items())
+                if isinstance(inputs, Mapping)
+                else f"{tuple(samples.shape[1:])}, {samples.dtype}"
+                if isinstance(samples, Tensor)
+                else "unknown"
+            )
             raise InputError(
-                f"{called} does not run on the data (a sample has shape "
-                f"{tuple(samples.shape[1:])}, {samples.dtype}): {one_line(error)}"
+                f"{called} does not run on the data (a sample has shape {shown}): {one_line(error)}"
             ) from error
 
 
@@ -237,19 +321,93 @@ class DataOptions:
     scale: float | None
     mean: str | None
     std: str | None
+    text_column: str | None = None
+    max_length: int | None = None
 
 
-def samples_of(data: Path, limit: int, options: DataOptions) -> Tensor:
-    """Return the samples in a data file; errors are those of ``load_samples``."""
-    return load_samples(
+def data_of(
+    data: Path, limit: int, options: DataOptions, files: Mapping[str, Path]
+) -> Tensor | list[dict[str, Tensor]]:
+    """Return what is in a data file, for models in ``files``, as the flags say.
+
+    Raises
+    ------
+    InputError
+        As :func:`read_data`; or a number is not what its flag takes.
+    """
+    numbers = {
+        "key": options.key,
+        "shape": numbers_of("--shape", options.shape, int),
+        "scale": options.scale,
+        "mean": numbers_of("--mean", options.mean, float),
+        "std": numbers_of("--std", options.std, float),
+    }
+    return read_data(
         data,
-        key=options.key,
+        next((file for file in files.values() if file.is_dir()), None),
+        numbers,
         limit=limit,
-        shape=numbers_of("--shape", options.shape, int),
-        scale=options.scale,
-        mean=numbers_of("--mean", options.mean, float),
-        std=numbers_of("--std", options.std, float),
+        text_column=options.text_column,
+        max_length=options.max_length,
+        called=lambda name: {"key": "--data-key"}.get(name, f"--{name.replace('_', '-')}"),
     )
+
+
+def read_data(
+    data: Path,
+    folder: Path | None,
+    numbers: Mapping[str, Any],
+    *,
+    limit: int | None = None,
+    text_column: str | None = None,
+    max_length: int | None = None,
+    called: Callable[[str], str],
+) -> Tensor | list[dict[str, Tensor]]:
+    """Return what is in a data file: texts as tokens, several inputs by name, or one tensor.
+
+    Parameters
+    ----------
+    data
+        The file.
+    folder
+        A Hugging Face directory, if one of the models is one.
+    numbers
+        The settings of :func:`clafusion.profiling.samples.load_samples`, None where not given.
+    limit
+        Take this many samples from the beginning.
+    text_column, max_length
+        How texts are read.
+    called
+        What an error calls a setting.
+
+    Raises
+    ------
+    InputError
+        As ``load_samples`` and ``read_texts``; or there is no tokenizer, or a setting is for data
+        of another kind.
+    """
+    is_text = data.suffix.lower() in TEXT_ENDINGS
+    of_texts = {"text_column": text_column, "max_length": max_length}
+    unfitting = numbers if is_text else of_texts
+    wrong = next((name for name, value in unfitting.items() if value is not None), None)
+    if wrong is not None:
+        kind = "texts" if is_text else "no texts"
+        raise InputError(f"{called(wrong)} does not fit the data {str(data)!r}, which holds {kind}")
+    if is_text:
+        if folder is None:
+            raise InputError(
+                f"the data {str(data)!r} holds texts, and a tokenizer is known of Hugging Face "
+                "directories only: give tokens (.npy, .npz)"
+            )
+        if max_length is not None and max_length < 1:
+            raise InputError(f"{called('max_length')} must be at least 1; got {max_length}")
+        return tokenised(read_texts(data, text_column, limit), folder, max_length)
+    if folder is not None and all(one is None for one in numbers.values()):
+        named = load_named_samples(data, input_names(folder), limit)
+        if named:
+            parts = [value.split(_BATCH_SIZE) for value in named.values()]
+            return [dict(zip(named, one, strict=True)) for one in zip(*parts, strict=True)]
+    return load_samples(data, limit=limit, **numbers)
 
 
 def check_plot(plot: Path | None) -> None:

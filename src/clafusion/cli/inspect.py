@@ -8,7 +8,7 @@ from typing import Annotated
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
 from clafusion.cli.facts import model_facts
 from clafusion.cli.inputs import (
@@ -17,19 +17,24 @@ from clafusion.cli.inputs import (
     CheckpointKey,
     DataKey,
     DataOptions,
+    MaxLength,
     Mean,
     Plot,
     Scale,
     Shape,
     Std,
+    TextColumn,
     check_plot,
-    samples_of,
+    data_of,
     try_models,
 )
 from clafusion.cli.options import configured, messages_by_flags
 from clafusion.cli.parsing import numbers_of
 from clafusion.cli.show import print_json, print_line
 from clafusion.errors import InputError
+from clafusion.interop.huggingface import load_directory
+from clafusion.interop.resolver import factory_of
+from clafusion.profiling.batches import first_batch
 from clafusion.reports import plot as draw
 from clafusion.reports import summary
 from clafusion.tracing.trace import trace
@@ -45,10 +50,14 @@ _MOST = 1 << 30  # numbers in the random samples
 
 
 def inspect_command(
-    arch: Arch,
     weights: Annotated[
-        Path | None, typer.Argument(help="Weights of the model; default: as the factory sets them.")
+        Path | None,
+        typer.Argument(
+            help="Weights of the model, or its Hugging Face directory; default: as the factory "
+            "sets them."
+        ),
     ] = None,
+    arch: Arch = None,
     checkpoint_key: CheckpointKey = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Inputs of the model: a few samples are used.")
@@ -66,6 +75,8 @@ def inspect_command(
     scale: Scale = None,
     mean: Mean = None,
     std: Std = None,
+    text_column: TextColumn = None,
+    max_length: MaxLength = None,
     plot: Plot = None,
     as_json: AsJson = False,
     *,
@@ -76,14 +87,17 @@ def inspect_command(
     if (data is None) == (input_shape is None):
         raise InputError("give either --data FILE or --input-shape N,N,...: inputs to trace with")
     check_plot(plot)
-    model = build_model(arch) if weights is None else load_model(arch, weights, checkpoint_key)
+    model = _model(arch, weights, checkpoint_key)
+    samples: Tensor | list[dict[str, Tensor]]
     if data is not None:
-        samples = samples_of(data, _ROWS, DataOptions(data_key, shape, scale, mean, std))
+        reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
+        folder = {"": weights} if weights is not None and weights.is_dir() else {}
+        samples = data_of(data, _ROWS, reading, folder)
     else:
         samples = _random_samples(input_shape or "", settings.seed)
     try_models({"": model}, samples)
     with messages_by_flags():
-        traced = trace(model, samples, verify=settings.verify, seed=settings.seed)
+        traced = trace(model, first_batch(samples), verify=settings.verify, seed=settings.seed)
     if plot is not None:
         draw(traced, plot)
     if as_json:
@@ -91,6 +105,22 @@ def inspect_command(
         return
     print(summary(traced))
     print_line("picture", plot)
+
+
+def _model(arch: str | None, weights: Path | None, key: str | None) -> nn.Module:
+    if weights is not None and weights.is_dir():
+        if arch is not None or key is not None:
+            given = "--arch" if arch is not None else "--checkpoint-key"
+            raise InputError(
+                f"{str(weights)!r} is a directory, which says what it holds: leave {given} out"
+            )
+        return load_directory(weights)
+    if arch is None:
+        raise InputError(
+            "give what makes the model, --arch MODULE:FACTORY, or its Hugging Face directory"
+        )
+    factory = factory_of(arch)
+    return build_model(factory) if weights is None else load_model(factory, weights, key)
 
 
 def _random_samples(shape: str, seed: int) -> Tensor:

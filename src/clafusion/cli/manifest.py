@@ -13,13 +13,15 @@ from typing import Any
 from clafusion.cli.settings import config_of, read_mapping, rooted
 from clafusion.config import FusionConfig
 from clafusion.errors import InputError
+from clafusion.interop.huggingface import ModelDirectory
+from clafusion.interop.resolver import factory_of
 from clafusion.stages import merge_weights
 from clafusion.weights.factories import ModelFile
 
 __all__ = ["DATA_KEYS", "KEYS", "Manifest", "read_manifest"]
 
 KEYS = ("models", "factory", "pairs", "data", "weights", "settings", "out")
-DATA_KEYS = ("file", "key", "limit", "shape", "scale", "mean", "std")
+DATA_KEYS = ("file", "key", "limit", "shape", "scale", "mean", "std", "text_column", "max_length")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Manifest:
     pairs
         Pairs of names, or ``"all"``.
     data
-        Arguments of :func:`clafusion.profiling.samples.load_samples`.
+        Arguments of :func:`clafusion.profiling.samples.load_samples`, and how texts are read.
     weights
         Weights of the first and the second model of each pair, or None for equal ones.
     config
@@ -55,9 +57,10 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
     Its entries: ``models`` maps names to ``{factory: MODULE:FACTORY, weights: FILE, key: KEY}``,
     the key only for a file of several state dicts, or to ``FILE`` alone where ``factory`` gives the
-    factory of all; ``pairs`` is ``all`` (the default), a list of pairs of names, or
-    ``{base: NAME}`` for every model with that one first; ``data`` is a file or
-    ``{file: FILE, limit: N, shape: [..], scale: X, mean: [..], std: [..], key: NAME}``;
+    factory of all, or to a Hugging Face directory; ``pairs`` is ``all`` (the default), a list of
+    pairs of names, or ``{base: NAME}`` for every model with that one first; ``data`` is a file or
+    ``{file: FILE, limit: N, shape: [..], scale: X, mean: [..], std: [..], key: NAME}``,
+    of texts with ``text_column: NAME, max_length: N``;
     ``weights`` are two numbers, of the first and the second model; ``settings`` is the nested
     mapping of :class:`clafusion.FusionConfig`; ``out`` is the directory for the results.
 
@@ -111,7 +114,13 @@ def _data(found: Any, root: Path) -> dict[str, Any]:
         if not (isinstance(values, list) and values and all(map(is_right, values))):
             raise InputError(f"data, {key} must be a list of finite numbers; got {value!r}")
         data[key] = values
-    for key, is_right in (("limit", _is_whole), ("scale", _is_number), ("key", _is_text)):
+    for key, is_right in (
+        ("limit", _is_whole),
+        ("scale", _is_number),
+        ("key", _is_text),
+        ("text_column", _is_text),
+        ("max_length", _is_whole),
+    ):
         if data.get(key) is not None and not is_right(data[key]):
             raise InputError(f"data, {key} is not possible as {data[key]!r}")
     return {**data, "file": root / data["file"]}
@@ -139,6 +148,8 @@ def _entries(found: Any, where: str, known: Sequence[str]) -> dict[str, Any]:
 
 
 def _model(where: str, found: Any, common: Any, root: Path) -> ModelFile:
+    if isinstance(found, str) and (root / found).is_dir():
+        return _checked(where, ModelDirectory(str(root / found), root / found))
     one = {"weights": found} if isinstance(found, str) else found
     one = _entries(one, where, ("factory", "weights", "key"))
     factory = one.get("factory", common)
@@ -151,7 +162,10 @@ def _model(where: str, found: Any, common: Any, root: Path) -> ModelFile:
     key = one.get("key")
     if key is not None and not isinstance(key, str):
         raise InputError(f"{where}: key must be a text; got {key!r}")
-    file = ModelFile(rooted(factory, root), root / one["weights"], key)
+    return _checked(where, ModelFile(rooted(factory_of(factory), root), root / one["weights"], key))
+
+
+def _checked(where: str, file: ModelFile) -> ModelFile:
     try:
         file.check()
     except InputError as error:

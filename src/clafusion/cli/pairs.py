@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from torch import Tensor
 
-from clafusion.cli.inputs import AsJson, Device
+from clafusion.cli.inputs import AsJson, Device, check_alike, read_data
 from clafusion.cli.manifest import Manifest, read_manifest
 from clafusion.cli.options import warnings_by_entries
 from clafusion.cli.parsing import bytes_of
 from clafusion.cli.show import pair_progress, print_json, print_line
 from clafusion.errors import InputError
 from clafusion.execution.call import usable_device
-from clafusion.profiling.samples import load_samples
+from clafusion.interop.huggingface import ModelDirectory
 from clafusion.reports.tables import pairs_summary, total_seconds
 from clafusion.weights.atomic import check_output
 
@@ -115,8 +116,7 @@ def _fused(
 ) -> list[PairResult]:
     from clafusion.batch.run import fuse_pairs
 
-    settings = {**given.data}
-    samples = load_samples(settings.pop("file"), **settings)
+    samples = _data(given)
     with pair_progress() as report, warnings_by_entries():
         run = fuse_pairs(
             given.models,
@@ -133,6 +133,24 @@ def _fused(
         )
         check_output(page, (".html",), "--report")  # now that the folder is there
         return list(run)
+
+
+def _data(given: Manifest) -> Tensor | list[dict[str, Tensor]]:
+    """Read the data; refuse Hugging Face directories of other tokens or labels."""
+    folders = {
+        name: Path(one.path)
+        for name, one in given.models.items()
+        if isinstance(one, ModelDirectory)
+    }
+    check_alike(folders)
+    known = ("limit", "text_column", "max_length")
+    return read_data(
+        given.data["file"],
+        next(iter(folders.values()), None),
+        {name: given.data.get(name) for name in ("key", "shape", "scale", "mean", "std")},
+        **{name: given.data[name] for name in known if name in given.data},
+        called=lambda name: f"data, {name}",
+    )
 
 
 def _write_report(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,24 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-__all__ = ["pair_progress", "print_json", "print_line", "progress", "say"]
+__all__ = [
+    "TYPED",
+    "pair_progress",
+    "print_json",
+    "print_line",
+    "progress",
+    "say",
+    "typed_command",
+]
+
+TYPED: ContextVar[tuple[str, ...]] = ContextVar("TYPED", default=())
+"""What was typed after the program's name."""
+
+
+def typed_command() -> str | None:
+    """Return the command that runs, as for a shell; None outside of the command line."""
+    typed = TYPED.get()
+    return shlex.join(("clafusion", *typed)) if typed else None
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ __all__ = [
     "flatten_tensors",
     "rounding_of",
     "usable_device",
+    "without_caches",
 ]
 
 State: TypeAlias = Mapping[str, Tensor]
@@ -47,12 +49,34 @@ def call_model(
     """
     arguments = () if keywords else inputs
     named = nested(keywords, inputs) if keywords else {}
-    if state is None:
-        return list(flatten_tensors(model(*arguments, **named)))
-    outputs = torch.func.functional_call(
-        model, dict(state), arguments, named, strict=False, tie_weights=True
-    )
+    with without_caches(model):
+        if state is None:
+            return list(flatten_tensors(model(*arguments, **named)))
+        outputs = torch.func.functional_call(
+            model, dict(state), arguments, named, strict=False, tie_weights=True
+        )
     return list(flatten_tensors(outputs))
+
+
+@contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Let a language model return no cache of keys and values; restore its setting afterwards.
+
+    Networks of transformers return one beside their outputs where ``config.use_cache`` is set.
+    """
+    found: list[Any] = [getattr(one, "config", None) for one in model.modules()]
+    configs = {id(one): one for one in found}
+    changed: list[Any] = []
+    for config in configs.values():
+        if getattr(config, "use_cache", None) is True:
+            with suppress(AttributeError):  # somebody's own, which is frozen
+                config.use_cache = False
+                changed.append(config)
+    try:
+        yield
+    finally:
+        for config in changed:
+            config.use_cache = True
 
 
 def flatten_tensors(value: Any) -> Iterator[Tensor]:

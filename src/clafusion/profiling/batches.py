@@ -18,6 +18,7 @@ from clafusion.tracing.model import TracedModel
 from clafusion.weights.digests import add_tensor
 
 __all__ = [
+    "LABELS",
     "Data",
     "Part",
     "Progress",
@@ -35,11 +36,23 @@ Data: TypeAlias = "Tensor | Iterable[Any]"
 """A tensor of samples, or an iterable of batches (a list, a DataLoader).
 
 A batch is a tensor, a tuple ``(input, ..., label)`` of which the model's inputs are the first
-entries, or a mapping of input names to tensors. The iterable is read more than once.
+entries, or a mapping of input names to tensors, of which labels are left out by their names. The
+iterable is read more than once.
 """
 
 Progress: TypeAlias = Callable[[str, int], None]
 """Called with the stage's name and how many of its inputs are done."""
+
+LABELS = (
+    "label",
+    "labels",
+    "label_ids",
+    "mc_labels",
+    "next_sentence_label",
+    "start_positions",
+    "end_positions",
+)
+"""What labels are called in batches that are mappings, by users of transformers."""
 
 _BATCH_SIZE = 256  # rows taken at a time from a tensor
 
@@ -158,7 +171,8 @@ def first_batch(data: Data) -> Tensor | tuple[Tensor, ...] | Mapping[str, Tensor
     """Return the model inputs in the first batch of ``data``, to trace a model with.
 
     If the batch is a tuple, only its first entry counts, for the rest may be labels. A model with
-    several inputs needs example inputs of its own to be traced.
+    several inputs needs example inputs of its own to be traced. Of a mapping all entries count but
+    those that are called as labels are (``LABELS``).
 
     Raises
     ------
@@ -172,7 +186,9 @@ def first_batch(data: Data) -> Tensor | tuple[Tensor, ...] | Mapping[str, Tensor
     for batch in data:
         if isinstance(batch, (tuple, list)) and batch:
             batch = batch[0]
-        if isinstance(batch, (Tensor, Mapping)):
+        if isinstance(batch, Mapping):
+            return {name: value for name, value in batch.items() if name not in LABELS}
+        if isinstance(batch, Tensor):
             return batch
         raise InputError(
             "a batch of data must be a tensor, a tuple that begins with tensors or a mapping of "

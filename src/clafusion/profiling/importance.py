@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from clafusion.config import IMPORTANCES
 from clafusion.errors import InputError
 from clafusion.profiling.batches import Data, in_chunks
+from clafusion.profiling.masks import kept_positions, without_masked, zeroed
 from clafusion.threads import one_thread
 from clafusion.tracing.model import TracedModel
 
@@ -121,8 +122,9 @@ def sensitivities(
     leaves = {name: one.clone().requires_grad_() for name, one in _parameters(model).items()}
     with one_thread(), torch.enable_grad():
         for some in _limited(model, data, max_inputs, progress):
+            mask = kept_positions(model, some)
             outputs = [
-                one
+                zeroed(one, mask)
                 for one in model.run(some, state={**state, **leaves})
                 if isinstance(one, Tensor) and one.requires_grad
             ]
@@ -228,11 +230,13 @@ def _activations(model: TracedModel, inputs: Iterator[tuple[Tensor, ...]]) -> li
         name: torch.zeros(len(one.groups), dtype=torch.float64) for name, one in points.items()
     }
     count = 0
+    mask: Tensor | None = None
 
     def observe(node: fx.Node, value: Any) -> Any:
         if node.name in points:
-            flat = value.movedim(points[node.name].axis, -1).flatten(0, -2)
-            per_input = len(flat) // size
+            kept, axis = without_masked(value, points[node.name].axis, mask)
+            flat = kept.movedim(axis, -1).flatten(0, -2)
+            per_input = len(flat) / size
             totals[node.name] += flat.abs().double().sum(0).cpu() / per_input
         return value
 
@@ -240,6 +244,7 @@ def _activations(model: TracedModel, inputs: Iterator[tuple[Tensor, ...]]) -> li
     with torch.no_grad():
         for some in inputs:
             size = some[0].size(0)
+            mask = kept_positions(model, some)
             count += size
             model.run(some, state=state, replace=observe)
     scores = []

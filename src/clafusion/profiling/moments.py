@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from clafusion import _native
 from clafusion.profiling.batches import Data, batches
+from clafusion.profiling.masks import kept_positions, without_masked
 from clafusion.tracing.model import TracedModel
 
 __all__ = [
@@ -74,11 +75,17 @@ def is_plain(value: Tensor) -> bool:
     )
 
 
-def joint_moments(values: Iterable[Tensor], axis: int) -> tuple[Tensor, Tensor]:
-    """Return each channel's mean and standard deviation over all of several values."""
+def joint_moments(
+    values: Iterable[Tensor], axis: int, masks: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """Return each channel's mean and standard deviation over all of several values.
+
+    ``masks`` say which positions of each count: see :func:`clafusion.profiling.masks`.
+    """
     moments = Moments()
-    for value in values:
-        moments.add(value.numel(), *channel_moments(value, axis))
+    for value, mask in zip(values, masks, strict=True):
+        kept, at = without_masked(value, axis, mask)
+        moments.add(kept.numel(), *channel_moments(kept, at))
     return moments.result()
 
 
@@ -114,14 +121,17 @@ def batch_moments(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Run a network and return the nodes' means and deviations on this batch."""
     found = {node: Moments() for node in axes}
+    mask: Tensor | None = None
 
     def observe(node: fx.Node, value: Any) -> Any:
         if node.name in axes:
-            found[node.name].add(value.numel(), *channel_moments(value, axes[node.name]))
+            kept, axis = without_masked(value, axes[node.name], mask)
+            found[node.name].add(kept.numel(), *channel_moments(kept, axis))
         return value
 
     state = model.state()
     for part in parts(model, inputs):
+        mask = kept_positions(model, part)
         model.run(part, state=state, replace=observe)
     return {node: moments.result() for node, moments in found.items()}
 

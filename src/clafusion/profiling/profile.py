@@ -26,6 +26,7 @@ from clafusion.errors import InputError, StructureError
 from clafusion.execution.walk import Walk
 from clafusion.profiling.batches import Data, batches, has_rows, keeps_order
 from clafusion.profiling.gram import gram_of_parts
+from clafusion.profiling.masks import joined_masks, kept_positions, zeroed
 from clafusion.profiling.moments import (
     BatchMoments,
     joint_moments,
@@ -275,6 +276,7 @@ class _Recorder:
         self.grams: dict[int, Tensor] = {}
         self.features: dict[int, int] = {}
         self.samplers: dict[int, _Sampler] = {}
+        self.mask: Tensor | None = None  # of the inputs that are recorded now
         self.rows: dict[str, Tensor] = {}
         self.axes = moment_axes(model) if moments else {}
         self.moments: list[BatchMoments] | None = [] if moments else None
@@ -293,8 +295,12 @@ class _Recorder:
     def record(self, waiting: Sequence[tuple[Tensor, ...]], start: int) -> None:
         """Run some batches side by side."""
         size = sum(inputs[0].size(0) for inputs in waiting)
+        in_parts = [parts(self.model, one) for one in waiting]
+        counts = [part[0].size(0) for of_batch in in_parts for part in of_batch]
+        masks = [kept_positions(self.model, part) for of_batch in in_parts for part in of_batch]
+        self.mask = joined_masks(masks, counts)
         for sampler in self.samplers.values():
-            sampler.advance(start, size)
+            sampler.advance(start, size, self._counting(sampler.positions))
         static = self.model.static_batch
         for inputs in waiting:
             if static is not None and inputs[0].size(0) != static:
@@ -302,24 +308,23 @@ class _Recorder:
                     f"{self.called} admits only batches of {static}, but one of "
                     f"{inputs[0].size(0)} is given; it fixes the batch size in its code"
                 )
-        in_parts = [parts(self.model, one) for one in waiting]
         if self.on_demand:
             self.seen = [part for of_batch in in_parts for part in of_batch]
         walks = [
             [Walk(self.model, part, self.state, set(self.watched)) for part in of_batch]
             for of_batch in in_parts
         ]
-        counts = [part[0].size(0) for of_batch in in_parts for part in of_batch]
+        of_batches = np.split(np.arange(len(masks)), np.cumsum([len(one) for one in in_parts])[:-1])
         found: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in waiting]
         for node in self.watched:
             values = [[walk.reach(node) for walk in of_batch] for of_batch in walks]
             if node in self.axes:
-                for moments, of_batch in zip(found, values, strict=True):
-                    moments[node] = joint_moments(of_batch, self.axes[node])
+                for moments, of_batch, at in zip(found, values, of_batches, strict=True):
+                    moments[node] = joint_moments(of_batch, self.axes[node], [masks[i] for i in at])
             every = list(chain.from_iterable(values))
             if start == 0 and node in self.layers:
                 layer = self.layers[node]
-                flat = self._flat(node, every, counts)
+                flat = self._flat(node, every, counts, masks)
                 self.grams[layer] = self._gram(layer, flat)
                 self.features[layer] = flat[0].size(1)
             if node in self.points and not self.on_demand:
@@ -339,20 +344,32 @@ class _Recorder:
                 "or numbers too large for their squares: check the model, and the scale of the data"
             ) from error
 
-    def _flat(self, node: str, values: Sequence[Any], counts: Sequence[int]) -> list[Tensor]:
+    def _counting(self, positions: int) -> NDArray[np.bool_] | None:
+        """Return which pairs of input and position count in this record; None for all."""
+        if self.mask is None or self.mask.size(1) != positions:
+            return None
+        return np.asarray(self.mask.flatten().cpu())
+
+    def _flat(
+        self,
+        node: str,
+        values: Sequence[Any],
+        counts: Sequence[int],
+        masks: Sequence[Tensor | None],
+    ) -> list[Tensor]:
         """Return a layer's outputs ``(num_inputs, features)``, in parts, up to the last sample.
 
-        Of several outputs (an LSTM's) the first.
+        Of several outputs (an LSTM's) the first. What stands at padding is zero.
         """
         axis = self.batch_axes[node]
         rows: list[Tensor] = []
-        for value, count in zip(values, counts, strict=True):
+        for value, count, mask in zip(values, counts, masks, strict=True):
             one = value[0] if isinstance(value, (tuple, list)) else value
             if one.dim() == 0 or one.size(axis or 0) % count:
                 name = self.model.layers[self.layers[node]].name
                 raise self._without_rows(f"layer {name!r}", one, count)
             left = self.alignment_samples - sum(len(of_part) for of_part in rows)
-            flat = one.movedim(axis or 0, 0).reshape(count, -1)[:left]
+            flat = zeroed(one.movedim(axis or 0, 0), mask).reshape(count, -1)[:left]
             rows.append(flat if flat.is_floating_point() else flat.float())
         return [flat for flat in rows if len(flat)]
 
@@ -377,7 +394,7 @@ class _Recorder:
         positions = channels_last[0][0, ..., 0].numel()
         if positions not in self.samplers:
             self.samplers[positions] = _Sampler(positions, self.matching_rows, self.seed)
-            self.samplers[positions].advance(start, sum(counts))
+            self.samplers[positions].advance(start, sum(counts), self._counting(positions))
         sampler = self.samplers[positions]
         ends = np.cumsum([len(one) * positions for one in channels_last])
         chosen = np.split(sampler.candidates, np.searchsorted(sampler.candidates, ends[:-1]))
@@ -435,14 +452,19 @@ class _Sampler:
         self.seed = seed
         self.kept = np.empty(0, dtype=np.uint64)
 
-    def advance(self, start: int, size: int) -> None:
-        """Move on to the next batch: which of its pairs to take, and which rows to keep then."""
+    def advance(self, start: int, size: int, counting: NDArray[np.bool_] | None = None) -> None:
+        """Move on to the next batch: which of its pairs to take, and which rows to keep then.
+
+        ``counting`` says which pairs may be taken; None for all.
+        """
         first = start * self.positions
         hashes = _hash(np.arange(first, first + size * self.positions, dtype=np.uint64), self.seed)
         if len(self.kept) == self.rows:
             self.candidates = np.flatnonzero(hashes < self.kept.max())
         else:
             self.candidates = np.arange(len(hashes))
+        if counting is not None:
+            self.candidates = self.candidates[counting[self.candidates]]
         hashes = hashes[self.candidates]
         if len(hashes) > self.rows:
             chosen = np.sort(np.argpartition(hashes, self.rows)[: self.rows])

@@ -7,7 +7,7 @@ import io
 import lzma
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from clafusion.errors import InputError
 from clafusion.weights.messages import one_line
 from clafusion.weights.state_files import check_input, read_safetensors, read_torch
 
-__all__ = ["ENDINGS", "load_samples"]
+__all__ = ["ENDINGS", "load_named_samples", "load_samples"]
 
 ENDINGS = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 _PACKERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
@@ -112,6 +112,56 @@ def load_samples(
     if std is not None:
         samples /= _by_channel("std", std, samples)
     return samples
+
+
+def load_named_samples(
+    path: str | os.PathLike[str], names: Collection[str], limit: int | None = None
+) -> dict[str, Tensor]:
+    """Read those arrays of a ``.npz``, ``.safetensors``, ``.pt`` or ``.pth`` file that have a name.
+
+    Parameters
+    ----------
+    path
+        The file.
+    names
+        The names of a network's inputs.
+    limit
+        Take this many samples from the beginning.
+
+    Returns
+    -------
+    dict
+        Whole numbers in int64, others in float32; empty where the file has no such name.
+
+    Raises
+    ------
+    InputError
+        The file is missing or corrupt, or its arrays have unlike numbers of samples.
+    """
+    file = check_input(path, (*ENDINGS, *_PACKERS), "data file")
+    ending = file.suffix.lower()
+    if ending == ".npz":
+        with np.load(file, allow_pickle=False) as archive:
+            known = [name for name in archive.files if name in names]
+        stored: Any = {name: _read_numpy(file, name) for name in known}
+    elif ending == ".safetensors":
+        stored = read_safetensors(file, "data file")
+    elif ending in (".pt", ".pth"):
+        stored = read_torch(file, "data file")
+    else:
+        stored = {}
+    found: dict[str, Tensor] = {}
+    for name, value in stored.items() if isinstance(stored, Mapping) else ():
+        if name in names and isinstance(value, Tensor):
+            whole = not value.is_floating_point()
+            found[str(name)] = value[:limit].long() if whole else value[:limit].float()
+    sizes = {name: len(value) if value.dim() else 0 for name, value in found.items()}
+    if len(set(sizes.values())) > 1 or 0 in sizes.values():
+        shown = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+        raise InputError(
+            f"data file {str(path)!r}: every input needs as many samples as the others; {shown}"
+        )
+    return found
 
 
 def _is_number(value: Any) -> bool:

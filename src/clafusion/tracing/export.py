@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from clafusion.errors import InputError, UnsupportedOpError
+from clafusion.execution.call import without_caches
 from clafusion.execution.nesting import nested
 from clafusion.execution.writes import written_inputs
 from clafusion.tracing.copies import parameters_protected
@@ -46,7 +47,7 @@ def export_model(
         ``torch.export`` cannot export the model, the graph holds control flow, or forward changes a
         parameter.
     """
-    with _EXPORTING, _quiet_export():
+    with _EXPORTING, _quiet_export(), without_caches(model):
         program = _export(
             model,
             tuple(value.clone() for value in arguments),
@@ -138,7 +139,7 @@ def _export(
             f"the model does not run on the example inputs {shown}, with parameters of "
             f"{types or 'no type'}: {cause}{_advice(model, inputs)}"
         ) from cause
-    _refuse_strange_outputs(model, outputs)
+    _refuse_strange_outputs(outputs)
     try:
         return torch.export.export(model, arguments, named, dynamic_shapes=shapes, strict=False)
     except Exception as failure:
@@ -157,22 +158,16 @@ def _advice(model: nn.Module, inputs: Sequence[Tensor]) -> str:
     return f". Convert the inputs to the weights' type: inputs.to({types.pop()})"
 
 
-def _refuse_strange_outputs(model: nn.Module, outputs: Any) -> None:
+def _refuse_strange_outputs(outputs: Any) -> None:
     """Refuse outputs that are more than tensors, numbers and texts; say how to leave them out."""
     leaves, _ = torch.utils._pytree.tree_flatten(outputs)
     known = (Tensor, int, float, bool, str, type(None))
     strange = next((one for one in leaves if not isinstance(one, known)), None)
     if strange is None:
         return
-    kind = type(strange).__name__
-    if kind.endswith("Cache") and getattr(getattr(model, "config", None), "use_cache", False):
-        raise UnsupportedOpError(
-            f"the model returns a {kind}, in which it keeps keys and values of its attention, "
-            "beside its outputs: switch that off (model.config.use_cache = False)"
-        )
     raise UnsupportedOpError(
-        f"the model returns a {kind}, which is neither a tensor nor a tuple, list or dictionary of "
-        "tensors: wrap it in a module that returns its outputs alone"
+        f"the model returns a {type(strange).__name__}, which is neither a tensor nor a tuple, "
+        "list or dictionary of tensors: wrap it in a module that returns its outputs alone"
     )
 
 

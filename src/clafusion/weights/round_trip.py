@@ -16,7 +16,7 @@ from clafusion.weights.checkpoints import StoredState
 from clafusion.weights.fitting import put_state
 from clafusion.weights.messages import listed, one_line
 
-__all__ = ["check_round_trip"]
+__all__ = ["check_round_trip", "compare_models"]
 
 _ROUNDING = 1000  # units in the last place, of the largest output
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size)
@@ -69,6 +69,37 @@ def check_round_trip(
     problems = put_state(fresh, StoredState("", state), assign=assign)
     if problems:
         raise InputError(f"the fused weights do not load into {called}: {'; '.join(problems)}")
+    compare_models(model, fresh, inputs, keywords, called=f"a new model of {called}", state=state)
+
+
+def compare_models(
+    model: nn.Module,
+    fresh: nn.Module,
+    inputs: tuple[Tensor, ...],
+    keywords: tuple[str, ...] = (),
+    *,
+    called: str,
+    state: Mapping[str, Any] | None = None,
+) -> None:
+    """Compare all outputs of what was read from a file with those of the result.
+
+    Parameters
+    ----------
+    model, inputs, keywords
+        As for :func:`check_round_trip`.
+    fresh
+        What was read.
+    called
+        What errors call it.
+    state
+        What the file holds; default the state dict of ``fresh``.
+
+    Raises
+    ------
+    InputError
+        It computes something else; the message says what differs and what to do.
+    """
+    state = fresh.state_dict() if state is None else state
     device = device_of(model)
     fresh = fresh.to(device)
     given = tuple(one.to(device) for one in inputs)
@@ -76,14 +107,14 @@ def check_round_trip(
         wanted, found = (_outputs(one, given, keywords) for one in (model, fresh))
     except Exception as error:
         raise InputError(
-            f"a new model of {called} with the fused weights does not run: {one_line(error)}"
+            f"{called} with the fused weights does not run: {one_line(error)}"
         ) from error
     gap = _gap(wanted, found)
     if gap is None:
         return
     differs = list(_differences(model, fresh, state))
     raise InputError(
-        f"the fused weights, loaded into a new model of {called}, compute something else than the "
+        f"the fused weights, loaded into {called}, compute something else than the "
         f"result ({gap}): "
         + (
             f"{listed(differs)}; make it a parameter or a persistent buffer, or let the factory "

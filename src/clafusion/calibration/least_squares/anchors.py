@@ -11,6 +11,7 @@ from torch import Tensor
 from clafusion.execution.call import State
 from clafusion.merging.mean import weighted_mean
 from clafusion.merging.problem import FusionProblem, MergeWeights
+from clafusion.profiling.masks import kept_positions, zeroed
 
 __all__ = ["ANCHORS", "Trial", "anchored_weights", "output_distance", "outputs_and_goals"]
 
@@ -89,7 +90,7 @@ def output_distance(
 ) -> float:
     """Return how far a state's outputs are from the parents' weighted mean: a sum of squares."""
     return sum(
-        float((value - goal).square().sum())
+        float(zeroed(value - goal, kept_positions(problem.target, batch)).square().sum())
         for batch in inputs
         for value, goal in outputs_and_goals(problem, state, batch)
     )

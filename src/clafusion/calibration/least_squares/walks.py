@@ -27,6 +27,7 @@ from clafusion.calibration.least_squares.rows import (
     chosen_rows,
     features,
     incoming_node,
+    num_positions,
     rows_for,
 )
 from clafusion.calibration.least_squares.storing import is_stored, stacked, store_solution
@@ -36,10 +37,17 @@ from clafusion.execution.call import State
 from clafusion.execution.walk import Walk
 from clafusion.merging.mean import weighted_mean
 from clafusion.merging.problem import FusionProblem
+from clafusion.profiling.masks import counted_inputs, kept_positions, kept_rows, zeroed
 from clafusion.threads import one_thread
 from clafusion.transport.plan import TransportPlan
 
 __all__ = ["Candidate", "Rows", "Walks"]
+
+
+def _counting(values: Tensor, chosen: Tensor, kept: Tensor | None) -> Tensor:
+    """Return the chosen rows of values, without those at padding."""
+    rows = chosen_rows(values, chosen)
+    return rows if kept is None else rows[kept]
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,7 @@ class Walks:
             for one in inputs
         ]
         self.batch_sizes = [one[0].size(0) for one in inputs]
+        self.masks = [kept_positions(problem.target, one) for one in inputs]
         # Of the positions of the regressions, and of those by which channels are chosen.
         self.of_rows, self.of_choices = (torch.Generator().manual_seed(rows.seed) for _ in range(2))
 
@@ -164,10 +173,12 @@ class Walks:
                 every = next(one.size(1) for one in values if one is not None)
                 num_rows = self.rows.number(size)
                 num_inputs = sum(self.batch_sizes)
-                chosen = chosen_positions(every, num_rows, num_inputs, self.of_rows)
+                counted = counted_inputs(self.masks, self.batch_sizes, every)
+                chosen = chosen_positions(every, num_rows, counted, self.of_rows)
                 num_rows = len(chosen) * num_inputs
                 equations = [equations_for(start, num_rows) for start in starts]
-            rows = [None if one is None else chosen_rows(one, chosen) for one in values]
+            kept = kept_rows(self.masks[batch], every, chosen)
+            rows = [None if one is None else _counting(one, chosen, kept) for one in values]
             moved = self._moved(place, rows) if hidden is None else []
             for one, sums in zip(self.candidates, equations, strict=True):
                 if hidden is not None:
@@ -180,7 +191,7 @@ class Walks:
                 shortcut: Tensor | None = None
                 if place.shortcut is not None:
                     beside = walk.reach(place.shortcut).movedim(place.point.axis, -1)
-                    shortcut = chosen_rows(positions(beside), chosen)
+                    shortcut = _counting(positions(beside), chosen, kept)
                 sides = features(
                     place.affine,
                     walk.reach(place.incoming),
@@ -190,7 +201,7 @@ class Walks:
                     has_bias=place.point.bias is not None,
                     room=channels,
                 )
-                sums.add(sides, goal, active, shortcut)
+                sums.add(sides if kept is None else sides[:, kept], goal, active, shortcut)
         with one_thread():
             for one, sums in zip(self.candidates, equations, strict=True):
                 solved = sums.solved(ridge)
@@ -203,27 +214,31 @@ class Walks:
         """Return how far each candidate's outputs are from the parents' weighted mean, squared."""
         weights = [one.weights.overall for one in self.parents]
         found = [0.0] * len(self.candidates)
-        for batch, walks in enumerate(self.walks):
+        for batch, (walks, mask) in enumerate(zip(self.walks, self.masks, strict=True)):
             wanted = [walk.finish() for walk in walks]
             for i, one in enumerate(self.candidates):
                 for output, *goals in zip(one.walks[batch].finish(), *wanted, strict=True):
                     if isinstance(output, Tensor) and output.is_floating_point():
                         goal = weighted_mean([of.double() for of in goals], weights)
-                        found[i] += float((output.double() - goal).square().sum())
+                        found[i] += float(zeroed(output.double() - goal, mask).square().sum())
         return found
 
     def _choose(self, place: Place, hidden: Hidden) -> None:
         """Choose the hidden channels that a layer writes, and give it what goes with them."""
         gram: Tensor | None = None
         chosen: Tensor | None = None
-        for walks, count in zip(self.walks, self.batch_sizes, strict=True):
+        for walks, count, mask in zip(self.walks, self.batch_sizes, self.masks, strict=True):
             values = [walks[part.parent].reach(incoming_node(part.reader)) for part in hidden.parts]
+            every = num_positions(
+                hidden.parts[0].reader, values[0], hidden.reader.kernel_size, count
+            )
             if chosen is None:
-                chosen = hidden_positions(
-                    hidden, values, count, sum(self.batch_sizes), self.of_choices
-                )
+                counted = counted_inputs(self.masks, self.batch_sizes, every)
+                chosen = hidden_positions(hidden, values, count, counted, self.of_choices)
             # Copies of a channel differ by roundings, which float32 sums would hide.
-            products = squares(hidden_features(hidden, values, chosen, count).double())
+            read = hidden_features(hidden, values, chosen, count)
+            kept = kept_rows(mask, every, chosen)
+            products = squares((read if kept is None else read[:, kept]).double())
             gram = products if gram is None else gram.add_(products)
         assert gram is not None
         inverse = hidden_inverse(self.problem, hidden, gram)

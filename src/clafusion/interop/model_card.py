@@ -1,0 +1,94 @@
+"""The README.md of a fused network: where it comes from, and how good it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from clafusion.interop.huggingface import directory_of, transformers_library
+from clafusion.weights.digests import tensors_digest, versions
+from clafusion.weights.state_files import tensors_of
+
+if TYPE_CHECKING:
+    from clafusion.results import FusionResult
+
+__all__ = ["model_card"]
+
+
+def model_card(
+    result: FusionResult,
+    parents: Mapping[str, nn.Module],
+    config: Any,
+    written: Path,
+    command: str | None,
+) -> str:
+    """Return a model card: parents with hashes, weights, options, assessment, versions."""
+    kind = type(result.model).__name__
+    tensors = sum(one.numel() for one in result.model.parameters())
+    files = sorted(one.name for one in written.glob("*.safetensors"))
+    parts = [
+        "---\nlibrary_name: transformers\ntags:\n- merge\n- clafusion\n---",
+        f"# {kind}, fused from {', '.join(parents)}",
+        f"{kind} with {tensors:,} parameters, fused by clafusion without training. "
+        f"Read it by `{kind}.from_pretrained`.",
+        "## Parents\n\n" + _parents_table(result, parents),
+        f"The hashes are the SHA-256 of the parents' weights as they were fused. Weights are in "
+        f"{', '.join(f'`{one}`' for one in files)}, of type {config.dtype}.",
+        "## Layers\n\n" + _layers_table(result),
+        "## How good it is\n\n" + _assessment(result),
+        f"## Options\n\n```json\n{json.dumps(result.config.to_dict(), indent=1, default=str)}\n```",
+    ]
+    if command is not None:
+        parts.append(f"## Command\n\n```sh\n{command}\n```")
+    parts.append("## Versions\n\n" + ", ".join(f"{k} {v}" for k, v in _versions().items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _parents_table(result: FusionResult, parents: Mapping[str, nn.Module]) -> str:
+    rows = ["| name | weight | read from | SHA-256 |", "|---|---|---|---|"]
+    for (name, model), weight in zip(parents.items(), result.weights, strict=True):
+        path = directory_of(model)
+        digest = tensors_digest(tensors_of(model))
+        where = "memory" if path is None else path.name
+        rows.append(f"| {name} | {weight:.4g} | {where} | `{digest}` |")
+    return "\n".join(rows)
+
+
+def _layers_table(result: FusionResult) -> str:
+    """Say for each layer of the result which layer of each parent went into it."""
+    names = [one.name for one in result.parents]
+    rows = ["| layer | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for i, layer in enumerate(result.problem.target.layers):
+        cells = []
+        for one in result.parents:
+            k = one.correspondence.layer_map[i]
+            cells.append(one.correspondence.source.layers[k].name if k >= 0 else "none")
+        rows.append(f"| {layer.name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _assessment(result: FusionResult) -> str:
+    found = result.assessment
+    if found is None:
+        return "It was not assessed."
+    return f"{found.verdict}\n\n```json\n{json.dumps(found.to_dict(), indent=1)}\n```"
+
+
+def _versions() -> dict[str, str]:
+    try:
+        found = versions()
+    except PackageNotFoundError:  # run from its source
+        found = {"torch": torch.__version__}
+    known = {"transformers": str(transformers_library().__version__)}
+    for name in ("safetensors", "tokenizers", "peft"):
+        try:
+            known[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {**found, **known}

@@ -1,0 +1,261 @@
+"""A result -> a directory that ``from_pretrained`` reads, or a file of weights."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from clafusion.errors import InputError
+from clafusion.interop.configs import config_of
+from clafusion.interop.huggingface import directory_of, is_of_transformers, quiet, read_back
+from clafusion.interop.model_card import model_card
+from clafusion.interop.tokenizers import check_same_labels, check_same_vocabulary
+from clafusion.tracing.copies import copied
+from clafusion.weights.messages import listed, one_line
+from clafusion.weights.round_trip import compare_models
+from clafusion.weights.state_files import WRITABLE, in_type, save_model, weight_type
+
+if TYPE_CHECKING:
+    from clafusion.results import FusionResult
+
+__all__ = ["check_directory", "save_result"]
+
+_PROCESSORS = (
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "vocab",
+    "merges",
+    "spiece",
+    "sentencepiece",
+    "spm",
+    "chat_template",
+    "preprocessor_config",
+    "processor_config",
+    "video_preprocessor_config",
+    "image_processor",
+    "normalizer",
+)
+_GENERATION = "generation_config.json"
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def save_result(
+    result: FusionResult,
+    path: str | os.PathLike[str],
+    *,
+    processor_of: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: str | int = "5GB",
+    command: str | None = None,
+) -> None:
+    """Write what :meth:`clafusion.FusionResult.save` says."""
+    path = Path(path)
+    is_file = path.name.lower().endswith(WRITABLE)
+    if is_file:
+        if processor_of is not None:
+            raise InputError(
+                f"processor_of={processor_of!r} is for a directory; {str(path)!r} is a file of "
+                "weights"
+            )
+        save_model(result.model, path, dtype=dtype)
+        return
+    if not is_of_transformers(result.model):
+        raise InputError(
+            f"{str(path)!r} would be a Hugging Face directory, and {type(result.model).__name__} "
+            f"is no network of transformers: give a file ({', '.join(WRITABLE)})"
+        )
+    check_directory(path, "path")
+    parents = _parents(result)
+    source = _processor_source(result, parents, processor_of)
+    known = {name: one for name, one in map(_with_directory, parents.items()) if one is not None}
+    check_same_vocabulary(known)
+    of_library = {name: one for name, one in parents.items() if is_of_transformers(one)}
+    check_same_labels({name: _stored(one) for name, one in of_library.items()})
+    model = _typed(result.model, dtype)
+    config = config_of(model)
+    with _made_directory(path) as made:
+        _write(model, config, made, max_shard_size)
+        if source is not None:
+            _copy_processor(source, made)
+        card = model_card(result, parents, config, made, command)
+        (made / "README.md").write_text(card, encoding="utf-8")
+        _check(result, model, made, path)
+
+
+def check_directory(path: Path, what: str) -> None:
+    """Refuse a directory that a result cannot become.
+
+    Raises
+    ------
+    InputError
+        It is there and not empty, or is a file, or its parent is missing or may not be written to.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{what} {str(path)!r} is a file: give a directory that is not there yet")
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(
+            f"{what} {str(path)!r} exists and is not empty: give another name, or remove it; "
+            "nothing is overwritten"
+        )
+    parent = path.resolve().parent
+    if not parent.is_dir():
+        raise InputError(
+            f"{what} {str(path)!r}: the directory {str(parent)!r} does not exist; create it"
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{what} {str(path)!r}: no permission to write to {str(parent)!r}")
+
+
+def _parents(result: FusionResult) -> dict[str, nn.Module]:
+    """Return all parents by name; of fusions one after another not what came between."""
+    found: dict[str, nn.Module] = {}
+    for i, step in enumerate(result.steps or (result,)):
+        aligned = step.aligned
+        for name, profile in list(zip(aligned.names, aligned.profiles, strict=True))[i > 0 :]:
+            found[name] = profile.traced.model
+    return found
+
+
+def _stored(model: nn.Module) -> dict[str, Any]:
+    """Return a network's config as a directory would hold it."""
+    config: Any = model.config
+    return {**config.to_dict(), "architectures": [type(model).__name__]}
+
+
+def _with_directory(entry: tuple[str, nn.Module]) -> tuple[str, Path | None]:
+    return entry[0], directory_of(entry[1])
+
+
+def _processor_source(
+    result: FusionResult, parents: Mapping[str, nn.Module], wanted: str | None
+) -> Path | None:
+    """Return the directory whose tokenizer and processor the result gets; None for none."""
+    if wanted is not None:
+        if wanted not in parents:
+            raise InputError(
+                f"processor_of={wanted!r} is no parent; the parents are {', '.join(parents)}"
+            )
+        found = directory_of(parents[wanted])
+        if found is None:
+            raise InputError(
+                f"processor_of={wanted!r}: that parent was not read from a directory that is still "
+                "there, so that it has no tokenizer or processor to take"
+            )
+        return found
+    aligned = (result.steps or (result,))[0].aligned
+    first = aligned.names[aligned.reference]
+    every = [directory_of(one) for one in (parents[first], *parents.values())]
+    return next((one for one in every if one is not None), None)
+
+
+def _typed(model: nn.Module, dtype: str | torch.dtype | None) -> nn.Module:
+    """Return a network with weights of another type."""
+    if dtype is None:
+        return model
+    wanted = weight_type(dtype, "dtype")
+    narrow = in_type({name: one.detach() for name, one in model.named_parameters()}, wanted)
+    made = copied(model)
+    with torch.no_grad():
+        for name, one in made.named_parameters():
+            if one.is_floating_point():
+                one.data = narrow[name]
+    return made
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _made_directory(path: Path) -> Iterator[Path]:
+    """Yield a directory beside ``path``, which gets that name; after an error it is gone."""
+    target = path.resolve()
+    made = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        made.mkdir()
+        yield made
+        if target.is_dir():  # and empty
+            target.rmdir()
+        os.replace(made, target)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; nothing is left behind"
+        ) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _write(model: nn.Module, config: Any, made: Path, max_shard_size: str | int) -> None:
+    """Let the library write the weights, which keeps ties as it ties them, and the config."""
+    written: Any = model
+    own = written.config
+    try:
+        written.config = config
+        with quiet():
+            written.save_pretrained(str(made), max_shard_size=max_shard_size)
+    except OSError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"transformers cannot write {type(model).__name__}: {one_line(error)}"
+        ) from error
+    finally:
+        written.config = own
+
+
+def _copy_processor(source: Path, made: Path) -> None:
+    """Copy tokenizer, processor, chat template and generation config as they are."""
+    for file in sorted(source.iterdir()):
+        if file.is_dir():
+            if file.name == "additional_chat_templates":
+                shutil.copytree(file, made / file.name)
+        elif file.suffix in (".json", ".txt", ".model", ".jinja", ".vocab", ".bpe", ".spm") and (
+            file.name == _GENERATION or file.name.startswith(_PROCESSORS)
+        ):
+            shutil.copyfile(file, made / file.name)
+
+
+# --- what was written ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _check(result: FusionResult, model: nn.Module, made: Path, path: Path) -> None:
+    """Read the directory afresh and compare; refuse it where it computes something else."""
+    first = next((one for one in model.parameters() if one.is_floating_point()), torch.empty(0))
+    half = first.dtype in _HALF
+    # What is computed in half precision is too coarse to compare.
+    fresh = read_back(type(model), made, torch.float32 if half else first.dtype)
+    own = copied(model).float() if half else model
+    lost = _differing(own, fresh)
+    if lost:
+        raise InputError(
+            f"{str(path)!r} would not give back the result: {listed(lost)} differ after loading. "
+            "Save the weights alone into a file (.safetensors)"
+        )
+    traced = (result.steps or (result,))[0].aligned
+    example = traced.profiles[traced.reference].traced
+    called = f"the directory {str(path)!r}"
+    compare_models(own, fresh, example.example_inputs, example.keywords, called=called)
+
+
+def _differing(own: nn.Module, fresh: nn.Module) -> list[str]:
+    """Return the names of weights that did not come back as they were."""
+    state, other = own.state_dict(), fresh.state_dict()
+    return [
+        name
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+        and (
+            name not in other
+            or other[name].shape != value.shape
+            or not torch.equal(other[name], value.to(other[name]))
+        )
+    ]
