@@ -30,7 +30,8 @@ class Architecture:
     ``channels`` are the sizes of the free channel groups, ascending, where they can be argued
     by hand (of a refused model: those that an analysis of it should find); None elsewhere.
     ``tolerance`` bounds the output change, relative to the largest output, of a permuted copy in
-    float64; models that compute in float32 inside need a larger one.
+    float64; models that compute in float32 inside need a larger one. ``is_single`` says that an
+    operation takes no float64: then all is compared in float32.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Architecture:
     channels: tuple[int, ...] | None = None
     tolerance: float = 1e-9
     source: str = "suite"
+    is_single: bool = False
 
 
 ARCHITECTURES: dict[str, Architecture] = {}
@@ -2408,6 +2410,7 @@ transformers_architecture(
     | {"num_hidden_layers": 1, "num_key_value_heads": 2, "num_local_experts": 3}
     | {"num_experts_per_tok": 2},
     tolerance=1e-5,
+    is_single=True,
 )
 transformers_architecture(
     "transformers wav2vec2",

@@ -20,8 +20,8 @@ from clafusion.correspondence.correspondence import correspond
 from clafusion.correspondence.structure import resized_shape
 from clafusion.errors import ClafusionError, StructureError
 from clafusion.targets.places import Place, layer_at
-from clafusion.tracing.copies import copied
 from clafusion.targets.union_blocks import whole_children
+from clafusion.tracing.copies import copied
 from clafusion.tracing.layer import Layer
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import module_path

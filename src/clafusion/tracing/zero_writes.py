@@ -51,7 +51,7 @@ def parameters_for_zero(
             return found
         parameters, name, operands = flow.parameters(node), op_name(node), flow.operands(node)
         if parameters and flow.is_weighted(node):
-            return dict.fromkeys(parameters, 0.0)
+            return None if flow.has_computed_weight(node) else dict.fromkeys(parameters, 0.0)
         if parameters and name in NORMS:
             bound = bound_operands(node)
             affine = (bound.get(role) for role in ("weight", "bias"))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from clafusion.errors import InputError
+from clafusion.threads import one_thread
 
 __all__ = ["Entries", "TransportPlan"]
 
@@ -400,7 +401,8 @@ def _sparse_product(x: Tensor, terms: list[Entries], num_target: int) -> Tensor:
 
 
 def _dense_product(x: Tensor, weights: Tensor) -> Tensor:
-    """Return the sums over the middle axis."""
-    if x.size(2) == 1:
-        return (x.squeeze(2) @ weights).unsqueeze(2)
-    return weights.T @ x
+    """Return the sums over the middle axis, the same bytes for any number of threads."""
+    with one_thread():
+        if x.size(2) == 1:
+            return (x.squeeze(2) @ weights).unsqueeze(2)
+        return weights.T @ x

@@ -1,0 +1,476 @@
+"""Public families in a tiny form, each as a network of any depth and width.
+
+``python -m tests.support.public_families [PART OF A NAME ...]`` fuses pairs of each, of other
+depth, of other width and of both, and prints what came of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import json
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import clafusion
+from tests.support.architectures import randomise
+
+TOKENS, IMAGE, SOUND = (4, 12), (4, 3, 32, 32), (4, 16, 32)
+_CLOSE = 1e-4  # relative to the largest output
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Networks of one family.
+
+    ``make(depth, width)`` returns one with ``depth`` more layers than the smallest and channels for
+    ``width``, 1 or 2, and its inputs by name.
+    """
+
+    name: str
+    make: Callable[[int, int], tuple[nn.Module, tuple[Tensor, ...]]]
+    library: str = "transformers"
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+class Picked(nn.Module):
+    """A model of transformers that returns one tensor: logits, or the last hidden state."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, tuple(names)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        found = self.model(**dict(zip(self.names, inputs, strict=True)))
+        for name in ("logits", "image_embeds", "text_embeds", "last_hidden_state"):
+            if getattr(found, name, None) is not None:
+                value: Tensor = getattr(found, name)
+                return value
+        first: Tensor = found[0]
+        return first
+
+
+def _tokens(seed: int = 0, count: int = 48) -> Tensor:
+    return torch.randint(5, count, TOKENS, generator=torch.Generator().manual_seed(seed))
+
+
+def _values(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _text() -> Inputs:
+    return {"input_ids": _tokens()}
+
+
+def _both() -> Inputs:
+    return {"input_ids": _tokens(), "decoder_input_ids": _tokens(1)}
+
+
+def _image() -> Inputs:
+    return {"pixel_values": _values(IMAGE)}
+
+
+# Class of transformers -> the settings that depend on depth and width, and its inputs.
+_Settings = Callable[[int, int], dict[str, Any]]
+_USUAL = {"vocab_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _bert(d: int, w: int) -> dict[str, Any]:
+    return {
+        **_USUAL,
+        "num_hidden_layers": 2 + d,
+        "hidden_size": 16 * w,
+        "num_attention_heads": 4 * w,
+        "intermediate_size": 24 * w,
+        "max_position_embeddings": 40,
+        "embedding_size": 16,
+    }
+
+
+def _llama(d: int, w: int) -> dict[str, Any]:
+    return {**_bert(d, w), "num_key_value_heads": 2 * w, "use_cache": False, "head_dim": 4}
+
+
+def _gpt2(d: int, w: int) -> dict[str, Any]:
+    heads = {"n_head": 4 * w, "n_layer": 2 + d, "n_embd": 16 * w, "n_positions": 40}
+    return {**_USUAL, **heads, "use_cache": False}
+
+
+def _encoder_decoder(d: int, w: int) -> dict[str, Any]:
+    return {
+        **_USUAL,
+        "encoder_layers": 2 + d,
+        "decoder_layers": 2 + d,
+        "d_model": 16 * w,
+        "encoder_attention_heads": 4 * w,
+        "decoder_attention_heads": 4 * w,
+        "encoder_ffn_dim": 24 * w,
+        "decoder_ffn_dim": 24 * w,
+        "max_position_embeddings": 40,
+        "use_cache": False,
+        "decoder_start_token_id": 1,
+    }
+
+
+def _vit(d: int, w: int) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": 2 + d,
+        "hidden_size": 16 * w,
+        "num_attention_heads": 4 * w,
+        "intermediate_size": 24 * w,
+        "image_size": 32,
+        "patch_size": 8,
+        "num_labels": 5,
+    }
+
+
+TRANSFORMERS: dict[str, tuple[str, _Settings, Callable[[], Inputs]]] = {
+    "BERT": ("BertForMaskedLM", _bert, _text),
+    "BERT, classifier": ("BertForSequenceClassification", _bert, _text),
+    "RoBERTa": ("RobertaForMaskedLM", _bert, _text),
+    "XLM-RoBERTa": ("XLMRobertaForSequenceClassification", _bert, _text),
+    "ELECTRA": ("ElectraForMaskedLM", lambda d, w: {**_bert(d, w), "embedding_size": 12}, _text),
+    "ALBERT": ("AlbertForMaskedLM", _bert, _text),
+    "MPNet": ("MPNetForMaskedLM", _bert, _text),
+    "DeBERTa-v2": (
+        "DebertaV2ForMaskedLM",
+        lambda d, w: {**_bert(d, w), "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        _text,
+    ),
+    "DistilBERT": (
+        "DistilBertForMaskedLM",
+        lambda d, w: {
+            **_USUAL,
+            "n_layers": 2 + d,
+            "dim": 16 * w,
+            "n_heads": 4 * w,
+            "hidden_dim": 24 * w,
+            "max_position_embeddings": 40,
+        },
+        _text,
+    ),
+    "ModernBERT": (
+        "ModernBertForMaskedLM",
+        lambda d, w: {
+            **_bert(d, w),
+            "global_attn_every_n_layers": 2,
+            "num_hidden_layers": 2 + 2 * d,
+        },
+        _text,
+    ),
+    "GPT-2": ("GPT2LMHeadModel", _gpt2, _text),
+    "GPT-Neo": (
+        "GPTNeoForCausalLM",
+        lambda d, w: {
+            **_USUAL,
+            "num_layers": 2 + 2 * d,
+            "hidden_size": 16 * w,
+            "num_heads": 4 * w,
+            "attention_types": [[["global", "local"], 1 + d]],
+            "max_position_embeddings": 40,
+            "use_cache": False,
+        },
+        _text,
+    ),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", _bert, _text),
+    "GPT-J": ("GPTJForCausalLM", lambda d, w: {**_gpt2(d, w), "rotary_dim": 2}, _text),
+    "OPT": (
+        "OPTForCausalLM",
+        lambda d, w: {**_bert(d, w), "ffn_dim": 24 * w, "word_embed_proj_dim": 16 * w},
+        _text,
+    ),
+    "BLOOM": (
+        "BloomForCausalLM",
+        lambda d, w: {**_USUAL, "n_layer": 2 + d, "hidden_size": 16 * w, "n_head": 4 * w},
+        _text,
+    ),
+    "Falcon": (
+        "FalconForCausalLM",
+        lambda d, w: {**_bert(d, w), "new_decoder_architecture": False, "use_cache": False},
+        _text,
+    ),
+    "Llama": ("LlamaForCausalLM", _llama, _text),
+    "Mistral": ("MistralForCausalLM", _llama, _text),
+    "Qwen2": ("Qwen2ForCausalLM", _llama, _text),
+    "Qwen3": ("Qwen3ForCausalLM", _llama, _text),
+    "Gemma": ("GemmaForCausalLM", _llama, _text),
+    "Gemma 2": (
+        "Gemma2ForCausalLM",
+        lambda d, w: {**_llama(d, w), "num_hidden_layers": 2 + 2 * d, "sliding_window": 6},
+        _text,
+    ),
+    "Phi": ("PhiForCausalLM", _llama, _text),
+    "Phi-3": ("Phi3ForCausalLM", _llama, _text),
+    "StableLM": ("StableLmForCausalLM", _llama, _text),
+    "OLMo 2": ("Olmo2ForCausalLM", _llama, _text),
+    "Mixtral": (
+        "MixtralForCausalLM",
+        lambda d, w: {**_llama(d, w), "num_local_experts": 3, "num_experts_per_tok": 2},
+        _text,
+    ),
+    "Mamba": (
+        "MambaForCausalLM",
+        lambda d, w: {
+            **_USUAL,
+            "num_hidden_layers": 2 + d,
+            "hidden_size": 16 * w,
+            "state_size": 4,
+            "time_step_rank": 2,
+            "use_cache": False,
+        },
+        _text,
+    ),
+    "T5": (
+        "T5ForConditionalGeneration",
+        lambda d, w: {
+            **_USUAL,
+            "num_layers": 2 + d,
+            "num_decoder_layers": 2 + d,
+            "d_model": 16 * w,
+            "num_heads": 4 * w,
+            "d_kv": 4,
+            "d_ff": 24 * w,
+            "use_cache": False,
+            "decoder_start_token_id": 0,
+        },
+        _both,
+    ),
+    "BART": ("BartForConditionalGeneration", _encoder_decoder, _both),
+    "Marian": ("MarianMTModel", _encoder_decoder, _both),
+    "Pegasus": ("PegasusForConditionalGeneration", _encoder_decoder, _both),
+    "Whisper": (
+        "WhisperForConditionalGeneration",
+        lambda d, w: {
+            **_encoder_decoder(d, w),
+            "num_mel_bins": 16,
+            "max_source_positions": 16,
+            "max_target_positions": 40,
+        },
+        lambda: {"input_features": _values(SOUND), "decoder_input_ids": _tokens(1)},
+    ),
+    "wav2vec 2.0": (
+        "Wav2Vec2ForSequenceClassification",
+        lambda d, w: {
+            **_bert(d, w),
+            "conv_dim": (8, 8),
+            "conv_stride": (4, 2),
+            "conv_kernel": (8, 3),
+            "num_conv_pos_embeddings": 4,
+            "num_conv_pos_embedding_groups": 2,
+        },
+        lambda: {"input_values": _values((4, 160))},
+    ),
+    "ViT": ("ViTForImageClassification", _vit, _image),
+    "DeiT": ("DeiTForImageClassification", _vit, _image),
+    "DINOv2": ("Dinov2ForImageClassification", lambda d, w: {**_vit(d, w), "mlp_ratio": 2}, _image),
+    "BEiT": ("BeitForImageClassification", _vit, _image),
+    "CLIP, vision": ("CLIPVisionModelWithProjection", _vit, _image),
+    "CLIP, text": (
+        "CLIPTextModelWithProjection",
+        lambda d, w: {**_bert(d, w), "projection_dim": 8},
+        _text,
+    ),
+    "SigLIP, vision": (
+        "SiglipForImageClassification",
+        lambda d, w: {"vision_config": _vit(d, w), "num_labels": 5},
+        _image,
+    ),
+    "Swin": (
+        "SwinForImageClassification",
+        lambda d, w: {
+            "image_size": 32,
+            "patch_size": 2,
+            "embed_dim": 8 * w,
+            "depths": [2, 2 + 2 * d],
+            "num_heads": [2 * w, 4 * w],
+            "window_size": 4,
+            "num_labels": 5,
+        },
+        _image,
+    ),
+    "Swin V2": (
+        "Swinv2ForImageClassification",
+        lambda d, w: {
+            "image_size": 32,
+            "patch_size": 2,
+            "embed_dim": 8 * w,
+            "depths": [2, 2 + 2 * d],
+            "num_heads": [2 * w, 4 * w],
+            "window_size": 4,
+            "num_labels": 5,
+        },
+        _image,
+    ),
+    "ConvNeXt": (
+        "ConvNextForImageClassification",
+        lambda d, w: {"depths": [1, 1 + d], "hidden_sizes": [8 * w, 12 * w], "num_stages": 2},
+        _image,
+    ),
+    "ResNet": (
+        "ResNetForImageClassification",
+        lambda d, w: {
+            "depths": [1 + d, 2],
+            "hidden_sizes": [8 * w, 16 * w],
+            "embedding_size": 8 * w,
+            "layer_type": "basic",
+        },
+        _image,
+    ),
+    "RegNet": (
+        "RegNetForImageClassification",
+        lambda d, w: {
+            "depths": [1 + d, 2],
+            "hidden_sizes": [8 * w, 16 * w],
+            "embedding_size": 8 * w,
+            "groups_width": 4 * w,
+        },
+        _image,
+    ),
+    "PoolFormer": (
+        "PoolFormerForImageClassification",
+        lambda d, w: {
+            "depths": [1 + d, 2],
+            "hidden_sizes": [8 * w, 16 * w],
+            "num_encoder_blocks": 2,
+            "patch_sizes": [7, 3],
+            "strides": [4, 2],
+            "padding": [2, 1],
+        },
+        _image,
+    ),
+    "SegFormer": (
+        "SegformerForSemanticSegmentation",
+        lambda d, w: {
+            "num_encoder_blocks": 2,
+            "depths": [1 + d, 2],
+            "hidden_sizes": [8 * w, 16 * w],
+            "num_attention_heads": [2 * w, 4 * w],
+            "sr_ratios": [2, 1],
+            "patch_sizes": [7, 3],
+            "strides": [4, 2],
+            "mlp_ratios": [2, 2],
+            "decoder_hidden_size": 16 * w,
+        },
+        _image,
+    ),
+}
+
+
+def _of_transformers(name: str, settings: _Settings, inputs: Callable[[], Inputs]) -> Any:
+    def make(depth: int, width: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+        library = importlib.import_module("transformers")
+        kind = getattr(library, name)
+        config = kind.config_class(**settings(depth, width))
+        config._attn_implementation = "eager"
+        torch.manual_seed(depth + 10 * width)
+        given = inputs()
+        model = randomise(kind(config), seed=depth + 10 * width)
+        return Picked(model, list(given)).eval(), tuple(given.values())
+
+    return make
+
+
+FAMILIES |= {
+    name: Family(name, _of_transformers(*settings)) for name, settings in TRANSFORMERS.items()
+}
+
+
+# --- what comes of a pair ------------------------------------------------------------------------
+
+
+def pairs() -> Iterator[tuple[Family, str, tuple[tuple[int, int], tuple[int, int]]]]:
+    """Yield every family with what differs in a pair: the depth, the width, both."""
+    for family in FAMILIES.values():
+        yield family, "depth", ((1, 1), (0, 1))
+        yield family, "width", ((0, 2), (0, 1))
+        yield family, "both", ((1, 1), (0, 2))
+
+
+def gap(model: nn.Module, other: nn.Module, inputs: tuple[Tensor, ...]) -> float:
+    """Return how far two models' outputs are apart, relative to the largest."""
+    with torch.no_grad():
+        found, wanted = (one(*inputs) for one in (model, other))
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
+
+
+def permuted_copy(model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+    """Return a copy whose channels stand in another order, heads included."""
+    traced = clafusion.trace(model, inputs)
+    state = {name: one.clone() for name, one in traced.state().items()}
+    generator = torch.Generator().manual_seed(3)
+    for group in traced.groups:
+        order = torch.randperm(group.size, generator=generator)
+        for axis in group.axes:
+            rows = axis.use.view(state[axis.use.parameter])
+            places = axis.positions
+            moved = rows.index_select(axis.axis, places[order].flatten())
+            rows.index_copy_(axis.axis, places.flatten(), moved)
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(state, strict=False)
+    return copied
+
+
+def outcome(family: Family, sizes: tuple[tuple[int, int], tuple[int, int]]) -> dict[str, Any]:
+    """Fuse a pair in all ways; return what came of it."""
+    (a, inputs), (b, _) = (family.make(*size) for size in sizes)
+    found: dict[str, Any] = {}
+    for name, weights, parent in (("first alone", [1, 0], a), ("second alone", [0, 1], b)):
+        fused = clafusion.fuse(
+            [a, b], [inputs], weights, calibration="none", example_inputs=inputs
+        ).model
+        found[name] = gap(fused, parent, inputs)
+    for calibration in ("repair", "least_squares"):
+        fused = clafusion.fuse(
+            [a, b], [inputs], calibration=calibration, example_inputs=inputs
+        ).model
+        with torch.no_grad():
+            found[calibration] = bool(fused(*inputs).isfinite().all())
+    itself = clafusion.fuse([b, copy.deepcopy(b)], [inputs], example_inputs=inputs).model
+    found["itself"] = gap(itself, b, inputs)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="parts of names (default: all)")
+    parser.add_argument("--out", type=Path, help="where to write the outcomes as JSON")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    rows: dict[str, Any] = {}
+    for family, kind, sizes in pairs():
+        if arguments.names and not any(one in family.name for one in arguments.names):
+            continue
+        started = time.perf_counter()
+        try:
+            row = outcome(family, sizes)
+        except (clafusion.ClafusionError, ImportError) as error:
+            row = {"refused": str(error).splitlines()[0]}
+        except Exception as error:  # a fault: it is shown, not hidden
+            row = {"fault": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        rows[f"{family.name}, {kind}"] = row
+        print(
+            f"{family.name:<20} {kind:<6} {time.perf_counter() - started:5.1f} s  {row}", flush=True
+        )
+    fused = sum("itself" in one for one in rows.values())
+    print(f"{fused} of {len(rows)} pairs fused")
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
