@@ -401,8 +401,8 @@ def _sparse_product(x: Tensor, terms: list[Entries], num_target: int) -> Tensor:
 
 
 def _dense_product(x: Tensor, weights: Tensor) -> Tensor:
-    """Return the sums over the middle axis, the same bytes for any number of threads."""
+    """Return the sums over the middle axis: the same bytes for any threads and any axis."""
+    rows = x.transpose(1, 2)
     with one_thread():
-        if x.size(2) == 1:
-            return (x.squeeze(2) @ weights).unsqueeze(2)
-        return weights.T @ x
+        found = rows.reshape(-1, rows.size(2)) @ weights
+    return found.view(*rows.shape[:2], -1).transpose(1, 2)
