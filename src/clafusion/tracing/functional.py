@@ -95,7 +95,8 @@ def _writes(node: fx.Node) -> bool:
     target = node.target
     return (
         isinstance(target, torch._ops.OpOverload)
-        and target._schema.name.endswith("_")
+        and target._schema.is_mutable
+        and target._schema.name.endswith("_")  # as __or__ does, too, which writes nothing
         and bool(node.args)
         and isinstance(node.args[0], fx.Node)
     )

@@ -180,7 +180,9 @@ class LabelPropagation(Atoms):
         except NotFollowed as cause:
             self.labels[node] = self._all_kept(call, str(cause))
         self._mark(node)
-        if node.target._schema.name.endswith("_") and isinstance(node.args[0], fx.Node):
+        schema = node.target._schema
+        works_in_place = schema.is_mutable and schema.name.endswith("_")  # as __or__ does, too
+        if works_in_place and isinstance(node.args[0], fx.Node):
             # The operation works in place: later nodes that read the operand see the result.
             self.labels[node.args[0]] = self.labels[node]
 
