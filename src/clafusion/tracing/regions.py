@@ -58,7 +58,9 @@ class Run:
 
     @property
     def parts(self) -> list[Run]:
-        """The run, divided where streams begin."""
+        """The run, divided where streams begin; nothing where a layer has taken all of it."""
+        if not self.segments:
+            return []
         starts = [i for i, one in enumerate(self.segments) if one.is_head or i == 0]
         return [
             Run(self.segments[start:end], self.segments[start - 1].node if start else self.entry)
