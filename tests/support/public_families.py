@@ -25,7 +25,6 @@ import clafusion
 from tests.support.architectures import randomise
 
 TOKENS, IMAGE, SOUND = (4, 12), (4, 3, 32, 32), (4, 16, 32)
-_CLOSE = 1e-4  # relative to the largest output
 
 Inputs = dict[str, Tensor]
 
@@ -40,7 +39,6 @@ class Family:
 
     name: str
     make: Callable[[int, int], tuple[nn.Module, tuple[Tensor, ...]]]
-    library: str = "transformers"
 
 
 FAMILIES: dict[str, Family] = {}
@@ -133,6 +131,18 @@ def _vit(d: int, w: int) -> dict[str, Any]:
         "intermediate_size": 24 * w,
         "image_size": 32,
         "patch_size": 8,
+        "num_labels": 5,
+    }
+
+
+def _swin(d: int, w: int) -> dict[str, Any]:
+    return {
+        "image_size": 32,
+        "patch_size": 2,
+        "embed_dim": 8 * w,
+        "depths": [2, 2 + 2 * d],
+        "num_heads": [2 * w, 4 * w],
+        "window_size": 4,
         "num_labels": 5,
     }
 
@@ -288,32 +298,8 @@ TRANSFORMERS: dict[str, tuple[str, _Settings, Callable[[], Inputs]]] = {
         lambda d, w: {"vision_config": _vit(d, w), "num_labels": 5},
         _image,
     ),
-    "Swin": (
-        "SwinForImageClassification",
-        lambda d, w: {
-            "image_size": 32,
-            "patch_size": 2,
-            "embed_dim": 8 * w,
-            "depths": [2, 2 + 2 * d],
-            "num_heads": [2 * w, 4 * w],
-            "window_size": 4,
-            "num_labels": 5,
-        },
-        _image,
-    ),
-    "Swin V2": (
-        "Swinv2ForImageClassification",
-        lambda d, w: {
-            "image_size": 32,
-            "patch_size": 2,
-            "embed_dim": 8 * w,
-            "depths": [2, 2 + 2 * d],
-            "num_heads": [2 * w, 4 * w],
-            "window_size": 4,
-            "num_labels": 5,
-        },
-        _image,
-    ),
+    "Swin": ("SwinForImageClassification", _swin, _image),
+    "Swin V2": ("Swinv2ForImageClassification", _swin, _image),
     "ConvNeXt": (
         "ConvNextForImageClassification",
         lambda d, w: {"depths": [1, 1 + d], "hidden_sizes": [8 * w, 12 * w], "num_stages": 2},
@@ -404,23 +390,6 @@ def gap(model: nn.Module, other: nn.Module, inputs: tuple[Tensor, ...]) -> float
     with torch.no_grad():
         found, wanted = (one(*inputs) for one in (model, other))
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
-
-
-def permuted_copy(model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
-    """Return a copy whose channels stand in another order, heads included."""
-    traced = clafusion.trace(model, inputs)
-    state = {name: one.clone() for name, one in traced.state().items()}
-    generator = torch.Generator().manual_seed(3)
-    for group in traced.groups:
-        order = torch.randperm(group.size, generator=generator)
-        for axis in group.axes:
-            rows = axis.use.view(state[axis.use.parameter])
-            places = axis.positions
-            moved = rows.index_select(axis.axis, places[order].flatten())
-            rows.index_copy_(axis.axis, places.flatten(), moved)
-    copied = copy.deepcopy(model)
-    copied.load_state_dict(state, strict=False)
-    return copied
 
 
 def outcome(family: Family, sizes: tuple[tuple[int, int], tuple[int, int]]) -> dict[str, Any]:

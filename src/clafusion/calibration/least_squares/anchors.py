@@ -13,7 +13,7 @@ from clafusion.merging.mean import weighted_mean
 from clafusion.merging.problem import FusionProblem, MergeWeights
 from clafusion.profiling.masks import kept_positions, zeroed
 
-__all__ = ["ANCHORS", "Trial", "anchored_weights", "output_distance", "outputs_and_goals"]
+__all__ = ["ANCHORS", "Trial", "anchored_weights", "output_distances", "outputs_and_goals"]
 
 ANCHORS = (0.0, 0.8)
 """What ``"auto"`` tries."""
@@ -73,24 +73,32 @@ class Trial:
 
 
 def outputs_and_goals(
-    problem: FusionProblem, state: State, inputs: tuple[Tensor, ...]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what the target puts out with a state, and the parents' weighted mean, in float64."""
+    problem: FusionProblem, states: Sequence[State], inputs: tuple[Tensor, ...]
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Yield what the target puts out with each state, and the parents' weighted mean, in float64.
+
+    Each parent runs once, whatever the number of states.
+    """
     counted = [one for one in problem.parents if one.weights.overall > 0]
-    found = problem.target.run(inputs, state=state)
+    of_states = [problem.target.run(inputs, state=one) for one in states]
     of_parents = [one.traced.run(inputs) for one in counted]
-    for value, *values in zip(found, *of_parents, strict=True):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            goals = [one.double() for one in values]
-            yield value.double(), weighted_mean(goals, [one.weights.overall for one in counted])
+    weights = [one.weights.overall for one in counted]
+    for found, values in zip(
+        zip(*of_states, strict=True), zip(*of_parents, strict=True), strict=True
+    ):
+        if isinstance(found[0], Tensor) and found[0].is_floating_point():
+            goal = weighted_mean([one.double() for one in values], weights)
+            yield [one.double() for one in found], goal
 
 
-def output_distance(
-    problem: FusionProblem, state: State, inputs: Sequence[tuple[Tensor, ...]]
-) -> float:
-    """Return how far a state's outputs are from the parents' weighted mean: a sum of squares."""
-    return sum(
-        float(zeroed(value - goal, kept_positions(problem.target, batch)).square().sum())
-        for batch in inputs
-        for value, goal in outputs_and_goals(problem, state, batch)
-    )
+def output_distances(
+    problem: FusionProblem, states: Sequence[State], inputs: Sequence[tuple[Tensor, ...]]
+) -> list[float]:
+    """Return how far each state's outputs are from the parents' weighted mean: sums of squares."""
+    far = [0.0] * len(states)
+    for batch in inputs:
+        kept = kept_positions(problem.target, batch)
+        for found, goal in outputs_and_goals(problem, states, batch):
+            for i, value in enumerate(found):
+                far[i] += float(zeroed(value - goal, kept).square().sum())
+    return far

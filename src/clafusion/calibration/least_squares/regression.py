@@ -13,7 +13,7 @@ from clafusion.calibration.least_squares.anchors import (
     ANCHORS,
     Trial,
     anchored_weights,
-    output_distance,
+    output_distances,
     outputs_and_goals,
 )
 from clafusion.calibration.least_squares.hidden import hidden_channels
@@ -94,7 +94,8 @@ def regress_anchored(
         trial = Trial.of(inputs, min(math.prod(shape[:-1]) for shape, _ in problem.target.outputs))
     if trial is not None:
         walks = _regressed(problem, fused, trial.regressed, settings.ridge, rows.fewer())
-        far = [output_distance(problem, one.state, trial.compared) for one in walks.candidates]
+        states = [one.state for one in walks.candidates]
+        far = output_distances(problem, states, trial.compared)
         best = anchors[far.index(min(far))]
         fused = {best: fused[best]}
     walks = _regressed(problem, fused, inputs, settings.ridge, rows, progress)
@@ -117,7 +118,7 @@ def _is_exact(problem: FusionProblem, plain: State, data: Data) -> bool:
     inputs = next(iter(in_chunks(data, target, _TRIED, _TRIED, device=target.device)))
     return all(
         float((value - goal).abs().max()) <= _EXACT * float(goal.abs().max())
-        for value, goal in outputs_and_goals(problem, plain, inputs)
+        for (value,), goal in outputs_and_goals(problem, [plain], inputs)
     )
 
 
