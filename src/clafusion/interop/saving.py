@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ from clafusion.interop.huggingface import directory_of, is_of_transformers, quie
 from clafusion.interop.model_card import model_card
 from clafusion.interop.tokenizers import check_same_labels, check_same_vocabulary
 from clafusion.tracing.copies import copied
+from clafusion.weights.atomic import check_parent, making_directory
 from clafusion.weights.messages import listed, one_line
 from clafusion.weights.round_trip import compare_models
 from clafusion.weights.state_files import WRITABLE, in_type, save_model, weight_type
@@ -82,7 +81,7 @@ def save_result(
     check_same_labels({name: _stored(one) for name, one in of_library.items()})
     model = _typed(result.model, dtype)
     config = config_of(model)
-    with _made_directory(path) as made:
+    with making_directory(path) as made:
         _write(model, config, made, max_shard_size)
         if source is not None:
             _copy_processor(source, made)
@@ -106,13 +105,7 @@ def check_directory(path: Path, what: str) -> None:
             f"{what} {str(path)!r} exists and is not empty: give another name, or remove it; "
             "nothing is overwritten"
         )
-    parent = path.resolve().parent
-    if not parent.is_dir():
-        raise InputError(
-            f"{what} {str(path)!r}: the directory {str(parent)!r} does not exist; create it"
-        )
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{what} {str(path)!r}: no permission to write to {str(parent)!r}")
+    check_parent(path, what)
 
 
 def _parents(result: FusionResult) -> dict[str, nn.Module]:
@@ -172,25 +165,6 @@ def _typed(model: nn.Module, dtype: str | torch.dtype | None) -> nn.Module:
 
 
 # --- writing ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _made_directory(path: Path) -> Iterator[Path]:
-    """Yield a directory beside ``path``, which gets that name; after an error it is gone."""
-    target = path.resolve()
-    made = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        made.mkdir()
-        yield made
-        if target.is_dir():  # and empty
-            target.rmdir()
-        os.replace(made, target)
-    except OSError as error:
-        raise InputError(
-            f"cannot write {str(path)!r}: {error.strerror or error}; nothing is left behind"
-        ) from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def _write(model: nn.Module, config: Any, made: Path, max_shard_size: str | int) -> None:

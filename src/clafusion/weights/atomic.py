@@ -1,17 +1,18 @@
-"""Write files atomically: the old file stays whole until the new one is complete."""
+"""Write files and directories as wholes: what was there stays until the new one is complete."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clafusion.errors import InputError
 
-__all__ = ["check_output", "replacing"]
+__all__ = ["check_output", "check_parent", "making_directory", "replacing"]
 
 
 def check_output(
@@ -41,6 +42,12 @@ def check_output(
         raise InputError(
             f"{argument} {str(path)!r} is an input, which would be lost: choose another name"
         )
+    check_parent(path, argument)
+    return path
+
+
+def check_parent(path: Path, argument: str) -> None:
+    """Refuse a path beside which nothing can be made; the message calls it ``argument``."""
     directory = path.resolve().parent
     if not directory.is_dir():
         raise InputError(
@@ -48,7 +55,6 @@ def check_output(
         )
     if not os.access(directory, os.W_OK | os.X_OK):
         raise InputError(f"{argument} {str(path)!r}: no permission to write to {str(directory)!r}")
-    return path
 
 
 @contextlib.contextmanager
@@ -64,7 +70,7 @@ def replacing(path: str | os.PathLike[str], argument: str) -> Iterator[Path]:
         Writing failed, for example on a full disk.
     """
     target = Path(path).resolve()  # follow a link, which the rename would replace
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(target)
     try:
         # Create the file here, with the permissions that the user's umask gives a new file. Some
         # writers put a file of their own in its place, so the permissions are set again below.
@@ -84,6 +90,36 @@ def replacing(path: str | os.PathLike[str], argument: str) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def making_directory(path: Path) -> Iterator[Path]:
+    """Yield a directory beside ``path``, which gets that name; after an error it is gone.
+
+    Raises
+    ------
+    InputError
+        Writing failed, for example on a full disk.
+    """
+    target = path.resolve()
+    made = _temporary(target)
+    try:
+        made.mkdir()
+        yield made
+        if target.is_dir():  # and empty
+            target.rmdir()
+        os.replace(made, target)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; nothing is left behind"
+        ) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _temporary(target: Path) -> Path:
+    """Return a name in the same directory that nothing has yet."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _sync_directory(directory: Path) -> None:
