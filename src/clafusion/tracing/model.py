@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from clafusion.execution.call import State, device_of, flatten_tensors
+from clafusion.execution.layouts import axes_in_memory
 from clafusion.execution.walk import run_graph
 from clafusion.tracing.layer import Layer, Stream, streams_of
 from clafusion.tracing.normalised import NormalisedWeight
@@ -288,6 +289,15 @@ class TracedModel:
         return streams_of(self.layers)
 
     @cached_property
+    def layouts(self) -> Mapping[str, tuple[int, ...]]:
+        """Parameters and buffers of the module that do not lie in memory as usual, with their axes.
+
+        States hold them contiguous; a run of the graph lays them out as here.
+        """
+        found = {name: axes_in_memory(tensor) for name, tensor in self._module_tensors().items()}
+        return {name: axes for name, axes in found.items() if axes is not None}
+
+    @cached_property
     def fillings(self) -> Mapping[str, float]:
         """What parameters are in an inserted layer: see :attr:`Layer.fillings`."""
         return {name: value for layer in self.layers for name, value in layer.fillings}
@@ -433,11 +443,17 @@ class TracedModel:
 
     def module_state(self) -> dict[str, Tensor]:
         """Return the module's parameters, buffers and constants, detached and contiguous."""
-        tensors: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
-        tensors.update(self.model.named_buffers(remove_duplicate=False))
+        tensors = self._module_tensors()
         return {
             **self.constants,
             **{name: value.detach().contiguous() for name, value in tensors.items()},
+        }
+
+    def _module_tensors(self) -> dict[str, Tensor]:
+        """Return the module's own parameters and buffers."""
+        return {
+            **dict(self.model.named_parameters(remove_duplicate=False)),
+            **dict(self.model.named_buffers(remove_duplicate=False)),
         }
 
     def output_tensors(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
