@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +17,7 @@ from clafusion.alignment.models import AlignedModels
 from clafusion.assessment.nearness import FusionAssessment
 from clafusion.config import FusionConfig
 from clafusion.merging.problem import FusionProblem, Parent
+from clafusion.table import Table
 
 __all__ = ["FusionResult"]
 
@@ -78,6 +82,65 @@ class FusionResult:
     averaged: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        facts = [f"{type(self.model).__name__} {_count(self.model)} parameters"]
+        if self.assessment is not None:
+            facts.append(str(self.assessment.result).partition(", divergence")[0])
+        return f"<FusionResult {', '.join(facts)}>"
+
+    def _repr_html_(self) -> str:
+        lines = [repr(self)[1:-1]]
+        if self.assessment is not None:
+            lines.append(self.assessment.verdict)
+        told = "".join(f"<p>{html.escape(one)}</p>" for one in lines)
+        return f"<div>{told}{self.table._repr_html_()}</div>"
+
+    @property
+    def table(self) -> Table:
+        """One row for each network: how near it is to the parents together, and its weight."""
+        shares = dict(zip(self.names, self.weights, strict=True))
+        rows: dict[str, dict[str, Any]] = {"the result": {}}
+        rows |= {name: {"weight": share} for name, share in shares.items()}
+        found = self.assessment
+        distance = "distance"
+        if found is not None:
+            distance = {"classes": "divergence", "values": "squared error"}[found.kind]
+            for name, one in {"the result": found.result, **found.parents}.items():
+                rows[name] |= {"agreement": one.agreement, "distance": one.distance}
+        columns = ("weight", "agreement", "distance")
+        return Table.of(
+            ("network", "weight", "agreement", distance),
+            [(name, *(row.get(one) for one in columns)) for name, row in rows.items()],
+        )
+
+    def to_frame(self) -> Any:
+        """Return :attr:`table` as a ``pandas.DataFrame``; errors are those of ``Table``."""
+        return self.table.to_frame()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was found and done, as plain data for JSON.
+
+        That is the alignments, what became of each parent, how good the result is, options and
+        seconds. For the strategy ``"iterative"`` alignments and parents are those of each step.
+        """
+        steps = [_step_facts(one) for one in self.steps or (self,)]
+        return {
+            **(steps[0] if len(steps) == 1 else {"steps": steps}),
+            "weights": list(self.weights),
+            "anchor": self.anchor,
+            "averaged": list(self.averaged),
+            "left_out": list(self.left_out),
+            "rounds": self.rounds,
+            "converged": self.converged,
+            "assessment": None if self.assessment is None else self.assessment.to_dict(),
+            "config": self.config.to_dict(),
+            "seconds": dict(self.timings),
+        }
+
+    def to_json(self) -> str:
+        """Return :meth:`to_dict` as JSON on one line."""
+        return json.dumps(self.to_dict(), allow_nan=False)
+
     def save(
         self,
         path: str | os.PathLike[str],
@@ -131,6 +194,14 @@ class FusionResult:
         )
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all models, also of those that earlier steps fused."""
+        if not self.steps:
+            return self.aligned.names
+        first, *others = self.steps
+        return (*first.aligned.names, *(one.aligned.names[-1] for one in others))
+
+    @property
     def parents(self) -> tuple[Parent, ...]:
         """The parents, in the order in which the models were given.
 
@@ -164,3 +235,46 @@ class FusionResult:
             for one in self.parents
         ]
         return tuple(zip(*columns, strict=True))
+
+
+# --- as plain data ------------------------------------------------------------------------------
+
+
+def _count(model: nn.Module) -> str:
+    """Return how many parameters a module has, to three digits."""
+    count = sum(one.numel() for one in model.parameters())
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
+def _step_facts(result: FusionResult) -> dict[str, Any]:
+    target = result.problem.target
+    return {
+        **result.aligned.to_dict(),
+        "target": [layer.name for layer in target.layers],
+        "parents": [_parent_facts(one) for one in result.parents],
+        "layer_weights": [list(weights) for weights in result.layer_weights],
+    }
+
+
+def _parent_facts(parent: Parent) -> dict[str, Any]:
+    source, target = parent.correspondence.source, parent.correspondence.target
+    return {
+        "name": parent.name,
+        "layer_map": [k if k >= 0 else None for k in parent.correspondence.layer_map],
+        "groups": [
+            {"name": one.name, "channels": None if plan is None else list(plan.shape)}
+            for one, plan in zip(target.groups, parent.plans, strict=True)
+        ],
+        "rotated": [target.groups[index].name for index in parent.rotations],
+        "head_orders": [
+            {"layer": source.layers[source.heads[index].layer].name, "order": list(order)}
+            for index, order in parent.head_orders.items()
+        ],
+        "heads": [
+            {"layer": target.layers[to.layer].name, "source": of.count, "target": to.count}
+            for of, to in zip(source.united_heads, target.united_heads, strict=True)
+        ],
+    }

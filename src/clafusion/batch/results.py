@@ -84,6 +84,12 @@ class PairResult:
     _state: Mapping[str, Any] | None = field(repr=False)
     _architecture: Model | None = field(repr=False)
 
+    def __repr__(self) -> str:
+        if self.error is not None:
+            return f"<PairResult {self.first} and {self.second}: failed>"
+        near = "" if self.assessment is None else f": {self.assessment.result}"
+        return f"<PairResult {self.first} and {self.second}{near}>"
+
     @property
     def agreement(self) -> float | None:
         """How often the result and both models together choose the same class; None for no classes.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from clafusion.cli.facts import alignment_facts
 from clafusion.cli.inputs import (
     Archs,
     AsJson,
@@ -90,7 +89,7 @@ def align_command(
         draw(aligned, plot)
     if as_json:
         shown = None if plot is None else str(plot)
-        print_json({**alignment_facts(aligned), "plot": shown, "seconds": dict(aligned.timings)})
+        print_json({**aligned.to_dict(), "plot": shown, "seconds": dict(aligned.timings)})
         return
     print(summary(aligned))
     print_line("picture", plot)

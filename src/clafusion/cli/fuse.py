@@ -13,7 +13,6 @@ import typer
 from torch import Tensor, nn
 
 from clafusion.alignment.models import AlignedModels
-from clafusion.cli.facts import fusion_facts
 from clafusion.cli.inputs import (
     Archs,
     AsJson,
@@ -188,7 +187,7 @@ def fuse_command(
         draw(result, plot)
     if as_json:
         shown = {"out": str(out), "plot": plot and str(plot), "architecture": built_by}
-        print_json({**shown, **fusion_facts(result)})
+        print_json({**shown, **result.to_dict()})
         return
     print(summary(result))
     print_line("written", out if folder else f"{out}, weights of {built_by}")

@@ -19,6 +19,8 @@ from clafusion.results import FusionResult
 from clafusion.tracing.model import TracedModel
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from clafusion.batch.results import PairResult
 
 __all__ = ["explain", "plot", "summary"]
@@ -43,28 +45,36 @@ def summary(thing: FusionResult | AlignedModels | TracedModel | Sequence[PairRes
         return alignment_summary(thing)
     if isinstance(thing, TracedModel):
         return model_summary(thing)
-    if isinstance(thing, (list, tuple)):
-        from clafusion.batch.results import PairResult
-
-        if all(isinstance(one, PairResult) for one in thing):
-            return pairs_summary(thing)
+    pairs = _pairs(thing)
+    if pairs is not None:
+        return pairs_summary(pairs)
     raise InputError(
         "summary takes a FusionResult, AlignedModels, a TracedModel or a list of PairResult; got "
         f"{type(thing).__name__}"
     )
 
 
-def plot(thing: FusionResult | AlignedModels | TracedModel, path: str | os.PathLike[str]) -> None:
-    """Draw a picture of a result into a file.
+def plot(
+    thing: FusionResult | AlignedModels | TracedModel | Sequence[PairResult],
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draw a picture of a result; return the figure, which a notebook shows.
 
     Parameters
     ----------
     thing
         A fusion or aligned models: the costs of all pairs of layers and the chosen alignment, one
-        panel for each model that is aligned with the reference. A traced model: its layers.
+        panel for each model that is aligned with the reference. A traced model: its layers. A list
+        of the results of many pairs: their agreements as a heat map; of networks that put out
+        values the distances, and where nothing was assessed the costs of the alignments.
     path
-        Its ending (``.png``, ``.svg``, ``.pdf``) chooses the format. An old file stays as it is
-        until the new one is complete.
+        A file to draw into, too. Its ending (``.png``, ``.svg``, ``.pdf``) chooses the format. An
+        old file stays as it is until the new one is complete.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        Made without pyplot, whose figures and settings stay as they are.
 
     Raises
     ------
@@ -72,16 +82,28 @@ def plot(thing: FusionResult | AlignedModels | TracedModel, path: str | os.PathL
         There is no picture of such a thing, the ending is unknown, or the file cannot be written.
     """
     from clafusion.reports.alignment_plot import aligned_figure
-    from clafusion.reports.plots import model_figure, save_figure
+    from clafusion.reports.plots import drawn, model_figure, pairs_figure
 
     if isinstance(thing, FusionResult):
         parts = [one.aligned for one in thing.steps] or [thing.aligned]
-        save_figure(lambda: aligned_figure(*parts), path)
-    elif isinstance(thing, AlignedModels):
-        save_figure(lambda: aligned_figure(thing), path)
-    elif isinstance(thing, TracedModel):
-        save_figure(lambda: model_figure(thing), path)
-    else:
-        raise InputError(
-            f"plot takes a FusionResult, AlignedModels or a TracedModel; got {type(thing).__name__}"
-        )
+        return drawn(lambda: aligned_figure(*parts), path)
+    if isinstance(thing, AlignedModels):
+        return drawn(lambda: aligned_figure(thing), path)
+    if isinstance(thing, TracedModel):
+        return drawn(lambda: model_figure(thing), path)
+    pairs = _pairs(thing)
+    if pairs:
+        return drawn(lambda: pairs_figure(pairs), path)
+    raise InputError(
+        "plot takes a FusionResult, AlignedModels, a TracedModel or a list of PairResult; got "
+        f"{type(thing).__name__}"
+    )
+
+
+def _pairs(thing: object) -> Sequence[PairResult] | None:
+    """Return a list of results of pairs; None for anything else."""
+    from clafusion.batch.results import PairResult
+
+    if isinstance(thing, (list, tuple)) and all(isinstance(one, PairResult) for one in thing):
+        return thing
+    return None

@@ -218,8 +218,7 @@ def _distance_text(one: Nearness | None) -> str:
 
 def _fusion_facts(result: FusionResult) -> dict[str, str]:
     config = result.config
-    names = _all_names(result)
-    shown = zip(names, result.weights, strict=True)
+    shown = zip(result.names, result.weights, strict=True)
     by_layer = config.merging.layer_weights
     facts = {
         "weights": ", ".join(f"{name} {weight:.2f}" for name, weight in shown)
@@ -262,14 +261,6 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
         stage = max(result.peak_memory, key=result.peak_memory.__getitem__)
         facts["GPU memory"] = f"{result.peak_memory[stage] / 1e6:.1f} MB at the most ({stage})"
     return facts
-
-
-def _all_names(result: FusionResult) -> list[str]:
-    """Return the names of all models, also of those that earlier steps fused."""
-    if not result.steps:
-        return list(result.aligned.names)
-    first, *others = result.steps
-    return [*first.aligned.names, *(one.aligned.names[-1] for one in others)]
 
 
 def _channels(result: FusionResult) -> str:

@@ -128,6 +128,9 @@ class ChannelGroup:
         """The parameter where the group occurs first, as a readable name."""
         return self.axes[0].use.parameter
 
+    def __repr__(self) -> str:
+        return f"<ChannelGroup {self.name} of {self.size} channels>"
+
 
 @dataclass(frozen=True)
 class HeadPartition:
@@ -277,6 +280,12 @@ class TracedModel:
     normalised: tuple[NormalisedWeight, ...] = ()
     weights: State | None = None
     rotatable: tuple[RotatableGroup, ...] | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<TracedModel {type(self.model).__name__}: {len(self.layers)} layers, "
+            f"{len(self.groups)} channel groups>"
+        )
 
     @property
     def device(self) -> torch.device:
