@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clafusion.alignment.models import AlignedModels, align_models, check_models
 from clafusion.assessment.assess import assess, warn_of
@@ -27,7 +27,13 @@ from clafusion.memory import bytes_of, check_limit, check_weights, needed_memory
 from clafusion.merging.layer_weights import weigh_layers
 from clafusion.merging.left_out import left_out_parameters, warn_of_left_out
 from clafusion.problems import matched_with_mean, problem_of, with_rotations
-from clafusion.profiling.batches import Data, Progress, first_batch, rows_side_by_side
+from clafusion.profiling.batches import (
+    Data,
+    Progress,
+    data_digest,
+    first_batch,
+    rows_side_by_side,
+)
 from clafusion.profiling.on_demand import RowsOnDemand
 from clafusion.profiling.profile import ModelProfile
 from clafusion.results import FusionResult
@@ -284,6 +290,7 @@ def fuse_aligned(
     *,
     template: TracedModel | None = None,
     known_outputs: OutputCache | None = None,
+    data_hash: str | None = None,
     memory_limit: int | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
@@ -299,6 +306,8 @@ def fuse_aligned(
         The traced module of a target :class:`clafusion.config.Like` one.
     known_outputs
         What the parents put out in the assessments of earlier fusions.
+    data_hash
+        The hash of the data, where it is known.
     """
     config = config or FusionConfig()
     given = merge_weights(weights, aligned.names)
@@ -306,7 +315,13 @@ def fuse_aligned(
     parents = {name: one.traced for name, one in zip(aligned.names, aligned.profiles, strict=True)}
     parts = parts_of(data, tuple(parents.values()), config.assessment)
     result = _fused(aligned, parts.kept, given, config, template, memory_limit, progress)
+    result = replace(result, data_hash=data_hash or _hash_of(data))
     return _assessed(result, parents, parts, progress, known_outputs)
+
+
+def _hash_of(data: Data) -> str | None:
+    """Return the hash of data in memory, which another pass over costs little."""
+    return data_digest(data) if isinstance(data, (Tensor, list, tuple)) else None
 
 
 def _fused(
@@ -440,6 +455,7 @@ def _one_after_another(
         steps=tuple(steps),
         timings=timings,
         peak_memory=peak_memory,
+        data_hash=_hash_of(data),
     )
     parts = parts_of(data, tuple(parents.values()), config.assessment)
     return _assessed(result, parents, parts, progress)

@@ -65,6 +65,8 @@ class FusionResult:
         Seconds of each stage, in order.
     peak_memory
         On a GPU: bytes that PyTorch held there at the most, in each stage. Else empty.
+    data_hash
+        The SHA-256 of the data; None for data that is no tensor and no list of batches.
     """
 
     model: nn.Module
@@ -81,6 +83,7 @@ class FusionResult:
     steps: tuple[FusionResult, ...] = ()
     averaged: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    data_hash: str | None = None
 
     def __repr__(self) -> str:
         facts = [f"{type(self.model).__name__} {_count(self.model)} parameters"]
@@ -150,7 +153,15 @@ class FusionResult:
         max_shard_size: str | int = "5GB",
         command: str | None = None,
     ) -> None:
-        """Write the fused network: a Hugging Face directory, or a file of weights.
+        """Write the fused network, so that :func:`clafusion.load` reads it again.
+
+        A file holds the weights. Beside it a record (``fused.safetensors.json``) says what builds
+        the network, and where it comes from: parents with their factories, files and hashes,
+        options, the data's hash, versions, the command, the assessment, the seconds. What builds
+        it is the factory of a parent or of the template, where they were made by one, also with
+        other widths; of networks of transformers a config. For any other network an exported
+        program is written beside the weights (``fused.pt2``), which needs none of its code. What a
+        factory makes is compared with the result before the file gets its name.
 
         A directory is for networks of transformers. It holds the weights in safetensors files, a
         config that says what the fused network is, tokenizer, processor, chat template and
@@ -162,7 +173,8 @@ class FusionResult:
         ----------
         path
             A directory that is not there yet or empty; or a file (``.safetensors``, ``.pt``,
-            ``.pth``, ``.safetensors.index.json``), for any network.
+            ``.pth``, ``.safetensors.index.json``), for any network; or a ``.pt2`` file, for the
+            exported program alone.
         processor_of
             The name of the parent whose tokenizer, processor, chat template and generation config
             the directory gets; default the one that gives the structure, or the first that has
@@ -173,14 +185,20 @@ class FusionResult:
         max_shard_size
             From which size on the weights go into several files.
         command
-            The command that made the result, for the model card.
+            The command that made the result, for the record or the model card.
 
         Raises
         ------
         InputError
-            The directory exists and is not empty, the network is none of transformers, no config
-            describes it, the parents have unlike vocabularies, what was written does not compute
-            what the result computes, or the disk is full.
+            The ending is unknown, the directory exists and is not empty, the network is none of
+            transformers, no config describes it, the parents have unlike vocabularies, what was
+            written does not compute what the result computes, or the disk is full.
+
+        Warns
+        -----
+        FusionWarning
+            The network has no factory and cannot be exported, so that only its own code can load
+            the file.
         """
         from clafusion.interop.saving import save_result  # needs transformers for a directory
 

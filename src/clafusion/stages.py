@@ -47,7 +47,7 @@ from clafusion.tracing.rotations import find_rotatable
 from clafusion.tracing.rows import mixing_operation
 from clafusion.tracing.trace import trace
 from clafusion.weights.build import with_weights
-from clafusion.weights.factories import Model, ModelFile
+from clafusion.weights.factories import Model, ModelFile, keep_origin
 from clafusion.weights.mapped import FileWeights
 
 __all__ = [
@@ -297,7 +297,7 @@ def copied_to(name: str, model: Model, device: str | torch.device) -> nn.Module:
     try:
         if isinstance(model, ModelFile):
             return model.load().to(device)
-        return copied(model).to(device)
+        return keep_origin(copied(model), model).to(device)
     except InputError as error:
         raise InputError(f"{label(name)}: {error}") from error
 

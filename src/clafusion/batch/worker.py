@@ -139,7 +139,12 @@ class Worker:
                 "union is a network that neither's code builds: fuse the two by clafusion.fuse"
             )
         result = fuse_aligned(
-            aligned, job.data, job.weights, job.config, known_outputs=self._known_outputs
+            aligned,
+            job.data,
+            job.weights,
+            job.config,
+            known_outputs=self._known_outputs,
+            data_hash=job.data_hash,
         )
         self._make_room(pair, 0)
         return result

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from torch import Tensor, nn
 
-from clafusion.alignment.models import AlignedModels
 from clafusion.cli.inputs import (
     Archs,
     AsJson,
@@ -44,34 +40,20 @@ from clafusion.cli.options import configured, messages_by_flags
 from clafusion.cli.parsing import merge_weights_of
 from clafusion.cli.settings import read_config
 from clafusion.cli.show import print_json, print_line, progress, typed_command
-from clafusion.config import FusionConfig, Iterative, Like
-from clafusion.errors import InputError, StructureError
+from clafusion.errors import InputError
 from clafusion.estimates import estimate
 from clafusion.execution.call import usable_device
-from clafusion.execution.lazy import LazyState
-from clafusion.fusion import align, fuse, fuse_aligned
-from clafusion.interop.huggingface import ModelDirectory
-from clafusion.interop.saving import check_directory
+from clafusion.fusion import fuse
+from clafusion.interop.programs import PROGRAM
+from clafusion.interop.saving import check_directory, save_result
 from clafusion.memory import bytes_of, check_limit
-from clafusion.profiling.batches import Data, Progress, num_rows
+from clafusion.profiling.batches import num_rows
 from clafusion.reports import plot as draw
 from clafusion.reports import summary
-from clafusion.results import FusionResult
-from clafusion.stages import expected_inputs, traced_template
-from clafusion.tracing.copies import copied
-from clafusion.weights.factories import ModelFile, build_model, model_without_weights
-from clafusion.weights.round_trip import check_round_trip
-from clafusion.weights.state_files import (
-    WRITABLE,
-    check_weights_output,
-    in_type,
-    save_model,
-    weight_type,
-)
+from clafusion.stages import expected_inputs
+from clafusion.weights.state_files import WRITABLE, check_weights_output, weight_type
 
 __all__ = ["fuse_command"]
-
-_TEMPLATE = "the template"  # what messages call one that a file of settings names
 
 
 def fuse_command(
@@ -81,7 +63,8 @@ def fuse_command(
         Path,
         typer.Option(
             help="Where to write the fused weights (.safetensors, .pt, .pth; in several files: "
-            ".safetensors.index.json); of Hugging Face directories a new directory."
+            ".safetensors.index.json) or an exported program (.pt2); of Hugging Face directories a "
+            "new directory."
         ),
     ],
     arch: Archs = None,
@@ -142,7 +125,8 @@ def fuse_command(
     """Fuse two or more models; write the fused weights, or a Hugging Face directory.
 
     Weights load into the architecture of the deepest model; with --target shallower into that of
-    the shallowest, with --target like into that of --target-template.
+    the shallowest, with --target like into that of --target-template. clafusion.load reads the file
+    in any case; a record of how it was made lies beside it.
     """
     files = named_files(weights)
     archs = archs_of(arch, files)
@@ -154,7 +138,7 @@ def fuse_command(
     folder = _folder(out, files, processor_of)
     if not folder:
         weight_files = tuple(one for one in files.values() if not one.is_dir())
-        check_weights_output(out, "--out", weight_files, (data,))
+        check_weights_output(out, "--out", weight_files, (data,), (*WRITABLE, PROGRAM))
     check_plot(plot)
     written_type = None if out_dtype is None else weight_type(out_dtype, "--out-dtype")
     at_most = None if memory_limit is None else bytes_of(memory_limit, "--memory-limit")
@@ -173,16 +157,14 @@ def fuse_command(
     count = num_rows(samples)
     with progress(count, expected_inputs(count, settings)) as report, messages_by_flags():
         if at_most is not None:
-            result = _fused_within(at_most, known, samples, given, settings, report)
+            result = fuse(known, samples, given, settings, memory_limit=at_most, progress=report)
         else:
             models = load_models(known)
             try_models(models, samples)
-            result = _fused(models, samples, given, settings, device, report)
-    built_by = type(result.model).__name__ if folder else _architecture(result, archs, options)
-    if folder:
-        result.save(out, processor_of=processor_of, dtype=written_type, command=typed_command())
-    else:
-        _write_weights(result, out, built_by, archs, written_type, at_most is not None)
+            result = fuse(models, samples, given, settings, device=device, progress=report)
+    built_by = save_result(
+        result, out, processor_of=processor_of, dtype=written_type, command=typed_command()
+    )
     if plot is not None:
         draw(result, plot)
     if as_json:
@@ -197,7 +179,7 @@ def fuse_command(
 def _folder(out: Path, files: Mapping[str, Path], processor_of: str | None) -> bool:
     """Say whether the result becomes a Hugging Face directory; refuse one that cannot be made."""
     is_folder = all(one.is_dir() for one in files.values()) and not out.name.lower().endswith(
-        WRITABLE
+        (*WRITABLE, PROGRAM)
     )
     if is_folder:
         check_directory(out, "--out")
@@ -208,130 +190,3 @@ def _folder(out: Path, files: Mapping[str, Path], processor_of: str | None) -> b
     if processor_of not in files:
         raise InputError(f"--processor-of {processor_of} is none of the models, {', '.join(files)}")
     return True
-
-
-def _write_weights(
-    result: FusionResult,
-    out: Path,
-    built_by: str,
-    archs: Mapping[str, str],
-    dtype: torch.dtype | None,
-    in_files: bool,
-) -> None:
-    """Write a file of weights that loads and computes what the result computes."""
-    if dtype is not None:
-        result = _rounded(result, dtype)
-    save_model(result.model, out, _round_trip(result, built_by, archs, in_files), dtype=dtype)
-
-
-def _fused(
-    models: Mapping[str, nn.Module],
-    samples: Data,
-    weights: list[float] | None,
-    config: FusionConfig,
-    device: str,
-    report: Progress | None,
-) -> FusionResult:
-    """Fuse; refuse what no architecture could load as soon as the alignment shows it."""
-    if isinstance(config.merging.strategy, Iterative) and len(models) > 2:
-        result = fuse(models, samples, weights, config, device=device, progress=report)
-        for step in result.steps:
-            _check_depths(step.aligned, config)
-        return result
-    aligned = align(models, samples, config, device=device, progress=report)
-    _check_depths(aligned, config)
-    template = None
-    if isinstance(config.target, Like):
-        like = aligned.profiles[0].traced
-        template = traced_template(config, like.model, like.example_inputs)
-    return fuse_aligned(aligned, samples, weights, config, template=template, progress=report)
-
-
-def _fused_within(
-    limit: int,
-    models: Mapping[str, ModelFile],
-    samples: Data,
-    weights: list[float] | None,
-    config: FusionConfig,
-    report: Progress | None,
-) -> FusionResult:
-    """Fuse with a limit of memory; refuse what no architecture could load."""
-    result = fuse(models, samples, weights, config, memory_limit=limit, progress=report)
-    for step in result.steps or (result,):
-        _check_depths(step.aligned, config)
-    return result
-
-
-def _rounded(result: FusionResult, dtype: torch.dtype) -> FusionResult:
-    """Return a result with the weights that the written ones will be, in the models' own types."""
-    model = result.model
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    narrow = in_type({name: one.detach() for name, one in own.items()}, dtype)
-    state = LazyState(own, lambda name: narrow[name].to(own[name].dtype))
-    return replace(result, model=result.problem.storage.model(model, state, {}))
-
-
-def _check_depths(aligned: AlignedModels, config: FusionConfig) -> None:
-    gaps = any(one.alignment.unmatched_shallow for one in aligned.pairs)
-    if gaps and not isinstance(config.target, Like):  # messages_by_flags says how that is typed
-        raise StructureError(
-            "of two models each is the deeper one somewhere, and so the fused weights load into "
-            "nobody's architecture; give target=Like(module), which has the layers of all"
-        )
-
-
-def _architecture(
-    result: FusionResult, archs: Mapping[str, str], options: Mapping[str, str | bool]
-) -> str:
-    """Say into which architecture the fused weights load."""
-    if isinstance(result.config.target, Like):
-        return str(options.get("target.template", _TEMPLATE))
-    shapes = _shapes(result.model)
-    aligned = (result.steps or (result,))[0].aligned
-    reference = aligned.names[aligned.reference]
-    owners = [
-        name
-        for name, profile in zip(aligned.names, aligned.profiles, strict=True)
-        if _shapes(profile.traced.model) == shapes
-    ]
-    if owners:
-        return archs[reference if reference in owners else owners[0]]
-    return f"{archs[reference]} with other widths"
-
-
-def _round_trip(
-    result: FusionResult, built_by: str, archs: Mapping[str, str], in_files: bool
-) -> Callable[[Mapping[str, Any]], None] | None:
-    """Return the check of what is written; None where no factory builds such a model.
-
-    With ``in_files`` the model that it builds holds no weights of its own.
-    """
-    target = result.config.target
-    build: Callable[[], nn.Module]
-    folders = {one for one in archs.values() if Path(one).is_dir()}
-    if isinstance(target, Like) and built_by == _TEMPLATE:
-        assert isinstance(target.template, nn.Module), "else nothing would have been fused"
-        build = partial(copied, target.template)
-    elif built_by in folders:
-        build, in_files = ModelDirectory(built_by, built_by).build, False
-    elif isinstance(target, Like) or built_by in archs.values():
-        build = partial(model_without_weights if in_files else build_model, built_by)
-    else:
-        return None
-    aligned = (result.steps or (result,))[0].aligned
-    example = aligned.profiles[aligned.reference].traced
-
-    def check(state: Mapping[str, Any]) -> None:
-        inputs, names = example.example_inputs, example.keywords
-        called = repr(built_by)
-        check_round_trip(result.model, state, build, inputs, names, called=called, assign=in_files)
-
-    return check
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {
-        name: tuple(value.shape)
-        for name, value in model.state_dict().items()
-        if isinstance(value, Tensor)
-    }

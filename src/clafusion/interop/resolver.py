@@ -6,13 +6,14 @@ import os
 import re
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from clafusion.errors import InputError
 from clafusion.interop.huggingface import ModelDirectory
+from clafusion.interop.programs import load_program
+from clafusion.interop.rebuilding import built_again
+from clafusion.interop.records import read_record
 from clafusion.weights.factories import ModelFile, build_model, load_model
-from clafusion.weights.messages import one_line
 
 __all__ = ["factory_of", "load", "model_file"]
 
@@ -25,6 +26,7 @@ def load(
     weights: str | os.PathLike[str] | None = None,
     *,
     key: str | None = None,
+    trust_code: bool = False,
 ) -> nn.Module:
     """Return a trained network, in eval mode. Nothing is downloaded.
 
@@ -34,12 +36,15 @@ def load(
         A Hugging Face directory (its ``config.json``, its weights in one or more files, perhaps an
         adapter, which is merged); or a factory ``MODULE:FACTORY``, as ``nets.py:make(depth=20)``;
         or ``timm:NAME`` or ``torchvision:NAME``; or a file that ``torch.export.save`` wrote
-        (``.pt2``), whose batch size must be free.
+        (``.pt2``), whose batch size must be free; or a file that ``result.save`` wrote.
     weights
         The file of the weights, for all but a directory. Without it a factory of your own gives
         the network its weights.
     key
         Which state dict of a file that holds several; see :class:`clafusion.ModelFile`.
+    trust_code
+        Whether a factory of yours may be run because a file of ``result.save`` names it. No other
+        code of a file is ever run.
 
     Raises
     ------
@@ -50,10 +55,19 @@ def load(
     Examples
     --------
     >>> model = clafusion.load("./bert-6")  # doctest: +SKIP
+    >>> model = clafusion.load("fused.safetensors")  # doctest: +SKIP
     >>> model = clafusion.load("nets.py:resnet(depth=20)", "resnet20.safetensors")  # doctest: +SKIP
     """
     if os.fspath(spec).endswith(".pt2"):
-        return _exported(spec, weights, key)
+        if weights is not None or key is not None:
+            raise InputError(
+                f"{os.fspath(spec)!r} holds its own weights: leave out weights and key"
+            )
+        return load_program(spec)
+    if weights is None and Path(spec).is_file():
+        record = read_record(Path(spec))
+        if record is not None:
+            return built_again(Path(spec), record["architecture"], trust_code=trust_code)
     if weights is not None and not Path(spec).is_dir():
         return load_model(factory_of(_factory_text(spec)), weights, key)
     found = model_file(spec, weights, key)
@@ -66,24 +80,6 @@ def load(
             "downloaded"
         )
     return build_model(text)
-
-
-def _exported(
-    path: str | os.PathLike[str], weights: str | os.PathLike[str] | None, key: str | None
-) -> nn.Module:
-    """Return the module of an exported program, which holds its weights."""
-    if weights is not None or key is not None:
-        raise InputError(f"{os.fspath(path)!r} holds its own weights: leave out weights and key")
-    if not Path(path).is_file():
-        raise InputError(f"{os.fspath(path)!r} does not exist")
-    try:
-        loaded: nn.Module = torch.export.load(path).module()
-    except Exception as error:
-        raise InputError(
-            f"{os.fspath(path)!r} is no program that torch.export.save wrote, or of another "
-            f"release: {one_line(error)}"
-        ) from error
-    return loaded
 
 
 def model_file(
@@ -120,7 +116,8 @@ def _factory_text(spec: str | os.PathLike[str]) -> str:
     """Return a factory's text; refuse what is a path of another kind, or nothing known."""
     text = os.fspath(spec)
     if ":" not in text or Path(text).exists():
-        kind = "is a file, whose architecture is unknown" if Path(text).exists() else "is not there"
+        there = Path(text).exists()
+        kind = "is a file without a record of its architecture" if there else "is not there"
         raise InputError(
             f"{text!r} {kind}: give a Hugging Face directory, or a factory MODULE:FACTORY and a "
             "file of weights. Nothing is downloaded: of a model on a hub fetch the directory first"
