@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
@@ -13,12 +14,11 @@ from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, cast
 
-from torch import nn
-
 from clafusion.errors import InputError
 
 __all__ = [
     "Choices",
+    "Module",
     "Option",
     "Settings",
     "choice",
@@ -32,6 +32,16 @@ __all__ = [
 ]
 
 S = TypeVar("S", bound="Settings")
+
+
+class _OfTorch(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        torch = sys.modules.get("torch")
+        return torch is not None and isinstance(value, torch.nn.Module)
+
+
+class Module(metaclass=_OfTorch):
+    """Stands for ``torch.nn.Module``, so that options can be listed before torch is imported."""
 
 
 class Choices(Mapping[str, str]):
@@ -161,11 +171,11 @@ class Settings:
             for one in fields(cls):
                 if isinstance(value, one.metadata.get("settings", ())):
                     return made(cls, {one.name: value}, where)
-        if isinstance(value, nn.Module):
+        if isinstance(value, Module):
             holders = [
                 one.__name__
                 for one in cls.variants().values()
-                if any(field.metadata.get("also") is nn.Module for field in fields(one))
+                if any(field.metadata.get("also") is Module for field in fields(one))
             ]
             hint = f": write {where}={holders[0]}(module)" if holders else ""
             raise InputError(f"{where} must not be a module; got {type(value).__name__}{hint}")
@@ -221,7 +231,7 @@ class Settings:
                 value = value.to_dict()
             elif isinstance(value, Real) and not isinstance(value, (bool, int)):
                 value = int(value) if isinstance(value, Integral) else float(value)
-            elif isinstance(value, nn.Module):
+            elif isinstance(value, Module):
                 value = type(value).__qualname__
             found[one.name] = value
         return found
@@ -242,7 +252,7 @@ def made(kind: type[S], given: Mapping[str, Any], where: str) -> S:
         raise InputError(f"{where}.{error}" if where else str(error)) from None
 
 
-_WORDS = {int: "a whole number", nn.Module: "a torch.nn.Module"}
+_WORDS = {int: "a whole number", Module: "a torch.nn.Module"}
 
 
 def _check(name: str, value: Any, rule: Mapping[str, Any]) -> None:

@@ -131,6 +131,55 @@ def test_fuse_writes_weights_that_load_and_a_picture(files, capsys):
 
 
 @pytest.mark.usefixtures("files")
+def test_quiet_prints_errors_and_json_only(capsys):
+    assert main([*FUSE, "--calibration=none", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main([*FUSE, "--calibration=none", "-q", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["out"] == "fused.safetensors"
+    assert main([*replaced("--data", "none.npy"), "-q"]) == 2
+    assert "'none.npy' does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", "fuse", "fuse-pairs", "align", "inspect", "explain"])
+def test_help_needs_nothing_that_takes_long_to_import(command):
+    code = (
+        "import sys; from clafusion.cli.app import main; main(sys.argv[1:]); "
+        "print([one for one in ('torch', 'numpy', 'rich', 'yaml') if one in sys.modules])"
+    )
+    given = [one for one in (command, "-h") if one]
+    found = subprocess.run(
+        [sys.executable, "-c", code, *given],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert found.stdout.startswith(f"Usage: clafusion {command}".rstrip())
+    assert found.stdout.splitlines()[-1] == "[]"
+
+
+def test_options_stand_in_groups(capsys):
+    assert main(["fuse", "-h"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    titles = [one for one in lines if one and not one.startswith((" ", "Usage"))]
+    assert titles[:4] == ["Arguments:", "Models:", "Data:", "Output:"]
+    assert any(one.startswith("Calibration: ") for one in titles)
+
+
+def test_choices_are_completed():
+    words = {"COMP_WORDS": "clafusion fuse --calibration re", "COMP_CWORD": "3"}
+    found = subprocess.run(
+        [sys.executable, "-m", "clafusion.cli.app"],
+        env={**os.environ, **words, "_CLAFUSION_COMPLETE": "complete_bash"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert found.stdout.split() == ["repair"]
+
+
+@pytest.mark.usefixtures("files")
 def test_json_is_one_object(capsys):
     assert main([*FUSE, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from clafusion.cli.inputs import (
+from clafusion.cli.options import configured, messages_by_flags
+from clafusion.cli.parameters import (
     Archs,
     AsJson,
     CheckpointKeys,
     ConfigFile,
     DataFile,
     DataKey,
-    DataOptions,
     Device,
     Limit,
     MaxLength,
@@ -23,25 +23,9 @@ from clafusion.cli.inputs import (
     Shape,
     Std,
     TextColumn,
-    archs_of,
-    check_plot,
-    data_of,
-    keys_of,
-    load_models,
-    model_files,
-    named_files,
-    try_models,
 )
-from clafusion.cli.options import configured, messages_by_flags
-from clafusion.cli.settings import read_config
-from clafusion.cli.show import print_json, print_line, progress
+from clafusion.cli.show import print_json, print_line, print_text, progress
 from clafusion.config import NoCalibration
-from clafusion.execution.call import usable_device
-from clafusion.fusion import align
-from clafusion.profiling.batches import num_rows
-from clafusion.reports import plot as draw
-from clafusion.reports import summary
-from clafusion.stages import expected_inputs
 
 __all__ = ["STAGES", "align_command"]
 
@@ -70,6 +54,25 @@ def align_command(
     options: Mapping[str, str | bool],
 ) -> None:
     """Show which layers of models belong together, and at what cost. Fuse nothing."""
+    from clafusion.cli.inputs import (
+        DataOptions,
+        archs_of,
+        check_plot,
+        data_of,
+        keys_of,
+        load_models,
+        model_files,
+        named_files,
+        try_models,
+    )
+    from clafusion.cli.settings import read_config
+    from clafusion.execution.call import usable_device
+    from clafusion.fusion import align
+    from clafusion.profiling.batches import num_rows
+    from clafusion.reports import plot as draw
+    from clafusion.reports import summary
+    from clafusion.stages import expected_inputs
+
     files = named_files(weights)
     archs = archs_of(arch, files)
     keys = keys_of(checkpoint_key, list(files))
@@ -91,5 +94,5 @@ def align_command(
         shown = None if plot is None else str(plot)
         print_json({**aligned.to_dict(), "plot": shown, "seconds": dict(aligned.timings)})
         return
-    print(summary(aligned))
+    print_text(summary(aligned))
     print_line("picture", plot)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clafusion.cli.inputs import (
+from clafusion.cli.options import configured, messages_by_flags
+from clafusion.cli.parameters import (
     Archs,
     AsJson,
     CheckpointKeys,
     ConfigFile,
     DataFile,
     DataKey,
-    DataOptions,
     Device,
     Limit,
     MaxLength,
@@ -27,31 +27,12 @@ from clafusion.cli.inputs import (
     Shape,
     Std,
     TextColumn,
-    archs_of,
-    check_plot,
-    data_of,
-    keys_of,
-    load_models,
-    model_files,
-    named_files,
-    try_models,
 )
-from clafusion.cli.options import configured, messages_by_flags
-from clafusion.cli.parsing import merge_weights_of
-from clafusion.cli.settings import read_config
-from clafusion.cli.show import print_json, print_line, progress, typed_command
+from clafusion.cli.show import print_json, print_line, print_text, progress, typed_command
 from clafusion.errors import InputError
-from clafusion.estimates import estimate
-from clafusion.execution.call import usable_device
-from clafusion.fusion import fuse
-from clafusion.interop.programs import PROGRAM
-from clafusion.interop.saving import check_directory, save_result
-from clafusion.memory import bytes_of, check_limit
-from clafusion.profiling.batches import num_rows
-from clafusion.reports import plot as draw
-from clafusion.reports import summary
-from clafusion.stages import expected_inputs
-from clafusion.weights.state_files import WRITABLE, check_weights_output, weight_type
+
+if TYPE_CHECKING:
+    pass
 
 __all__ = ["fuse_command"]
 
@@ -117,6 +98,10 @@ def fuse_command(
             metavar="TYPE",
         ),
     ] = None,
+    max_shard_size: Annotated[
+        str,
+        typer.Option(help="From which size on a directory gets several files.", metavar="SIZE"),
+    ] = "5GB",
     plot: Plot = None,
     as_json: AsJson = False,
     *,
@@ -128,6 +113,31 @@ def fuse_command(
     the shallowest, with --target like into that of --target-template. clafusion.load reads the file
     in any case; a record of how it was made lies beside it.
     """
+    from clafusion.cli.inputs import (
+        DataOptions,
+        archs_of,
+        check_plot,
+        data_of,
+        keys_of,
+        load_models,
+        model_files,
+        named_files,
+        try_models,
+    )
+    from clafusion.cli.parsing import merge_weights_of
+    from clafusion.cli.settings import read_config
+    from clafusion.estimates import estimate
+    from clafusion.execution.call import usable_device
+    from clafusion.fusion import fuse
+    from clafusion.interop.programs import PROGRAM
+    from clafusion.interop.saving import save_result
+    from clafusion.memory import bytes_of, check_limit
+    from clafusion.profiling.batches import num_rows
+    from clafusion.reports import plot as draw
+    from clafusion.reports import summary
+    from clafusion.stages import expected_inputs
+    from clafusion.weights.state_files import WRITABLE, check_weights_output, weight_type
+
     files = named_files(weights)
     archs = archs_of(arch, files)
     keys = keys_of(checkpoint_key, list(files))
@@ -152,7 +162,7 @@ def fuse_command(
             found = estimate(known, samples, settings)
         if at_most is not None:
             check_limit(at_most, found.memory)
-        print_json(asdict(found)) if as_json else print(found)
+        print_json(asdict(found)) if as_json else print_text(str(found))
         return
     count = num_rows(samples)
     with progress(count, expected_inputs(count, settings)) as report, messages_by_flags():
@@ -163,7 +173,12 @@ def fuse_command(
             try_models(models, samples)
             result = fuse(models, samples, given, settings, device=device, progress=report)
     built_by = save_result(
-        result, out, processor_of=processor_of, dtype=written_type, command=typed_command()
+        result,
+        out,
+        processor_of=processor_of,
+        dtype=written_type,
+        max_shard_size=max_shard_size,
+        command=typed_command(),
     )
     if plot is not None:
         draw(result, plot)
@@ -171,13 +186,17 @@ def fuse_command(
         shown = {"out": str(out), "plot": plot and str(plot), "architecture": built_by}
         print_json({**shown, **result.to_dict()})
         return
-    print(summary(result))
+    print_text(summary(result))
     print_line("written", out if folder else f"{out}, weights of {built_by}")
     print_line("picture", plot)
 
 
 def _folder(out: Path, files: Mapping[str, Path], processor_of: str | None) -> bool:
     """Say whether the result becomes a Hugging Face directory; refuse one that cannot be made."""
+    from clafusion.interop.programs import PROGRAM
+    from clafusion.interop.saving import check_directory
+    from clafusion.weights.state_files import WRITABLE
+
     is_folder = all(one.is_dir() for one in files.values()) and not out.name.lower().endswith(
         (*WRITABLE, PROGRAM)
     )

@@ -17,11 +17,10 @@ from typing import Annotated, Any, cast
 
 import typer
 import typer.core
-from torch import nn
 
 from clafusion.config import FusionConfig, Like, Option, Settings, options_of
 from clafusion.errors import ClafusionError, FusionWarning, InputError
-from clafusion.weights.factories import build_model
+from clafusion.settings import Module
 
 __all__ = [
     "CommandWithSections",
@@ -85,8 +84,20 @@ def _annotation(option: Option) -> Any:
     if option.kind == "flag":
         flags = f"{option.flag}/{_negated(option)}"
         return Annotated[bool | None, typer.Option(flags, help=_help(option))]
-    shown = typer.Option(option.flag, help=_help(option), metavar=_metavar(option))
+    shown = typer.Option(
+        option.flag,
+        help=_help(option),
+        metavar=_metavar(option),
+        autocompletion=_completion(option) if option.choices else None,
+    )
     return Annotated[str | None, shown]
+
+
+def _completion(option: Option) -> Callable[[str], list[tuple[str, str]]]:
+    def complete(incomplete: str) -> list[tuple[str, str]]:
+        return [one for one in option.choices.items() if one[0].startswith(incomplete)]
+
+    return complete
 
 
 def _negated(option: Option) -> str:
@@ -134,7 +145,21 @@ def _needed(option: Option) -> str:
 
 
 def _is_module(rule: Mapping[str, Any]) -> bool:
-    return issubclass(rule.get("also", str), nn.Module)
+    return rule.get("also") is Module
+
+
+_SECTIONS = {
+    "Models": ("--arch", "--checkpoint-key", "--weights", "--config"),
+    "Data": (
+        *("--data", "--data-key", "--labels", "--limit", "--shape", "--scale", "--mean", "--std"),
+        *("--text-column", "--max-length", "--input-shape"),
+    ),
+    "Output": (
+        *("--out", "--out-dir", "--out-dtype", "--max-shard-size", "--processor-of", "--plot"),
+        *("--report", "--chosen", "--csv", "--json"),
+    ),
+}
+"""The options that are none of a fusion's stages, by section of the help."""
 
 
 class CommandWithSections(typer.core.TyperCommand):
@@ -148,12 +173,16 @@ class CommandWithSections(typer.core.TyperCommand):
             for one in fields(FusionConfig)
             if one.metadata["kind"] == "nested"
         }
-        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        sections: dict[str, list[tuple[str, str]]] = {
+            one: [] for one in ("Arguments", *_SECTIONS, "Options")
+        }
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is None:
                 continue
-            title = titles.get(stages.get(parameter.opts[0], ""), "Options")
+            flag = parameter.opts[0]
+            own = next((title for title, flags in _SECTIONS.items() if flag in flags), "Options")
+            title = titles.get(stages.get(flag, ""), own)
             if parameter.param_type_name == "argument":
                 title = "Arguments"
             sections.setdefault(title, []).append(record)
@@ -244,6 +273,8 @@ def _parsed(value: str | bool, rule: Mapping[str, Any]) -> Any:
     if isinstance(value, bool):
         return value
     if _is_module(rule):
+        from clafusion.weights.factories import build_model
+
         return build_model(value)
     number: type[int] | type[float] | None = {"number": float, "count": int}.get(rule["kind"])
     if rule["kind"] == "text" and issubclass(rule["also"], int):

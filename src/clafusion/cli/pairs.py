@@ -9,21 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import Tensor
 
-from clafusion.cli.inputs import AsJson, Device, check_alike, read_data
-from clafusion.cli.manifest import Manifest, read_manifest
 from clafusion.cli.options import warnings_by_entries
-from clafusion.cli.parsing import bytes_of
-from clafusion.cli.show import pair_progress, print_json, print_line
+from clafusion.cli.parameters import AsJson, Device
+from clafusion.cli.show import pair_progress, print_json, print_line, print_text
 from clafusion.errors import InputError
-from clafusion.execution.call import usable_device
-from clafusion.interop.huggingface import ModelDirectory
-from clafusion.reports.tables import pairs_summary, total_seconds
-from clafusion.weights.atomic import check_output
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from clafusion.batch.results import PairResult
+    from clafusion.cli.manifest import Manifest
 
 __all__ = ["pairs_command"]
 
@@ -51,6 +47,13 @@ def pairs_command(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Keep pairs that are done already.")
     ] = True,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where models' profiles are kept between runs; default: profiles in --out.",
+            metavar="DIR",
+        ),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(
@@ -66,6 +69,11 @@ def pairs_command(
     as_json: AsJson = False,
 ) -> None:
     """Fuse many pairs of models. If some fail, the others are done, and the exit code is 1."""
+    from clafusion.cli.manifest import read_manifest
+    from clafusion.cli.parsing import bytes_of
+    from clafusion.execution.call import usable_device
+    from clafusion.reports.tables import pairs_summary
+
     given = read_manifest(manifest)
     folder = out or given.out
     if folder is None:
@@ -76,9 +84,9 @@ def pairs_command(
     usable_device(device, "--device")
     page = _page(report, folder)
     pair = None if chosen is None else _chosen(chosen, given)
-    results = _fused(given, folder, page, jobs, limit, resume, device)
+    results = _fused(given, folder, page, jobs, limit, resume, device, cache_dir)
     if not as_json:
-        print(pairs_summary(results), flush=True)
+        print_text(pairs_summary(results))
     _write_report(results, page, pair)
     if as_json:
         print_json({"out": str(folder), "report": str(page), **_facts(results)})
@@ -90,6 +98,8 @@ def pairs_command(
 
 
 def _page(report: Path | None, folder: Path) -> Path:
+    from clafusion.weights.atomic import check_output
+
     page = report or folder / "report.html"
     if page.resolve().parent != folder.resolve():  # which need not be there yet
         check_output(page, (".html",), "--report")
@@ -97,6 +107,8 @@ def _page(report: Path | None, folder: Path) -> Path:
 
 
 def _facts(results: Sequence[PairResult]) -> dict[str, Any]:
+    from clafusion.reports.tables import total_seconds
+
     return {
         "pairs": len(results),
         "failed": sum(one.error is not None for one in results),
@@ -113,8 +125,10 @@ def _fused(
     memory_limit: int | None,
     resume: bool,
     device: str,
+    cache_dir: Path | None,
 ) -> list[PairResult]:
     from clafusion.batch.run import fuse_pairs
+    from clafusion.weights.atomic import check_output
 
     samples = _data(given)
     with pair_progress() as report, warnings_by_entries():
@@ -127,6 +141,7 @@ def _fused(
             executor=None if jobs == 1 else jobs,
             out_dir=folder,
             resume=resume,
+            cache_dir=cache_dir,
             memory_limit=memory_limit,
             device=None if device == "cpu" else device,
             progress=report,
@@ -137,6 +152,9 @@ def _fused(
 
 def _data(given: Manifest) -> Tensor | list[dict[str, Tensor]]:
     """Read the data; refuse Hugging Face directories of other tokens or labels."""
+    from clafusion.cli.inputs import check_alike, read_data
+    from clafusion.interop.huggingface import ModelDirectory
+
     folders = {
         name: Path(one.path)
         for name, one in given.models.items()

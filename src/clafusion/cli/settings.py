@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
 
 from clafusion.cli.options import changed, setting_at
 from clafusion.config import FusionConfig, options_of
 from clafusion.errors import InputError
+from clafusion.settings import Module
 from clafusion.stages import config_from
 from clafusion.weights.state_files import check_input
 
@@ -62,7 +62,7 @@ def config_of(found: Any, where: str, root: Path) -> FusionConfig:
     config = FusionConfig.parse(found, where)
     for option in options_of(FusionConfig):
         value = setting_at(config, option.path)
-        if issubclass(option.rule.get("also", str), nn.Module) and isinstance(value, str) and value:
+        if option.rule.get("also") is Module and isinstance(value, str) and value:
             config = changed(config, {option.path: rooted(value, root)})
     return config
 

@@ -12,21 +12,13 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 __all__ = [
+    "QUIET",
     "TYPED",
     "pair_progress",
     "print_json",
     "print_line",
+    "print_text",
     "progress",
     "say",
     "typed_command",
@@ -34,6 +26,8 @@ __all__ = [
 
 TYPED: ContextVar[tuple[str, ...]] = ContextVar("TYPED", default=())
 """What was typed after the program's name."""
+QUIET: ContextVar[bool] = ContextVar("QUIET", default=False)
+"""Whether only errors, warnings and JSON are printed."""
 
 
 def typed_command() -> str | None:
@@ -50,8 +44,17 @@ def progress(
 
     ``count`` is the number of samples, ``expected`` how many of them each stage looks at.
     """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or QUIET.get():
         yield None
         return
     bar = Progress(
@@ -80,8 +83,18 @@ def progress(
 @contextlib.contextmanager
 def pair_progress() -> Iterator[Callable[[int, int], None] | None]:
     """Show how many pairs are done, how fast it goes and how long it will take."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or QUIET.get():
         yield None
         return
     bar = Progress(
@@ -111,14 +124,20 @@ def pair_progress() -> Iterator[Callable[[int, int], None] | None]:
 
 def say(line: str) -> None:
     """Show a person at a terminal what goes on."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not QUIET.get():
         print(line, file=sys.stderr)
+
+
+def print_text(text: str) -> None:
+    """Print a table."""
+    if not QUIET.get():
+        print(text, flush=True)
 
 
 def print_line(name: str, value: str | Path | None) -> None:
     """Print a name and a value below a table; nothing for None."""
     if value is not None:
-        print(f"{name:<12} {value}")
+        print_text(f"{name:<12} {value}")
 
 
 def print_json(facts: Any) -> None:
