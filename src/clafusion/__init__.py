@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from clafusion.alignment.layer_costs import cka, layer_costs, linear_cka
     from clafusion.alignment.models import AlignedModels
+    from clafusion.assessment.evaluation import Evaluation, Score, evaluate
     from clafusion.assessment.nearness import FusionAssessment, Nearness
     from clafusion.batch.results import PairResult
     from clafusion.batch.run import fuse_pairs
@@ -116,6 +117,7 @@ __all__ = [
     "Correspondence",
     "Deeper",
     "DivergenceError",
+    "Evaluation",
     "Exact",
     "FusionAssessment",
     "FusionConfig",
@@ -148,6 +150,7 @@ __all__ = [
     "PinnedWarning",
     "Profiling",
     "Repair",
+    "Score",
     "Shallower",
     "Sinkhorn",
     "Solver",
@@ -176,6 +179,7 @@ __all__ = [
     "correspond",
     "distill",
     "estimate",
+    "evaluate",
     "explain",
     "finetune",
     "fuse",
@@ -209,6 +213,7 @@ _PLACES = {
     """,
     "clafusion.alignment.layer_costs": "cka layer_costs linear_cka",
     "clafusion.alignment.models": "AlignedModels",
+    "clafusion.assessment.evaluation": "Evaluation Score evaluate",
     "clafusion.assessment.nearness": "FusionAssessment Nearness",
     "clafusion.batch.results": "PairResult",
     "clafusion.batch.run": "fuse_pairs",

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.alignment.models import AlignedModels, align_models, check_models
-from clafusion.assessment.assess import assess, warn_of
+from clafusion.assessment.evaluation import checked_labels
 from clafusion.assessment.output_cache import OutputCache
-from clafusion.assessment.parts import Parts, parts_of
+from clafusion.assessment.parts import parts_of
 from clafusion.calibration.methods import calibrate
 from clafusion.config import (
     Barycentre,
@@ -30,12 +30,12 @@ from clafusion.problems import matched_with_mean, problem_of, with_rotations
 from clafusion.profiling.batches import (
     Data,
     Progress,
-    data_digest,
     first_batch,
     rows_side_by_side,
 )
 from clafusion.profiling.on_demand import RowsOnDemand
 from clafusion.profiling.profile import ModelProfile
+from clafusion.quality import assessed, hash_of
 from clafusion.results import FusionResult
 from clafusion.stages import (
     Clock,
@@ -72,6 +72,7 @@ def fuse(
     example_inputs: ExampleInputs | None = None,
     device: str | torch.device | None = None,
     memory_limit: int | str | None = None,
+    labels: Any = None,
     progress: Progress | None = None,
     **overrides: Any,
 ) -> FusionResult:
@@ -112,6 +113,10 @@ def fuse(
         calibrated ones are kept in temporary files (``TMPDIR`` says where), from which the result's
         parameters are mapped. The result has the same bytes as without a limit. See
         :func:`clafusion.estimate` for what a fusion needs.
+    labels
+        One for each row of ``data``, as for :func:`clafusion.evaluate`. The fusion makes no use of
+        them: accuracy and loss of result and parents are measured, on the inputs that it has not
+        seen. See ``FusionResult.evaluation``.
     progress
         Called with the stage's name and the number of inputs it has seen.
     overrides
@@ -147,9 +152,12 @@ def fuse(
     >>> result = clafusion.fuse([resnet20, resnet32], images)  # doctest: +SKIP
     >>> result.model(images[:8])  # doctest: +SKIP
     """
-    config = config_from(config, overrides, ("weights", "example_inputs", "device", "progress"))
+    config = config_from(
+        config, overrides, ("weights", "example_inputs", "device", "labels", "progress")
+    )
     named = named_models(models)
     given = merge_weights(weights, tuple(named))
+    labels = None if labels is None else checked_labels(labels, data)
     limit = None if memory_limit is None else bytes_of(memory_limit, "memory_limit")
     if example_inputs is None:
         example_inputs = first_batch(data)
@@ -162,11 +170,18 @@ def fuse(
         template = traced_template(config, next(iter(named.values())), example_inputs)
     if isinstance(config.merging.strategy, Iterative) and len(named) > 2:
         return _one_after_another(
-            named, data, given, config, example_inputs, template, limit, progress
+            named, data, given, config, example_inputs, template, limit, labels, progress
         )
     aligned = _aligned(named, data, config, example_inputs, progress, limit, on_demand=True)
     return fuse_aligned(
-        aligned, data, given, config, template=template, memory_limit=limit, progress=progress
+        aligned,
+        data,
+        given,
+        config,
+        template=template,
+        memory_limit=limit,
+        labels=labels,
+        progress=progress,
     )
 
 
@@ -292,6 +307,7 @@ def fuse_aligned(
     known_outputs: OutputCache | None = None,
     data_hash: str | None = None,
     memory_limit: int | None = None,
+    labels: Tensor | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
     """Do the second half of :func:`fuse`: choose the target, match channels, average, calibrate.
@@ -300,8 +316,8 @@ def fuse_aligned(
     ----------
     aligned
         The models; see :func:`align` and :func:`align_profiles`.
-    data, weights, config, memory_limit, progress
-        As for :func:`fuse`; the limit in bytes.
+    data, weights, config, memory_limit, labels, progress
+        As for :func:`fuse`; the limit in bytes, the labels checked.
     template
         The traced module of a target :class:`clafusion.config.Like` one.
     known_outputs
@@ -315,13 +331,8 @@ def fuse_aligned(
     parents = {name: one.traced for name, one in zip(aligned.names, aligned.profiles, strict=True)}
     parts = parts_of(data, tuple(parents.values()), config.assessment)
     result = _fused(aligned, parts.kept, given, config, template, memory_limit, progress)
-    result = replace(result, data_hash=data_hash or _hash_of(data))
-    return _assessed(result, parents, parts, progress, known_outputs)
-
-
-def _hash_of(data: Data) -> str | None:
-    """Return the hash of data in memory, which another pass over costs little."""
-    return data_digest(data) if isinstance(data, (Tensor, list, tuple)) else None
+    result = replace(result, data_hash=data_hash or hash_of(data))
+    return assessed(result, parents, parts, progress, known_outputs, labels)
 
 
 def _fused(
@@ -378,33 +389,6 @@ def _fused(
     )
 
 
-def _assessed(
-    result: FusionResult,
-    parents: Mapping[str, TracedModel],
-    parts: Parts,
-    progress: Progress | None,
-    known_outputs: OutputCache | None = None,
-) -> FusionResult:
-    """Return the result with its assessment; warn where that is bad."""
-    config = result.config
-    clock = Clock(result.problem.target.device, result.timings, result.peak_memory)
-    with clock.stage("assess"):
-        found = assess(
-            result.model,
-            result.problem,
-            parents,
-            result.weights,
-            parts,
-            config.assessment,
-            progress,
-            known_outputs,
-        )
-    if found is None:
-        return result
-    warn_of(found, config)
-    return replace(result, assessment=found, timings=clock.seconds, peak_memory=clock.peak_memory)
-
-
 # --- more than two ------------------------------------------------------------------------------
 
 
@@ -416,6 +400,7 @@ def _one_after_another(
     example_inputs: ExampleInputs,
     template: TracedModel | None,
     limit: int | None,
+    labels: Tensor | None,
     progress: Progress | None,
 ) -> FusionResult:
     """Fuse the first two, then what came of it with the third, and so on."""
@@ -455,10 +440,10 @@ def _one_after_another(
         steps=tuple(steps),
         timings=timings,
         peak_memory=peak_memory,
-        data_hash=_hash_of(data),
+        data_hash=hash_of(data),
     )
     parts = parts_of(data, tuple(parents.values()), config.assessment)
-    return _assessed(result, parents, parts, progress)
+    return assessed(result, parents, parts, progress, None, labels)
 
 
 def _options_of_step(config: FusionConfig, names: Sequence[str], joining: int) -> FusionConfig:

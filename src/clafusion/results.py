@@ -5,21 +5,29 @@ from __future__ import annotations
 import html
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clafusion.alignment.dynamic_program import LayerAlignment
 from clafusion.alignment.models import AlignedModels
+from clafusion.assessment.evaluation import Evaluation, checked_labels, evaluated
 from clafusion.assessment.nearness import FusionAssessment
-from clafusion.config import FusionConfig
+from clafusion.assessment.parts import compared_output
+from clafusion.config import Assessment, FusionConfig
+from clafusion.errors import InputError
 from clafusion.merging.problem import FusionProblem, Parent
+from clafusion.profiling.batches import Data, batches
 from clafusion.table import Table
+from clafusion.tracing.model import TracedModel
 
-__all__ = ["FusionResult"]
+__all__ = ["RESULT", "FusionResult"]
+
+RESULT = "the result"
+"""What tables call the fused network."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,9 @@ class FusionResult:
         On a GPU: bytes that PyTorch held there at the most, in each stage. Else empty.
     data_hash
         The SHA-256 of the data; None for data that is no tensor and no list of batches.
+    evaluation
+        Where labels were given: accuracy and loss of the result, of each parent and of their means,
+        on the inputs that were kept out of the fusion, or on all where none were.
     """
 
     model: nn.Module
@@ -84,11 +95,18 @@ class FusionResult:
     averaged: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     data_hash: str | None = None
+    evaluation: Evaluation | None = None
 
     def __repr__(self) -> str:
         facts = [f"{type(self.model).__name__} {_count(self.model)} parameters"]
         if self.assessment is not None:
             facts.append(str(self.assessment.result).partition(", divergence")[0])
+        if self.evaluation is not None:
+            score = self.evaluation.scores[RESULT]
+            right = score.accuracy
+            facts.append(
+                f"loss {score.loss:.3g}" if right is None else f"accuracy {100 * right:.1f} %"
+            )
         return f"<FusionResult {', '.join(facts)}>"
 
     def _repr_html_(self) -> str:
@@ -100,21 +118,64 @@ class FusionResult:
 
     @property
     def table(self) -> Table:
-        """One row for each network: how near it is to the parents together, and its weight."""
+        """One row for each network: how near it is to the parents together, and how good."""
         shares = dict(zip(self.names, self.weights, strict=True))
-        rows: dict[str, dict[str, Any]] = {"the result": {}}
+        rows: dict[str, dict[str, Any]] = {RESULT: {}}
         rows |= {name: {"weight": share} for name, share in shares.items()}
         found = self.assessment
         distance = "distance"
         if found is not None:
             distance = {"classes": "divergence", "values": "squared error"}[found.kind]
-            for name, one in {"the result": found.result, **found.parents}.items():
+            for name, one in {RESULT: found.result, **found.parents}.items():
                 rows[name] |= {"agreement": one.agreement, "distance": one.distance}
-        columns = ("weight", "agreement", "distance")
+        if self.evaluation is not None:
+            for name, score in self.evaluation.scores.items():
+                rows.setdefault(name, {}).update(accuracy=score.accuracy, loss=score.loss)
+        columns = ("weight", "agreement", "distance", "accuracy", "loss")
         return Table.of(
-            ("network", "weight", "agreement", distance),
+            ("network", "weight", "agreement", distance, "accuracy", "loss"),
             [(name, *(row.get(one) for one in columns)) for name, row in rows.items()],
         )
+
+    def evaluate(self, inputs: Data, labels: Any) -> Evaluation:
+        """Say how good the result is on inputs with labels, beside its parents and their means.
+
+        Parameters and errors are those of :func:`clafusion.evaluate`.
+        """
+        known = checked_labels(labels, inputs)
+        first = next(iter(self.parent_models.values()))
+        return self.evaluated(
+            batches(inputs, first.example_inputs, first.keywords, device=first.device), known
+        )
+
+    def evaluated(self, inputs: Iterable[tuple[Tensor, ...]], labels: Tensor) -> Evaluation:
+        """Do what :meth:`evaluate` does, with inputs in batches of tensors."""
+        parents = self.parent_models
+        first = next(iter(parents.values()))
+        settings = Assessment(axis=self.config.assessment.axis)
+        compared = compared_output(first, settings)
+        if compared is None:
+            raise InputError("labels need a floating output, which the models do not have")
+        models = {RESULT: self.model, **{name: one.model for name, one in parents.items()}}
+        return evaluated(
+            models,
+            self.weights,
+            inputs,
+            labels,
+            first.keywords,
+            output=compared[0],
+            axis=settings.axis,
+            apart=(RESULT,),
+        )
+
+    @property
+    def parent_models(self) -> dict[str, TracedModel]:
+        """All parents by name; of fusions one after another not what came between."""
+        found: dict[str, TracedModel] = {}
+        for i, step in enumerate(self.steps or (self,)):
+            pairs = zip(step.aligned.names, step.aligned.profiles, strict=True)
+            found |= {name: one.traced for name, one in list(pairs)[i > 0 :]}
+        return found
 
     def to_frame(self) -> Any:
         """Return :attr:`table` as a ``pandas.DataFrame``; errors are those of ``Table``."""
@@ -136,6 +197,7 @@ class FusionResult:
             "rounds": self.rounds,
             "converged": self.converged,
             "assessment": None if self.assessment is None else self.assessment.to_dict(),
+            "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
             "config": self.config.to_dict(),
             "seconds": dict(self.timings),
         }

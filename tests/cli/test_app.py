@@ -158,6 +158,43 @@ def test_help_needs_nothing_that_takes_long_to_import(command):
     assert found.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("module", ["typer", "torch"])
+def test_an_interruption_while_modules_are_imported_is_one_line(module):
+    code = textwrap.dedent(
+        f"""
+        import os, signal, sys
+
+        class Interrupt:
+            def find_spec(self, name, *_):
+                if name == {module!r}:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        sys.meta_path.insert(0, Interrupt())
+        from clafusion.cli import main
+
+        sys.exit(main({FUSE!r}))
+        """
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.returncode == 130
+    assert found.stderr == "clafusion: interrupted; no output was written\n"
+
+
+def test_data_without_an_axis_are_refused_with_the_shape_that_fits(files, capsys):
+    (files / "nets.py").write_text(STAGES)
+    save_model(networks.vgg(1, 1), "a.pt")
+    np.save("last.npy", np.zeros((30, 8, 8, 3), np.float32))
+    command = ["fuse", "a.pt", "a.pt", "--arch=nets.py:net(1, 1)", "--out=out.pt"]
+    assert main([*command, "--data=last.npy"]) == 2
+    assert "channels come first" in capsys.readouterr().err
+    np.save("data.npy", np.zeros((300, 3, 4), np.float32))
+    assert main(FUSE) == 2
+    assert "It runs with --shape 12\n" in capsys.readouterr().err
+
+
 def test_options_stand_in_groups(capsys):
     assert main(["fuse", "-h"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from clafusion import InputError
-from clafusion.profiling.samples import load_samples
+from clafusion.profiling.samples import load_named_samples, load_samples
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 3, 4, 5), dtype=np.uint8)
 REAL = np.random.default_rng(1).normal(size=(7, 6))
@@ -117,3 +117,17 @@ def test_a_list_of_tensors_is_refused(tmp_path):
     torch.save([torch.ones(2)], tmp_path / "d.pt")
     with pytest.raises(InputError, match="holds a list"):
         load_samples(tmp_path / "d.pt")
+
+
+def test_a_choice_of_sorted_samples_has_all_classes_and_is_the_same_each_time(tmp_path):
+    labels = torch.arange(100).sort().values
+    torch.save({"x": labels, "input_ids": labels[:, None]}, tmp_path / "a.pt")
+    chosen = load_samples(tmp_path / "a.pt", key="x", limit=20, seed=0)
+    assert torch.equal(chosen, chosen.sort().values)
+    assert len(chosen.unique()) == 20
+    assert chosen.max() > 60
+    again = load_named_samples(tmp_path / "a.pt", ["input_ids"], 20, 0)["input_ids"]
+    assert torch.equal(again[:, 0], chosen)
+    assert not torch.equal(load_samples(tmp_path / "a.pt", key="x", limit=20, seed=1), chosen)
+    assert torch.equal(load_samples(tmp_path / "a.pt", key="x", limit=20), labels[:20])
+    assert torch.equal(load_samples(tmp_path / "a.pt", key="x", limit=200, seed=0), labels)

@@ -24,6 +24,7 @@ from clafusion.cli.align import align_command
 from clafusion.cli.demo import STAGES as OF_DEMO
 from clafusion.cli.demo import demo_command
 from clafusion.cli.doctor import doctor_command
+from clafusion.cli.evaluate import evaluate_command
 from clafusion.cli.explain import STAGES as OF_EXPLAIN
 from clafusion.cli.explain import explain_command
 from clafusion.cli.fuse import fuse_command
@@ -59,6 +60,7 @@ def make_app() -> typer.Typer:
     app.command("align", cls=sections)(with_options(align_command, *OF_ALIGN))
     app.command("inspect", cls=sections)(with_options(inspect_command, *OF_INSPECT))
     app.command("explain", cls=sections)(with_options(explain_command, *OF_EXPLAIN))
+    app.command("evaluate", cls=sections)(evaluate_command)
     app.command("demo", cls=sections)(with_options(demo_command, *OF_DEMO))
     app.command("doctor")(doctor_command)
     return app
@@ -129,6 +131,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         return _refuse(f"not enough memory: {error}; use fewer samples (--limit)", 2, debug)
     except Exception as error:
+        if signals:  # a library made an error of its own of the interruption
+            return _refuse(f"interrupted; {kept}", 128 + signals[0], debug)
         return _refuse_fault(error, debug)
 
 
@@ -165,9 +169,10 @@ def _signals_interrupt(seen: list[int]) -> Iterator[None]:
 
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):
+        for name in ("SIGTERM", "SIGHUP", "SIGINT"):
             one = getattr(signal, name, None)
-            if one is not None and signal.getsignal(one) == signal.SIG_DFL:  # not with nohup
+            usual = (signal.SIG_DFL, signal.default_int_handler)  # not with nohup
+            if one is not None and signal.getsignal(one) in usual:
                 before[one] = signal.signal(one, interrupt)
     try:
         yield

@@ -18,6 +18,7 @@ from clafusion.cli.parameters import (
     DataFile,
     DataKey,
     Device,
+    Labels,
     Limit,
     MaxLength,
     Mean,
@@ -60,6 +61,7 @@ def fuse_command(
     checkpoint_key: CheckpointKeys = None,
     config: ConfigFile = None,
     data_key: DataKey = None,
+    labels: Labels = None,
     limit: Limit = 2000,
     shape: Shape = None,
     scale: Scale = None,
@@ -113,12 +115,14 @@ def fuse_command(
     the shallowest, with --target like into that of --target-template. clafusion.load reads the file
     in any case; a record of how it was made lies beside it.
     """
+    from clafusion.assessment.evaluation import checked_labels
     from clafusion.cli.inputs import (
         DataOptions,
         archs_of,
         check_plot,
         data_of,
         keys_of,
+        labels_of,
         load_models,
         model_files,
         named_files,
@@ -157,6 +161,9 @@ def fuse_command(
     known = model_files(files, archs, keys)
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
     samples = data_of(data, limit, reading, files)
+    known_labels = labels_of(data, labels, limit)
+    if known_labels is not None:
+        known_labels = checked_labels(known_labels, samples)
     if dry_run:
         with messages_by_flags():
             found = estimate(known, samples, settings)
@@ -167,11 +174,27 @@ def fuse_command(
     count = num_rows(samples)
     with progress(count, expected_inputs(count, settings)) as report, messages_by_flags():
         if at_most is not None:
-            result = fuse(known, samples, given, settings, memory_limit=at_most, progress=report)
+            result = fuse(
+                known,
+                samples,
+                given,
+                settings,
+                memory_limit=at_most,
+                labels=known_labels,
+                progress=report,
+            )
         else:
             models = load_models(known)
             try_models(models, samples)
-            result = fuse(models, samples, given, settings, device=device, progress=report)
+            result = fuse(
+                models,
+                samples,
+                given,
+                settings,
+                device=device,
+                labels=known_labels,
+                progress=report,
+            )
     built_by = save_result(
         result,
         out,

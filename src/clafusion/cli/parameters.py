@@ -17,6 +17,7 @@ __all__ = [
     "DataFile",
     "DataKey",
     "Device",
+    "Labels",
     "Limit",
     "MaxLength",
     "Mean",
@@ -96,7 +97,20 @@ DataKey = Annotated[
     str | None,
     typer.Option(help="Which array of the data file; default x_train, images, x or data."),
 ]
-Limit = Annotated[int, typer.Option(help="Use this many samples from the beginning.")]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        help="Which array of the data file holds labels: they are compared with, not learnt from.",
+        metavar="KEY",
+    ),
+]
+Limit = Annotated[
+    int,
+    typer.Option(
+        help="Use this many samples, chosen at random with a fixed seed; of texts from the "
+        "beginning."
+    ),
+]
 Shape = Annotated[
     str | None, typer.Option(help="Reshape each sample, for example 1,28,28.", metavar="N,N,...")
 ]

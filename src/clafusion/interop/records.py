@@ -39,20 +39,19 @@ def record_path(path: Path) -> Path:
 
 def record_of(result: FusionResult, architecture: Architecture) -> dict[str, Any]:
     """Return what depends on the fusion alone: parents with hashes, settings, data, assessment."""
-    parents = {}
-    for step in result.steps or (result,):
-        for name, profile in zip(step.aligned.names, step.aligned.profiles, strict=True):
-            parents[name] = profile.traced.model
     return {
         "architecture": architecture.to_dict(),
         "parents": [
-            {"name": name, "weight": weight, **_parent_facts(parents[name])}
-            for name, weight in zip(result.names, result.weights, strict=True)
+            {"name": name, "weight": weight, **_parent_facts(one.model)}
+            for (name, one), weight in zip(
+                result.parent_models.items(), result.weights, strict=True
+            )
         ],
         "settings": result.config.to_dict(),
         "data": result.data_hash,
         "versions": _versions(),
         "assessment": None if result.assessment is None else result.assessment.to_dict(),
+        "evaluation": None if result.evaluation is None else result.evaluation.to_dict(),
     }
 
 

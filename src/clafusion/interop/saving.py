@@ -159,12 +159,7 @@ def check_directory(path: Path, what: str) -> None:
 
 def _parents(result: FusionResult) -> dict[str, nn.Module]:
     """Return all parents by name; of fusions one after another not what came between."""
-    found: dict[str, nn.Module] = {}
-    for i, step in enumerate(result.steps or (result,)):
-        aligned = step.aligned
-        for name, profile in list(zip(aligned.names, aligned.profiles, strict=True))[i > 0 :]:
-            found[name] = profile.traced.model
-    return found
+    return {name: one.model for name, one in result.parent_models.items()}
 
 
 def _stored(model: nn.Module) -> dict[str, Any]:

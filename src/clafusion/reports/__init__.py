@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from clafusion.alignment.models import AlignedModels
+from clafusion.assessment.evaluation import Evaluation
 from clafusion.errors import InputError
 from clafusion.reports.explanation import explain
+from clafusion.reports.quality_tables import evaluation_summary
 from clafusion.reports.tables import (
     alignment_summary,
     fusion_summary,
@@ -26,13 +28,16 @@ if TYPE_CHECKING:
 __all__ = ["explain", "plot", "summary"]
 
 
-def summary(thing: FusionResult | AlignedModels | TracedModel | Sequence[PairResult]) -> str:
+def summary(
+    thing: FusionResult | AlignedModels | TracedModel | Evaluation | Sequence[PairResult],
+) -> str:
     """Return a table of a result as text.
 
     Parameters
     ----------
     thing
-        A fusion, aligned models, a traced model, or a list of the results of many pairs.
+        A fusion, aligned models, a traced model, an evaluation, or a list of the results of many
+        pairs.
 
     Raises
     ------
@@ -43,13 +48,16 @@ def summary(thing: FusionResult | AlignedModels | TracedModel | Sequence[PairRes
         return fusion_summary(thing)
     if isinstance(thing, AlignedModels):
         return alignment_summary(thing)
+    if isinstance(thing, Evaluation):
+        return evaluation_summary(thing)
     if isinstance(thing, TracedModel):
         return model_summary(thing)
     pairs = _pairs(thing)
     if pairs is not None:
         return pairs_summary(pairs)
     raise InputError(
-        "summary takes a FusionResult, AlignedModels, a TracedModel or a list of PairResult; got "
+        "summary takes a FusionResult, AlignedModels, a TracedModel, an Evaluation or a list of "
+        "PairResult; got "
         f"{type(thing).__name__}"
     )
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from clafusion.alignment.models import AlignedModels, PairAlignment
-from clafusion.assessment.nearness import Nearness
 from clafusion.config import ManyToOne
 from clafusion.merging.problem import Parent
+from clafusion.reports.quality_tables import agreement_text, assessment_table, distance_text
 from clafusion.reports.text import described, fact_lines, plain_table, seconds_text, shortened
 from clafusion.results import FusionResult
 from clafusion.tracing.layer import Stream
@@ -34,7 +34,6 @@ __all__ = [
 
 INSERTED = "(inserted)"
 MERGED = "(merged)"
-_DISTANCES = {"classes": "divergence", "values": "squared error"}
 ASSESSED = ("agreement", "distance", "parent's")
 """The columns of many pairs: the result's agreement and distance, and the nearest parent's."""
 
@@ -162,7 +161,7 @@ def fusion_summary(result: FusionResult) -> str:
     parts = parts or [alignment_summary(result.aligned)]
     steps = result.steps or (result,)
     parts += [table for step in steps if (table := _weights_table(step))]
-    parts += [table] if (table := _assessment_table(result)) else []
+    parts += [table] if (table := assessment_table(result)) else []
     facts = fact_lines(_fusion_facts(result))
     if len(parts) == 1:
         return f"{parts[0]}\n{facts}"
@@ -181,39 +180,6 @@ def _weights_table(result: FusionResult) -> str:
     ]
     titles = ["weights in", *result.problem.names]
     return plain_table(titles, rows, range(1, len(titles)))
-
-
-def _assessment_table(result: FusionResult) -> str:
-    """Return a table of how near each network is to the parents together, or ""."""
-    found = result.assessment
-    if found is None:
-        return ""
-    shown = {
-        "the result": found.result,
-        **{f"{name} alone": one for name, one in found.parents.items()},
-        "one parent and another": found.between_parents,
-    }
-    is_classes = found.kind == "classes"
-    titles = [
-        "to the parents together",
-        *(["agreement"] if is_classes else []),
-        _DISTANCES[found.kind],
-    ]
-    rows = [
-        [name, *([_agreement_text(one)] if is_classes else []), _distance_text(one)]
-        for name, one in shown.items()
-    ]
-    return plain_table(titles, rows, range(1, len(titles)))
-
-
-def _agreement_text(one: Nearness | None) -> str:
-    """Return how often a network and the parents together choose the same class, as shown."""
-    return "" if one is None or one.agreement is None else f"{100 * one.agreement:.1f} %"
-
-
-def _distance_text(one: Nearness | None) -> str:
-    """Return how far a network is from the parents together, as shown."""
-    return "" if one is None else f"{one.distance:.3g}"
 
 
 def _fusion_facts(result: FusionResult) -> dict[str, str]:
@@ -253,6 +219,8 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
         )
     if result.assessment is not None:
         facts["assessed"] = result.assessment.verdict
+    if result.evaluation is not None:
+        facts["evaluated"] = f"with the labels of {result.evaluation.num_inputs} inputs"
     facts["verified"] = (
         "yes, by permuting the channels of all models" if config.verify else "no: verify is off"
     )
@@ -361,7 +329,7 @@ def assessed_cells(result: PairResult) -> list[str]:
     found = result.assessment
     near = None if found is None else found.result
     parent = None if found is None else found.parents[found.nearest_parent]
-    return [_agreement_text(near), _distance_text(near), _distance_text(parent)]
+    return [agreement_text(near), distance_text(near), distance_text(parent)]
 
 
 def cost_text(result: PairResult) -> str:
