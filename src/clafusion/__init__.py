@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from clafusion.assessment.nearness import FusionAssessment, Nearness
     from clafusion.batch.results import PairResult
     from clafusion.batch.run import fuse_pairs
+    from clafusion.batch.sweep import SweepPoint, SweepResult, sweep
     from clafusion.calibration.methods import Calibrated, calibrates
     from clafusion.config import (
         Alignment,
@@ -157,6 +158,8 @@ __all__ = [
     "Strategy",
     "Stream",
     "StructureError",
+    "SweepPoint",
+    "SweepResult",
     "Target",
     "TracedModel",
     "TrainingResult",
@@ -199,6 +202,7 @@ __all__ = [
     "sinkhorn",
     "solve_transport",
     "summary",
+    "sweep",
     "trace",
     "verify_graph",
 ]
@@ -217,6 +221,7 @@ _PLACES = {
     "clafusion.assessment.nearness": "FusionAssessment Nearness",
     "clafusion.batch.results": "PairResult",
     "clafusion.batch.run": "fuse_pairs",
+    "clafusion.batch.sweep": "SweepPoint SweepResult sweep",
     "clafusion.calibration.methods": "Calibrated calibrates",
     "clafusion.config": """
         Alignment Assessment Assignment Auto AutoCalibration Barycentre BatchNorm Calibration

@@ -26,7 +26,13 @@ from clafusion.execution.call import device_of, usable_device
 from clafusion.memory import bytes_of, check_limit, check_weights, needed_memory
 from clafusion.merging.layer_weights import weigh_layers
 from clafusion.merging.left_out import left_out_parameters, warn_of_left_out
-from clafusion.problems import matched_with_mean, problem_of, with_rotations
+from clafusion.merging.problem import FusionProblem
+from clafusion.problems import (
+    matched_with_mean,
+    problem_of,
+    with_merge_weights,
+    with_rotations,
+)
 from clafusion.profiling.batches import (
     Data,
     Progress,
@@ -122,6 +128,8 @@ def fuse(
     overrides
         Any field of ``config``: ``calibration="repair"``, ``target=Shallower()``,
         ``matching=Matching(solver="exact")``. A string stands for a value with its defaults.
+        ``preset="fast"``, ``"accurate"`` or ``"paper"`` stands for a whole configuration, in which
+        the other fields here are replaced: see the page Options.
 
     Returns
     -------
@@ -308,6 +316,7 @@ def fuse_aligned(
     data_hash: str | None = None,
     memory_limit: int | None = None,
     labels: Tensor | None = None,
+    matched: FusionProblem | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
     """Do the second half of :func:`fuse`: choose the target, match channels, average, calibrate.
@@ -324,13 +333,18 @@ def fuse_aligned(
         What the parents put out in the assessments of earlier fusions.
     data_hash
         The hash of the data, where it is known.
+    matched
+        The problem of an earlier fusion of the same models with the same target, matching and
+        normalisation, to take its plans: they do not depend on the weights. Not for a barycentre.
     """
     config = config or FusionConfig()
     given = merge_weights(weights, aligned.names)
     check_strategy(config.merging.strategy, len(aligned.names))
     parents = {name: one.traced for name, one in zip(aligned.names, aligned.profiles, strict=True)}
     parts = parts_of(data, tuple(parents.values()), config.assessment)
-    result = _fused(aligned, parts.kept, given, config, template, memory_limit, progress)
+    result = _fused(
+        aligned, parts.kept, given, config, template, memory_limit, progress, matched=matched
+    )
     result = replace(result, data_hash=data_hash or hash_of(data))
     return assessed(result, parents, parts, progress, known_outputs, labels)
 
@@ -343,24 +357,29 @@ def _fused(
     template: TracedModel | None,
     limit: int | None,
     progress: Progress | None,
+    *,
+    matched: FusionProblem | None = None,
 ) -> FusionResult:
     """Do what :func:`fuse_aligned` does on the part of the data that a fusion may see."""
     warn_of_pinned_channels(aligned.names, [one.traced for one in aligned.profiles], weights)
     clock = Clock(aligned.profiles[0].traced.device, aligned.timings, aligned.peak_memory)
-    with clock.stage("target"):
-        chosen = choose_target(aligned, config, template)
-        sources = sources_of(chosen, aligned)
-    with clock.stage("match"):
-        sources = with_rotations(aligned.names, sources, data, config)
-        problem = problem_of(aligned.names, sources, weights, config)
+    rounds, converged = 1, True
+    if matched is not None:
+        problem = with_merge_weights(matched, weights)
+    else:
+        with clock.stage("target"):
+            chosen = choose_target(aligned, config, template)
+            sources = sources_of(chosen, aligned)
+        with clock.stage("match"):
+            sources = with_rotations(aligned.names, sources, data, config)
+            problem = problem_of(aligned.names, sources, weights, config)
+        if isinstance(config.merging.strategy, Barycentre):
+            with clock.stage("barycentre"):
+                problem, rounds, converged = matched_with_mean(
+                    problem, aligned, sources, data, config, config.merging.strategy.max_rounds
+                )
     left_out = left_out_parameters(problem)
     warn_of_left_out(problem, left_out)
-    rounds, converged = 1, True
-    if isinstance(config.merging.strategy, Barycentre):
-        with clock.stage("barycentre"):
-            problem, rounds, converged = matched_with_mean(
-                problem, aligned, sources, data, config, config.merging.strategy.max_rounds
-            )
     for one in aligned.profiles:
         if isinstance(one.rows, RowsOnDemand):
             one.rows.close()

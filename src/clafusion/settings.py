@@ -23,6 +23,7 @@ __all__ = [
     "Settings",
     "choice",
     "count",
+    "described",
     "flag",
     "made",
     "nested",
@@ -302,6 +303,22 @@ def _check_number(name: str, value: Any, rule: Mapping[str, Any]) -> None:
 
 def _listed(names: Mapping[str, Any]) -> str:
     return ", ".join(map(repr, names))
+
+
+def described(settings: Settings) -> str:
+    """Return what settings are called, and which of their fields are not the default."""
+    changed = []
+    for one in fields(settings):
+        value = getattr(settings, one.name)
+        if isinstance(value, Settings):
+            value = described(value)
+        elif isinstance(value, Module):
+            value = type(value).__qualname__
+        elif one.default is not MISSING and value == one.default:
+            continue
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        changed.append(f"{one.name.replace('_', ' ')} {shown}")
+    return settings.name + (f" ({', '.join(changed)})" if changed else "")
 
 
 # --- all options, flat --------------------------------------------------------------------------

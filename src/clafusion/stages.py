@@ -31,6 +31,7 @@ from clafusion.config import (
 )
 from clafusion.errors import ClafusionError, InputError, PinnedWarning, StructureError, warn
 from clafusion.matching.activation_costs import MAX_CHANNELS
+from clafusion.presets import preset_of
 from clafusion.profiling.batches import Data, Progress
 from clafusion.profiling.importance import (
     channel_importance,
@@ -162,6 +163,7 @@ def config_from(
 ) -> FusionConfig:
     """Return a configuration with some of its fields given anew, as :func:`clafusion.fuse` does.
 
+    ``preset`` among them stands for all others, from a preset: see :mod:`clafusion.presets`.
     ``keywords`` are the caller's other arguments, which an error may suggest, too.
 
     Raises
@@ -171,12 +173,17 @@ def config_from(
     """
     if config is not None and not isinstance(config, FusionConfig):
         raise InputError(f"config must be a FusionConfig; got {type(config).__name__}")
+    overrides = dict(overrides)
+    if "preset" in overrides:
+        if config is not None:
+            raise InputError("preset and config are both whole configurations: give one of them")
+        config = preset_of(overrides.pop("preset"))
     base = config or FusionConfig()
     given = {one.name: getattr(base, one.name) for one in fields(FusionConfig)}
     unknown = [name for name in overrides if name not in given]
     if unknown:
         places = [one.path for one in options_of(FusionConfig) if one.field == unknown[0]]
-        close = get_close_matches(unknown[0], [*given, *keywords], 1)
+        close = get_close_matches(unknown[0], [*given, *keywords, "preset"], 1)
         hint = f" of its own; it is {places[0]}." if places else "."
         if close and not places:
             hint = f"; did you mean {close[0]!r}?"

@@ -33,6 +33,7 @@ from clafusion.cli.inspect import inspect_command
 from clafusion.cli.options import CommandWithSections, advice, with_options
 from clafusion.cli.pairs import pairs_command
 from clafusion.cli.show import QUIET, TYPED
+from clafusion.cli.sweep import sweep_command
 from clafusion.errors import ClafusionError, FusionWarning
 
 __all__ = ["main", "make_app"]
@@ -57,6 +58,7 @@ def make_app() -> typer.Typer:
     sections = CommandWithSections
     app.command("fuse", cls=sections)(with_options(fuse_command))
     app.command("fuse-pairs", cls=sections)(pairs_command)
+    app.command("sweep", cls=sections)(with_options(sweep_command))
     app.command("align", cls=sections)(with_options(align_command, *OF_ALIGN))
     app.command("inspect", cls=sections)(with_options(inspect_command, *OF_INSPECT))
     app.command("explain", cls=sections)(with_options(explain_command, *OF_EXPLAIN))

@@ -20,6 +20,7 @@ import typer.core
 
 from clafusion.config import FusionConfig, Like, Option, Settings, options_of
 from clafusion.errors import ClafusionError, FusionWarning, InputError
+from clafusion.presets import PRESETS, preset_of
 from clafusion.settings import Module
 
 __all__ = [
@@ -34,6 +35,9 @@ __all__ = [
 ]
 
 
+_PRESET = "preset"
+
+
 # --- from config.py to parameters ---------------------------------------------------------------
 
 
@@ -45,10 +49,15 @@ def with_options(command: Callable[..., None], *stages: str) -> Callable[..., No
     """
     options = [one for one in options_of(FusionConfig) if not stages or _stage(one) in stages]
 
+    has_preset = "profiling" in {_stage(one) for one in options}
+
     @functools.wraps(command)
     def run(**arguments: Any) -> None:
+        preset = arguments.pop(_PRESET, None)
         typed = {one.path: arguments.pop(_parameter(one)) for one in options}
         given = {path: value for path, value in typed.items() if value is not None}
+        if preset is not None:
+            given = {_PRESET: preset, **given}
         with _warnings_spelled(_FLAGS):
             command(**arguments, options=given)
 
@@ -66,6 +75,17 @@ def with_options(command: Callable[..., None], *stages: str) -> Callable[..., No
         )
         for one in options
     ]
+    if has_preset:
+        shown = typer.Option(
+            help="Settings by one word, which other options change: "
+            + "; ".join(f"{name}, {text}" for name, text in PRESETS.items())
+            + ".",
+            metavar=f"[{'|'.join(PRESETS)}]",
+            autocompletion=lambda: list(PRESETS.items()),
+        )
+        kind = inspect.Parameter.KEYWORD_ONLY
+        preset = Annotated[str | None, shown]
+        own.append(inspect.Parameter(_PRESET, kind, default=None, annotation=preset))
     # typer reads both.
     run.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for one in (*own, *made)}
@@ -149,7 +169,7 @@ def _is_module(rule: Mapping[str, Any]) -> bool:
 
 
 _SECTIONS = {
-    "Models": ("--arch", "--checkpoint-key", "--weights", "--config"),
+    "Models": ("--arch", "--checkpoint-key", "--weights", "--config", "--preset"),
     "Data": (
         *("--data", "--data-key", "--labels", "--limit", "--shape", "--scale", "--mean", "--std"),
         *("--text-column", "--max-length", "--input-shape"),
@@ -203,7 +223,15 @@ def configured(given: Mapping[str, str | bool], base: FusionConfig | None = None
     InputError
         An option is out of its range, does not belong to the chosen variant, or lacks another one.
     """
+    given = dict(given)
+    preset = given.pop(_PRESET, None)
     with messages_by_flags():
+        if preset is not None:
+            if base is not None:
+                raise InputError("--preset and --config are both whole settings: give one of them")
+            if preset not in PRESETS:
+                raise InputError(f"--preset must be one of {', '.join(PRESETS)}; got {preset}")
+            base = preset_of(preset)
         config = changed(base or FusionConfig(), given)
         for option in options_of(FusionConfig):
             if _is_module(option.rule) and setting_at(config, option.path) == "":

@@ -81,7 +81,7 @@ def progress(
 
 
 @contextlib.contextmanager
-def pair_progress() -> Iterator[Callable[[int, int], None] | None]:
+def pair_progress(what: str = "pairs") -> Iterator[Callable[[int, int], None] | None]:
     """Show how many pairs are done, how fast it goes and how long it will take."""
     from rich.console import Console
     from rich.progress import (
@@ -116,7 +116,7 @@ def pair_progress() -> Iterator[Callable[[int, int], None] | None]:
             if not before:
                 before.append(done)
             rate = (done - before[0]) / max(time.monotonic() - started, 1e-9)
-            shown = f"{rate:.2f} pairs/s" if done > before[0] else ""
+            shown = f"{rate:.2f} {what}/s" if done > before[0] else ""
             bar.update(task, completed=done, total=total, rate=shown)
 
         yield report

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from clafusion.batch.results import PairResult
+    from clafusion.batch.sweep import SweepResult
 
 __all__ = ["explain", "plot", "summary"]
 
@@ -63,7 +64,7 @@ def summary(
 
 
 def plot(
-    thing: FusionResult | AlignedModels | TracedModel | Sequence[PairResult],
+    thing: FusionResult | AlignedModels | TracedModel | SweepResult | Sequence[PairResult],
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
     """Draw a picture of a result; return the figure, which a notebook shows.
@@ -72,7 +73,8 @@ def plot(
     ----------
     thing
         A fusion or aligned models: the costs of all pairs of layers and the chosen alignment, one
-        panel for each model that is aligned with the reference. A traced model: its layers. A list
+        panel for each model that is aligned with the reference. A traced model: its layers. A
+        sweep: quality over the weight, or of each combination, means and deviations. A list
         of the results of many pairs: their agreements as a heat map; of networks that put out
         values the distances, and where nothing was assessed the costs of the alignments.
     path
@@ -89,8 +91,10 @@ def plot(
     InputError
         There is no picture of such a thing, the ending is unknown, or the file cannot be written.
     """
+    from clafusion.batch.sweep import SweepResult
     from clafusion.reports.alignment_plot import aligned_figure
     from clafusion.reports.plots import drawn, model_figure, pairs_figure
+    from clafusion.reports.sweep_plot import sweep_figure
 
     if isinstance(thing, FusionResult):
         parts = [one.aligned for one in thing.steps] or [thing.aligned]
@@ -99,12 +103,14 @@ def plot(
         return drawn(lambda: aligned_figure(thing), path)
     if isinstance(thing, TracedModel):
         return drawn(lambda: model_figure(thing), path)
+    if isinstance(thing, SweepResult):
+        return drawn(lambda: sweep_figure(thing), path)
     pairs = _pairs(thing)
     if pairs:
         return drawn(lambda: pairs_figure(pairs), path)
     raise InputError(
-        "plot takes a FusionResult, AlignedModels, a TracedModel or a list of PairResult; got "
-        f"{type(thing).__name__}"
+        "plot takes a FusionResult, AlignedModels, a TracedModel, a SweepResult or a list of "
+        f"PairResult; got {type(thing).__name__}"
     )
 
 

@@ -10,8 +10,9 @@ from clafusion.alignment.models import AlignedModels, PairAlignment
 from clafusion.config import ManyToOne
 from clafusion.merging.problem import Parent
 from clafusion.reports.quality_tables import agreement_text, assessment_table, distance_text
-from clafusion.reports.text import described, fact_lines, plain_table, seconds_text, shortened
+from clafusion.reports.text import fact_lines, plain_table, seconds_text, shortened
 from clafusion.results import FusionResult
+from clafusion.settings import described
 from clafusion.tracing.layer import Stream
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.pinned import movable_share
