@@ -11,7 +11,7 @@ from clafusion.errors import InputError
 from clafusion.settings import Settings, described
 from clafusion.stages import config_from
 
-__all__ = ["GridPoint", "grid_of"]
+__all__ = ["GridPoint", "expanded", "grid_of"]
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,22 @@ def grid_of(config: FusionConfig | None, settings: Mapping[str, Any]) -> list[Gr
         A list is empty, or an option is unknown or out of its range.
     """
     return [
-        GridPoint(chosen, config_from(config, given)) for chosen, given in _expanded(settings, "")
+        GridPoint(chosen, config_from(config, given)) for chosen, given in expanded(settings, "")
     ]
 
 
-def _expanded(value: Any, path: str) -> list[tuple[dict[str, Any], Any]]:
-    """Return all combinations of a value: what was chosen, and the value without lists."""
+def expanded(value: Any, path: str) -> list[tuple[dict[str, Any], Any]]:
+    """Return all combinations of a value: what was chosen, by path, and the value without lists.
+
+    Raises
+    ------
+    InputError
+        A list is empty.
+    """
     if isinstance(value, Mapping):
         found: list[tuple[dict[str, Any], dict[str, Any]]] = [({}, {})]
         for name, inner in value.items():
-            below = _expanded(inner, f"{path}.{name}" if path else str(name))
+            below = expanded(inner, f"{path}.{name}" if path else str(name))
             found = [
                 ({**chosen, **more}, {**given, name: one})
                 for chosen, given in found
@@ -69,7 +75,7 @@ def _expanded(value: Any, path: str) -> list[tuple[dict[str, Any], Any]]:
         return [
             ({path: _shown(one), **more}, given)
             for one in value
-            for more, given in _expanded(one, path)
+            for more, given in expanded(one, path)
         ]
     return [({}, value)]
 

@@ -21,6 +21,7 @@ import typer
 import clafusion
 from clafusion.cli.align import STAGES as OF_ALIGN
 from clafusion.cli.align import align_command
+from clafusion.cli.check import check_command
 from clafusion.cli.demo import STAGES as OF_DEMO
 from clafusion.cli.demo import demo_command
 from clafusion.cli.doctor import doctor_command
@@ -58,6 +59,7 @@ def make_app() -> typer.Typer:
     sections = CommandWithSections
     app.command("fuse", cls=sections)(with_options(fuse_command))
     app.command("fuse-pairs", cls=sections)(pairs_command)
+    app.command("check", cls=sections)(check_command)
     app.command("sweep", cls=sections)(with_options(sweep_command))
     app.command("align", cls=sections)(with_options(align_command, *OF_ALIGN))
     app.command("inspect", cls=sections)(with_options(inspect_command, *OF_INSPECT))

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from clafusion.batch.grid import expanded
 from clafusion.cli.options import changed, setting_at
 from clafusion.config import FusionConfig, options_of
 from clafusion.errors import InputError
@@ -20,7 +21,7 @@ from clafusion.settings import Module
 from clafusion.stages import config_from
 from clafusion.weights.state_files import check_input
 
-__all__ = ["ENDINGS", "config_of", "read_config", "read_mapping", "rooted"]
+__all__ = ["ENDINGS", "config_of", "configs_of", "read_config", "read_mapping", "rooted"]
 
 ENDINGS = (".yaml", ".yml", ".json")
 
@@ -74,6 +75,15 @@ def config_of(found: Any, where: str, root: Path) -> FusionConfig:
         if option.rule.get("also") is Module and isinstance(value, str) and value:
             config = changed(config, {option.path: rooted(value, root)})
     return config
+
+
+def configs_of(found: Any, where: str, root: Path) -> tuple[FusionConfig, ...]:
+    """Return the settings that a mapping with lists in it holds: every combination.
+
+    Parameters and errors are those of :func:`config_of`.
+    """
+    every = expanded(found, where) if isinstance(found, Mapping) else [({}, found)]
+    return tuple(config_of(given, where, root) for _, given in every)
 
 
 def rooted(factory: str, root: Path) -> str:

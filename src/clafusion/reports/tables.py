@@ -301,17 +301,22 @@ def _pinned(result: FusionResult) -> str:
 
 def pairs_summary(results: Sequence[PairResult]) -> str:
     """Return a table of all pairs, and below it why some failed and how long all took."""
+    from clafusion.batch.results import differing_settings
+
+    settings = differing_settings(results)
+    has_several = len(set(settings)) > 1
     rows = [
         [
             one.first,
             one.second,
+            *([chosen] if has_several else []),
             one.deep or "",
             cost_text(one),
             *assessed_cells(one),
             f"{math.fsum(one.seconds.values()):.2f}",
             "failed" if one.error is not None else "fused before" if one.resumed else "fused",
         ]
-        for one in results
+        for one, chosen in zip(results, settings, strict=True)
     ]
     # Below the table, for an error may be long.
     errors = {f"{one.first}, {one.second}": one.error for one in results if one.error is not None}
@@ -321,8 +326,10 @@ def pairs_summary(results: Sequence[PairResult]) -> str:
         f"{sum(one.resumed for one in results)} taken over from an earlier run",
         "seconds": seconds_text(total_seconds(results)),
     }
-    titles = ["first", "second", "deep", "cost", *ASSESSED, "seconds", "outcome"]
-    return f"{plain_table(titles, rows, range(3, len(titles) - 1))}\n\n{fact_lines(facts)}"
+    several = ["settings"] if has_several else []
+    titles = ["first", "second", *several, "deep", "cost", *ASSESSED, "seconds", "outcome"]
+    numeric = range(3 + len(several), len(titles) - 1)
+    return f"{plain_table(titles, rows, numeric)}\n\n{fact_lines(facts)}"
 
 
 def assessed_cells(result: PairResult) -> list[str]:
