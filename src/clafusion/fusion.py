@@ -124,7 +124,8 @@ def fuse(
         them: accuracy and loss of result and parents are measured, on the inputs that it has not
         seen. See ``FusionResult.evaluation``.
     progress
-        Called with the stage's name and the number of inputs it has seen.
+        Called with the stage's name and the number of inputs it has seen; of ``"trace"`` the number
+        of models, of ``"match"`` 1 at its end.
     overrides
         Any field of ``config``: ``calibration="repair"``, ``target=Shallower()``,
         ``matching=Matching(solver="exact")``. A string stands for a value with its defaults.
@@ -234,9 +235,11 @@ def _aligned(
     if limit is not None:
         check_weights(limit, named)
     with clock.stage("trace"):
-        traced = [
-            traced_parent(name, model, example_inputs, config) for name, model in named.items()
-        ]
+        traced = []
+        for name, model in named.items():
+            traced.append(traced_parent(name, model, example_inputs, config))
+            if progress is not None:
+                progress("trace", len(traced))
     check_models(tuple(named), traced, config)
     with clock.stage("profile"):
         kept = parts_of(data, traced, config.assessment).kept
@@ -378,6 +381,8 @@ def _fused(
                 problem, rounds, converged = matched_with_mean(
                     problem, aligned, sources, data, config, config.merging.strategy.max_rounds
                 )
+    if progress is not None:
+        progress("match", 1)
     left_out = left_out_parameters(problem)
     warn_of_left_out(problem, left_out)
     for one in aligned.profiles:

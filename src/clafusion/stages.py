@@ -26,6 +26,7 @@ from clafusion.config import (
     LeastSquares,
     Like,
     ManyToOne,
+    NoCalibration,
     Orthogonal,
     Strategy,
 )
@@ -57,7 +58,7 @@ __all__ = [
     "check_strategy",
     "config_from",
     "copied_to",
-    "expected_inputs",
+    "expected_work",
     "merge_weights",
     "moved_to",
     "named_models",
@@ -191,8 +192,11 @@ def config_from(
     return made(FusionConfig, {**given, **overrides}, "")
 
 
-def expected_inputs(count: int, config: FusionConfig) -> dict[str, int]:
-    """Return how many of ``count`` inputs each stage will have reported when it ends.
+def expected_work(count: int, config: FusionConfig, models: int = 2) -> dict[str, int]:
+    """Return what each stage will have reported when it ends, in their order.
+
+    That is so many models of ``"trace"``, 1 of ``"match"``, and of all others so many of ``count``
+    inputs.
 
     It is a guess before the models are traced: of models that admit one batch size only nothing is
     held out, and least squares takes fewer inputs where memory is short.
@@ -202,12 +206,15 @@ def expected_inputs(count: int, config: FusionConfig) -> dict[str, int]:
     profiled = min(kept, config.profiling.inputs or kept)
     calibration = config.used_calibration
     samples = calibration.samples if isinstance(calibration, LeastSquares) else kept
-    return {
-        "profile": profiled,
-        "importance": profiled,
-        "calibrate": min(kept, samples),
-        "assess": min(held_out or count, most_assessed(held_out=held_out > 0)),
-    }
+    found = {"trace": models, "profile": profiled}
+    if {config.matching.importance, config.merging.layer_weights} != {"uniform"}:
+        found["importance"] = profiled
+    found |= {"match": 1}
+    if not isinstance(calibration, NoCalibration):
+        found["calibrate"] = min(kept, samples)
+    if config.assessment.outputs != "none":
+        found["assess"] = min(held_out or count, most_assessed(held_out=held_out > 0))
+    return found
 
 
 def named_models(models: Sequence[Model] | Mapping[str, Model]) -> dict[str, Model]:

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 import clafusion
 from clafusion import Merging, fuse
-from clafusion.cli import doctor
 from clafusion.cli.app import main
 from clafusion.weights.state_files import save_model
 from tests.support import networks
@@ -493,14 +492,16 @@ def test_the_demo_tells_its_story(tmp_path, capsys):
 
 
 def test_doctor_tells_why_a_gpu_is_used_or_not(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "cuda_devices", lambda: (["a GPU"], ""))
+    monkeypatch.setattr("clafusion._native.cuda_devices", lambda: (["a GPU"], ""))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "GPUs         a GPU\n" in shown
     assert "device=cuda  works\n" in shown
-    monkeypatch.setattr(doctor, "cuda_devices", lambda: ([], "no CUDA kernels in this build"))
+    monkeypatch.setattr(
+        "clafusion._native.cuda_devices", lambda: ([], "no CUDA kernels in this build")
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out

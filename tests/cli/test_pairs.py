@@ -264,6 +264,7 @@ def test_check_tells_each_cause_once(folder, capsys):
     assert len(json.loads(capsys.readouterr().out)["fusible"]) == 6
 
 
+@pytest.mark.filterwarnings("default")  # of Dask and its event loop
 def test_workers_of_a_dask_scheduler_fuse_the_pairs(folder, capsys):
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(

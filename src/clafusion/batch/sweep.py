@@ -67,6 +67,11 @@ class SweepPoint:
     seconds: float
     error: str | None = None
 
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {value}" for name, value in self.chosen.items())
+        near = "failed" if self.assessment is None else str(self.assessment.result)
+        return f"<SweepPoint {shown}: {self.evaluation or near}>"
+
     def quality(self, name: str) -> float | None:
         """Return the result's ``"accuracy"``, ``"loss"``, ``"agreement"`` or ``"distance"``."""
         if name in ("accuracy", "loss"):

@@ -71,7 +71,7 @@ def align_command(
     from clafusion.profiling.batches import num_rows
     from clafusion.reports import plot as draw
     from clafusion.reports import summary
-    from clafusion.stages import expected_inputs
+    from clafusion.stages import expected_work
 
     files = named_files(weights)
     archs = archs_of(arch, files)
@@ -85,8 +85,9 @@ def align_command(
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
     samples = data_of(data, limit, reading, files)
     try_models(models, samples)
-    expected = expected_inputs(num_rows(samples), settings)
-    with progress(num_rows(samples), expected) as report, messages_by_flags():
+    work = expected_work(num_rows(samples), settings, len(files))
+    of_align = {stage: work[stage] for stage in ("trace", "profile", "importance") if stage in work}
+    with progress(of_align) as report, messages_by_flags():
         aligned = align(models, samples, settings, device=device, progress=report)
     if plot is not None:
         draw(aligned, plot)

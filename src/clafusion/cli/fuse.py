@@ -130,7 +130,7 @@ def fuse_command(
     )
     from clafusion.cli.parsing import merge_weights_of
     from clafusion.cli.settings import read_config
-    from clafusion.estimates import estimate
+    from clafusion.estimates import calibration_cost, estimate
     from clafusion.execution.call import usable_device
     from clafusion.fusion import fuse
     from clafusion.interop.programs import PROGRAM
@@ -139,7 +139,7 @@ def fuse_command(
     from clafusion.profiling.batches import num_rows
     from clafusion.reports import plot as draw
     from clafusion.reports import summary
-    from clafusion.stages import expected_inputs
+    from clafusion.stages import expected_work
     from clafusion.weights.state_files import WRITABLE, check_weights_output, weight_type
 
     files = named_files(weights)
@@ -171,8 +171,9 @@ def fuse_command(
             check_limit(at_most, found.memory)
         print_json(asdict(found)) if as_json else print_text(str(found))
         return
-    count = num_rows(samples)
-    with progress(count, expected_inputs(count, settings)) as report, messages_by_flags():
+    work = expected_work(num_rows(samples), settings, len(files))
+    cost = calibration_cost(settings, 1.0, 1.0 / len(files))
+    with progress(work, cost) as report, messages_by_flags():
         if at_most is not None:
             result = fuse(
                 known,
