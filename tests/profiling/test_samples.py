@@ -131,3 +131,9 @@ def test_a_choice_of_sorted_samples_has_all_classes_and_is_the_same_each_time(tm
     assert not torch.equal(load_samples(tmp_path / "a.pt", key="x", limit=20, seed=1), chosen)
     assert torch.equal(load_samples(tmp_path / "a.pt", key="x", limit=20), labels[:20])
     assert torch.equal(load_samples(tmp_path / "a.pt", key="x", limit=200, seed=0), labels)
+
+
+def test_a_broken_archive_of_named_inputs_is_refused(tmp_path):
+    (tmp_path / "broken.npz").write_bytes(b"this is no archive")
+    with pytest.raises(InputError, match=r"broken.npz' cannot be read"):
+        load_named_samples(tmp_path / "broken.npz", ["input_ids"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -31,9 +31,6 @@ from clafusion.cli.parameters import (
 )
 from clafusion.cli.show import print_json, print_line, print_text, progress, typed_command
 from clafusion.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["fuse_command"]
 
@@ -133,6 +130,7 @@ def fuse_command(
     from clafusion.estimates import calibration_cost, estimate
     from clafusion.execution.call import usable_device
     from clafusion.fusion import fuse
+    from clafusion.interop.huggingface import weight_files
     from clafusion.interop.programs import PROGRAM
     from clafusion.interop.saving import save_result
     from clafusion.memory import bytes_of, check_limit
@@ -151,8 +149,8 @@ def fuse_command(
     usable_device(device, "--device")
     folder = _folder(out, files, processor_of)
     if not folder:
-        weight_files = tuple(one for one in files.values() if not one.is_dir())
-        check_weights_output(out, "--out", weight_files, (data,), (*WRITABLE, PROGRAM))
+        read = [one for file in files.values() for one in weight_files(file)]
+        check_weights_output(out, "--out", read, (data,), (*WRITABLE, PROGRAM))
     check_plot(plot)
     written_type = None if out_dtype is None else weight_type(out_dtype, "--out-dtype")
     at_most = None if memory_limit is None else bytes_of(memory_limit, "--memory-limit")
@@ -167,8 +165,8 @@ def fuse_command(
     if dry_run:
         with messages_by_flags():
             found = estimate(known, samples, settings)
-        if at_most is not None:
-            check_limit(at_most, found.memory)
+            if at_most is not None:
+                check_limit(at_most, found.memory)
         print_json(asdict(found)) if as_json else print_text(str(found))
         return
     work = expected_work(num_rows(samples), settings, len(files))

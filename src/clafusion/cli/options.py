@@ -19,7 +19,7 @@ import typer
 import typer.core
 
 from clafusion.config import FusionConfig, Like, Option, Settings, options_of
-from clafusion.errors import ClafusionError, FusionWarning, InputError
+from clafusion.errors import ClafusionError, FusionWarning, InputError, retold
 from clafusion.presets import PRESETS, preset_of
 from clafusion.settings import Module
 
@@ -365,7 +365,7 @@ def messages_by_flags() -> Iterator[None]:
             told = _spelled(str(error), _FLAGS)
             if told == str(error):
                 raise
-            raise type(error)(told) from error
+            raise retold(error, told) from None
 
 
 @contextmanager

@@ -88,8 +88,8 @@ def pairs_command(
     """Fuse many pairs of models. If some fail, the others are done, and the exit code is 1."""
     from clafusion.batch.results import pairs_table
     from clafusion.cli.manifest import read_manifest
-    from clafusion.cli.parsing import bytes_of
     from clafusion.execution.call import usable_device
+    from clafusion.memory import bytes_of
     from clafusion.reports.tables import pairs_summary
     from clafusion.weights.atomic import check_output
 
@@ -97,7 +97,7 @@ def pairs_command(
     folder = out or given.out
     if folder is None:
         raise InputError(f"give --out DIR, or an entry out in {str(manifest)!r}")
-    limit = None if memory_limit is None else bytes_of("--memory-limit", memory_limit)
+    limit = None if memory_limit is None else bytes_of(memory_limit, "--memory-limit")
     if jobs < 1:
         raise InputError(f"--jobs must be at least 1; got {jobs}")
     if dask is not None and jobs != 1:
