@@ -188,8 +188,10 @@ def reference_of(models: Sequence[TracedModel], config: FusionConfig) -> int:
     return depths.index(min(depths) if config.target.reference == "shallowest" else max(depths))
 
 
-def check_models(names: Sequence[str], models: Sequence[TracedModel], config: FusionConfig) -> None:
+def check_models(names: Sequence[str], models: Sequence[TracedModel], config: FusionConfig) -> bool:
     """Refuse traced models that cannot be brought to one structure, before anything takes long.
+
+    Return whether one of them has that structure: else only their union has, or a template.
 
     Raises
     ------
@@ -197,13 +199,15 @@ def check_models(names: Sequence[str], models: Sequence[TracedModel], config: Fu
         The message names the layers that stand in the way.
     """
     reference = reference_of(models, config)
+    has_gaps = False
     for i, model in enumerate(models):
         if i != reference:
             deep, shallow = _by_depth(models, reference, i)
             called = label(names[deep]), label(names[shallow])
             check_outputs((label(names[reference]), label(names[i])), models[reference], model)
             try:
-                fit_layers(called, models[deep].layers, models[shallow].layers)
+                fit = fit_layers(called, models[deep].layers, models[shallow].layers)
+                has_gaps |= fit.needs_gaps
             except StructureError as error:
                 lonely = [one for i in (deep, shallow) for one in models[i].pinned]
                 if all(one.why != UNREACHED for one in lonely):
@@ -213,6 +217,7 @@ def check_models(names: Sequence[str], models: Sequence[TracedModel], config: Fu
                     f"{error}. Not all experts have tokens among the example inputs, and others in "
                     "each model: give example_inputs with more of them",
                 ) from None
+    return not has_gaps
 
 
 def align_models(

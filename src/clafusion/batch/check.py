@@ -9,6 +9,7 @@ from typing import Any
 
 from clafusion.alignment.models import check_models, label
 from clafusion.batch.results import Pair
+from clafusion.batch.worker import union_refusal
 from clafusion.config import FusionConfig
 from clafusion.errors import ClafusionError
 from clafusion.profiling.batches import Data, first_batch
@@ -123,18 +124,31 @@ def check_pairs(
             reasons[pair] = failed[broken]
             continue
         try:
-            check_models(pair, [traced[name] for name in pair], config)
-            fusible.append(pair)
+            if check_models(pair, [traced[name] for name in pair], config):
+                fusible.append(pair)
+            else:
+                reasons[pair] = union_refusal(pair)
         except ClafusionError as error:
             reasons[pair] = str(error)
     layers = {name: len(one.layers) for name, one in traced.items()}
-    return PairsCheck(layers, tuple(fusible), tuple(_causes(reasons, fusible)))
+    return PairsCheck(layers, tuple(fusible), tuple(_causes(reasons, fusible, [*failed])))
 
 
-def _causes(reasons: Mapping[Pair, str], fusible: Sequence[Pair]) -> list[Cause]:
-    """Group failures: by a model that fails with all others, else by what is told of them."""
+def _causes(
+    reasons: Mapping[Pair, str], fusible: Sequence[Pair], broken: Sequence[str]
+) -> list[Cause]:
+    """Group failures: by a model that fails with all others, else by what is told of them.
+
+    ``broken`` are the models that could not be traced.
+    """
     left = dict(reasons)
     causes = []
+    for model in broken:
+        same = [pair for pair in left if model in pair]
+        if same:
+            causes.append(Cause(model, tuple(same), _plain(left[same[0]])))
+        for pair in same:
+            del left[pair]
     fits = {name for pair in fusible for name in pair}
     while left:
         counts: dict[str, list[Pair]] = {}
@@ -142,10 +156,10 @@ def _causes(reasons: Mapping[Pair, str], fusible: Sequence[Pair]) -> list[Cause]
             for name in pair:
                 if name not in fits:
                     counts.setdefault(name, []).append(pair)
-        model = max(counts, key=lambda name: len(counts[name]), default=None)
-        if model is None or len(counts[model]) < 2:
+        found = max(counts, key=lambda name: len(counts[name]), default=None)
+        if found is None or len(counts[found]) < 2:
             break
-        same = counts[model]
+        model, same = found, counts[found]
         causes.append(Cause(model, tuple(same), _plain(left[same[0]])))
         for pair in same:
             del left[pair]

@@ -119,7 +119,7 @@ def _factory_text(spec: str | os.PathLike[str]) -> str:
     text = os.fspath(spec)
     if ":" not in text or Path(text).exists():
         there = Path(text).exists()
-        kind = "is a file without a record of its architecture" if there else "is not there"
+        kind = "is a file, whose architecture is unknown" if there else "is not there"
         raise InputError(
             f"{text!r} {kind}: give a Hugging Face directory, or a factory MODULE:FACTORY and a "
             "file of weights. Nothing is downloaded: of a model on a hub fetch the directory first"
