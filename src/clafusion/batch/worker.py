@@ -72,8 +72,8 @@ class Outcome:
 def union_refusal(pair: Pair) -> str:
     """Return why a pair is not fused whose result would have the structure of neither model."""
     return (
-        f"{label(pair[0])} and {label(pair[1])} are each the deeper one somewhere. Their union is a "
-        "network that neither's code builds: fuse the two by clafusion.fuse"
+        f"{label(pair[0])} and {label(pair[1])} are each the deeper one somewhere. Their union is "
+        "a network that neither's code builds: fuse the two by clafusion.fuse"
     )
 
 
