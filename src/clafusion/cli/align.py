@@ -86,7 +86,8 @@ def align_command(
     samples = data_of(data, limit, reading, files)
     try_models(models, samples)
     work = expected_work(num_rows(samples), settings, len(files))
-    of_align = {stage: work[stage] for stage in ("trace", "profile", "importance") if stage in work}
+    stages = ("trace", "profile", "importance")
+    of_align: dict[str, int] = {one: work[one] for one in stages if one in work}
     with progress(of_align) as report, messages_by_flags():
         aligned = align(models, samples, settings, device=device, progress=report)
     if plot is not None:

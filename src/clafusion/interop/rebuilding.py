@@ -267,9 +267,10 @@ def _fill_all(model: nn.Module, state: Mapping[str, Any], path: Path, text: str)
 
 def _of_transformers(path: Path, name: str, facts: Mapping[str, Any]) -> nn.Module:
     library = transformers_library()
-    kind: Any = getattr(library, name, None) if name.isidentifier() else None
-    if not (isinstance(kind, type) and issubclass(kind, library.PreTrainedModel)):
+    found = getattr(library, name, None) if name.isidentifier() else None
+    if not (isinstance(found, type) and issubclass(found, library.PreTrainedModel)):
         raise InputError(f"{str(path)!r}: transformers has no network {name!r}")
+    kind: Any = found
     config = kind.config_class.from_dict(dict(facts["config"]))
     with torch.random.fork_rng(devices=[]):
         model: nn.Module = kind(config)
