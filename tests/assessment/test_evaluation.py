@@ -49,7 +49,9 @@ def test_a_fusion_is_evaluated_on_what_it_has_not_seen(result):
     held = torch.arange(600) % 10 == 9
     assert result.evaluation.num_inputs == 60
     expected = result.evaluate(INPUTS[held], LABELS[held])
-    assert result.evaluation == expected
+    for name, score in expected.scores.items():  # in other batches, so that roundings differ
+        assert result.evaluation.scores[name].accuracy == score.accuracy
+        assert result.evaluation.scores[name].loss == pytest.approx(score.loss)
     own = accuracy(result.model(INPUTS[held]), LABELS[held])
     assert result.evaluation.scores["the result"].accuracy == pytest.approx(own)
     assert list(result.evaluation.scores) == [
