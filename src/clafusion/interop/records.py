@@ -17,8 +17,9 @@ from safetensors import safe_open
 
 from clafusion.errors import InputError
 from clafusion.interop.huggingface import directory_of
-from clafusion.interop.rebuilding import Architecture
-from clafusion.weights.atomic import replacing
+from clafusion.interop.programs import PROGRAM
+from clafusion.interop.rebuilding import Architecture, program_path
+from clafusion.weights.atomic import check_output, replacing
 from clafusion.weights.digests import tensors_digest, versions
 from clafusion.weights.factories import origin_of
 from clafusion.weights.state_files import tensors_of
@@ -26,7 +27,14 @@ from clafusion.weights.state_files import tensors_of
 if TYPE_CHECKING:
     from clafusion.results import FusionResult
 
-__all__ = ["METADATA", "read_record", "record_of", "record_path", "write_record"]
+__all__ = [
+    "METADATA",
+    "check_companions",
+    "read_record",
+    "record_of",
+    "record_path",
+    "write_record",
+]
 
 METADATA = "clafusion"
 """The record's name in the header of a ``.safetensors`` file."""
@@ -35,6 +43,18 @@ METADATA = "clafusion"
 def record_path(path: Path) -> Path:
     """Return where the record of a file of weights lies."""
     return path.with_name(f"{path.name.removesuffix('.index.json')}.json")
+
+
+def check_companions(path: Path, argument: str) -> None:
+    """Refuse a file beside which its record or its program could not be written.
+
+    Raises
+    ------
+    InputError
+        Something that is no file has their name.
+    """
+    for beside in (record_path(path), program_path(path)):
+        check_output(beside, (".json", PROGRAM), f"{argument}: what is written beside it,")
 
 
 def record_of(result: FusionResult, architecture: Architecture) -> dict[str, Any]:

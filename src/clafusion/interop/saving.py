@@ -20,7 +20,7 @@ from clafusion.interop.huggingface import directory_of, is_of_transformers, quie
 from clafusion.interop.model_card import model_card
 from clafusion.interop.programs import PROGRAM, save_program
 from clafusion.interop.rebuilding import Architecture, architecture_of, check_of
-from clafusion.interop.records import METADATA, record_of, write_record
+from clafusion.interop.records import METADATA, check_companions, record_of, write_record
 from clafusion.interop.tokenizers import check_same_labels, check_same_vocabulary
 from clafusion.tracing.copies import copied
 from clafusion.weights.atomic import check_output, check_parent, making_directory
@@ -107,6 +107,7 @@ def _save_file(
 ) -> str:
     """Write a file of weights or a program, and the record beside it."""
     check_output(path, (*WRITABLE, PROGRAM), "path")
+    check_companions(path, "path")
     is_program = path.name.lower().endswith(PROGRAM)
     if is_program and dtype is not None:
         raise InputError(
