@@ -194,6 +194,14 @@ def test_data_without_an_axis_are_refused_with_the_shape_that_fits(files, capsys
     assert "It runs with --shape 12\n" in capsys.readouterr().err
 
 
+def test_a_record_that_cannot_be_written_shows_before_anything_is_fused(files, capsys):
+    (files / "fused.safetensors.json").mkdir()
+    assert main(FUSE) == 2
+    told = capsys.readouterr().err
+    assert "'fused.safetensors.json' exists and is no file: choose another name" in told
+    assert not (files / "fused.safetensors").exists()
+
+
 def test_options_stand_in_groups(capsys):
     assert main(["fuse", "-h"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -132,6 +132,7 @@ def fuse_command(
     from clafusion.fusion import fuse
     from clafusion.interop.huggingface import weight_files
     from clafusion.interop.programs import PROGRAM
+    from clafusion.interop.records import check_companions
     from clafusion.interop.saving import save_result
     from clafusion.memory import bytes_of, check_limit
     from clafusion.profiling.batches import num_rows
@@ -151,6 +152,7 @@ def fuse_command(
     if not folder:
         read = [one for file in files.values() for one in weight_files(file)]
         check_weights_output(out, "--out", read, (data,), (*WRITABLE, PROGRAM))
+        check_companions(out, "--out")
     check_plot(plot)
     written_type = None if out_dtype is None else weight_type(out_dtype, "--out-dtype")
     at_most = None if memory_limit is None else bytes_of(memory_limit, "--memory-limit")
