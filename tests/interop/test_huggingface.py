@@ -14,6 +14,7 @@ from clafusion import Deeper, InputError
 from clafusion.cli.app import main
 from clafusion.interop.huggingface import ModelDirectory
 from clafusion.interop.tokenizers import tokenised
+from clafusion.results import FusionResult
 from tests.support.hugging_face import directory, network, outputs, texts, tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -30,48 +31,107 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def tokens(place):
-    return {k: v[:4] for k, v in tokenised(texts(), place / "a")[0].items()}
+@pytest.fixture
+def saved(monkeypatch):
+    """Return a list of all results that are saved, in order."""
+    results, save = [], FusionResult.save
+
+    def keep(result, *arguments, **options):
+        results.append(result)
+        save(result, *arguments, **options)
+
+    monkeypatch.setattr(FusionResult, "save", keep)
+    return results
+
+
+def arrays(kind):
+    """Return inputs of a network by name, of one that does not take texts alone."""
+    generator = torch.Generator().manual_seed(0)
+
+    def words(length):
+        return torch.randint(3, 20, (60, length), generator=generator)
+
+    if kind.startswith("ViT"):
+        return {"pixel_values": torch.randn(60, 3, 16, 16, generator=generator)}
+    if kind.startswith("Whisper"):
+        sounds = torch.randn(60, 4, 16, generator=generator)
+        return {"input_features": sounds, "decoder_input_ids": words(6)}
+    more = {"decoder_input_ids": words(6)} if kind.startswith("T5") else {}
+    return {"input_ids": words(8), **more}
 
 
 PAIRS = [
-    pytest.param("GPT-2", (3, 2), (16, 24), {}, id="GPT-2"),
-    pytest.param("Llama", (3, 2), (16, 16), {}, id="Llama"),
-    pytest.param("Llama, tied", (3, 2), (16, 16), {}, id="Llama-tied"),
-    pytest.param("DistilBERT", (2, 2), (16, 24), {}, id="DistilBERT"),
-    pytest.param("BERT", (2, 2), (16, 24), {}, id="BERT"),
+    ("BERT", (4, 2), (16, 16), {}),
+    ("DistilBERT", (3, 2), (16, 24), {}),
+    ("RoBERTa", (3, 2), (16, 16), {}),
+    ("GPT-2", (3, 2), (16, 24), {}),
+    ("GPT-2 classifier", (3, 2), (24, 16), {}),
+    ("Llama", (3, 2), (32, 32), {}),
+    ("Llama, tied", (3, 2), (32, 32), {"max_shard_size": "10KB"}),
+    ("Qwen2, tied", (3, 2), (32, 32), {}),
+    ("ViT", (3, 2), (16, 24), {}),
+    ("T5", ((2, 2), (1, 1)), (16, 16), {}),
+    ("Whisper", ((2, 1), (1, 1)), (16, 16), {}),
 ]
+OWN_DATA = ("ViT", "Qwen2", "T5", "Whisper")  # no texts: their tokenizers are their own
 
 
-@pytest.mark.parametrize(("kind", "layers", "widths", "options"), PAIRS)
-def test_two_directories_become_one(kind, layers, widths, options, place, capsys):
+@pytest.mark.parametrize(
+    ("kind", "layers", "widths", "options"), PAIRS, ids=[one[0] for one in PAIRS]
+)
+def test_two_directories_become_one(kind, layers, widths, options, place, saved, capsys):
     for name, count, width, seed in zip("ab", layers, widths, (0, 1), strict=True):
-        directory(place / name, network(kind, count, seed, width), tokenizer(), **options)
-    command = ["fuse", "a", "b", "--data=texts.jsonl", "--out=fused", "--calibration=repair"]
+        model = network(kind, count, seed, width, heads=width // 8)
+        directory(place / name, model, None if kind == "Whisper" else tokenizer(), **options)
+    has_arrays = kind.startswith(OWN_DATA)
+    if has_arrays:
+        inputs = arrays(kind)
+        np.savez("data.npz", labels=np.arange(60), **{k: v.numpy() for k, v in inputs.items()})
+    else:
+        inputs = tokenised(texts(), place / "a")[0]
+    data = "data.npz" if has_arrays else "texts.jsonl"
+    command = ["fuse", "a", "b", f"--data={data}", "--out=fused", "--calibration=repair"]
     assert main(command) == 0, capsys.readouterr().err
-    parents = {"first": clafusion.load("a"), "second": clafusion.load(place / "b")}
-    data = tokenised(texts(), place / "a")
-    result = clafusion.fuse(parents, data, calibration="repair")
+    (result,) = saved
     fresh, info = type(result.model).from_pretrained("fused", output_loading_info=True)
     assert not any(info.values())
-    inputs = tokens(place)
+    inputs = {name: value[:4] for name, value in inputs.items()}
     torch.testing.assert_close(outputs(fresh, inputs), outputs(result.model, inputs))
-    config = fresh.config
-    assert config.num_hidden_layers == layers[0]
-    assert config.hidden_size == fresh.get_input_embeddings().weight.shape[1]
-    assert config.architectures == [type(fresh).__name__]
-    assert getattr(config, "use_cache", 0) is getattr(parents["first"].config, "use_cache", 0)
-    assert getattr(config, "id2label", 0) == getattr(parents["first"].config, "id2label", 0)
-    tied = fresh.get_output_embeddings() is not None and config.tie_word_embeddings
-    if tied:
-        assert fresh.get_output_embeddings().weight is fresh.get_input_embeddings().weight
-    found = transformers.AutoTokenizer.from_pretrained("fused")
-    assert found.get_vocab() == tokenizer().get_vocab()
-    assert found.chat_template == tokenizer().chat_template
+    check_config(fresh.config, layers, clafusion.load("a").config)
+    assert fresh.config.architectures == [type(fresh).__name__]
+    assert num_ties(fresh) == num_ties(clafusion.load("a"))
+    if kind != "Whisper":
+        check_tokenizer()
     card = (place / "fused/README.md").read_text()
-    assert "clafusion fuse a b --data=texts.jsonl" in card
+    assert f"clafusion fuse a b --data={data}" in card
     assert "| first | 0.5 | a | `" in card
     assert not [one for one in place.iterdir() if one.name.startswith(".")]
+
+
+def num_ties(model):
+    """Return how many names of parameters a network has more than parameters."""
+    names = list(model.named_parameters(remove_duplicate=False))
+    return len(names) - len(list(model.parameters()))
+
+
+def check_config(config, layers, first):
+    """Check that a config is that of the first parent, with as many layers as both have."""
+    most = [max(one) for one in zip(*layers, strict=True)] if isinstance(layers[0], tuple) else []
+    of_decoder = ("num_decoder_layers", "decoder_layers")
+    known = [getattr(config, name) for name in of_decoder if hasattr(config, name)]
+    counts = [config.num_hidden_layers, *known]
+    assert counts == (most or [max(layers)])
+    same = ("hidden_size", "num_attention_heads", "num_key_value_heads", "id2label", "use_cache")
+    for name in same:
+        assert getattr(config, name, 0) == getattr(first, name, 0)
+
+
+def check_tokenizer():
+    """Check that the tokenizer is that of the first parent."""
+    own, found = (transformers.AutoTokenizer.from_pretrained(one) for one in ("a", "fused"))
+    assert found.get_vocab() == own.get_vocab() == tokenizer().get_vocab()
+    assert found.chat_template == own.chat_template == tokenizer().chat_template
+    assert found(texts())["input_ids"] == own(texts())["input_ids"]
 
 
 def test_images_in_shards_and_half_precision(place):

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from clafusion.assessment.nearness import FusionAssessment, Kind, Nearness
 from clafusion.profiling.masks import zeroed
+from clafusion.profiling.thinning import most_positions
 
 __all__ = ["Comparison", "is_nearer"]
 
 _FAR = 100.0  # nats: a probability of 0 counts as exp(-100), so that one row does not hide all
-_MOST_NUMBERS = 1 << 18  # of an input's outputs that are compared, where it has many positions
-_LEAST_POSITIONS = 8
 _ROUNDING = 1e-12  # nats, which is none
 _NOISE, _ERRORS = 1e-4, 2.0  # a difference counts that is above both; the latter in standard errors
 
@@ -131,8 +130,7 @@ def _some_positions(outputs: Tensor, classes: int) -> Tensor:
     if outputs.dim() < 3:
         return outputs
     flat = outputs.reshape(len(outputs), -1, outputs.size(-1))
-    most = max(_MOST_NUMBERS // classes, _LEAST_POSITIONS)
-    return flat[:, :: math.ceil(flat.size(1) / most)]
+    return flat[:, :: math.ceil(flat.size(1) / most_positions(classes))]
 
 
 def _mean(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

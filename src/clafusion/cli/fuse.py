@@ -53,6 +53,7 @@ from clafusion.execution.lazy import LazyState
 from clafusion.fusion import align, fuse, fuse_aligned
 from clafusion.interop.huggingface import ModelDirectory
 from clafusion.interop.saving import check_directory
+from clafusion.interop.vocabulary import VOCABULARIES, with_one_vocabulary
 from clafusion.memory import bytes_of, check_limit
 from clafusion.profiling.batches import Data, Progress, num_rows
 from clafusion.reports import plot as draw
@@ -112,6 +113,14 @@ def fuse_command(
             metavar="NAME",
         ),
     ] = None,
+    vocabulary: Annotated[
+        str,
+        typer.Option(
+            help="What to do about directories with unlike vocabularies: same refuses them, "
+            "intersection moves common entries and keeps the first model's others.",
+            metavar="same|intersection",
+        ),
+    ] = "same",
     device: Device = "cpu",
     memory_limit: Annotated[
         str | None,
@@ -161,7 +170,11 @@ def fuse_command(
     at_most = None if memory_limit is None else bytes_of(memory_limit, "--memory-limit")
     if at_most is not None and device != "cpu":
         raise InputError(f"--memory-limit is for the CPU; --device is {device}: leave one out")
-    known = model_files(files, archs, keys)
+    if vocabulary not in VOCABULARIES:
+        raise InputError(f"--vocabulary must be same or intersection; got {vocabulary}")
+    if vocabulary != "same" and at_most is not None:
+        raise InputError("--vocabulary intersection does not go with --memory-limit")
+    known = model_files(files, archs, keys, vocabulary)
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
     samples = data_of(data, limit, reading, files)
     if dry_run:
@@ -176,9 +189,7 @@ def fuse_command(
         if at_most is not None:
             result = _fused_within(at_most, known, samples, given, settings, report)
         else:
-            models = load_models(known)
-            try_models(models, samples)
-            result = _fused(models, samples, given, settings, device, report)
+            result = _fused(known, samples, given, settings, device, report, vocabulary)
     built_by = type(result.model).__name__ if folder else _architecture(result, archs, options)
     if folder:
         result.save(out, processor_of=processor_of, dtype=written_type, command=typed_command())
@@ -226,14 +237,21 @@ def _write_weights(
 
 
 def _fused(
-    models: Mapping[str, nn.Module],
+    files: Mapping[str, ModelFile],
     samples: Data,
     weights: list[float] | None,
     config: FusionConfig,
     device: str,
     report: Progress | None,
+    vocabulary: str,
 ) -> FusionResult:
     """Fuse; refuse what no architecture could load as soon as the alignment shows it."""
+    models = load_models(files)
+    own_entries = None
+    if vocabulary != "same":
+        moved, own_entries = with_one_vocabulary(models, vocabulary)
+        models = {name: one for name, one in moved.items() if isinstance(one, nn.Module)}
+    try_models(models, samples)
     if isinstance(config.merging.strategy, Iterative) and len(models) > 2:
         result = fuse(models, samples, weights, config, device=device, progress=report)
         for step in result.steps:
@@ -245,7 +263,15 @@ def _fused(
     if isinstance(config.target, Like):
         like = aligned.profiles[0].traced
         template = traced_template(config, like.model, like.example_inputs)
-    return fuse_aligned(aligned, samples, weights, config, template=template, progress=report)
+    return fuse_aligned(
+        aligned,
+        samples,
+        weights,
+        config,
+        template=template,
+        own_entries=own_entries,
+        progress=report,
+    )
 
 
 def _fused_within(

@@ -37,6 +37,7 @@ __all__ = [
     "read_back",
     "read_config",
     "stored_config",
+    "tokens_directory",
     "transformers_library",
 ]
 
@@ -163,6 +164,15 @@ def directory_of(model: nn.Module) -> Path | None:
     path = Path(name) if isinstance(name, str) and name else None
     known = ("config.json", _ADAPTER)
     return path if path is not None and any((path / one).is_file() for one in known) else None
+
+
+def tokens_directory(model: nn.Module) -> Path | None:
+    """Return the directory whose tokenizer makes a network's tokens; None if it is gone.
+
+    It is that of the network, or of another one whose vocabulary the network has taken.
+    """
+    taken = getattr(model, "_clafusion_tokens_of", None)
+    return Path(taken) if taken is not None else directory_of(model)
 
 
 def transformers_library() -> Any:

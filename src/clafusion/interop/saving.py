@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from clafusion.errors import InputError
 from clafusion.interop.configs import config_of
-from clafusion.interop.huggingface import directory_of, is_of_transformers, quiet, read_back
+from clafusion.interop.huggingface import (
+    is_of_transformers,
+    quiet,
+    read_back,
+    tokens_directory,
+)
 from clafusion.interop.model_card import model_card
 from clafusion.interop.tokenizers import check_same_labels, check_same_vocabulary
 from clafusion.tracing.copies import copied
@@ -125,7 +130,7 @@ def _stored(model: nn.Module) -> dict[str, Any]:
 
 
 def _with_directory(entry: tuple[str, nn.Module]) -> tuple[str, Path | None]:
-    return entry[0], directory_of(entry[1])
+    return entry[0], tokens_directory(entry[1])
 
 
 def _processor_source(
@@ -137,7 +142,7 @@ def _processor_source(
             raise InputError(
                 f"processor_of={wanted!r} is no parent; the parents are {', '.join(parents)}"
             )
-        found = directory_of(parents[wanted])
+        found = tokens_directory(parents[wanted])
         if found is None:
             raise InputError(
                 f"processor_of={wanted!r}: that parent was not read from a directory that is still "
@@ -146,7 +151,7 @@ def _processor_source(
         return found
     aligned = (result.steps or (result,))[0].aligned
     first = aligned.names[aligned.reference]
-    every = [directory_of(one) for one in (parents[first], *parents.values())]
+    every = [tokens_directory(one) for one in (parents[first], *parents.values())]
     return next((one for one in every if one is not None), None)
 
 

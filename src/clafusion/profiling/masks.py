@@ -13,6 +13,7 @@ __all__ = [
     "MASK",
     "counted_inputs",
     "joined_masks",
+    "kept_of",
     "kept_positions",
     "kept_rows",
     "without_masked",
@@ -29,9 +30,14 @@ def kept_positions(model: TracedModel, inputs: tuple[Tensor, ...]) -> Tensor | N
     Only a mask of zeros and ones, called ``attention_mask``, is one; and none where the network has
     a second sequence, of a decoder, to which the mask does not belong.
     """
-    if MASK not in model.keywords or any(one.startswith("decoder_") for one in model.keywords):
+    return kept_of(model.keywords, inputs)
+
+
+def kept_of(keywords: Sequence[str], inputs: tuple[Tensor, ...]) -> Tensor | None:
+    """Return what :func:`kept_positions` does, given what the network's inputs are called."""
+    if MASK not in keywords or any(one.startswith("decoder_") for one in keywords):
         return None
-    mask = inputs[model.keywords.index(MASK)]
+    mask = inputs[keywords.index(MASK)]
     if mask.dim() != 2 or not bool(((mask == 0) | (mask == 1)).all()):
         return None
     kept = mask == 1

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from clafusion.execution.call import State, device_of, flatten_tensors
-from clafusion.execution.walk import run_graph
+from clafusion.execution.walk import PickedPositions, run_graph
 from clafusion.tracing.layer import Layer, Stream, streams_of
 from clafusion.tracing.normalised import NormalisedWeight
 from clafusion.tracing.operations import RESHAPES, bound_operands, op_name
@@ -253,6 +253,9 @@ class TracedModel:
         Channel groups whose norms are folded in these weights, so that any orthogonal map of the
         channels leaves the function as it is: see :mod:`clafusion.tracing.rotations`. None where
         nobody has looked for them.
+    thinning
+        At which positions of its inputs the last layer is computed: see
+        :mod:`clafusion.profiling.thinning`. None for all.
     """
 
     model: nn.Module
@@ -276,6 +279,7 @@ class TracedModel:
     normalised: tuple[NormalisedWeight, ...] = ()
     weights: State | None = None
     rotatable: tuple[RotatableGroup, ...] | None = None
+    thinning: PickedPositions | None = None
 
     @property
     def device(self) -> torch.device:

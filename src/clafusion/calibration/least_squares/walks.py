@@ -179,6 +179,8 @@ class Walks:
                 equations = [equations_for(start, num_rows) for start in starts]
             kept = kept_rows(self.masks[batch], every, chosen)
             rows = [None if one is None else _counting(one, chosen, kept) for one in values]
+            values.clear()
+            self._drop_outputs(place, walks)
             moved = self._moved(place, rows) if hidden is None else []
             for one, sums in zip(self.candidates, equations, strict=True):
                 if hidden is not None:
@@ -194,7 +196,7 @@ class Walks:
                     shortcut = _counting(positions(beside), chosen, kept)
                 sides = features(
                     place.affine,
-                    walk.reach(place.incoming),
+                    walk.reach_for(place.incoming, place.affine.name),
                     place.kernel_size,
                     chosen,
                     count,
@@ -209,6 +211,15 @@ class Walks:
                     store_solution(place, one.state, solved, sums)
         for key in self._reached(place):
             self._release(key)
+
+    def _drop_outputs(self, place: Place, walks: Sequence[Walk]) -> None:
+        """Drop outputs with many numbers, once their rows are taken, where nobody compares them."""
+        if len(self.candidates) > 1:
+            return
+        for walk, parent, view in zip(walks, self.parents, place.views, strict=True):
+            thinning = parent.traced.thinning
+            if view is not None and thinning is not None and view.node == thinning.node:
+                walk.forget(view.node)
 
     def distances(self) -> list[float]:
         """Return how far each candidate's outputs are from the parents' weighted mean, squared."""
