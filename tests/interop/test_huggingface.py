@@ -67,7 +67,7 @@ PAIRS = [
     ("GPT-2", (3, 2), (16, 24), {}),
     ("GPT-2 classifier", (3, 2), (24, 16), {}),
     ("Llama", (3, 2), (32, 32), {}),
-    ("Llama, tied", (3, 2), (32, 32), {"max_shard_size": "10KB"}),
+    ("Llama, tied", (3, 2), (128, 128), {"max_shard_size": "1MB"}),
     ("Qwen2, tied", (3, 2), (32, 32), {}),
     ("ViT", (3, 2), (16, 24), {}),
     ("T5", ((2, 2), (1, 1)), (16, 16), {}),
@@ -248,8 +248,48 @@ def test_an_exported_program_is_a_model(tmp_path):
         clafusion.load(tmp_path / "bad.pt2")
     with pytest.raises(InputError, match="does not exist"):
         clafusion.load(tmp_path / "none.pt2")
-    with pytest.raises(InputError, match="leave out weights and key"):
+    with pytest.raises(InputError, match="holds its own weights: leave out key"):
         clafusion.load(tmp_path / "net.pt2", key="ema")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_exported_programs_are_models_of_commands(place, capsys):
+    torch.manual_seed(0)
+    shapes = ({0: torch.export.Dim.AUTO},)
+    for name in "ab":
+        net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        program = torch.export.export(net, (torch.randn(5, 6),), dynamic_shapes=shapes)
+        torch.export.save(program, place / f"{name}.pt2")
+    np.save("rows.npy", np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32))
+    command = ["fuse", "a.pt2", "b.pt2", "--data=rows.npy"]
+    assert main([*command, "--out=fused.safetensors"]) == 0, capsys.readouterr().err
+    assert "weights of a.pt2" in capsys.readouterr().out
+    model = clafusion.load("a.pt2")
+    model.load_state_dict(load_file("fused.safetensors"))
+    assert main(["inspect", "a.pt2", "--data=rows.npy"]) == 0
+    manifest = {"models": {"a": "a.pt2", "b": "b.pt2"}, "data": "rows.npy", "out": "pairs"}
+    (place / "pairs.json").write_text(json.dumps(manifest))
+    assert main(["fuse-pairs", "pairs.json"]) == 0, capsys.readouterr()
+    for arguments, message in (
+        ([*command, "--out=f.pt", "--arch=x.py:y"], "say themselves what they are"),
+        (["inspect", "a.pt2", "--data=rows.npy", "--arch=x.py:y"], "leave --arch out"),
+        (["fuse", "a.pt2", "c.pt2", "--data=rows.npy", "--out=f.pt"], "'c.pt2' does not exist"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_directories_within_a_limit_of_memory_are_mapped(place, capsys):
+    for name, layers in (("a", 2), ("b", 1)):
+        directory(place / name, network("Llama, tied", layers), tokenizer())
+    opened, mapped = ModelDirectory("a", "a").open()
+    assert mapped == set(dict(opened.named_parameters()))
+    assert num_ties(opened) == num_ties(clafusion.load("a"))
+    command = ["fuse", "a", "b", "--data=texts.jsonl", "--calibration=repair"]
+    assert main([*command, "--out=plain"]) == 0, capsys.readouterr().err
+    assert main([*command, "--out=limited", "--memory-limit=20GB"]) == 0, capsys.readouterr().err
+    plain, limited = (load_file(f"{one}/model.safetensors") for one in ("plain", "limited"))
+    assert all(torch.equal(value, limited[name]) for name, value in plain.items())
 
 
 def test_unlike_vocabularies_and_labels_are_refused(place, capsys):
@@ -344,7 +384,7 @@ def test_a_directory_is_a_model_file(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of how peft looks at a network
-def test_an_adapter_is_merged(tmp_path):
+def test_an_adapter_is_merged(tmp_path, saved):
     peft = pytest.importorskip("peft")
     path = directory(tmp_path / "a", network("Llama", 2))
     settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
@@ -352,10 +392,21 @@ def test_an_adapter_is_merged(tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     adapted.save_pretrained(path)
     inputs = {"input_ids": torch.randint(3, 20, (4, 8))}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     for one in ("a", "adapter"):
         loaded = clafusion.load(tmp_path / one)
         assert type(loaded).__name__ == "LlamaForCausalLM"
         torch.testing.assert_close(outputs(loaded, inputs), outputs(adapted.eval(), inputs))
+    directory(tmp_path / "b", network("Llama", 1, seed=1), tokenizer())
+    tokenizer().save_pretrained(path)
+    (tmp_path / "texts.txt").write_text("\n".join(texts()))
+    given = [str(tmp_path / one) for one in ("a", "b", "texts.txt", "fused")]
+    command = ["fuse", *given[:2], f"--data={given[2]}", "--calibration=repair"]
+    assert main([*command, f"--out={given[3]}"]) == 0
+    (result,) = saved
+    fresh = transformers.LlamaForCausalLM.from_pretrained(given[3])
+    torch.testing.assert_close(outputs(fresh, inputs), outputs(result.model, inputs))
+    assert not list((tmp_path / "fused").glob("adapter*"))
 
 
 def test_an_adapter_needs_its_base_and_its_library(tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def test_what_cannot_be_brought_together_is_refused(place):
         clafusion.fuse(models, data, vocabulary="any")
     with pytest.raises(InputError, match="does not go with memory_limit: leave one out"):
         clafusion.fuse(models, data, vocabulary="intersection", memory_limit="9GB")
-    with pytest.raises(InputError, match="needs every model's tokenizer, and .*c.* was not read"):
+    with pytest.raises(InputError, match=r"every model's tokenizer.* models\['c'\] was not"):
         with_one_vocabulary({**models, "c": network("GPT-2", 1)}, "intersection")
     tokenizer(["x", "y"]).save_pretrained(place / "b")
     moved, own = with_one_vocabulary(models, "intersection")

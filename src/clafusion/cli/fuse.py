@@ -51,7 +51,7 @@ from clafusion.estimates import estimate
 from clafusion.execution.call import usable_device
 from clafusion.execution.lazy import LazyState
 from clafusion.fusion import align, fuse, fuse_aligned
-from clafusion.interop.huggingface import ModelDirectory
+from clafusion.interop.resolver import holds_itself, model_file
 from clafusion.interop.saving import check_directory
 from clafusion.interop.vocabulary import VOCABULARIES, with_one_vocabulary
 from clafusion.memory import bytes_of, check_limit
@@ -335,12 +335,12 @@ def _round_trip(
     """
     target = result.config.target
     build: Callable[[], nn.Module]
-    folders = {one for one in archs.values() if Path(one).is_dir()}
+    whole = {one for one in archs.values() if holds_itself(one)}
     if isinstance(target, Like) and built_by == _TEMPLATE:
         assert isinstance(target.template, nn.Module), "else nothing would have been fused"
         build = partial(copied, target.template)
-    elif built_by in folders:
-        build, in_files = ModelDirectory(built_by, built_by).build, False
+    elif built_by in whole and (file := model_file(built_by)) is not None:
+        build, in_files = file.build, False
     elif isinstance(target, Like) or built_by in archs.values():
         build = partial(model_without_weights if in_files else build_model, built_by)
     else:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from clafusion.alignment.models import label
 from clafusion.cli.parsing import numbers_of
 from clafusion.errors import InputError
-from clafusion.interop.huggingface import ModelDirectory, input_names
+from clafusion.interop.huggingface import input_names
 from clafusion.interop.images import image_files, processed
-from clafusion.interop.resolver import factory_of
+from clafusion.interop.resolver import factory_of, holds_itself, model_file
 from clafusion.interop.tokenizers import tokenised
 from clafusion.interop.vocabulary import check_alike
 from clafusion.profiling.batches import Data, first_batch
@@ -66,9 +66,9 @@ _FACTORY = (
 NamedFiles = Annotated[
     list[str],
     typer.Argument(
-        help="Two or more models: Hugging Face directories, or weights (.safetensors, .pt, .pth, "
-        ".th, .bin, .ckpt, or the .index.json of several files). They are called first, second, "
-        "third and so on, or as NAME=FILE says.",
+        help="Two or more models: Hugging Face directories, exported programs (.pt2), or weights "
+        "(.safetensors, .pt, .pth, .th, .bin, .ckpt, or the .index.json of several files). They "
+        "are called first, second, third and so on, or as NAME=FILE says.",
         metavar="WEIGHTS",
     ),
 ]
@@ -199,21 +199,21 @@ def named_files(texts: Sequence[str]) -> dict[str, Path]:
 
 
 def archs_of(given: Sequence[str] | None, files: Mapping[str, Path]) -> dict[str, str]:
-    """Return each model's factory by the model's name; a directory stands for itself.
+    """Return each model's factory by the model's name; a directory or .pt2 file is its own.
 
     Raises
     ------
     InputError
         There are neither one nor as many as models, or a file of weights has none.
     """
-    of_files = [name for name, file in files.items() if not file.is_dir()]
+    of_files = [name for name, file in files.items() if not holds_itself(file)]
     if not given and of_files:
         raise InputError(
             f"{str(files[of_files[0]])!r} is no directory: give what makes that model, "
             "--arch MODULE:FACTORY"
         )
     if given and not of_files:
-        raise InputError(f"Hugging Face directories say what they are: leave --arch {given[0]} out")
+        raise InputError(f"these models say themselves what they are: leave --arch {given[0]} out")
     given = given or []
     if of_files and len(given) not in (1, len(files)):
         raise InputError(
@@ -258,10 +258,11 @@ def model_files(
     """
     found: dict[str, ModelFile] = {}
     for name, file in files.items():
-        if file.is_dir():
-            found[name] = folder = ModelDirectory(str(file), file)
+        whole = model_file(file) if holds_itself(file) else None
+        if whole is not None:
+            found[name] = whole
             try:
-                folder.check()
+                whole.check()
             except InputError as error:
                 raise InputError(f"{label(name)}: {error}") from error
         else:
