@@ -71,7 +71,7 @@ PAIRS = [
     ("Qwen2, tied", (3, 2), (32, 32), {}),
     ("ViT", (3, 2), (16, 24), {}),
     ("T5", ((2, 2), (1, 1)), (16, 16), {}),
-    ("Whisper", ((2, 1), (1, 1)), (16, 16), {}),
+    ("Whisper", ((2, 1), (1, 2)), (16, 16), {}),  # each is the deeper one somewhere
 ]
 OWN_DATA = ("ViT", "Qwen2", "T5", "Whisper")  # no texts: their tokenizers are their own
 
@@ -452,9 +452,26 @@ def test_a_manifest_names_directories(place, capsys):
     }
     (place / "pairs.json").write_text(json.dumps(manifest))
     assert main(["fuse-pairs", "pairs.json"]) == 0, capsys.readouterr()
-    written = next(one for one in (place / "fused").rglob("*.safetensors") if "two" in one.name)
-    model = clafusion.load("a")
-    model.load_state_dict(load_file(written))
+    fused = clafusion.load("fused/one+two")
+    assert fused.config.n_layer == 2
+    found = transformers.AutoTokenizer.from_pretrained("fused/one+two")
+    assert found.get_vocab() == tokenizer().get_vocab()
+    assert "# one and two, fused" in (place / "fused/one+two/README.md").read_text()
+    capsys.readouterr()
+    assert main(["fuse-pairs", "pairs.json", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["resumed"] == 1
+    weights = place / "fused/one+two/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    assert main(["fuse-pairs", "pairs.json"]) == 0, capsys.readouterr()
+    assert weights.read_bytes() == whole
+    data = tokenised(texts(), place / "a", 8)
+    files = {name: ModelDirectory(one, one) for name, one in manifest["models"].items()}
+    (result,) = clafusion.fuse_pairs(files, data, calibration="none", out_dir="more")
+    assert result.path.name == "one+two"
+    state = fused.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in result.state.items())
+    assert type(result.model) is type(fused)
     manifest["data"]["scale"] = 2
     (place / "pairs.json").write_text(json.dumps(manifest))
     assert main(["fuse-pairs", "pairs.json"]) == 2

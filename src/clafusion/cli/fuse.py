@@ -185,11 +185,12 @@ def fuse_command(
         print_json(asdict(found)) if as_json else print(found)
         return
     count = num_rows(samples)
+    check = partial(_check_depths, config=settings, is_folder=folder)
     with progress(count, expected_inputs(count, settings)) as report, messages_by_flags():
         if at_most is not None:
-            result = _fused_within(at_most, known, samples, given, settings, report)
+            result = _fused_within(at_most, known, samples, given, settings, report, check)
         else:
-            result = _fused(known, samples, given, settings, device, report, vocabulary)
+            result = _fused(known, samples, given, settings, device, report, vocabulary, check)
     built_by = type(result.model).__name__ if folder else _architecture(result, archs, options)
     if folder:
         result.save(out, processor_of=processor_of, dtype=written_type, command=typed_command())
@@ -244,6 +245,7 @@ def _fused(
     device: str,
     report: Progress | None,
     vocabulary: str,
+    check: Callable[[AlignedModels], None],
 ) -> FusionResult:
     """Fuse; refuse what no architecture could load as soon as the alignment shows it."""
     models = load_models(files)
@@ -255,10 +257,10 @@ def _fused(
     if isinstance(config.merging.strategy, Iterative) and len(models) > 2:
         result = fuse(models, samples, weights, config, device=device, progress=report)
         for step in result.steps:
-            _check_depths(step.aligned, config)
+            check(step.aligned)
         return result
     aligned = align(models, samples, config, device=device, progress=report)
-    _check_depths(aligned, config)
+    check(aligned)
     template = None
     if isinstance(config.target, Like):
         like = aligned.profiles[0].traced
@@ -281,11 +283,12 @@ def _fused_within(
     weights: list[float] | None,
     config: FusionConfig,
     report: Progress | None,
+    check: Callable[[AlignedModels], None],
 ) -> FusionResult:
     """Fuse with a limit of memory; refuse what no architecture could load."""
     result = fuse(models, samples, weights, config, memory_limit=limit, progress=report)
     for step in result.steps or (result,):
-        _check_depths(step.aligned, config)
+        check(step.aligned)
     return result
 
 
@@ -298,9 +301,11 @@ def _rounded(result: FusionResult, dtype: torch.dtype) -> FusionResult:
     return replace(result, model=result.problem.storage.model(model, state, {}))
 
 
-def _check_depths(aligned: AlignedModels, config: FusionConfig) -> None:
+def _check_depths(aligned: AlignedModels, config: FusionConfig, is_folder: bool) -> None:
+    """Refuse weights for which nobody has an architecture; a directory's config describes one."""
     gaps = any(one.alignment.unmatched_shallow for one in aligned.pairs)
-    if gaps and not isinstance(config.target, Like):  # messages_by_flags says how that is typed
+    if gaps and not (is_folder or isinstance(config.target, Like)):
+        # messages_by_flags says how the target is typed
         raise StructureError(
             "of two models each is the deeper one somewhere, and so the fused weights load into "
             "nobody's architecture; give target=Like(module), which has the layers of all"
