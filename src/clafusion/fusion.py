@@ -33,6 +33,7 @@ from clafusion.problems import matched_with_mean, problem_of, with_rotations
 from clafusion.profiling.batches import Data, Progress, rows_side_by_side
 from clafusion.profiling.on_demand import RowsOnDemand
 from clafusion.profiling.profile import ModelProfile
+from clafusion.profiling.thinning import alike
 from clafusion.results import FusionResult
 from clafusion.stages import (
     Clock,
@@ -225,9 +226,9 @@ def _aligned(
     if limit is not None:
         check_weights(limit, named)
     with clock.stage("trace"):
-        traced = [
-            traced_parent(name, model, example_inputs, config) for name, model in named.items()
-        ]
+        traced = alike(
+            [traced_parent(name, model, example_inputs, config) for name, model in named.items()]
+        )
     check_models(tuple(named), traced, config)
     with clock.stage("profile"):
         kept = parts_of(data, traced, config.assessment).kept

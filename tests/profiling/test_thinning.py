@@ -1,12 +1,14 @@
 """Networks with many outputs at many positions compute them at some positions only."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import clafusion
 from clafusion.fusion import align_profiles, fuse_aligned
-from clafusion.profiling.thinning import as_thinned, thinned, whole_numbers
+from clafusion.profiling.thinning import alike, as_thinned, thinned, whole_numbers
 from tests.support.memory import LiveTensors
 
 POSITIONS, WORDS, INPUTS = 512, 4096, 60
@@ -90,6 +92,13 @@ def test_other_networks_stay_as_they_are():
         assert thinned(clafusion.trace(net, batch)).thinning is None
     classifier = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     assert thinned(clafusion.trace(classifier, torch.randn(5, 4))).thinning is None
+
+
+def test_networks_are_thinned_together_or_not_at_all():
+    one = thinned(clafusion.trace(Words(1), few(tokens())))
+    other = replace(one, thinning=None)
+    assert alike([one, one]) == [one, one]
+    assert [found.thinning for found in alike([one, other])] == [None, None]
 
 
 @pytest.mark.parametrize("calibration", ["least_squares", "repair"])

@@ -9,7 +9,7 @@ always the same ones, and never at the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +20,15 @@ from clafusion.profiling.masks import kept_of
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import affine_operands, batch_axis, op_name
 
-__all__ = ["MOST_NUMBERS", "Thinning", "as_thinned", "most_positions", "thinned", "whole_numbers"]
+__all__ = [
+    "MOST_NUMBERS",
+    "Thinning",
+    "alike",
+    "as_thinned",
+    "most_positions",
+    "thinned",
+    "whole_numbers",
+]
 
 MOST_NUMBERS = 1 << 18
 """Of an input's outputs that are looked at, where it has many positions."""
@@ -140,6 +148,17 @@ def _beside(node: fx.Node, found: dict[fx.Node, None]) -> Iterator[fx.Node]:
 def _is_same_everywhere(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, Tensor) and all(size == 1 for size in value.shape[:-1])
+
+
+def alike(models: Sequence[TracedModel]) -> list[TracedModel]:
+    """Return networks that all compute their last layer at the same positions, or all at all."""
+    kinds = {
+        None if one.thinning is None else (one.thinning.positions, one.thinning.count)
+        for one in models
+    }
+    if len(kinds) == 1:
+        return list(models)
+    return [replace(one, thinning=None) for one in models]
 
 
 def whole_numbers(model: TracedModel, output: int) -> int:
