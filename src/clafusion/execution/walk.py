@@ -17,6 +17,7 @@ __all__ = [
     "HALF_WIDER",
     "WIDER",
     "Executable",
+    "PickedPositions",
     "RowState",
     "Walk",
     "in_lockstep",
@@ -25,6 +26,34 @@ __all__ = [
 ]
 
 _LARGE = 1 << 21  # elements: a weight of more is read by rows, from a state that can
+
+
+class PickedPositions(Protocol):
+    """At which positions of its inputs a network computes its last layer."""
+
+    @property
+    def node(self) -> str:
+        """The node of the layer, which is linear."""
+        ...
+
+    @property
+    def positions(self) -> int:
+        """How many positions an input has."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """At how many the layer is computed."""
+        ...
+
+    @property
+    def thinned(self) -> frozenset[str]:
+        """All nodes that have values at these positions only."""
+        ...
+
+    def index(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Return the positions of each input, ``(num_inputs, count)``."""
+        ...
 
 
 class Executable(Protocol):
@@ -43,6 +72,11 @@ class Executable(Protocol):
     @property
     def types(self) -> Mapping[torch.dtype, torch.dtype]:
         """Types to compute in, in place of those of the weights and of those the graph asks for."""
+        ...
+
+    @property
+    def thinning(self) -> PickedPositions | None:
+        """At which positions the last layer is computed; None for all."""
         ...
 
 
@@ -170,6 +204,10 @@ class Walk:
                 self._values[node] = value.clone() if wide is value else wide
             else:
                 self._parameters[node] = name
+        self._thinned: fx.Node | None = None
+        if graph.thinning is not None:
+            self._thinned = self._by_name[graph.thinning.node]
+            self._picked = graph.thinning.index(inputs)
         self._rest = iter([node for node in nodes if node.op in ("get_attr", "call_function")])
         self._pending = {node: len(node.users) for node in nodes}
 
@@ -181,6 +219,11 @@ class Walk:
         while wanted not in self._values:
             self._step(next(self._rest))
         return self._values[wanted]
+
+    def reach_for(self, name: str, reader: str) -> Any:
+        """Return what :meth:`reach` does, as the node ``reader`` reads it: perhaps in part."""
+        value = self.reach(name)
+        return self._pick(value) if self._is_thinned(self._by_name[reader]) else value
 
     def __iter__(self) -> Iterator[fx.Node]:
         """Run the nodes that have not run yet, one by one."""
@@ -210,6 +253,20 @@ class Walk:
         self._spared.pop(name, None)
         self._drop(self._by_name[name])
 
+    def forget(self, name: str) -> None:
+        """Drop a node's value although later nodes read it, which cannot run then."""
+        self._keep.discard(name)
+        self._spared.pop(name, None)
+        self._values.pop(self._by_name[name], None)
+
+    def _is_thinned(self, node: fx.Node) -> bool:
+        return self._thinned is not None and node is self._thinned
+
+    def _pick(self, value: Tensor) -> Tensor:
+        """Return what the thinned layer reads."""
+        index = self._picked.to(value.device)
+        return value.gather(1, index[..., None].expand(-1, -1, value.size(-1)))
+
     def _step(self, node: fx.Node) -> None:
         if node.op == "get_attr":
             value = getattr(self._module, str(node.target))
@@ -221,6 +278,8 @@ class Walk:
         value = self._by_rows(node) if self._rows is not None else None
         if value is None:
             arguments, keywords = fx.map_arg((node.args, node.kwargs), self._value)
+            if self._is_thinned(node):
+                arguments = (self._pick(arguments[0]), *arguments[1:])
             if self._types:
                 arguments, keywords = pytree.tree_map(self._retyped, (arguments, keywords))
             value = target(*arguments, **keywords)
@@ -252,6 +311,8 @@ class Walk:
             wanted, places = indices.unique(return_inverse=True)
             return F.embedding(places, self._computed(self._rows.rows(name, wanted)))
         inputs, *bias = [self._value(one) for i, one in enumerate(node.args) if i != 1]
+        if self._is_thinned(node):
+            inputs = self._pick(inputs)
         count = max(_LARGE // shape[1], 1)
         result: Tensor = inputs.new_empty(*inputs.shape[:-1], shape[0])
         for rows in torch.arange(shape[0], device=inputs.device).split(count):

@@ -23,9 +23,12 @@ from torch import nn
 
 from clafusion.errors import FusionWarning, InputError, warn
 from clafusion.profiling.batches import LABELS
+from clafusion.tracing.ties import aliases_of
 from clafusion.weights.factories import ModelFile
+from clafusion.weights.mapped import file_backed
 from clafusion.weights.messages import listed, one_line
 from clafusion.weights.state_files import file_digest
+from clafusion.weights.storage import InFiles
 
 __all__ = [
     "ModelDirectory",
@@ -37,6 +40,7 @@ __all__ = [
     "read_back",
     "read_config",
     "stored_config",
+    "tokens_directory",
     "transformers_library",
     "weight_files",
 ]
@@ -69,8 +73,14 @@ class ModelDirectory(ModelFile):
         return load_directory(self.path)
 
     def open(self) -> tuple[nn.Module, frozenset[str]]:
-        """Return the network, whose weights are all in memory."""
-        return self.load(), frozenset()
+        """Return the network; its parameters are mapped from a temporary file.
+
+        The library puts them together in memory first: it renames, merges and ties.
+        """
+        model = self.load()
+        own = {name: one.detach() for name, one in model.named_parameters()}
+        mapped = InFiles().model(model, own, aliases_of(model))
+        return mapped, file_backed(dict(mapped.named_parameters()))
 
     def build(self) -> nn.Module:
         """Return a network of the same architecture with random weights, in eval mode."""
@@ -164,6 +174,15 @@ def directory_of(model: nn.Module) -> Path | None:
     path = Path(name) if isinstance(name, str) and name else None
     known = ("config.json", _ADAPTER)
     return path if path is not None and any((path / one).is_file() for one in known) else None
+
+
+def tokens_directory(model: nn.Module) -> Path | None:
+    """Return the directory whose tokenizer makes a network's tokens; None if it is gone.
+
+    It is that of the network, or of another one whose vocabulary the network has taken.
+    """
+    taken = getattr(model, "_clafusion_tokens_of", None)
+    return Path(taken) if taken is not None else directory_of(model)
 
 
 def transformers_library() -> Any:
