@@ -285,6 +285,8 @@ def test_directories_within_a_limit_of_memory_are_mapped(place, capsys):
         directory(place / name, network("Llama, tied", layers), tokenizer())
     opened, mapped = ModelDirectory("a", "a").open()
     assert mapped == set(dict(opened.named_parameters()))
+    directory(place / "halves", network("Llama, tied", 2), max_shard_size="10KB")
+    assert ModelDirectory("halves", "halves").open()[1] == mapped
     assert num_ties(opened) == num_ties(clafusion.load("a"))
     command = ["fuse", "a", "b", "--data=texts.jsonl", "--calibration=repair"]
     assert main([*command, "--out=plain"]) == 0, capsys.readouterr().err

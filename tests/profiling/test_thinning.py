@@ -11,7 +11,7 @@ from clafusion.fusion import align_profiles, fuse_aligned
 from clafusion.profiling.thinning import alike, as_thinned, thinned, whole_numbers
 from tests.support.memory import LiveTensors
 
-POSITIONS, WORDS, INPUTS = 512, 4096, 60
+POSITIONS, WORDS, INPUTS = 512, 4096, 24
 COUNT = 64  # of the positions: 2**18 outputs of an input
 
 
@@ -104,7 +104,7 @@ def test_networks_are_thinned_together_or_not_at_all():
 @pytest.mark.parametrize("calibration", ["least_squares", "repair"])
 def test_outputs_of_all_inputs_are_never_held(calibration):
     batch = tokens()
-    data = [{k: v[i : i + 20] for k, v in batch.items()} for i in range(0, INPUTS, 20)]
+    data = [{k: v[i : i + 8] for k, v in batch.items()} for i in range(0, INPUTS, 8)]
     config = clafusion.FusionConfig(calibration=calibration)
     traced = [
         thinned(clafusion.trace(Words(depth, seed), few(batch))) for depth, seed in ((2, 0), (1, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -246,6 +246,57 @@ class Walk:
         for node in [node for node in self._values if node.name not in self._keep]:
             del self._values[node]
         return outputs
+
+    def before(self, last: Collection[str]) -> Iterator[fx.Node]:
+        """Run the nodes that have not run yet but those of some names; yield each when it has run.
+
+        No other node may read those.
+        """
+        left = []
+        for node in self._rest:
+            if node.name in last:
+                left.append(node)
+            else:
+                self._step(node)
+                yield node
+        self._rest = iter(left)
+
+    def known_outputs(self) -> list[Any]:
+        """Return those of the graph's outputs whose nodes have run."""
+        leaves = pytree.tree_leaves(self._module.graph.output_node().args[0])
+        nodes = [one for one in leaves if isinstance(one, fx.Node)]
+        return [self._values[node] for node in nodes if node in self._values]
+
+    def rows_of(self, layer: str, following: Sequence[str], rows: Tensor) -> list[Tensor]:
+        """Return some channels of the outputs that come of a linear layer, which has not run.
+
+        Parameters
+        ----------
+        layer
+            The layer's node; what it reads has run.
+        following
+            The nodes that come of it, which do the same to every channel.
+        rows
+            The channels: rows of its weight.
+        """
+        node = self._by_name[layer]
+        inputs, weight, *bias = node.args
+        name = self._parameters.get(weight) if isinstance(weight, fx.Node) else None
+        if name is not None and self._rows is not None:
+            part = self._computed(self._rows.rows(name, rows))
+        else:
+            part = self._value(weight)[rows]
+        of_rows = (None if one is None else self._value(one)[rows] for one in bias)
+        made: dict[Any, Any] = {node: F.linear(self._value(inputs), part, *of_rows)}
+        for one in map(self._by_name.__getitem__, following):
+            arguments, keywords = fx.map_arg(
+                (one.args, one.kwargs), lambda n: made[n] if n in made else self._value(n)
+            )
+            arguments, keywords = pytree.tree_map(self._retyped, (arguments, keywords))
+            target: Any = one.target
+            made[one] = target(*arguments, **keywords)
+        leaves = pytree.tree_leaves(self._module.graph.output_node().args[0])
+        return [made[one] for one in leaves if isinstance(one, fx.Node) and one in made]
 
     def release(self, name: str) -> None:
         """Stop keeping a node's value; drop it unless a later node needs it."""

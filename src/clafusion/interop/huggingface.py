@@ -73,14 +73,18 @@ class ModelDirectory(ModelFile):
         return load_directory(self.path)
 
     def open(self) -> tuple[nn.Module, frozenset[str]]:
-        """Return the network; its parameters are mapped from a temporary file.
+        """Return the network, and the names of the parameters that are mapped from files.
 
-        The library puts them together in memory first: it renames, merges and ties.
+        The library maps what it takes from a file as it is. What it has made in memory, as by
+        merging an adapter, goes to a temporary file.
         """
         model = self.load()
-        own = {name: one.detach() for name, one in model.named_parameters()}
-        mapped = InFiles().model(model, own, aliases_of(model))
-        return mapped, file_backed(dict(mapped.named_parameters()))
+        own = dict(model.named_parameters())
+        if len(file_backed(own)) < len(own):
+            kept = {name: one.detach() for name, one in own.items()}
+            model = InFiles().model(model, kept, aliases_of(model))
+            own = dict(model.named_parameters())
+        return model, file_backed(own)
 
     def build(self) -> nn.Module:
         """Return a network of the same architecture with random weights, in eval mode."""
@@ -140,6 +144,8 @@ def load_directory(path: str | os.PathLike[str]) -> nn.Module:
         model = _loaded(kind, base, path)
     config: Any = model.config
     config._name_or_path = str(path)
+    for one in model.parameters():
+        vars(one).pop("_is_hf_initialized", None)  # a mark of how it was made, which copies keep
     return model.eval()
 
 

@@ -9,16 +9,15 @@ always the same ones, and never at the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from clafusion.profiling.masks import kept_of
 from clafusion.tracing.model import TracedModel
-from clafusion.tracing.operations import affine_operands, batch_axis, op_name
+from clafusion.tracing.readout import find_readout
 
 __all__ = [
     "MOST_NUMBERS",
@@ -35,7 +34,6 @@ MOST_NUMBERS = 1 << 18
 
 _LEAST_POSITIONS = 8
 _SEED = 0  # of the choice of positions
-_BY_ELEMENT = ("add", "sub", "mul", "div", "tanh", "neg", "to", "_to_copy", "clone", "contiguous")
 
 
 @dataclass(frozen=True)
@@ -86,68 +84,19 @@ def most_positions(classes: int) -> int:
 def thinned(model: TracedModel) -> TracedModel:
     """Return a network that computes its last layer at some positions, where it has many outputs.
 
-    That is a linear layer of values ``(inputs, positions, channels)``, whose outputs, perhaps
-    changed element by element, are outputs of the network and nothing else. Other networks are
-    returned as they are, and so are those with few outputs.
+    See :class:`clafusion.tracing.readout.Readout`. Other networks are returned as they are, and so
+    are those with few outputs.
     """
     if model.thinning is not None:
         return model
-    for node in reversed(model.module.graph.nodes):
-        if op_name(node) != "linear":
-            continue
-        value = node.meta.get("val")
-        operand = affine_operands(node)["input"].meta.get("val")
-        following = _following(node)
-        if following is None or not (_has_positions(value) and _has_positions(operand)):
-            return model
-        positions, classes = int(value.shape[1]), int(value.shape[2])
-        count = most_positions(classes)
-        if count >= positions or batch_axis(node) != 0:
-            return model
-        names = frozenset({node.name, *(one.name for one in following)})
-        return replace(model, thinning=Thinning(node.name, positions, count, model.keywords, names))
-    return model
-
-
-def _has_positions(value: object) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.dim() == 3
-        and isinstance(value.shape[1], int)
-        and isinstance(value.shape[2], int)
-    )
-
-
-def _following(node: fx.Node) -> list[fx.Node] | None:
-    """Return all nodes that come of a node; None where one mixes positions or knows their number.
-
-    Beside the node's values they may read numbers and what is the same at every position.
-    """
-    found: dict[fx.Node, None] = {}
-    waiting = [node]
-    while waiting:
-        for user in waiting.pop().users:
-            if user.op == "output" or user in found:
-                continue
-            if op_name(user) not in _BY_ELEMENT:
-                return None
-            found[user] = None
-            waiting.append(user)
-    if all(_is_same_everywhere(one) for one in _beside(node, found)):
-        return list(found)
-    return None
-
-
-def _beside(node: fx.Node, found: dict[fx.Node, None]) -> Iterator[fx.Node]:
-    for user in found:
-        for one in tree_leaves((user.args, user.kwargs)):
-            if isinstance(one, fx.Node) and one is not node and one not in found:
-                yield one
-
-
-def _is_same_everywhere(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and all(size == 1 for size in value.shape[:-1])
+    readout = find_readout(model.module)
+    if readout is None:
+        return model
+    count = most_positions(readout.channels)
+    if count >= readout.positions:
+        return model
+    thinning = Thinning(readout.node, readout.positions, count, model.keywords, readout.nodes)
+    return replace(model, thinning=thinning)
 
 
 def alike(models: Sequence[TracedModel]) -> list[TracedModel]:
