@@ -160,7 +160,7 @@ def add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
 
 def versions() -> dict[str, str]:
     """Return the releases of those packages on which the bytes of a result may depend."""
-    found = {"torch": torch.__version__}
+    found: dict[str, str] = {"torch": torch.__version__}
     for name in ("clafusion", "numpy", "scipy", "pot", "safetensors", "transformers"):
         with suppress(PackageNotFoundError):  # transformers need not be there
             found[name] = version(name)
