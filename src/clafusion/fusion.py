@@ -22,25 +22,19 @@ from clafusion.config import (
     Like,
     Shallower,
 )
+from clafusion.errors import InputError
 from clafusion.execution.call import device_of, usable_device
+from clafusion.interop.inputs import example_of
+from clafusion.interop.vocabulary import keep_own_entries, with_one_vocabulary
 from clafusion.memory import bytes_of, check_limit, check_weights, needed_memory
 from clafusion.merging.layer_weights import weigh_layers
 from clafusion.merging.left_out import left_out_parameters, warn_of_left_out
 from clafusion.merging.problem import FusionProblem
-from clafusion.problems import (
-    matched_with_mean,
-    problem_of,
-    with_merge_weights,
-    with_rotations,
-)
-from clafusion.profiling.batches import (
-    Data,
-    Progress,
-    first_batch,
-    rows_side_by_side,
-)
+from clafusion.problems import matched_with_mean, problem_of, with_merge_weights, with_rotations
+from clafusion.profiling.batches import Data, Progress, rows_side_by_side
 from clafusion.profiling.on_demand import RowsOnDemand
 from clafusion.profiling.profile import ModelProfile
+from clafusion.profiling.thinning import alike
 from clafusion.quality import assessed, hash_of
 from clafusion.results import FusionResult
 from clafusion.stages import (
@@ -52,11 +46,11 @@ from clafusion.stages import (
     merge_weights,
     moved_to,
     named_models,
+    prepared,
     profile_traced,
     traced_parent,
     traced_template,
     warn_of_pinned_channels,
-    with_norms_folded,
 )
 from clafusion.targets.sources import sources_of
 from clafusion.targets.target import choose_target, width_position
@@ -79,6 +73,7 @@ def fuse(
     device: str | torch.device | None = None,
     memory_limit: int | str | None = None,
     labels: Any = None,
+    vocabulary: str = "same",
     progress: Progress | None = None,
     **overrides: Any,
 ) -> FusionResult:
@@ -123,6 +118,10 @@ def fuse(
         One for each row of ``data``, as for :func:`clafusion.evaluate`. The fusion makes no use of
         them: accuracy and loss of result and parents are measured, on the inputs that it has not
         seen. See ``FusionResult.evaluation``.
+    vocabulary
+        What is done about Hugging Face networks whose tokenizers have other entries: ``"same"``
+        refuses them; ``"intersection"`` moves the rows of common entries, by the numbers of the
+        first model, whose tokenizer the data must be made by, and keeps its rows of all others.
     progress
         Called with the stage's name and the number of inputs it has seen; of ``"trace"`` the number
         of models, of ``"match"`` 1 at its end.
@@ -168,8 +167,13 @@ def fuse(
     given = merge_weights(weights, tuple(named))
     labels = None if labels is None else checked_labels(labels, data)
     limit = None if memory_limit is None else bytes_of(memory_limit, "memory_limit")
+    is_stepwise = isinstance(config.merging.strategy, Iterative) and len(named) > 2
+    if vocabulary == "intersection" and (limit is not None or is_stepwise):
+        what = "memory_limit" if limit is not None else "merging.strategy='iterative'"
+        raise InputError(f"vocabulary='intersection' does not go with {what}: leave one out")
+    named, own_entries = with_one_vocabulary(named, vocabulary)
     if example_inputs is None:
-        example_inputs = first_batch(data)
+        example_inputs = example_of(data, next(iter(named.values())))
     if device is not None:
         device = usable_device(device)
         named = {name: copied_to(name, one, device) for name, one in named.items()}
@@ -177,7 +181,7 @@ def fuse(
     template = None
     if isinstance(config.target, Like):
         template = traced_template(config, next(iter(named.values())), example_inputs)
-    if isinstance(config.merging.strategy, Iterative) and len(named) > 2:
+    if is_stepwise:
         return _one_after_another(
             named, data, given, config, example_inputs, template, limit, labels, progress
         )
@@ -190,6 +194,7 @@ def fuse(
         template=template,
         memory_limit=limit,
         labels=labels,
+        own_entries=own_entries,
         progress=progress,
     )
 
@@ -211,7 +216,7 @@ def align(
     config = config_from(config, overrides)
     named = named_models(models)
     if example_inputs is None:
-        example_inputs = first_batch(data)
+        example_inputs = example_of(data, next(iter(named.values())))
     if device is not None:
         device = usable_device(device)
         named = {name: copied_to(name, one, device) for name, one in named.items()}
@@ -240,6 +245,7 @@ def _aligned(
             traced.append(traced_parent(name, model, example_inputs, config))
             if progress is not None:
                 progress("trace", len(traced))
+        traced = alike(traced)
     check_models(tuple(named), traced, config)
     with clock.stage("profile"):
         kept = parts_of(data, traced, config.assessment).kept
@@ -301,9 +307,9 @@ def profile(
     if not isinstance(model, TracedModel):
         if device is not None:
             model = copied(model).to(usable_device(device))
-        example_inputs = first_batch(data) if example_inputs is None else example_inputs
+        example_inputs = example_of(data, model) if example_inputs is None else example_inputs
         model = trace(model, example_inputs, verify=config.verify, seed=config.seed)
-    model = with_norms_folded(model, config)
+    model = prepared(model, config)
     kept = parts_of(data, [model], config.assessment).kept
     return profile_traced([model], kept, config, progress)[0]
 
@@ -320,6 +326,7 @@ def fuse_aligned(
     memory_limit: int | None = None,
     labels: Tensor | None = None,
     matched: FusionProblem | None = None,
+    own_entries: Tensor | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
     """Do the second half of :func:`fuse`: choose the target, match channels, average, calibrate.
@@ -339,6 +346,8 @@ def fuse_aligned(
     matched
         The problem of an earlier fusion of the same models with the same target, matching and
         normalisation, to take its plans: they do not depend on the weights. Not for a barycentre.
+    own_entries
+        Entries of the vocabulary that the first model alone has, and keeps.
     """
     config = config or FusionConfig()
     given = merge_weights(weights, aligned.names)
@@ -348,6 +357,8 @@ def fuse_aligned(
     result = _fused(
         aligned, parts.kept, given, config, template, memory_limit, progress, matched=matched
     )
+    if own_entries is not None:
+        keep_own_entries(result.model, result.problem, aligned.names[0], own_entries)
     result = replace(result, data_hash=data_hash or hash_of(data))
     return assessed(result, parents, parts, progress, known_outputs, labels)
 

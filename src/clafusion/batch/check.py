@@ -12,7 +12,8 @@ from clafusion.batch.results import Pair
 from clafusion.batch.worker import union_refusal
 from clafusion.config import FusionConfig
 from clafusion.errors import ClafusionError
-from clafusion.profiling.batches import Data, first_batch
+from clafusion.interop.inputs import example_of
+from clafusion.profiling.batches import Data
 from clafusion.stages import ExampleInputs, traced_parent
 from clafusion.tracing.model import TracedModel
 from clafusion.weights.factories import Model
@@ -108,7 +109,9 @@ def check_pairs(
         As for :func:`clafusion.fuse_pairs`, the pairs as a list.
     """
     config = replace(config or FusionConfig(), verify=False)
-    example = first_batch(data) if example_inputs is None else example_inputs
+    example = example_inputs
+    if example is None:
+        example = example_of(data, next(iter(models.values())))
     traced: dict[str, TracedModel] = {}
     failed: dict[str, str] = {}
     for name in dict.fromkeys(name for pair in pairs for name in pair):

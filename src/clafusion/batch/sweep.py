@@ -19,8 +19,9 @@ from clafusion.batch.grid import GridPoint, grid_of
 from clafusion.config import Barycentre, FusionConfig, Iterative, Like
 from clafusion.errors import ClafusionError, InputError
 from clafusion.fusion import align, fuse, fuse_aligned
+from clafusion.interop.inputs import example_of
 from clafusion.merging.problem import FusionProblem
-from clafusion.profiling.batches import Data, first_batch
+from clafusion.profiling.batches import Data
 from clafusion.results import RESULT, FusionResult
 from clafusion.stages import (
     ExampleInputs,
@@ -255,7 +256,7 @@ def sweep_grid(
     count = _seeds(seeds)
     known = None if labels is None else checked_labels(labels, data)
     if example_inputs is None:
-        example_inputs = first_batch(data)
+        example_inputs = example_of(data, next(iter(named.values())))
     if device is not None:
         named = {name: copied_to(name, one, device) for name, one in named.items()}
         example_inputs = moved_to(example_inputs, torch.device(device))

@@ -74,6 +74,14 @@ def fuse_command(
             metavar="NAME",
         ),
     ] = None,
+    vocabulary: Annotated[
+        str,
+        typer.Option(
+            help="What to do about directories with unlike vocabularies: same refuses them, "
+            "intersection moves common entries and keeps the first model's others.",
+            metavar="same|intersection",
+        ),
+    ] = "same",
     device: Device = "cpu",
     memory_limit: Annotated[
         str | None,
@@ -134,6 +142,7 @@ def fuse_command(
     from clafusion.interop.programs import PROGRAM
     from clafusion.interop.records import check_companions
     from clafusion.interop.saving import save_result
+    from clafusion.interop.vocabulary import VOCABULARIES
     from clafusion.memory import bytes_of, check_limit
     from clafusion.profiling.batches import num_rows
     from clafusion.reports import plot as draw
@@ -158,7 +167,11 @@ def fuse_command(
     at_most = None if memory_limit is None else bytes_of(memory_limit, "--memory-limit")
     if at_most is not None and device != "cpu":
         raise InputError(f"--memory-limit is for the CPU; --device is {device}: leave one out")
-    known = model_files(files, archs, keys)
+    if vocabulary not in VOCABULARIES:
+        raise InputError(f"--vocabulary must be same or intersection; got {vocabulary}")
+    if vocabulary != "same" and at_most is not None:
+        raise InputError("--vocabulary intersection does not go with --memory-limit")
+    known = model_files(files, archs, keys, vocabulary)
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
     samples = data_of(data, limit, reading, files)
     known_labels = labels_of(data, labels, limit)
@@ -186,7 +199,8 @@ def fuse_command(
             )
         else:
             models = load_models(known)
-            try_models(models, samples)
+            if vocabulary == "same":  # else the data are of the first model's tokens
+                try_models(models, samples)
             result = fuse(
                 models,
                 samples,
@@ -194,6 +208,7 @@ def fuse_command(
                 settings,
                 device=device,
                 labels=known_labels,
+                vocabulary=vocabulary,
                 progress=report,
             )
     built_by = save_result(

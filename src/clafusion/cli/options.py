@@ -169,7 +169,7 @@ def _is_module(rule: Mapping[str, Any]) -> bool:
 
 
 _SECTIONS = {
-    "Models": ("--arch", "--checkpoint-key", "--weights", "--config", "--preset"),
+    "Models": ("--arch", "--checkpoint-key", "--weights", "--config", "--preset", "--vocabulary"),
     "Data": (
         *("--data", "--data-key", "--labels", "--limit", "--shape", "--scale", "--mean", "--std"),
         *("--text-column", "--max-length", "--input-shape"),

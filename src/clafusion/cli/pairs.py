@@ -211,15 +211,16 @@ def data_of_manifest(given: Manifest, most: int | None = None) -> Tensor | list[
     InputError
         The data cannot be read, or Hugging Face directories have other tokens or labels.
     """
-    from clafusion.cli.inputs import check_alike, read_data
+    from clafusion.cli.inputs import read_data
     from clafusion.interop.huggingface import ModelDirectory
+    from clafusion.interop.vocabulary import check_alike
 
     folders = {
         name: Path(one.path)
         for name, one in given.models.items()
         if isinstance(one, ModelDirectory)
     }
-    check_alike(folders)
+    check_alike(given.models)
     known = ("limit", "text_column", "max_length")
     if most is not None:
         given = replace(given, data={**given.data, "limit": most})

@@ -36,9 +36,9 @@ _FACTORY = (
 NamedFiles = Annotated[
     list[str],
     typer.Argument(
-        help="Two or more models: Hugging Face directories, or weights (.safetensors, .pt, .pth, "
-        ".th, .bin, .ckpt, or the .index.json of several files). They are called first, second, "
-        "third and so on, or as NAME=FILE says.",
+        help="Two or more models: Hugging Face directories, exported programs (.pt2), or weights "
+        "(.safetensors, .pt, .pth, .th, .bin, .ckpt, or the .index.json of several files). They "
+        "are called first, second, third and so on, or as NAME=FILE says.",
         metavar="WEIGHTS",
     ),
 ]
@@ -76,8 +76,8 @@ DataFile = Annotated[
     Path,
     typer.Option(
         "--data",
-        help="Unlabelled inputs (.npy, .npz, .pt, .pth, .safetensors), or texts for Hugging Face "
-        "directories with a tokenizer (.txt, .jsonl, .csv, .parquet).",
+        help="Unlabelled inputs (.npy, .npz, .pt, .pth, .safetensors), or for Hugging Face "
+        "directories texts (.txt, .jsonl, .csv, .parquet) or a folder of images.",
     ),
 ]
 TextColumn = Annotated[

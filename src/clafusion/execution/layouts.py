@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["axes_in_memory", "laid_out"]
+__all__ = ["axes_in_memory", "laid_out", "layouts_of"]
 
 
 def axes_in_memory(tensor: Tensor) -> tuple[int, ...] | None:
@@ -29,6 +29,17 @@ def axes_in_memory(tensor: Tensor) -> tuple[int, ...] | None:
     # Of equal strides the axis of one entry is the inner one.
     order = tuple(sorted(usual, key=lambda axis: (-strides[axis], -sizes[axis], axis)))
     return None if order == usual else order
+
+
+def layouts_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return a module's parameters and buffers that do not lie as usual, with their axes."""
+    found: dict[str, tuple[int, ...]] = {}
+    for kind in (module.named_parameters, module.named_buffers):
+        for name, tensor in kind(remove_duplicate=False):
+            axes = axes_in_memory(tensor)
+            if axes is not None:
+                found[name] = axes
+    return found
 
 
 def laid_out(tensor: Tensor, axes: Sequence[int] | None) -> Tensor:

@@ -96,6 +96,9 @@ def load_program(path: str | os.PathLike[str]) -> nn.Module:
             f"{os.fspath(path)!r} is no program that torch.export.save wrote, or of another "
             f"release: {one_line(error)}"
         ) from error
+    # They refuse to be called: a program has one mode, and it stays as it is.
+    for name in ("train", "eval"):
+        vars(loaded).pop(name, None)
     return loaded
 
 

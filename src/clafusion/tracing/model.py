@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from clafusion.execution.call import State, device_of, flatten_tensors
-from clafusion.execution.layouts import axes_in_memory
-from clafusion.execution.walk import run_graph
+from clafusion.execution.layouts import layouts_of
+from clafusion.execution.walk import PickedPositions, run_graph
 from clafusion.tracing.layer import Layer, Stream, streams_of
 from clafusion.tracing.normalised import NormalisedWeight
 from clafusion.tracing.operations import RESHAPES, bound_operands, op_name
+from clafusion.tracing.padding import PaddedAxes, find_padded_axes
 from clafusion.tracing.rotatable import RotatableGroup
 
 __all__ = [
@@ -257,6 +258,9 @@ class TracedModel:
         Channel groups whose norms are folded in these weights, so that any orthogonal map of the
         channels leaves the function as it is: see :mod:`clafusion.tracing.rotations`. None where
         nobody has looked for them.
+    thinning
+        At which positions of its inputs the last layer is computed: see
+        :mod:`clafusion.profiling.thinning`. None for all.
     """
 
     model: nn.Module
@@ -280,12 +284,11 @@ class TracedModel:
     normalised: tuple[NormalisedWeight, ...] = ()
     weights: State | None = None
     rotatable: tuple[RotatableGroup, ...] | None = None
+    thinning: PickedPositions | None = None
 
     def __repr__(self) -> str:
-        return (
-            f"<TracedModel {type(self.model).__name__}: {len(self.layers)} layers, "
-            f"{len(self.groups)} channel groups>"
-        )
+        sizes = f"{len(self.layers)} layers, {len(self.groups)} channel groups"
+        return f"<TracedModel {type(self.model).__name__}: {sizes}>"
 
     @property
     def device(self) -> torch.device:
@@ -299,12 +302,13 @@ class TracedModel:
 
     @cached_property
     def layouts(self) -> Mapping[str, tuple[int, ...]]:
-        """Parameters and buffers of the module that do not lie in memory as usual, with their axes.
+        """Tensors of the module that do not lie in memory as usual; states hold them contiguous."""
+        return layouts_of(self.model)
 
-        States hold them contiguous; a run of the graph lays them out as here.
-        """
-        found = {name: axes_in_memory(tensor) for name, tensor in self._module_tensors().items()}
-        return {name: axes for name, axes in found.items() if axes is not None}
+    @cached_property
+    def padded_axes(self) -> Mapping[str, PaddedAxes]:
+        """Where nodes' values hold the positions that an attention mask leaves out."""
+        return find_padded_axes(self)
 
     @cached_property
     def fillings(self) -> Mapping[str, float]:
@@ -416,11 +420,18 @@ class TracedModel:
                 enters[node] = found
                 if _is_in_place(node):  # later nodes that read the operands see the result
                     enters |= dict.fromkeys(node.all_input_nodes, found)
-        (output,) = (node for node in self.module.graph.nodes if node.op == "output")
-        leaves = torch.utils._pytree.tree_leaves(output.args)
+        return tuple({"input", "weight"} <= enters[one] for one in self._output_nodes)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The node of every output tensor."""
+        return tuple(one.name for one in self._output_nodes)
+
+    @cached_property
+    def _output_nodes(self) -> tuple[fx.Node, ...]:
+        leaves = torch.utils._pytree.tree_leaves(self.module.graph.output_node().args)
         nodes = [one for one in leaves if isinstance(one, fx.Node)]
-        tensors = [one for one in nodes if isinstance(one.meta.get("val"), Tensor)]
-        return tuple({"input", "weight"} <= enters[one] for one in tensors)
+        return tuple(one for one in nodes if isinstance(one.meta.get("val"), Tensor))
 
     @cached_property
     def entered_layers(self) -> tuple[bool, ...]:
@@ -452,17 +463,11 @@ class TracedModel:
 
     def module_state(self) -> dict[str, Tensor]:
         """Return the module's parameters, buffers and constants, detached and contiguous."""
-        tensors = self._module_tensors()
+        tensors: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
+        tensors.update(self.model.named_buffers(remove_duplicate=False))
         return {
             **self.constants,
             **{name: value.detach().contiguous() for name, value in tensors.items()},
-        }
-
-    def _module_tensors(self) -> dict[str, Tensor]:
-        """Return the module's own parameters and buffers."""
-        return {
-            **dict(self.model.named_parameters(remove_duplicate=False)),
-            **dict(self.model.named_buffers(remove_duplicate=False)),
         }
 
     def output_tensors(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
