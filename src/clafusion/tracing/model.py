@@ -287,8 +287,7 @@ class TracedModel:
     thinning: PickedPositions | None = None
 
     def __repr__(self) -> str:
-        sizes = f"{len(self.layers)} layers, {len(self.groups)} channel groups"
-        return f"<TracedModel {type(self.model).__name__}: {sizes}>"
+        return f"<TracedModel {type(self.model).__name__}: {len(self.layers)} layers>"
 
     @property
     def device(self) -> torch.device:
