@@ -264,7 +264,7 @@ def test_exported_programs_are_models_of_commands(place, capsys):
     np.save("rows.npy", np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32))
     command = ["fuse", "a.pt2", "b.pt2", "--data=rows.npy"]
     assert main([*command, "--out=fused.safetensors"]) == 0, capsys.readouterr().err
-    assert "weights of a.pt2" in capsys.readouterr().out
+    assert "weights of fused.pt2" in capsys.readouterr().out
     model = clafusion.load("a.pt2")
     model.load_state_dict(load_file("fused.safetensors"))
     assert main(["inspect", "a.pt2", "--data=rows.npy"]) == 0
