@@ -17,7 +17,7 @@ from clafusion.errors import AssessmentWarning, warn
 from clafusion.execution.call import call_model
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Progress, batches
-from clafusion.profiling.masks import kept_positions
+from clafusion.profiling.masks import counting_outputs, kept_positions
 from clafusion.profiling.moments import inputs_in_cache
 from clafusion.profiling.thinning import as_thinned, whole_numbers
 from clafusion.tracing.model import TracedModel
@@ -87,7 +87,8 @@ def assess(
             outputs = [_moved(one, plan, axis) for one, plan in zip(found, plans, strict=True)]
             own = call_model(model, inputs, traced[0].keywords)[output]
             own = as_thinned(traced[0], inputs, own)
-            sums.add(outputs, own, kept_positions(traced[0], inputs))
+            mask = counting_outputs(traced[0], kept_positions(traced[0], inputs), output)
+            sums.add(outputs, own, mask)
             if progress is not None:
                 progress("assess", sums.num_inputs)
     finally:

@@ -36,19 +36,25 @@ class Comparison:
         self._squares, self._total = 0.0, torch.zeros(())
 
     def add(self, parents: Sequence[Tensor], result: Tensor, mask: Tensor | None = None) -> None:
-        """Add a chunk's outputs; ``mask`` says which positions of each input count."""
+        """Add a chunk's outputs.
+
+        ``mask`` says which positions of outputs ``(num_inputs, num_positions, ...)`` count.
+        """
         self.num_inputs += result.size(0)
         outputs = [*parents, result]
+        if mask is not None and result.shape[:2] != mask.shape:  # computed at some that count
+            mask = None
         if self._kind == "classes":
             moved = [one.movedim(self._axis, -1) for one in outputs]
-            if mask is not None and moved[0].dim() == 3 and moved[0].shape[:2] == mask.shape:
+            if mask is not None and moved[0].dim() == 3:
                 mask = _some_positions(mask.unsqueeze(-1), moved[0].size(-1)).squeeze(-1)
             else:
                 mask = None
             chosen = [_some_positions(one, one.size(-1)) for one in moved]
             self._add_classes([one.double() for one in chosen], mask)
         else:
-            self._add_values([zeroed(one.double(), mask) for one in outputs])
+            counting = None if mask is None else mask.view(*mask.shape, *[1] * (result.dim() - 2))
+            self._add_values([zeroed(one.double(), counting) for one in outputs])
 
     def _add_classes(self, outputs: list[Tensor], mask: Tensor | None) -> None:
         if self._are_probabilities is None:

@@ -119,7 +119,7 @@ def _is_exact(problem: FusionProblem, plain: State, data: Data) -> bool:
     inputs = next(iter(in_chunks(data, target, _TRIED, _TRIED, device=target.device)))
     return all(
         float((value - goal).abs().max()) <= _EXACT * float(goal.abs().max())
-        for (value,), goal in outputs_and_goals(problem, [plain], inputs)
+        for _, (value,), goal in outputs_and_goals(problem, [plain], inputs)
     )
 
 
