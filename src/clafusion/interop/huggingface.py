@@ -27,7 +27,7 @@ from clafusion.tracing.ties import aliases_of
 from clafusion.weights.factories import ModelFile
 from clafusion.weights.mapped import file_backed
 from clafusion.weights.messages import listed, one_line
-from clafusion.weights.state_files import file_digest
+from clafusion.weights.state_files import file_digest, files_of
 from clafusion.weights.storage import InFiles
 
 __all__ = [
@@ -102,13 +102,13 @@ class ModelDirectory(ModelFile):
     def digest(self) -> str:
         """Return the SHA-256 of its config, its weights and its adapter."""
         digest = hashlib.sha256()
-        for directory in dict.fromkeys((Path(self.path), _base_of(Path(self.path)))):
-            for file in sorted(directory.iterdir()):
-                if file.name in ("config.json", _ADAPTER) or file.suffix in (
-                    ".safetensors",
-                    ".bin",
-                ):
-                    digest.update(f"{file.name} {file_digest(file)} ".encode())
+        path = Path(self.path)
+        files = [one for weights in weight_files(path) for one in files_of(weights)]
+        for directory in dict.fromkeys((path, _base_of(path))):
+            files += [directory / name for name in ("config.json", _ADAPTER)]
+        for file in files:
+            if file.is_file():
+                digest.update(f"{file.name} {file_digest(file)} ".encode())
         return digest.hexdigest()
 
 
