@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from clafusion.config import FusionConfig, Option, Settings, options_of
+from clafusion.presets import PRESETS, preset_of
 
 ROOT = Path(__file__).parents[1]
 OPTIONS_MARK = "<!-- table of all options -->"
+PRESETS_MARK = "<!-- table of all presets -->"
 # Page -> the file at the root that it shows. Links in it lead to docs/ where they can.
 PAGES_OF_THE_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 
@@ -34,8 +36,11 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the table of options where its mark is."""
-    return markdown.replace(OPTIONS_MARK, options()) if OPTIONS_MARK in markdown else markdown
+    """Put the tables of options and presets where their marks are."""
+    for mark, made in ((OPTIONS_MARK, options), (PRESETS_MARK, presets)):
+        if mark in markdown:
+            markdown = markdown.replace(mark, made())
+    return markdown
 
 
 def page_of_root(file: str) -> str:
@@ -64,6 +69,27 @@ def options(config: type[Settings] = FusionConfig) -> str:
     rest = [one for one in every if one.path in single]
     sections += ["## Others", _table(rest)]
     return "\n\n".join(sections)
+
+
+def presets() -> str:
+    """Return all presets as Markdown: what each sets that is not the default."""
+    lines = ["| Preset | What it is | Where it differs from the defaults |", "|---|---|---|"]
+    default = dict(_flat(FusionConfig().to_dict()))
+    for name, text in PRESETS.items():
+        own = dict(_flat(preset_of(name).to_dict()))
+        changed = [f"`{path}={own[path]!r}`" for path in own if own[path] != default.get(path)]
+        lines.append(f"| `{name}` | {_sentence(text)} | {'<br>'.join(changed)} |")
+    return "\n".join(lines)
+
+
+def _flat(found: Any, path: str = "") -> Any:
+    """Yield the path and the value of every setting in plain data; a variant by its name."""
+    if not isinstance(found, dict):
+        yield path, found
+        return
+    for name, value in found.items():
+        inner = path if name == "name" else f"{path}.{name}" if path else name
+        yield from _flat(value, inner)
 
 
 def _advice(settings: type[Settings]) -> str:

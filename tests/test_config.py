@@ -34,6 +34,8 @@ from clafusion import (
     Unbalanced,
     Zip,
 )
+from clafusion.cli.options import configured
+from clafusion.cli.settings import config_of
 from clafusion.config import (
     ALIGNMENT_MODES,
     CHANNEL_COSTS,
@@ -50,6 +52,7 @@ from clafusion.config import (
     options_of,
     text,
 )
+from clafusion.presets import PRESETS, preset_of
 from clafusion.stages import config_from
 
 SOLVERS = (Auto, Assignment, Exact, Sinkhorn, Unbalanced, Zip, Orthogonal)
@@ -531,3 +534,26 @@ def test_a_variant_of_a_variant_is_of_the_same_family():
     finally:
         Paint._variants.pop("acrylic")
     assert list(Paint.variants()) == ["oil", "water"]
+
+
+def test_a_preset_is_a_whole_configuration_that_other_fields_change():
+    paper = config_from(None, {"preset": "paper", "seed": 3})
+    assert paper == replace(FusionConfig.paper(), seed=3)
+    fast = config_from(None, {"preset": "fast", "calibration": "none"})
+    assert fast.calibration == NoCalibration()
+    assert fast.profiling == preset_of("fast").profiling != FusionConfig().profiling
+    assert [preset_of(name) != FusionConfig() for name in PRESETS] == [True] * 3
+    with pytest.raises(InputError, match="preset must be one of 'fast', 'accurate', 'paper'"):
+        config_from(None, {"preset": "best"})
+    with pytest.raises(InputError, match="give one of them"):
+        config_from(FusionConfig(), {"preset": "fast"})
+
+
+def test_a_preset_on_the_command_line_and_in_a_file(tmp_path):
+    typed = configured({"preset": "fast", "calibration": "none"})
+    assert typed == config_from(None, {"preset": "fast", "calibration": "none"})
+    assert config_of({"preset": "fast", "calibration": "none"}, "", tmp_path) == typed
+    with pytest.raises(InputError, match="--preset must be one of fast, accurate, paper; got best"):
+        configured({"preset": "best"})
+    with pytest.raises(InputError, match=r"settings.preset must be one of"):
+        config_of({"preset": "best"}, "settings", tmp_path)

@@ -53,6 +53,18 @@ def test_every_listed_name_is_there_once_and_explained(name):
     assert module.__doc__, f"{name} does not say what it is for"
 
 
+def test_the_names_that_are_imported_later_are_those_that_type_checkers_see():
+    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == clafusion._MODULE_OF
+    assert {*seen, "__version__"} == set(clafusion.__all__)
+    assert clafusion.profile is importlib.import_module("clafusion.fusion").profile
+    assert clafusion.reports is sys.modules["clafusion.reports"]
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = clafusion.nothing
+
+
 def test_importing_clafusion_loads_no_leaf():
     code = f"import sys, clafusion; print([one for one in {LEAVES!r} if one in sys.modules])"
     found = subprocess.run(

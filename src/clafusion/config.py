@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, ClassVar, Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from clafusion.errors import InputError
 from clafusion.settings import (
     Choices,
+    Module,
     Option,
     Settings,
     choice,
@@ -30,6 +29,9 @@ from clafusion.settings import (
     options_of,
     text,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = [
     "ALIGNMENT_MODES",
@@ -330,7 +332,7 @@ class Like(Target, name="like"):
     """Like a module of yours that can hold the parents' layers; its weights do not matter."""
 
     template: nn.Module | str = text(
-        "", "the module (on the command line and in manifests what makes it)", also=nn.Module
+        "", "the module (on the command line and in manifests what makes it)", also=Module
     )
 
 

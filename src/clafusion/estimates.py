@@ -18,7 +18,7 @@ from clafusion.stages import ExampleInputs, config_from, named_models, traced_pa
 from clafusion.tracing.model import TracedModel
 from clafusion.weights.factories import Model
 
-__all__ = ["FusionEstimate", "estimate"]
+__all__ = ["FusionEstimate", "calibration_cost", "estimate"]
 
 _BY_RATE = 2e8  # steps of an assignment in a second, for groups whose channels are matched
 
@@ -100,7 +100,7 @@ def estimate(
             "trace": tracing,
             "profile": every * count,
             "match": 2 * every * at_once + steps / _BY_RATE,
-            "calibrate": _calibration(config, every, largest) * count,
+            "calibrate": calibration_cost(config, every, largest) * count,
             "assess": (every + largest) * assessed,
         },
         memory=needed_memory(traced, at_once, config),
@@ -112,8 +112,11 @@ def estimate(
     )
 
 
-def _calibration(config: FusionConfig, every: float, largest: float) -> float:
-    """Return the seconds for each input."""
+def calibration_cost(config: FusionConfig, every: float, largest: float) -> float:
+    """Return the seconds that a calibration takes for each input.
+
+    ``every`` are those of a pass of all models, ``largest`` those of the largest one alone.
+    """
     method = config.used_calibration
     if isinstance(method, NoCalibration):
         return 0.0

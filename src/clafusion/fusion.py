@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.alignment.models import AlignedModels, align_models, check_models
-from clafusion.assessment.assess import assess, warn_of
+from clafusion.assessment.evaluation import checked_labels
 from clafusion.assessment.output_cache import OutputCache
-from clafusion.assessment.parts import Parts, parts_of
+from clafusion.assessment.parts import parts_of
 from clafusion.calibration.methods import calibrate
 from clafusion.config import (
     Barycentre,
@@ -29,11 +29,13 @@ from clafusion.interop.vocabulary import keep_own_entries, with_one_vocabulary
 from clafusion.memory import bytes_of, check_limit, check_weights, needed_memory
 from clafusion.merging.layer_weights import weigh_layers
 from clafusion.merging.left_out import left_out_parameters, warn_of_left_out
-from clafusion.problems import matched_with_mean, problem_of, with_rotations
+from clafusion.merging.problem import FusionProblem
+from clafusion.problems import matched_with_mean, problem_of, with_merge_weights, with_rotations
 from clafusion.profiling.batches import Data, Progress, rows_side_by_side
 from clafusion.profiling.on_demand import RowsOnDemand
 from clafusion.profiling.profile import ModelProfile
 from clafusion.profiling.thinning import alike
+from clafusion.quality import assessed, hash_of
 from clafusion.results import FusionResult
 from clafusion.stages import (
     Clock,
@@ -70,6 +72,7 @@ def fuse(
     example_inputs: ExampleInputs | None = None,
     device: str | torch.device | None = None,
     memory_limit: int | str | None = None,
+    labels: Any = None,
     vocabulary: str = "same",
     progress: Progress | None = None,
     **overrides: Any,
@@ -111,15 +114,22 @@ def fuse(
         calibrated ones are kept in temporary files (``TMPDIR`` says where), from which the result's
         parameters are mapped. The result has the same bytes as without a limit. See
         :func:`clafusion.estimate` for what a fusion needs.
+    labels
+        One for each row of ``data``, as for :func:`clafusion.evaluate`. The fusion makes no use of
+        them: accuracy and loss of result and parents are measured, on the inputs that it has not
+        seen. See ``FusionResult.evaluation``.
     vocabulary
         What is done about Hugging Face networks whose tokenizers have other entries: ``"same"``
         refuses them; ``"intersection"`` moves the rows of common entries, by the numbers of the
         first model, whose tokenizer the data must be made by, and keeps its rows of all others.
     progress
-        Called with the stage's name and the number of inputs it has seen.
+        Called with the stage's name and the number of inputs it has seen; of ``"trace"`` the number
+        of models, of ``"match"`` 1 at its end.
     overrides
         Any field of ``config``: ``calibration="repair"``, ``target=Shallower()``,
         ``matching=Matching(solver="exact")``. A string stands for a value with its defaults.
+        ``preset="fast"``, ``"accurate"`` or ``"paper"`` stands for a whole configuration, in which
+        the other fields here are replaced: see the page Options.
 
     Returns
     -------
@@ -150,9 +160,12 @@ def fuse(
     >>> result = clafusion.fuse([resnet20, resnet32], images)  # doctest: +SKIP
     >>> result.model(images[:8])  # doctest: +SKIP
     """
-    config = config_from(config, overrides, ("weights", "example_inputs", "device", "progress"))
+    config = config_from(
+        config, overrides, ("weights", "example_inputs", "device", "labels", "progress")
+    )
     named = named_models(models)
     given = merge_weights(weights, tuple(named))
+    labels = None if labels is None else checked_labels(labels, data)
     limit = None if memory_limit is None else bytes_of(memory_limit, "memory_limit")
     is_stepwise = isinstance(config.merging.strategy, Iterative) and len(named) > 2
     if vocabulary == "intersection" and (limit is not None or is_stepwise):
@@ -170,7 +183,7 @@ def fuse(
         template = traced_template(config, next(iter(named.values())), example_inputs)
     if is_stepwise:
         return _one_after_another(
-            named, data, given, config, example_inputs, template, limit, progress
+            named, data, given, config, example_inputs, template, limit, labels, progress
         )
     aligned = _aligned(named, data, config, example_inputs, progress, limit, on_demand=True)
     return fuse_aligned(
@@ -180,6 +193,7 @@ def fuse(
         config,
         template=template,
         memory_limit=limit,
+        labels=labels,
         own_entries=own_entries,
         progress=progress,
     )
@@ -226,9 +240,12 @@ def _aligned(
     if limit is not None:
         check_weights(limit, named)
     with clock.stage("trace"):
-        traced = alike(
-            [traced_parent(name, model, example_inputs, config) for name, model in named.items()]
-        )
+        traced = []
+        for name, model in named.items():
+            traced.append(traced_parent(name, model, example_inputs, config))
+            if progress is not None:
+                progress("trace", len(traced))
+        traced = alike(traced)
     check_models(tuple(named), traced, config)
     with clock.stage("profile"):
         kept = parts_of(data, traced, config.assessment).kept
@@ -305,7 +322,10 @@ def fuse_aligned(
     *,
     template: TracedModel | None = None,
     known_outputs: OutputCache | None = None,
+    data_hash: str | None = None,
     memory_limit: int | None = None,
+    labels: Tensor | None = None,
+    matched: FusionProblem | None = None,
     own_entries: Tensor | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
@@ -315,12 +335,17 @@ def fuse_aligned(
     ----------
     aligned
         The models; see :func:`align` and :func:`align_profiles`.
-    data, weights, config, memory_limit, progress
-        As for :func:`fuse`; the limit in bytes.
+    data, weights, config, memory_limit, labels, progress
+        As for :func:`fuse`; the limit in bytes, the labels checked.
     template
         The traced module of a target :class:`clafusion.config.Like` one.
     known_outputs
         What the parents put out in the assessments of earlier fusions.
+    data_hash
+        The hash of the data, where it is known.
+    matched
+        The problem of an earlier fusion of the same models with the same target, matching and
+        normalisation, to take its plans: they do not depend on the weights. Not for a barycentre.
     own_entries
         Entries of the vocabulary that the first model alone has, and keeps.
     """
@@ -329,10 +354,13 @@ def fuse_aligned(
     check_strategy(config.merging.strategy, len(aligned.names))
     parents = {name: one.traced for name, one in zip(aligned.names, aligned.profiles, strict=True)}
     parts = parts_of(data, tuple(parents.values()), config.assessment)
-    result = _fused(aligned, parts.kept, given, config, template, memory_limit, progress)
+    result = _fused(
+        aligned, parts.kept, given, config, template, memory_limit, progress, matched=matched
+    )
     if own_entries is not None:
         keep_own_entries(result.model, result.problem, aligned.names[0], own_entries)
-    return _assessed(result, parents, parts, progress, known_outputs)
+    result = replace(result, data_hash=data_hash or hash_of(data))
+    return assessed(result, parents, parts, progress, known_outputs, labels)
 
 
 def _fused(
@@ -343,24 +371,31 @@ def _fused(
     template: TracedModel | None,
     limit: int | None,
     progress: Progress | None,
+    *,
+    matched: FusionProblem | None = None,
 ) -> FusionResult:
     """Do what :func:`fuse_aligned` does on the part of the data that a fusion may see."""
     warn_of_pinned_channels(aligned.names, [one.traced for one in aligned.profiles], weights)
     clock = Clock(aligned.profiles[0].traced.device, aligned.timings, aligned.peak_memory)
-    with clock.stage("target"):
-        chosen = choose_target(aligned, config, template)
-        sources = sources_of(chosen, aligned)
-    with clock.stage("match"):
-        sources = with_rotations(aligned.names, sources, data, config)
-        problem = problem_of(aligned.names, sources, weights, config)
+    rounds, converged = 1, True
+    if matched is not None:
+        problem = with_merge_weights(matched, weights)
+    else:
+        with clock.stage("target"):
+            chosen = choose_target(aligned, config, template)
+            sources = sources_of(chosen, aligned)
+        with clock.stage("match"):
+            sources = with_rotations(aligned.names, sources, data, config)
+            problem = problem_of(aligned.names, sources, weights, config)
+        if isinstance(config.merging.strategy, Barycentre):
+            with clock.stage("barycentre"):
+                problem, rounds, converged = matched_with_mean(
+                    problem, aligned, sources, data, config, config.merging.strategy.max_rounds
+                )
+    if progress is not None:
+        progress("match", 1)
     left_out = left_out_parameters(problem)
     warn_of_left_out(problem, left_out)
-    rounds, converged = 1, True
-    if isinstance(config.merging.strategy, Barycentre):
-        with clock.stage("barycentre"):
-            problem, rounds, converged = matched_with_mean(
-                problem, aligned, sources, data, config, config.merging.strategy.max_rounds
-            )
     for one in aligned.profiles:
         if isinstance(one.rows, RowsOnDemand):
             one.rows.close()
@@ -389,33 +424,6 @@ def _fused(
     )
 
 
-def _assessed(
-    result: FusionResult,
-    parents: Mapping[str, TracedModel],
-    parts: Parts,
-    progress: Progress | None,
-    known_outputs: OutputCache | None = None,
-) -> FusionResult:
-    """Return the result with its assessment; warn where that is bad."""
-    config = result.config
-    clock = Clock(result.problem.target.device, result.timings, result.peak_memory)
-    with clock.stage("assess"):
-        found = assess(
-            result.model,
-            result.problem,
-            parents,
-            result.weights,
-            parts,
-            config.assessment,
-            progress,
-            known_outputs,
-        )
-    if found is None:
-        return result
-    warn_of(found, config)
-    return replace(result, assessment=found, timings=clock.seconds, peak_memory=clock.peak_memory)
-
-
 # --- more than two ------------------------------------------------------------------------------
 
 
@@ -427,6 +435,7 @@ def _one_after_another(
     example_inputs: ExampleInputs,
     template: TracedModel | None,
     limit: int | None,
+    labels: Tensor | None,
     progress: Progress | None,
 ) -> FusionResult:
     """Fuse the first two, then what came of it with the third, and so on."""
@@ -466,9 +475,10 @@ def _one_after_another(
         steps=tuple(steps),
         timings=timings,
         peak_memory=peak_memory,
+        data_hash=hash_of(data),
     )
     parts = parts_of(data, tuple(parents.values()), config.assessment)
-    return _assessed(result, parents, parts, progress)
+    return assessed(result, parents, parts, progress, None, labels)
 
 
 def _options_of_step(config: FusionConfig, names: Sequence[str], joining: int) -> FusionConfig:

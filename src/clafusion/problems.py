@@ -16,7 +16,7 @@ from clafusion.profiling.batches import Data
 from clafusion.stages import needs_moments, profile_traced
 from clafusion.targets.sources import TargetSources, source_of
 
-__all__ = ["matched_with_mean", "problem_of", "with_rotations"]
+__all__ = ["matched_with_mean", "problem_of", "with_merge_weights", "with_rotations"]
 
 
 def problem_of(
@@ -33,6 +33,15 @@ def problem_of(
     return FusionProblem(
         sources.profile.traced, tuple(parents), sources.reference, config.merging.normalisation
     )
+
+
+def with_merge_weights(problem: FusionProblem, weights: Sequence[float]) -> FusionProblem:
+    """Return a problem with other merge weights, the same in every layer; plans stay."""
+    parents = [
+        replace(one, weights=MergeWeights(weight))
+        for one, weight in zip(problem.parents, weights, strict=True)
+    ]
+    return replace(problem, parents=tuple(parents))
 
 
 def _parent(name: str, matched: Matched, weight: float) -> Parent:

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import html
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clafusion.alignment.dynamic_program import LayerAlignment
 from clafusion.alignment.models import AlignedModels
+from clafusion.assessment.evaluation import Evaluation, checked_labels, evaluated
 from clafusion.assessment.nearness import FusionAssessment
-from clafusion.config import FusionConfig
+from clafusion.assessment.parts import compared_output
+from clafusion.config import Assessment, FusionConfig
+from clafusion.errors import InputError
 from clafusion.merging.problem import FusionProblem, Parent
+from clafusion.profiling.batches import Data, batches
+from clafusion.table import Table
+from clafusion.tracing.model import TracedModel
 
-__all__ = ["FusionResult"]
+__all__ = ["RESULT", "FusionResult"]
+
+RESULT = "the result"
+"""What tables call the fused network."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,11 @@ class FusionResult:
         Seconds of each stage, in order.
     peak_memory
         On a GPU: bytes that PyTorch held there at the most, in each stage. Else empty.
+    data_hash
+        The SHA-256 of the data; None for data that is no tensor and no list of batches.
+    evaluation
+        Where labels were given: accuracy and loss of the result, of each parent and of their means,
+        on the inputs that were kept out of the fusion, or on all where none were.
     """
 
     model: nn.Module
@@ -77,6 +94,117 @@ class FusionResult:
     steps: tuple[FusionResult, ...] = ()
     averaged: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    data_hash: str | None = None
+    evaluation: Evaluation | None = None
+
+    def __repr__(self) -> str:
+        facts = [f"{type(self.model).__name__} {_count(self.model)} parameters"]
+        if self.assessment is not None:
+            facts.append(str(self.assessment.result).partition(", divergence")[0])
+        if self.evaluation is not None:
+            score = self.evaluation.scores[RESULT]
+            right = score.accuracy
+            facts.append(
+                f"loss {score.loss:.3g}" if right is None else f"accuracy {100 * right:.1f} %"
+            )
+        return f"<FusionResult {', '.join(facts)}>"
+
+    def _repr_html_(self) -> str:
+        lines = [repr(self)[1:-1]]
+        if self.assessment is not None:
+            lines.append(self.assessment.verdict)
+        told = "".join(f"<p>{html.escape(one)}</p>" for one in lines)
+        return f"<div>{told}{self.table._repr_html_()}</div>"
+
+    @property
+    def table(self) -> Table:
+        """One row for each network: how near it is to the parents together, and how good."""
+        shares = dict(zip(self.names, self.weights, strict=True))
+        rows: dict[str, dict[str, Any]] = {RESULT: {}}
+        rows |= {name: {"weight": share} for name, share in shares.items()}
+        found = self.assessment
+        distance = "distance"
+        if found is not None:
+            distance = {"classes": "divergence", "values": "squared error"}[found.kind]
+            for name, one in {RESULT: found.result, **found.parents}.items():
+                rows[name] |= {"agreement": one.agreement, "distance": one.distance}
+        if self.evaluation is not None:
+            for name, score in self.evaluation.scores.items():
+                rows.setdefault(name, {}).update(accuracy=score.accuracy, loss=score.loss)
+        columns = ("weight", "agreement", "distance", "accuracy", "loss")
+        return Table.of(
+            ("network", "weight", "agreement", distance, "accuracy", "loss"),
+            [(name, *(row.get(one) for one in columns)) for name, row in rows.items()],
+        )
+
+    def evaluate(self, inputs: Data, labels: Any) -> Evaluation:
+        """Say how good the result is on inputs with labels, beside its parents and their means.
+
+        Parameters and errors are those of :func:`clafusion.evaluate`.
+        """
+        known = checked_labels(labels, inputs)
+        first = next(iter(self.parent_models.values()))
+        return self.evaluated(
+            batches(inputs, first.example_inputs, first.keywords, device=first.device), known
+        )
+
+    def evaluated(self, inputs: Iterable[tuple[Tensor, ...]], labels: Tensor) -> Evaluation:
+        """Do what :meth:`evaluate` does, with inputs in batches of tensors."""
+        parents = self.parent_models
+        first = next(iter(parents.values()))
+        settings = Assessment(axis=self.config.assessment.axis)
+        compared = compared_output(first, settings)
+        if compared is None:
+            raise InputError("labels need a floating output, which the models do not have")
+        models = {RESULT: self.model, **{name: one.model for name, one in parents.items()}}
+        return evaluated(
+            models,
+            self.weights,
+            inputs,
+            labels,
+            first.keywords,
+            output=compared[0],
+            axis=settings.axis,
+            apart=(RESULT,),
+        )
+
+    @property
+    def parent_models(self) -> dict[str, TracedModel]:
+        """All parents by name; of fusions one after another not what came between."""
+        found: dict[str, TracedModel] = {}
+        for i, step in enumerate(self.steps or (self,)):
+            pairs = zip(step.aligned.names, step.aligned.profiles, strict=True)
+            found |= {name: one.traced for name, one in list(pairs)[i > 0 :]}
+        return found
+
+    def to_frame(self) -> Any:
+        """Return :attr:`table` as a ``pandas.DataFrame``; errors are those of ``Table``."""
+        return self.table.to_frame()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was found and done, as plain data for JSON.
+
+        That is the alignments, what became of each parent, how good the result is, options and
+        seconds. For the strategy ``"iterative"`` alignments and parents are those of each step.
+        """
+        steps = [_step_facts(one) for one in self.steps or (self,)]
+        return {
+            **(steps[0] if len(steps) == 1 else {"steps": steps}),
+            "weights": list(self.weights),
+            "anchor": self.anchor,
+            "averaged": list(self.averaged),
+            "left_out": list(self.left_out),
+            "rounds": self.rounds,
+            "converged": self.converged,
+            "assessment": None if self.assessment is None else self.assessment.to_dict(),
+            "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
+            "config": self.config.to_dict(),
+            "seconds": dict(self.timings),
+        }
+
+    def to_json(self) -> str:
+        """Return :meth:`to_dict` as JSON on one line."""
+        return json.dumps(self.to_dict(), allow_nan=False)
 
     def save(
         self,
@@ -87,7 +215,15 @@ class FusionResult:
         max_shard_size: str | int = "5GB",
         command: str | None = None,
     ) -> None:
-        """Write the fused network: a Hugging Face directory, or a file of weights.
+        """Write the fused network, so that :func:`clafusion.load` reads it again.
+
+        A file holds the weights. Beside it a record (``fused.safetensors.json``) says what builds
+        the network, and where it comes from: parents with their factories, files and hashes,
+        options, the data's hash, versions, the command, the assessment, the seconds. What builds
+        it is the factory of a parent or of the template, where they were made by one, also with
+        other widths; of networks of transformers a config. For any other network an exported
+        program is written beside the weights (``fused.pt2``), which needs none of its code. What a
+        factory makes is compared with the result before the file gets its name.
 
         A directory is for networks of transformers. It holds the weights in safetensors files, a
         config that says what the fused network is, tokenizer, processor, chat template and
@@ -99,7 +235,8 @@ class FusionResult:
         ----------
         path
             A directory that is not there yet or empty; or a file (``.safetensors``, ``.pt``,
-            ``.pth``, ``.safetensors.index.json``), for any network.
+            ``.pth``, ``.safetensors.index.json``), for any network; or a ``.pt2`` file, for the
+            exported program alone.
         processor_of
             The name of the parent whose tokenizer, processor, chat template and generation config
             the directory gets; default the one that gives the structure, or the first that has
@@ -110,14 +247,20 @@ class FusionResult:
         max_shard_size
             From which size on the weights go into several files.
         command
-            The command that made the result, for the model card.
+            The command that made the result, for the record or the model card.
 
         Raises
         ------
         InputError
-            The directory exists and is not empty, the network is none of transformers, no config
-            describes it, the parents have unlike vocabularies, what was written does not compute
-            what the result computes, or the disk is full.
+            The ending is unknown, the directory exists and is not empty, the network is none of
+            transformers, no config describes it, the parents have unlike vocabularies, what was
+            written does not compute what the result computes, or the disk is full.
+
+        Warns
+        -----
+        FusionWarning
+            The network has no factory and cannot be exported, so that only its own code can load
+            the file.
         """
         from clafusion.interop.saving import save_result  # needs transformers for a directory
 
@@ -129,6 +272,14 @@ class FusionResult:
             max_shard_size=max_shard_size,
             command=command,
         )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all models, also of those that earlier steps fused."""
+        if not self.steps:
+            return self.aligned.names
+        first, *others = self.steps
+        return (*first.aligned.names, *(one.aligned.names[-1] for one in others))
 
     @property
     def parents(self) -> tuple[Parent, ...]:
@@ -164,3 +315,46 @@ class FusionResult:
             for one in self.parents
         ]
         return tuple(zip(*columns, strict=True))
+
+
+# --- as plain data ------------------------------------------------------------------------------
+
+
+def _count(model: nn.Module) -> str:
+    """Return how many parameters a module has, to three digits."""
+    count = sum(one.numel() for one in model.parameters())
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
+def _step_facts(result: FusionResult) -> dict[str, Any]:
+    target = result.problem.target
+    return {
+        **result.aligned.to_dict(),
+        "target": [layer.name for layer in target.layers],
+        "parents": [_parent_facts(one) for one in result.parents],
+        "layer_weights": [list(weights) for weights in result.layer_weights],
+    }
+
+
+def _parent_facts(parent: Parent) -> dict[str, Any]:
+    source, target = parent.correspondence.source, parent.correspondence.target
+    return {
+        "name": parent.name,
+        "layer_map": [k if k >= 0 else None for k in parent.correspondence.layer_map],
+        "groups": [
+            {"name": one.name, "channels": None if plan is None else list(plan.shape)}
+            for one, plan in zip(target.groups, parent.plans, strict=True)
+        ],
+        "rotated": [target.groups[index].name for index in parent.rotations],
+        "head_orders": [
+            {"layer": source.layers[source.heads[index].layer].name, "order": list(order)}
+            for index, order in parent.head_orders.items()
+        ],
+        "heads": [
+            {"layer": target.layers[to.layer].name, "source": of.count, "target": to.count}
+            for of, to in zip(source.united_heads, target.united_heads, strict=True)
+        ],
+    }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
@@ -13,16 +14,16 @@ from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar, cast
 
-from torch import nn
-
 from clafusion.errors import InputError
 
 __all__ = [
     "Choices",
+    "Module",
     "Option",
     "Settings",
     "choice",
     "count",
+    "described",
     "flag",
     "made",
     "nested",
@@ -32,6 +33,16 @@ __all__ = [
 ]
 
 S = TypeVar("S", bound="Settings")
+
+
+class _OfTorch(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        torch = sys.modules.get("torch")
+        return torch is not None and isinstance(value, torch.nn.Module)
+
+
+class Module(metaclass=_OfTorch):
+    """Stands for ``torch.nn.Module``, so that options can be listed before torch is imported."""
 
 
 class Choices(Mapping[str, str]):
@@ -161,11 +172,11 @@ class Settings:
             for one in fields(cls):
                 if isinstance(value, one.metadata.get("settings", ())):
                     return made(cls, {one.name: value}, where)
-        if isinstance(value, nn.Module):
+        if isinstance(value, Module):
             holders = [
                 one.__name__
                 for one in cls.variants().values()
-                if any(field.metadata.get("also") is nn.Module for field in fields(one))
+                if any(field.metadata.get("also") is Module for field in fields(one))
             ]
             hint = f": write {where}={holders[0]}(module)" if holders else ""
             raise InputError(f"{where} must not be a module; got {type(value).__name__}{hint}")
@@ -221,7 +232,7 @@ class Settings:
                 value = value.to_dict()
             elif isinstance(value, Real) and not isinstance(value, (bool, int)):
                 value = int(value) if isinstance(value, Integral) else float(value)
-            elif isinstance(value, nn.Module):
+            elif isinstance(value, Module):
                 value = type(value).__qualname__
             found[one.name] = value
         return found
@@ -242,7 +253,7 @@ def made(kind: type[S], given: Mapping[str, Any], where: str) -> S:
         raise InputError(f"{where}.{error}" if where else str(error)) from None
 
 
-_WORDS = {int: "a whole number", nn.Module: "a torch.nn.Module"}
+_WORDS = {int: "a whole number", Module: "a torch.nn.Module"}
 
 
 def _check(name: str, value: Any, rule: Mapping[str, Any]) -> None:
@@ -292,6 +303,22 @@ def _check_number(name: str, value: Any, rule: Mapping[str, Any]) -> None:
 
 def _listed(names: Mapping[str, Any]) -> str:
     return ", ".join(map(repr, names))
+
+
+def described(settings: Settings) -> str:
+    """Return what settings are called, and which of their fields are not the default."""
+    changed = []
+    for one in fields(settings):
+        value = getattr(settings, one.name)
+        if isinstance(value, Settings):
+            value = described(value)
+        elif isinstance(value, Module):
+            value = type(value).__qualname__
+        elif one.default is not MISSING and value == one.default:
+            continue
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        changed.append(f"{one.name.replace('_', ' ')} {shown}")
+    return settings.name + (f" ({', '.join(changed)})" if changed else "")
 
 
 # --- all options, flat --------------------------------------------------------------------------

@@ -26,11 +26,13 @@ from clafusion.config import (
     LeastSquares,
     Like,
     ManyToOne,
+    NoCalibration,
     Orthogonal,
     Strategy,
 )
 from clafusion.errors import ClafusionError, InputError, PinnedWarning, StructureError, retold, warn
 from clafusion.matching.activation_costs import MAX_CHANNELS
+from clafusion.presets import preset_of
 from clafusion.profiling.batches import Data, Progress
 from clafusion.profiling.importance import (
     channel_importance,
@@ -48,7 +50,7 @@ from clafusion.tracing.rotations import find_rotatable
 from clafusion.tracing.rows import mixing_operation
 from clafusion.tracing.trace import trace
 from clafusion.weights.build import with_weights
-from clafusion.weights.factories import Model, ModelFile
+from clafusion.weights.factories import Model, ModelFile, keep_origin
 from clafusion.weights.mapped import FileWeights
 
 __all__ = [
@@ -57,7 +59,7 @@ __all__ = [
     "check_strategy",
     "config_from",
     "copied_to",
-    "expected_inputs",
+    "expected_work",
     "merge_weights",
     "moved_to",
     "named_models",
@@ -164,6 +166,7 @@ def config_from(
 ) -> FusionConfig:
     """Return a configuration with some of its fields given anew, as :func:`clafusion.fuse` does.
 
+    ``preset`` among them stands for all others, from a preset: see :mod:`clafusion.presets`.
     ``keywords`` are the caller's other arguments, which an error may suggest, too.
 
     Raises
@@ -173,12 +176,17 @@ def config_from(
     """
     if config is not None and not isinstance(config, FusionConfig):
         raise InputError(f"config must be a FusionConfig; got {type(config).__name__}")
+    overrides = dict(overrides)
+    if "preset" in overrides:
+        if config is not None:
+            raise InputError("preset and config are both whole configurations: give one of them")
+        config = preset_of(overrides.pop("preset"))
     base = config or FusionConfig()
     given = {one.name: getattr(base, one.name) for one in fields(FusionConfig)}
     unknown = [name for name in overrides if name not in given]
     if unknown:
         places = [one.path for one in options_of(FusionConfig) if one.field == unknown[0]]
-        close = get_close_matches(unknown[0], [*given, *keywords], 1)
+        close = get_close_matches(unknown[0], [*given, *keywords, "preset"], 1)
         hint = f" of its own; it is {places[0]}." if places else "."
         if close and not places:
             hint = f"; did you mean {close[0]!r}?"
@@ -186,8 +194,11 @@ def config_from(
     return made(FusionConfig, {**given, **overrides}, "")
 
 
-def expected_inputs(count: int, config: FusionConfig) -> dict[str, int]:
-    """Return how many of ``count`` inputs each stage will have reported when it ends.
+def expected_work(count: int, config: FusionConfig, models: int = 2) -> dict[str, int]:
+    """Return what each stage will have reported when it ends, in their order.
+
+    That is so many models of ``"trace"``, 1 of ``"match"``, and of all others so many of ``count``
+    inputs.
 
     It is a guess before the models are traced: of models that admit one batch size only nothing is
     held out, and least squares takes fewer inputs where memory is short.
@@ -197,12 +208,15 @@ def expected_inputs(count: int, config: FusionConfig) -> dict[str, int]:
     profiled = min(kept, config.profiling.inputs or kept)
     calibration = config.used_calibration
     samples = calibration.samples if isinstance(calibration, LeastSquares) else kept
-    return {
-        "profile": profiled,
-        "importance": profiled,
-        "calibrate": min(kept, samples),
-        "assess": min(held_out or count, most_assessed(held_out=held_out > 0)),
-    }
+    found = {"trace": models, "profile": profiled}
+    if {config.matching.importance, config.merging.layer_weights} != {"uniform"}:
+        found["importance"] = profiled
+    found |= {"match": 1}
+    if not isinstance(calibration, NoCalibration):
+        found["calibrate"] = min(kept, samples)
+    if config.assessment.outputs != "none":
+        found["assess"] = min(held_out or count, most_assessed(held_out=held_out > 0))
+    return found
 
 
 def named_models(models: Sequence[Model] | Mapping[str, Model]) -> dict[str, Model]:
@@ -299,7 +313,7 @@ def copied_to(name: str, model: Model, device: str | torch.device) -> nn.Module:
     try:
         if isinstance(model, ModelFile):
             return model.load().to(device)
-        return copied(model).to(device)
+        return keep_origin(copied(model), model).to(device)
     except InputError as error:
         raise InputError(f"{label(name)}: {error}") from error
 

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 import clafusion
 from clafusion import Merging, fuse
-from clafusion.cli import doctor
 from clafusion.cli.app import main
 from clafusion.weights.state_files import save_model
 from tests.support import networks
@@ -89,9 +88,10 @@ def test_two_models_go_into_a_third_ones_architecture(tmp_path, monkeypatch, cap
     np.save("data.npy", np.random.default_rng(0).normal(size=(200, 3, 8, 8)).astype(np.float32))
     command = ["fuse", "left.safetensors", "right.safetensors", "--arch=nets.py:net(3, 1)"]
     command += ["--arch=nets.py:net(1, 3)", "--data=data.npy", "--out=out.safetensors"]
-    assert main(command) == 2
-    assert "give --target like --target-template MODULE:FACTORY" in capsys.readouterr().err
-    assert not os.path.exists("out.safetensors")
+    assert main(command) == 0
+    assert "out.safetensors, weights of out.pt2" in capsys.readouterr().out
+    images = torch.from_numpy(np.load("data.npy"))
+    assert clafusion.load("out.safetensors")(images).shape == (200, 5)
     command += ["--target=like"]
     assert main(command) == 2
     told = capsys.readouterr().err
@@ -127,6 +127,100 @@ def test_fuse_writes_weights_that_load_and_a_picture(files, capsys):
     model.load_state_dict(load_file("fused.safetensors"))
     assert (files / "alignment.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(one.name for one in files.iterdir() if one.name.startswith(".")) == []
+
+
+@pytest.mark.usefixtures("files")
+def test_quiet_prints_errors_and_json_only(capsys):
+    assert main([*FUSE, "--calibration=none", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main([*FUSE, "--calibration=none", "-q", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["out"] == "fused.safetensors"
+    assert main([*replaced("--data", "none.npy"), "-q"]) == 2
+    assert "'none.npy' does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["", "fuse", "fuse-pairs", "align", "inspect", "explain"])
+def test_help_needs_nothing_that_takes_long_to_import(command):
+    code = (
+        "import sys; from clafusion.cli.app import main; main(sys.argv[1:]); "
+        "print([one for one in ('torch', 'numpy', 'rich', 'yaml') if one in sys.modules])"
+    )
+    given = [one for one in (command, "-h") if one]
+    found = subprocess.run(
+        [sys.executable, "-c", code, *given],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert found.stdout.startswith(f"Usage: clafusion {command}".rstrip())
+    assert found.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("module", ["typer", "torch"])
+def test_an_interruption_while_modules_are_imported_is_one_line(module):
+    code = textwrap.dedent(
+        f"""
+        import os, signal, sys
+
+        class Interrupt:
+            def find_spec(self, name, *_):
+                if name == {module!r}:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        sys.meta_path.insert(0, Interrupt())
+        from clafusion.cli import main
+
+        sys.exit(main({FUSE!r}))
+        """
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.returncode == 130
+    assert found.stderr == "clafusion: interrupted; no output was written\n"
+
+
+def test_data_without_an_axis_are_refused_with_the_shape_that_fits(files, capsys):
+    (files / "nets.py").write_text(STAGES)
+    save_model(networks.vgg(1, 1), "a.pt")
+    np.save("last.npy", np.zeros((30, 8, 8, 3), np.float32))
+    command = ["fuse", "a.pt", "a.pt", "--arch=nets.py:net(1, 1)", "--out=out.pt"]
+    assert main([*command, "--data=last.npy"]) == 2
+    assert "channels come first" in capsys.readouterr().err
+    np.save("data.npy", np.zeros((300, 3, 4), np.float32))
+    assert main(FUSE) == 2
+    assert "It runs with --shape 12\n" in capsys.readouterr().err
+
+
+def test_a_record_that_cannot_be_written_shows_before_anything_is_fused(files, capsys):
+    (files / "fused.safetensors.json").mkdir()
+    assert main(FUSE) == 2
+    told = capsys.readouterr().err
+    assert "'fused.safetensors.json' exists and is no file: choose another name" in told
+    assert not (files / "fused.safetensors").exists()
+
+
+def test_options_stand_in_groups(capsys):
+    assert main(["fuse", "-h"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    titles = [one for one in lines if one and not one.startswith((" ", "Usage"))]
+    assert titles[:4] == ["Arguments:", "Models:", "Data:", "Output:"]
+    assert any(one.startswith("Calibration: ") for one in titles)
+
+
+def test_choices_are_completed():
+    words = {"COMP_WORDS": "clafusion fuse --calibration re", "COMP_CWORD": "3"}
+    found = subprocess.run(
+        [sys.executable, "-m", "clafusion.cli.app"],
+        env={**os.environ, **words, "_CLAFUSION_COMPLETE": "complete_bash"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert found.stdout.split() == ["repair"]
 
 
 @pytest.mark.usefixtures("files")
@@ -406,14 +500,16 @@ def test_the_demo_tells_its_story(tmp_path, capsys):
 
 
 def test_doctor_tells_why_a_gpu_is_used_or_not(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "cuda_devices", lambda: (["a GPU"], ""))
+    monkeypatch.setattr("clafusion._native.cuda_devices", lambda: (["a GPU"], ""))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "GPUs         a GPU\n" in shown
     assert "device=cuda  works\n" in shown
-    monkeypatch.setattr(doctor, "cuda_devices", lambda: ([], "no CUDA kernels in this build"))
+    monkeypatch.setattr(
+        "clafusion._native.cuda_devices", lambda: ([], "no CUDA kernels in this build")
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out

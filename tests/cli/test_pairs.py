@@ -207,7 +207,73 @@ def test_numbers_that_yaml_takes_for_text(folder):
     assert found.data["scale"] == 10.0
     assert (found.data["mean"], found.data["std"]) == ([0.1], [1.0])
     assert found.weights == (0.3, 0.7)
-    assert found.config.matching.solver == Zip(budget=0.1)
+    assert found.configs[0].matching.solver == Zip(budget=0.1)
+
+
+def test_lists_of_settings_are_a_grid_whose_results_are_all_kept(folder, capsys):
+    text = MANIFEST.replace("settings:", "pairs: [[a, b], [a, c]]\nsettings:")
+    text = text.replace("name: sinkhorn, epsilon: 1e-2", "name: sinkhorn, epsilon: [1e-2, 1e-1]")
+    (folder / "pairs.yaml").write_text(text)
+    assert run(folder, "--csv=table.csv") == 0
+    shown = capsys.readouterr().out
+    for value in ("0.01", "0.1"):
+        assert shown.count(f"matching.solver.epsilon {value}  ") == 2
+    lines = (folder / "fused" / "results.jsonl").read_text().splitlines()
+    facts = [json.loads(one) for one in lines]
+    assert [one["settings"]["matching"]["solver"]["epsilon"] for one in facts] == [
+        *(0.01, 0.01, 0.1, 0.1)
+    ]
+    assert all(one["assessment"] is not None for one in facts)
+    files = [one["file"] for one in facts]
+    assert len(set(files)) == 4
+    assert files[:2] == ["a+b.safetensors", "a+c.safetensors"]
+    assert re.fullmatch(r"a\+b\.[0-9a-f]{8}\.safetensors", files[2])
+    assert Path("table.csv").read_text().count("epsilon 0.1,") == 2
+    assert {"report.html", "report-2.html"} <= {one.name for one in (folder / "fused").iterdir()}
+    assert run(folder) == 0
+    assert "4 taken over from an earlier run" in capsys.readouterr().out
+    (folder / "pairs.yaml").write_text(text.replace("[1e-2, 1e-1]", "1e-3"))
+    assert run(folder) == 0
+    kept = (folder / "fused" / "results.jsonl").read_text().splitlines()
+    assert kept[:4] == lines
+    assert all((folder / "fused" / name).is_file() for name in files)
+
+
+def test_check_tells_each_cause_once(folder, capsys):
+    (folder / "nets.py").write_text(
+        FACTORY + "\ndef tanh():\n    return nn.Sequential(nn.Linear(12, 6), nn.Tanh(), "
+        "nn.Linear(6, 5))\n\ndef other():\n    return nn.Linear(7, 5)\n"
+    )
+    tanh = torch.nn.Sequential(torch.nn.Linear(12, 6), torch.nn.Tanh(), torch.nn.Linear(6, 5))
+    save_model(tanh, folder / "t.pt")
+    save_model(torch.nn.Linear(7, 5), folder / "o.pt")
+    more = (
+        'models:\n  t: {factory: "nets.py:tanh", weights: t.pt}\n'
+        '  o: {factory: "nets.py:other", weights: o.pt}'
+    )
+    (folder / "pairs.yaml").write_text(MANIFEST.replace("models:", more))
+    assert main(["check", str(folder / "pairs.yaml")]) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[1] == "can be fused 6 of 15 pairs"
+    assert len(shown) == 4
+    assert shown[2].startswith("cannot       o: incompatible with 5 models (t, a, b, c, d): ")
+    assert shown[3].startswith("cannot       t: incompatible with 4 models (a, b, c, d): ")
+    assert not (folder / "fused").exists()
+    (folder / "pairs.yaml").write_text(MANIFEST)
+    assert main(["check", str(folder / "pairs.yaml"), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["fusible"]) == 6
+
+
+@pytest.mark.filterwarnings("default")  # of Dask and its event loop
+def test_workers_of_a_dask_scheduler_fuse_the_pairs(folder, capsys):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+    ) as cluster:
+        assert run(folder, f"--dask={cluster.scheduler_address}") == 0
+        assert "6, 0 failed" in capsys.readouterr().out
+        assert run(folder, f"--dask={cluster.scheduler_address}", "--jobs=2") == 2
+    assert "--jobs is for this machine, --dask for others" in capsys.readouterr().err
 
 
 BAD = {

@@ -1,4 +1,4 @@
-"""The progress bar: each stage ends at the number of inputs that it looks at."""
+"""Progress: each stage ends at what is expected of it, is shown once, and says what is left."""
 
 import io
 
@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from clafusion import Assessment, FusionConfig, LeastSquares, Matching, Profiling, fuse
 from clafusion.cli import show
-from clafusion.stages import expected_inputs
+from clafusion.stages import expected_work
 from tests.support.networks import mlp
 
 VECTORS = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
@@ -34,24 +34,74 @@ def test_each_stage_ends_at_as_many_inputs_as_are_expected_of_it(config, count):
         config=config,
         progress=lambda stage, done: ends.update({stage: done}),
     )
-    expected = expected_inputs(count, config)
+    expected = expected_work(count, config)
     assert ends == {stage: expected[stage] for stage in ends}
-    assert {"profile", "calibrate"} <= ends.keys()
+    assert list(ends) == [stage for stage in expected if stage in ends]
+    assert {"trace", "profile", "match", "calibrate"} <= ends.keys()
 
 
-def test_the_bar_is_full_at_the_last_input_that_a_stage_looks_at(monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still: the list holds its time."""
+    now = [0.0]
+    monkeypatch.setattr(show.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_every_stage_has_a_bar_from_the_start_and_ends_full(monkeypatch, clock):
     shown = []
     terminal = Console(file=io.StringIO(), force_terminal=True)
-    monkeypatch.setattr(show, "Console", lambda **_: terminal)
-    monkeypatch.setattr(Progress, "update", lambda *_, **told: shown.append(told))
-    with show.progress(1000, {"profile": 900}) as report:
-        for done in (450, 900):
-            report("profile", done)
-        report("profile", 950)  # more than was expected
-        report("other", 500)
-    assert shown == [
-        {"description": "profile", "completed": 450, "total": 900},
-        {"description": "aligning and matching", "total": None},
-        {"description": "profile", "completed": 950, "total": 1000},
-        {"description": "other", "completed": 500, "total": 1000},
+    monkeypatch.setattr("rich.console.Console", lambda **_: terminal)
+    monkeypatch.setattr(Progress, "update", lambda _, task, **told: shown.append((task, told)))
+    with show.progress({"trace": 2, "profile": 900, "calibrate": 900}, 5.0) as report:
+        assert [told["total"] for _, told in shown] == [2, 900, 900]
+        clock[0] = 1.0
+        report("trace", 1)
+        report("trace", 2)
+        clock[0] = 4.0
+        report("profile", 300)
+        assert shown[-2][1] == {"completed": 300, "total": 900, "left": "about 6 s left"}
+        clock[0] = 10.0
+        report("profile", 900)
+        # Least squares takes five times as long as profiling, which took 9 seconds.
+        assert shown[-1][1] == {"completed": 0, "total": 900, "left": "about 45 s left"}
+        clock[0] = 20.0
+        report("calibrate", 100)
+        assert shown[-1][1]["left"] == "about 1 min 20 s left"
+        report("calibrate", 900)
+    assert [told for _, told in shown[-3:]] == [
+        {"completed": 2, "total": 2, "left": ""},
+        {"completed": 900, "total": 900, "left": ""},
+        {"completed": 900, "total": 900, "left": ""},
     ]
+    assert {task for task, _ in shown} == {0, 1, 2}  # one bar for each stage
+
+
+def test_without_a_terminal_there_is_a_line_a_minute(capsys, clock):
+    with show.progress({"trace": 2, "profile": 900, "calibrate": 900}) as report:
+        clock[0] = 30.0
+        report("trace", 2)
+        assert capsys.readouterr().err == ""
+        clock[0] = 90.0
+        report("profile", 300)
+        report("profile", 400)
+        told = capsys.readouterr().err
+        assert told == "clafusion: profile 300 of 900, about 2 min 0 s left\n"
+
+
+def test_a_stage_that_comes_again_adds_to_its_whole(capsys, clock):
+    with show.progress({"profile": 100, "assess": 10}) as report:
+        report("profile", 100)
+        report("profile", 50)
+        clock[0] = 70.0
+        report("profile", 60)
+    assert capsys.readouterr().err.startswith("clafusion: profile 160 of 200")
+
+
+def test_quiet_shows_no_progress():
+    token = show.QUIET.set(True)
+    try:
+        with show.progress({"trace": 2}) as report:
+            assert report is None
+    finally:
+        show.QUIET.reset(token)

@@ -75,7 +75,7 @@ def test_the_example_runs(code, capsys, tmp_path, monkeypatch):
 
 def test_the_reference_has_every_public_name_once():
     found = re.findall(r"^::: clafusion\.(\w+)$", read("docs/reference.md"), re.MULTILINE)
-    modules = {"settings"}  # of which all is shown
+    modules = {"presets", "settings"}  # of which all is shown
     assert sorted(set(found) - modules) == sorted(clafusion.__all__)
     assert len(found) == len(set(found))
 

@@ -9,7 +9,6 @@ from torch import nn
 
 import clafusion
 from clafusion import FusionWarning, Like, Shallower, fuse, summary
-from clafusion.cli.facts import fusion_facts
 
 INPUTS = torch.randn(120, 9, 6, generator=torch.Generator().manual_seed(0))
 
@@ -91,7 +90,7 @@ def test_unlike_parameters_that_no_example_reaches_are_named(kind):
     assert all(name.startswith("extra.") for name in result.left_out)
     assert "extra.num_batches_tracked" not in result.left_out
     assert result.left_out[0] in summary(result)
-    assert fusion_facts(result)["left_out"] == list(result.left_out)
+    assert result.to_dict()["left_out"] == list(result.left_out)
 
 
 @pytest.mark.parametrize("kind", KINDS)

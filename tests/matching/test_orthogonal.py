@@ -25,7 +25,6 @@ from clafusion import (
     summary,
     trace,
 )
-from clafusion.cli.facts import fusion_facts
 from clafusion.fusion import align_profiles, fuse_aligned
 from clafusion.matching.orthogonal import nearest_rotation
 from tests.support.assertions import assert_same_function
@@ -147,7 +146,7 @@ def test_reports_say_what_was_rotated():
     model, inputs = built("GPT, RMSNorm")
     result = fuse([model, rotated_copy(model, inputs)], inputs, matching=ROTATED)
     assert "rotated      characters.weight of models[1]" in summary(result)
-    assert fusion_facts(result)["parents"][1]["rotated"] == ["characters.weight"]
+    assert result.to_dict()["parents"][1]["rotated"] == ["characters.weight"]
 
 
 def test_streams_of_other_widths_are_matched_by_plans_and_told():

@@ -119,6 +119,20 @@ def test_a_list_of_tensors_is_refused(tmp_path):
         load_samples(tmp_path / "d.pt")
 
 
+def test_a_choice_of_sorted_samples_has_all_classes_and_is_the_same_each_time(tmp_path):
+    labels = torch.arange(100).sort().values
+    torch.save({"x": labels, "input_ids": labels[:, None]}, tmp_path / "a.pt")
+    chosen = load_samples(tmp_path / "a.pt", key="x", limit=20, seed=0)
+    assert torch.equal(chosen, chosen.sort().values)
+    assert len(chosen.unique()) == 20
+    assert chosen.max() > 60
+    again = load_named_samples(tmp_path / "a.pt", ["input_ids"], 20, 0)["input_ids"]
+    assert torch.equal(again[:, 0], chosen)
+    assert not torch.equal(load_samples(tmp_path / "a.pt", key="x", limit=20, seed=1), chosen)
+    assert torch.equal(load_samples(tmp_path / "a.pt", key="x", limit=20), labels[:20])
+    assert torch.equal(load_samples(tmp_path / "a.pt", key="x", limit=200, seed=0), labels)
+
+
 def test_a_broken_archive_of_named_inputs_is_refused(tmp_path):
     (tmp_path / "broken.npz").write_bytes(b"this is no archive")
     with pytest.raises(InputError, match=r"broken.npz' cannot be read"):

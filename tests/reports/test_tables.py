@@ -8,7 +8,8 @@ import clafusion
 from clafusion import InputError, Iterative, LeastSquares, Matching, Merging, Sinkhorn
 from clafusion.reports import summary
 from clafusion.reports.tables import alignment_summary, fusion_summary, model_summary
-from clafusion.reports.text import described, plain_table
+from clafusion.reports.text import plain_table
+from clafusion.settings import described
 from tests.support import networks
 
 INPUTS = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))

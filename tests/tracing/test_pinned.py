@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from clafusion import PinnedWarning, fuse, summary, trace
-from clafusion.cli.facts import alignment_facts, model_facts
+from clafusion.cli.facts import model_facts
 from tests.support.assertions import assert_same_function
 
 IMAGES = torch.randn(40, 3, 5, 5, generator=torch.Generator().manual_seed(0))
@@ -160,7 +160,7 @@ def test_what_cannot_be_moved_is_told(name):
     with pytest.warns(PinnedWarning) as told:
         result = fuse([model, other], model.data)
     (warning,) = (one for one in told if one.category is PinnedWarning)
-    pinned = alignment_facts(result.aligned)["models"][1]["pinned"]
+    pinned = result.aligned.to_dict()["models"][1]["pinned"]
     assert pinned == model_facts(traced)["pinned"]
     assert {one["parameter"] for one in pinned} == parameters
     for one in traced.pinned:

@@ -56,6 +56,10 @@ class LayerAlignment:
         """The matched pairs ``(deep, shallow)``, in order."""
         return tuple((deep, k) for deep, k in enumerate(self.deep_to_shallow) if k >= 0)
 
+    def __repr__(self) -> str:
+        m, n = self.cost.shape
+        return f"<LayerAlignment of {m} layers with {n}, total cost {self.total_cost:.4g}>"
+
     @property
     def unmatched(self) -> tuple[int, ...]:
         """The deep layers that match none."""

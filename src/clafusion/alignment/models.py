@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,7 @@ from clafusion.alignment.layer_costs import layer_costs
 from clafusion.config import FusionConfig
 from clafusion.errors import InputError, StructureError, retold
 from clafusion.profiling.profile import ModelProfile
+from clafusion.table import Table
 from clafusion.tracing.labels.experts import UNREACHED
 from clafusion.tracing.layer import Layer
 from clafusion.tracing.model import TracedModel
@@ -104,6 +107,66 @@ class AlignedModels:
         """Return the names of a model's layers."""
         return [layer.name for layer in self.profiles[position].traced.layers]
 
+    def __repr__(self) -> str:
+        depths = [
+            f"{name} ({len(one.traced.layers)} layers)"
+            for name, one in zip(self.names, self.profiles, strict=True)
+        ]
+        return f"<AlignedModels {', '.join(depths)}, aligned with {self.names[self.reference]}>"
+
+    @property
+    def table(self) -> Table:
+        """One row for each layer of each pair: both models' layers, None where one has none."""
+        rows = []
+        for pair in self.pairs:
+            names = self.layer_names(pair.deep), self.layer_names(pair.shallow)
+            for deep, shallow in pair.alignment.steps:
+                matched = deep >= 0 and shallow >= 0
+                rows.append(
+                    (
+                        self.names[pair.deep],
+                        names[0][deep] if deep >= 0 else None,
+                        self.names[pair.shallow],
+                        names[1][shallow] if shallow >= 0 else None,
+                        float(pair.alignment.cost[deep, shallow]) if matched else None,
+                    )
+                )
+        return Table(("deep", "deep layer", "shallow", "shallow layer", "cost"), tuple(rows))
+
+    def to_frame(self) -> Any:
+        """Return :attr:`table` as a ``pandas.DataFrame``; errors are those of ``Table``."""
+        return self.table.to_frame()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the models' layers and every alignment with the reference, as data for JSON."""
+        return {
+            "models": [
+                {
+                    "name": name,
+                    "layers": self.layer_names(i),
+                    "pinned": [asdict(one) for one in self.profiles[i].traced.pinned],
+                }
+                for i, name in enumerate(self.names)
+            ],
+            "reference": self.names[self.reference],
+            "alignments": [self._pair_facts(pair) for pair in self.pairs],
+            "samples": self.profiles[self.reference].num_inputs,
+        }
+
+    def _pair_facts(self, pair: PairAlignment) -> dict[str, Any]:
+        alignment = pair.alignment
+        return {
+            "deep": self.names[pair.deep],
+            "shallow": self.names[pair.shallow],
+            "deep_to_shallow": [k if k >= 0 else None for k in alignment.deep_to_shallow],
+            "costs": [
+                [float(cost) if math.isfinite(cost) else None for cost in row]
+                for row in alignment.cost
+            ],
+            "total_cost": alignment.matched_cost,
+            "forced": alignment.forced,
+        }
+
 
 def label(name: str) -> str:
     """Return how errors call a model: as the caller would write it."""
@@ -125,8 +188,10 @@ def reference_of(models: Sequence[TracedModel], config: FusionConfig) -> int:
     return depths.index(min(depths) if config.target.reference == "shallowest" else max(depths))
 
 
-def check_models(names: Sequence[str], models: Sequence[TracedModel], config: FusionConfig) -> None:
+def check_models(names: Sequence[str], models: Sequence[TracedModel], config: FusionConfig) -> bool:
     """Refuse traced models that cannot be brought to one structure, before anything takes long.
+
+    Return whether one of them has that structure: else only their union has, or a template.
 
     Raises
     ------
@@ -134,13 +199,15 @@ def check_models(names: Sequence[str], models: Sequence[TracedModel], config: Fu
         The message names the layers that stand in the way.
     """
     reference = reference_of(models, config)
+    has_gaps = False
     for i, model in enumerate(models):
         if i != reference:
             deep, shallow = _by_depth(models, reference, i)
             called = label(names[deep]), label(names[shallow])
             check_outputs((label(names[reference]), label(names[i])), models[reference], model)
             try:
-                fit_layers(called, models[deep].layers, models[shallow].layers)
+                fit = fit_layers(called, models[deep].layers, models[shallow].layers)
+                has_gaps |= fit.needs_gaps
             except StructureError as error:
                 lonely = [one for i in (deep, shallow) for one in models[i].pinned]
                 if all(one.why != UNREACHED for one in lonely):
@@ -150,6 +217,7 @@ def check_models(names: Sequence[str], models: Sequence[TracedModel], config: Fu
                     f"{error}. Not all experts have tokens among the example inputs, and others in "
                     "each model: give example_inputs with more of them",
                 ) from None
+    return not has_gaps
 
 
 def align_models(

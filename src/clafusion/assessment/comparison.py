@@ -12,7 +12,7 @@ from clafusion.assessment.nearness import FusionAssessment, Kind, Nearness
 from clafusion.profiling.masks import zeroed
 from clafusion.profiling.thinning import most_positions
 
-__all__ = ["Comparison", "is_nearer"]
+__all__ = ["Comparison", "are_probabilities", "is_nearer"]
 
 _FAR = 100.0  # nats: a probability of 0 counts as exp(-100), so that one row does not hide all
 _ROUNDING = 1e-12  # nats, which is none
@@ -58,7 +58,7 @@ class Comparison:
 
     def _add_classes(self, outputs: list[Tensor], mask: Tensor | None) -> None:
         if self._are_probabilities is None:
-            self._are_probabilities = all(map(_are_probabilities, outputs[:-1]))
+            self._are_probabilities = all(map(are_probabilities, outputs[:-1]))
         if self._are_probabilities:
             logs = [one.clamp(min=0).log() for one in outputs]
         else:
@@ -172,7 +172,7 @@ def is_nearer(one: Tensor, result: Tensor) -> bool:
     return float(further.mean()) > max(_NOISE, _ERRORS * float(error))
 
 
-def _are_probabilities(outputs: Tensor) -> bool:
+def are_probabilities(outputs: Tensor) -> bool:
     """Say whether the network ends in a softmax itself."""
     sums = outputs.sum(-1)
     return bool((outputs >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())

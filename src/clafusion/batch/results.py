@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,11 +19,12 @@ from clafusion.assessment.nearness import FusionAssessment
 from clafusion.errors import InputError
 from clafusion.interop.huggingface import load_directory
 from clafusion.results import FusionResult
+from clafusion.table import Table
 from clafusion.weights.build import fill
 from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.state_files import stored_content
 
-__all__ = ["Pair", "PairResult", "facts_of", "result_of"]
+__all__ = ["Pair", "PairResult", "differing_settings", "facts_of", "pairs_table", "result_of"]
 
 Pair: TypeAlias = "tuple[str, str]"
 """The names of the first and the second model."""
@@ -67,6 +68,10 @@ class PairResult:
         ``out_dir``.
     resumed
         Whether an earlier run fused the pair.
+    settings
+        The options, as plain data.
+    weights
+        The weights of the first and the second model.
     """
 
     first: str
@@ -83,8 +88,16 @@ class PairResult:
     warnings: tuple[str, ...]
     path: Path | None
     resumed: bool
+    settings: Mapping[str, Any]
+    weights: tuple[float, ...]
     _state: Mapping[str, Any] | None = field(repr=False)
     _architecture: Model | None = field(repr=False)
+
+    def __repr__(self) -> str:
+        if self.error is not None:
+            return f"<PairResult {self.first} and {self.second}: failed>"
+        near = "" if self.assessment is None else f": {self.assessment.result}"
+        return f"<PairResult {self.first} and {self.second}{near}>"
 
     @property
     def agreement(self) -> float | None:
@@ -143,6 +156,45 @@ class PairResult:
         built = kind.build() if isinstance(kind, ModelFile) else copy.deepcopy(kind)
         fill(built, state)
         return built
+
+
+def pairs_table(results: Sequence[PairResult]) -> Table:
+    """Return one row for each pair, with the settings where results have several."""
+    settings = differing_settings(results)
+    rows = [
+        (
+            one.first,
+            one.second,
+            chosen or None,
+            one.structure,
+            None if one.alignment is None else one.alignment.total_cost,
+            one.agreement,
+            None if math.isinf(one.distance) else one.distance,
+            math.fsum(one.seconds.values()),
+            None if one.path is None else str(one.path),
+            one.error,
+        )
+        for one, chosen in zip(results, settings, strict=True)
+    ]
+    columns = ("first", "second", "settings", "structure", "cost", "agreement", "distance")
+    return Table.of((*columns, "seconds", "file", "error"), rows)
+
+
+def differing_settings(results: Sequence[PairResult]) -> list[str]:
+    """Return for each result those of its options that are not the same in all results."""
+    flat = [dict(_flat({**one.settings, "weights": list(one.weights)})) for one in results]
+    paths = dict.fromkeys(path for one in flat for path in one)
+    varying = [path for path in paths if len({repr(one.get(path)) for one in flat}) > 1]
+    return [", ".join(f"{path} {one[path]}" for path in varying if path in one) for one in flat]
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the path and the value of every option; a variant by its name."""
+    if not isinstance(value, Mapping):
+        yield path, value
+        return
+    for name, inner in value.items():
+        yield from _flat(inner, path if name == "name" else f"{path}.{name}" if path else str(name))
 
 
 def facts_of(result: FusionResult) -> dict[str, Any]:
@@ -212,6 +264,8 @@ def result_of(
         warnings=tuple(facts["warnings"]),
         path=folder / facts["file"] if is_fused and folder is not None else None,
         resumed=resumed,
+        settings=facts.get("settings", {}),
+        weights=tuple(facts.get("weights", ())),
         _state=state,
         _architecture=models[facts["structure"]] if is_fused else None,
     )

@@ -41,7 +41,8 @@ CACHE = "profiles"
 
 _ENDINGS = (".safetensors", ".pt")
 """How a pair's file ends; the second where a module's extra state is no tensor."""
-_LONGEST = 255 - len(".") - len(".12345678.tmp")  # a file's name, while it is being written
+_KEY = 8  # letters of the settings' hash in a name, where other settings have the plain one
+_LONGEST = 255 - len(".") - len(".12345678.tmp") - _KEY - len(".")  # a name, while it is written
 
 
 def check_names(folder: Path, pairs: Sequence[Pair], models: Mapping[str, Model]) -> None:
@@ -79,6 +80,7 @@ class Store:
         self._models = models
         self._job = job
         self._digests: dict[str, str] = {}
+        self._taken: set[str] = set()  # names of files of other settings
 
     @property
     def is_on_disk(self) -> bool:
@@ -93,16 +95,18 @@ class Store:
         InputError
             A file cannot be written.
         """
-        facts, state = dict(outcome.facts), outcome.state
+        settings = {"settings": self._job.config.to_dict(), "weights": list(self._job.weights)}
+        facts, state = {**outcome.facts, **settings}, outcome.state
         if self._folder is None:
             return result_of(facts, models=self._models, state=state)
-        facts["key"] = self._key(pair)
+        facts["key"], facts["settings_key"] = self._key(pair), self._settings_key
+        own = ("first", "second", "warnings", "key", "settings_key", *settings)
         if state is not None:
             try:
                 path = self._written(self._folder, pair, facts, state)
                 facts["file"], facts["sha256"] = path.name, _digest_of(path)
             except _PairError as error:
-                facts = {one: facts[one] for one in ("first", "second", "warnings", "key")}
+                facts = {one: facts[one] for one in own}
                 facts["error"] = str(error)
         line = json.dumps(facts, allow_nan=False) + "\n"
         try:
@@ -125,7 +129,7 @@ class Store:
         if isinstance(kind, ModelDirectory) and all(
             isinstance(self._models[name], ModelDirectory) for name in pair
         ):
-            path = folder / _file_name(pair, "")
+            path = folder / self._free_name(pair, "")
             digests = {name: self._digest(name) for name in pair}
             card = pair_card(facts, digests, self._job.weights, self._job.config.to_dict())
             with _of_pair():
@@ -134,15 +138,15 @@ class Store:
         with _of_pair():
             check_extra_state(state, _ENDINGS[-1])
         is_all_tensors = all(isinstance(one, Tensor) for one in state.values())
-        path = folder / _file_name(pair, _ENDINGS[0 if is_all_tensors else 1])
+        path = folder / self._free_name(pair, _ENDINGS[0 if is_all_tensors else 1])
         save_state(state, path)
         return path
 
     def resume(self, pairs: Sequence[Pair], *, keep: bool = True) -> dict[Pair, PairResult]:
         """Return the results of an earlier run that are whole, and drop the lines of the others.
 
-        Lines of pairs that are not asked for stay as they are. With ``keep=False`` no result is
-        whole.
+        Lines of pairs that are not asked for stay as they are, and so do those of other settings,
+        with their files. With ``keep=False`` no result is whole.
 
         Raises
         ------
@@ -160,21 +164,24 @@ class Store:
                 "out_dir"
             ) from error
         wanted = set(pairs)
-        kept: dict[Pair, str] = {}
+        kept: dict[tuple[Pair, str], str] = {}
         whole: dict[Pair, PairResult] = {}
         for line in lines:
             try:
                 facts = json.loads(line)
                 pair = facts["first"], facts["second"]
-                if pair in wanted:
-                    kept.pop(pair, None)
+                settings = str(facts["settings_key"])
+                if settings != self._settings_key and facts["error"] is None:
+                    self._taken.add(str(facts["file"]))
+                if pair in wanted and settings == self._settings_key:
+                    kept.pop((pair, settings), None)
                     whole.pop(pair, None)
                     if not (keep and self._is_whole(self._folder, pair, facts)):
                         continue
                     whole[pair] = _checked(
                         result_of(facts, models=self._models, folder=self._folder, resumed=True)
                     )
-                kept[pair] = line
+                kept[pair, settings] = line
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # a line that was cut short, or that this version did not write
         with replacing(path, "out_dir") as temporary:
@@ -185,13 +192,28 @@ class Store:
         if facts["error"] is not None or facts["key"] != self._key(pair):
             return False
         path = folder / str(facts["file"])
-        known = [_file_name(pair, ending) for ending in (*_ENDINGS, "")]
+        known = [name for ending in (*_ENDINGS, "") for name in self._names(pair, ending)]
         if path.name not in known or path.parent != folder or not path.exists():
             return False
         try:
             return bool(_digest_of(path) == facts["sha256"])
         except OSError:  # it may not be read, but perhaps replaced
             return False
+
+    @property
+    def _settings_key(self) -> str:
+        """The hash of options and weights, in short."""
+        job = self._job
+        return digest_of({"config": job.config.to_dict(), "weights": job.weights})[:_KEY]
+
+    def _names(self, pair: Pair, ending: str) -> tuple[str, str]:
+        """Return the names that a pair's file may have: the plain one, and that of its settings."""
+        return _file_name(pair, ending), _file_name(pair, f".{self._settings_key}{ending}")
+
+    def _free_name(self, pair: Pair, ending: str) -> str:
+        """Return the plain name, unless other settings' result has it."""
+        plain, own = self._names(pair, ending)
+        return own if plain in self._taken else plain
 
     def _key(self, pair: Pair) -> str:
         """Return the hash of all that a pair's result depends on."""

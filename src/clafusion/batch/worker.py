@@ -30,7 +30,7 @@ from clafusion.weights.messages import one_line
 from clafusion.weights.round_trip import check_round_trip
 from clafusion.weights.state_files import state_of
 
-__all__ = ["Job", "Outcome", "Worker"]
+__all__ = ["Job", "Outcome", "Worker", "union_refusal"]
 
 Source: TypeAlias = "Callable[[str], Model]"
 """Returns a model by its name."""
@@ -67,6 +67,14 @@ class Outcome:
     facts: dict[str, Any]
     state: dict[str, Any] | None
     categories: tuple[type[Warning], ...] = ()
+
+
+def union_refusal(pair: Pair) -> str:
+    """Return why a pair is not fused whose result would have the structure of neither model."""
+    return (
+        f"{label(pair[0])} and {label(pair[1])} are each the deeper one somewhere. Their union is "
+        "a network that neither's code builds: fuse the two by clafusion.fuse"
+    )
 
 
 class _ModelError(Exception):
@@ -134,12 +142,14 @@ class Worker:
             profiles = profile_traced(traced, kept, job.config, names=pair)
         aligned = align_profiles(pair, profiles, job.config, timings=before)
         if aligned.alignment.unmatched_shallow:
-            raise StructureError(
-                f"{label(pair[0])} and {label(pair[1])} are each the deeper one somewhere. Their "
-                "union is a network that neither's code builds: fuse the two by clafusion.fuse"
-            )
+            raise StructureError(union_refusal(pair))
         result = fuse_aligned(
-            aligned, job.data, job.weights, job.config, known_outputs=self._known_outputs
+            aligned,
+            job.data,
+            job.weights,
+            job.config,
+            known_outputs=self._known_outputs,
+            data_hash=job.data_hash,
         )
         self._make_room(pair, 0)
         return result

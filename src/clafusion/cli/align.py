@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from clafusion.cli.facts import alignment_facts
-from clafusion.cli.inputs import (
+from clafusion.cli.options import configured, messages_by_flags
+from clafusion.cli.parameters import (
     Archs,
     AsJson,
     CheckpointKeys,
     ConfigFile,
     DataFile,
     DataKey,
-    DataOptions,
     Device,
     Limit,
     MaxLength,
@@ -24,25 +23,9 @@ from clafusion.cli.inputs import (
     Shape,
     Std,
     TextColumn,
-    archs_of,
-    check_plot,
-    data_of,
-    keys_of,
-    load_models,
-    model_files,
-    named_files,
-    try_models,
 )
-from clafusion.cli.options import configured, messages_by_flags
-from clafusion.cli.settings import read_config
-from clafusion.cli.show import print_json, print_line, progress
+from clafusion.cli.show import print_json, print_line, print_text, progress
 from clafusion.config import NoCalibration
-from clafusion.execution.call import usable_device
-from clafusion.fusion import align
-from clafusion.profiling.batches import num_rows
-from clafusion.reports import plot as draw
-from clafusion.reports import summary
-from clafusion.stages import expected_inputs
 
 __all__ = ["STAGES", "align_command"]
 
@@ -71,6 +54,25 @@ def align_command(
     options: Mapping[str, str | bool],
 ) -> None:
     """Show which layers of models belong together, and at what cost. Fuse nothing."""
+    from clafusion.cli.inputs import (
+        DataOptions,
+        archs_of,
+        check_plot,
+        data_of,
+        keys_of,
+        load_models,
+        model_files,
+        named_files,
+        try_models,
+    )
+    from clafusion.cli.settings import read_config
+    from clafusion.execution.call import usable_device
+    from clafusion.fusion import align
+    from clafusion.profiling.batches import num_rows
+    from clafusion.reports import plot as draw
+    from clafusion.reports import summary
+    from clafusion.stages import expected_work
+
     files = named_files(weights)
     archs = archs_of(arch, files)
     keys = keys_of(checkpoint_key, list(files))
@@ -83,14 +85,16 @@ def align_command(
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
     samples = data_of(data, limit, reading, files)
     try_models(models, samples)
-    expected = expected_inputs(num_rows(samples), settings)
-    with progress(num_rows(samples), expected) as report, messages_by_flags():
+    work = expected_work(num_rows(samples), settings, len(files))
+    stages = ("trace", "profile", "importance")
+    of_align: dict[str, int] = {one: work[one] for one in stages if one in work}
+    with progress(of_align) as report, messages_by_flags():
         aligned = align(models, samples, settings, device=device, progress=report)
     if plot is not None:
         draw(aligned, plot)
     if as_json:
         shown = None if plot is None else str(plot)
-        print_json({**alignment_facts(aligned), "plot": shown, "seconds": dict(aligned.timings)})
+        print_json({**aligned.to_dict(), "plot": shown, "seconds": dict(aligned.timings)})
         return
-    print(summary(aligned))
+    print_text(summary(aligned))
     print_line("picture", plot)

@@ -21,9 +21,11 @@ import typer
 import clafusion
 from clafusion.cli.align import STAGES as OF_ALIGN
 from clafusion.cli.align import align_command
+from clafusion.cli.check import check_command
 from clafusion.cli.demo import STAGES as OF_DEMO
 from clafusion.cli.demo import demo_command
 from clafusion.cli.doctor import doctor_command
+from clafusion.cli.evaluate import evaluate_command
 from clafusion.cli.explain import STAGES as OF_EXPLAIN
 from clafusion.cli.explain import explain_command
 from clafusion.cli.fuse import fuse_command
@@ -31,12 +33,14 @@ from clafusion.cli.inspect import STAGES as OF_INSPECT
 from clafusion.cli.inspect import inspect_command
 from clafusion.cli.options import CommandWithSections, advice, with_options
 from clafusion.cli.pairs import pairs_command
-from clafusion.cli.show import TYPED
+from clafusion.cli.show import QUIET, TYPED
+from clafusion.cli.sweep import sweep_command
 from clafusion.errors import ClafusionError, FusionWarning
 
 __all__ = ["main", "make_app"]
 
 _FULL = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO")}
+_QUIET = ("--quiet", "-q")
 # The base of typer's usage errors, whichever release of click it builds on.
 _UsageError: Any = typer.BadParameter.__mro__[2]
 
@@ -44,20 +48,23 @@ _UsageError: Any = typer.BadParameter.__mro__[2]
 def make_app() -> typer.Typer:
     """Return the command line, with the options that :class:`clafusion.FusionConfig` has now."""
     app = typer.Typer(
-        add_completion=False,
         help="Fuse trained PyTorch networks of different depth and width into one, without "
         "training.",
-        epilog="After an error, --debug at the end of any command shows where it arose.",
+        epilog="With any command: --quiet (-q) prints errors, warnings and --json only; --debug "
+        "shows where an error arose.",
         rich_markup_mode=None,
-        context_settings={"max_content_width": 100},
+        context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
     )
     app.callback()(_general)
     sections = CommandWithSections
     app.command("fuse", cls=sections)(with_options(fuse_command))
-    app.command("fuse-pairs")(pairs_command)
+    app.command("fuse-pairs", cls=sections)(pairs_command)
+    app.command("check", cls=sections)(check_command)
+    app.command("sweep", cls=sections)(with_options(sweep_command))
     app.command("align", cls=sections)(with_options(align_command, *OF_ALIGN))
     app.command("inspect", cls=sections)(with_options(inspect_command, *OF_INSPECT))
     app.command("explain", cls=sections)(with_options(explain_command, *OF_EXPLAIN))
+    app.command("evaluate", cls=sections)(evaluate_command)
     app.command("demo", cls=sections)(with_options(demo_command, *OF_DEMO))
     app.command("doctor")(doctor_command)
     return app
@@ -89,10 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
-    arguments = [one for one in given if one != "--debug"] or ["--help"]
+    arguments = [one for one in given if one not in ("--debug", *_QUIET)] or ["--help"]
     kept = "finished pairs are kept" if "fuse-pairs" in given else "no output was written"
     signals: list[int] = []
     TYPED.set(tuple(arguments))
+    QUIET.set(any(one in _QUIET for one in given))
     try:
         with warnings.catch_warnings(), _signals_interrupt(signals):
             warnings.showwarning = _show_warning
@@ -127,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         return _refuse(f"not enough memory: {error}; use fewer samples (--limit)", 2, debug)
     except Exception as error:
+        if signals:  # a library made an error of its own of the interruption
+            return _refuse(f"interrupted; {kept}", 128 + signals[0], debug)
         return _refuse_fault(error, debug)
 
 
@@ -163,9 +173,10 @@ def _signals_interrupt(seen: list[int]) -> Iterator[None]:
 
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):
+        for name in ("SIGTERM", "SIGHUP", "SIGINT"):
             one = getattr(signal, name, None)
-            if one is not None and signal.getsignal(one) == signal.SIG_DFL:  # not with nohup
+            usual = (signal.SIG_DFL, signal.default_int_handler)  # not with nohup
+            if one is not None and signal.getsignal(one) in usual:
                 before[one] = signal.signal(one, interrupt)
     try:
         yield

@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
-from clafusion.cli.inputs import AsJson
 from clafusion.cli.options import configured
-from clafusion.cli.show import print_json, say
+from clafusion.cli.parameters import (
+    AsJson,
+)
+from clafusion.cli.show import print_json, print_text, say
 
 __all__ = ["STAGES", "demo_command"]
 
@@ -33,4 +35,4 @@ def demo_command(
     if as_json:
         print_json(outcome.facts())
     else:
-        print(outcome.summary())
+        print_text(outcome.summary())

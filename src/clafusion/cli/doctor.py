@@ -6,10 +6,9 @@ import importlib.metadata
 import platform
 from typing import Any
 
-import torch
-
-from clafusion._native import build_info, cuda_devices
-from clafusion.cli.inputs import AsJson
+from clafusion.cli.parameters import (
+    AsJson,
+)
 from clafusion.cli.show import print_json, print_line
 
 __all__ = ["doctor_command"]
@@ -33,6 +32,10 @@ def doctor_command(as_json: AsJson = False) -> None:
 
 
 def _installation() -> dict[str, Any]:
+    import torch
+
+    from clafusion._native import build_info, cuda_devices
+
     gpus, reason = cuda_devices()
     reasons = []
     if torch.version.cuda is None:

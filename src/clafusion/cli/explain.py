@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from clafusion.cli.inputs import (
+from clafusion.cli.options import configured
+from clafusion.cli.parameters import (
     Archs,
     CheckpointKeys,
     DataFile,
     DataKey,
-    DataOptions,
     MaxLength,
     Mean,
     NamedFiles,
@@ -17,17 +17,8 @@ from clafusion.cli.inputs import (
     Shape,
     Std,
     TextColumn,
-    archs_of,
-    data_of,
-    keys_of,
-    load_models,
-    model_files,
-    named_files,
-    try_models,
 )
-from clafusion.cli.options import configured
-from clafusion.profiling.batches import first_batch
-from clafusion.reports import explain
+from clafusion.cli.show import print_text
 
 __all__ = ["STAGES", "explain_command"]
 
@@ -53,6 +44,19 @@ def explain_command(
     options: Mapping[str, str | bool],
 ) -> None:
     """Compare models layer by layer: what matches, what does not, and why. Fuse nothing."""
+    from clafusion.cli.inputs import (
+        DataOptions,
+        archs_of,
+        data_of,
+        keys_of,
+        load_models,
+        model_files,
+        named_files,
+        try_models,
+    )
+    from clafusion.profiling.batches import first_batch
+    from clafusion.reports import explain
+
     files = named_files(weights)
     settings = configured(options)
     names = list(files)
@@ -61,4 +65,4 @@ def explain_command(
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
     samples = data_of(data, _ROWS, reading, files)
     try_models(models, samples)
-    print(explain(models, first_batch(samples), verify=settings.verify))
+    print_text(explain(models, first_batch(samples), verify=settings.verify))

@@ -1,15 +1,15 @@
-"""What commands have in common: models, data and the device, and the checks of these."""
+"""What commands have in common: models and data, and the checks of these."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor, nn
 
 from clafusion.alignment.models import label
@@ -17,41 +17,26 @@ from clafusion.cli.parsing import numbers_of
 from clafusion.errors import InputError
 from clafusion.interop.huggingface import input_names
 from clafusion.interop.images import image_files, processed
-from clafusion.interop.resolver import factory_of, holds_itself, model_file
+from clafusion.interop.resolver import factory_of, holds_itself, load, model_file
 from clafusion.interop.tokenizers import tokenised
 from clafusion.interop.vocabulary import check_alike
 from clafusion.profiling.batches import Data, first_batch
-from clafusion.profiling.samples import load_named_samples, load_samples
+from clafusion.profiling.samples import load_labels, load_named_samples, load_samples
 from clafusion.profiling.texts import TEXT_ENDINGS, read_texts
 from clafusion.weights.atomic import check_output
 from clafusion.weights.factories import ModelFile
 from clafusion.weights.messages import one_line
 
 __all__ = [
-    "Arch",
-    "Archs",
-    "AsJson",
-    "CheckpointKey",
-    "CheckpointKeys",
-    "ConfigFile",
-    "DataFile",
-    "DataKey",
     "DataOptions",
-    "Device",
-    "Limit",
-    "MaxLength",
-    "Mean",
-    "NamedFiles",
-    "Plot",
-    "Scale",
-    "Shape",
-    "Std",
-    "TextColumn",
+    "LoadedFile",
     "archs_of",
     "check_plot",
     "data_of",
     "keys_of",
+    "labels_of",
     "load_models",
+    "loaded_files",
     "model_files",
     "named_files",
     "read_data",
@@ -59,105 +44,7 @@ __all__ = [
 ]
 
 _BATCH_SIZE = 64  # samples of several inputs
-_FACTORY = (
-    "MODULE:FACTORY, for example 'package.module:Net', 'file.py:make' or 'file.py:make(depth=20)'"
-)
-
-NamedFiles = Annotated[
-    list[str],
-    typer.Argument(
-        help="Two or more models: Hugging Face directories, exported programs (.pt2), or weights "
-        "(.safetensors, .pt, .pth, .th, .bin, .ckpt, or the .index.json of several files). They "
-        "are called first, second, third and so on, or as NAME=FILE says.",
-        metavar="WEIGHTS",
-    ),
-]
-Arch = Annotated[
-    str | None,
-    typer.Option(
-        help=f"What makes the model: {_FACTORY}, timm:NAME or torchvision:NAME. A Hugging Face "
-        "directory needs none.",
-        metavar="MODULE:FACTORY",
-    ),
-]
-Archs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--arch",
-        help=f"What makes the models: {_FACTORY}, timm:NAME or torchvision:NAME. Once for all, or "
-        "once for each, in their order. Hugging Face directories need none.",
-        metavar="MODULE:FACTORY",
-    ),
-]
-_KEY = (
-    "Which state dict of a checkpoint that holds several: its key, for example model_ema, or keys "
-    "and a prefix of its names, as state_dict.teacher."
-)
-CheckpointKey = Annotated[str | None, typer.Option(help=_KEY, metavar="KEY")]
-CheckpointKeys = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--checkpoint-key",
-        help=f"{_KEY} Once for all, or once for each, in their order; empty for the usual one.",
-        metavar="KEY",
-    ),
-]
-DataFile = Annotated[
-    Path,
-    typer.Option(
-        "--data",
-        help="Unlabelled inputs (.npy, .npz, .pt, .pth, .safetensors), or for Hugging Face "
-        "directories texts (.txt, .jsonl, .csv, .parquet) or a folder of images.",
-    ),
-]
-TextColumn = Annotated[
-    str | None,
-    typer.Option(
-        help="Which entry of a row is the text; default text, sentence or content.", metavar="NAME"
-    ),
-]
-MaxLength = Annotated[
-    int | None,
-    typer.Option(
-        help="How many tokens of a text count; default what the tokenizer says, at most 512.",
-        metavar="N",
-    ),
-]
-DataKey = Annotated[
-    str | None,
-    typer.Option(help="Which array of the data file; default x_train, images, x or data."),
-]
-Limit = Annotated[int, typer.Option(help="Use this many samples from the beginning.")]
-Shape = Annotated[
-    str | None, typer.Option(help="Reshape each sample, for example 1,28,28.", metavar="N,N,...")
-]
-Scale = Annotated[
-    float | None, typer.Option(help="Divide the data by this number, for example 255 for bytes.")
-]
-Mean = Annotated[
-    str | None,
-    typer.Option(help="Then subtract: one number, or one for each channel.", metavar="X,X,..."),
-]
-Std = Annotated[
-    str | None,
-    typer.Option(help="Then divide: one number, or one for each channel.", metavar="X,X,..."),
-]
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        help="Settings from a YAML or JSON file, as in a manifest; options here come first.",
-        metavar="FILE",
-    ),
-]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
-Plot = Annotated[
-    Path | None,
-    typer.Option(help="Draw the alignment into this file (.png, .svg, .pdf).", metavar="FILE"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-
-
+_SEED = 0  # of the choice of samples where there are more than are wanted
 # --- models -------------------------------------------------------------------------------------
 
 _ORDINALS = (
@@ -196,6 +83,52 @@ def named_files(texts: Sequence[str]) -> dict[str, Path]:
             raise InputError(f"two models are called {name!r}: name them by NAME=FILE")
         found[name] = file
     return found
+
+
+@dataclass(frozen=True)
+class LoadedFile:
+    """A network in a file that says what builds it, or with a factory."""
+
+    path: Path
+    factory: str | None
+
+    def load(self, key: str | None, *, trust_code: bool) -> nn.Module:
+        """Return the network; errors name ``--arch`` and ``--trust-code``."""
+        if self.factory is not None:
+            return ModelFile(factory_of(self.factory), self.path, key).load()
+        try:
+            return load(self.path, key=key, trust_code=trust_code)
+        except InputError as error:
+            told = str(error).partition(", or name it yourself")[0]
+            raise InputError(
+                told.replace("give trust_code=True", "give --trust-code, or name it by --arch")
+            ) from error
+
+
+def loaded_files(texts: Sequence[str], archs: Sequence[str] | None) -> dict[str, LoadedFile]:
+    """Return networks by name: as ``NAME=FILE`` says, or as their files are called.
+
+    Raises
+    ------
+    InputError
+        Two have one name, or there are neither one factory nor as many as files.
+    """
+    found: dict[str, Path] = {}
+    for text in texts:
+        matched = None if Path(text).exists() else _NAMED.fullmatch(text)
+        name, file = (text, text) if matched is None else (matched["name"], matched["file"])
+        if name in found:
+            raise InputError(f"two networks are called {name!r}: name them by NAME=FILE")
+        found[name] = Path(file)
+    if archs and len(archs) not in (1, len(found)):
+        raise InputError(f"give --arch once, or once for each of the {len(found)} files")
+    every: Sequence[str | None] = [None] * len(found)
+    if archs:
+        every = archs if len(archs) == len(found) else [archs[0]] * len(found)
+    return {
+        name: LoadedFile(file, factory)
+        for (name, file), factory in zip(found.items(), every, strict=True)
+    }
 
 
 def archs_of(given: Sequence[str] | None, files: Mapping[str, Path]) -> dict[str, str]:
@@ -303,7 +236,33 @@ def try_models(models: Mapping[str, nn.Module], samples: Data) -> None:
             )
             raise InputError(
                 f"{called} does not run on the data (a sample has shape {shown}): {one_line(error)}"
+                f"{_fitting_shape(model, samples)}"
             ) from error
+
+
+@torch.no_grad()
+def _fitting_shape(model: nn.Module, samples: Data) -> str:
+    """Return the end of a message: in which shape of the samples a model runs; "" for none."""
+    if not isinstance(samples, Tensor) or samples.dim() < 2:
+        return ""
+    size = tuple(samples.shape[1:])
+    side = math.isqrt(size[0])
+    possible = [(1, *size), (math.prod(size),), (*size[:1], 1, *size[1:])]
+    if len(size) == 1 and side * side == size[0]:
+        possible.append((1, side, side))
+    for shape in possible:
+        try:
+            model(samples[:2].reshape(-1, *shape))
+        except Exception:
+            continue
+        return f". It runs with --shape {','.join(map(str, shape))}"
+    if len(size) == 3 and size[-1] in (1, 3, 4):
+        try:
+            model(samples[:2].permute(0, 3, 1, 2))
+        except Exception:
+            return ""
+        return ". It runs where the channels come first: write the data as (samples, channels, ...)"
+    return ""
 
 
 # --- data, device and pictures ------------------------------------------------------------------
@@ -371,7 +330,7 @@ def read_data(
     numbers
         The settings of :func:`clafusion.profiling.samples.load_samples`, None where not given.
     limit
-        Take this many samples from the beginning.
+        Take this many samples, of arrays chosen at random, for they may be sorted by class.
     text_column, max_length
         How texts are read.
     called
@@ -407,11 +366,29 @@ def read_data(
             raise InputError(f"{called('max_length')} must be at least 1; got {max_length}")
         return tokenised(read_texts(data, text_column, limit), folder, max_length)
     if folder is not None and all(one is None for one in numbers.values()):
-        named = load_named_samples(data, input_names(folder), limit)
+        named = load_named_samples(data, input_names(folder), limit, _SEED)
         if named:
             parts = [value.split(_BATCH_SIZE) for value in named.values()]
             return [dict(zip(named, one, strict=True)) for one in zip(*parts, strict=True)]
-    return load_samples(data, limit=limit, **numbers)
+    return load_samples(data, limit=limit, seed=_SEED, **numbers)
+
+
+def labels_of(data: Path, key: str | None, limit: int | None) -> Tensor | None:
+    """Return the labels of the samples that :func:`data_of` reads; None for no key.
+
+    Raises
+    ------
+    InputError
+        As :func:`clafusion.profiling.samples.load_labels`, or the data are texts.
+    """
+    if key is None:
+        return None
+    if data.suffix.lower() in TEXT_ENDINGS:
+        raise InputError(
+            f"--labels {key}: the data {str(data)!r} holds texts, of which labels are not read: "
+            "give tokens and labels as arrays (.npz)"
+        )
+    return load_labels(data, key, limit, _SEED)
 
 
 def check_plot(plot: Path | None) -> None:

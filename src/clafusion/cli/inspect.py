@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from torch import Tensor, nn
 
-from clafusion.cli.facts import model_facts
-from clafusion.cli.inputs import (
+from clafusion.cli.options import configured, messages_by_flags
+from clafusion.cli.parameters import (
     Arch,
     AsJson,
     CheckpointKey,
     DataKey,
-    DataOptions,
     MaxLength,
     Mean,
     Plot,
@@ -24,20 +21,12 @@ from clafusion.cli.inputs import (
     Shape,
     Std,
     TextColumn,
-    check_plot,
-    data_of,
-    try_models,
 )
-from clafusion.cli.options import configured, messages_by_flags
-from clafusion.cli.parsing import numbers_of
-from clafusion.cli.show import print_json, print_line
+from clafusion.cli.show import print_json, print_line, print_text
 from clafusion.errors import InputError
-from clafusion.interop.resolver import factory_of, holds_itself, load
-from clafusion.profiling.batches import first_batch
-from clafusion.reports import plot as draw
-from clafusion.reports import summary
-from clafusion.tracing.trace import trace
-from clafusion.weights.factories import build_model, load_model
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 __all__ = ["STAGES", "inspect_command"]
 
@@ -82,6 +71,13 @@ def inspect_command(
     options: dict[str, str | bool],
 ) -> None:
     """Show a model's layers and the channels that can be matched."""
+    from clafusion.cli.facts import model_facts
+    from clafusion.cli.inputs import DataOptions, check_plot, data_of, try_models
+    from clafusion.profiling.batches import first_batch
+    from clafusion.reports import plot as draw
+    from clafusion.reports import summary
+    from clafusion.tracing.trace import trace
+
     settings = configured(options)
     if (data is None) == (input_shape is None):
         raise InputError("give either --data FILE or --input-shape N,N,...: inputs to trace with")
@@ -102,11 +98,14 @@ def inspect_command(
     if as_json:
         print_json({**model_facts(traced), "plot": None if plot is None else str(plot)})
         return
-    print(summary(traced))
+    print_text(summary(traced))
     print_line("picture", plot)
 
 
 def _model(arch: str | None, weights: Path | None, key: str | None) -> nn.Module:
+    from clafusion.interop.resolver import factory_of, holds_itself, load
+    from clafusion.weights.factories import build_model, load_model
+
     if weights is not None and holds_itself(weights):
         if arch is not None or key is not None:
             given = "--arch" if arch is not None else "--checkpoint-key"
@@ -122,6 +121,10 @@ def _model(arch: str | None, weights: Path | None, key: str | None) -> nn.Module
 
 def _random_samples(shape: str, seed: int) -> Tensor:
     """Return a few random samples of a shape, as typed."""
+    import torch
+
+    from clafusion.cli.parsing import numbers_of
+
     sizes = numbers_of("--input-shape", shape, int) or []
     if any(size < 1 for size in sizes):
         raise InputError(f"--input-shape takes numbers of at least 1; got {shape!r}")

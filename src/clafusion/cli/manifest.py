@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from clafusion.cli.settings import config_of, read_mapping, rooted
+from clafusion.cli.settings import configs_of, read_mapping, rooted
 from clafusion.config import FusionConfig
 from clafusion.errors import InputError
 from clafusion.interop.resolver import factory_of, holds_itself, model_file
@@ -37,8 +37,8 @@ class Manifest:
         Arguments of :func:`clafusion.profiling.samples.load_samples`, and how texts are read.
     weights
         Weights of the first and the second model of each pair, or None for equal ones.
-    config
-        The options; see :class:`clafusion.FusionConfig`.
+    configs
+        The options, see :class:`clafusion.FusionConfig`; several where entries are lists.
     out
         Directory for the results, or None.
     """
@@ -47,7 +47,7 @@ class Manifest:
     pairs: list[tuple[str, str]] | str
     data: Mapping[str, Any]
     weights: tuple[float, float] | None
-    config: FusionConfig
+    configs: tuple[FusionConfig, ...]
     out: Path | None
 
 
@@ -61,7 +61,8 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     ``{file: FILE, limit: N, shape: [..], scale: X, mean: [..], std: [..], key: NAME}``,
     of texts with ``text_column: NAME, max_length: N``;
     ``weights`` are two numbers, of the first and the second model; ``settings`` is the nested
-    mapping of :class:`clafusion.FusionConfig`; ``out`` is the directory for the results.
+    mapping of :class:`clafusion.FusionConfig`, in which a list stands for several values, so that
+    the pairs are fused by every combination; ``out`` is the directory for the results.
 
     Raises
     ------
@@ -88,14 +89,14 @@ def _manifest(found: Any, root: Path) -> Manifest:
     data = _data(entries.get("data"), root)
     weights = _weights(entries.get("weights"))
     settings = entries.get("settings")
-    config = config_of({} if settings is None else settings, "settings", root)
+    configs = configs_of({} if settings is None else settings, "settings", root)
     out = entries.get("out")
     if out is not None and not isinstance(out, str):
         raise InputError(f"out must be a directory; got {out!r}")
     pairs = _pairs(entries.get("pairs", "all"), models)
     if not pairs or (pairs == "all" and len(models) < 2):
         raise InputError("pairs has no pair: name two models at least")
-    return Manifest(models, pairs, data, weights, config, None if out is None else root / out)
+    return Manifest(models, pairs, data, weights, configs, None if out is None else root / out)
 
 
 def _data(found: Any, root: Path) -> dict[str, Any]:

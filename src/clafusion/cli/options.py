@@ -17,11 +17,11 @@ from typing import Annotated, Any, cast
 
 import typer
 import typer.core
-from torch import nn
 
 from clafusion.config import FusionConfig, Like, Option, Settings, options_of
 from clafusion.errors import ClafusionError, FusionWarning, InputError, retold
-from clafusion.weights.factories import build_model
+from clafusion.presets import PRESETS, preset_of
+from clafusion.settings import Module
 
 __all__ = [
     "CommandWithSections",
@@ -35,6 +35,9 @@ __all__ = [
 ]
 
 
+_PRESET = "preset"
+
+
 # --- from config.py to parameters ---------------------------------------------------------------
 
 
@@ -46,10 +49,15 @@ def with_options(command: Callable[..., None], *stages: str) -> Callable[..., No
     """
     options = [one for one in options_of(FusionConfig) if not stages or _stage(one) in stages]
 
+    has_preset = "profiling" in {_stage(one) for one in options}
+
     @functools.wraps(command)
     def run(**arguments: Any) -> None:
+        preset = arguments.pop(_PRESET, None)
         typed = {one.path: arguments.pop(_parameter(one)) for one in options}
         given = {path: value for path, value in typed.items() if value is not None}
+        if preset is not None:
+            given = {_PRESET: preset, **given}
         with _warnings_spelled(_FLAGS):
             command(**arguments, options=given)
 
@@ -67,6 +75,17 @@ def with_options(command: Callable[..., None], *stages: str) -> Callable[..., No
         )
         for one in options
     ]
+    if has_preset:
+        shown = typer.Option(
+            help="Settings by one word, which other options change: "
+            + "; ".join(f"{name}, {text}" for name, text in PRESETS.items())
+            + ".",
+            metavar=f"[{'|'.join(PRESETS)}]",
+            autocompletion=lambda: list(PRESETS.items()),
+        )
+        kind = inspect.Parameter.KEYWORD_ONLY
+        preset = Annotated[str | None, shown]
+        own.append(inspect.Parameter(_PRESET, kind, default=None, annotation=preset))
     # typer reads both.
     run.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for one in (*own, *made)}
@@ -85,8 +104,20 @@ def _annotation(option: Option) -> Any:
     if option.kind == "flag":
         flags = f"{option.flag}/{_negated(option)}"
         return Annotated[bool | None, typer.Option(flags, help=_help(option))]
-    shown = typer.Option(option.flag, help=_help(option), metavar=_metavar(option))
+    shown = typer.Option(
+        option.flag,
+        help=_help(option),
+        metavar=_metavar(option),
+        autocompletion=_completion(option) if option.choices else None,
+    )
     return Annotated[str | None, shown]
+
+
+def _completion(option: Option) -> Callable[[str], list[tuple[str, str]]]:
+    def complete(incomplete: str) -> list[tuple[str, str]]:
+        return [one for one in option.choices.items() if one[0].startswith(incomplete)]
+
+    return complete
 
 
 def _negated(option: Option) -> str:
@@ -134,7 +165,21 @@ def _needed(option: Option) -> str:
 
 
 def _is_module(rule: Mapping[str, Any]) -> bool:
-    return issubclass(rule.get("also", str), nn.Module)
+    return rule.get("also") is Module
+
+
+_SECTIONS = {
+    "Models": ("--arch", "--checkpoint-key", "--weights", "--config", "--preset", "--vocabulary"),
+    "Data": (
+        *("--data", "--data-key", "--labels", "--limit", "--shape", "--scale", "--mean", "--std"),
+        *("--text-column", "--max-length", "--input-shape"),
+    ),
+    "Output": (
+        *("--out", "--out-dir", "--out-dtype", "--max-shard-size", "--processor-of", "--plot"),
+        *("--report", "--chosen", "--csv", "--json"),
+    ),
+}
+"""The options that are none of a fusion's stages, by section of the help."""
 
 
 class CommandWithSections(typer.core.TyperCommand):
@@ -148,12 +193,16 @@ class CommandWithSections(typer.core.TyperCommand):
             for one in fields(FusionConfig)
             if one.metadata["kind"] == "nested"
         }
-        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        sections: dict[str, list[tuple[str, str]]] = {
+            one: [] for one in ("Arguments", *_SECTIONS, "Options")
+        }
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is None:
                 continue
-            title = titles.get(stages.get(parameter.opts[0], ""), "Options")
+            flag = parameter.opts[0]
+            own = next((title for title, flags in _SECTIONS.items() if flag in flags), "Options")
+            title = titles.get(stages.get(flag, ""), own)
             if parameter.param_type_name == "argument":
                 title = "Arguments"
             sections.setdefault(title, []).append(record)
@@ -174,7 +223,15 @@ def configured(given: Mapping[str, str | bool], base: FusionConfig | None = None
     InputError
         An option is out of its range, does not belong to the chosen variant, or lacks another one.
     """
+    given = dict(given)
+    preset = given.pop(_PRESET, None)
     with messages_by_flags():
+        if preset is not None:
+            if base is not None:
+                raise InputError("--preset and --config are both whole settings: give one of them")
+            if preset not in PRESETS:
+                raise InputError(f"--preset must be one of {', '.join(PRESETS)}; got {preset}")
+            base = preset_of(preset)
         config = changed(base or FusionConfig(), given)
         for option in options_of(FusionConfig):
             if _is_module(option.rule) and setting_at(config, option.path) == "":
@@ -244,6 +301,8 @@ def _parsed(value: str | bool, rule: Mapping[str, Any]) -> Any:
     if isinstance(value, bool):
         return value
     if _is_module(rule):
+        from clafusion.weights.factories import build_model
+
         return build_model(value)
     number: type[int] | type[float] | None = {"number": float, "count": int}.get(rule["kind"])
     if rule["kind"] == "text" and issubclass(rule["also"], int):

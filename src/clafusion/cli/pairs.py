@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from torch import Tensor
 
-from clafusion.cli.inputs import AsJson, Device, read_data
-from clafusion.cli.manifest import Manifest, read_manifest
 from clafusion.cli.options import warnings_by_entries
-from clafusion.cli.show import pair_progress, print_json, print_line
+from clafusion.cli.parameters import AsJson, Device
+from clafusion.cli.show import pair_progress, print_json, print_line, print_text
 from clafusion.errors import InputError
-from clafusion.execution.call import usable_device
-from clafusion.interop.huggingface import ModelDirectory
-from clafusion.interop.vocabulary import check_alike
-from clafusion.memory import bytes_of
-from clafusion.reports.tables import pairs_summary, total_seconds
-from clafusion.weights.atomic import check_output
 
 if TYPE_CHECKING:
-    from clafusion.batch.results import PairResult
+    from torch import Tensor
 
-__all__ = ["pairs_command"]
+    from clafusion.batch.results import PairResult
+    from clafusion.cli.manifest import Manifest
+
+__all__ = ["data_of_manifest", "pairs_command"]
+
+_PATIENCE = 20  # seconds that a scheduler has to answer
 
 
 def pairs_command(
@@ -42,6 +43,14 @@ def pairs_command(
         typer.Option(help="Directory for the results; default: the manifest's.", metavar="DIR"),
     ] = None,
     jobs: Annotated[int, typer.Option(help="How many processes work on it.")] = 1,
+    dask: Annotated[
+        str | None,
+        typer.Option(
+            help="Let the workers of this Dask scheduler work on it, for example "
+            "tcp://10.0.0.1:8786.",
+            metavar="ADDRESS",
+        ),
+    ] = None,
     memory_limit: Annotated[
         str | None,
         typer.Option(
@@ -52,6 +61,13 @@ def pairs_command(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Keep pairs that are done already.")
     ] = True,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where models' profiles are kept between runs; default: profiles in --out.",
+            metavar="DIR",
+        ),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(
@@ -63,10 +79,20 @@ def pairs_command(
         str | None,
         typer.Option(help="The pair whose alignment the report shows.", metavar="FIRST,SECOND"),
     ] = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="Write a row for each pair (.csv).", metavar="FILE")
+    ] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Fuse many pairs of models. If some fail, the others are done, and the exit code is 1."""
+    from clafusion.batch.results import pairs_table
+    from clafusion.cli.manifest import read_manifest
+    from clafusion.execution.call import usable_device
+    from clafusion.memory import bytes_of
+    from clafusion.reports.tables import pairs_summary
+    from clafusion.weights.atomic import check_output
+
     given = read_manifest(manifest)
     folder = out or given.out
     if folder is None:
@@ -74,23 +100,34 @@ def pairs_command(
     limit = None if memory_limit is None else bytes_of(memory_limit, "--memory-limit")
     if jobs < 1:
         raise InputError(f"--jobs must be at least 1; got {jobs}")
+    if dask is not None and jobs != 1:
+        raise InputError("--jobs is for this machine, --dask for others: give one of them")
+    if csv is not None:
+        check_output(csv, (".csv",), "--csv")
     usable_device(device, "--device")
     page = _page(report, folder)
     pair = None if chosen is None else _chosen(chosen, given)
-    results = _fused(given, folder, page, jobs, limit, resume, device)
+    how = _How(folder, limit, resume, device, cache_dir)
+    with _executor(jobs, dask) as executor:
+        results = _fused(given, how, page, executor)
+    if csv is not None:
+        pairs_table(results).to_csv(csv)
     if not as_json:
-        print(pairs_summary(results), flush=True)
-    _write_report(results, page, pair)
+        print_text(pairs_summary(results))
+    _write_reports(results, page, pair)
     if as_json:
         print_json({"out": str(folder), "report": str(page), **_facts(results)})
     else:
         print_line("written", folder)
+        print_line("table", csv)
         print_line("report", page)
     if any(one.error is not None for one in results):
         raise typer.Exit(1)
 
 
 def _page(report: Path | None, folder: Path) -> Path:
+    from clafusion.weights.atomic import check_output
+
     page = report or folder / "report.html"
     if page.resolve().parent != folder.resolve():  # which need not be there yet
         check_output(page, (".html",), "--report")
@@ -98,6 +135,8 @@ def _page(report: Path | None, folder: Path) -> Path:
 
 
 def _facts(results: Sequence[PairResult]) -> dict[str, Any]:
+    from clafusion.reports.tables import total_seconds
+
     return {
         "pairs": len(results),
         "failed": sum(one.error is not None for one in results),
@@ -106,38 +145,76 @@ def _facts(results: Sequence[PairResult]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _How:
+    """Options of :func:`clafusion.fuse_pairs`, as typed."""
+
+    folder: Path
+    memory_limit: int | None
+    resume: bool
+    device: str
+    cache_dir: Path | None
+
+
+@contextmanager
+def _executor(jobs: int, dask: str | None) -> Iterator[Executor | int | None]:
+    """Yield what fuses the pairs: this process, several, or the workers of a Dask scheduler."""
+    if dask is None:
+        yield None if jobs == 1 else jobs
+        return
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise InputError('--dask needs Dask: pip install "clafusion[dask]"') from error
+    try:
+        client = Client(dask, timeout=_PATIENCE)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--dask {dask}: there is no scheduler: {error}") from error
+    with client:
+        yield client.get_executor(pure=False)
+
+
 def _fused(
-    given: Manifest,
-    folder: Path,
-    page: Path,
-    jobs: int,
-    memory_limit: int | None,
-    resume: bool,
-    device: str,
+    given: Manifest, how: _How, page: Path, executor: Executor | int | None
 ) -> list[PairResult]:
     from clafusion.batch.run import fuse_pairs
+    from clafusion.weights.atomic import check_output
 
-    samples = _data(given)
-    with pair_progress() as report, warnings_by_entries():
-        run = fuse_pairs(
-            given.models,
-            samples,
-            given.pairs,
-            given.weights,
-            given.config,
-            executor=None if jobs == 1 else jobs,
-            out_dir=folder,
-            resume=resume,
-            memory_limit=memory_limit,
-            device=None if device == "cpu" else device,
-            progress=report,
-        )
-        check_output(page, (".html",), "--report")  # now that the folder is there
-        return list(run)
+    samples = data_of_manifest(given)
+    results: list[PairResult] = []
+    for config in given.configs:
+        with pair_progress() as report, warnings_by_entries():
+            run = fuse_pairs(
+                given.models,
+                samples,
+                given.pairs,
+                given.weights,
+                config,
+                executor=executor,
+                out_dir=how.folder,
+                resume=how.resume,
+                cache_dir=how.cache_dir,
+                memory_limit=how.memory_limit,
+                device=None if how.device == "cpu" else how.device,
+                progress=report,
+            )
+            check_output(page, (".html",), "--report")  # now that the folder is there
+            results += run
+    return results
 
 
-def _data(given: Manifest) -> Tensor | list[dict[str, Tensor]]:
-    """Read the data; refuse Hugging Face directories of other tokens or labels."""
+def data_of_manifest(given: Manifest, most: int | None = None) -> Tensor | list[dict[str, Tensor]]:
+    """Read the data of a manifest, at most so many samples.
+
+    Raises
+    ------
+    InputError
+        The data cannot be read, or Hugging Face directories have other tokens or labels.
+    """
+    from clafusion.cli.inputs import read_data
+    from clafusion.interop.huggingface import ModelDirectory
+    from clafusion.interop.vocabulary import check_alike
+
     folders = {
         name: Path(one.path)
         for name, one in given.models.items()
@@ -145,6 +222,8 @@ def _data(given: Manifest) -> Tensor | list[dict[str, Tensor]]:
     }
     check_alike(given.models)
     known = ("limit", "text_column", "max_length")
+    if most is not None:
+        given = replace(given, data={**given.data, "limit": most})
     return read_data(
         given.data["file"],
         next(iter(folders.values()), None),
@@ -152,6 +231,18 @@ def _data(given: Manifest) -> Tensor | list[dict[str, Tensor]]:
         **{name: given.data[name] for name in known if name in given.data},
         called=lambda name: f"data, {name}",
     )
+
+
+def _write_reports(
+    results: Sequence[PairResult], page: Path, chosen: tuple[str, str] | None
+) -> None:
+    """Write a page; of several settings one each, whose names have numbers."""
+    by_settings: dict[str, list[PairResult]] = {}
+    for one in results:
+        by_settings.setdefault(json.dumps(one.settings, sort_keys=True), []).append(one)
+    for i, same in enumerate(by_settings.values()):
+        own = page if i == 0 else page.with_name(f"{page.stem}-{i + 1}{page.suffix}")
+        _write_report(same, own, chosen)
 
 
 def _write_report(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from clafusion.errors import InputError
-from clafusion.stages import merge_weights
 
 __all__ = ["merge_weights_of", "numbers_of"]
 
@@ -41,6 +40,8 @@ def merge_weights_of(option: str, text: str | None, names: Sequence[str]) -> lis
     found = numbers_of(option, None if text is None else text.replace(":", ","), float)
     if found is None:
         return None
+    from clafusion.stages import merge_weights
+
     try:
         merge_weights(found, names)
     except InputError as error:

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
 
+from clafusion.batch.grid import expanded
 from clafusion.cli.options import changed, setting_at
 from clafusion.config import FusionConfig, options_of
 from clafusion.errors import InputError
+from clafusion.presets import preset_of
+from clafusion.settings import Module
 from clafusion.stages import config_from
 from clafusion.weights.state_files import check_input
 
-__all__ = ["ENDINGS", "config_of", "read_config", "read_mapping", "rooted"]
+__all__ = ["ENDINGS", "config_of", "configs_of", "read_config", "read_mapping", "rooted"]
 
 ENDINGS = (".yaml", ".yml", ".json")
 
@@ -53,18 +55,35 @@ def config_of(found: Any, where: str, root: Path) -> FusionConfig:
         known = ", ".join(one.name for one in fields(FusionConfig))
         raise InputError(f"{where or 'it'} must be a mapping of {known}; got {found!r}")
     names = {one.name for one in fields(FusionConfig)}
+    base: dict[str, Any] = {}
+    if "preset" in found:
+        try:
+            preset = preset_of(found["preset"])
+        except InputError as error:
+            raise InputError(f"{where}.{error}" if where else str(error)) from error
+        base = {name: getattr(preset, name) for name in names}
+        found = {name: value for name, value in found.items() if name != "preset"}
     for name in found:
         if name not in names:
             try:
                 config_from(None, {str(name): None})  # which has hints
             except InputError as error:
                 raise InputError(f"{where}: {error}" if where else str(error)) from error
-    config = FusionConfig.parse(found, where)
+    config = FusionConfig.parse({**base, **found}, where)
     for option in options_of(FusionConfig):
         value = setting_at(config, option.path)
-        if issubclass(option.rule.get("also", str), nn.Module) and isinstance(value, str) and value:
+        if option.rule.get("also") is Module and isinstance(value, str) and value:
             config = changed(config, {option.path: rooted(value, root)})
     return config
+
+
+def configs_of(found: Any, where: str, root: Path) -> tuple[FusionConfig, ...]:
+    """Return the settings that a mapping with lists in it holds: every combination.
+
+    Parameters and errors are those of :func:`config_of`.
+    """
+    every = expanded(found, where) if isinstance(found, Mapping) else [({}, found)]
+    return tuple(config_of(given, where, root) for _, given in every)
 
 
 def rooted(factory: str, root: Path) -> str:

@@ -78,6 +78,10 @@ class Correspondence:
     passing: Mapping[int, CalibrationPoint]
     products: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        matched = sum(k >= 0 for k in self.layer_map)
+        return f"<Correspondence: {matched} of {len(self.layer_map)} layers matched>"
+
     @cached_property
     def head_counts(self) -> Mapping[int, tuple[int, int]]:
         """How many united heads the source and the target have, for the target's groups of such."""

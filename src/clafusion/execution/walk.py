@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from clafusion.execution.call import State
+from clafusion.execution.layouts import laid_out
 from clafusion.execution.writes import written_inputs
 
 __all__ = [
@@ -72,6 +73,11 @@ class Executable(Protocol):
     @property
     def types(self) -> Mapping[torch.dtype, torch.dtype]:
         """Types to compute in, in place of those of the weights and of those the graph asks for."""
+        ...
+
+    @property
+    def layouts(self) -> Mapping[str, tuple[int, ...]]:
+        """State entries that do not lie in memory as usual, with their axes as they lie there."""
         ...
 
     @property
@@ -183,6 +189,7 @@ class Walk:
         self._rows = state if isinstance(state, RowState) else None
         self._keep = keep
         self._types = graph.types if types is None else types
+        self._layouts = graph.layouts
         self._values: dict[fx.Node, Any] = {}
         self._spared: dict[str, Tensor] = {}
         self._parameters: dict[fx.Node, str] = {}
@@ -199,9 +206,8 @@ class Walk:
             if name is None:
                 self._values[node] = self._computed(next(feed))
             elif node.name in written:
-                value = state[name]
-                wide = self._computed(value)
-                self._values[node] = value.clone() if wide is value else wide
+                value = self._weight(name)
+                self._values[node] = value.clone() if value is state[name] else value
             else:
                 self._parameters[node] = name
         self._thinned: fx.Node | None = None
@@ -339,6 +345,12 @@ class Walk:
             self._pending[operand] -= 1
             self._drop(operand)
 
+    def _weight(self, name: str) -> Tensor:
+        """Return a weight in the type to compute in, laid out as the model's own."""
+        value = self._computed(self._state[name])
+        axes = self._layouts.get(name)
+        return value if axes is None else laid_out(value, axes)
+
     def _computed(self, value: Tensor) -> Tensor:
         """Return an input or a weight in the type to compute in."""
         return value.to(self._types.get(value.dtype, value.dtype))
@@ -388,7 +400,7 @@ class Walk:
         if not isinstance(node, fx.Node):
             return node
         name = self._parameters.get(node)
-        return self._values[node] if name is None else self._computed(self._state[name])
+        return self._values[node] if name is None else self._weight(name)
 
     def _drop(self, node: fx.Node) -> None:
         if self._pending[node] == 0 and node.name not in self._keep:

@@ -7,18 +7,18 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from clafusion.errors import InputError
 from clafusion.interop.huggingface import ModelDirectory
+from clafusion.interop.programs import PROGRAM, load_program
+from clafusion.interop.rebuilding import built_again
+from clafusion.interop.records import read_record
 from clafusion.weights.factories import ModelFile, build_model, load_model
-from clafusion.weights.messages import one_line
 from clafusion.weights.state_files import file_digest
 
 __all__ = ["ExportedProgram", "factory_of", "holds_itself", "load", "model_file"]
 
-_EXPORTED = ".pt2"
 _NAMED = re.compile(r"(?P<library>timm|torchvision):(?P<name>[\w./-]+)")
 _MAKERS = {"timm": "timm:create_model({!r})", "torchvision": "torchvision.models:get_model({!r})"}
 
@@ -39,7 +39,7 @@ class ExportedProgram(ModelFile):
 
     def load(self) -> nn.Module:
         """Return the network with its weights."""
-        return _exported(self.path)
+        return load_program(self.path)
 
     def open(self) -> tuple[nn.Module, frozenset[str]]:
         """Return the network, whose weights are all in memory."""
@@ -61,7 +61,7 @@ class ExportedProgram(ModelFile):
 
 def holds_itself(path: str | os.PathLike[str]) -> bool:
     """Say whether a path says what the network is: a directory, or an exported program."""
-    return Path(path).is_dir() or Path(path).suffix.lower() == _EXPORTED
+    return Path(path).is_dir() or Path(path).suffix.lower() == PROGRAM
 
 
 def load(
@@ -69,6 +69,7 @@ def load(
     weights: str | os.PathLike[str] | None = None,
     *,
     key: str | None = None,
+    trust_code: bool = False,
 ) -> nn.Module:
     """Return a trained network, in eval mode. Nothing is downloaded.
 
@@ -78,12 +79,15 @@ def load(
         A Hugging Face directory (its ``config.json``, its weights in one or more files, perhaps an
         adapter, which is merged); or a factory ``MODULE:FACTORY``, as ``nets.py:make(depth=20)``;
         or ``timm:NAME`` or ``torchvision:NAME``; or a file that ``torch.export.save`` wrote
-        (``.pt2``), whose batch size must be free.
+        (``.pt2``), whose batch size must be free; or a file that ``result.save`` wrote.
     weights
         The file of the weights, for all but a directory. Without it a factory of your own gives
         the network its weights.
     key
         Which state dict of a file that holds several; see :class:`clafusion.ModelFile`.
+    trust_code
+        Whether a factory of yours may be run because a file of ``result.save`` names it. No other
+        code of a file is ever run.
 
     Raises
     ------
@@ -94,8 +98,13 @@ def load(
     Examples
     --------
     >>> model = clafusion.load("./bert-6")  # doctest: +SKIP
+    >>> model = clafusion.load("fused.safetensors")  # doctest: +SKIP
     >>> model = clafusion.load("nets.py:resnet(depth=20)", "resnet20.safetensors")  # doctest: +SKIP
     """
+    if weights is None and Path(spec).is_file() and not holds_itself(spec):
+        record = read_record(Path(spec))
+        if record is not None:
+            return built_again(Path(spec), record["architecture"], trust_code=trust_code)
     if weights is not None and not holds_itself(spec):
         return load_model(factory_of(_factory_text(spec)), weights, key)
     found = model_file(spec, weights, key)
@@ -110,23 +119,6 @@ def load(
             "downloaded"
         )
     return build_model(text)
-
-
-def _exported(path: str | os.PathLike[str]) -> nn.Module:
-    """Return the module of an exported program, which holds its weights."""
-    if not Path(path).is_file():
-        raise InputError(f"{os.fspath(path)!r} does not exist")
-    try:
-        loaded: nn.Module = torch.export.load(path).module()
-    except Exception as error:
-        raise InputError(
-            f"{os.fspath(path)!r} is no program that torch.export.save wrote, or of another "
-            f"release: {one_line(error)}"
-        ) from error
-    # They refuse to be called: a program has one mode, and it stays as it is.
-    for name in ("train", "eval"):
-        vars(loaded).pop(name, None)
-    return loaded
 
 
 def model_file(
@@ -162,7 +154,8 @@ def _factory_text(spec: str | os.PathLike[str]) -> str:
     """Return a factory's text; refuse what is a path of another kind, or nothing known."""
     text = os.fspath(spec)
     if ":" not in text or Path(text).exists():
-        kind = "is a file, whose architecture is unknown" if Path(text).exists() else "is not there"
+        there = Path(text).exists()
+        kind = "is a file, whose architecture is unknown" if there else "is not there"
         raise InputError(
             f"{text!r} {kind}: give a Hugging Face directory, or a factory MODULE:FACTORY and a "
             "file of weights. Nothing is downloaded: of a model on a hub fetch the directory first"

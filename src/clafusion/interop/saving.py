@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.errors import InputError
+from clafusion.execution.lazy import LazyState
 from clafusion.interop.configs import config_of
 from clafusion.interop.huggingface import (
     ModelDirectory,
@@ -21,13 +24,22 @@ from clafusion.interop.huggingface import (
     tokens_directory,
 )
 from clafusion.interop.model_card import is_model_card, model_card
+from clafusion.interop.programs import PROGRAM, save_program
+from clafusion.interop.rebuilding import Architecture, architecture_of, check_of
+from clafusion.interop.records import METADATA, check_companions, record_of, write_record
 from clafusion.interop.tokenizers import check_same_labels, check_same_vocabulary
 from clafusion.tracing.copies import copied
-from clafusion.weights.atomic import check_parent, making_directory
+from clafusion.weights.atomic import check_output, check_parent, making_directory
 from clafusion.weights.build import fill
 from clafusion.weights.messages import listed, one_line
 from clafusion.weights.round_trip import compare_models
-from clafusion.weights.state_files import WRITABLE, in_type, save_model, weight_type
+from clafusion.weights.state_files import (
+    WRITABLE,
+    in_type,
+    save_model,
+    state_of,
+    weight_type,
+)
 
 if TYPE_CHECKING:
     from clafusion.results import FusionResult
@@ -63,18 +75,17 @@ def save_result(
     dtype: str | torch.dtype | None = None,
     max_shard_size: str | int = _SHARD,
     command: str | None = None,
-) -> None:
-    """Write what :meth:`clafusion.FusionResult.save` says."""
+) -> str:
+    """Write what :meth:`clafusion.FusionResult.save` says; return what builds the network."""
     path = Path(path)
-    is_file = path.name.lower().endswith(WRITABLE)
+    is_file = path.name.lower().endswith((*WRITABLE, PROGRAM))
     if is_file:
         if processor_of is not None:
             raise InputError(
                 f"processor_of={processor_of!r} is for a directory; {str(path)!r} is a file of "
                 "weights"
             )
-        save_model(result.model, path, dtype=dtype)
-        return
+        return _save_file(result, path, dtype, command)
     if not is_of_transformers(result.model):
         raise InputError(
             f"{str(path)!r} would be a Hugging Face directory, and {type(result.model).__name__} "
@@ -96,6 +107,45 @@ def save_result(
         card = model_card(result, parents, config, made, command)
         (made / "README.md").write_text(card, encoding="utf-8")
         _check(result, model, made, path)
+    return type(model).__name__
+
+
+def _save_file(
+    result: FusionResult, path: Path, dtype: str | torch.dtype | None, command: str | None
+) -> str:
+    """Write a file of weights or a program, and the record beside it."""
+    check_output(path, (*WRITABLE, PROGRAM), "path")
+    check_companions(path, "path")
+    is_program = path.name.lower().endswith(PROGRAM)
+    if is_program and dtype is not None:
+        raise InputError(
+            f"dtype={str(dtype)!r} is for files of weights; {str(path)!r} is a program, which "
+            "computes in the network's own type"
+        )
+    if is_program:
+        traced = result.problem.target
+        save_program(result.model, traced.example_inputs, traced.keywords, path)
+        architecture = Architecture("program", path.name)
+    else:
+        if dtype is not None:
+            result = _rounded(result, weight_type(dtype, "dtype"))
+        architecture = architecture_of(result, state_of(result.model), path)
+    record = record_of(result, architecture)
+    if not is_program:
+        check = check_of(result, architecture)
+        metadata = {METADATA: json.dumps(record, allow_nan=False)}
+        save_model(result.model, path, check, dtype=dtype, metadata=metadata)
+    write_record({**record, "command": command, "seconds": dict(result.timings)}, path)
+    return str(architecture)
+
+
+def _rounded(result: FusionResult, dtype: torch.dtype) -> FusionResult:
+    """Return a result with the weights that the written ones will be, in the models' own types."""
+    model = result.model
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    narrow = in_type({name: one.detach() for name, one in own.items()}, dtype)
+    state = LazyState(own, lambda name: narrow[name].to(own[name].dtype))
+    return replace(result, model=result.problem.storage.model(model, state, {}))
 
 
 def save_pair(state: Mapping[str, Any], kind: ModelDirectory, path: Path, card: str) -> None:
@@ -155,12 +205,7 @@ def check_directory(path: Path, what: str) -> None:
 
 def _parents(result: FusionResult) -> dict[str, nn.Module]:
     """Return all parents by name; of fusions one after another not what came between."""
-    found: dict[str, nn.Module] = {}
-    for i, step in enumerate(result.steps or (result,)):
-        aligned = step.aligned
-        for name, profile in list(zip(aligned.names, aligned.profiles, strict=True))[i > 0 :]:
-            found[name] = profile.traced.model
-    return found
+    return {name: one.model for name, one in result.parent_models.items()}
 
 
 def _stored(model: nn.Module) -> dict[str, Any]:

@@ -94,6 +94,9 @@ class Parent:
     head_orders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     rotations: Mapping[int, Tensor] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"<Parent {self.name}: {self.traced!r}, weight {self.weights.overall:.3g}>"
+
     @property
     def traced(self) -> TracedModel:
         """The parent's own traced model."""
@@ -176,6 +179,9 @@ class FusionProblem:
     reference: int = 0
     normalisation: str = "two"
     storage: Storage = field(default_factory=InMemory, compare=False)
+
+    def __repr__(self) -> str:
+        return f"<FusionProblem of {', '.join(self.names)} into {self.target!r}>"
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -99,6 +99,9 @@ class ModelProfile:
     sensitivity: Tensor | None = None
     batch_sizes: tuple[int, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<ModelProfile of {self.traced!r} on {self.num_inputs} inputs>"
+
 
 def profile_models(
     models: Sequence[TracedModel],

@@ -19,7 +19,7 @@ from clafusion.errors import InputError
 from clafusion.weights.messages import one_line
 from clafusion.weights.state_files import check_input, read_safetensors, read_torch
 
-__all__ = ["ENDINGS", "load_named_samples", "load_samples"]
+__all__ = ["ENDINGS", "load_labels", "load_named_samples", "load_samples"]
 
 ENDINGS = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 _PACKERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
@@ -31,6 +31,7 @@ def load_samples(
     *,
     key: str | None = None,
     limit: int | None = None,
+    seed: int | None = None,
     shape: Sequence[int] | None = None,
     scale: float | None = None,
     mean: Sequence[float] | None = None,
@@ -50,7 +51,10 @@ def load_samples(
         Which array of a file that holds several; default the first of ``x_train``, ``images``,
         ``x`` and ``data`` that the file has, or its only array.
     limit
-        Take this many samples from the beginning.
+        Take this many samples.
+    seed
+        Choose them at random with this seed, in the file's order: data may be sorted. Default: from
+        the beginning.
     shape
         Reshape each sample, for example ``(1, 28, 28)``.
     scale
@@ -86,7 +90,7 @@ def load_samples(
     samples = _read(file, inner, key)
     if samples.dim() == 0 or samples.size(0) == 0:
         raise InputError(f"data file {str(path)!r} holds no samples")
-    samples = samples[:limit].clone()
+    samples = samples[_rows(samples.size(0), limit, seed)].clone()
     if shape is not None:
         try:
             samples = samples.reshape(samples.size(0), *shape)
@@ -114,8 +118,37 @@ def load_samples(
     return samples
 
 
+def load_labels(
+    path: str | os.PathLike[str], key: str, limit: int | None = None, seed: int | None = None
+) -> Tensor:
+    """Read the labels that a file of several arrays holds beside the inputs, of the same rows.
+
+    Parameters
+    ----------
+    path, limit, seed
+        As for :func:`load_samples`.
+    key
+        The array of the labels. Whole numbers become int64, others float32.
+
+    Raises
+    ------
+    InputError
+        The file is missing or corrupt, or has no such array.
+    """
+    file = check_input(path, (*ENDINGS, *_PACKERS), "data file")
+    packed = file.suffix.lower() in _PACKERS
+    found = _read(file, Path(file.stem if packed else file).suffix.lower(), key)
+    if found.dim() == 0:
+        raise InputError(f"data file {str(path)!r}: {key!r} is a single number, not labels")
+    found = found[_rows(len(found), limit, seed)]
+    return found.float() if found.is_floating_point() else found.long()
+
+
 def load_named_samples(
-    path: str | os.PathLike[str], names: Collection[str], limit: int | None = None
+    path: str | os.PathLike[str],
+    names: Collection[str],
+    limit: int | None = None,
+    seed: int | None = None,
 ) -> dict[str, Tensor]:
     """Read those arrays of a ``.npz``, ``.safetensors``, ``.pt`` or ``.pth`` file that have a name.
 
@@ -125,8 +158,8 @@ def load_named_samples(
         The file.
     names
         The names of a network's inputs.
-    limit
-        Take this many samples from the beginning.
+    limit, seed
+        As for :func:`load_samples`.
 
     Returns
     -------
@@ -153,7 +186,8 @@ def load_named_samples(
     for name, value in stored.items() if isinstance(stored, Mapping) else ():
         if name in names and isinstance(value, Tensor):
             whole = not value.is_floating_point()
-            found[str(name)] = value[:limit].long() if whole else value[:limit].float()
+            rows = value[_rows(len(value), limit, seed)] if value.dim() else value
+            found[str(name)] = rows.long() if whole else rows.float()
     sizes = {name: len(value) if value.dim() else 0 for name, value in found.items()}
     if len(set(sizes.values())) > 1 or 0 in sizes.values():
         shown = ", ".join(f"{name} has {size}" for name, size in sizes.items())
@@ -161,6 +195,14 @@ def load_named_samples(
             f"data file {str(path)!r}: every input needs as many samples as the others; {shown}"
         )
     return found
+
+
+def _rows(count: int, limit: int | None, seed: int | None) -> slice | Tensor:
+    """Return which of ``count`` rows are taken."""
+    if limit is None or seed is None or limit >= count:
+        return slice(limit)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(count, generator=generator)[:limit].sort().values
 
 
 def _is_number(value: Any) -> bool:

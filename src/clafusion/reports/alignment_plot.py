@@ -16,7 +16,15 @@ from matplotlib.patches import Patch, Rectangle
 
 from clafusion.alignment.dynamic_program import LayerAlignment
 from clafusion.alignment.models import AlignedModels
-from clafusion.reports.plots import FORBIDDEN, INK, MOST_NUMBERS, layer_box, readable, short
+from clafusion.reports.plots import (
+    FORBIDDEN,
+    INK,
+    MOST_NUMBERS,
+    Picture,
+    layer_box,
+    readable,
+    short,
+)
 
 __all__ = ["aligned_figure", "alignment_figure"]
 
@@ -127,7 +135,7 @@ class _Panel:
 
 def _figure(panels: Sequence[_Panel]) -> Figure:
     width, height = max(one.width for one in panels), sum(one.height for one in panels)
-    figure = Figure(figsize=(width, height))
+    figure = Picture(figsize=(width, height))
     top = height
     for panel in panels:
         top -= panel.height

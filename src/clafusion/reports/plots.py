@@ -5,10 +5,13 @@ Drawn without pyplot: the caller's figures and settings stay as they are.
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib import colormaps
@@ -22,15 +25,20 @@ from clafusion.reports.tables import operations_text
 from clafusion.tracing.model import TracedModel
 from clafusion.weights.atomic import check_output, replacing
 
+if TYPE_CHECKING:
+    from clafusion.batch.results import PairResult
+
 __all__ = [
     "ENDINGS",
     "FORBIDDEN",
     "INK",
     "MOST_NUMBERS",
+    "Picture",
+    "drawn",
     "layer_box",
     "model_figure",
+    "pairs_figure",
     "readable",
-    "save_figure",
     "short",
     "stages_figure",
     "values_figure",
@@ -47,18 +55,30 @@ _LONGEST_NAME = 32
 _LETTER = 0.07  # inches, at the size of the names
 
 
-def save_figure(draw: Callable[[], Figure], path: str | os.PathLike[str]) -> None:
-    """Draw a figure into a file; the old file stays as it is until the new one is complete.
+class Picture(Figure):
+    """A figure that a notebook shows without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        memory = io.BytesIO()
+        with without_glyph_warnings():
+            self.savefig(memory, format="png", dpi=100)
+        return memory.getvalue()
+
+
+def drawn(draw: Callable[[], Figure], path: str | os.PathLike[str] | None) -> Figure:
+    """Draw a figure; with ``path`` also into a file, the old one staying until that is complete.
 
     Raises
     ------
     InputError
         The ending is unknown, or the file cannot be written.
     """
-    path = check_output(path, ENDINGS, "plot")
+    target = None if path is None else check_output(path, ENDINGS, "plot")
     figure = draw()
-    with replacing(path, "plot") as temporary, without_glyph_warnings():
-        figure.savefig(temporary, format=path.suffix.lower()[1:], dpi=150)
+    if target is not None:
+        with replacing(target, "plot") as temporary, without_glyph_warnings():
+            figure.savefig(temporary, format=target.suffix.lower()[1:], dpi=150)
+    return figure
 
 
 @contextmanager
@@ -122,7 +142,7 @@ def values_figure(
     cell = float(np.clip(0.42, 2.6 / len(names), max(12 / len(names), 0.02)))
     side, margin = max(cell * len(names), 2.2), 0.07 * max(map(len, shown)) + 0.6
     width, height = side + margin + 1.3, side + margin + 0.3
-    figure = Figure(figsize=(width, height))
+    figure = Picture(figsize=(width, height))
     axes = figure.add_axes(
         (margin / width, margin / height, side / width, side / height), facecolor=FORBIDDEN
     )
@@ -156,10 +176,27 @@ def values_figure(
     return figure
 
 
+def pairs_figure(results: Sequence[PairResult]) -> Figure:
+    """Draw how good every pair's result is: agreements, else distances, else alignment costs."""
+    names = list(dict.fromkeys(name for one in results for name in (one.first, one.second)))
+    fused = {(one.first, one.second): one for one in results if one.error is None}
+    agreements = {pair: one.agreement for pair, one in fused.items()}
+    if fused and all(one is not None for one in agreements.values()):
+        found = {pair: 100 * value for pair, value in agreements.items() if value is not None}
+        return values_figure(names, found, "agreement, %")
+    distances = {pair: one.distance for pair, one in fused.items()}
+    if any(map(math.isfinite, distances.values())):
+        return values_figure(names, distances, "distance")
+    costs = {
+        pair: one.alignment.total_cost for pair, one in fused.items() if one.alignment is not None
+    }
+    return values_figure(names, costs, "alignment cost")
+
+
 def stages_figure(seconds: Mapping[str, float]) -> Figure:
     """Draw how long each stage took in all."""
     height = 0.32 * len(seconds) + 0.9
-    figure = Figure(figsize=(6.5, height), layout="constrained")
+    figure = Picture(figsize=(6.5, height), layout="constrained")
     axes = figure.add_subplot()
     bars = axes.barh(list(seconds), list(seconds.values()), color="#4c5a73")
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
@@ -205,7 +242,7 @@ def model_figure(model: TracedModel) -> Figure:
     wide = box + _LETTER * max(40, *map(len, notes)) + 0.5
     cell = float(np.clip(0.34, 0.0, 40 / len(names)))
     height = cell * len(names) + 1.1
-    figure = Figure(figsize=(wide, height))
+    figure = Picture(figsize=(wide, height))
     axes = figure.add_axes((0.0, 0.55 / height, 1.0, cell * len(names) / height))
     size = 8 if cell > 0.25 else 6
     for row, (layer, name, note) in enumerate(zip(model.layers, names, notes, strict=True)):

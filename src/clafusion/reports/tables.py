@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from clafusion.alignment.models import AlignedModels, PairAlignment
-from clafusion.assessment.nearness import Nearness
 from clafusion.config import ManyToOne
 from clafusion.merging.problem import Parent
-from clafusion.reports.text import described, fact_lines, plain_table, seconds_text, shortened
+from clafusion.reports.quality_tables import agreement_text, assessment_table, distance_text
+from clafusion.reports.text import fact_lines, plain_table, seconds_text, shortened
 from clafusion.results import FusionResult
+from clafusion.settings import described
 from clafusion.tracing.layer import Stream
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.pinned import movable_share
@@ -34,7 +35,6 @@ __all__ = [
 
 INSERTED = "(inserted)"
 MERGED = "(merged)"
-_DISTANCES = {"classes": "divergence", "values": "squared error"}
 ASSESSED = ("agreement", "distance", "parent's")
 """The columns of many pairs: the result's agreement and distance, and the nearest parent's."""
 
@@ -162,7 +162,7 @@ def fusion_summary(result: FusionResult) -> str:
     parts = parts or [alignment_summary(result.aligned)]
     steps = result.steps or (result,)
     parts += [table for step in steps if (table := _weights_table(step))]
-    parts += [table] if (table := _assessment_table(result)) else []
+    parts += [table] if (table := assessment_table(result)) else []
     facts = fact_lines(_fusion_facts(result))
     if len(parts) == 1:
         return f"{parts[0]}\n{facts}"
@@ -183,43 +183,9 @@ def _weights_table(result: FusionResult) -> str:
     return plain_table(titles, rows, range(1, len(titles)))
 
 
-def _assessment_table(result: FusionResult) -> str:
-    """Return a table of how near each network is to the parents together, or ""."""
-    found = result.assessment
-    if found is None:
-        return ""
-    shown = {
-        "the result": found.result,
-        **{f"{name} alone": one for name, one in found.parents.items()},
-        "one parent and another": found.between_parents,
-    }
-    is_classes = found.kind == "classes"
-    titles = [
-        "to the parents together",
-        *(["agreement"] if is_classes else []),
-        _DISTANCES[found.kind],
-    ]
-    rows = [
-        [name, *([_agreement_text(one)] if is_classes else []), _distance_text(one)]
-        for name, one in shown.items()
-    ]
-    return plain_table(titles, rows, range(1, len(titles)))
-
-
-def _agreement_text(one: Nearness | None) -> str:
-    """Return how often a network and the parents together choose the same class, as shown."""
-    return "" if one is None or one.agreement is None else f"{100 * one.agreement:.1f} %"
-
-
-def _distance_text(one: Nearness | None) -> str:
-    """Return how far a network is from the parents together, as shown."""
-    return "" if one is None else f"{one.distance:.3g}"
-
-
 def _fusion_facts(result: FusionResult) -> dict[str, str]:
     config = result.config
-    names = _all_names(result)
-    shown = zip(names, result.weights, strict=True)
+    shown = zip(result.names, result.weights, strict=True)
     by_layer = config.merging.layer_weights
     facts = {
         "weights": ", ".join(f"{name} {weight:.2f}" for name, weight in shown)
@@ -254,6 +220,8 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
         )
     if result.assessment is not None:
         facts["assessed"] = result.assessment.verdict
+    if result.evaluation is not None:
+        facts["evaluated"] = f"with the labels of {result.evaluation.num_inputs} inputs"
     facts["verified"] = (
         "yes, by permuting the channels of all models" if config.verify else "no: verify is off"
     )
@@ -262,14 +230,6 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
         stage = max(result.peak_memory, key=result.peak_memory.__getitem__)
         facts["GPU memory"] = f"{result.peak_memory[stage] / 1e6:.1f} MB at the most ({stage})"
     return facts
-
-
-def _all_names(result: FusionResult) -> list[str]:
-    """Return the names of all models, also of those that earlier steps fused."""
-    if not result.steps:
-        return list(result.aligned.names)
-    first, *others = result.steps
-    return [*first.aligned.names, *(one.aligned.names[-1] for one in others)]
 
 
 def _channels(result: FusionResult) -> str:
@@ -341,17 +301,22 @@ def _pinned(result: FusionResult) -> str:
 
 def pairs_summary(results: Sequence[PairResult]) -> str:
     """Return a table of all pairs, and below it why some failed and how long all took."""
+    from clafusion.batch.results import differing_settings
+
+    settings = differing_settings(results)
+    has_several = len(set(settings)) > 1
     rows = [
         [
             one.first,
             one.second,
+            *([chosen] if has_several else []),
             one.deep or "",
             cost_text(one),
             *assessed_cells(one),
             f"{math.fsum(one.seconds.values()):.2f}",
             "failed" if one.error is not None else "fused before" if one.resumed else "fused",
         ]
-        for one in results
+        for one, chosen in zip(results, settings, strict=True)
     ]
     # Below the table, for an error may be long.
     errors = {f"{one.first}, {one.second}": one.error for one in results if one.error is not None}
@@ -361,8 +326,10 @@ def pairs_summary(results: Sequence[PairResult]) -> str:
         f"{sum(one.resumed for one in results)} taken over from an earlier run",
         "seconds": seconds_text(total_seconds(results)),
     }
-    titles = ["first", "second", "deep", "cost", *ASSESSED, "seconds", "outcome"]
-    return f"{plain_table(titles, rows, range(3, len(titles) - 1))}\n\n{fact_lines(facts)}"
+    several = ["settings"] if has_several else []
+    titles = ["first", "second", *several, "deep", "cost", *ASSESSED, "seconds", "outcome"]
+    numeric = range(3 + len(several), len(titles) - 1)
+    return f"{plain_table(titles, rows, numeric)}\n\n{fact_lines(facts)}"
 
 
 def assessed_cells(result: PairResult) -> list[str]:
@@ -370,7 +337,7 @@ def assessed_cells(result: PairResult) -> list[str]:
     found = result.assessment
     near = None if found is None else found.result
     parent = None if found is None else found.parents[found.nearest_parent]
-    return [_agreement_text(near), _distance_text(near), _distance_text(parent)]
+    return [agreement_text(near), distance_text(near), distance_text(parent)]
 
 
 def cost_text(result: PairResult) -> str:

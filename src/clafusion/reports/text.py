@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
 
-from torch import nn
-
-from clafusion.config import Settings
-
-__all__ = ["described", "fact_lines", "plain_table", "seconds_text", "shortened"]
+__all__ = ["fact_lines", "plain_table", "seconds_text", "shortened"]
 
 
 def plain_table(
@@ -44,19 +39,3 @@ def shortened(names: Sequence[str], most: int = 3) -> str:
     """Return the names between commas, and how many more there are than ``most``."""
     more = f", ... {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def described(settings: Settings) -> str:
-    """Return what settings are called, and which of their fields are not the default."""
-    changed = []
-    for one in fields(settings):
-        value = getattr(settings, one.name)
-        if isinstance(value, Settings):
-            value = described(value)
-        elif isinstance(value, nn.Module):
-            value = type(value).__qualname__
-        elif one.default is not MISSING and value == one.default:
-            continue
-        shown = f"{value:g}" if isinstance(value, float) else str(value)
-        changed.append(f"{one.name.replace('_', ' ')} {shown}")
-    return settings.name + (f" ({', '.join(changed)})" if changed else "")

@@ -106,6 +106,7 @@ def find_channels(
     state: State,
     buffers: frozenset[str],
     inputs: Sequence[Tensor],
+    layouts: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Channels:
     """Return the channel groups of an exported graph.
 
@@ -121,18 +122,20 @@ def find_channels(
         Which entries of ``state`` are not trained: outside of norms they count as constants.
     inputs
         A small example; the label tensors are as large as its activations.
+    layouts
+        See :attr:`TracedModel.layouts`.
 
     Raises
     ------
     UnsupportedOpError
         As for :meth:`clafusion.tracing.labels.interpreter.LabelPropagation.run`.
     """
-    labels = LabelPropagation(state, buffers)
+    labels = LabelPropagation(state, buffers, None, layouts)
     shapes = labels.run(module, placeholders, inputs)
     if labels.undecided:
         # A parameter met several atoms. Later operations may have united them: run again with
         # the atoms united from the start.
-        labels = LabelPropagation(state, buffers, labels.parents)
+        labels = LabelPropagation(state, buffers, labels.parents, layouts)
         shapes = labels.run(module, placeholders, inputs)
     settle_experts(labels)
     find_token_hidden_units(labels, module)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from clafusion.execution.call import State, device_of, flatten_tensors
+from clafusion.execution.layouts import layouts_of
 from clafusion.execution.walk import PickedPositions, run_graph
 from clafusion.tracing.layer import Layer, Stream, streams_of
 from clafusion.tracing.normalised import NormalisedWeight
@@ -127,6 +128,9 @@ class ChannelGroup:
     def name(self) -> str:
         """The parameter where the group occurs first, as a readable name."""
         return self.axes[0].use.parameter
+
+    def __repr__(self) -> str:
+        return f"<ChannelGroup {self.name} of {self.size} channels>"
 
 
 @dataclass(frozen=True)
@@ -282,6 +286,9 @@ class TracedModel:
     rotatable: tuple[RotatableGroup, ...] | None = None
     thinning: PickedPositions | None = None
 
+    def __repr__(self) -> str:
+        return f"<TracedModel {type(self.model).__name__}: {len(self.layers)} layers>"
+
     @property
     def device(self) -> torch.device:
         """Where the model computes; the CPU for a model without parameters."""
@@ -291,6 +298,11 @@ class TracedModel:
     def streams(self) -> tuple[Stream, ...]:
         """The streams along which the layers sit, each behind those that it reads."""
         return streams_of(self.layers)
+
+    @cached_property
+    def layouts(self) -> Mapping[str, tuple[int, ...]]:
+        """Tensors of the module that do not lie in memory as usual; states hold them contiguous."""
+        return layouts_of(self.model)
 
     @cached_property
     def padded_axes(self) -> Mapping[str, PaddedAxes]:

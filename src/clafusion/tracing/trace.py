@@ -161,7 +161,7 @@ def _traced(
     types = {one.dtype for one in state.values()} & HALF_WIDER.keys()
     with torch.no_grad():
         buffers = frozenset(state) - trainable
-        channels = find_channels(module, placeholders, state, buffers, inputs)
+        channels = find_channels(module, placeholders, state, buffers, inputs, traced.layouts)
         layers = find_layers(module, placeholders, state, channels, buffers)
         normalised = tuple(channels.labels.normalised.values())
         traced = replace(traced, unreached=channels.unreached, normalised=normalised)

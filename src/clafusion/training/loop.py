@@ -72,6 +72,13 @@ class TrainingResult:
     steps: int
     stopped_early: bool
 
+    def __repr__(self) -> str:
+        best = f", accuracy {100 * max(self.accuracies):.1f} %" if self.accuracies else ""
+        last = f", loss {self.losses[-1]:.3g}" if self.losses else ""
+        return (
+            f"<TrainingResult {type(self.model).__name__}, {len(self.losses)} epochs{last}{best}>"
+        )
+
 
 def train(
     model: nn.Module,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.execution.call import State
+from clafusion.execution.layouts import axes_in_memory, laid_out
 from clafusion.execution.lazy import LazyState, overlaid
 from clafusion.execution.results import kept_results
 from clafusion.tracing.model import TracedModel
@@ -94,8 +95,9 @@ def fill(module: nn.Module, state: Mapping[str, Any]) -> None:
             for name, tensor in list(kind):
                 if name in state:
                     value = state[name].detach().to(tensor)
-                    # What is computed may be laid out otherwise, which no file could keep.
-                    tensor.data = value.clone(memory_format=torch.contiguous_format)
+                    # What is computed may be laid out otherwise, and the module's code need not
+                    # run with that.
+                    tensor.data = laid_out(value, axes_in_memory(tensor))
     for submodule in module.modules():
         _set_widths(submodule)
     for path, submodule in module.named_modules():

@@ -17,6 +17,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -26,9 +27,43 @@ from clafusion.weights.mapped import file_backed, parameters_on_meta
 from clafusion.weights.messages import listed, one_line
 from clafusion.weights.state_files import READABLE, check_input, stored_content, weights_digest
 
-__all__ = ["Model", "ModelFile", "build_model", "load_model", "model_without_weights"]
+__all__ = [
+    "Model",
+    "ModelFile",
+    "Origin",
+    "build_model",
+    "keep_origin",
+    "load_model",
+    "model_without_weights",
+    "origin_of",
+]
 
 _SPEC = re.compile(r"(?P<module>.+?):(?P<call>[A-Za-z_]\w*(\.\w+)*\s*(\(.*\))?)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a module comes from: the factory that made it, and the file of its weights, if any."""
+
+    factory: str
+    path: str | None = None
+    key: str | None = None
+
+
+_ORIGINS: WeakKeyDictionary[nn.Module, Origin] = WeakKeyDictionary()
+
+
+def origin_of(model: nn.Module) -> Origin | None:
+    """Return where a module comes from; None for one that nobody here has made."""
+    return _ORIGINS.get(model)
+
+
+def keep_origin(copy: nn.Module, model: nn.Module) -> nn.Module:
+    """Return a copy of a module, whose origin is the module's."""
+    found = origin_of(model)
+    if found is not None:
+        _ORIGINS[copy] = found
+    return copy
 
 
 def build_model(factory: str) -> nn.Module:
@@ -69,6 +104,7 @@ def build_model(factory: str) -> nn.Module:
         raise InputError(
             f"factory {factory!r} must return a torch.nn.Module; it returned {type(model).__name__}"
         )
+    _ORIGINS[model] = Origin(factory)
     return model.eval()
 
 
@@ -99,7 +135,9 @@ def load_model(factory: str, path: str | os.PathLike[str], key: str | None = Non
         model is lazy or on the meta device.
     """
     content = stored_content(path)
-    return model_with(lambda: build_model(factory), content, key, str(path), factory)
+    model = model_with(lambda: build_model(factory), content, key, str(path), factory)
+    _ORIGINS[model] = Origin(factory, str(path), key)
+    return model
 
 
 def open_model(
@@ -119,6 +157,7 @@ def open_model(
     others = [value for one in model.modules() for value in vars(one).values()]
     if any(one.is_meta for one in (*tensors.values(), *others) if isinstance(one, Tensor)):
         return load_model(factory, path, key), frozenset()
+    _ORIGINS[model] = Origin(factory, str(path), key)
     return model, file_backed(tensors)
 
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from clafusion.errors import FusionWarning, InputError, warn
+from clafusion.execution.layouts import axes_in_memory, laid_out
 from clafusion.tracing.architecture import digest_of_values
 from clafusion.tracing.ties import aliases_of
 from clafusion.weights.checkpoints import (
@@ -147,14 +148,18 @@ def put_state(
 
 
 def _typed(model: nn.Module, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Return entries in the types that a model has for them."""
+    """Return entries in the types that a model has for them, laid out in memory as its own."""
     own = model.state_dict()
-    return {
-        name: value.to(own[name].dtype)
-        if isinstance(value, Tensor) and isinstance(own.get(name), Tensor)
-        else value
-        for name, value in entries.items()
-    }
+
+    def typed(name: str, value: Any) -> Any:
+        known = own.get(name)
+        if not isinstance(value, Tensor) or not isinstance(known, Tensor):
+            return value
+        value = value.to(known.dtype)
+        axes = axes_in_memory(known) if value.dim() == known.dim() else None
+        return value if axes is None else laid_out(value, axes)
+
+    return {name: typed(name, value) for name, value in entries.items()}
 
 
 def _tied_again(model: nn.Module, ties: Mapping[str, str], entries: Mapping[str, Any]) -> list[str]:

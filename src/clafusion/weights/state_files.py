@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import warnings
@@ -75,6 +76,7 @@ def save_model(
     check: Callable[[Mapping[str, Any]], None] | None = None,
     *,
     dtype: str | torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a model's state dict to a ``.safetensors``, ``.pt`` or ``.pth`` file, or to several.
 
@@ -97,6 +99,8 @@ def save_model(
     dtype
         The type of all floating weights in the file: ``"float32"``, ``"bfloat16"``, ``"float16"``
         or the type of torch. Default: that which they have.
+    metadata
+        Texts by name for the header of a ``.safetensors`` file; other files have none.
 
     Raises
     ------
@@ -108,7 +112,7 @@ def save_model(
     state: Mapping[str, Any] = state_of(model)
     if dtype is not None:
         state = in_type(state, weight_type(dtype, "dtype"))
-    save_state(state, path, check)
+    save_state(state, path, check, metadata)
 
 
 def weight_type(given: str | torch.dtype, what: str) -> torch.dtype:
@@ -167,6 +171,7 @@ def save_state(
     state: Mapping[str, Any],
     path: str | os.PathLike[str],
     check: Callable[[Mapping[str, Any]], None] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write a state dict, as :func:`save_model` does, with the same errors."""
     path = check_output(path, WRITABLE, "path")
@@ -196,13 +201,27 @@ def save_state(
     with replacing(path, "path") as temporary:
         try:
             if ending == ".safetensors":
-                save_file(tensors, temporary, metadata={"format": "pt"})
+                save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+                _sort_metadata(temporary)
             else:
                 _torch_save({**tensors, **others}, temporary)
         except (SafetensorError, RuntimeError) as error:  # so safetensors and torch report it
             raise OSError(None, one_line(error)) from error
         if check is not None:
             check(_content(temporary, ending, "path"))
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort what the header of a safetensors file says: the library writes it in any order."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(size)
+        entries = json.loads(header)
+        entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size, "the same entries in another order"
+        file.seek(8)
+        file.write(text.ljust(size))
 
 
 def _torch_save(content: Mapping[str, Any], path: Path) -> None:
@@ -303,6 +322,7 @@ def check_weights_output(
     argument: str,
     inputs: Sequence[str | os.PathLike[str]],
     others: Sequence[str | os.PathLike[str]] = (),
+    endings: Sequence[str] = WRITABLE,
 ) -> Path:
     """Return ``path`` if weights can be written there, and no input is lost by that.
 
@@ -314,6 +334,8 @@ def check_weights_output(
         Files of weights, or indices of several, that are read.
     others
         Other files that are read.
+    endings
+        How the file may end.
 
     Raises
     ------
@@ -321,7 +343,7 @@ def check_weights_output(
         As for that function; or a file that an input's index names would be replaced or removed.
     """
     files = [file for one in inputs for file in files_of(one)]
-    path = check_output(path, WRITABLE, argument, (*files, *others))
+    path = check_output(path, endings, argument, (*files, *others))
     lost = next((one for one in files if is_shard_of(path, one)), None)
     if lost is not None:
         raise InputError(

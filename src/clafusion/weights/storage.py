@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 from weakref import finalize
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.errors import InputError
+from clafusion.execution.layouts import axes_in_memory
 from clafusion.weights.build import with_state, with_tensors
 
 __all__ = ["InFiles", "InMemory", "Spill", "Storage"]
 
 _ALIGNED = mmap.ALLOCATIONGRANULARITY  # where a map may begin
+_LAID_OUT = " laid out"  # behind the name of a tensor
 
 
 class Storage(Protocol):
@@ -69,7 +71,11 @@ class InFiles:
                 others[name] = state[name]
             elif state is not spill:
                 spill[name] = state[name]
-        mapped = {name: spill.mapped(name) for name in names if name in spill}
+        mapped = {
+            name: spill.mapped(name, axes_in_memory(one))
+            for name, one in names.items()
+            if name in spill
+        }
         return with_tensors(module, mapped, others, aliases)
 
 
@@ -120,8 +126,16 @@ class Spill(MutableMapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._places)
 
-    def mapped(self, name: str) -> Tensor:
-        """Return a tensor that stays in the file until it is read. Changes stay in memory."""
+    def mapped(self, name: str, axes: Sequence[int] | None = None) -> Tensor:
+        """Return a tensor that stays in the file until it is read. Changes stay in memory.
+
+        With ``axes`` they lie in memory in that order: see :mod:`clafusion.execution.layouts`.
+        """
+        if axes is not None:
+            self[name + _LAID_OUT] = self[name].permute(*axes)
+            found = self.mapped(name + _LAID_OUT)
+            del self[name + _LAID_OUT]
+            return found.permute(*(axes.index(i) for i in range(len(axes))))
         place, shape, dtype = self._places[name]
         if shape.numel() == 0:
             return torch.empty(shape, dtype=dtype)

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from clafusion.errors import UnsupportedOpError
 from clafusion.execution.call import State
+from clafusion.execution.layouts import laid_out
 from clafusion.execution.writes import written_inputs
 from clafusion.tracing.functional import changes_what_others_read
 from clafusion.tracing.labels.atoms import Atoms, atoms_in
@@ -80,11 +81,16 @@ class LabelPropagation(Atoms):
     """
 
     def __init__(
-        self, state: State, buffers: frozenset[str], parents: NDArray[np.int64] | None = None
+        self,
+        state: State,
+        buffers: frozenset[str],
+        parents: NDArray[np.int64] | None = None,
+        layouts: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         super().__init__(parents)
         self.state = state
         self.buffers = buffers
+        self.layouts = layouts or {}
         self.undecided = False
         self.lost: list[DraftPin] = []
         self.uses: dict[tuple[Any, ...], DraftUse] = {}
@@ -127,7 +133,7 @@ class LabelPropagation(Atoms):
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 name = next(sources)
-                value = next(feed) if name is None else self.state[name]
+                value = next(feed) if name is None else self._weight(name)
                 values[node] = value.clone() if node.name in written else value
                 self.labels[node] = self._placeholder(name, values[node])
             elif node.op == "get_attr":
@@ -152,7 +158,12 @@ class LabelPropagation(Atoms):
             return None
         if name is None:
             return fixed_ids("input", value.shape)
-        return ParameterView(name, value)
+        # Places in a parameter are counted in the state's layout, which is the usual one.
+        return ParameterView(name, self.state[name] if name in self.layouts else value)
+
+    def _weight(self, name: str) -> Tensor:
+        axes = self.layouts.get(name)
+        return self.state[name] if axes is None else laid_out(self.state[name], axes)
 
     def _visit(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         arguments = fx.map_arg((node.args, node.kwargs), lambda operand: values[operand])

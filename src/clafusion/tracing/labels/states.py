@@ -37,6 +37,7 @@ class _Graph:
     module: fx.GraphModule
     placeholders: tuple[str | None, ...]
     types: Mapping[torch.dtype, torch.dtype] = field(default_factory=dict)
+    layouts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     thinning: PickedPositions | None = None
 
 
@@ -74,7 +75,7 @@ def find_states(
     found = list(_possible(propagation))
     if not found:
         return
-    graph = _Graph(module, tuple(placeholders))
+    graph = _Graph(module, tuple(placeholders), layouts=propagation.layouts)
     with torch.no_grad():
         crossed = _crossed(propagation, graph, tuple(inputs), found)
     if crossed is None:

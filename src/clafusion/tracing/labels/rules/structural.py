@@ -34,17 +34,13 @@ def _structural(propagation: LabelPropagation, call: Call) -> Label:
     """Run the operation itself on the labels."""
     tensors = call.tensors()
     sources = [node for _, node in tensors if not propagation.is_constant(call.label_of(node))]
-    target: Any = call.node.target
     indices = {node for name, node in tensors if name in ("indices", "index", "repeats")}
     if any(node in indices for node in sources):
         return indexed_by_values(propagation, call)
     if len(sources) == 1 and isinstance(call.label_of(sources[0]), ParameterView):
         view = call.label_of(sources[0])
         assert isinstance(view, ParameterView)
-        moved = target(
-            *_with(call, {sources[0]: view.tensor}, call.node.args),
-            **_with(call, {sources[0]: view.tensor}, call.node.kwargs),
-        )
+        moved = _on_parameter(call, sources[0], view.tensor)
         if isinstance(moved, Tensor) and _same_memory(moved, view.tensor):
             return ParameterView(view.name, moved)
         if isinstance(moved, (list, tuple)) and all(_same_memory(m, view.tensor) for m in moved):
@@ -62,6 +58,18 @@ def _structural(propagation: LabelPropagation, call: Call) -> Label:
         except (RuntimeError, NotImplementedError):
             continue
     raise NotFollowed("it cannot run on labels")
+
+
+def _on_parameter(call: Call, node: fx.Node, tensor: Tensor) -> Any:
+    """Return an operation's result on a parameter; None where that lies in memory otherwise."""
+    target: Any = call.node.target
+    try:
+        return target(
+            *_with(call, {node: tensor}, call.node.args),
+            **_with(call, {node: tensor}, call.node.kwargs),
+        )
+    except RuntimeError:
+        return None
 
 
 def _elements(propagation: LabelPropagation, call: Call, node: fx.Node) -> Tensor:

@@ -1,0 +1,321 @@
+r"""How good networks are where there are labels: accuracy and loss, also of the parents together.
+
+Of classes the loss is the mean cross-entropy in nats, :math:`-\operatorname{mean}_x \log p_{y(x)}`,
+of values the mean squared error. Labels of -100 do not count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clafusion.assessment.comparison import are_probabilities
+from clafusion.assessment.nearness import Kind
+from clafusion.errors import InputError
+from clafusion.execution.call import call_model, device_of
+from clafusion.profiling.batches import Data, batches, first_batch, keeps_order, num_rows
+from clafusion.table import Table
+
+__all__ = ["MEANS", "Evaluation", "Score", "checked_labels", "evaluate", "evaluated"]
+
+MEANS = ("mean of outputs", "mean of probabilities")
+"""The networks together, as an ensemble."""
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good a network is.
+
+    Attributes
+    ----------
+    loss
+        The mean cross-entropy in nats, or the mean squared error; inf where it is not finite.
+    accuracy
+        Of classes: the share of the labels that are chosen, from 0 to 1. Else None.
+    """
+
+    loss: float
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good networks are on inputs with labels.
+
+    Attributes
+    ----------
+    kind
+        ``"classes"`` or ``"values"``.
+    scores
+        The score of each network by name; of several also of their mean: of ``"mean of outputs"``,
+        and of classes of ``"mean of probabilities"``.
+    num_inputs
+        How many inputs there were.
+    """
+
+    kind: Kind
+    scores: Mapping[str, Score]
+    num_inputs: int
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{name} loss {one.loss:.3g}"
+            if one.accuracy is None
+            else f"{name} {100 * one.accuracy:.1f} %"
+            for name, one in self.scores.items()
+        ]
+        return f"<Evaluation on {self.num_inputs} inputs: {', '.join(shown)}>"
+
+    @property
+    def table(self) -> Table:
+        """One row for each network."""
+        rows = [(name, one.accuracy, one.loss) for name, one in self.scores.items()]
+        return Table.of(("network", "accuracy", "loss"), rows)
+
+    def to_frame(self) -> Any:
+        """Return :attr:`table` as a ``pandas.DataFrame``; errors are those of ``Table``."""
+        return self.table.to_frame()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures as plain data for JSON; None for infinity."""
+        return {
+            "kind": self.kind,
+            "scores": {
+                name: {
+                    "accuracy": one.accuracy,
+                    "loss": one.loss if math.isfinite(one.loss) else None,
+                }
+                for name, one in self.scores.items()
+            },
+            "num_inputs": self.num_inputs,
+        }
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> Evaluation:
+        """Return the evaluation of which :meth:`to_dict` gave the facts."""
+        scores = {
+            name: Score(math.inf if one["loss"] is None else one["loss"], one["accuracy"])
+            for name, one in facts["scores"].items()
+        }
+        return cls(facts["kind"], scores, facts["num_inputs"])
+
+
+def evaluate(
+    models: nn.Module | Mapping[str, nn.Module],
+    inputs: Data,
+    labels: Any,
+    weights: Sequence[float] | None = None,
+    *,
+    axis: int = -1,
+) -> Evaluation:
+    """Say how good networks are on inputs with labels, and of several how good their mean is.
+
+    Parameters
+    ----------
+    models
+        A network, or several by name. They run in eval mode, and stay as they are.
+    inputs
+        A tensor, a list of batches or a DataLoader that keeps its order. Of a batch that is a tuple
+        the first entry counts, of a mapping all but labels.
+    labels
+        One for each input, or one for each of its positions: whole numbers for classes, where -100
+        stands for none, real numbers of the outputs' shape for values.
+    weights
+        The networks' weights in their mean; default equal.
+    axis
+        The axis of the classes in the outputs.
+
+    Raises
+    ------
+    InputError
+        The labels do not fit the inputs or the outputs, or there are no inputs.
+    """
+    named = {"the network": models} if isinstance(models, nn.Module) else dict(models)
+    if not named:
+        raise InputError("models is empty: give at least one network")
+    example = first_batch(inputs)
+    keywords: tuple[str, ...] = ()
+    given: tuple[Any, ...] = example if isinstance(example, tuple) else (example,)
+    if isinstance(example, Mapping):
+        keywords, given = tuple(example), tuple(example.values())
+    shares = [1 / len(named)] * len(named) if weights is None else list(weights)
+    known = checked_labels(labels, inputs)
+    return evaluated(named, shares, batches(inputs, given, keywords), known, keywords, axis=axis)
+
+
+def checked_labels(labels: Any, inputs: Data) -> Tensor:
+    """Return labels as a tensor; refuse those that cannot be the inputs'.
+
+    Raises
+    ------
+    InputError
+        There are more or fewer than inputs, they are of another kind, or the inputs come in another
+        order each time.
+    """
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"labels must be numbers; got {type(labels).__name__}") from error
+    if found.dtype == torch.bool or found.is_complex():
+        raise InputError(f"labels must be whole or real numbers; got {found.dtype}")
+    count = num_rows(inputs)
+    if found.dim() == 0 or len(found) != count:
+        size = "a single number" if found.dim() == 0 else f"{len(found)} entries"
+        raise InputError(f"labels must have one entry for each input, {count}; got {size}")
+    if not keeps_order(inputs):
+        raise InputError("labels need inputs in one order: this data comes in another each time")
+    return found if found.is_floating_point() else found.long()
+
+
+@torch.no_grad()
+def evaluated(
+    models: Mapping[str, nn.Module],
+    weights: Sequence[float],
+    inputs: Iterable[tuple[Tensor, ...]],
+    labels: Tensor,
+    keywords: tuple[str, ...] = (),
+    *,
+    output: int = 0,
+    axis: int = -1,
+    apart: Sequence[str] = (),
+) -> Evaluation:
+    """Do what :func:`evaluate` does, with inputs in batches of tensors.
+
+    Parameters
+    ----------
+    models
+        The networks by name.
+    weights
+        Of those that are not ``apart``, in order.
+    inputs, labels, keywords
+        The inputs in batches, all their labels, and the inputs' names or none.
+    output
+        Which of the outputs counts.
+    axis
+        The axis of the classes.
+    apart
+        The names of those networks that have no part in the mean.
+    """
+    sums: dict[str, _Sum] = {}
+    is_classes = not labels.is_floating_point()
+    seen = 0
+    for batch in inputs:
+        wanted = labels[seen : seen + len(batch[0])]
+        seen += len(batch[0])
+        outputs = {
+            name: _output(one, batch, keywords, output).double().cpu()
+            for name, one in models.items()
+        }
+        parts = [value for name, value in outputs.items() if name not in apart]
+        if is_classes:
+            found = dict(_class_scores(outputs, parts, weights, wanted, axis))
+        else:
+            found = dict(_value_scores(outputs, parts, weights, wanted))
+        for name, (loss, right, count) in found.items():
+            sums.setdefault(name, _Sum()).add(loss, right, count)
+    if not seen or any(one.count == 0 for one in sums.values()):
+        raise InputError("labels has no entry that counts")
+    return Evaluation(
+        "classes" if is_classes else "values",
+        {name: one.score(is_classes=is_classes) for name, one in sums.items()},
+        seen,
+    )
+
+
+class _Sum:
+    def __init__(self) -> None:
+        self.loss, self.right, self.count = 0.0, 0, 0
+
+    def add(self, loss: float, right: int, count: int) -> None:
+        self.loss, self.right, self.count = self.loss + loss, self.right + right, self.count + count
+
+    def score(self, *, is_classes: bool) -> Score:
+        loss = self.loss / self.count
+        return Score(
+            loss if math.isfinite(loss) else math.inf,
+            self.right / self.count if is_classes else None,
+        )
+
+
+def _output(
+    model: nn.Module, inputs: tuple[Tensor, ...], keywords: tuple[str, ...], output: int
+) -> Tensor:
+    modes = {one: one.training for one in model.modules()}
+    device = device_of(model)
+    if not isinstance(model, torch.fx.GraphModule):  # an exported program has one mode
+        model.eval()
+    try:
+        given = tuple(one if device is None else one.to(device) for one in inputs)
+        return call_model(model, given, keywords)[output]
+    finally:
+        for one, mode in modes.items():
+            one.training = mode
+
+
+def _class_scores(
+    outputs: Mapping[str, Tensor],
+    parts: Sequence[Tensor],
+    weights: Sequence[float],
+    labels: Tensor,
+    axis: int,
+) -> Iterator[tuple[str, tuple[float, int, int]]]:
+    moved = {name: one.movedim(axis, -1) for name, one in outputs.items()}
+    parts = [one.movedim(axis, -1) for one in parts]
+    shape = next(iter(moved.values())).shape
+    if labels.shape != shape[:-1]:
+        raise InputError(
+            f"labels have the shape {tuple(labels.shape)} in a batch, and the outputs, of classes, "
+            f"{tuple(shape)}: give one label for each of {tuple(shape[:-1])}, or real numbers for "
+            "values"
+        )
+    counts = labels != _IGNORED
+    wrong = counts & ((labels < 0) | (labels >= shape[-1]))
+    if bool(wrong.any()):
+        raise InputError(
+            f"labels has the class {int(labels[wrong][0])}, and the networks put out {shape[-1]} "
+            "classes, from 0 on"
+        )
+    logs = {name: _logs(one) for name, one in moved.items()}
+    if len(parts) > 1:
+        shares = list(zip(parts, weights, strict=True))
+        if not all(map(are_probabilities, parts)):
+            logs[MEANS[0]] = _logs(torch.stack([w * one for one, w in shares]).sum(0))
+        mean = torch.stack([w * _logs(one).exp() for one, w in shares]).sum(0)
+        logs[MEANS[1]] = mean.clamp(min=1e-300).log()
+    chosen = labels.clamp(min=0)
+    for name, log in logs.items():
+        losses = -log.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        right = (log.argmax(-1) == labels) & counts
+        yield name, (float(losses[counts].sum()), int(right.sum()), int(counts.sum()))
+
+
+def _logs(outputs: Tensor) -> Tensor:
+    if are_probabilities(outputs):
+        return outputs.clamp(min=1e-300).log()
+    return outputs.log_softmax(-1)
+
+
+def _value_scores(
+    outputs: Mapping[str, Tensor],
+    parts: Sequence[Tensor],
+    weights: Sequence[float],
+    labels: Tensor,
+) -> Iterator[tuple[str, tuple[float, int, int]]]:
+    every = dict(outputs)
+    if len(parts) > 1:
+        shares = zip(parts, weights, strict=True)
+        every[MEANS[0]] = torch.stack([w * one for one, w in shares]).sum(0)
+    for name, one in every.items():
+        if one.shape != labels.shape and one.numel() != labels.numel():
+            raise InputError(
+                f"labels have the shape {tuple(labels.shape)} in a batch, and the outputs "
+                f"{tuple(one.shape)}: values need labels of the outputs' shape"
+            )
+        gaps = (one - labels.reshape(one.shape).double()).square()
+        yield name, (float(gaps.sum()), 0, gaps.numel())

@@ -1,0 +1,128 @@
+"""The record of a written result: where it comes from, and what builds its network again.
+
+It lies beside the weights as JSON. A ``.safetensors`` file holds it, too, but for the command and
+the seconds: the same fusion gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+
+from clafusion.errors import InputError
+from clafusion.interop.huggingface import directory_of
+from clafusion.interop.programs import PROGRAM
+from clafusion.interop.rebuilding import Architecture, program_path
+from clafusion.weights.atomic import check_output, replacing
+from clafusion.weights.digests import tensors_digest, versions
+from clafusion.weights.factories import origin_of
+from clafusion.weights.state_files import tensors_of
+
+if TYPE_CHECKING:
+    from clafusion.results import FusionResult
+
+__all__ = [
+    "METADATA",
+    "check_companions",
+    "read_record",
+    "record_of",
+    "record_path",
+    "write_record",
+]
+
+METADATA = "clafusion"
+"""The record's name in the header of a ``.safetensors`` file."""
+
+
+def record_path(path: Path) -> Path:
+    """Return where the record of a file of weights lies."""
+    return path.with_name(f"{path.name.removesuffix('.index.json')}.json")
+
+
+def check_companions(path: Path, argument: str) -> None:
+    """Refuse a file beside which its record or its program could not be written.
+
+    Raises
+    ------
+    InputError
+        Something that is no file has their name.
+    """
+    for beside in (record_path(path), program_path(path)):
+        check_output(beside, (".json", PROGRAM), f"{argument}: what is written beside it,")
+
+
+def record_of(result: FusionResult, architecture: Architecture) -> dict[str, Any]:
+    """Return what depends on the fusion alone: parents with hashes, settings, data, assessment."""
+    return {
+        "architecture": architecture.to_dict(),
+        "parents": [
+            {"name": name, "weight": weight, **_parent_facts(one.model)}
+            for (name, one), weight in zip(
+                result.parent_models.items(), result.weights, strict=True
+            )
+        ],
+        "settings": result.config.to_dict(),
+        "data": result.data_hash,
+        "versions": _versions(),
+        "assessment": None if result.assessment is None else result.assessment.to_dict(),
+        "evaluation": None if result.evaluation is None else result.evaluation.to_dict(),
+    }
+
+
+def write_record(record: Mapping[str, Any], path: Path) -> None:
+    """Write a record beside a file of weights."""
+    text = json.dumps(record, indent=1, allow_nan=False)
+    with replacing(record_path(path), "path") as temporary:
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Return the record of a file of weights: that beside it, else its own; None for none.
+
+    Raises
+    ------
+    InputError
+        The record cannot be read.
+    """
+    text = None
+    if record_path(path).is_file():
+        text = record_path(path).read_text(encoding="utf-8")
+    elif path.name.lower().endswith(".safetensors"):
+        try:
+            with safe_open(path, "pt") as file:
+                text = (file.metadata() or {}).get(METADATA)
+        except Exception:  # which reading the weights tells
+            return None
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"the record of {str(path)!r} is no JSON: {error}") from error
+    is_record = isinstance(found, dict) and isinstance(found.get("architecture"), dict)
+    return found if is_record else None
+
+
+def _parent_facts(model: torch.nn.Module) -> dict[str, Any]:
+    origin, directory = origin_of(model), directory_of(model)
+    where = str(directory) if directory is not None else None if origin is None else origin.path
+    return {
+        "factory": None if origin is None else origin.factory,
+        "file": where,
+        "key": None if origin is None else origin.key,
+        "class": f"{type(model).__module__}:{type(model).__qualname__}",
+        "sha256": tensors_digest(tensors_of(model)),
+    }
+
+
+def _versions() -> dict[str, str]:
+    try:
+        return versions()
+    except PackageNotFoundError:  # run from its source
+        return {"torch": torch.__version__}

@@ -1,0 +1,73 @@
+"""Tables of how good networks are: near the parents together, and with labels."""
+
+from __future__ import annotations
+
+from clafusion.assessment.evaluation import MEANS, Evaluation
+from clafusion.assessment.nearness import Nearness
+from clafusion.reports.text import fact_lines, plain_table
+from clafusion.results import RESULT, FusionResult
+
+__all__ = ["agreement_text", "assessment_table", "distance_text", "evaluation_summary"]
+
+_DISTANCES = {"classes": "divergence", "values": "squared error"}
+
+
+def assessment_table(result: FusionResult) -> str:
+    """Return a table of how near each network is to the parents together, or ""."""
+    found, scores = result.assessment, result.evaluation
+    if found is None:
+        return "" if scores is None else evaluation_summary(scores)
+    shown = {
+        RESULT: found.result,
+        **{f"{name} alone": one for name, one in found.parents.items()},
+        "one parent and another": found.between_parents,
+    }
+    is_classes = found.kind == "classes"
+    titles = [
+        "to the parents together",
+        *(["agreement"] if is_classes else []),
+        _DISTANCES[found.kind],
+    ]
+    rows = [
+        [name, *([agreement_text(one)] if is_classes else []), distance_text(one)]
+        for name, one in shown.items()
+    ]
+    if scores is not None:
+        blank = [""] * (len(titles) - 1)
+        rows += [[name, *blank] for name in MEANS if name in scores.scores]
+        titles += _score_titles(scores)
+        rows = [
+            [*row, *_score_cells(scores, row[0].removesuffix(" alone"), row[0])] for row in rows
+        ]
+    return plain_table(titles, rows, range(1, len(titles)))
+
+
+def evaluation_summary(evaluation: Evaluation) -> str:
+    """Return a table of networks' accuracies and losses."""
+    titles = ["network", *_score_titles(evaluation)]
+    rows = [[name, *_score_cells(evaluation, name)] for name in evaluation.scores]
+    table = plain_table(titles, rows, range(1, len(titles)))
+    return f"{table}\n\n{fact_lines({'inputs': str(evaluation.num_inputs)})}"
+
+
+def _score_titles(evaluation: Evaluation) -> list[str]:
+    return ["accuracy", "loss"] if evaluation.kind == "classes" else ["loss"]
+
+
+def _score_cells(evaluation: Evaluation, *names: str) -> list[str]:
+    """Return the score of the first name that has one; blank where none has."""
+    one = next((evaluation.scores[name] for name in names if name in evaluation.scores), None)
+    if one is None:
+        return [""] * len(_score_titles(evaluation))
+    right = [] if one.accuracy is None else [f"{100 * one.accuracy:.1f} %"]
+    return [*right, f"{one.loss:.3g}"]
+
+
+def agreement_text(one: Nearness | None) -> str:
+    """Return how often a network and the parents together choose the same class, as shown."""
+    return "" if one is None or one.agreement is None else f"{100 * one.agreement:.1f} %"
+
+
+def distance_text(one: Nearness | None) -> str:
+    """Return how far a network is from the parents together, as shown."""
+    return "" if one is None else f"{one.distance:.3g}"

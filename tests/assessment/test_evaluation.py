@@ -1,0 +1,150 @@
+"""Accuracy and loss with labels: against plain formulas, on what a fusion has not seen."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import clafusion
+from clafusion import InputError
+from clafusion.cli.app import main
+from tests.support.networks import mlp
+
+INPUTS = torch.randn(600, 6, generator=torch.Generator().manual_seed(0))
+LABELS = torch.randint(0, 3, (600,), generator=torch.Generator().manual_seed(1))
+MODELS = {"long": mlp(6, 9, 8, 3), "brief": mlp(6, 7, 3, seed=1)}
+
+
+@pytest.fixture(scope="module")
+def result():
+    return clafusion.fuse(MODELS, INPUTS, [3, 1], labels=LABELS, calibration="none")
+
+
+def accuracy(outputs, labels):
+    return float((outputs.argmax(-1) == labels).double().mean())
+
+
+def test_scores_are_those_of_the_plain_formulas():
+    found = clafusion.evaluate(MODELS, INPUTS, LABELS.numpy(), [0.75, 0.25])
+    outputs = [one(INPUTS).detach().double() for one in MODELS.values()]
+    logits = 0.75 * outputs[0] + 0.25 * outputs[1]
+    mean = 0.75 * outputs[0].softmax(-1) + 0.25 * outputs[1].softmax(-1)
+    wanted = {
+        "long": outputs[0].log_softmax(-1),
+        "brief": outputs[1].log_softmax(-1),
+        "mean of outputs": logits.log_softmax(-1),
+        "mean of probabilities": mean.log(),
+    }
+    assert list(found.scores) == list(wanted)
+    for name, logs in wanted.items():
+        assert found.scores[name].accuracy == pytest.approx(accuracy(logs, LABELS))
+        assert found.scores[name].loss == pytest.approx(float(F.nll_loss(logs, LABELS)))
+    assert clafusion.Evaluation.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_a_fusion_is_evaluated_on_what_it_has_not_seen(result):
+    held = torch.arange(600) % 10 == 9
+    assert result.evaluation.num_inputs == 60
+    expected = result.evaluate(INPUTS[held], LABELS[held])
+    for name, score in expected.scores.items():  # in other batches, so that roundings differ
+        assert result.evaluation.scores[name].accuracy == score.accuracy
+        assert result.evaluation.scores[name].loss == pytest.approx(score.loss)
+    own = accuracy(result.model(INPUTS[held]), LABELS[held])
+    assert result.evaluation.scores["the result"].accuracy == pytest.approx(own)
+    assert list(result.evaluation.scores) == [
+        "the result",
+        *MODELS,
+        "mean of outputs",
+        "mean of probabilities",
+    ]
+    plain = clafusion.fuse(MODELS, INPUTS, [3, 1], calibration="none")
+    for one, other in zip(result.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_one_table_shows_all(result):
+    rows = {row["network"]: row for row in result.table}
+    assert rows["mean of outputs"]["agreement"] is None
+    for name, score in result.evaluation.scores.items():
+        assert (rows[name]["accuracy"], rows[name]["loss"]) == (score.accuracy, score.loss)
+    shown = clafusion.summary(result)
+    (line,) = [one for one in shown.splitlines() if one.startswith("brief alone")]
+    assert line.endswith(f"{result.evaluation.scores['brief'].loss:.3g}")
+    assert f"accuracy {100 * result.evaluation.scores['the result'].accuracy:.1f} %" in repr(result)
+    assert result.to_dict()["evaluation"] == result.evaluation.to_dict()
+
+
+def test_values_have_a_squared_error():
+    wanted = torch.randn(600, 3)
+    found = clafusion.evaluate(MODELS["long"], [INPUTS[:200], INPUTS[200:]], wanted)
+    error = float((MODELS["long"](INPUTS).detach().double() - wanted).square().mean())
+    assert found.scores["the network"].loss == pytest.approx(error)
+    assert found.scores["the network"].accuracy is None
+
+
+def test_positions_without_a_label_do_not_count():
+    model = nn.Embedding(7, 4)
+    words, labels = torch.randint(0, 7, (5, 6)), torch.randint(0, 4, (5, 6))
+    labels[:, 3:] = -100
+    found = clafusion.evaluate(model, words, labels)
+    wanted = accuracy(model(words)[:, :3], labels[:, :3])
+    assert found.scores["the network"].accuracy == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (LABELS[:-1], "one entry for each input, 600; got 599 entries"),
+        (LABELS + 1, "has the class 3, and the networks put out 3 classes"),
+        (LABELS > 1, "whole or real numbers; got torch.bool"),
+        (["a"] * 600, "labels must be numbers"),
+        (LABELS[:, None], "give one label for each of"),
+        (torch.full((600,), -100), "no entry that counts"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(labels, message):
+    with pytest.raises(InputError, match=message):
+        clafusion.evaluate(MODELS, INPUTS, labels)
+
+
+NETS = """
+from torch import nn
+
+def long():
+    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
+
+def brief():
+    return nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3))
+"""
+
+
+def test_the_command_line_does_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(NETS)
+    for name, model in MODELS.items():
+        clafusion.save_model(model, f"{name}.pt")
+    np.savez("data.npz", x=INPUTS.numpy(), y=LABELS.numpy().astype(np.uint8))
+    archs = ["--arch=nets.py:long", "--arch=nets.py:brief"]
+    command = ["fuse", "long.pt", "brief.pt", *archs, "--data=data.npz", "--calibration=none"]
+    assert main([*command, "--labels=y", "--out=fused.safetensors", "--limit=100", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["evaluation"]["num_inputs"] == 100
+    evaluate = ["evaluate", "--data=data.npz", "--labels=y", "--limit=100", "--json"]
+    assert main([*evaluate, "fused.safetensors"]) == 2
+    assert "give --trust-code, or name it by --arch" in capsys.readouterr().err
+    assert main([*evaluate, "fused.safetensors", "--trust-code"]) == 0
+    found = json.loads(capsys.readouterr().out)["scores"]["fused.safetensors"]
+    assert found["accuracy"] == facts["evaluation"]["scores"]["the result"]["accuracy"]
+    assert main([*evaluate[:-1], "first=long.pt", "brief.pt", *archs]) == 0
+    shown = capsys.readouterr().out
+    assert [one.split("  ")[0] for one in shown.splitlines()[2:6]] == [
+        "first",
+        "brief.pt",
+        "mean of outputs",
+        "mean of probabilities",
+    ]
+    assert main([*command, "--labels=z", "--out=fused.pt"]) == 2
+    assert "has no 'z'; it has x, y" in capsys.readouterr().err

@@ -1,0 +1,160 @@
+"""Sweeps: every point is what a fusion by its settings is, and what can be shared is made once."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import clafusion
+from clafusion import InputError, LeastSquares, Matching
+from clafusion.batch import sweep as sweep_module
+from clafusion.batch.grid import grid_of
+from clafusion.cli.app import main
+from tests.support.networks import mlp
+
+INPUTS = torch.randn(600, 6, generator=torch.Generator().manual_seed(0))
+LABELS = torch.randint(0, 3, (600,), generator=torch.Generator().manual_seed(1))
+MODELS = {"long": mlp(6, 9, 8, 3), "brief": mlp(6, 7, 3, seed=1)}
+
+
+def test_every_point_is_the_fusion_by_its_settings_and_alignments_are_shared(monkeypatch):
+    aligned = []
+
+    def counted(*given, **named):
+        aligned.append(given)
+        return clafusion.align(*given, **named)
+
+    monkeypatch.setattr(sweep_module, "align", counted)
+    found = clafusion.sweep(
+        MODELS,
+        INPUTS,
+        weight=[0.25, 1],
+        calibration=["repair", "none"],
+        seeds=2,
+        labels=LABELS,
+        matching={"cost": "euclidean"},
+    )
+    assert len(found.points) == 8
+    assert found.axes == ("weight", "calibration", "seed")
+    assert len(aligned) == 2  # once for each seed
+    for point in (found.points[1], found.points[6]):
+        alone = clafusion.fuse(
+            MODELS,
+            INPUTS,
+            point.weights,
+            calibration=point.chosen["calibration"],
+            seed=point.chosen["seed"],
+            matching=Matching(cost="euclidean"),
+            labels=LABELS,
+        )
+        assert point.config == alone.config
+        assert point.assessment == alone.assessment
+        assert point.evaluation == alone.evaluation
+    whole = next(one for one in found.points if one.chosen["weight"] == 1)
+    assert whole.assessment.result.agreement == 1.0
+
+
+def test_a_summary_has_mean_and_deviation_over_the_seeds():
+    found = clafusion.sweep(MODELS, INPUTS, seeds=[3, 4, 5], calibration="none")
+    (row,) = found.summary
+    values = [one.assessment.result.distance for one in found.points]
+    assert row["distance"] == pytest.approx(np.mean(values))
+    assert row["distance sd"] == pytest.approx(np.std(values, ddof=1))
+    assert row["seeds"] == 3
+    assert found.best.quality("agreement") == max(one.quality("agreement") for one in found.points)
+
+
+def test_lists_at_any_depth_are_a_grid():
+    grid = grid_of(
+        None,
+        {
+            "calibration": ["none", {"name": "least_squares", "anchor": [0.0, 0.5]}],
+            "matching": {"cost": ["correlation", "weights"]},
+        },
+    )
+    assert len(grid) == 6
+    assert [dict(one.chosen) for one in grid[2:4]] == [
+        {"calibration": "least_squares", "calibration.anchor": 0.0, "matching.cost": "correlation"},
+        {"calibration": "least_squares", "calibration.anchor": 0.0, "matching.cost": "weights"},
+    ]
+    assert grid[3].config.calibration == LeastSquares(anchor=0.0)
+    assert grid[3].config.matching == Matching(cost="weights")
+    with pytest.raises(InputError, match=r"matching\.cost is an empty list"):
+        grid_of(None, {"matching": {"cost": []}})
+
+
+def test_a_point_that_fails_says_why_and_the_others_go_on():
+    found = clafusion.sweep(
+        MODELS, INPUTS, target=["deeper", {"name": "deeper", "width": "nobody"}], calibration="none"
+    )
+    assert [one.error is None for one in found.points] == [True, False]
+    assert "target.width must be" in found.points[1].error
+    assert found.table.to_dicts()[1]["error"] == found.points[1].error
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weight": [0.5, 2]}, "from 0 to 1; got 2"),
+        ({"weight": [0.5], "weights": [[1, 1]]}, "give one of them"),
+        ({"weights": [[1, 1, 1]]}, "one entry for each model, 2; got 3"),
+        ({"seeds": 0}, "at least 1"),
+    ],
+)
+def test_unusable_arguments_are_refused_at_once(given, message):
+    with pytest.raises(InputError, match=message):
+        clafusion.sweep(MODELS, INPUTS, **given)
+
+
+def test_the_figure_has_a_line_for_each_setting_and_a_level_for_each_parent():
+    found = clafusion.sweep(
+        MODELS, INPUTS, weight=[0, 0.5, 1], calibration=["repair", "none"], seeds=2, labels=LABELS
+    )
+    (axes,) = clafusion.plot(found).axes
+    lines = {one.get_label(): one for one in axes.lines if not one.get_label().startswith("_")}
+    assert list(lines) == ["repair", "none"]
+    rows = [row for row in found.summary if row["calibration"] == "none"]
+    assert np.allclose(lines["none"].get_ydata(), [100 * row["accuracy"] for row in rows])
+    assert {one.get_text() for one in axes.texts} == {"long alone", "brief alone"}
+    assert axes.get_ylabel() == "accuracy, %"
+
+
+NETS = """
+from torch import nn
+
+def long():
+    return nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
+
+def brief():
+    return nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3))
+"""
+
+
+def test_the_command_line_writes_a_table_and_a_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(NETS)
+    for name, model in MODELS.items():
+        clafusion.save_model(model, f"{name}.pt")
+    np.savez("data.npz", x=INPUTS.numpy(), y=LABELS.numpy())
+    command = ["sweep", "long.pt", "brief.pt", "--arch=nets.py:long", "--arch=nets.py:brief"]
+    command += ["--data=data.npz", "--labels=y", "--calibration=repair,none", "--weight=0,0.5"]
+    assert main([*command, "--out=sweep.csv", "--plot=sweep.png"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0].split()[:2] == ["weight", "calibration"]
+    with open("sweep.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["weight"], row["calibration"]) for row in rows] == [
+        ("0.0", "repair"),
+        ("0.0", "none"),
+        ("0.5", "repair"),
+        ("0.5", "none"),
+    ]
+    assert all(math.isfinite(float(row["accuracy"])) for row in rows)
+    assert (tmp_path / "sweep.png").stat().st_size > 5000
+    assert main([*command, "--json", "--calibration-anchor=0.5"]) == 2
+    assert "--calibration-anchor is for --calibration least_squares" in capsys.readouterr().err
+    assert main([*command, "--json", "--weight=1"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["points"]) == 2
