@@ -32,6 +32,16 @@ FAMILIES = {
         lambda: families.mixture(2, seed=1),
         families.VECTORS,
     ),
+    "Llama, more heads share the keys": (
+        lambda: families.llama(2, heads=8, keys=2),
+        lambda: families.llama(1, heads=4, keys=2, seed=1),
+        families.TEXT,
+    ),
+    "Llama, fewer heads share more keys": (
+        lambda: families.llama(2, heads=8, keys=4),
+        lambda: families.llama(1, heads=8, keys=2, seed=1),
+        families.TEXT,
+    ),
     "Mamba": (lambda: families.mamba(2), lambda: families.mamba(1, seed=1), families.SHORT_TEXT),
     "Swin": (lambda: families.swin(4, 2), lambda: families.swin(2, 2, seed=1), families.IMAGES),
     "nn.Transformer": (

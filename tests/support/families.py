@@ -166,6 +166,20 @@ def gpt_neox(layers: int, seed: int = 0) -> nn.Module:
     return _built(transformers.GPTNeoXForCausalLM, config, ("input_ids",), seed)
 
 
+def llama(layers: int, heads: int, keys: int, seed: int = 0) -> nn.Module:
+    """Return a Llama with ``heads`` heads of queries and ``keys`` of keys and values, of size 4."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        **{**_text_config(layers), "num_attention_heads": heads},
+        num_key_value_heads=keys,
+        head_dim=4,
+        use_cache=False,
+        **_SPECIAL,
+    )
+    return _built(transformers.LlamaForCausalLM, config, ("input_ids",), seed)
+
+
 def mixtral(layers: int, seed: int = 0) -> nn.Module:
     import transformers
 
