@@ -172,7 +172,7 @@ def _is_lossless_cast(node: fx.Node) -> bool:
     if op_name(node) not in _CASTS:
         return False
     before, after = (one.meta["val"].dtype for one in (node.all_input_nodes[0], node))
-    return torch.promote_types(before, after) == after
+    return bool(torch.promote_types(before, after) == after)
 
 
 def _neutral(flow: Flow, draft: Draft) -> tuple[tuple[str, float], ...]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.nn.parameter import is_lazy
 
@@ -19,7 +19,7 @@ from clafusion.errors import (
     UnsupportedOpError,
     warn,
 )
-from clafusion.execution.call import State, device_of, rounding_of
+from clafusion.execution.call import device_of, rounding_of
 from clafusion.execution.nesting import flattened, is_nested
 from clafusion.execution.transforms import transforms_undone
 from clafusion.execution.walk import HALF_WIDER
@@ -164,7 +164,7 @@ def _traced(
     with torch.no_grad():
         buffers = frozenset(state) - trainable
         channels = find_channels(module, placeholders, state, buffers, inputs)
-        layers_of = partial(_layers_of, module, placeholders, state, buffers)
+        layers_of = partial(find_layers, module, placeholders, state, buffers=buffers)
         layers = layers_of(channels)
         normalised = tuple(channels.labels.normalised.values())
         traced = replace(traced, unreached=channels.unreached, normalised=normalised)
@@ -176,16 +176,6 @@ def _traced(
             if any(found.groups[i].size == 1 for one in found.heads for i in one.members[0]):
                 return found
         return _proved(traced, channels, layers, layers_of, verify=verify, seed=seed)
-
-
-def _layers_of(
-    module: fx.GraphModule,
-    placeholders: Sequence[str | None],
-    state: State,
-    buffers: frozenset[str],
-    channels: Channels,
-) -> tuple[Layer, ...]:
-    return find_layers(module, placeholders, state, channels, buffers)
 
 
 def _proved(
