@@ -29,7 +29,7 @@ from clafusion.config import (
     Orthogonal,
     Strategy,
 )
-from clafusion.errors import ClafusionError, InputError, PinnedWarning, StructureError, warn
+from clafusion.errors import ClafusionError, InputError, PinnedWarning, StructureError, retold, warn
 from clafusion.matching.activation_costs import MAX_CHANNELS
 from clafusion.profiling.batches import Data, Progress
 from clafusion.profiling.importance import (
@@ -330,7 +330,7 @@ def traced_parent(
         module, mapped = model.open() if isinstance(model, ModelFile) else (model, None)
         traced = trace(module, example_inputs, verify=config.verify, seed=config.seed)
     except ClafusionError as error:
-        raise type(error)(f"{label(name)}: {error}") from error
+        raise retold(error, f"{label(name)}: {error}") from error.__cause__
     if mapped:
         weights = FileWeights(traced.module_state(), mapped)
         weights.drop()
@@ -402,7 +402,7 @@ def traced_template(
         traced = trace(module, example_inputs, verify=config.verify, seed=config.seed)
         return with_norms_folded(traced, config)
     except ClafusionError as error:
-        raise type(error)(f"target.template: {error}") from error
+        raise retold(error, f"target.template: {error}") from error.__cause__
 
 
 def warn_of_pinned_channels(

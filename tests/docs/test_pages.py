@@ -142,7 +142,7 @@ def test_the_paper_s_table_is_that_of_the_file():
 
 
 def test_every_figure_of_a_benchmark_is_shown():
-    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/figures.md").read_text(encoding="utf-8")
     for path in (ROOT / "benchmarks/results").glob("*.png"):
         assert f"](../benchmarks/results/{path.name})" in page
 

@@ -14,6 +14,7 @@ from clafusion import Deeper, InputError
 from clafusion.cli.app import main
 from clafusion.interop.huggingface import ModelDirectory
 from clafusion.interop.tokenizers import tokenised
+from clafusion.profiling.batches import num_rows
 from tests.support.hugging_face import directory, network, outputs, texts, tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -374,3 +375,29 @@ def test_a_mapping_of_tokens_with_labels_is_data():
     result = clafusion.fuse(parents, batches, calibration="none")
     assert outputs(result.model, {"input_ids": tokens}).shape == (60, 3)
     assert result.assessment.kind == "classes"
+
+
+def test_weights_of_a_directory_are_no_place_for_the_result(place, capsys):
+    for name in "ab":
+        directory(place / name, network("GPT-2", 2), tokenizer())
+    before = (place / "a" / "model.safetensors").read_bytes()
+    command = ["fuse", "a", "b", "--data=texts.jsonl", "--out=a/model.safetensors"]
+    assert main(command) == 2
+    assert "is an input, which would be lost" in capsys.readouterr().err
+    assert (place / "a" / "model.safetensors").read_bytes() == before
+
+
+def test_what_a_tokenizer_returns_is_held_out_and_counted():
+    data = [transformers.BatchEncoding(one) for one in padded_texts(600)]
+    assert num_rows(data) == 600
+    parents = [network("GPT-2", 2, seed) for seed in (0, 1)]
+    assert clafusion.estimate(parents, data).num_inputs == 540
+    found = clafusion.fuse(parents, data, calibration="repair")
+    assert found.assessment.held_out
+
+
+def padded_texts(count):
+    """Return batches of tokens with a mask, as dictionaries."""
+    tokens = torch.randint(3, 23, (count, 5), generator=torch.Generator().manual_seed(0))
+    named = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return [{k: v[i : i + 100] for k, v in named.items()} for i in range(0, count, 100)]

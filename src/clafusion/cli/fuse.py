@@ -51,7 +51,7 @@ from clafusion.estimates import estimate
 from clafusion.execution.call import usable_device
 from clafusion.execution.lazy import LazyState
 from clafusion.fusion import align, fuse, fuse_aligned
-from clafusion.interop.huggingface import ModelDirectory
+from clafusion.interop.huggingface import ModelDirectory, weight_files
 from clafusion.interop.saving import check_directory
 from clafusion.memory import bytes_of, check_limit
 from clafusion.profiling.batches import Data, Progress, num_rows
@@ -154,8 +154,8 @@ def fuse_command(
     usable_device(device, "--device")
     folder = _folder(out, files, processor_of)
     if not folder:
-        weight_files = tuple(one for one in files.values() if not one.is_dir())
-        check_weights_output(out, "--out", weight_files, (data,))
+        read = [one for file in files.values() for one in weight_files(file)]
+        check_weights_output(out, "--out", read, (data,))
     check_plot(plot)
     written_type = None if out_dtype is None else weight_type(out_dtype, "--out-dtype")
     at_most = None if memory_limit is None else bytes_of(memory_limit, "--memory-limit")
@@ -167,8 +167,8 @@ def fuse_command(
     if dry_run:
         with messages_by_flags():
             found = estimate(known, samples, settings)
-        if at_most is not None:
-            check_limit(at_most, found.memory)
+            if at_most is not None:
+                check_limit(at_most, found.memory)
         print_json(asdict(found)) if as_json else print(found)
         return
     count = num_rows(samples)

@@ -38,6 +38,7 @@ __all__ = [
     "read_config",
     "stored_config",
     "transformers_library",
+    "weight_files",
 ]
 
 _WEIGHTS = (
@@ -257,6 +258,16 @@ def _library_config(kind: Any, path: Path) -> Any:
         raise InputError(
             f"{str(path / 'config.json')!r} cannot be used: {one_line(error)}"
         ) from error
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the files that hold a model's weights: of a directory, or the one that is given."""
+    if not path.is_dir():
+        return [path]
+    names = (*_WEIGHTS, "adapter_model.safetensors", "adapter_model.bin")
+    found = [path / name for name in names if (path / name).is_file()]
+    base = _base_of(path)
+    return found if base == path else [*found, *weight_files(base)]
 
 
 def _check_weights(path: Path) -> None:

@@ -60,6 +60,8 @@ def load(
     if isinstance(found, ModelDirectory):
         return found.load()
     text = _factory_text(spec)
+    if key is not None:
+        raise InputError(f"key={key!r} chooses from a file of weights, and none is given")
     if _NAMED.fullmatch(text):
         raise InputError(
             f"{text!r} is an architecture without weights: give their file, too, as nothing is "

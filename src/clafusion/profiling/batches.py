@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from clafusion.errors import InputError
@@ -101,8 +100,16 @@ def _raw(data: Data) -> Iterable[Any]:
 
 def _num_rows(batch: Any) -> int:
     """Return the size of a batch, that of its first tensor; 0 where there is none."""
-    tensors = (one for one in tree_leaves(batch) if isinstance(one, Tensor) and one.dim())
-    return next((one.size(0) for one in tensors), 0)
+    return next((one.size(0) for one in _tensors_of(batch) if one.dim()), 0)
+
+
+def _tensors_of(batch: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a batch, also of mappings that are no dictionaries."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, tuple, list)):
+        for one in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors_of(one)
 
 
 def _taken(batch: Any, rows: Tensor, size: int) -> Any:

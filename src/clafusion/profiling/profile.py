@@ -189,7 +189,8 @@ def profile_models(
                 left = max_inputs - seen - sum(one[0].size(0) for one in waiting)
                 if left <= 0:
                     break
-                inputs = tuple(one[:left] for one in inputs)
+                if all(one.static_batch is None for one in models):
+                    inputs = tuple(one[:left] for one in inputs)
             key = _data_key(key, inputs)
             waiting.append(inputs)
             # The Gram matrices are over inputs that run side by side.
@@ -488,6 +489,6 @@ def _hash(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 
 
 def _data_key(key: int, inputs: tuple[Tensor, ...]) -> int:
-    """Go on with a checksum of each input's sum, which does not depend on the batches."""
-    sums = inputs[0].double().flatten(1).sum(1).cpu().numpy()
-    return zlib.crc32(sums.tobytes(), key)
+    """Go on with a checksum of each row's sums, which does not depend on the batches."""
+    sums = [one.double().reshape(len(one), -1).sum(1) for one in inputs]
+    return zlib.crc32(torch.stack(sums, 1).cpu().numpy().tobytes(), key)
