@@ -219,6 +219,10 @@ def _size(node: fx.Node, model: TracedModel, count: int, rows: int) -> int:
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else [value]
     total = 0
+    thinning = model.thinning
+    share = 1.0
+    if thinning is not None and node.name in thinning.thinned:
+        share = thinning.count / thinning.positions
     for one in values:
         if not isinstance(one, Tensor):
             continue
@@ -233,7 +237,7 @@ def _size(node: fx.Node, model: TracedModel, count: int, rows: int) -> int:
             else:
                 size *= int(length)
         total += math.ceil(size * count / rows) if grows and model.static_batch is None else size
-    return total
+    return math.ceil(share * total)
 
 
 def _largest_weight(model: TracedModel) -> int:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from torch import Tensor
 
-from clafusion.cli.inputs import AsJson, Device, check_alike, read_data
+from clafusion.cli.inputs import AsJson, Device, read_data
 from clafusion.cli.manifest import Manifest, read_manifest
 from clafusion.cli.options import warnings_by_entries
 from clafusion.cli.show import pair_progress, print_json, print_line
 from clafusion.errors import InputError
 from clafusion.execution.call import usable_device
 from clafusion.interop.huggingface import ModelDirectory
+from clafusion.interop.vocabulary import check_alike
 from clafusion.memory import bytes_of
 from clafusion.reports.tables import pairs_summary, total_seconds
 from clafusion.weights.atomic import check_output
@@ -142,7 +143,7 @@ def _data(given: Manifest) -> Tensor | list[dict[str, Tensor]]:
         for name, one in given.models.items()
         if isinstance(one, ModelDirectory)
     }
-    check_alike(folders)
+    check_alike(given.models)
     known = ("limit", "text_column", "max_length")
     return read_data(
         given.data["file"],
