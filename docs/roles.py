@@ -39,7 +39,7 @@ def markdown(text: str, found: griffe.Object, shown: set[str]) -> str:
     def block(match: re.Match[str]) -> str:
         indent = match[1]
         formula = " ".join(match[2].split())
-        return f"{indent}$$\n{indent}{formula}\n{indent}$$\n"
+        return f"{indent}$$\n{indent}{formula}\n{indent}$$"
 
     def link(match: re.Match[str]) -> str:
         name = match[1].lstrip("~!.")
