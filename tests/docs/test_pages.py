@@ -30,7 +30,7 @@ def results(name):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::clafusion.FusionWarning")
+@pytest.mark.filterwarnings("default")  # of the libraries that a tutorial uses
 @pytest.mark.parametrize("name", NEEDS)
 def test_the_tutorial_prints_what_it_says(name, run_page, tmp_path):
     for needed in NEEDS[name]:
