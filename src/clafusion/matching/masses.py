@@ -17,8 +17,9 @@ def marginals(
     """Return for each group of the target the masses of its source and target channels.
 
     ``target`` and ``source`` are what
-    :func:`clafusion.profiling.importance.channel_importance` says of the networks. Masses are equal where no layer reads the group, so that nothing tells its
-    channels apart; None where the source has no such channels.
+    :func:`clafusion.profiling.importance.channel_importance` says of the networks. Masses are
+    equal where no layer reads the group, so that nothing tells its channels apart; None where the
+    source has no such channels.
 
     Raises
     ------
