@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PAIRS", "Family", "Inputs", "Size", "images", "pairs", "tokens", "values"]
+__all__ = ["EXACT", "PAIRS", "Family", "Inputs", "Size", "images", "tokens", "values"]
 
 Inputs = tuple[Tensor, ...]
 
@@ -22,6 +22,9 @@ PAIRS: dict[str, tuple[Size, Size]] = {
 }
 """What differs in a pair, and the sizes of its two networks. The first has the deeper structure."""
 
+EXACT = 1e-4
+"""How far outputs may be apart by rounding, relative to the largest."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -34,13 +37,6 @@ class Family:
     library: str
     name: str
     make: Callable[[int, int], tuple[nn.Module, Inputs]]
-
-
-def pairs(families: list[Family]) -> Iterator[tuple[Family, str]]:
-    """Yield each family with what differs in a pair of it, the families one after the other."""
-    for family in families:
-        for kind in PAIRS:
-            yield family, kind
 
 
 def tokens(seed: int = 0, length: int = 12, vocabulary: int = 48) -> Tensor:

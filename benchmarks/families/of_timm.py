@@ -16,6 +16,7 @@ from tests.support.architectures import randomise
 __all__ = ["families"]
 
 _CLASSES = 5
+_STAGES = (8, 12, 16, 16)  # channels
 
 
 def _class(path: str) -> Any:
@@ -25,12 +26,12 @@ def _class(path: str) -> Any:
 
 
 def _convnext(d: int, w: int) -> nn.Module:
-    widths = tuple(w * one for one in (8, 12, 16, 16))
+    widths = tuple(w * one for one in _STAGES)
     return _class("convnext.ConvNeXt")(depths=(1, 1 + d, 1, 1), dims=widths, num_classes=_CLASSES)
 
 
 def _convnext_v2(d: int, w: int) -> nn.Module:
-    widths = tuple(w * one for one in (8, 12, 16, 16))
+    widths = tuple(w * one for one in _STAGES)
     return _class("convnext.ConvNeXt")(
         depths=(1, 1 + d, 1, 1),
         dims=widths,
@@ -52,8 +53,9 @@ def _resnet(d: int, w: int, block: str = "BasicBlock") -> nn.Module:
         _class(f"resnet.{block}"),
         (1, 1 + d, 1, 1),
         num_classes=_CLASSES,
-        stem_width=8 * w,
-        channels=(8 * w, 12 * w, 16 * w, 16 * w),
+        stem_type="deep",
+        stem_width=4 * w,
+        channels=tuple(w * one for one in _STAGES),
     )
 
 
@@ -122,7 +124,7 @@ def _poolformer(d: int, w: int) -> nn.Module:
     return _class("metaformer.MetaFormer")(
         num_classes=_CLASSES,
         depths=(1, 1 + d, 1, 1),
-        dims=tuple(w * one for one in (8, 12, 16, 16)),
+        dims=tuple(w * one for one in _STAGES),
         downsample_norm=None,
         mlp_act=nn.GELU,
         mlp_bias=True,
@@ -135,7 +137,9 @@ def _poolformer(d: int, w: int) -> nn.Module:
 
 def _mambaout(d: int, w: int) -> nn.Module:
     return _class("mambaout.MambaOut")(
-        num_classes=_CLASSES, depths=(1, 1 + d, 1, 1), dims=tuple(w * one for one in (8, 12, 16, 16))
+        num_classes=_CLASSES,
+        depths=(1, 1 + d, 1, 1),
+        dims=tuple(w * one for one in _STAGES),
     )
 
 

@@ -60,9 +60,7 @@ def _mobilenet_v3(d: int, w: int) -> nn.Module:
 def _efficientnet(d: int, w: int) -> nn.Module:
     block = partial(_of("models.efficientnet.MBConvConfig"), width_mult=w)
     setting = [block(1, 3, 1, 8, 8, 1), block(2, 3, 2, 8, 16, 1 + d), block(2, 5, 2, 16, 24, 1)]
-    return _of("models.EfficientNet")(
-        setting, 0.0, num_classes=_CLASSES, last_channel=24 * w
-    )
+    return _of("models.EfficientNet")(setting, 0.0, num_classes=_CLASSES, last_channel=24 * w)
 
 
 def _regnet(d: int, w: int) -> nn.Module:
@@ -84,7 +82,9 @@ def _convnext(d: int, w: int) -> nn.Module:
 
 
 def _vit(d: int, w: int) -> nn.Module:
-    return _of("models.VisionTransformer")(32, 8, 2 + d, 4 * w, 16 * w, 24 * w, num_classes=_CLASSES)
+    return _of("models.VisionTransformer")(
+        32, 8, 2 + d, 4 * w, 16 * w, 24 * w, num_classes=_CLASSES
+    )
 
 
 def _swin(d: int, w: int, second: bool = False) -> nn.Module:

@@ -2,49 +2,70 @@
 
 from __future__ import annotations
 
+import copy
 import signal
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
 import clafusion
-from benchmarks.families.family import PAIRS, Family, Inputs, Size
+from benchmarks.families.family import EXACT, PAIRS, Family, Inputs, Size
 from clafusion.fusion import fuse_aligned
 from tests.support.architectures import tensors
 from tests.support.networks import orders_of, permuted
 
 __all__ = ["Member", "Members", "row"]
 
-_EXACT = 1e-4
 _CALIBRATED = 1e-3
-"""How far outputs may be apart, relative to the largest: by rounding, and after least squares,
-which rewrites every layer from float32 products."""
+"""How far outputs may be apart after least squares, which rewrites layers from float32 products."""
 
 _TOLD = (clafusion.WidthWarning, clafusion.PinnedWarning)
 
 
 @dataclass
 class Member:
-    """A network of a family with what was found out about it alone."""
+    """A network of a family, traced."""
 
     model: nn.Module
     inputs: Inputs
     traced: clafusion.TracedModel
-    itself: float
-    """How far the network fused with a copy of itself is from it."""
-    copy: float
-    """How far the network fused with a copy whose free channels have other places is from it."""
+
+    @cached_property
+    def itself(self) -> float:
+        """How far the network fused with a copy of itself is from it."""
+        return self._gap_with(copy.deepcopy(self.model))
+
+    @cached_property
+    def copy(self) -> float:
+        """How far the network fused with a copy whose free channels have other places is from it.
+
+        Raises
+        ------
+        AssertionError
+            The copy itself puts out something else.
+        """
+        moved = permuted(self.model, self.traced, orders_of(self.traced))
+        changed = _gap(moved, self.model, self.inputs)
+        if changed > EXACT:
+            raise AssertionError(f"other places of the channels change the outputs: {changed}")
+        return self._gap_with(moved)
+
+    def _gap_with(self, other: nn.Module) -> float:
+        pair = [self.model, other]
+        fused = clafusion.fuse(pair, [self.inputs], example_inputs=self.inputs).model
+        return _gap(fused, self.model, self.inputs)
 
 
 @dataclass
 class Members:
-    """The networks of one family, each made and tried once."""
+    """The networks of one family, each made and traced once."""
 
     family: Family
     _known: dict[Size, Member] = field(default_factory=dict)
@@ -59,42 +80,39 @@ class Members:
         """Return the network of a size."""
         if size not in self._known:
             model, inputs = self.family.make(*size)
-            traced = clafusion.trace(model, inputs)
-            moved = permuted(model, traced, orders_of(traced))
-            changed = _gap(moved, model, inputs)
-            if changed > _EXACT:
-                raise AssertionError(f"other places of the channels change the outputs: {changed}")
-            alone = [
-                _gap(_fused([model, other], inputs), model, inputs) for other in (model, moved)
-            ]
-            self._known[size] = Member(model, inputs, traced, *alone)
+            self._known[size] = Member(model, inputs, clafusion.trace(model, inputs))
         return self._known[size]
 
 
 def row(members: Members, kind: str, limit: float) -> dict[str, Any]:
-    """Return what comes of one pair, at most ``limit`` seconds long.
+    """Return what comes of one pair, for which the processor has ``limit`` seconds.
 
     ``outcome`` is ``"fused"``, ``"refused"`` by a named error, ``"wrong"`` (a property does not
     hold, and nothing told so) or ``"fault"`` (anything else, such as a limit of time).
     """
-    start = time.perf_counter()
-    found: dict[str, Any] = {"family": members.family.name, "differs": kind}
+    start = time.process_time()
+    found: dict[str, Any] = {}
     try:
         with _at_most(limit):
-            found |= _properties(*(members.member(size) for size in PAIRS[kind]))
+            pair = [members.member(size) for size in PAIRS[kind]]
+            # Where all parents' layers and channels fit, each parent's function must come back.
+            largest = members.member((1, 2)) if kind == "both" else pair[0]
+            found |= _properties(*pair, largest)
     except clafusion.ClafusionError as error:
         found |= {"outcome": "refused", "message": str(error).splitlines()[0]}
-    except Exception as error:  # a fault is a row of the table, too
+    except (_TooLong, Exception) as error:  # a fault is a row of the table, too
         text = str(error).splitlines() or [""]
-        found |= {"outcome": "fault", "message": f"{type(error).__name__}: {text[0]}"}
-    return {**found, "seconds": round(time.perf_counter() - start, 1)}
+        kind_of_error = type(error).__name__.strip("_")
+        found |= {"outcome": "fault", "message": f"{kind_of_error}: {text[0]}"}
+    return {**found, "seconds": round(time.process_time() - start, 1)}
 
 
-def _properties(first: Member, second: Member) -> dict[str, Any]:
+def _properties(first: Member, second: Member, largest: Member) -> dict[str, Any]:
     """Fuse two networks in all ways; return what holds of the results.
 
-    ``first`` and ``second`` say how far the result is from the only parent that has weight, the
-    first or the second; ``told`` names those of which a warning says that it is not kept.
+    ``largest`` has the structure that can hold both. ``first`` and ``second`` say how far the
+    result is from the only parent that has weight, the first or the second; ``told`` names those of
+    which a warning says that their function is not kept.
     """
     inputs = first.inputs
     pair = [first.model, second.model]
@@ -102,11 +120,12 @@ def _properties(first: Member, second: Member) -> dict[str, Any]:
     aligned = clafusion.align(pair, [inputs], _CALIBRATIONS["repair"], example_inputs=inputs)
     gaps: dict[str, float] = {}
     told: list[str] = []
+    plain = clafusion.FusionConfig(calibration="none", target=clafusion.Like(largest.model))
     for name, weights in (("first", [1.0, 0.0]), ("second", [0.0, 1.0])):
         parent = pair[weights.index(1.0)]
         with warnings.catch_warnings(record=True) as given:
             warnings.simplefilter("always")
-            result = fuse_aligned(aligned, [inputs], weights, _PLAIN)
+            result = fuse_aligned(aligned, [inputs], weights, plain, template=largest.traced)
         if any(isinstance(one.message, _TOLD) for one in given):
             told.append(name)
         gaps[name] = _gap(result.model, parent, inputs)
@@ -117,7 +136,7 @@ def _properties(first: Member, second: Member) -> dict[str, Any]:
         for calibration, config in _CALIBRATIONS.items()
     }
     holds = (
-        all(gaps[name] <= _EXACT or name in told for name in ("first", "second"))
+        all(gaps[name] <= EXACT or name in told for name in ("first", "second"))
         and max(gaps["itself"], gaps["copy"]) <= _CALIBRATED
         and all(finite.values())
     )
@@ -125,16 +144,9 @@ def _properties(first: Member, second: Member) -> dict[str, Any]:
     return {"outcome": "fused" if holds else "wrong", **rounded, "told": told, **finite}
 
 
-# Where all parents' channels fit, each parent's function must come back.
-_PLAIN = clafusion.FusionConfig(calibration="none", target=clafusion.Deeper(width="wide"))
 _CALIBRATIONS = {
     name: clafusion.FusionConfig(calibration=name) for name in ("repair", "least_squares")
 }
-
-
-def _fused(models: list[nn.Module], inputs: Inputs) -> nn.Module:
-    """Return what models fuse to, with the default options."""
-    return clafusion.fuse(models, [inputs], example_inputs=inputs).model
 
 
 def _gap(model: nn.Module, other: nn.Module, inputs: Inputs) -> float:
@@ -153,17 +165,21 @@ def _is_finite(model: nn.Module, inputs: Inputs) -> bool:
         return all(bool(one.isfinite().all()) for one in tensors(model(*inputs)))
 
 
+class _TooLong(BaseException):
+    """A pair took too long. No ``except Exception`` of a library can swallow it."""
+
+
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in what takes longer."""
+    """Raise in what takes more time of the processor."""
 
     def stop(*_: Any) -> None:
-        raise TimeoutError(f"longer than {seconds:g} s")
+        raise _TooLong(f"more than {seconds:g} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.families.family import PAIRS
+from benchmarks.families.family import EXACT, PAIRS
 
 __all__ = ["LIBRARIES", "REASONS", "counts", "reason_of", "results_of", "table"]
 
@@ -20,8 +20,18 @@ LIBRARIES = ("transformers", "timm", "torchvision")
 Results = dict[str, dict[str, Any]]
 """By a family's name: what tracing found (``traces``) and the row of each pair."""
 
-# What a message of a refusal has -> the reason, as docs/architectures.md gives it.
+# What the message of a refusal has -> the reason, as docs/architectures.md gives it.
 REASONS = {
+    r"for other layers have its weights": "one layer runs again and again: its depth is a count, "
+    "not a matter of weights",
+    r"heads or groups that cannot change places": "another number of heads that cannot change "
+    "places, for each has a position of its own",
+    r"how many heads of queries share one of keys": "another number of queries' heads share one of "
+    "the keys' heads",
+    r"fill_value|constant '[^']*': its values|buffer '[^']*': its values": "a constant of the code "
+    "depends on the width or on the number of heads: a scale of the embeddings, slopes, waves as "
+    "positions",
+    r"experts": "another number of experts",
 }
 
 
@@ -54,14 +64,15 @@ def counts() -> Counter[str]:
 
 
 def table() -> str:
-    """Return the table in Markdown; refusals are numbered as their reasons stand in the list."""
-    numbers = {why: str(i) for i, why in enumerate(dict.fromkeys(REASONS.values()), 1)}
+    """Return the table in Markdown, and below it the reasons, by the numbers that it gives them."""
+    numbers: dict[str, int] = {}
 
     def cell(row: dict[str, Any]) -> str:
         if row["outcome"] == "refused":
-            return f"no ({numbers.get(reason_of(row['message']) or '', '?')})"
+            reason = reason_of(row["message"]) or row["message"]
+            return f"no ({numbers.setdefault(reason, len(numbers) + 1)})"
         if row["outcome"] == "fused":
-            return "yes" if max(row["first"], row["second"]) <= 1e-4 else "told"
+            return "told" if row["told"] and max(row["first"], row["second"]) > EXACT else "yes"
         return str(row["outcome"])
 
     lines = [
@@ -72,10 +83,15 @@ def table() -> str:
         for name, family in results_of(library).items():
             cells = [cell(family[kind]) for kind in PAIRS]
             lines.append(f"| {library} | {name} | {family['channels']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    reasons = [f"{number}. {reason}" for reason, number in numbers.items()]
+    return "\n".join([*lines, "", *reasons])
 
 
-if __name__ == "__main__":
+def main() -> None:
     print(table())
     for outcome, count in counts().most_common():
         print(f"{count:4d} {outcome}")
+
+
+if __name__ == "__main__":
+    main()

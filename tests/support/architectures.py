@@ -1799,7 +1799,9 @@ def any_arguments() -> nn.Module:
 
 
 @architecture(
-    "Wrapper that takes keywords of any name", lambda: {"image": RGB, "vector": VECTOR}, channels=(8,)
+    "Wrapper that takes keywords of any name",
+    lambda: {"image": RGB, "vector": VECTOR},
+    channels=(8,),
 )
 def any_keywords() -> nn.Module:
     class AnyKeywords(nn.Module):
