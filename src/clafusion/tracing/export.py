@@ -144,9 +144,7 @@ def _export(
     _refuse_strange_outputs(outputs)
     try:
         with _keywords_spelled_out(model, named):
-            return torch.export.export(
-                model, arguments, named, dynamic_shapes=shapes, strict=False
-            )
+            return torch.export.export(model, arguments, named, dynamic_shapes=shapes, strict=False)
     except Exception as failure:
         raise UnsupportedOpError(
             f"torch.export cannot export {type(model).__name__}: {first_line(failure)}. Rewrite "
