@@ -100,3 +100,14 @@ def test_keywords_that_no_signature_names_are_inputs(is_replaced):
     fused = fuse(models, [BATCH], [0, 1], example_inputs=BATCH, calibration="none").model
     assert fused(**BATCH).shape == (30, 3)
     torch.testing.assert_close(trace(models[1], BATCH).model(**BATCH), models[1](**BATCH))
+
+
+def test_keys_that_are_numbers_stay_keys():
+    given = {"maps": {"0": X, "1": LEVEL}, "list": [X, LEVEL]}
+    flat = [pair for name, one in given.items() for pair in flattened(one, name)]
+    names, values = zip(*flat, strict=True)
+    assert names == ("maps.'0'", "maps.'1'", "list.0", "list.1")
+    again = nested(names, values)
+    assert again["maps"].keys() == {"0", "1"}
+    assert isinstance(again["list"], list)
+    assert all(part(given, name) is value for name, value in flat)
