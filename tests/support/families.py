@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.support.architectures import randomise
+from tests.support.transformers import OneOutput
 
 VOCABULARY = 23
 
@@ -30,17 +31,6 @@ TEXTS = (tokens(6), tokens(4, seed=2))
 SOUND = (values(8, 24), tokens(4, seed=2))
 IMAGES = (values(3, 16, 16),)
 VECTORS = (values(8),)
-
-
-class OneOutput(nn.Module):
-    """A model of the transformers package that takes positional inputs and returns its logits."""
-
-    def __init__(self, model: nn.Module, *names: str) -> None:
-        super().__init__()
-        self.model, self.names = model, names
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
 
 
 _SEQUENCES = ("input_ids", "decoder_input_ids")

@@ -77,12 +77,14 @@ def move_parameter(
     model = correspondence.target
     axes = model.axes_of(name)
     if not axes:
-        if source.shape != target.shape:
-            raise StructureError(
-                f"parameter {name!r} has shape {tuple(target.shape)}, its partner "
-                f"{tuple(source.shape)}, and none of its axes carries channels that can differ"
-            )
-        return source.clone()
+        if source.shape == target.shape:
+            return source.clone()
+        if _differ_in_repeats_only(source, target):
+            return target.clone()
+        raise StructureError(
+            f"parameter {name!r} has shape {tuple(target.shape)}, its partner "
+            f"{tuple(source.shape)}, and none of its axes carries channels that can differ"
+        )
     if correspondence.origins[name] == "zero_residual":
         return torch.full_like(target, model.fillings.get(name, 0.0))
     # What no use of the parameter shows stays the source's.
@@ -116,6 +118,23 @@ def move_parameter(
             )
         view.copy_(moved)
     return result
+
+
+def _differ_in_repeats_only(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal but for how often a value repeats along an axis.
+
+    So are constants that are the same for all channels, such as a bias of zeros in a buffer.
+    """
+    if one.dim() != other.dim():
+        return False
+    for axis in range(one.dim()):
+        if one.size(axis) == other.size(axis):
+            continue
+        kept = one.narrow(axis, 0, 1), other.narrow(axis, 0, 1)
+        if not all(torch.equal(a, b.expand_as(a)) for a, b in zip((one, other), kept, strict=True)):
+            return False
+        one, other = kept
+    return torch.equal(one, other)
 
 
 def move_along(
