@@ -1,4 +1,4 @@
-"""What mkdocs makes of the sources: the table of options, the gallery, two pages of the root.
+"""What mkdocs makes of the sources: the table of options, the gallery, pages of the root, formulas.
 
 The package has to be installed, for the options are asked of it.
 """
@@ -6,6 +6,7 @@ The package has to be installed, for the options are asked of it.
 from __future__ import annotations
 
 import ast
+import html
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,8 @@ from clafusion.presets import PRESETS, preset_of
 ROOT = Path(__file__).parents[1]
 OPTIONS_MARK = "<!-- table of all options -->"
 PRESETS_MARK = "<!-- table of all presets -->"
+FIGURES = "benchmarks/results/"  # pictures that pages show from there
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>', re.DOTALL)
 # Page -> the file at the root that it shows. Links in it lead to docs/ where they can.
 PAGES_OF_THE_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 
@@ -32,15 +35,32 @@ def on_files(files: Any, config: Any) -> Any:
     pages["gallery.md"] = gallery(ROOT / "examples", ROOT / "docs" / "gallery")
     for page, content in pages.items():
         files.append(File.generated(config, page, content=content))
+    for figure in sorted((ROOT / FIGURES).glob("*.png")):
+        files.append(File.generated(config, f"figures/{figure.name}", abs_src_path=str(figure)))
     return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the tables of options and presets where their marks are."""
+    """Put the tables of options and presets where their marks are, and figures in the site."""
     for mark, made in ((OPTIONS_MARK, options), (PRESETS_MARK, presets)):
         if mark in markdown:
             markdown = markdown.replace(mark, made())
-    return markdown
+    return markdown.replace(f"](../{FIGURES}", "](figures/").replace(
+        f"](../../{FIGURES}", "](../figures/"
+    )
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Put MathML, which browsers draw without a script, in place of every formula."""
+    return FORMULA.sub(_mathml, content)
+
+
+def _mathml(match: re.Match[str]) -> str:
+    from latex2mathml.converter import convert
+
+    display = "block" if match[2] == "[" else "inline"
+    formula = convert(html.unescape(match[3]).strip(), display=display)
+    return f'<div class="arithmatex">{formula}</div>' if match[1] == "div" else formula
 
 
 def page_of_root(file: str) -> str:

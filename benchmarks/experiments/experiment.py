@@ -24,7 +24,9 @@ def arguments(description: str | None, *, seeds: int, **flags: str) -> argparse.
     parser.add_argument("--quick", action="store_true", help="the form for two cores, in minutes")
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--fresh", action="store_true", help="do finished seeds again")
+    parser.add_argument(
+        "--fresh", action="store_true", help="compute all seeds, also those that are stored"
+    )
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     return parser.parse_args()
@@ -40,7 +42,8 @@ def run(
 ) -> dict[str, list[float]]:
     """Run every seed that is not done yet, write the results after each, and print the table.
 
-    A seed's results are kept as long as the settings are the same.
+    A seed's results are kept as long as the settings are the same. Which seeds are read from the
+    file and which are computed is printed: figures that are read hold for the versions of then.
     """
     name = f"{name}_quick" if given.quick else name
     path = RESULTS / f"{name}.json"
@@ -49,8 +52,10 @@ def run(
         before = json.loads(path.read_text())
         if before["settings"] == json.loads(json.dumps(settings)):
             done = before["seeds"]
+            print(_stored(list(done), path, before["about"]))
     for seed in range(given.seeds):
         if str(seed) not in done:
+            print(f"seed {seed}: computing", flush=True)
             done[str(seed)] = one_seed(seed)
             write_results(name, {"settings": settings, "seeds": done, "table": _table(done)})
     table = _table(done)
@@ -60,6 +65,13 @@ def run(
         print(f"{row:{width}s} {100 * figures['mean']:6.2f} % +- {100 * figures['stdev']:5.2f}")
     _plot(table, title, RESULTS / f"{name}.png")
     return {row: [one[row] for one in done.values()] for row in table}
+
+
+def _stored(seeds: list[str], path: Path, about: dict[str, Any]) -> str:
+    return (
+        f"NOT COMPUTED NOW: seeds {', '.join(seeds)} are read from {path}, as they were computed "
+        f"with Python {about['python']} and torch {about['torch']}; --fresh computes them again"
+    )
 
 
 def _table(done: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -37,13 +37,19 @@ def test_finished_seeds_are_kept(folder, capsys):
         run(settings, 3, fails_at=2)
     stored = json.loads((folder / "stand_in_quick.json").read_text())
     assert list(stored["seeds"]) == ["0", "1"]
+    assert "NOT COMPUTED NOW" not in capsys.readouterr().out
     computed, scores = run(settings, 3)
     assert computed == [2]
     assert scores == {"parent": [0.5, 0.6, 0.7], "fused": [0.75] * 3}
-    assert "60.00 % +-  8.16" in capsys.readouterr().out  # sqrt(2 / 3) of 10 %
+    printed = capsys.readouterr().out
+    assert "60.00 % +-  8.16" in printed  # sqrt(2 / 3) of 10 %
+    assert "NOT COMPUTED NOW: seeds 0, 1 are read from" in printed
+    assert "seed 2: computing" in printed
     assert (folder / "stand_in_quick.png").stat().st_size > 0
     assert run(settings, 3)[0] == []
+    assert "NOT COMPUTED NOW: seeds 0, 1, 2" in capsys.readouterr().out
     assert run(settings, 3, fresh=True)[0] == [0, 1, 2]
+    assert "NOT COMPUTED NOW" not in capsys.readouterr().out
 
 
 def test_other_settings_begin_anew(folder):

@@ -26,6 +26,23 @@ FAMILIES = {
     "Gemma-2": (lambda: families.gemma2(4), lambda: families.gemma2(2, seed=1), families.TEXT),
     "Phi": (lambda: families.phi(3), lambda: families.phi(2, seed=1), families.TEXT),
     "GPT-NeoX": (lambda: families.gpt_neox(3), lambda: families.gpt_neox(2, seed=1), families.TEXT),
+    "Mixtral": (lambda: families.mixtral(3), lambda: families.mixtral(2, seed=1), families.TEXT),
+    "Mixture of experts in a list": (
+        lambda: families.mixture(3),
+        lambda: families.mixture(2, seed=1),
+        families.VECTORS,
+    ),
+    "Llama, more heads share the keys": (
+        lambda: families.llama(2, heads=8, keys=2),
+        lambda: families.llama(1, heads=4, keys=2, seed=1),
+        families.TEXT,
+    ),
+    "Llama, fewer heads share more keys": (
+        lambda: families.llama(2, heads=8, keys=4),
+        lambda: families.llama(1, heads=8, keys=2, seed=1),
+        families.TEXT,
+    ),
+    "Mamba": (lambda: families.mamba(2), lambda: families.mamba(1, seed=1), families.SHORT_TEXT),
     "Swin": (lambda: families.swin(4, 2), lambda: families.swin(2, 2, seed=1), families.IMAGES),
     "nn.Transformer": (
         lambda: families.translator(3, 2),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.support.architectures import randomise
+from tests.support.transformers import OneOutput
 
 VOCABULARY = 23
 
@@ -25,20 +26,11 @@ def values(*shape: int, seed: int = 1, rows: int = 24) -> Tensor:
 
 
 TEXT = (tokens(6),)
+SHORT_TEXT = (tokens(3, rows=8),)
 TEXTS = (tokens(6), tokens(4, seed=2))
 SOUND = (values(8, 24), tokens(4, seed=2))
 IMAGES = (values(3, 16, 16),)
-
-
-class OneOutput(nn.Module):
-    """A model of the transformers package that takes positional inputs and returns its logits."""
-
-    def __init__(self, model: nn.Module, *names: str) -> None:
-        super().__init__()
-        self.model, self.names = model, names
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.model(**dict(zip(self.names, inputs, strict=True))).logits
+VECTORS = (values(8),)
 
 
 _SEQUENCES = ("input_ids", "decoder_input_ids")
@@ -162,6 +154,82 @@ def gpt_neox(layers: int, seed: int = 0) -> nn.Module:
 
     config = transformers.GPTNeoXConfig(**_text_config(layers), use_cache=False)
     return _built(transformers.GPTNeoXForCausalLM, config, ("input_ids",), seed)
+
+
+def llama(layers: int, heads: int, keys: int, seed: int = 0) -> nn.Module:
+    """Return a Llama with ``heads`` heads of queries and ``keys`` of keys and values, of size 4."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        **{**_text_config(layers), "num_attention_heads": heads},
+        num_key_value_heads=keys,
+        head_dim=4,
+        use_cache=False,
+        **_SPECIAL,
+    )
+    return _built(transformers.LlamaForCausalLM, config, ("input_ids",), seed)
+
+
+def mixtral(layers: int, seed: int = 0) -> nn.Module:
+    import transformers
+
+    config = transformers.MixtralConfig(
+        **_text_config(layers),
+        num_key_value_heads=2,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        use_cache=False,
+        **_SPECIAL,
+    )
+    return _built(transformers.MixtralForCausalLM, config, ("input_ids",), seed)
+
+
+def mamba(layers: int, seed: int = 0) -> nn.Module:
+    import transformers
+
+    config = transformers.MambaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=layers,
+        state_size=4,
+        time_step_rank=2,
+        use_cache=False,
+        **_SPECIAL,
+    )
+    return _built(transformers.MambaForCausalLM, config, ("input_ids",), seed)
+
+
+class Experts(nn.Module):
+    """A mixture whose experts are modules of a list; a router weighs them all."""
+
+    def __init__(self, width: int, count: int, hidden: int) -> None:
+        super().__init__()
+        self.norm, self.router = nn.LayerNorm(width), nn.Linear(width, count)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width))
+            for _ in range(count)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        read = self.norm(x)
+        shares = self.router(read).softmax(-1)
+        written = torch.stack([expert(read) for expert in self.experts], -2)
+        return x + (written * shares.unsqueeze(-1)).sum(-2)
+
+
+class Mixture(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(8, 16), nn.Linear(16, 5)
+        self.layers = nn.Sequential(*(Experts(16, 3, 12) for _ in range(layers)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.layers(self.enter(x)))
+
+
+def mixture(layers: int, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return randomise(Mixture(layers), seed)
 
 
 def swin(*depths: int, seed: int = 0) -> nn.Module:

@@ -6,6 +6,7 @@ mistake of the library's own verification would show.
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,8 @@ PINNED = {
 """What has channels that keep their places although others would do as well."""
 
 REFUSALS = (UnsupportedOpError, GraphVerificationError)
+
+PAGE = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +118,7 @@ def test_verified_or_refused(name: str) -> None:
         with pytest.raises(REFUSALS) as refusal:
             trace(model, inputs)
         assert len(str(refusal.value)) > 40  # it says what and where
+        assert f"| {name} | refused ({type(refusal.value).__name__}) | | |" in PAGE
         return
     before = {key: value.clone() for key, value in model.state_dict().items()}
     graph = trace(model, inputs)
@@ -124,6 +128,7 @@ def test_verified_or_refused(name: str) -> None:
     if entry.channels is not None:
         assert tuple(sorted(one.size for one in graph.groups)) == entry.channels
     assert bool(graph.pinned) == (name in PINNED)
+    assert architectures.row(name, graph.groups) in PAGE
 
     if not entry.is_single:
         model, inputs = model.double(), widen(inputs)
@@ -141,6 +146,16 @@ def test_verified_or_refused(name: str) -> None:
             permute(alone, group, permutation)
             assert difference(call(alone, inputs), expected) <= entry.tolerance, group.name
     assert difference(call(together, inputs), expected) <= entry.tolerance
+
+
+def test_the_documentation_has_the_suite_and_nothing_else() -> None:
+    table = PAGE.partition("| Architecture | Outcome |")[2].partition("\n\n")[0]
+    assert [line.split(" | ")[0][2:] for line in table.splitlines()[2:]] == list(ARCHITECTURES)
+    outcomes = [one.outcome for one in ARCHITECTURES.values()]
+    verified, refused = outcomes.count("verified"), outcomes.count("refused")
+    assert f"{verified} architectures are verified, {refused} are refused" in PAGE
+    numbers = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert f"verified, refused, silently wrong | {verified}, {refused}, 0 |" in numbers
 
 
 # The class that wins does not change with every small error.

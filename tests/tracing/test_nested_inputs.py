@@ -83,6 +83,25 @@ def test_names_say_where_a_tensor_belongs():
     assert part(whole, "batch.x.0") is None
 
 
+class TakesKeywords(TakesAMapping):
+    def forward(self, x, **others):
+        level, scale = others["levels"]
+        return self.head((self.first(x) + self.second(level) * scale).relu())
+
+
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["method", "replaced"])
+def test_keywords_that_no_signature_names_are_inputs(is_replaced):
+    models = [TakesKeywords(9, 0), TakesKeywords(7, 1)]
+    if is_replaced:  # as hooks of other libraries do
+        models[0].forward = models[0].forward
+    traced = trace(models[0], BATCH)
+    assert [one.size for one in traced.groups] == [9]
+    assert ("forward" in vars(models[0])) == is_replaced
+    fused = fuse(models, [BATCH], [0, 1], example_inputs=BATCH, calibration="none").model
+    assert fused(**BATCH).shape == (30, 3)
+    torch.testing.assert_close(trace(models[1], BATCH).model(**BATCH), models[1](**BATCH))
+
+
 def test_keys_that_are_numbers_stay_keys():
     given = {"maps": {"0": X, "1": LEVEL}, "list": [X, LEVEL]}
     flat = [pair for name, one in given.items() for pair in flattened(one, name)]

@@ -58,7 +58,7 @@ def prepare(
     name
         What errors call the model.
     data_hash
-        :func:`clafusion.weights.digests.data_digest` of ``data``.
+        :func:`clafusion.profiling.batches.data_digest` of ``data``.
     cache_dir
         The folder of the cache; None for no cache.
 

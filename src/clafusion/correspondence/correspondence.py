@@ -17,6 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from clafusion.correspondence.hooks import HookPair, hook_pairs, source_hook
+from clafusion.correspondence.shared_heads import share_otherwise
 from clafusion.errors import StructureError, WidthWarning, warn
 from clafusion.tracing.layer import CalibrationPoint, HookPoint, Layer
 from clafusion.tracing.model import TracedModel
@@ -100,9 +101,17 @@ class Correspondence:
 
     @property
     def changes_no_width(self) -> bool:
-        """Whether all groups that both networks have are of equal size."""
-        return all(
+        """Whether all groups that both networks have are of equal size, in as many places."""
+        return not self.shares_otherwise and all(
             other < 0 or one.size == self.source.groups[other].size
+            for one, other in zip(self.target.groups, self.groups, strict=True)
+        )
+
+    @property
+    def shares_otherwise(self) -> bool:
+        """Whether other numbers of heads of queries share one of keys somewhere."""
+        return any(
+            other >= 0 and one.sharing != self.source.groups[other].sharing
             for one, other in zip(self.target.groups, self.groups, strict=True)
         )
 
@@ -293,11 +302,11 @@ class _Votes:
             for (group, group_axis), (other_group, other_axis) in zip(one, other, strict=True):
                 self.vote(group.index, other_group.index, name)
                 repeats = group_axis.positions.size(1), other_axis.positions.size(1)
-                if repeats[0] != repeats[1]:
+                if repeats[0] != repeats[1] and not share_otherwise(group, other_group, *repeats):
                     raise StructureError(
                         f"in axis {axis} of {name!r} a channel stands for {repeats[0]} positions, "
-                        f"in its partner for {repeats[1]}; the inputs, the strides, or how many "
-                        "heads of queries share one of keys differ"
+                        f"in its partner for {repeats[1]}; the inputs or the strides differ, or "
+                        "how many heads of queries share one of keys where these lie in one weight"
                     )
 
 

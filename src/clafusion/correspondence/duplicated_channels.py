@@ -43,7 +43,8 @@ class CopyingPlans:
 def copying_plans(correspondence: Correspondence) -> CopyingPlans | None:
     """Return plans under which the source's function fits the target's widths.
 
-    None where there are none: the numbers of channels that are added up without weights differ, or
+    None where there are none: the target has fewer heads of queries that share others of keys, the
+    numbers of channels that are added up without weights differ, or
     those of other channels have no common divisor, so that nothing of a network would be left.
     """
     target, source = correspondence.target, correspondence.source
@@ -55,6 +56,8 @@ def copying_plans(correspondence: Correspondence) -> CopyingPlans | None:
         partner = source.groups[other]
         of_source, of_target = counts.get(one.index, (1, 1))
         pair = partner.size // of_source, one.size // of_target
+        if one.sharing * of_target < partner.sharing * of_source and one.sharing != partner.sharing:
+            return None  # not every head of queries has a place
         if pair[0] != pair[1] and (one.is_counted or partner.is_counted or math.gcd(*pair) == 1):
             return None
         sizes.setdefault(other, [(of_source, pair[0])]).append((of_target, pair[1]))

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 
 from clafusion.profiling.profile import ModelProfile
-from clafusion.tracing.model import ChannelGroup, HeadPartition, TracedModel, UnitedHeads
+from clafusion.tracing.heads import base_repeats
+from clafusion.tracing.model import (
+    ChannelGroup,
+    GroupAxis,
+    HeadPartition,
+    TracedModel,
+    UnitedHeads,
+)
 
 __all__ = ["unite_heads", "unite_models"]
 
@@ -76,10 +83,10 @@ def _counterparts(
         found: dict[int, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
         for places, columns in _columns(model, heads, names).items():
             alike = by_places.get(places, [])
-            # Of a table each head has many entries, which correspond in order.
+            # A head of a table or of rotary queries has many groups, which correspond in order.
             theirs = columns_of_other.get(places, [])
-            if len(alike) == 1:
-                theirs = [(alike[0].index,)]
+            if len(alike) == 1 or (not theirs and len(alike) == len(columns)):  # a single head
+                theirs = [(one.index,) for one in alike]
             if len(theirs) == len(columns) and sum(map(len, theirs)) == len(alike):
                 found.setdefault(len(theirs[0]), []).extend(zip(columns, theirs, strict=True))
         for count, pairs in found.items():
@@ -115,9 +122,16 @@ def _places(model: TracedModel, one: ChannelGroup, names: Mapping[str, str] | No
         shown = name if names is None else names.get(name)
         place = uses.index(group_axis.use.index)
         found.append(
-            (shown, place, group_axis.axis, group_axis.direction, group_axis.positions.size(1))
+            (shown, place, group_axis.axis, group_axis.direction, _repeats(one, group_axis))
         )
     return tuple(found)
+
+
+def _repeats(group: ChannelGroup, axis: GroupAxis) -> int:
+    """Return in how many positions a channel stands on an axis, of each head that shares it."""
+    repeats = axis.positions.size(1)
+    is_shared = repeats == group.sharing * base_repeats(group)
+    return repeats // group.sharing if is_shared else repeats
 
 
 def _in_one_use(model: TracedModel, groups: Sequence[int]) -> bool:
@@ -164,7 +178,8 @@ def _united(model: TracedModel, partitions: Sequence[HeadPartition]) -> TracedMo
         )
         atoms = torch.cat([part.atoms for part in parts])
         is_counted = any(part.is_counted for part in parts)
-        groups.append(ChannelGroup(len(groups), len(atoms), atoms, group_axes, is_counted))
+        shape = parts[0].sharing, len(parts) * parts[0].heads
+        groups.append(ChannelGroup(len(groups), len(atoms), atoms, group_axes, is_counted, *shape))
 
     def renamed(one: Any) -> Any:
         """Name the channels of a hook point or a calibration point by the united groups."""

@@ -71,7 +71,11 @@ def check_inserted(correspondence: Correspondence) -> None:
         The function changes.
     """
     target = correspondence.target
-    if target.united_heads or _has_heads_of_another_size(correspondence):
+    if (
+        target.united_heads
+        or correspondence.shares_otherwise
+        or _has_heads_of_another_size(correspondence)
+    ):
         _compare_operations(correspondence)
         _check_by_copies(correspondence)
         return

@@ -7,11 +7,13 @@ A plan has two normalisations, for what leaves a group and for what reads it: se
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from clafusion.correspondence.correspondence import Correspondence
+from clafusion.correspondence.shared_heads import plan_of_places, share_otherwise
 from clafusion.correspondence.structure import structured_state
 from clafusion.errors import StructureError
 from clafusion.execution.lazy import LazyState
@@ -75,12 +77,14 @@ def move_parameter(
     model = correspondence.target
     axes = model.axes_of(name)
     if not axes:
-        if source.shape != target.shape:
-            raise StructureError(
-                f"parameter {name!r} has shape {tuple(target.shape)}, its partner "
-                f"{tuple(source.shape)}, and none of its axes carries channels that can differ"
-            )
-        return source.clone()
+        if source.shape == target.shape:
+            return source.clone()
+        if _differ_in_repeats_only(source, target):
+            return target.clone()
+        raise StructureError(
+            f"parameter {name!r} has shape {tuple(target.shape)}, its partner "
+            f"{tuple(source.shape)}, and none of its axes carries channels that can differ"
+        )
     if correspondence.origins[name] == "zero_residual":
         return torch.full_like(target, model.fillings.get(name, 0.0))
     # What no use of the parameter shows stays the source's.
@@ -116,6 +120,23 @@ def move_parameter(
     return result
 
 
+def _differ_in_repeats_only(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal but for how often a value repeats along an axis.
+
+    So are constants that are the same for all channels, such as a bias of zeros in a buffer.
+    """
+    if one.dim() != other.dim():
+        return False
+    for axis in range(one.dim()):
+        if one.size(axis) == other.size(axis):
+            continue
+        kept = one.narrow(axis, 0, 1), other.narrow(axis, 0, 1)
+        if not all(torch.equal(a, b.expand_as(a)) for a, b in zip((one, other), kept, strict=True)):
+            return False
+        one, other = kept
+    return torch.equal(one, other)
+
+
 def move_along(
     plans: Sequence[TransportPlan | None],
     tensor: Tensor,
@@ -130,26 +151,30 @@ def move_along(
 
     Without ``source_axes`` the source's channels stand in the order of their group.
     """
-    rows: list[Tensor | None] = []
-    places: list[Tensor] = []
+    moves: list[_Move] = []
     for i, (group, group_axis) in enumerate(pairs):
         plan = plans[group.index]
         assert plan is not None, "a matched parameter carries a group without a partner"
-        repeats = group_axis.positions.size(1)
+        into = group_axis.positions
+        repeats = into.size(1)
         if source_axes is None:
             positions = torch.arange(plan.shape[0] * repeats).view(-1, repeats)
         else:
             positions = source_axes[i][1].positions
-        if positions.size(1) != repeats:
-            raise StructureError(
-                f"in axis {axis} of {name!r} a channel stands for {repeats} positions, in its "
-                f"partner for {positions.size(1)}; the inputs or strides differ"
-            )
+        if source_axes is not None and positions.size(1) != repeats:
+            other = source_axes[i][0]
+            if not share_otherwise(group, other, repeats, positions.size(1)):
+                raise StructureError(
+                    f"in axis {axis} of {name!r} a channel stands for {repeats} positions, in its "
+                    f"partner for {positions.size(1)}; the inputs or strides differ"
+                )
+            plan = plan_of_places(plan, group, other)
+            into = into.reshape(plan.shape[1], -1)
+            positions = positions.reshape(plan.shape[0], -1)
         leaves = group_axis.direction == "out" or normalisation == "single"
-        rows.append(plan.copied_rows(leaves=leaves))
-        places.append(positions)
-    fixed_target = _others([one.positions for _, one in pairs], length)
-    fixed_source = _others(places, tensor.size(axis))
+        moves.append(_Move(plan, leaves, into, positions))
+    fixed_target = _others([one.into for one in moves], length)
+    fixed_source = _others([one.positions for one in moves], tensor.size(axis))
     if len(fixed_target) != len(fixed_source):
         raise StructureError(
             f"axis {axis} of {name!r} has {len(fixed_target)} fixed positions, its partner "
@@ -158,23 +183,31 @@ def move_along(
     index = torch.zeros(length, dtype=torch.int64)
     index[fixed_target] = fixed_source
     mixed = []
-    for (group, group_axis), chosen, positions in zip(pairs, rows, places, strict=True):
+    for one in moves:
+        chosen = one.plan.copied_rows(leaves=one.leaves)
         if chosen is None:
-            mixed.append((group, group_axis, positions))
+            mixed.append(one)
         else:
-            index[group_axis.positions.reshape(-1)] = positions[chosen].reshape(-1)
+            index[one.into.reshape(-1)] = one.positions[chosen].reshape(-1)
     if not mixed and torch.equal(index, torch.arange(tensor.size(axis))):
         return tensor
     result = tensor.index_select(axis, index.to(tensor.device))
-    for group, group_axis, positions in mixed:
-        plan = plans[group.index]
-        assert plan is not None
-        leaves = group_axis.direction == "out" or normalisation == "single"
-        block = tensor.movedim(axis, 0)[positions.reshape(-1).to(tensor.device)]
-        moved = (plan.outgoing if leaves else plan.incoming)(block.reshape(plan.shape[0], -1))
-        into = group_axis.positions.reshape(-1).to(tensor.device)
+    for one in mixed:
+        plan = one.plan
+        block = tensor.movedim(axis, 0)[one.positions.reshape(-1).to(tensor.device)]
+        moved = (plan.outgoing if one.leaves else plan.incoming)(block.reshape(plan.shape[0], -1))
+        into = one.into.reshape(-1).to(tensor.device)
         result.movedim(axis, 0)[into] = moved.reshape(-1, *block.shape[1:])
     return result
+
+
+class _Move(NamedTuple):
+    """A plan for an axis, which of its normalisations counts, and where the channels stand."""
+
+    plan: TransportPlan
+    leaves: bool
+    into: Tensor
+    positions: Tensor
 
 
 def _others(used: Sequence[Tensor], length: int) -> Tensor:
@@ -212,10 +245,22 @@ def move_values(
         assert plan is not None, "a matched point shows a group without a partner"
         chosen = plan.copied_rows(leaves=True)
         into = torch.nonzero(target.groups == one).squeeze(1)
-        out_of = torch.nonzero(source.groups == correspondence.groups[one]).squeeze(1)
+        index = correspondence.groups[one]
+        out_of = torch.nonzero(source.groups == index).squeeze(1)
         # A member may stand in several places, as in a projection to queries and keys at once.
         into_turns = _earlier_equals(target.members[into])
         out_of_turns = _earlier_equals(source.members[out_of])
+        groups = correspondence.target.groups[one], correspondence.source.groups[index]
+        turns, turns_of_source = (int(of.max()) + 1 for of in (into_turns, out_of_turns))
+        if share_otherwise(*groups, turns, turns_of_source):
+            by_place = values.new_zeros(*values.shape[:-1], plan.shape[0], turns_of_source)
+            by_place[..., source.members[out_of], out_of_turns] = values[..., out_of]
+            of_places = plan_of_places(plan, *groups)
+            by_place = by_place.reshape(*values.shape[:-1], of_places.shape[0], -1)
+            moved = of_places.outgoing(by_place, -2)
+            moved = moved.reshape(*values.shape[:-1], plan.shape[1], turns)
+            result[..., into] = moved[..., target.members[into], into_turns]
+            continue
         for turn in into_turns.unique().tolist():
             to, of = into[into_turns == turn], out_of[out_of_turns == turn]
             if chosen is not None:

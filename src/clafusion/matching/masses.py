@@ -16,9 +16,10 @@ def marginals(
 ) -> list[tuple[Tensor, Tensor] | None]:
     """Return for each group of the target the masses of its source and target channels.
 
-    ``target`` and ``source`` are the networks' :func:`channel_importance`. Masses are equal where
-    no layer reads the group, so that nothing tells its channels apart; None where the source
-    has no such channels.
+    ``target`` and ``source`` are what
+    :func:`clafusion.profiling.importance.channel_importance` says of the networks. Masses are
+    equal where no layer reads the group, so that nothing tells its channels apart; None where the
+    source has no such channels.
 
     Raises
     ------

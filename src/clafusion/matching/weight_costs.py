@@ -233,6 +233,10 @@ def _weight_costs(
         )
         b = target.movedim(group_axis.axis, 0)[group_axis.positions.reshape(-1)]
         b = b.reshape(group.size, -1)
+        if a.size(1) != b.size(1):  # other numbers of heads share the channels: by their means
+            other = correspondence.source.groups[correspondence.groups[group.index]]
+            a = a.reshape(source_size, other.sharing, -1).mean(1)
+            b = b.reshape(group.size, group.sharing, -1).mean(1)
         cross += a @ b.T
         of_source += a.square().sum(1, keepdim=True)
         of_target += b.square().sum(1)

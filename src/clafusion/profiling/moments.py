@@ -100,7 +100,7 @@ def _deviation(mean: Tensor, squares: Tensor) -> Tensor:
 
 
 def observed_moments(model: TracedModel, data: Data) -> list[BatchMoments]:
-    """Return for each batch the moments of all values that :func:`repair` may ask of a network.
+    """Return for each batch the moments of all values that ``repair`` may ask of a network.
 
     Raises
     ------

@@ -123,6 +123,8 @@ def _export(
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
             by_name[name] = tuple(auto for _ in value)
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            by_name |= pytree.tree_map(lambda _: auto, value)
         else:
             by_name[name] = pytree.tree_map(lambda _: auto, value)
     shapes: Any = by_name if keywords else tuple(by_name.values())
@@ -141,12 +143,43 @@ def _export(
         ) from cause
     _refuse_strange_outputs(outputs)
     try:
-        return torch.export.export(model, arguments, named, dynamic_shapes=shapes, strict=False)
+        with _keywords_spelled_out(model, named):
+            return torch.export.export(model, arguments, named, dynamic_shapes=shapes, strict=False)
     except Exception as failure:
         raise UnsupportedOpError(
             f"torch.export cannot export {type(model).__name__}: {first_line(failure)}. Rewrite "
             "data-dependent control flow, or fuse the part of the model that can be exported"
         ) from failure
+
+
+@contextmanager
+def _keywords_spelled_out(model: nn.Module, named: Mapping[str, Any]) -> Iterator[None]:
+    """Give a forward that takes ``**keywords`` a signature with their names, for a while.
+
+    ``torch.export`` cannot tell the shapes of keywords that no signature names.
+    """
+    signature = inspect.signature(model.forward)
+    known = [one for one in signature.parameters.values() if one.kind != one.VAR_KEYWORD]
+    others = [one for one in named if one not in {parameter.name for parameter in known}]
+    if not others:
+        yield
+        return
+    original, own = model.forward, "forward" in vars(model)
+
+    def forward(*arguments: Any, **keywords: Any) -> Any:
+        return original(*arguments, **keywords)
+
+    spelled = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in others]
+    forward.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*known, *spelled]
+    )
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if own:
+            model.forward = original
 
 
 def _advice(model: nn.Module, inputs: Sequence[Tensor]) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import fx
 
 from clafusion.execution.call import State
 from clafusion.tracing.groups import Channels
+from clafusion.tracing.heads import base_repeats
 from clafusion.tracing.labels.rule import ComputedWeight
 from clafusion.tracing.operations import (
     RESHAPES,
@@ -192,16 +194,26 @@ class Flow:
     def freedom(self, node: fx.Node) -> tuple[bool | tuple[int, ...], ...] | None:
         """Return for each operand and the result of a weighted node whether its channels are free.
 
-        And last, in how many places of the result a channel stands. None for a node without a
-        weight.
+        And last, in how many places of the result a channel stands, of each of the heads that share
+        it. None for a node without a weight.
         """
         if not self.is_weighted(node) or node.name not in self.channels.nodes:
             return None
         involved = [self.channels.nodes[one.name] for one in (*self.operands(node), node)]
         result = involved[-1]
         places = torch.stack([result.groups, result.members])[:, result.groups >= 0]
-        turns = places.unique(dim=1, return_counts=True)[1].unique()
-        return (*(one.free for one in involved), tuple(turns.tolist()))
+        channels, counts = places.unique(dim=1, return_counts=True)
+        turns = {
+            self._of_a_head(group, count)
+            for group, count in set(zip(channels[0].tolist(), counts.tolist(), strict=True))
+        }
+        return (*(one.free for one in involved), tuple(sorted(turns)))
+
+    def _of_a_head(self, group: int, count: int) -> int:
+        """Return in how many places a channel stands, of each head that shares it."""
+        sharing = self.channels.groups[group].sharing
+        is_shared = count == sharing * base_repeats(self.channels.groups[group])
+        return count // sharing if is_shared else count
 
     def settings(self, node: fx.Node) -> tuple[tuple[str, Any], ...]:
         """Return what else than widths two nodes must have in common to do the same, by name.
@@ -238,7 +250,8 @@ class Flow:
         if name == "scaled_dot_product_attention" and key == "scale":
             return self._power_of_head_size(node.all_input_nodes[0], value or None)
         if name in ("slice", "select", "narrow") and key in ("start", "end", "length", "index"):
-            return value if self._is_along_positions(node) else None
+            is_whole = name == "slice" and _takes_all(bound_operands(node))
+            return value if self._is_along_positions(node) and not is_whole else None
         if name in ("constant_pad_nd", "pad") and key == "pad":
             return self._pads_of_positions(node, value)
         if name in ("full", "scalar_tensor") and key in ("fill_value", "s"):
@@ -284,6 +297,12 @@ class Flow:
             if value is None or math.isclose(value, size**power, rel_tol=1e-6):
                 return f"head size to the power of {power}"
         return value or 0.0
+
+
+def _takes_all(bound: Mapping[str, Any]) -> bool:
+    """Return whether a slice takes every entry of an axis."""
+    first, end, step = (bound.get(key) for key in ("start", "end", "step"))
+    return first in (None, 0) and step == 1 and (end is None or end == sys.maxsize)
 
 
 def is_matrix_product(node: fx.Node) -> bool:

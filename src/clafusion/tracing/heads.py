@@ -8,6 +8,7 @@ example one for queries and keys and one for values, which move together.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
     "exchange_heads",
     "exchange_moves",
     "group_sources",
+    "groups_with_sharing",
     "in_turn",
     "possible_heads",
     "possible_shared_heads",
@@ -138,6 +140,19 @@ def possible_shared_heads(model: TracedModel) -> list[HeadPartition]:
     for layer_index, groups in sorted(by_layer.items()):
         found += _shared(model, layer_index, groups)
     return found
+
+
+def groups_with_sharing(model: TracedModel) -> tuple[ChannelGroup, ...]:
+    """Return a model's channel groups, which then say how many of its heads share them."""
+    counts = {
+        index: len(heads.members)
+        for heads in model.heads
+        if heads.is_shared
+        for index in heads.members[0]
+    }
+    if not counts:
+        return model.groups
+    return tuple(replace(one, sharing=counts.get(one.index, 1)) for one in model.groups)
 
 
 def _shared(model: TracedModel, layer: int, groups: set[int]) -> list[HeadPartition]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import torch
 from torch import fx
 
 from clafusion.tracing.drafts import Draft
 from clafusion.tracing.flow import Flow
 from clafusion.tracing.operations import (
+    SAME_VALUES,
     bound_operands,
     convolution_geometry,
     is_affine_product,
@@ -23,6 +25,7 @@ __all__ = ["Insertion", "insertion"]
 # f(f(x)) = f(x): after such an activation, an inserted layer with identity weights and the same
 # activation changes nothing.
 _RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
+_CASTS = frozenset(["to", "_to_copy", "type_as"])
 _IDEMPOTENT = frozenset("relu relu6 hardtanh clamp clamp_min abs".split())
 
 
@@ -132,21 +135,44 @@ def _zero_residual(flow: Flow, draft: Draft) -> Insertion | None:
     """Return how a residual block writes zero; None where no parameters make it."""
     shortcut = draft.entry if draft.norm is None else draft.shortcut
     block = [one for one in draft.nodes if one is not shortcut]
-    sums = next((one for one in reversed(block) if shortcut in summands(flow, one, block)), None)
-    if shortcut is None or sums is None:
+    added = ((one, summands(flow, one, block)) for one in reversed(block))
+    if shortcut is None:
+        return None
+    sums, parts = next(
+        ((one, of) for one, of in added if len(of) > 1 and any(_keeps(of, shortcut))), (None, [])
+    )
+    if sums is None:
         return None
     if not _has_passed(flow, shortcut, draft.nodes[draft.nodes.index(sums) + 1 :]):
         return None
     written: dict[str, float] = {}
-    parts = summands(flow, sums, block)
-    parts.remove(shortcut)
-    for part in parts:
-        of_part = None if part is shortcut else parameters_for_zero(flow, part, block)
+    branches = [part for part, kept in zip(parts, _keeps(parts, shortcut), strict=True) if not kept]
+    if len(branches) + 1 < len(parts):  # the shortcut is added twice
+        return None
+    for part in branches:
+        of_part = parameters_for_zero(flow, part, block)
         if of_part is None:
             return None
         written |= of_part
     fillings = {name: value for name, value in written.items() if value != 0.0}
     return Insertion("zero", tuple(written), fillings=(*fillings.items(), *_neutral(flow, draft)))
+
+
+def _keeps(nodes: Sequence[fx.Node], value: fx.Node) -> list[bool]:
+    """Return which nodes hold a value, through copies and casts that lose nothing."""
+    found = []
+    for node in nodes:
+        while node is not value and (op_name(node) in SAME_VALUES or _is_lossless_cast(node)):
+            node = node.all_input_nodes[0]
+        found.append(node is value)
+    return found
+
+
+def _is_lossless_cast(node: fx.Node) -> bool:
+    if op_name(node) not in _CASTS:
+        return False
+    before, after = (one.meta["val"].dtype for one in (node.all_input_nodes[0], node))
+    return bool(torch.promote_types(before, after) == after)
 
 
 def _neutral(flow: Flow, draft: Draft) -> tuple[tuple[str, float], ...]:

@@ -116,6 +116,11 @@ class ChannelGroup:
         Whether the model adds up values of the channels that no weight multiplies: products of
         queries with keys, sums or a softmax over channels, outputs by the weights of an embedding.
         A copy of a channel then changes the sum, for no weight can be divided between the two.
+    sharing
+        How many heads of queries share the channels, as those of keys and values: where these read
+        or write them, each channel stands for so many times as many positions.
+    heads
+        Of how many heads they are, head after head, where those of several are united.
     """
 
     index: int
@@ -123,6 +128,8 @@ class ChannelGroup:
     atoms: Tensor
     axes: tuple[GroupAxis, ...]
     is_counted: bool = False
+    sharing: int = 1
+    heads: int = 1
 
     @property
     def name(self) -> str:

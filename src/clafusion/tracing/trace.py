@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ from clafusion.execution.walk import HALF_WIDER
 from clafusion.tracing.copies import evaluation_copy
 from clafusion.tracing.export import export_model, refuse_changed_inputs
 from clafusion.tracing.functional import without_partial_writes
-from clafusion.tracing.groups import find_channels
-from clafusion.tracing.heads import channels_of_heads
+from clafusion.tracing.groups import Channels, find_channels
+from clafusion.tracing.heads import channels_of_heads, groups_with_sharing
+from clafusion.tracing.layer import Layer
 from clafusion.tracing.layers import find_layers
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.pinned import pinned_channels
@@ -162,20 +164,36 @@ def _traced(
     with torch.no_grad():
         buffers = frozenset(state) - trainable
         channels = find_channels(module, placeholders, state, buffers, inputs, traced.layouts)
-        layers = find_layers(module, placeholders, state, channels, buffers)
+        layers_of = partial(find_layers, module, placeholders, state, buffers=buffers)
+        layers = layers_of(channels)
         normalised = tuple(channels.labels.normalised.values())
         traced = replace(traced, unreached=channels.unreached, normalised=normalised)
         traced = _with_batch_behaviour(traced, HALF_WIDER if types else {})
         singles = channels_of_heads(channels.groups, channels.alone, layers)
         if singles:
             whole = channels.with_singles(singles)
-            of_whole = find_layers(module, placeholders, state, whole, buffers)
-            with_singles = replace(traced, layers=of_whole, groups=whole.groups, uses=whole.uses)
-            proved = with_proved_heads(with_singles, inputs, verify=verify, seed=seed)
-            if any(proved.groups[i].size == 1 for one in proved.heads for i in one.members[0]):
-                return replace(proved, pinned=pinned_channels(proved, whole.labels))
+            found = _proved(traced, whole, layers_of(whole), layers_of, verify=verify, seed=seed)
+            if any(found.groups[i].size == 1 for one in found.heads for i in one.members[0]):
+                return found
+        return _proved(traced, channels, layers, layers_of, verify=verify, seed=seed)
+
+
+def _proved(
+    traced: TracedModel,
+    channels: Channels,
+    layers: tuple[Layer, ...],
+    layers_of: Callable[[Channels], tuple[Layer, ...]],
+    *,
+    verify: bool,
+    seed: int,
+) -> TracedModel:
+    """Prove channels and heads; where heads share channels, the layers do not count these."""
     traced = replace(traced, layers=layers, groups=channels.groups, uses=channels.uses)
-    traced = with_proved_heads(traced, inputs, verify=verify, seed=seed)
+    traced = with_proved_heads(traced, traced.example_inputs, verify=verify, seed=seed)
+    groups = groups_with_sharing(traced)
+    if any(one.sharing > 1 for one in groups):
+        layers = layers_of(replace(channels, groups=groups))
+        traced = replace(traced, groups=groups, layers=layers)
     return replace(traced, pinned=pinned_channels(traced, channels.labels))
 
 

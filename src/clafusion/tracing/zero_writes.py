@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,23 @@ __all__ = ["parameters_for_zero", "summands"]
 
 # Zero where their only operand is.
 _ZERO_AT_ZERO = frozenset(
-    "relu relu6 gelu silu tanh hardswish leaky_relu elu selu mish roll flip neg".split()
+    """relu relu6 gelu silu tanh hardswish leaky_relu elu selu mish roll flip neg glu erf sin
+    square abs cumsum""".split()
 )
+# Zero where all that they join is.
+_JOINS = frozenset(["cat", "stack"])
+# Zero where one of their operands is.
+_PRODUCTS = frozenset("mul matmul mm bmm einsum".split())
+# Zero where the operand of this name is: the others say which of its values are taken.
+_TAKEN_FROM = {
+    "index": "self",
+    "index_select": "self",
+    "gather": "self",
+    "type_as": "self",
+    "scaled_dot_product_attention": "value",
+}
+# Products of every row with the matrix of its expert.
+_OF_EXPERTS = frozenset("grouped_mm _grouped_mm grouped_mm_fallback".split())
 _FACTORS = (0.0, -1.0)  # of gains, and of gains that are stored less one
 
 
@@ -37,36 +52,46 @@ def parameters_for_zero(
 ) -> dict[str, float] | None:
     """Return a block's parameters, with a value for each, by which a node of it is zero.
 
-    None where there are no such ones.
+    None where there are no such ones. Of a product's factors the first that can be zero is.
     """
-    while node in block:
-        parts = summands(flow, node, block)
-        if len(parts) > 1:
-            found: dict[str, float] = {}
-            for part in parts:
-                of_part = parameters_for_zero(flow, part, block)
-                if of_part is None:
-                    return None
-                found |= of_part
-            return found
-        parameters, name, operands = flow.parameters(node), op_name(node), flow.operands(node)
-        if parameters and flow.is_weighted(node):
-            return None if flow.has_computed_weight(node) else dict.fromkeys(parameters, 0.0)
-        if parameters and name in NORMS:
-            bound = bound_operands(node)
-            affine = (bound.get(role) for role in ("weight", "bias"))
-            names = [flow.sources[operand] for operand in affine if operand in flow.sources]
-            return dict.fromkeys(names, 0.0) or None
-        if name == "type_as":
-            node = node.all_input_nodes[0]
-            continue
-        if name == "mul" and parameters:
-            return _zero_factor(flow, node, parameters)
-        is_scaled = name in ("mul", "div") and operands == node.all_input_nodes
-        if len(operands) != 1 or not (flow.is_glue(node) or name in _ZERO_AT_ZERO or is_scaled):
-            return None
-        node = operands[0]
+    if node not in block:
+        return None
+    name, parameters, operands = op_name(node), flow.parameters(node), flow.operands(node)
+    parts = summands(flow, node, block)
+    if len(parts) > 1 or (name in _JOINS and operands == node.all_input_nodes):
+        return _all_zero(flow, parts if len(parts) > 1 else operands, block)
+    if parameters and (flow.is_weighted(node) or name in _OF_EXPERTS):
+        return None if flow.has_computed_weight(node) else dict.fromkeys(parameters, 0.0)
+    if parameters and name in NORMS:
+        bound = bound_operands(node)
+        affine = (bound.get(role) for role in ("weight", "bias"))
+        names = [flow.sources[operand] for operand in affine if operand in flow.sources]
+        return dict.fromkeys(names, 0.0) or None
+    factor = _zero_factor(flow, node, parameters) if name == "mul" and parameters else None
+    if factor is not None:
+        return factor
+    if name in _PRODUCTS:
+        choices = (parameters_for_zero(flow, operand, block) for operand in operands)
+        return next((one for one in choices if one is not None), None)
+    if name in _TAKEN_FROM:
+        return parameters_for_zero(flow, bound_operands(node)[_TAKEN_FROM[name]], block)
+    is_scaled = name == "div" and operands == node.all_input_nodes
+    if len(operands) == 1 and (flow.is_glue(node) or name in _ZERO_AT_ZERO or is_scaled):
+        return parameters_for_zero(flow, operands[0], block)
     return None
+
+
+def _all_zero(
+    flow: Flow, nodes: Sequence[fx.Node], block: Collection[fx.Node]
+) -> dict[str, float] | None:
+    """Return the parameters by which all of some nodes are zero."""
+    found: dict[str, float] = {}
+    for node in nodes:
+        of_node = parameters_for_zero(flow, node, block)
+        if of_node is None:
+            return None
+        found |= of_node
+    return found
 
 
 def _zero_factor(flow: Flow, node: fx.Node, parameters: list[str]) -> dict[str, float] | None:

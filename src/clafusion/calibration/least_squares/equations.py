@@ -47,7 +47,7 @@ class Equations(ABC):
         Parameters
         ----------
         sides
-            ``(num_features (+ 1) + num_channels, num_rows)``: the inputs, see :func:`features`,
+            ``(num_features (+ 1) + num_channels, num_rows)``: the inputs, see ``features``,
             and room for what the weights leave of the goal.
         goal, active
             ``(num_rows, num_channels)``: what the inputs should become, and what that should be

@@ -184,6 +184,9 @@ def _part(
     columns = _columns(axes[0], reader)
     if columns.numel() != reader.num_features(state[kernel]):
         return None
+    models = (correspondence.target, group), (correspondence.source, correspondence.groups[group])
+    if len({model.groups[index].sharing for model, index in models}) > 1:
+        return None  # other numbers of heads read each channel
     affine = next(node for node in correspondence.source.module.graph.nodes if node.name == reading)
     return Part(
         index,

@@ -1,84 +1,33 @@
-"""Public families in a tiny form, each as a network of any depth and width.
-
-``python -m tests.support.public_families [PART OF A NAME ...]`` fuses pairs of each, of other
-depth, of other width and of both, and prints what came of it.
-"""
+"""Families of the transformers package: its classes, with small settings."""
 
 from __future__ import annotations
 
-import argparse
-import copy
 import importlib
-import json
-import logging
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import clafusion
+from benchmarks.families.family import Family, Inputs, images, tokens, values
 from tests.support.architectures import randomise
+from tests.support.transformers import OneOutput
 
-TOKENS, IMAGE, SOUND = (4, 12), (4, 3, 32, 32), (4, 16, 32)
+__all__ = ["families"]
 
-Inputs = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Family:
-    """Networks of one family.
-
-    ``make(depth, width)`` returns one with ``depth`` more layers than the smallest and channels for
-    ``width``, 1 or 2, and its inputs by name.
-    """
-
-    name: str
-    make: Callable[[int, int], tuple[nn.Module, tuple[Tensor, ...]]]
+Named = dict[str, Tensor]
 
 
-FAMILIES: dict[str, Family] = {}
+def _text() -> Named:
+    return {"input_ids": tokens()}
 
 
-class Picked(nn.Module):
-    """A model of transformers that returns one tensor: logits, or the last hidden state."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        super().__init__()
-        self.model, self.names = model, tuple(names)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        found = self.model(**dict(zip(self.names, inputs, strict=True)))
-        for name in ("logits", "image_embeds", "text_embeds", "last_hidden_state"):
-            if getattr(found, name, None) is not None:
-                value: Tensor = getattr(found, name)
-                return value
-        first: Tensor = found[0]
-        return first
+def _both() -> Named:
+    return {"input_ids": tokens(), "decoder_input_ids": tokens(1)}
 
 
-def _tokens(seed: int = 0, count: int = 48) -> Tensor:
-    return torch.randint(5, count, TOKENS, generator=torch.Generator().manual_seed(seed))
-
-
-def _values(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def _text() -> Inputs:
-    return {"input_ids": _tokens()}
-
-
-def _both() -> Inputs:
-    return {"input_ids": _tokens(), "decoder_input_ids": _tokens(1)}
-
-
-def _image() -> Inputs:
-    return {"pixel_values": _values(IMAGE)}
+def _image() -> Named:
+    return {"pixel_values": images()}
 
 
 # Class of transformers -> the settings that depend on depth and width, and its inputs.
@@ -147,7 +96,7 @@ def _swin(d: int, w: int) -> dict[str, Any]:
     }
 
 
-TRANSFORMERS: dict[str, tuple[str, _Settings, Callable[[], Inputs]]] = {
+_NETWORKS: dict[str, tuple[str, _Settings, Callable[[], Named]]] = {
     "BERT": ("BertForMaskedLM", _bert, _text),
     "BERT, classifier": ("BertForSequenceClassification", _bert, _text),
     "RoBERTa": ("RobertaForMaskedLM", _bert, _text),
@@ -157,7 +106,12 @@ TRANSFORMERS: dict[str, tuple[str, _Settings, Callable[[], Inputs]]] = {
     "MPNet": ("MPNetForMaskedLM", _bert, _text),
     "DeBERTa-v2": (
         "DebertaV2ForMaskedLM",
-        lambda d, w: {**_bert(d, w), "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+        lambda d, w: {
+            **_bert(d, w),
+            "embedding_size": 16 * w,
+            "relative_attention": True,
+            "pos_att_type": ["p2c", "c2p"],
+        },
         _text,
     ),
     "DistilBERT": (
@@ -269,7 +223,7 @@ TRANSFORMERS: dict[str, tuple[str, _Settings, Callable[[], Inputs]]] = {
             "max_source_positions": 16,
             "max_target_positions": 40,
         },
-        lambda: {"input_features": _values(SOUND), "decoder_input_ids": _tokens(1)},
+        lambda: {"input_features": values(16, 32), "decoder_input_ids": tokens(1)},
     ),
     "wav2vec 2.0": (
         "Wav2Vec2ForSequenceClassification",
@@ -281,7 +235,7 @@ TRANSFORMERS: dict[str, tuple[str, _Settings, Callable[[], Inputs]]] = {
             "num_conv_pos_embeddings": 4,
             "num_conv_pos_embedding_groups": 2,
         },
-        lambda: {"input_values": _values((4, 160))},
+        lambda: {"input_values": values(160)},
     ),
     "ViT": ("ViTForImageClassification", _vit, _image),
     "DeiT": ("DeiTForImageClassification", _vit, _image),
@@ -355,8 +309,8 @@ TRANSFORMERS: dict[str, tuple[str, _Settings, Callable[[], Inputs]]] = {
 }
 
 
-def _of_transformers(name: str, settings: _Settings, inputs: Callable[[], Inputs]) -> Any:
-    def make(depth: int, width: int) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def _made(name: str, settings: _Settings, inputs: Callable[[], Named]) -> Any:
+    def make(depth: int, width: int) -> tuple[nn.Module, Inputs]:
         library = importlib.import_module("transformers")
         kind = getattr(library, name)
         config = kind.config_class(**settings(depth, width))
@@ -364,82 +318,11 @@ def _of_transformers(name: str, settings: _Settings, inputs: Callable[[], Inputs
         torch.manual_seed(depth + 10 * width)
         given = inputs()
         model = randomise(kind(config), seed=depth + 10 * width)
-        return Picked(model, list(given)).eval(), tuple(given.values())
+        return OneOutput(model, *given).eval(), tuple(given.values())
 
     return make
 
 
-FAMILIES |= {
-    name: Family(name, _of_transformers(*settings)) for name, settings in TRANSFORMERS.items()
-}
-
-
-# --- what comes of a pair ------------------------------------------------------------------------
-
-
-def pairs() -> Iterator[tuple[Family, str, tuple[tuple[int, int], tuple[int, int]]]]:
-    """Yield every family with what differs in a pair: the depth, the width, both."""
-    for family in FAMILIES.values():
-        yield family, "depth", ((1, 1), (0, 1))
-        yield family, "width", ((0, 2), (0, 1))
-        yield family, "both", ((1, 1), (0, 2))
-
-
-def gap(model: nn.Module, other: nn.Module, inputs: tuple[Tensor, ...]) -> float:
-    """Return how far two models' outputs are apart, relative to the largest."""
-    with torch.no_grad():
-        found, wanted = (one(*inputs) for one in (model, other))
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
-
-
-def outcome(family: Family, sizes: tuple[tuple[int, int], tuple[int, int]]) -> dict[str, Any]:
-    """Fuse a pair in all ways; return what came of it."""
-    (a, inputs), (b, _) = (family.make(*size) for size in sizes)
-    found: dict[str, Any] = {}
-    for name, weights, parent in (("first alone", [1, 0], a), ("second alone", [0, 1], b)):
-        fused = clafusion.fuse(
-            [a, b], [inputs], weights, calibration="none", example_inputs=inputs
-        ).model
-        found[name] = gap(fused, parent, inputs)
-    for calibration in ("repair", "least_squares"):
-        fused = clafusion.fuse(
-            [a, b], [inputs], calibration=calibration, example_inputs=inputs
-        ).model
-        with torch.no_grad():
-            found[calibration] = bool(fused(*inputs).isfinite().all())
-    itself = clafusion.fuse([b, copy.deepcopy(b)], [inputs], example_inputs=inputs).model
-    found["itself"] = gap(itself, b, inputs)
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="parts of names (default: all)")
-    parser.add_argument("--out", type=Path, help="where to write the outcomes as JSON")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    rows: dict[str, Any] = {}
-    for family, kind, sizes in pairs():
-        if arguments.names and not any(one in family.name for one in arguments.names):
-            continue
-        started = time.perf_counter()
-        try:
-            row = outcome(family, sizes)
-        except (clafusion.ClafusionError, ImportError) as error:
-            row = {"refused": str(error).splitlines()[0]}
-        except Exception as error:  # a fault: it is shown, not hidden
-            row = {"fault": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-        rows[f"{family.name}, {kind}"] = row
-        print(
-            f"{family.name:<20} {kind:<6} {time.perf_counter() - started:5.1f} s  {row}", flush=True
-        )
-    fused = sum("itself" in one for one in rows.values())
-    print(f"{fused} of {len(rows)} pairs fused")
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+def families() -> list[Family]:
+    """Return the families; their networks import transformers when they are made."""
+    return [Family("transformers", name, _made(*given)) for name, given in _NETWORKS.items()]
