@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clafusion.batch.results import Pair, PairResult, result_of
 from clafusion.batch.worker import Job, Outcome
 from clafusion.errors import InputError
 from clafusion.weights.atomic import replacing
 from clafusion.weights.digests import digest_of, structure_digest, tensors_digest, versions
-from clafusion.weights.factories import Model, ModelFile
+from clafusion.weights.factories import Model, ModelFile, source_of
 from clafusion.weights.messages import one_line
 from clafusion.weights.state_files import (
     check_extra_state,
@@ -28,6 +28,7 @@ from clafusion.weights.state_files import (
     files_of,
     save_state,
     tensors_of,
+    weights_digest,
 )
 
 __all__ = ["CACHE", "RESULTS", "Store", "check_names"]
@@ -37,6 +38,7 @@ CACHE = "profiles"
 
 _ENDINGS = (".safetensors", ".pt")
 """How a pair's file ends; the second where a module's extra state is no tensor."""
+_OF_ALL = ("first", "second", "warnings", "models", "settings")  # facts of failed pairs, too
 _LONGEST = 255 - len(".") - len(".12345678.tmp")  # a file's name, while it is being written
 
 
@@ -73,6 +75,7 @@ class Store:
         self._models = models
         self._job = job
         self._digests: dict[str, str] = {}
+        self._hashes: dict[str, str | None] = {}
 
     @property
     def is_on_disk(self) -> bool:
@@ -87,7 +90,7 @@ class Store:
         InputError
             A file cannot be written.
         """
-        facts, state = dict(outcome.facts), outcome.state
+        facts, state = self._with_sources(pair, outcome.facts), outcome.state
         if self._folder is None:
             return result_of(facts, models=self._models, state=state)
         facts["key"] = self._key(pair)
@@ -95,7 +98,7 @@ class Store:
             try:
                 check_extra_state(state, _ENDINGS[-1])
             except InputError as error:  # which is this pair's only
-                facts = {one: facts[one] for one in ("first", "second", "warnings", "key")}
+                facts = {one: facts[one] for one in (*_OF_ALL, "key")}
                 facts, state = facts | {"error": str(error)}, None
         if state is not None:
             is_all_tensors = all(isinstance(one, Tensor) for one in state.values())
@@ -114,6 +117,32 @@ class Store:
                 "what is done is kept. Call again to go on"
             ) from error
         return result_of(facts, models=self._models, folder=self._folder)
+
+    def _with_sources(self, pair: Pair, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the facts with the settings, and with where both models come from."""
+        known = facts.get("models", {})
+        models = {
+            name: {"source": source_of(self._models[name]), "sha256": self._sha256(name)}
+            | known.get(name, {})
+            for name in pair
+        }
+        return {**facts, "models": models, "settings": self._job.config.to_dict()}
+
+    def _sha256(self, name: str) -> str | None:
+        """Return the SHA-256 of a model's weights; None where they cannot be read."""
+        if name not in self._hashes:
+            model = self._models[name]
+            try:
+                self._hashes[name] = (
+                    tensors_digest(tensors_of(model))
+                    if isinstance(model, nn.Module)
+                    else weights_digest(model.path)
+                    if type(model) is ModelFile
+                    else model.digest()
+                )
+            except (InputError, OSError):
+                self._hashes[name] = None
+        return self._hashes[name]
 
     def resume(self, pairs: Sequence[Pair], *, keep: bool = True) -> dict[Pair, PairResult]:
         """Return the results of an earlier run that are whole, and drop the lines of the others.

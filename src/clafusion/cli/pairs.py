@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from clafusion.cli.inputs import AsJson, Device, check_alike, read_data
 from clafusion.cli.manifest import Manifest, read_manifest
 from clafusion.cli.options import warnings_by_entries
 from clafusion.cli.parsing import bytes_of
-from clafusion.cli.show import pair_progress, print_json, print_line
+from clafusion.cli.show import pair_progress, print_json, print_line, typed_command
 from clafusion.errors import InputError
 from clafusion.execution.call import usable_device
 from clafusion.interop.huggingface import ModelDirectory
@@ -60,7 +61,10 @@ def pairs_command(
     ] = None,
     chosen: Annotated[
         str | None,
-        typer.Option(help="The pair whose alignment the report shows.", metavar="FIRST,SECOND"),
+        typer.Option(
+            help="A pair that the report shows in detail, beside the best and the worst.",
+            metavar="FIRST,SECOND",
+        ),
     ] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -79,7 +83,7 @@ def pairs_command(
     results = _fused(given, folder, page, jobs, limit, resume, device)
     if not as_json:
         print(pairs_summary(results), flush=True)
-    _write_report(results, page, pair)
+    _write_report(results, page, pair, _run_facts(given))
     if as_json:
         print_json({"out": str(folder), "report": str(page), **_facts(results)})
     else:
@@ -153,8 +157,24 @@ def _data(given: Manifest) -> Tensor | list[dict[str, Tensor]]:
     )
 
 
+def _run_facts(given: Manifest) -> dict[str, str]:
+    """Return what the report says of the run."""
+    from clafusion.weights.state_files import file_digest
+
+    file = Path(given.data["file"])
+    others = [f"{name} {value}" for name, value in given.data.items() if name != "file"]
+    return {
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
+        "command": typed_command() or "",
+        "data": ", ".join([str(file), *others, f"SHA-256 {file_digest(file)}"]),
+    }
+
+
 def _write_report(
-    results: Sequence[PairResult], page: Path, chosen: tuple[str, str] | None
+    results: Sequence[PairResult],
+    page: Path,
+    chosen: tuple[str, str] | None,
+    run: Mapping[str, str],
 ) -> None:
     from clafusion.reports.page import write_report
 
@@ -162,11 +182,11 @@ def _write_report(
         assert chosen is not None
         print(
             f"clafusion: warning: --chosen {','.join(chosen)} was not fused, so the report shows "
-            "another pair's alignment",
+            "other pairs in detail",
             file=sys.stderr,
         )
         chosen = None
-    write_report(results, page, chosen=chosen)
+    write_report(results, page, chosen=chosen, run=run)
 
 
 def _chosen(text: str, manifest: Manifest) -> tuple[str, str]:

@@ -32,7 +32,6 @@ __all__ = [
     "readable",
     "save_figure",
     "short",
-    "stages_figure",
     "values_figure",
     "without_glyph_warnings",
 ]
@@ -153,20 +152,6 @@ def values_figure(
         label, fontsize=8, parse_math=False
     )
     bar.tick_params(labelsize=7)
-    return figure
-
-
-def stages_figure(seconds: Mapping[str, float]) -> Figure:
-    """Draw how long each stage took in all."""
-    height = 0.32 * len(seconds) + 0.9
-    figure = Figure(figsize=(6.5, height), layout="constrained")
-    axes = figure.add_subplot()
-    bars = axes.barh(list(seconds), list(seconds.values()), color="#4c5a73")
-    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlabel("seconds, all pairs", fontsize=9)
-    axes.tick_params(labelsize=8)
     return figure
 
 

@@ -26,7 +26,7 @@ from clafusion.weights.mapped import file_backed, parameters_on_meta
 from clafusion.weights.messages import listed, one_line
 from clafusion.weights.state_files import READABLE, check_input, stored_content, weights_digest
 
-__all__ = ["Model", "ModelFile", "build_model", "load_model", "model_without_weights"]
+__all__ = ["Model", "ModelFile", "build_model", "load_model", "model_without_weights", "source_of"]
 
 _SPEC = re.compile(r"(?P<module>.+?):(?P<call>[A-Za-z_]\w*(\.\w+)*\s*(\(.*\))?)", re.DOTALL)
 
@@ -198,6 +198,15 @@ class ModelFile:
 
 Model: TypeAlias = nn.Module | ModelFile
 """A module, or one whose weights lie in a file."""
+
+
+def source_of(model: Model) -> str:
+    """Return in words where a model comes from: its factory and its file, or its class."""
+    if isinstance(model, nn.Module):
+        return f"a module of class {type(model).__qualname__}"
+    path = os.fspath(model.path)
+    key = "" if model.key is None else f", {model.key}"
+    return path if model.factory == path else f"{model.factory}, {path}{key}"
 
 
 def _matched(factory: str) -> re.Match[str]:
