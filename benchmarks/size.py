@@ -4,9 +4,10 @@
 
 Each row runs in a process of its own, after a small fusion has loaded what every fusion needs.
 **F** is one forward pass of each parent and one of the fused network over the same inputs, measured
-in the same process; a row's time is divided by it. Memory is the process's peak above what it held
-before the networks were made. Arguments are parts of row names: only those rows run, and the others
-keep their figures. Rows without a public checkpoint have random weights, which cost the same.
+in the same process; a row's time is divided by it. Of a row that traces, it is one forward pass.
+Memory is the process's peak above what it held before the networks were made. Arguments are parts
+of row names: only those rows run, and the others keep their figures. Rows without a public
+checkpoint have random weights, which cost the same.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ _CHUNK = 64  # inputs of one forward pass
 
 @dataclass(frozen=True)
 class Row:
-    """Two networks, their inputs, and how they are fused."""
+    """Two networks, their inputs, and how they are fused; or one that is traced and proved."""
 
     name: str
     make: Callable[[], tuple[list[nn.Module], Tensor]]
-    calibration: str
+    calibration: str | None
     threads: int | None = None  # None: as many as the command line says
 
 
@@ -60,16 +61,16 @@ class Logits(nn.Module):
         return logits
 
 
-def gpt2s() -> tuple[list[nn.Module], Tensor]:
-    """GPT-2 of 12 and 6 layers, with 64 times 64 tokens."""
+def gpt2s(depths: tuple[int, ...] = (12, 6), count: int = 64) -> tuple[list[nn.Module], Tensor]:
+    """GPT-2 of 12 and 6 layers, with ``count`` times 64 tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     models = []
-    for layers in (12, 6):
+    for layers in depths:
         torch.manual_seed(layers)
         config = GPT2Config(n_layer=layers, n_positions=128, use_cache=False)
         models.append(Logits(GPT2LMHeadModel(config), "input_ids").eval())
-    return models, torch.randint(0, 50257, (64, 64), generator=torch.Generator().manual_seed(0))
+    return models, torch.randint(0, 50257, (count, 64), generator=torch.Generator().manual_seed(0))
 
 
 def vits() -> tuple[list[nn.Module], Tensor]:
@@ -102,6 +103,7 @@ def imagenet(*names: str, count: int, size: int) -> tuple[list[nn.Module], Tenso
 
 CALIBRATIONS = {"repair": "REPAIR", "least_squares": "least squares"}
 ROWS = [
+    Row("GPT-2 of 12 layers, 2 x 64 tokens, trace and proof", lambda: gpt2s((12,), 2), None),
     *(
         Row(f"ResNet-32 + ResNet-20, {count} images, {name}", lambda n=count: resnets(n), how)
         for count in (450, 2000)
@@ -143,15 +145,20 @@ def run(row: Row) -> dict[str, Any]:
     models, inputs = row.make()
     weights = sum(one.numel() * one.element_size() for m in models for one in m.parameters())
     started = time.perf_counter()
-    result = clafusion.fuse(models, inputs, calibration=row.calibration)
+    if row.calibration is None:
+        clafusion.trace(models[0], inputs)
+        timings, networks = {}, models
+    else:
+        result = clafusion.fuse(models, inputs, calibration=row.calibration)
+        timings, networks = result.timings, [*models, result.model]
     seconds = time.perf_counter() - started
     memory = peak() - before
-    passes = min(forward_passes([*models, result.model], inputs) for _ in range(2))
+    passes = min(forward_passes(networks, inputs) for _ in range(2))
     return {
         "seconds": seconds,
         "forward_passes_seconds": passes,
         "in_forward_passes": seconds / passes,
-        "stages": {name: value / passes for name, value in result.timings.items()},
+        "stages": {name: value / passes for name, value in timings.items()},
         "peak_bytes": memory,
         "weights_bytes": weights,
     }

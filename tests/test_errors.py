@@ -1,12 +1,13 @@
-"""Where warnings point."""
+"""Where warnings point, and errors that are told again."""
 
 import warnings
 
 import pytest
 import torch
 
-from clafusion import ConvergenceWarning, Merging, fuse, sinkhorn
+from clafusion import AlignmentError, ConvergenceWarning, Merging, fuse, sinkhorn
 from clafusion.config import Barycentre
+from clafusion.errors import retold
 from tests.support import networks
 from tests.support.data import VECTORS
 
@@ -27,3 +28,11 @@ def test_a_warning_points_at_the_callers_line(call):
         warnings.simplefilter("always", ConvergenceWarning)
         call()
     assert [one.filename for one in caught if one.category is ConvergenceWarning] == [__file__]
+
+
+def test_an_error_that_is_told_again_keeps_what_it_knows():
+    error = AlignmentError("no way", 3, 2)
+    again = retold(error, "model 'a': no way")
+    assert again is error
+    assert str(again) == "model 'a': no way"
+    assert (again.reached_deep, again.reached_shallow) == (3, 2)

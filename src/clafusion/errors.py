@@ -19,6 +19,7 @@ __all__ = [
     "StructureError",
     "UnsupportedOpError",
     "WidthWarning",
+    "retold",
     "warn",
 ]
 
@@ -56,6 +57,12 @@ class AlignmentError(ClafusionError, ValueError):
         super().__init__(message)
         self.reached_deep = reached_deep
         self.reached_shallow = reached_shallow
+
+
+def retold(error: ClafusionError, message: str) -> ClafusionError:
+    """Return an error with another message, and all else as it was."""
+    error.args = (message, *error.args[1:])
+    return error
 
 
 class DivergenceError(ClafusionError, ArithmeticError):

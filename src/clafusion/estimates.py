@@ -11,8 +11,9 @@ import torch
 
 from clafusion.assessment.parts import most_assessed, parts_of
 from clafusion.config import FusionConfig, LeastSquares, NoCalibration, Repair
+from clafusion.interop.inputs import example_of
 from clafusion.memory import NeededMemory, needed_memory, shown
-from clafusion.profiling.batches import Data, first_batch, num_rows, rows_side_by_side
+from clafusion.profiling.batches import Data, num_rows, rows_side_by_side
 from clafusion.stages import ExampleInputs, config_from, named_models, traced_parent
 from clafusion.tracing.model import TracedModel
 from clafusion.weights.factories import Model
@@ -83,7 +84,7 @@ def estimate(
     config = config_from(config, overrides, ("example_inputs",))
     named = named_models(models)
     if example_inputs is None:
-        example_inputs = first_batch(data)
+        example_inputs = example_of(data, next(iter(named.values())))
     started = time.perf_counter()
     traced = [traced_parent(name, one, example_inputs, config) for name, one in named.items()]
     tracing = time.perf_counter() - started

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clafusion.alignment.models import AlignedModels, align_models, check_models
 from clafusion.assessment.assess import assess, warn_of
@@ -22,14 +22,18 @@ from clafusion.config import (
     Like,
     Shallower,
 )
+from clafusion.errors import InputError
 from clafusion.execution.call import device_of, usable_device
+from clafusion.interop.inputs import example_of
+from clafusion.interop.vocabulary import keep_own_entries, with_one_vocabulary
 from clafusion.memory import bytes_of, check_limit, check_weights, needed_memory
 from clafusion.merging.layer_weights import weigh_layers
 from clafusion.merging.left_out import left_out_parameters, warn_of_left_out
 from clafusion.problems import matched_with_mean, problem_of, with_rotations
-from clafusion.profiling.batches import Data, Progress, first_batch, rows_side_by_side
+from clafusion.profiling.batches import Data, Progress, rows_side_by_side
 from clafusion.profiling.on_demand import RowsOnDemand
 from clafusion.profiling.profile import ModelProfile
+from clafusion.profiling.thinning import alike
 from clafusion.results import FusionResult
 from clafusion.stages import (
     Clock,
@@ -40,11 +44,11 @@ from clafusion.stages import (
     merge_weights,
     moved_to,
     named_models,
+    prepared,
     profile_traced,
     traced_parent,
     traced_template,
     warn_of_pinned_channels,
-    with_norms_folded,
 )
 from clafusion.targets.sources import sources_of
 from clafusion.targets.target import choose_target, width_position
@@ -66,6 +70,7 @@ def fuse(
     example_inputs: ExampleInputs | None = None,
     device: str | torch.device | None = None,
     memory_limit: int | str | None = None,
+    vocabulary: str = "same",
     progress: Progress | None = None,
     **overrides: Any,
 ) -> FusionResult:
@@ -106,6 +111,10 @@ def fuse(
         calibrated ones are kept in temporary files (``TMPDIR`` says where), from which the result's
         parameters are mapped. The result has the same bytes as without a limit. See
         :func:`clafusion.estimate` for what a fusion needs.
+    vocabulary
+        What is done about Hugging Face networks whose tokenizers have other entries: ``"same"``
+        refuses them; ``"intersection"`` moves the rows of common entries, by the numbers of the
+        first model, whose tokenizer the data must be made by, and keeps its rows of all others.
     progress
         Called with the stage's name and the number of inputs it has seen.
     overrides
@@ -145,8 +154,13 @@ def fuse(
     named = named_models(models)
     given = merge_weights(weights, tuple(named))
     limit = None if memory_limit is None else bytes_of(memory_limit, "memory_limit")
+    is_stepwise = isinstance(config.merging.strategy, Iterative) and len(named) > 2
+    if vocabulary == "intersection" and (limit is not None or is_stepwise):
+        what = "memory_limit" if limit is not None else "merging.strategy='iterative'"
+        raise InputError(f"vocabulary='intersection' does not go with {what}: leave one out")
+    named, own_entries = with_one_vocabulary(named, vocabulary)
     if example_inputs is None:
-        example_inputs = first_batch(data)
+        example_inputs = example_of(data, next(iter(named.values())))
     if device is not None:
         device = usable_device(device)
         named = {name: copied_to(name, one, device) for name, one in named.items()}
@@ -154,13 +168,20 @@ def fuse(
     template = None
     if isinstance(config.target, Like):
         template = traced_template(config, next(iter(named.values())), example_inputs)
-    if isinstance(config.merging.strategy, Iterative) and len(named) > 2:
+    if is_stepwise:
         return _one_after_another(
             named, data, given, config, example_inputs, template, limit, progress
         )
     aligned = _aligned(named, data, config, example_inputs, progress, limit, on_demand=True)
     return fuse_aligned(
-        aligned, data, given, config, template=template, memory_limit=limit, progress=progress
+        aligned,
+        data,
+        given,
+        config,
+        template=template,
+        memory_limit=limit,
+        own_entries=own_entries,
+        progress=progress,
     )
 
 
@@ -181,7 +202,7 @@ def align(
     config = config_from(config, overrides)
     named = named_models(models)
     if example_inputs is None:
-        example_inputs = first_batch(data)
+        example_inputs = example_of(data, next(iter(named.values())))
     if device is not None:
         device = usable_device(device)
         named = {name: copied_to(name, one, device) for name, one in named.items()}
@@ -205,9 +226,9 @@ def _aligned(
     if limit is not None:
         check_weights(limit, named)
     with clock.stage("trace"):
-        traced = [
-            traced_parent(name, model, example_inputs, config) for name, model in named.items()
-        ]
+        traced = alike(
+            [traced_parent(name, model, example_inputs, config) for name, model in named.items()]
+        )
     check_models(tuple(named), traced, config)
     with clock.stage("profile"):
         kept = parts_of(data, traced, config.assessment).kept
@@ -269,9 +290,9 @@ def profile(
     if not isinstance(model, TracedModel):
         if device is not None:
             model = copied(model).to(usable_device(device))
-        example_inputs = first_batch(data) if example_inputs is None else example_inputs
+        example_inputs = example_of(data, model) if example_inputs is None else example_inputs
         model = trace(model, example_inputs, verify=config.verify, seed=config.seed)
-    model = with_norms_folded(model, config)
+    model = prepared(model, config)
     kept = parts_of(data, [model], config.assessment).kept
     return profile_traced([model], kept, config, progress)[0]
 
@@ -285,6 +306,7 @@ def fuse_aligned(
     template: TracedModel | None = None,
     known_outputs: OutputCache | None = None,
     memory_limit: int | None = None,
+    own_entries: Tensor | None = None,
     progress: Progress | None = None,
 ) -> FusionResult:
     """Do the second half of :func:`fuse`: choose the target, match channels, average, calibrate.
@@ -299,6 +321,8 @@ def fuse_aligned(
         The traced module of a target :class:`clafusion.config.Like` one.
     known_outputs
         What the parents put out in the assessments of earlier fusions.
+    own_entries
+        Entries of the vocabulary that the first model alone has, and keeps.
     """
     config = config or FusionConfig()
     given = merge_weights(weights, aligned.names)
@@ -306,6 +330,8 @@ def fuse_aligned(
     parents = {name: one.traced for name, one in zip(aligned.names, aligned.profiles, strict=True)}
     parts = parts_of(data, tuple(parents.values()), config.assessment)
     result = _fused(aligned, parts.kept, given, config, template, memory_limit, progress)
+    if own_entries is not None:
+        keep_own_entries(result.model, result.problem, aligned.names[0], own_entries)
     return _assessed(result, parents, parts, progress, known_outputs)
 
 

@@ -37,7 +37,7 @@ __all__ = [
 _COPIES = 3  # of a weight in float32, while it is moved and averaged
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", 1)}
-_TEXT = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]?I?)B?", re.IGNORECASE)
+_TEXT = re.compile(r"(?P<number>\d+(\.\d+)?(e\+?\d\d?)?)\s*(?P<unit>([KMGT]I?)?)B?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,17 @@ def bytes_of(limit: int | str, argument: str) -> int:
     InputError
         It is none. The message calls it ``argument``.
     """
+    size: object = limit
     if isinstance(limit, str):
         found = _TEXT.fullmatch(limit.strip())
         if found is not None:
-            limit = int(float(found["number"]) * _UNITS[found["unit"].upper()])
-    if not isinstance(limit, Integral) or isinstance(limit, bool) or limit <= 0:
+            size = int(float(found["number"]) * _UNITS[found["unit"].upper()])
+    if not isinstance(size, Integral) or isinstance(size, bool) or size <= 0:
         raise InputError(
             f"{argument} must be an amount of memory as '6GB' or '800MiB', or a number of bytes; "
             f"got {limit!r}"
         )
-    return int(limit)
+    return int(size)
 
 
 def shown(size: float) -> str:
@@ -232,6 +233,10 @@ def _size(node: fx.Node, model: TracedModel, count: int, rows: int) -> int:
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else [value]
     total = 0
+    thinning = model.thinning
+    share = 1.0
+    if thinning is not None and node.name in thinning.thinned:
+        share = thinning.count / thinning.positions
     for one in values:
         if not isinstance(one, Tensor):
             continue
@@ -246,7 +251,7 @@ def _size(node: fx.Node, model: TracedModel, count: int, rows: int) -> int:
             else:
                 size *= int(length)
         total += math.ceil(size * count / rows) if grows and model.static_batch is None else size
-    return total
+    return math.ceil(share * total)
 
 
 def _largest_weight(model: TracedModel) -> int:

@@ -29,7 +29,7 @@ from clafusion.config import (
     Orthogonal,
     Strategy,
 )
-from clafusion.errors import ClafusionError, InputError, PinnedWarning, StructureError, warn
+from clafusion.errors import ClafusionError, InputError, PinnedWarning, StructureError, retold, warn
 from clafusion.matching.activation_costs import MAX_CHANNELS
 from clafusion.memory import held_by_process
 from clafusion.profiling.batches import Data, Progress
@@ -39,6 +39,7 @@ from clafusion.profiling.importance import (
     sensitivities,
 )
 from clafusion.profiling.profile import ModelProfile, profile_models
+from clafusion.profiling.thinning import thinned
 from clafusion.settings import made, options_of
 from clafusion.tracing.copies import copied
 from clafusion.tracing.model import TracedModel
@@ -62,6 +63,7 @@ __all__ = [
     "moved_to",
     "named_models",
     "needs_moments",
+    "prepared",
     "profile_options",
     "profile_traced",
     "traced_parent",
@@ -331,12 +333,12 @@ def traced_parent(
         module, mapped = model.open() if isinstance(model, ModelFile) else (model, None)
         traced = trace(module, example_inputs, verify=config.verify, seed=config.seed)
     except ClafusionError as error:
-        raise type(error)(f"{label(name)}: {error}") from error
+        raise retold(error, f"{label(name)}: {error}") from error.__cause__
     if mapped:
         weights = FileWeights(traced.module_state(), mapped)
         weights.drop()
         traced = replace(traced, weights=weights)
-    traced = with_norms_folded(traced, config)
+    traced = prepared(traced, config)
     for group in traced.groups:
         if group.size > MAX_CHANNELS:
             raise InputError(
@@ -360,6 +362,11 @@ def traced_parent(
             "rows, or fuse the part that treats each row alone"
         )
     return traced
+
+
+def prepared(traced: TracedModel, config: FusionConfig) -> TracedModel:
+    """Return a model as a fusion runs it: norms folded, the last layer thinned, where that is."""
+    return thinned(with_norms_folded(traced, config))
 
 
 def with_norms_folded(traced: TracedModel, config: FusionConfig) -> TracedModel:
@@ -401,9 +408,9 @@ def traced_template(
         module = copied(target.template).to(known.device, known.dtype)
         module.train(like.training)
         traced = trace(module, example_inputs, verify=config.verify, seed=config.seed)
-        return with_norms_folded(traced, config)
+        return prepared(traced, config)
     except ClafusionError as error:
-        raise type(error)(f"target.template: {error}") from error
+        raise retold(error, f"target.template: {error}") from error.__cause__
 
 
 def warn_of_pinned_channels(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clafusion import StructureError, correspond, fuse, trace
+from clafusion import StructureError, correspond, fuse, inserted_model, trace
 from clafusion.correspondence.duplicated_channels import copying_plans, with_copied_channels
 from clafusion.correspondence.heads import unite_models
 from clafusion.correspondence.inserted import check_inserted
@@ -138,3 +138,35 @@ def test_other_numbers_of_heads_in_half_precision_are_no_other_function(dtype):
     pair = [trace(one, TOKENS[:4].to(dtype)) for one in models]
     target, source = unite_models(*pair, (0, 1, 2, 3))
     check_inserted(correspond(target, source, (0, 1, 2, 3)))
+
+
+class ChecksItsWidth(nn.Module):
+    def __init__(self, depth, width, error=AssertionError):
+        super().__init__()
+        self.width, self.error = width, error
+        self.enter = nn.Linear(12, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        x = self.enter(x).relu()
+        for layer in self.layers:
+            if x.shape[-1] != self.width:
+                raise self.error("a width")
+            x = layer(x).relu()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("error", [AssertionError, ValueError, RuntimeError])
+def test_a_width_that_the_code_checks_may_be_another_one(error):
+    models = [ChecksItsWidth(3, 8, error), ChecksItsWidth(2, 12, error)]
+    fused = fuse([one.eval() for one in models], TOKENS[:, 0], calibration="none").model
+    assert torch.isfinite(fused(TOKENS[:, 0])).all()
+
+
+def test_an_inserted_model_keeps_its_type():
+    models = [ChecksItsWidth(depth, 8).eval().bfloat16() for depth in (3, 2)]
+    deep, shallow = (trace(one, TOKENS[:, 0].bfloat16()) for one in models)
+    correspondence = correspond(deep, shallow, (0, 1, 2, -1, 3)[: len(deep.layers)])
+    built = inserted_model(models[0], correspondence)
+    assert {one.dtype for one in built.parameters()} == {torch.bfloat16}

@@ -336,3 +336,25 @@ def test_too_few_samples_are_refused():
     for count in (1, 2):
         with pytest.raises(InputError, match=f"data has {count} sample\\(s\\), of which nothing"):
             fuse([model, model], VECTORS[:count])
+
+
+@pytest.mark.parametrize("sizes", [(256, 1), (1,) * 70, (5, 1, 5)])
+def test_resetting_batchnorm_takes_rows_that_come_alone(sizes):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    data = list(torch.randn(sum(sizes), 4).split(list(sizes)))
+    fused = fuse([model, model], data, calibration="batchnorm").model
+    assert torch.isfinite(fused(data[0])).all()
+
+
+def test_inputs_of_one_number_each():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(30, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.head(self.table(x).relu())
+
+    tokens = torch.randint(0, 30, (60,))
+    assert fuse([Tokens(), Tokens()], tokens).model(tokens).shape == (60, 3)

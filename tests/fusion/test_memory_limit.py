@@ -110,7 +110,11 @@ def test_units_of_memory():
     assert bytes_of("6GB", "x") == 6_000_000_000
     assert bytes_of("1.5 GiB", "x") == 3 * 1024**3 // 2
     assert bytes_of("800m", "x") == 800_000_000
+    assert bytes_of("1e9", "x") == 10**9
     assert bytes_of(17, "x") == 17
+    for text in ("5iB", "0.2", "six GB"):
+        with pytest.raises(InputError, match=f"x must be an amount of memory .* got '{text}'"):
+            bytes_of(text, "x")
 
 
 def test_a_full_disk_is_named(monkeypatch):

@@ -14,6 +14,8 @@ from clafusion import Deeper, InputError
 from clafusion.cli.app import main
 from clafusion.interop.huggingface import ModelDirectory
 from clafusion.interop.tokenizers import tokenised
+from clafusion.profiling.batches import num_rows
+from clafusion.results import FusionResult
 from tests.support.hugging_face import directory, network, outputs, texts, tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -30,48 +32,107 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def tokens(place):
-    return {k: v[:4] for k, v in tokenised(texts(), place / "a")[0].items()}
+@pytest.fixture
+def saved(monkeypatch):
+    """Return a list of all results that are saved, in order."""
+    results, save = [], FusionResult.save
+
+    def keep(result, *arguments, **options):
+        results.append(result)
+        save(result, *arguments, **options)
+
+    monkeypatch.setattr(FusionResult, "save", keep)
+    return results
+
+
+def arrays(kind):
+    """Return inputs of a network by name, of one that does not take texts alone."""
+    generator = torch.Generator().manual_seed(0)
+
+    def words(length):
+        return torch.randint(3, 20, (60, length), generator=generator)
+
+    if kind.startswith("ViT"):
+        return {"pixel_values": torch.randn(60, 3, 16, 16, generator=generator)}
+    if kind.startswith("Whisper"):
+        sounds = torch.randn(60, 4, 16, generator=generator)
+        return {"input_features": sounds, "decoder_input_ids": words(6)}
+    more = {"decoder_input_ids": words(6)} if kind.startswith("T5") else {}
+    return {"input_ids": words(8), **more}
 
 
 PAIRS = [
-    pytest.param("GPT-2", (3, 2), (16, 24), {}, id="GPT-2"),
-    pytest.param("Llama", (3, 2), (16, 16), {}, id="Llama"),
-    pytest.param("Llama, tied", (3, 2), (16, 16), {}, id="Llama-tied"),
-    pytest.param("DistilBERT", (2, 2), (16, 24), {}, id="DistilBERT"),
-    pytest.param("BERT", (2, 2), (16, 24), {}, id="BERT"),
+    ("BERT", (4, 2), (16, 16), {}),
+    ("DistilBERT", (3, 2), (16, 24), {}),
+    ("RoBERTa", (3, 2), (16, 16), {}),
+    ("GPT-2", (3, 2), (16, 24), {}),
+    ("GPT-2 classifier", (3, 2), (24, 16), {}),
+    ("Llama", (3, 2), (32, 32), {}),
+    ("Llama, tied", (3, 2), (128, 128), {"max_shard_size": "1MB"}),
+    ("Qwen2, tied", (3, 2), (32, 32), {}),
+    ("ViT", (3, 2), (16, 24), {}),
+    ("T5", ((2, 2), (1, 1)), (16, 16), {}),
+    ("Whisper", ((2, 1), (1, 2)), (16, 16), {}),  # each is the deeper one somewhere
 ]
+OWN_DATA = ("ViT", "Qwen2", "T5", "Whisper")  # no texts: their tokenizers are their own
 
 
-@pytest.mark.parametrize(("kind", "layers", "widths", "options"), PAIRS)
-def test_two_directories_become_one(kind, layers, widths, options, place, capsys):
+@pytest.mark.parametrize(
+    ("kind", "layers", "widths", "options"), PAIRS, ids=[one[0] for one in PAIRS]
+)
+def test_two_directories_become_one(kind, layers, widths, options, place, saved, capsys):
     for name, count, width, seed in zip("ab", layers, widths, (0, 1), strict=True):
-        directory(place / name, network(kind, count, seed, width), tokenizer(), **options)
-    command = ["fuse", "a", "b", "--data=texts.jsonl", "--out=fused", "--calibration=repair"]
+        model = network(kind, count, seed, width, heads=width // 8)
+        directory(place / name, model, None if kind == "Whisper" else tokenizer(), **options)
+    has_arrays = kind.startswith(OWN_DATA)
+    if has_arrays:
+        inputs = arrays(kind)
+        np.savez("data.npz", labels=np.arange(60), **{k: v.numpy() for k, v in inputs.items()})
+    else:
+        inputs = tokenised(texts(), place / "a")[0]
+    data = "data.npz" if has_arrays else "texts.jsonl"
+    command = ["fuse", "a", "b", f"--data={data}", "--out=fused", "--calibration=repair"]
     assert main(command) == 0, capsys.readouterr().err
-    parents = {"first": clafusion.load("a"), "second": clafusion.load(place / "b")}
-    data = tokenised(texts(), place / "a")
-    result = clafusion.fuse(parents, data, calibration="repair")
+    (result,) = saved
     fresh, info = type(result.model).from_pretrained("fused", output_loading_info=True)
     assert not any(info.values())
-    inputs = tokens(place)
+    inputs = {name: value[:4] for name, value in inputs.items()}
     torch.testing.assert_close(outputs(fresh, inputs), outputs(result.model, inputs))
-    config = fresh.config
-    assert config.num_hidden_layers == layers[0]
-    assert config.hidden_size == fresh.get_input_embeddings().weight.shape[1]
-    assert config.architectures == [type(fresh).__name__]
-    assert getattr(config, "use_cache", 0) is getattr(parents["first"].config, "use_cache", 0)
-    assert getattr(config, "id2label", 0) == getattr(parents["first"].config, "id2label", 0)
-    tied = fresh.get_output_embeddings() is not None and config.tie_word_embeddings
-    if tied:
-        assert fresh.get_output_embeddings().weight is fresh.get_input_embeddings().weight
-    found = transformers.AutoTokenizer.from_pretrained("fused")
-    assert found.get_vocab() == tokenizer().get_vocab()
-    assert found.chat_template == tokenizer().chat_template
+    check_config(fresh.config, layers, clafusion.load("a").config)
+    assert fresh.config.architectures == [type(fresh).__name__]
+    assert num_ties(fresh) == num_ties(clafusion.load("a"))
+    if kind != "Whisper":
+        check_tokenizer()
     card = (place / "fused/README.md").read_text()
-    assert "clafusion fuse a b --data=texts.jsonl" in card
+    assert f"clafusion fuse a b --data={data}" in card
     assert "| first | 0.5 | a | `" in card
     assert not [one for one in place.iterdir() if one.name.startswith(".")]
+
+
+def num_ties(model):
+    """Return how many names of parameters a network has more than parameters."""
+    names = list(model.named_parameters(remove_duplicate=False))
+    return len(names) - len(list(model.parameters()))
+
+
+def check_config(config, layers, first):
+    """Check that a config is that of the first parent, with as many layers as both have."""
+    most = [max(one) for one in zip(*layers, strict=True)] if isinstance(layers[0], tuple) else []
+    of_decoder = ("num_decoder_layers", "decoder_layers")
+    known = [getattr(config, name) for name in of_decoder if hasattr(config, name)]
+    counts = [config.num_hidden_layers, *known]
+    assert counts == (most or [max(layers)])
+    same = ("hidden_size", "num_attention_heads", "num_key_value_heads", "id2label", "use_cache")
+    for name in same:
+        assert getattr(config, name, 0) == getattr(first, name, 0)
+
+
+def check_tokenizer():
+    """Check that the tokenizer is that of the first parent."""
+    own, found = (transformers.AutoTokenizer.from_pretrained(one) for one in ("a", "fused"))
+    assert found.get_vocab() == own.get_vocab() == tokenizer().get_vocab()
+    assert found.chat_template == own.chat_template == tokenizer().chat_template
+    assert found(texts())["input_ids"] == own(texts())["input_ids"]
 
 
 def test_images_in_shards_and_half_precision(place):
@@ -188,8 +249,50 @@ def test_an_exported_program_is_a_model(tmp_path):
         clafusion.load(tmp_path / "bad.pt2")
     with pytest.raises(InputError, match="does not exist"):
         clafusion.load(tmp_path / "none.pt2")
-    with pytest.raises(InputError, match="leave out weights and key"):
+    with pytest.raises(InputError, match="holds its own weights: leave out key"):
         clafusion.load(tmp_path / "net.pt2", key="ema")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_exported_programs_are_models_of_commands(place, capsys):
+    torch.manual_seed(0)
+    shapes = ({0: torch.export.Dim.AUTO},)
+    for name in "ab":
+        net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        program = torch.export.export(net, (torch.randn(5, 6),), dynamic_shapes=shapes)
+        torch.export.save(program, place / f"{name}.pt2")
+    np.save("rows.npy", np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32))
+    command = ["fuse", "a.pt2", "b.pt2", "--data=rows.npy"]
+    assert main([*command, "--out=fused.safetensors"]) == 0, capsys.readouterr().err
+    assert "weights of a.pt2" in capsys.readouterr().out
+    model = clafusion.load("a.pt2")
+    model.load_state_dict(load_file("fused.safetensors"))
+    assert main(["inspect", "a.pt2", "--data=rows.npy"]) == 0
+    manifest = {"models": {"a": "a.pt2", "b": "b.pt2"}, "data": "rows.npy", "out": "pairs"}
+    (place / "pairs.json").write_text(json.dumps(manifest))
+    assert main(["fuse-pairs", "pairs.json"]) == 0, capsys.readouterr()
+    for arguments, message in (
+        ([*command, "--out=f.pt", "--arch=x.py:y"], "say themselves what they are"),
+        (["inspect", "a.pt2", "--data=rows.npy", "--arch=x.py:y"], "leave --arch out"),
+        (["fuse", "a.pt2", "c.pt2", "--data=rows.npy", "--out=f.pt"], "'c.pt2' does not exist"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_directories_within_a_limit_of_memory_are_mapped(place, capsys):
+    for name, layers in (("a", 2), ("b", 1)):
+        directory(place / name, network("Llama, tied", layers), tokenizer())
+    opened, mapped = ModelDirectory("a", "a").open()
+    assert mapped == set(dict(opened.named_parameters()))
+    directory(place / "halves", network("Llama, tied", 2), max_shard_size="10KB")
+    assert ModelDirectory("halves", "halves").open()[1] == mapped
+    assert num_ties(opened) == num_ties(clafusion.load("a"))
+    command = ["fuse", "a", "b", "--data=texts.jsonl", "--calibration=repair"]
+    assert main([*command, "--out=plain"]) == 0, capsys.readouterr().err
+    assert main([*command, "--out=limited", "--memory-limit=20GB"]) == 0, capsys.readouterr().err
+    plain, limited = (load_file(f"{one}/model.safetensors") for one in ("plain", "limited"))
+    assert all(torch.equal(value, limited[name]) for name, value in plain.items())
 
 
 def test_unlike_vocabularies_and_labels_are_refused(place, capsys):
@@ -284,7 +387,7 @@ def test_a_directory_is_a_model_file(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of how peft looks at a network
-def test_an_adapter_is_merged(tmp_path):
+def test_an_adapter_is_merged(tmp_path, saved):
     peft = pytest.importorskip("peft")
     path = directory(tmp_path / "a", network("Llama", 2))
     settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
@@ -292,10 +395,21 @@ def test_an_adapter_is_merged(tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     adapted.save_pretrained(path)
     inputs = {"input_ids": torch.randint(3, 20, (4, 8))}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     for one in ("a", "adapter"):
         loaded = clafusion.load(tmp_path / one)
         assert type(loaded).__name__ == "LlamaForCausalLM"
         torch.testing.assert_close(outputs(loaded, inputs), outputs(adapted.eval(), inputs))
+    directory(tmp_path / "b", network("Llama", 1, seed=1), tokenizer())
+    tokenizer().save_pretrained(path)
+    (tmp_path / "texts.txt").write_text("\n".join(texts()))
+    given = [str(tmp_path / one) for one in ("a", "b", "texts.txt", "fused")]
+    command = ["fuse", *given[:2], f"--data={given[2]}", "--calibration=repair"]
+    assert main([*command, f"--out={given[3]}"]) == 0
+    (result,) = saved
+    fresh = transformers.LlamaForCausalLM.from_pretrained(given[3])
+    torch.testing.assert_close(outputs(fresh, inputs), outputs(result.model, inputs))
+    assert not list((tmp_path / "fused").glob("adapter*"))
 
 
 def test_an_adapter_needs_its_base_and_its_library(tmp_path, monkeypatch):
@@ -341,9 +455,27 @@ def test_a_manifest_names_directories(place, capsys):
     }
     (place / "pairs.json").write_text(json.dumps(manifest))
     assert main(["fuse-pairs", "pairs.json"]) == 0, capsys.readouterr()
-    written = next(one for one in (place / "fused").rglob("*.safetensors") if "two" in one.name)
-    model = clafusion.load("a")
-    model.load_state_dict(load_file(written))
+    fused = clafusion.load("fused/one+two")
+    assert fused.config.n_layer == 2
+    found = transformers.AutoTokenizer.from_pretrained("fused/one+two")
+    assert found.get_vocab() == tokenizer().get_vocab()
+    assert "# one and two, fused" in (place / "fused/one+two/README.md").read_text()
+    capsys.readouterr()
+    assert main(["fuse-pairs", "pairs.json", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["resumed"] == 1
+    weights = place / "fused/one+two/model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()  # the library maps what it has loaded
+    weights.write_bytes(whole[:-1])
+    assert main(["fuse-pairs", "pairs.json"]) == 0, capsys.readouterr()
+    assert weights.read_bytes() == whole
+    data = tokenised(texts(), place / "a", 8)
+    files = {name: ModelDirectory(one, one) for name, one in manifest["models"].items()}
+    (result,) = clafusion.fuse_pairs(files, data, calibration="none", out_dir="more")
+    assert result.path.name == "one+two"
+    state = fused.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in result.state.items())
+    assert type(result.model) is type(fused)
     manifest["data"]["scale"] = 2
     (place / "pairs.json").write_text(json.dumps(manifest))
     assert main(["fuse-pairs", "pairs.json"]) == 2
@@ -374,3 +506,29 @@ def test_a_mapping_of_tokens_with_labels_is_data():
     result = clafusion.fuse(parents, batches, calibration="none")
     assert outputs(result.model, {"input_ids": tokens}).shape == (60, 3)
     assert result.assessment.kind == "classes"
+
+
+def test_weights_of_a_directory_are_no_place_for_the_result(place, capsys):
+    for name in "ab":
+        directory(place / name, network("GPT-2", 2), tokenizer())
+    before = (place / "a" / "model.safetensors").read_bytes()
+    command = ["fuse", "a", "b", "--data=texts.jsonl", "--out=a/model.safetensors"]
+    assert main(command) == 2
+    assert "is an input, which would be lost" in capsys.readouterr().err
+    assert (place / "a" / "model.safetensors").read_bytes() == before
+
+
+def test_what_a_tokenizer_returns_is_held_out_and_counted():
+    data = [transformers.BatchEncoding(one) for one in padded_texts(600)]
+    assert num_rows(data) == 600
+    parents = [network("GPT-2", 2, seed) for seed in (0, 1)]
+    assert clafusion.estimate(parents, data).num_inputs == 540
+    found = clafusion.fuse(parents, data, calibration="repair")
+    assert found.assessment.held_out
+
+
+def padded_texts(count):
+    """Return batches of tokens with a mask, as dictionaries."""
+    tokens = torch.randint(3, 23, (count, 5), generator=torch.Generator().manual_seed(0))
+    named = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return [{k: v[i : i + 100] for k, v in named.items()} for i in range(0, count, 100)]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import clafusion
 from clafusion.assessment.comparison import Comparison
@@ -9,11 +10,14 @@ from clafusion.profiling import masks
 from clafusion.profiling.importance import channel_importance
 from clafusion.profiling.masks import (
     counted_inputs,
+    counting_values,
     joined_masks,
-    kept_rows,
+    masks_of_parts,
     without_masked,
     zeroed,
 )
+from clafusion.profiling.moments import batch_moments, moment_axes
+from clafusion.tracing.padding import PaddedAxes
 from tests.support.hugging_face import network, outputs
 
 pytestmark = [
@@ -84,26 +88,92 @@ def test_what_is_no_mask_of_positions_is_none():
     assert masks.kept_positions(Model, (kept,)) is None
 
 
-def test_values_lose_their_padding():
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    value = torch.arange(24.0).view(2, 3, 4)
-    kept, axis = without_masked(value, -1, mask)
+class LaidOut(nn.Module):
+    """Layers whose values are laid out in every way, and an image's patches beside the text."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(23, 5)
+        self.usual, self.turned, self.rows = (nn.Linear(5, 5) for _ in range(3))
+        self.other_rows, self.first, self.patches = (nn.Linear(5, 5) for _ in range(3))
+        self.convolution, self.head = nn.Conv1d(5, 5, 1), nn.Linear(10, 3)
+
+    def forward(self, input_ids, attention_mask, image):
+        mask = attention_mask[..., None].float()
+        x = self.usual(self.table(input_ids))
+        x = self.turned(x.transpose(0, 1)).transpose(0, 1)
+        x = self.rows(x.reshape(-1, 5)).reshape(x.shape)
+        x = self.other_rows(x.transpose(0, 1).reshape(-1, 5)).reshape(x.transpose(0, 1).shape)
+        x = self.convolution(x.permute(1, 2, 0)).transpose(1, 2)
+        text = (self.first(x) * mask).sum(1) / mask.sum(1)
+        return self.head(torch.cat([text, self.patches(image).mean(1)], 1))
+
+
+@pytest.mark.parametrize("count", [3, 5])  # with 5 inputs as many inputs as positions and channels
+def test_values_lose_their_padding_however_they_are_laid_out(count):
+    generator = torch.Generator().manual_seed(0)
+    tokens, others = torch.randint(0, 23, (2, count, 5), generator=generator)
+    mask = torch.ones(count, 5, dtype=torch.int64)
+    mask[0, 3:] = mask[1, 1:] = 0
+    image = torch.randn(count, 5, 5, generator=generator)
+    traced = clafusion.trace(
+        LaidOut().eval(), {"input_ids": tokens, "attention_mask": mask, "image": image}
+    )
+    axes = {
+        node.name: traced.padded_axes.get(node.name)
+        for node in traced.module.graph.nodes
+        if node.op == "call_function" and node.target.__name__.split(".")[0] in ("linear", "conv1d")
+    }
+    assert list(axes.values()) == [
+        PaddedAxes(0, 1),
+        PaddedAxes(1, 0),
+        PaddedAxes(0, 0),
+        PaddedAxes(0, 0, positions_first=True),
+        PaddedAxes(0, 2),
+        PaddedAxes(0, 1),
+        None,
+        None,
+    ]
+    kept = mask == 1
+    changed = torch.where(kept, tokens, others)
+    moments = [
+        batch_moments(traced, (one, mask, image), moment_axes(traced)) for one in (tokens, changed)
+    ]
+    for node, (mean, deviation) in moments[0].items():
+        torch.testing.assert_close(moments[1][node][0], mean)
+        torch.testing.assert_close(moments[1][node][1], deviation)
+    last = list(axes)[4]
+    found: list[torch.Tensor] = []
+    traced.run(
+        (tokens, mask, image),
+        state=traced.state(),
+        replace=lambda node, value: found.append(value) or value if node.name == last else value,
+    )
+    (value,) = found
+    counting = counting_values(traced, last, value, kept)
+    assert torch.equal(counting, kept[:, None])
+    rows, axis = without_masked(value, 1, counting)
     assert axis == 1
-    assert torch.equal(kept, torch.stack([value[0, 0], value[0, 1], value[1, 0]]))
-    assert torch.equal(without_masked(value.transpose(1, 2), 1, mask)[0], kept)
-    assert torch.equal(without_masked(value.view(6, 4), 1, mask)[0], kept)
-    assert without_masked(value[:, 0], 1, mask)[0].shape == (2, 4)
-    assert without_masked(value, 2, None) == (value, 2)
-    assert zeroed(value, mask).sum() == kept.sum() == zeroed(value.view(6, 4), mask).sum()
-    assert zeroed(value[:, 0], mask) is not None
-    assert kept_rows(mask, 3, torch.tensor([0, 1])).tolist() == [0, 1, 2]
-    assert kept_rows(mask, 4, torch.tensor([0, 1])) is None
-    assert kept_rows(mask, 3, torch.tensor([0])) is None
-    assert counted_inputs([mask, None], [2, 2], 3) == 3
-    assert counted_inputs([mask], [2], 7) == 2
+    assert torch.equal(rows, value.transpose(1, 2)[kept])
+    spoilt = torch.where(counting, value, torch.nan)
+    assert torch.equal(zeroed(spoilt, counting), torch.where(counting, value, 0.0))
+    assert counting_values(traced, last, value, None) is None
+    assert counting_values(traced, list(axes)[-1], value[:, 0], kept) is None
+
+
+def test_masks_are_cut_and_joined():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert counted_inputs([mask, None], [2, 2]) == 3
     joined = joined_masks([None, mask], [1, 2])
     assert joined.tolist() == [[True] * 3, *mask.tolist()]
     assert joined_masks([None, None], [1, 2]) is None
+    # Inputs that are padding as a whole lose no other part its mask, and have one themselves.
+    whole = torch.zeros(4, 3, dtype=torch.bool)
+    whole[3] = True
+    parts = masks_of_parts(whole, [(torch.zeros(2),), (torch.zeros(2),)])
+    assert [one.any().item() for one in parts] == [False, True]
+    assert masks_of_parts(None, [(torch.zeros(2),)]) == [None]
 
 
 def test_a_comparison_leaves_out_padding():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from clafusion import InputError
+from clafusion import FusionConfig, InputError, LeastSquares
 from clafusion.reports.page import Accuracies, write_report
 from clafusion.reports.page.details import load_line, page_data
 from clafusion.reports.page.failures import causes_of
@@ -17,6 +17,7 @@ from clafusion.reports.page.heatmaps import NUM_COLOURS, colour_of
 from clafusion.reports.page.markup import compact
 from clafusion.reports.page.measures import measures_of, quality_of
 from clafusion.reports.page.scatter import rank_correlation
+from clafusion.reports.page.sections import settings
 from tests.support.pair_results import FAILED, accuracies_of, pair_results
 
 NAMES = ["small", "wide", "deep", "other"]
@@ -281,6 +282,8 @@ def test_the_line_to_load_is_one_that_works(tmp_path):
     assert load_line(module).startswith(
         f"model.load_state_dict(safetensors.torch.load_file({path!r}))"
     )
+    folder = dataclasses.replace(module, path=tmp_path / "v1.0+v1.1")
+    assert load_line(folder) == f"model = clafusion.load({str(tmp_path / 'v1.0+v1.1')!r})"
     assert load_line(dataclasses.replace(one, resized=True)).startswith("result.model")
     assert load_line(dataclasses.replace(one, path=None)).startswith("result.model")
 
@@ -298,3 +301,27 @@ def test_the_numbers_that_rank_pairs_are_known():
     assert quality_of(measures_of([])) is None
     results = [dataclasses.replace(one, assessment=None) for one in pair_results(NAMES)]
     assert quality_of(measures_of(results)).key == "cost"
+
+
+def told(**given):
+    results = [
+        dataclasses.replace(one, settings=FusionConfig(**given).to_dict())
+        for one in pair_results(NAMES[:2])
+    ]
+    summary = re.search(r"<summary>(.*?)</summary>", settings(results))[1]
+    return re.sub("<.*?>", "", summary)
+
+
+def test_settings_are_told_by_what_is_not_the_default():
+    assert told() == "Settings: all as they are by default"
+    assert told(calibration="least_squares") == "Settings: calibration least_squares"
+    changed = told(calibration=LeastSquares(anchor=0.5), verify=False)
+    assert changed == "Settings: calibration least_squares, calibration.anchor 0.5, verify False"
+    results = pair_results(NAMES[:3])
+    other = dataclasses.replace(results[1], settings=FusionConfig(calibration="none").to_dict())
+    page = settings([results[0], other, results[2]])
+    assert page.count("<details") == 2
+    unknown = {"calibration": {"name": "of another program", "factor": 1}}
+    page = settings([dataclasses.replace(results[0], settings=unknown)])
+    assert "calibration of another program" in page
+    assert settings([dataclasses.replace(results[0], settings={})]) == ""

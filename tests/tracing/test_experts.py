@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from clafusion import fuse, trace
+from clafusion import StructureError, fuse, trace
 
 transformers = pytest.importorskip("transformers")
 
@@ -15,12 +15,12 @@ DATA = [{"input_ids": TEXT}]
 EXAMPLE = {"input_ids": TEXT[:3]}
 
 
-def mixture(seed, width=20):
+def mixture(seed, width=20, experts=3, chosen=2):
     torch.manual_seed(seed)
     config = transformers.MixtralConfig(
         vocab_size=23, hidden_size=16, num_hidden_layers=1, num_attention_heads=4,
         intermediate_size=width, max_position_embeddings=32, num_key_value_heads=2,
-        num_local_experts=3, num_experts_per_tok=2, use_cache=False, pad_token_id=0,
+        num_local_experts=experts, num_experts_per_tok=chosen, use_cache=False, pad_token_id=0,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config).eval()
@@ -106,3 +106,18 @@ def test_an_expert_that_no_example_reaches_keeps_its_channels_and_is_told():
     assert offsets == [0, 80, 160]  # what the experts read moves in all of them
     assert {one.why for one in traced.pinned} == {"no example input comes to this expert"}
     assert [(one.parameter, one.size) for one in traced.pinned] == [("up", 8)]
+
+
+def test_a_trace_does_not_depend_on_those_before():
+    first, second = (mixture(seed, experts=12, chosen=1) for seed in (1, 2))
+    alone = trace(second, EXAMPLE)
+    trace(first, EXAMPLE)
+    again = trace(second, EXAMPLE)
+    assert [one.size for one in again.groups] == [one.size for one in alone.groups]
+    assert again.pinned == alone.pinned
+
+
+def test_experts_without_tokens_are_told_where_they_stand_in_the_way():
+    models = [mixture(seed, experts=12, chosen=1) for seed in (1, 2)]
+    with pytest.raises(StructureError, match="Not all experts have tokens"):
+        fuse(models, DATA, example_inputs=EXAMPLE)

@@ -81,3 +81,14 @@ def test_names_say_where_a_tensor_belongs():
     assert part(whole, "batch.levels.0") is LEVEL
     assert part(whole, "batch.levels.2") is None
     assert part(whole, "batch.x.0") is None
+
+
+def test_keys_that_are_numbers_stay_keys():
+    given = {"maps": {"0": X, "1": LEVEL}, "list": [X, LEVEL]}
+    flat = [pair for name, one in given.items() for pair in flattened(one, name)]
+    names, values = zip(*flat, strict=True)
+    assert names == ("maps.'0'", "maps.'1'", "list.0", "list.1")
+    again = nested(names, values)
+    assert again["maps"].keys() == {"0", "1"}
+    assert isinstance(again["list"], list)
+    assert all(part(given, name) is value for name, value in flat)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from clafusion import summary, trace
+from clafusion import fuse, summary, trace
 from clafusion.cli.facts import model_facts
 from clafusion.tracing.rotatable import folded_state, random_rotation
 from clafusion.tracing.rotations import find_rotatable
@@ -123,3 +123,99 @@ def test_rotations_are_orthogonal_and_keep_the_mean():
     torch.testing.assert_close(rotation @ rotation.T, eye)
     torch.testing.assert_close(rotation @ ones, ones)
     assert (rotation - eye).abs().max() > 0.1
+
+
+class NormInside(nn.Module):
+    """A block that reads a stream of its own through a norm; its outputs are scaled."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(8), nn.Linear(8, 9)
+        self.inner, self.down = nn.LayerNorm(9), nn.Linear(9, 8)
+        self.scale = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x):
+        return x + self.scale * self.down(self.inner(self.up(self.norm(x))))
+
+
+def test_streams_whose_norms_and_scales_share_a_layer_are_folded_together():
+    torch.manual_seed(0)
+    blocks = [nn.Linear(6, 8), NormInside(), NormInside(), nn.LayerNorm(8), nn.Linear(8, 5)]
+    model = randomise(nn.Sequential(*blocks)).eval()
+    inputs = torch.randn(200, 6)
+    traced = trace(model, inputs)
+    groups = find_rotatable(traced).groups
+    assert len(groups) == 3
+    want = output(model, inputs[:6])
+    for order in (groups, groups[::-1]):
+        (found,) = traced.run((inputs[:6],), state=folded_state(traced.state(), order))
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    fused = fuse(
+        [model, model], inputs, [1.0, 0.0], matching={"solver": "orthogonal"}, calibration="none"
+    )
+    torch.testing.assert_close(output(fused.model, inputs[:6]), want, rtol=1e-4, atol=1e-5)
+
+
+class WithBlocks(nn.Module):
+    """Two stages of blocks, of which each network may have more in another stage."""
+
+    def __init__(self, first, second, width=8):
+        super().__init__()
+        self.enter, self.head = nn.Linear(6, width), nn.Linear(10, 5)
+        self.first = nn.Sequential(*[Residual(width) for _ in range(first)])
+        self.norm, self.change = nn.LayerNorm(width), nn.Linear(width, 10)
+        self.second = nn.Sequential(*[Residual(10) for _ in range(second)])
+        self.last = nn.LayerNorm(10)
+
+    def forward(self, x):
+        x = self.change(self.norm(self.first(self.enter(x))))
+        return self.head(self.last(self.second(x)))
+
+
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 9),
+            nn.Linear(9, width),
+        )
+
+    def forward(self, x):
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+@pytest.mark.filterwarnings("ignore::clafusion.WidthWarning")
+@pytest.mark.parametrize("target", ["union", "wide"])
+def test_structures_made_for_the_result_are_rotated_too(target):
+    torch.manual_seed(0)
+    inputs = torch.randn(200, 6)
+    if target == "union":
+        models, options = [WithBlocks(3, 1), WithBlocks(1, 2)], {}
+    else:
+        models, options = [WithBlocks(2, 2), WithBlocks(2, 1, width=12)], {"width": "wide"}
+    models = [randomise(one).eval() for one in models]
+    result = fuse(
+        models,
+        inputs,
+        matching={"solver": "orthogonal"},
+        calibration="none",
+        target={"name": "deeper", **options},
+    )
+    assert result.problem.target.rotatable
+    assert torch.isfinite(output(result.model, inputs)).all()
+
+
+def test_a_gain_added_to_itself_is_no_number():
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enter, self.gain = nn.Linear(6, 8), nn.Parameter(torch.rand(8) + 0.5)
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.enter(x)
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+            return self.head(x * (self.gain + self.gain))
+
+    find_rotatable(trace(Doubled().eval(), torch.randn(4, 6)))

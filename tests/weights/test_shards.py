@@ -144,3 +144,15 @@ def test_no_output_takes_the_place_of_a_part_that_an_inputs_index_names(tmp_path
             check_weights_output(index, "--out", inputs)
     for path in ("other.safetensors", "other.safetensors.index.json"):
         assert check_weights_output(tmp_path / path, "--out", [index, copied, "gone.index.json"])
+
+
+def test_an_index_that_is_a_link_is_written_where_it_points(tmp_path):
+    real, links = tmp_path / "real", tmp_path / "links"
+    real.mkdir()
+    links.mkdir()
+    write_shards(state_of(0), real / INDEX, size=600)
+    (links / INDEX).symlink_to(real / INDEX)
+    write_shards(state_of(1), links / INDEX, size=600)
+    assert_holds(real / INDEX, state_of(1))
+    assert [one.name for one in links.iterdir()] == [INDEX]
+    assert len(list(real.glob("*.safetensors"))) == 3

@@ -21,6 +21,8 @@ def differences(one: Layer, other: Layer) -> list[str]:
         return [f"{_KINDS[one.kind]} and {_KINDS[other.kind]}"]
     found = _of_operations(one.structure[1:], other.structure[1:])
     found += [f"{text} (beside the layer)" for text in _of_operations(one.beside, other.beside)]
+    if one.stream != other.stream:
+        found.append("on which stream they are")
     if one.output_shape != other.output_shape:
         found.append(
             f"output positions {_shape(one.output_shape)} and {_shape(other.output_shape)}"

@@ -13,8 +13,9 @@ from clafusion.alignment.compatibility import check_outputs, fit_layers, gap_cos
 from clafusion.alignment.dynamic_program import LayerAlignment, align_layers
 from clafusion.alignment.layer_costs import layer_costs
 from clafusion.config import FusionConfig
-from clafusion.errors import InputError, StructureError
+from clafusion.errors import InputError, StructureError, retold
 from clafusion.profiling.profile import ModelProfile
+from clafusion.tracing.labels.experts import UNREACHED
 from clafusion.tracing.layer import Layer
 from clafusion.tracing.model import TracedModel
 
@@ -115,7 +116,7 @@ def naming(name: str) -> Iterator[None]:
     try:
         yield
     except StructureError as error:
-        raise StructureError(f"{label(name)}: {error}") from error
+        raise retold(error, f"{label(name)}: {error}") from error.__cause__
 
 
 def reference_of(models: Sequence[TracedModel], config: FusionConfig) -> int:
@@ -138,7 +139,17 @@ def check_models(names: Sequence[str], models: Sequence[TracedModel], config: Fu
             deep, shallow = _by_depth(models, reference, i)
             called = label(names[deep]), label(names[shallow])
             check_outputs((label(names[reference]), label(names[i])), models[reference], model)
-            fit_layers(called, models[deep].layers, models[shallow].layers)
+            try:
+                fit_layers(called, models[deep].layers, models[shallow].layers)
+            except StructureError as error:
+                lonely = [one for i in (deep, shallow) for one in models[i].pinned]
+                if all(one.why != UNREACHED for one in lonely):
+                    raise
+                raise retold(
+                    error,
+                    f"{error}. Not all experts have tokens among the example inputs, and others in "
+                    "each model: give example_inputs with more of them",
+                ) from None
 
 
 def align_models(

@@ -17,8 +17,9 @@ from clafusion.errors import AssessmentWarning, warn
 from clafusion.execution.call import call_model
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Progress, batches
-from clafusion.profiling.masks import kept_positions
+from clafusion.profiling.masks import counting_outputs, kept_positions
 from clafusion.profiling.moments import inputs_in_cache
+from clafusion.profiling.thinning import as_thinned, whole_numbers
 from clafusion.tracing.model import TracedModel
 from clafusion.transport.plan import TransportPlan
 
@@ -85,7 +86,9 @@ def assess(
                 found = known.get(traced, inputs, output)
             outputs = [_moved(one, plan, axis) for one, plan in zip(found, plans, strict=True)]
             own = call_model(model, inputs, traced[0].keywords)[output]
-            sums.add(outputs, own, kept_positions(traced[0], inputs))
+            own = as_thinned(traced[0], inputs, own)
+            mask = counting_outputs(traced[0], kept_positions(traced[0], inputs), output)
+            sums.add(outputs, own, mask)
             if progress is not None:
                 progress("assess", sums.num_inputs)
     finally:
@@ -100,7 +103,7 @@ def _chunks(
     """Yield inputs in chunks that memory and caches allow, whatever the batches' sizes."""
     first, data = models[0], parts.assessed
     most = most_assessed(held_out=parts.held_out)
-    rows = max(1, min(_CHUNK, _CHUNK_NUMBERS // max(1, math.prod(first.outputs[output][0]))))
+    rows = max(1, min(_CHUNK, _CHUNK_NUMBERS // max(1, whole_numbers(first, output))))
     rows = min([rows, *(count for one in models if (count := inputs_in_cache(one)) is not None)])
     is_whole = any(one.static_batch is not None for one in models)
     held: list[tuple[Tensor, ...]] = []

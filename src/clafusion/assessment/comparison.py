@@ -10,12 +10,11 @@ from torch import Tensor
 
 from clafusion.assessment.nearness import FusionAssessment, Kind, Nearness
 from clafusion.profiling.masks import zeroed
+from clafusion.profiling.thinning import most_positions
 
 __all__ = ["Comparison", "is_nearer"]
 
 _FAR = 100.0  # nats: a probability of 0 counts as exp(-100), so that one row does not hide all
-_MOST_NUMBERS = 1 << 18  # of an input's outputs that are compared, where it has many positions
-_LEAST_POSITIONS = 8
 _ROUNDING = 1e-12  # nats, which is none
 _NOISE, _ERRORS = 1e-4, 2.0  # a difference counts that is above both; the latter in standard errors
 
@@ -37,19 +36,25 @@ class Comparison:
         self._squares, self._total = 0.0, torch.zeros(())
 
     def add(self, parents: Sequence[Tensor], result: Tensor, mask: Tensor | None = None) -> None:
-        """Add a chunk's outputs; ``mask`` says which positions of each input count."""
+        """Add a chunk's outputs.
+
+        ``mask`` says which positions of outputs ``(num_inputs, num_positions, ...)`` count.
+        """
         self.num_inputs += result.size(0)
         outputs = [*parents, result]
+        if mask is not None and result.shape[:2] != mask.shape:  # computed at some that count
+            mask = None
         if self._kind == "classes":
             moved = [one.movedim(self._axis, -1) for one in outputs]
-            if mask is not None and moved[0].dim() == 3 and moved[0].shape[:2] == mask.shape:
+            if mask is not None and moved[0].dim() == 3:
                 mask = _some_positions(mask.unsqueeze(-1), moved[0].size(-1)).squeeze(-1)
             else:
                 mask = None
             chosen = [_some_positions(one, one.size(-1)) for one in moved]
             self._add_classes([one.double() for one in chosen], mask)
         else:
-            self._add_values([zeroed(one.double(), mask) for one in outputs])
+            counting = None if mask is None else mask.view(*mask.shape, *[1] * (result.dim() - 2))
+            self._add_values([zeroed(one.double(), counting) for one in outputs])
 
     def _add_classes(self, outputs: list[Tensor], mask: Tensor | None) -> None:
         if self._are_probabilities is None:
@@ -131,8 +136,7 @@ def _some_positions(outputs: Tensor, classes: int) -> Tensor:
     if outputs.dim() < 3:
         return outputs
     flat = outputs.reshape(len(outputs), -1, outputs.size(-1))
-    most = max(_MOST_NUMBERS // classes, _LEAST_POSITIONS)
-    return flat[:, :: math.ceil(flat.size(1) / most)]
+    return flat[:, :: math.ceil(flat.size(1) / most_positions(classes))]
 
 
 def _mean(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

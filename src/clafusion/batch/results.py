@@ -18,6 +18,7 @@ from clafusion.alignment.models import label
 from clafusion.assessment.nearness import FusionAssessment
 from clafusion.batch.prepared import operations_of
 from clafusion.errors import InputError
+from clafusion.interop.huggingface import load_directory
 from clafusion.results import FusionResult
 from clafusion.weights.build import fill
 from clafusion.weights.factories import Model, ModelFile
@@ -101,7 +102,8 @@ class PairResult:
     warnings
         The texts of the warnings.
     path
-        The file of the fused weights; None without ``out_dir``.
+        The file of the fused weights, of two Hugging Face directories a directory; None without
+        ``out_dir``.
     resumed
         Whether an earlier run fused the pair.
     """
@@ -173,6 +175,8 @@ class PairResult:
             raise InputError(
                 f"{label(self.first)} and {label(self.second)} were not fused: {self.error}"
             )
+        if self.path.is_dir():
+            return load_directory(self.path).state_dict()
         # With the names as they were written: a model's own may begin with "module.".
         state: Mapping[str, Any] = stored_content(self.path)
         return state
@@ -186,6 +190,8 @@ class PairResult:
         InputError
             The pair failed, or the file is gone.
         """
+        if self.path is not None and self.path.is_dir():
+            return load_directory(self.path)
         state = self.state
         kind = self._architecture
         assert kind is not None, "a fused pair has an architecture"

@@ -35,7 +35,8 @@ from clafusion.batch.tasks import (
 from clafusion.batch.worker import Job, Outcome, Worker
 from clafusion.config import FusionConfig, Like
 from clafusion.errors import ClafusionError, InputError, warn
-from clafusion.profiling.batches import Data, data_digest, first_batch
+from clafusion.interop.inputs import example_of
+from clafusion.profiling.batches import Data, data_digest
 from clafusion.stages import ExampleInputs, config_from, merge_weights
 from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.messages import one_line
@@ -148,7 +149,7 @@ def fuse_pairs(
     _check_memory_limit(memory_limit)
     given = _checked_weights(weights)
     if example_inputs is None:
-        example_inputs = first_batch(data)
+        example_inputs = example_of(data, next(iter(models.values())))
     folder = None if out_dir is None else _made(out_dir, "out_dir")
     if folder is not None:
         check_names(folder, wanted, models)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from clafusion.batch.results import Pair, PairResult, result_of
 from clafusion.batch.worker import Job, Outcome
 from clafusion.errors import InputError
+from clafusion.interop.huggingface import ModelDirectory
+from clafusion.interop.model_card import pair_card
+from clafusion.interop.saving import save_pair
 from clafusion.weights.atomic import replacing
 from clafusion.weights.digests import digest_of, structure_digest, tensors_digest, versions
 from clafusion.weights.factories import Model, ModelFile, source_of
@@ -56,9 +60,11 @@ def check_names(folder: Path, pairs: Sequence[Pair], models: Mapping[str, Model]
                 f"pairs: the names {pair[0]!r} and {pair[1]!r} are too long for a file's name "
                 f"together: {_LONGEST} bytes with the ending are possible"
             )
-    results = {folder.resolve() / _file_name(pair, ending) for pair in pairs for ending in _ENDINGS}
+    endings = (*_ENDINGS, "")
+    results = {folder.resolve() / _file_name(pair, ending) for pair in pairs for ending in endings}
     for name, model in models.items():
         files = files_of(model.path) if isinstance(model, ModelFile) else []
+        files += [Path(model.path)] if isinstance(model, ModelDirectory) else []
         lost = next((one for one in files if one.resolve() in results), None)
         if lost is not None:
             raise InputError(
@@ -96,15 +102,11 @@ class Store:
         facts["key"] = self._key(pair)
         if state is not None:
             try:
-                check_extra_state(state, _ENDINGS[-1])
-            except InputError as error:  # which is this pair's only
+                path = self._written(self._folder, pair, facts, state)
+                facts["file"], facts["sha256"] = path.name, _digest_of(path)
+            except _PairError as error:
                 facts = {one: facts[one] for one in (*_OF_ALL, "key")}
-                facts, state = facts | {"error": str(error)}, None
-        if state is not None:
-            is_all_tensors = all(isinstance(one, Tensor) for one in state.values())
-            path = self._folder / _file_name(pair, _ENDINGS[0 if is_all_tensors else 1])
-            save_state(state, path)
-            facts["file"], facts["sha256"] = path.name, file_digest(path)
+                facts["error"] = str(error)
         line = json.dumps(facts, allow_nan=False) + "\n"
         try:
             with (self._folder / RESULTS).open("a", encoding="utf-8") as lines:
@@ -143,6 +145,27 @@ class Store:
             except (InputError, OSError):
                 self._hashes[name] = None
         return self._hashes[name]
+
+    def _written(
+        self, folder: Path, pair: Pair, facts: Mapping[str, Any], state: Mapping[str, Any]
+    ) -> Path:
+        """Write a pair's weights: a file, or of two Hugging Face directories a directory."""
+        kind = self._models[facts["structure"]]
+        if isinstance(kind, ModelDirectory) and all(
+            isinstance(self._models[name], ModelDirectory) for name in pair
+        ):
+            path = folder / _file_name(pair, "")
+            digests = {name: self._digest(name) for name in pair}
+            card = pair_card(facts, digests, self._job.weights, self._job.config.to_dict())
+            with _of_pair():
+                save_pair(state, kind, path, card)
+            return path
+        with _of_pair():
+            check_extra_state(state, _ENDINGS[-1])
+        is_all_tensors = all(isinstance(one, Tensor) for one in state.values())
+        path = folder / _file_name(pair, _ENDINGS[0 if is_all_tensors else 1])
+        save_state(state, path)
+        return path
 
     def resume(self, pairs: Sequence[Pair], *, keep: bool = True) -> dict[Pair, PairResult]:
         """Return the results of an earlier run that are whole, and drop the lines of the others.
@@ -191,11 +214,11 @@ class Store:
         if facts["error"] is not None or facts["key"] != self._key(pair):
             return False
         path = folder / str(facts["file"])
-        known = [_file_name(pair, ending) for ending in _ENDINGS]
-        if path.name not in known or path.parent != folder or not path.is_file():
+        known = [_file_name(pair, ending) for ending in (*_ENDINGS, "")]
+        if path.name not in known or path.parent != folder or not path.exists():
             return False
         try:
-            return bool(file_digest(path) == facts["sha256"])
+            return bool(_digest_of(path) == facts["sha256"])
         except OSError:  # it may not be read, but perhaps replaced
             return False
 
@@ -227,6 +250,23 @@ class Store:
             except (InputError, OSError) as error:  # the pair itself reports it
                 self._digests[name] = one_line(error, most=None)
         return self._digests[name]
+
+
+class _PairError(Exception):
+    """A pair cannot be written; the others can."""
+
+
+@contextmanager
+def _of_pair() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise _PairError(str(error)) from error
+
+
+def _digest_of(path: Path) -> str:
+    """Return the hash of a pair's file or directory."""
+    return ModelDirectory(str(path), path).digest() if path.is_dir() else file_digest(path)
 
 
 def _file_name(pair: Pair, ending: str = _ENDINGS[0]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,8 @@ from clafusion.execution.call import call_model, device_of
 from clafusion.profiling.batches import Data, batches
 
 __all__ = ["reset_batchnorm"]
+
+_ENOUGH = 64  # rows that come one by one
 
 
 def reset_batchnorm(
@@ -36,10 +40,31 @@ def reset_batchnorm(
             norm.momentum = None
             norm.train()
         with torch.no_grad():
-            for inputs in batches(data, example_inputs, keywords, device=device):
+            read = batches(data, example_inputs, keywords, device=device)
+            for inputs in _without_lone_rows(read):
                 call_model(model, inputs, keywords)
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for one, mode in modes.items():
             one.training = mode
+
+
+def _without_lone_rows(read: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield batches, each single row joined to those before or behind it: it has no variance."""
+    held: list[tuple[Tensor, ...]] = []  # at most two
+    for inputs in read:
+        is_lone = len(inputs[0]) == 1
+        if held and len(held[-1][0]) < (_ENOUGH if is_lone else 2):
+            held[-1] = _joined(held[-1], inputs)
+        else:
+            held.append(inputs)
+        if len(held) > 1 and len(held[-1][0]) > 1:
+            yield held.pop(0)
+    if len(held) > 1:
+        held = [_joined(*held)]
+    yield from held
+
+
+def _joined(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.cat(one) for one in zip(first, second, strict=True))

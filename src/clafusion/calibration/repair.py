@@ -21,7 +21,12 @@ from clafusion.execution.walk import Walk
 from clafusion.merging.mean import counted, weighted_mean
 from clafusion.merging.problem import FusionProblem, Parent
 from clafusion.profiling.batches import Data, batches
-from clafusion.profiling.masks import kept_positions, without_masked
+from clafusion.profiling.masks import (
+    counting_values,
+    kept_positions,
+    masks_of_parts,
+    without_masked,
+)
 from clafusion.profiling.moments import BatchMoments, Moments, channel_moments, is_plain, parts
 from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.model import TracedModel
@@ -235,14 +240,16 @@ def _run_repaired(
     """Run a batch, correct every layer's output on the way, and add what was there to measured."""
     in_parts = parts(target, inputs)
     walks = [Walk(target, part, state, set(points)) for part in in_parts]
-    masks = [kept_positions(target, part) for part in in_parts]
+    masks = masks_of_parts(kept_positions(target, inputs), in_parts)
     before: tuple[CalibrationPoint, Tensor, Tensor] | None = None
     for node, point in points.items():
         over_parts = Moments()
         for walk, mask in zip(walks, masks, strict=True):
             if before is not None:
                 _correct(walk, *before)
-            kept, axis = without_masked(walk.reach(node), point.axis, mask)
+            value = walk.reach(node)
+            counting = counting_values(target, node, value, mask)
+            kept, axis = without_masked(value, point.axis, counting)
             over_parts.add(kept.numel(), *channel_moments(kept, axis))
         found = over_parts.result()
         measured[node].add(inputs[0].size(0), *found)

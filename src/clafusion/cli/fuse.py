@@ -51,8 +51,10 @@ from clafusion.estimates import estimate
 from clafusion.execution.call import usable_device
 from clafusion.execution.lazy import LazyState
 from clafusion.fusion import align, fuse, fuse_aligned
-from clafusion.interop.huggingface import ModelDirectory
+from clafusion.interop.huggingface import weight_files
+from clafusion.interop.resolver import holds_itself, model_file
 from clafusion.interop.saving import check_directory
+from clafusion.interop.vocabulary import VOCABULARIES, with_one_vocabulary
 from clafusion.memory import bytes_of, check_limit
 from clafusion.profiling.batches import Data, Progress, num_rows
 from clafusion.reports import plot as draw
@@ -112,6 +114,14 @@ def fuse_command(
             metavar="NAME",
         ),
     ] = None,
+    vocabulary: Annotated[
+        str,
+        typer.Option(
+            help="What to do about directories with unlike vocabularies: same refuses them, "
+            "intersection moves common entries and keeps the first model's others.",
+            metavar="same|intersection",
+        ),
+    ] = "same",
     device: Device = "cpu",
     memory_limit: Annotated[
         str | None,
@@ -154,31 +164,34 @@ def fuse_command(
     usable_device(device, "--device")
     folder = _folder(out, files, processor_of)
     if not folder:
-        weight_files = tuple(one for one in files.values() if not one.is_dir())
-        check_weights_output(out, "--out", weight_files, (data,))
+        read = [one for file in files.values() for one in weight_files(file)]
+        check_weights_output(out, "--out", read, (data,))
     check_plot(plot)
     written_type = None if out_dtype is None else weight_type(out_dtype, "--out-dtype")
     at_most = None if memory_limit is None else bytes_of(memory_limit, "--memory-limit")
     if at_most is not None and device != "cpu":
         raise InputError(f"--memory-limit is for the CPU; --device is {device}: leave one out")
-    known = model_files(files, archs, keys)
+    if vocabulary not in VOCABULARIES:
+        raise InputError(f"--vocabulary must be same or intersection; got {vocabulary}")
+    if vocabulary != "same" and at_most is not None:
+        raise InputError("--vocabulary intersection does not go with --memory-limit")
+    known = model_files(files, archs, keys, vocabulary)
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
     samples = data_of(data, limit, reading, files)
     if dry_run:
         with messages_by_flags():
             found = estimate(known, samples, settings)
-        if at_most is not None:
-            check_limit(at_most, found.memory)
+            if at_most is not None:
+                check_limit(at_most, found.memory)
         print_json(asdict(found)) if as_json else print(found)
         return
     count = num_rows(samples)
+    check = partial(_check_depths, config=settings, is_folder=folder)
     with progress(count, expected_inputs(count, settings)) as report, messages_by_flags():
         if at_most is not None:
-            result = _fused_within(at_most, known, samples, given, settings, report)
+            result = _fused_within(at_most, known, samples, given, settings, report, check)
         else:
-            models = load_models(known)
-            try_models(models, samples)
-            result = _fused(models, samples, given, settings, device, report)
+            result = _fused(known, samples, given, settings, device, report, vocabulary, check)
     built_by = type(result.model).__name__ if folder else _architecture(result, archs, options)
     if folder:
         result.save(out, processor_of=processor_of, dtype=written_type, command=typed_command())
@@ -226,26 +239,42 @@ def _write_weights(
 
 
 def _fused(
-    models: Mapping[str, nn.Module],
+    files: Mapping[str, ModelFile],
     samples: Data,
     weights: list[float] | None,
     config: FusionConfig,
     device: str,
     report: Progress | None,
+    vocabulary: str,
+    check: Callable[[AlignedModels], None],
 ) -> FusionResult:
     """Fuse; refuse what no architecture could load as soon as the alignment shows it."""
+    models = load_models(files)
+    own_entries = None
+    if vocabulary != "same":
+        moved, own_entries = with_one_vocabulary(models, vocabulary)
+        models = {name: one for name, one in moved.items() if isinstance(one, nn.Module)}
+    try_models(models, samples)
     if isinstance(config.merging.strategy, Iterative) and len(models) > 2:
         result = fuse(models, samples, weights, config, device=device, progress=report)
         for step in result.steps:
-            _check_depths(step.aligned, config)
+            check(step.aligned)
         return result
     aligned = align(models, samples, config, device=device, progress=report)
-    _check_depths(aligned, config)
+    check(aligned)
     template = None
     if isinstance(config.target, Like):
         like = aligned.profiles[0].traced
         template = traced_template(config, like.model, like.example_inputs)
-    return fuse_aligned(aligned, samples, weights, config, template=template, progress=report)
+    return fuse_aligned(
+        aligned,
+        samples,
+        weights,
+        config,
+        template=template,
+        own_entries=own_entries,
+        progress=report,
+    )
 
 
 def _fused_within(
@@ -255,11 +284,12 @@ def _fused_within(
     weights: list[float] | None,
     config: FusionConfig,
     report: Progress | None,
+    check: Callable[[AlignedModels], None],
 ) -> FusionResult:
     """Fuse with a limit of memory; refuse what no architecture could load."""
     result = fuse(models, samples, weights, config, memory_limit=limit, progress=report)
     for step in result.steps or (result,):
-        _check_depths(step.aligned, config)
+        check(step.aligned)
     return result
 
 
@@ -272,9 +302,11 @@ def _rounded(result: FusionResult, dtype: torch.dtype) -> FusionResult:
     return replace(result, model=result.problem.storage.model(model, state, {}))
 
 
-def _check_depths(aligned: AlignedModels, config: FusionConfig) -> None:
+def _check_depths(aligned: AlignedModels, config: FusionConfig, is_folder: bool) -> None:
+    """Refuse weights for which nobody has an architecture; a directory's config describes one."""
     gaps = any(one.alignment.unmatched_shallow for one in aligned.pairs)
-    if gaps and not isinstance(config.target, Like):  # messages_by_flags says how that is typed
+    if gaps and not (is_folder or isinstance(config.target, Like)):
+        # messages_by_flags says how the target is typed
         raise StructureError(
             "of two models each is the deeper one somewhere, and so the fused weights load into "
             "nobody's architecture; give target=Like(module), which has the layers of all"
@@ -309,12 +341,12 @@ def _round_trip(
     """
     target = result.config.target
     build: Callable[[], nn.Module]
-    folders = {one for one in archs.values() if Path(one).is_dir()}
+    whole = {one for one in archs.values() if holds_itself(one)}
     if isinstance(target, Like) and built_by == _TEMPLATE:
         assert isinstance(target.template, nn.Module), "else nothing would have been fused"
         build = partial(copied, target.template)
-    elif built_by in folders:
-        build, in_files = ModelDirectory(built_by, built_by).build, False
+    elif built_by in whole and (file := model_file(built_by)) is not None:
+        build, in_files = file.build, False
     elif isinstance(target, Like) or built_by in archs.values():
         build = partial(model_without_weights if in_files else build_model, built_by)
     else:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from clafusion.alignment.models import label
 from clafusion.cli.parsing import numbers_of
 from clafusion.errors import InputError
-from clafusion.interop.huggingface import ModelDirectory, input_names, stored_config
-from clafusion.interop.resolver import factory_of
-from clafusion.interop.tokenizers import check_same_labels, check_same_vocabulary, tokenised
+from clafusion.interop.huggingface import input_names
+from clafusion.interop.images import image_files, processed
+from clafusion.interop.resolver import factory_of, holds_itself, model_file
+from clafusion.interop.tokenizers import tokenised
+from clafusion.interop.vocabulary import check_alike
 from clafusion.profiling.batches import Data, first_batch
 from clafusion.profiling.samples import load_named_samples, load_samples
 from clafusion.profiling.texts import TEXT_ENDINGS, read_texts
@@ -46,7 +48,6 @@ __all__ = [
     "Std",
     "TextColumn",
     "archs_of",
-    "check_alike",
     "check_plot",
     "data_of",
     "keys_of",
@@ -65,9 +66,9 @@ _FACTORY = (
 NamedFiles = Annotated[
     list[str],
     typer.Argument(
-        help="Two or more models: Hugging Face directories, or weights (.safetensors, .pt, .pth, "
-        ".th, .bin, .ckpt, or the .index.json of several files). They are called first, second, "
-        "third and so on, or as NAME=FILE says.",
+        help="Two or more models: Hugging Face directories, exported programs (.pt2), or weights "
+        "(.safetensors, .pt, .pth, .th, .bin, .ckpt, or the .index.json of several files). They "
+        "are called first, second, third and so on, or as NAME=FILE says.",
         metavar="WEIGHTS",
     ),
 ]
@@ -105,8 +106,8 @@ DataFile = Annotated[
     Path,
     typer.Option(
         "--data",
-        help="Unlabelled inputs (.npy, .npz, .pt, .pth, .safetensors), or texts for Hugging Face "
-        "directories with a tokenizer (.txt, .jsonl, .csv, .parquet).",
+        help="Unlabelled inputs (.npy, .npz, .pt, .pth, .safetensors), or for Hugging Face "
+        "directories texts (.txt, .jsonl, .csv, .parquet) or a folder of images.",
     ),
 ]
 TextColumn = Annotated[
@@ -198,21 +199,21 @@ def named_files(texts: Sequence[str]) -> dict[str, Path]:
 
 
 def archs_of(given: Sequence[str] | None, files: Mapping[str, Path]) -> dict[str, str]:
-    """Return each model's factory by the model's name; a directory stands for itself.
+    """Return each model's factory by the model's name; a directory or .pt2 file is its own.
 
     Raises
     ------
     InputError
         There are neither one nor as many as models, or a file of weights has none.
     """
-    of_files = [name for name, file in files.items() if not file.is_dir()]
+    of_files = [name for name, file in files.items() if not holds_itself(file)]
     if not given and of_files:
         raise InputError(
             f"{str(files[of_files[0]])!r} is no directory: give what makes that model, "
             "--arch MODULE:FACTORY"
         )
     if given and not of_files:
-        raise InputError(f"Hugging Face directories say what they are: leave --arch {given[0]} out")
+        raise InputError(f"these models say themselves what they are: leave --arch {given[0]} out")
     given = given or []
     if of_files and len(given) not in (1, len(files)):
         raise InputError(
@@ -246,32 +247,28 @@ def keys_of(given: Sequence[str] | None, names: Sequence[str]) -> dict[str, str 
 
 
 def model_files(
-    files: Mapping[str, Path], archs: Mapping[str, str], keys: Mapping[str, str | None]
+    files: Mapping[str, Path],
+    archs: Mapping[str, str],
+    keys: Mapping[str, str | None],
+    vocabulary: str = "same",
 ) -> dict[str, ModelFile]:
     """Return the models by name; each is read when it is needed.
 
-    Directories must have the same tokens and the same labels.
+    Directories must have the same labels, and the same tokens if ``vocabulary`` says so.
     """
-    folders = {name: file for name, file in files.items() if file.is_dir()}
-    for name, folder in folders.items():
-        try:
-            ModelDirectory(str(folder), folder).check()
-        except InputError as error:
-            raise InputError(f"{label(name)}: {error}") from error
-    check_alike(folders)
-    return {
-        name: ModelDirectory(str(file), file)
-        if name in folders
-        else ModelFile(archs[name], file, keys[name])
-        for name, file in files.items()
-    }
-
-
-def check_alike(folders: Mapping[str, Path]) -> None:
-    """Refuse Hugging Face directories whose tokens or labels mean other things."""
-    check_same_labels({name: stored_config(one) for name, one in folders.items()})
-    if folders:
-        check_same_vocabulary(folders)
+    found: dict[str, ModelFile] = {}
+    for name, file in files.items():
+        whole = model_file(file) if holds_itself(file) else None
+        if whole is not None:
+            found[name] = whole
+            try:
+                whole.check()
+            except InputError as error:
+                raise InputError(f"{label(name)}: {error}") from error
+        else:
+            found[name] = ModelFile(archs[name], file, keys[name])
+    check_alike(found, vocabulary)
+    return found
 
 
 def load_models(models: Mapping[str, ModelFile]) -> dict[str, nn.Module]:
@@ -386,13 +383,20 @@ def read_data(
         As ``load_samples`` and ``read_texts``; or there is no tokenizer, or a setting is for data
         of another kind.
     """
-    is_text = data.suffix.lower() in TEXT_ENDINGS
+    is_text = data.suffix.lower() in TEXT_ENDINGS and not data.is_dir()
     of_texts = {"text_column": text_column, "max_length": max_length}
-    unfitting = numbers if is_text else of_texts
+    unfitting = {**numbers, **of_texts} if data.is_dir() else numbers if is_text else of_texts
     wrong = next((name for name, value in unfitting.items() if value is not None), None)
     if wrong is not None:
-        kind = "texts" if is_text else "no texts"
+        kind = "images" if data.is_dir() else "texts" if is_text else "no texts"
         raise InputError(f"{called(wrong)} does not fit the data {str(data)!r}, which holds {kind}")
+    if data.is_dir():
+        if folder is None:
+            raise InputError(
+                f"the data {str(data)!r} is a folder of images, and how they are prepared is known "
+                "of Hugging Face directories only: give arrays (.npy, .npz)"
+            )
+        return processed(image_files(data, limit), folder)
     if is_text:
         if folder is None:
             raise InputError(

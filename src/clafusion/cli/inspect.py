@@ -32,8 +32,7 @@ from clafusion.cli.options import configured, messages_by_flags
 from clafusion.cli.parsing import numbers_of
 from clafusion.cli.show import print_json, print_line
 from clafusion.errors import InputError
-from clafusion.interop.huggingface import load_directory
-from clafusion.interop.resolver import factory_of
+from clafusion.interop.resolver import factory_of, holds_itself, load
 from clafusion.profiling.batches import first_batch
 from clafusion.reports import plot as draw
 from clafusion.reports import summary
@@ -108,13 +107,11 @@ def inspect_command(
 
 
 def _model(arch: str | None, weights: Path | None, key: str | None) -> nn.Module:
-    if weights is not None and weights.is_dir():
+    if weights is not None and holds_itself(weights):
         if arch is not None or key is not None:
             given = "--arch" if arch is not None else "--checkpoint-key"
-            raise InputError(
-                f"{str(weights)!r} is a directory, which says what it holds: leave {given} out"
-            )
-        return load_directory(weights)
+            raise InputError(f"{str(weights)!r} says itself what it holds: leave {given} out")
+        return load(weights)
     if arch is None:
         raise InputError(
             "give what makes the model, --arch MODULE:FACTORY, or its Hugging Face directory"

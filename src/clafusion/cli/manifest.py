@@ -13,8 +13,7 @@ from typing import Any
 from clafusion.cli.settings import config_of, read_mapping, rooted
 from clafusion.config import FusionConfig
 from clafusion.errors import InputError
-from clafusion.interop.huggingface import ModelDirectory
-from clafusion.interop.resolver import factory_of
+from clafusion.interop.resolver import factory_of, holds_itself, model_file
 from clafusion.stages import merge_weights
 from clafusion.weights.factories import ModelFile
 
@@ -148,8 +147,10 @@ def _entries(found: Any, where: str, known: Sequence[str]) -> dict[str, Any]:
 
 
 def _model(where: str, found: Any, common: Any, root: Path) -> ModelFile:
-    if isinstance(found, str) and (root / found).is_dir():
-        return _checked(where, ModelDirectory(str(root / found), root / found))
+    if isinstance(found, str) and holds_itself(root / found):
+        whole = model_file(root / found)
+        assert whole is not None, "it holds itself"
+        return _checked(where, whole)
     one = {"weights": found} if isinstance(found, str) else found
     one = _entries(one, where, ("factory", "weights", "key"))
     factory = one.get("factory", common)

@@ -20,7 +20,7 @@ import typer.core
 from torch import nn
 
 from clafusion.config import FusionConfig, Like, Option, Settings, options_of
-from clafusion.errors import ClafusionError, FusionWarning, InputError
+from clafusion.errors import ClafusionError, FusionWarning, InputError, retold
 from clafusion.weights.factories import build_model
 
 __all__ = [
@@ -306,7 +306,7 @@ def messages_by_flags() -> Iterator[None]:
             told = _spelled(str(error), _FLAGS)
             if told == str(error):
                 raise
-            raise type(error)(told) from error
+            raise retold(error, told) from None
 
 
 @contextmanager

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from torch import Tensor
 
-from clafusion.cli.inputs import AsJson, Device, check_alike, read_data
+from clafusion.cli.inputs import AsJson, Device, read_data
 from clafusion.cli.manifest import Manifest, read_manifest
 from clafusion.cli.options import warnings_by_entries
-from clafusion.cli.parsing import bytes_of
 from clafusion.cli.show import pair_progress, print_json, print_line, typed_command
 from clafusion.errors import InputError
 from clafusion.execution.call import usable_device
 from clafusion.interop.huggingface import ModelDirectory
+from clafusion.interop.vocabulary import check_alike
+from clafusion.memory import bytes_of
 from clafusion.reports.tables import pairs_summary, total_seconds
 from clafusion.weights.atomic import check_output
 
@@ -74,7 +75,7 @@ def pairs_command(
     folder = out or given.out
     if folder is None:
         raise InputError(f"give --out DIR, or an entry out in {str(manifest)!r}")
-    limit = None if memory_limit is None else bytes_of("--memory-limit", memory_limit)
+    limit = None if memory_limit is None else bytes_of(memory_limit, "--memory-limit")
     if jobs < 1:
         raise InputError(f"--jobs must be at least 1; got {jobs}")
     usable_device(device, "--device")
@@ -146,7 +147,7 @@ def _data(given: Manifest) -> Tensor | list[dict[str, Tensor]]:
         for name, one in given.models.items()
         if isinstance(one, ModelDirectory)
     }
-    check_alike(folders)
+    check_alike(given.models)
     known = ("limit", "text_column", "max_length")
     return read_data(
         given.data["file"],
@@ -163,10 +164,11 @@ def _run_facts(given: Manifest) -> dict[str, str]:
 
     file = Path(given.data["file"])
     others = [f"{name} {value}" for name, value in given.data.items() if name != "file"]
+    digest = [f"SHA-256 {file_digest(file)}"] if file.is_file() else []
     return {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "command": typed_command() or "",
-        "data": ", ".join([str(file), *others, f"SHA-256 {file_digest(file)}"]),
+        "data": ", ".join([str(file), *others, *digest]),
     }
 
 

@@ -1,19 +1,16 @@
-"""Numbers, lists of numbers and sizes, as they are typed."""
+"""Lists of numbers, as they are typed."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TypeVar
 
 from clafusion.errors import InputError
 from clafusion.stages import merge_weights
 
-__all__ = ["bytes_of", "merge_weights_of", "numbers_of"]
+__all__ = ["merge_weights_of", "numbers_of"]
 
 N = TypeVar("N", int, float)
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?(?:e\+?\d\d?)?)\s*(?:([kmgt])(i?))?b?")
 
 
 def numbers_of(option: str, text: str | None, kind: type[N]) -> list[N] | None:
@@ -48,22 +45,4 @@ def merge_weights_of(option: str, text: str | None, names: Sequence[str]) -> lis
         merge_weights(found, names)
     except InputError as error:
         raise InputError(f"{option}{str(error).removeprefix('weights')}") from error
-    return found
-
-
-def bytes_of(option: str, text: str) -> int:
-    """Return how many bytes a size such as ``500MB``, ``2GB`` or ``2GiB`` is.
-
-    Raises
-    ------
-    InputError
-        It is no size, or less than a byte.
-    """
-    matched = _SIZE.fullmatch(text.strip().lower())
-    if matched is None:
-        raise InputError(f"{option} takes a size such as 500MB, 2GB or 2GiB; got {text!r}")
-    size = (1024 if matched[3] else 1000) ** " kmgt".index(matched[2] or " ")
-    found = int(float(matched[1]) * size)
-    if found < 1:
-        raise InputError(f"{option} must be at least 1 byte; got {text!r}")
     return found

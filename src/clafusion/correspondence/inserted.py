@@ -16,6 +16,7 @@ from clafusion.errors import FusionWarning, StructureError, warn
 from clafusion.execution.call import call_model, flatten_tensors, rounding_of
 from clafusion.execution.lazy import overlaid
 from clafusion.execution.walk import run_widened
+from clafusion.tracing.copies import copied
 from clafusion.tracing.model import TracedModel
 from clafusion.weights.build import with_state
 
@@ -42,7 +43,7 @@ def inserted_model(target: nn.Module, correspondence: Correspondence) -> nn.Modu
     built = with_state(target, structured_state(correspondence), aliases)
     try:
         found = _outputs_of(built, correspondence)
-    except RuntimeError as error:
+    except Exception as error:  # the module's own code may raise anything
         raise StructureError(
             "the source with the target's layers does not run: a width is fixed in the target "
             f"module's code ({error})"
@@ -83,7 +84,7 @@ def check_inserted(correspondence: Correspondence) -> None:
         built = with_state(target.model, state, target.aliases)
         try:
             found = _outputs_of(built, correspondence)
-        except RuntimeError:
+        except Exception:  # the module's own code may raise anything about a width
             _check_by_copies(correspondence)
             return
         _compare(found, _wanted(correspondence), correspondence)
@@ -150,7 +151,7 @@ def _outputs_of(built: nn.Module, correspondence: Correspondence) -> list[Tensor
     mode = built.training
     inputs = target.example_inputs
     if target.types:  # half precision would round by as much as is to be found
-        built = built.float()
+        built = copied(built).float()
         inputs = tuple(one.to(target.types.get(one.dtype, one.dtype)) for one in inputs)
     try:
         with torch.no_grad():

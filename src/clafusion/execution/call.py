@@ -67,12 +67,12 @@ def without_caches(model: nn.Module) -> Iterator[None]:
     found: list[Any] = [getattr(one, "config", None) for one in model.modules()]
     configs = {id(one): one for one in found}
     changed: list[Any] = []
-    for config in configs.values():
-        if getattr(config, "use_cache", None) is True:
-            with suppress(AttributeError):  # somebody's own, which is frozen
-                config.use_cache = False
-                changed.append(config)
     try:
+        for config in configs.values():
+            if getattr(config, "use_cache", None) is True:
+                with suppress(AttributeError):  # somebody's own, which is frozen
+                    config.use_cache = False
+                    changed.append(config)
         yield
     finally:
         for config in changed:

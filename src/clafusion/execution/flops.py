@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
@@ -30,6 +31,8 @@ def count_operations(run: Callable[[], Any]) -> int:
 class _Counting(TorchDispatchMode):
     """Adds up the operations of all that PyTorch dispatches."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
@@ -42,12 +45,21 @@ class _Counting(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         named = dict(kwargs or {})
+        if isinstance(func, HigherOrderOperator):  # it calls parts of the graph, as cond does
+            args = [self._counted(one) if callable(one) else one for one in args]
         returned = func(*args, **named)
         packet = getattr(func, "_overloadpacket", func)
         formula = _ON_THE_CPU.get(packet) or flop_registry.get(packet)
         if formula is not None:
             self.count += int(formula(*args, **named, out_val=returned))
         return returned
+
+    def _counted(self, part: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:
+            with self:
+                return part(*given, **named)
+
+        return run
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:

@@ -1,6 +1,7 @@
 """Inputs that are lists or mappings of tensors: each tensor by a name that says where it belongs.
 
-``{"image": x, "levels": [y, z]}`` are ``image``, ``levels.0`` and ``levels.1``.
+``{"image": x, "levels": [y, z]}`` are ``image``, ``levels.0`` and ``levels.1``. A key of a mapping
+that is a number is in quotes, for it is no place in a list: ``{"maps": {"0": x}}`` is ``maps.'0'``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def flattened(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Yield what an input holds, each with its name."""
     if isinstance(value, Mapping):
         for key, one in value.items():
-            yield from flattened(one, f"{name}.{key}")
+            yield from flattened(one, f"{name}.{_quoted(key)}")
     elif isinstance(value, (list, tuple)):
         for i, one in enumerate(value):
             yield from flattened(one, f"{name}.{i}")
@@ -44,8 +45,13 @@ def _with_lists(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     parts = {name: _with_lists(one) for name, one in value.items()}
-    is_list = list(parts) == [str(i) for i in range(len(parts))]
-    return list(parts.values()) if is_list else parts
+    if list(parts) == [str(i) for i in range(len(parts))]:
+        return list(parts.values())
+    return {name.strip("'"): one for name, one in parts.items()}
+
+
+def _quoted(key: Any) -> str:
+    return f"'{key}'" if str(key).isdigit() else str(key)
 
 
 def part(whole: Mapping[str, Any], name: str) -> Any:
@@ -55,7 +61,7 @@ def part(whole: Mapping[str, Any], name: str) -> Any:
     value: Any = whole
     for one in name.split("."):
         if isinstance(value, Mapping):
-            value = value.get(one)
+            value = value.get(one.strip("'"))
         elif isinstance(value, (list, tuple)) and one.isdigit() and int(one) < len(value):
             value = value[int(one)]
         else:

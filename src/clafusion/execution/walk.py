@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,6 +17,7 @@ __all__ = [
     "HALF_WIDER",
     "WIDER",
     "Executable",
+    "PickedPositions",
     "RowState",
     "Walk",
     "in_lockstep",
@@ -25,6 +26,34 @@ __all__ = [
 ]
 
 _LARGE = 1 << 21  # elements: a weight of more is read by rows, from a state that can
+
+
+class PickedPositions(Protocol):
+    """At which positions of its inputs a network computes its last layer."""
+
+    @property
+    def node(self) -> str:
+        """The node of the layer, which is linear."""
+        ...
+
+    @property
+    def positions(self) -> int:
+        """How many positions an input has."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """At how many the layer is computed."""
+        ...
+
+    @property
+    def thinned(self) -> frozenset[str]:
+        """All nodes that have values at these positions only."""
+        ...
+
+    def index(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Return the positions of each input, ``(num_inputs, count)``."""
+        ...
 
 
 class Executable(Protocol):
@@ -43,6 +72,11 @@ class Executable(Protocol):
     @property
     def types(self) -> Mapping[torch.dtype, torch.dtype]:
         """Types to compute in, in place of those of the weights and of those the graph asks for."""
+        ...
+
+    @property
+    def thinning(self) -> PickedPositions | None:
+        """At which positions the last layer is computed; None for all."""
         ...
 
 
@@ -170,6 +204,10 @@ class Walk:
                 self._values[node] = value.clone() if wide is value else wide
             else:
                 self._parameters[node] = name
+        self._thinned: fx.Node | None = None
+        if graph.thinning is not None:
+            self._thinned = self._by_name[graph.thinning.node]
+            self._picked = graph.thinning.index(inputs)
         self._rest = iter([node for node in nodes if node.op in ("get_attr", "call_function")])
         self._pending = {node: len(node.users) for node in nodes}
 
@@ -181,6 +219,11 @@ class Walk:
         while wanted not in self._values:
             self._step(next(self._rest))
         return self._values[wanted]
+
+    def reach_for(self, name: str, reader: str) -> Any:
+        """Return what :meth:`reach` does, as the node ``reader`` reads it: perhaps in part."""
+        value = self.reach(name)
+        return self._pick(value) if self._is_thinned(self._by_name[reader]) else value
 
     def __iter__(self) -> Iterator[fx.Node]:
         """Run the nodes that have not run yet, one by one."""
@@ -204,11 +247,76 @@ class Walk:
             del self._values[node]
         return outputs
 
+    def before(self, last: Collection[str]) -> Iterator[fx.Node]:
+        """Run the nodes that have not run yet but those of some names; yield each when it has run.
+
+        No other node may read those.
+        """
+        left = []
+        for node in self._rest:
+            if node.name in last:
+                left.append(node)
+            else:
+                self._step(node)
+                yield node
+        self._rest = iter(left)
+
+    def known_outputs(self) -> list[Any]:
+        """Return those of the graph's outputs whose nodes have run."""
+        leaves = pytree.tree_leaves(self._module.graph.output_node().args[0])
+        nodes = [one for one in leaves if isinstance(one, fx.Node)]
+        return [self._values[node] for node in nodes if node in self._values]
+
+    def rows_of(self, layer: str, following: Sequence[str], rows: Tensor) -> list[Tensor]:
+        """Return some channels of the outputs that come of a linear layer, which has not run.
+
+        Parameters
+        ----------
+        layer
+            The layer's node; what it reads has run.
+        following
+            The nodes that come of it, which do the same to every channel.
+        rows
+            The channels: rows of its weight.
+        """
+        node = self._by_name[layer]
+        inputs, weight, *bias = node.args
+        name = self._parameters.get(weight) if isinstance(weight, fx.Node) else None
+        if name is not None and self._rows is not None:
+            part = self._computed(self._rows.rows(name, rows))
+        else:
+            part = self._value(weight)[rows]
+        of_rows = (None if one is None else self._value(one)[rows] for one in bias)
+        made: dict[Any, Any] = {node: F.linear(self._value(inputs), part, *of_rows)}
+        for one in map(self._by_name.__getitem__, following):
+            arguments, keywords = fx.map_arg(
+                (one.args, one.kwargs), lambda n: made[n] if n in made else self._value(n)
+            )
+            arguments, keywords = pytree.tree_map(self._retyped, (arguments, keywords))
+            target: Any = one.target
+            made[one] = target(*arguments, **keywords)
+        leaves = pytree.tree_leaves(self._module.graph.output_node().args[0])
+        return [made[one] for one in leaves if isinstance(one, fx.Node) and one in made]
+
     def release(self, name: str) -> None:
         """Stop keeping a node's value; drop it unless a later node needs it."""
         self._keep.discard(name)
         self._spared.pop(name, None)
         self._drop(self._by_name[name])
+
+    def forget(self, name: str) -> None:
+        """Drop a node's value although later nodes read it, which cannot run then."""
+        self._keep.discard(name)
+        self._spared.pop(name, None)
+        self._values.pop(self._by_name[name], None)
+
+    def _is_thinned(self, node: fx.Node) -> bool:
+        return self._thinned is not None and node is self._thinned
+
+    def _pick(self, value: Tensor) -> Tensor:
+        """Return what the thinned layer reads."""
+        index = self._picked.to(value.device)
+        return value.gather(1, index[..., None].expand(-1, -1, value.size(-1)))
 
     def _step(self, node: fx.Node) -> None:
         if node.op == "get_attr":
@@ -221,6 +329,8 @@ class Walk:
         value = self._by_rows(node) if self._rows is not None else None
         if value is None:
             arguments, keywords = fx.map_arg((node.args, node.kwargs), self._value)
+            if self._is_thinned(node):
+                arguments = (self._pick(arguments[0]), *arguments[1:])
             if self._types:
                 arguments, keywords = pytree.tree_map(self._retyped, (arguments, keywords))
             value = target(*arguments, **keywords)
@@ -252,6 +362,8 @@ class Walk:
             wanted, places = indices.unique(return_inverse=True)
             return F.embedding(places, self._computed(self._rows.rows(name, wanted)))
         inputs, *bias = [self._value(one) for i, one in enumerate(node.args) if i != 1]
+        if self._is_thinned(node):
+            inputs = self._pick(inputs)
         count = max(_LARGE // shape[1], 1)
         result: Tensor = inputs.new_empty(*inputs.shape[:-1], shape[0])
         for rows in torch.arange(shape[0], device=inputs.device).split(count):

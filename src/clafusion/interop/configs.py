@@ -37,15 +37,8 @@ def config_of(model: nn.Module) -> Any:
     found = _shapes(model, config)
     if found == wanted:
         return config
-    for change in _changes(model, config, wanted, found):
-        tried = copy.deepcopy(config)
-        try:
-            _apply(tried, change)
-            shapes = _shapes(model, tried)
-        except Exception:  # a class checks its numbers in its own way, and this is no config for it
-            continue
-        if _apart(shapes, wanted) < _apart(found, wanted):
-            config, found = tried, shapes
+    while (nearer := _nearest(model, config, wanted, found)) is not None:
+        config, found = nearer
         if found == wanted:
             return config
     names = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
@@ -56,6 +49,32 @@ def config_of(model: nn.Module) -> Any:
         f"{found.get(first, 'nothing')}. Fuse into the widths of one parent (width='own'), or save "
         "the weights alone into a file (.safetensors)"
     )
+
+
+def _nearest(
+    model: nn.Module,
+    config: Any,
+    wanted: dict[str, tuple[int, ...]],
+    found: dict[str, tuple[int, ...]],
+) -> tuple[Any, dict[str, tuple[int, ...]]] | None:
+    """Return that of all changes of a config which brings it the nearest, and its shapes.
+
+    None where no change brings it nearer; of equals the first.
+    """
+    best, least = None, _apart(found, wanted)
+    for change in _changes(model, config, wanted, found):
+        tried = copy.deepcopy(config)
+        try:
+            _apply(tried, change)
+            shapes = _shapes(model, tried)
+        except Exception:  # a class checks its numbers in its own way, and this is no config for it
+            continue
+        apart = _apart(shapes, wanted)
+        if apart < least:
+            best, least = (tried, shapes), apart
+        if apart == 0:
+            break
+    return best
 
 
 def _shapes(model: nn.Module, config: Any) -> dict[str, tuple[int, ...]]:
@@ -81,14 +100,14 @@ def _changes(
     found: dict[str, tuple[int, ...]],
 ) -> Iterator[dict[str, int]]:
     """Yield changes of a config that may bring it nearer to the shapes, the most telling first."""
-    count = getattr(config, _LAYERS, None)
     lengths = {len(one) for one in model.modules() if isinstance(one, nn.ModuleList)}
-    if isinstance(count, int):
-        for length in sorted(lengths - {count}, reverse=True):
-            yield {_LAYERS: length}
+    for name, count in _numbers(config):
+        if "layer" in name:
+            for length in sorted(lengths - {count}, reverse=True):
+                yield {name: length}
     pairs = {
         (old, new)
-        for name in {*wanted, *found} & wanted.keys() & found.keys()
+        for name in wanted.keys() & found.keys()
         if len(wanted[name]) == len(found[name])
         for old, new in zip(found[name], wanted[name], strict=True)
         if old != new
@@ -111,16 +130,22 @@ def _changes(
             keys = getattr(config, _KEY_HEADS, None)
             if isinstance(keys, int) and keys * width == old:
                 yield {_KEY_HEADS: new // width}
-        yield from ({name: new} for name, value in named.items() if value == old)
+        yield from ({name: new} for name, value in named.items() if value == old > 1)
         yield from ({name: new} for name in _open_widths(config))
 
 
 def _of_heads(config: Any, heads: int, width: int) -> dict[str, int]:
-    """Return a number of heads, with as many queries' heads for each key's as before."""
+    """Return a number of heads, with as many queries' heads for each key's as before.
+
+    Of an encoder and a decoder with as many heads both get it.
+    """
+    own = config.num_attention_heads
     change = {_HEADS: heads}
+    alike = (name for name, one in _numbers(config) if one == own)
+    change |= dict.fromkeys((name for name in alike if name.endswith("attention_heads")), heads)
     keys = getattr(config, _KEY_HEADS, None)
-    if isinstance(keys, int) and keys * heads % config.num_attention_heads == 0:
-        change[_KEY_HEADS] = keys * heads // config.num_attention_heads
+    if isinstance(keys, int) and keys * heads % own == 0:
+        change[_KEY_HEADS] = keys * heads // own
     if isinstance(getattr(config, _HEAD_WIDTH, None), int):
         change[_HEAD_WIDTH] = width
     return change
@@ -131,7 +156,7 @@ def _numbers(config: Any) -> Iterator[tuple[str, int]]:
     numbers = {
         name: value
         for name, value in config.to_dict().items()
-        if isinstance(value, int) and not isinstance(value, bool) and value > 1
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0
     }
     yield from sorted(
         numbers.items(),
@@ -147,9 +172,11 @@ def _open_widths(config: Any) -> Iterator[str]:
 
 
 def _apply(config: Any, change: dict[str, int]) -> None:
-    count = change.get(_LAYERS)
-    kinds = getattr(config, _KINDS, None)
-    if count is not None and isinstance(kinds, list) and len(set(kinds)) == 1:
-        setattr(config, _KINDS, kinds[:1] * count)
+    before = getattr(config, _LAYERS, None)
     for name, value in change.items():
+        if "layer" in name and "decoder" not in name and getattr(config, name) == before:
+            setattr(config, _LAYERS, value)  # some configs hold it under two names
         setattr(config, name, value)
+    count, kinds = getattr(config, _LAYERS, None), getattr(config, _KINDS, None)
+    if isinstance(kinds, list) and len(set(kinds)) == 1 and isinstance(count, int):
+        setattr(config, _KINDS, kinds[:1] * count)

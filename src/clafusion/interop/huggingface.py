@@ -23,9 +23,12 @@ from torch import nn
 
 from clafusion.errors import FusionWarning, InputError, warn
 from clafusion.profiling.batches import LABELS
+from clafusion.tracing.ties import aliases_of
 from clafusion.weights.factories import ModelFile
+from clafusion.weights.mapped import file_backed
 from clafusion.weights.messages import listed, one_line
-from clafusion.weights.state_files import file_digest
+from clafusion.weights.state_files import file_digest, files_of
+from clafusion.weights.storage import InFiles
 
 __all__ = [
     "ModelDirectory",
@@ -37,7 +40,9 @@ __all__ = [
     "read_back",
     "read_config",
     "stored_config",
+    "tokens_directory",
     "transformers_library",
+    "weight_files",
 ]
 
 _WEIGHTS = (
@@ -68,8 +73,18 @@ class ModelDirectory(ModelFile):
         return load_directory(self.path)
 
     def open(self) -> tuple[nn.Module, frozenset[str]]:
-        """Return the network, whose weights are all in memory."""
-        return self.load(), frozenset()
+        """Return the network, and the names of the parameters that are mapped from files.
+
+        The library maps what it takes from a file as it is. What it has made in memory, as by
+        merging an adapter, goes to a temporary file.
+        """
+        model = self.load()
+        own = dict(model.named_parameters())
+        if len(file_backed(own)) < len(own):
+            kept = {name: one.detach() for name, one in own.items()}
+            model = InFiles().model(model, kept, aliases_of(model))
+            own = dict(model.named_parameters())
+        return model, file_backed(own)
 
     def build(self) -> nn.Module:
         """Return a network of the same architecture with random weights, in eval mode."""
@@ -87,13 +102,13 @@ class ModelDirectory(ModelFile):
     def digest(self) -> str:
         """Return the SHA-256 of its config, its weights and its adapter."""
         digest = hashlib.sha256()
-        for directory in dict.fromkeys((Path(self.path), _base_of(Path(self.path)))):
-            for file in sorted(directory.iterdir()):
-                if file.name in ("config.json", _ADAPTER) or file.suffix in (
-                    ".safetensors",
-                    ".bin",
-                ):
-                    digest.update(f"{file.name} {file_digest(file)} ".encode())
+        path = Path(self.path)
+        files = [one for weights in weight_files(path) for one in files_of(weights)]
+        for directory in dict.fromkeys((path, _base_of(path))):
+            files += [directory / name for name in ("config.json", _ADAPTER)]
+        for file in files:
+            if file.is_file():
+                digest.update(f"{file.name} {file_digest(file)} ".encode())
         return digest.hexdigest()
 
 
@@ -129,6 +144,8 @@ def load_directory(path: str | os.PathLike[str]) -> nn.Module:
         model = _loaded(kind, base, path)
     config: Any = model.config
     config._name_or_path = str(path)
+    for one in model.parameters():
+        vars(one).pop("_is_hf_initialized", None)  # a mark of how it was made, which copies keep
     return model.eval()
 
 
@@ -163,6 +180,15 @@ def directory_of(model: nn.Module) -> Path | None:
     path = Path(name) if isinstance(name, str) and name else None
     known = ("config.json", _ADAPTER)
     return path if path is not None and any((path / one).is_file() for one in known) else None
+
+
+def tokens_directory(model: nn.Module) -> Path | None:
+    """Return the directory whose tokenizer makes a network's tokens; None if it is gone.
+
+    It is that of the network, or of another one whose vocabulary the network has taken.
+    """
+    taken = getattr(model, "_clafusion_tokens_of", None)
+    return Path(taken) if taken is not None else directory_of(model)
 
 
 def transformers_library() -> Any:
@@ -257,6 +283,16 @@ def _library_config(kind: Any, path: Path) -> Any:
         raise InputError(
             f"{str(path / 'config.json')!r} cannot be used: {one_line(error)}"
         ) from error
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the files that hold a model's weights: of a directory, or the one that is given."""
+    if not path.is_dir():
+        return [path]
+    names = (*_WEIGHTS, "adapter_model.safetensors", "adapter_model.bin")
+    found = [path / name for name in names if (path / name).is_file()]
+    base = _base_of(path)
+    return found if base == path else [*found, *weight_files(base)]
 
 
 def _check_weights(path: Path) -> None:

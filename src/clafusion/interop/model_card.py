@@ -18,7 +18,9 @@ from clafusion.weights.state_files import tensors_of
 if TYPE_CHECKING:
     from clafusion.results import FusionResult
 
-__all__ = ["model_card"]
+__all__ = ["is_model_card", "model_card", "pair_card"]
+
+_HEAD = "---\nlibrary_name: transformers\ntags:\n- merge\n- clafusion\n---"
 
 
 def model_card(
@@ -33,7 +35,7 @@ def model_card(
     tensors = sum(one.numel() for one in result.model.parameters())
     files = sorted(one.name for one in written.glob("*.safetensors"))
     parts = [
-        "---\nlibrary_name: transformers\ntags:\n- merge\n- clafusion\n---",
+        _HEAD,
         f"# {kind}, fused from {', '.join(parents)}",
         f"{kind} with {tensors:,} parameters, fused by clafusion without training. "
         f"Read it by `{kind}.from_pretrained`.",
@@ -48,6 +50,51 @@ def model_card(
         parts.append(f"## Command\n\n```sh\n{command}\n```")
     parts.append("## Versions\n\n" + ", ".join(f"{k} {v}" for k, v in _versions().items()))
     return "\n\n".join(parts) + "\n"
+
+
+def pair_card(
+    facts: Mapping[str, Any],
+    digests: Mapping[str, str],
+    weights: Any,
+    config: Mapping[str, Any],
+) -> str:
+    """Return the model card of one of many pairs.
+
+    Parameters
+    ----------
+    facts
+        Those of :func:`clafusion.batch.results.facts_of`, with the names.
+    digests
+        The hashes of the two directories, by name.
+    weights
+        The weights that were asked for; None for equal ones.
+    config
+        The options.
+    """
+    first, second = facts["first"], facts["second"]
+    rows = ["| name | SHA-256 of the directory |", "|---|---|"]
+    rows += [f"| {name} | `{digest}` |" for name, digest in digests.items()]
+    found = facts.get("assessment")
+    parts = [
+        _HEAD,
+        f"# {first} and {second}, fused",
+        f"Fused by clafusion without training, into the structure of {facts['structure']}, with "
+        f"{'equal weights' if weights is None else f'the weights {weights}'}.",
+        "## Parents\n\n" + "\n".join(rows),
+        "## How good it is\n\n"
+        + ("It was not assessed." if found is None else _figures(found["verdict"], found)),
+        f"## Options\n\n```json\n{json.dumps(config, indent=1, default=str)}\n```",
+        "## Versions\n\n" + ", ".join(f"{k} {v}" for k, v in _versions().items()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def is_model_card(file: Path) -> bool:
+    """Say whether a file is a model card that clafusion wrote."""
+    try:
+        return file.read_text(encoding="utf-8").startswith(_HEAD)
+    except (OSError, ValueError):
+        return False
 
 
 def _parents_table(result: FusionResult, parents: Mapping[str, nn.Module]) -> str:
@@ -77,7 +124,11 @@ def _assessment(result: FusionResult) -> str:
     found = result.assessment
     if found is None:
         return "It was not assessed."
-    return f"{found.verdict}\n\n```json\n{json.dumps(found.to_dict(), indent=1)}\n```"
+    return _figures(found.verdict, found.to_dict())
+
+
+def _figures(verdict: str, figures: Mapping[str, Any]) -> str:
+    return f"{verdict}\n\n```json\n{json.dumps(figures, indent=1)}\n```"
 
 
 def _versions() -> dict[str, str]:

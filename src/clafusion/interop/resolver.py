@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,11 +14,54 @@ from clafusion.errors import InputError
 from clafusion.interop.huggingface import ModelDirectory
 from clafusion.weights.factories import ModelFile, build_model, load_model
 from clafusion.weights.messages import one_line
+from clafusion.weights.state_files import file_digest
 
-__all__ = ["factory_of", "load", "model_file"]
+__all__ = ["ExportedProgram", "factory_of", "holds_itself", "load", "model_file"]
 
+_EXPORTED = ".pt2"
 _NAMED = re.compile(r"(?P<library>timm|torchvision):(?P<name>[\w./-]+)")
 _MAKERS = {"timm": "timm:create_model({!r})", "torchvision": "torchvision.models:get_model({!r})"}
+
+
+@dataclass(frozen=True)
+class ExportedProgram(ModelFile):
+    """A network in a file of ``torch.export.save``, which is read when the network is needed.
+
+    Attributes
+    ----------
+    factory
+        What errors call its architecture: the file.
+    path
+        The file, ``.pt2``.
+    key
+        None.
+    """
+
+    def load(self) -> nn.Module:
+        """Return the network with its weights."""
+        return _exported(self.path)
+
+    def open(self) -> tuple[nn.Module, frozenset[str]]:
+        """Return the network, whose weights are all in memory."""
+        return self.load(), frozenset()
+
+    def build(self) -> nn.Module:
+        """Return a network of the same architecture; it has the same weights."""
+        return self.load()
+
+    def check(self) -> None:
+        """Refuse a file that is not there."""
+        if not Path(self.path).is_file():
+            raise InputError(f"{os.fspath(self.path)!r} does not exist")
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the file."""
+        return file_digest(Path(self.path))
+
+
+def holds_itself(path: str | os.PathLike[str]) -> bool:
+    """Say whether a path says what the network is: a directory, or an exported program."""
+    return Path(path).is_dir() or Path(path).suffix.lower() == _EXPORTED
 
 
 def load(
@@ -52,14 +96,14 @@ def load(
     >>> model = clafusion.load("./bert-6")  # doctest: +SKIP
     >>> model = clafusion.load("nets.py:resnet(depth=20)", "resnet20.safetensors")  # doctest: +SKIP
     """
-    if os.fspath(spec).endswith(".pt2"):
-        return _exported(spec, weights, key)
-    if weights is not None and not Path(spec).is_dir():
+    if weights is not None and not holds_itself(spec):
         return load_model(factory_of(_factory_text(spec)), weights, key)
     found = model_file(spec, weights, key)
-    if isinstance(found, ModelDirectory):
+    if found is not None:
         return found.load()
     text = _factory_text(spec)
+    if key is not None:
+        raise InputError(f"key={key!r} chooses from a file of weights, and none is given")
     if _NAMED.fullmatch(text):
         raise InputError(
             f"{text!r} is an architecture without weights: give their file, too, as nothing is "
@@ -68,12 +112,8 @@ def load(
     return build_model(text)
 
 
-def _exported(
-    path: str | os.PathLike[str], weights: str | os.PathLike[str] | None, key: str | None
-) -> nn.Module:
+def _exported(path: str | os.PathLike[str]) -> nn.Module:
     """Return the module of an exported program, which holds its weights."""
-    if weights is not None or key is not None:
-        raise InputError(f"{os.fspath(path)!r} holds its own weights: leave out weights and key")
     if not Path(path).is_file():
         raise InputError(f"{os.fspath(path)!r} does not exist")
     try:
@@ -83,6 +123,9 @@ def _exported(
             f"{os.fspath(path)!r} is no program that torch.export.save wrote, or of another "
             f"release: {one_line(error)}"
         ) from error
+    # They refuse to be called: a program has one mode, and it stays as it is.
+    for name in ("train", "eval"):
+        vars(loaded).pop(name, None)
     return loaded
 
 
@@ -96,15 +139,14 @@ def model_file(
     Raises
     ------
     InputError
-        A directory is given with a file of weights or a key.
+        A directory or an exported program is given with a file of weights or a key.
     """
-    if Path(spec).is_dir():
+    if holds_itself(spec):
         if weights is not None or key is not None:
             what = "weights" if weights is not None else "key"
-            raise InputError(
-                f"{os.fspath(spec)!r} is a directory, which holds its own weights: leave out {what}"
-            )
-        return ModelDirectory(os.fspath(spec), spec)
+            raise InputError(f"{os.fspath(spec)!r} holds its own weights: leave out {what}")
+        kind = ModelDirectory if Path(spec).is_dir() else ExportedProgram
+        return kind(os.fspath(spec), spec)
     if weights is None:
         return None
     return ModelFile(factory_of(_factory_text(spec)), weights, key)

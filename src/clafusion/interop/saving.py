@@ -13,11 +13,18 @@ from torch import Tensor, nn
 
 from clafusion.errors import InputError
 from clafusion.interop.configs import config_of
-from clafusion.interop.huggingface import directory_of, is_of_transformers, quiet, read_back
-from clafusion.interop.model_card import model_card
+from clafusion.interop.huggingface import (
+    ModelDirectory,
+    is_of_transformers,
+    quiet,
+    read_back,
+    tokens_directory,
+)
+from clafusion.interop.model_card import is_model_card, model_card
 from clafusion.interop.tokenizers import check_same_labels, check_same_vocabulary
 from clafusion.tracing.copies import copied
 from clafusion.weights.atomic import check_parent, making_directory
+from clafusion.weights.build import fill
 from clafusion.weights.messages import listed, one_line
 from clafusion.weights.round_trip import compare_models
 from clafusion.weights.state_files import WRITABLE, in_type, save_model, weight_type
@@ -25,7 +32,7 @@ from clafusion.weights.state_files import WRITABLE, in_type, save_model, weight_
 if TYPE_CHECKING:
     from clafusion.results import FusionResult
 
-__all__ = ["check_directory", "save_result"]
+__all__ = ["check_directory", "save_pair", "save_result"]
 
 _PROCESSORS = (
     "tokenizer",
@@ -43,6 +50,7 @@ _PROCESSORS = (
     "image_processor",
     "normalizer",
 )
+_SHARD = "5GB"  # of a file of weights, at the most
 _GENERATION = "generation_config.json"
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -53,7 +61,7 @@ def save_result(
     *,
     processor_of: str | None = None,
     dtype: str | torch.dtype | None = None,
-    max_shard_size: str | int = "5GB",
+    max_shard_size: str | int = _SHARD,
     command: str | None = None,
 ) -> None:
     """Write what :meth:`clafusion.FusionResult.save` says."""
@@ -88,6 +96,43 @@ def save_result(
         card = model_card(result, parents, config, made, command)
         (made / "README.md").write_text(card, encoding="utf-8")
         _check(result, model, made, path)
+
+
+def save_pair(state: Mapping[str, Any], kind: ModelDirectory, path: Path, card: str) -> None:
+    """Write fused weights as a directory, of the architecture of another one.
+
+    Tokenizer, processor and generation config are that one's. A directory that an earlier fusion
+    wrote is replaced.
+
+    Parameters
+    ----------
+    state
+        The weights.
+    kind
+        The parent whose structure they have, perhaps with other widths.
+    path
+        The directory.
+    card
+        The text of its README.md.
+
+    Raises
+    ------
+    InputError
+        There is something else; no config describes the network; or it would not come back.
+    """
+    if path.is_dir() and is_model_card(path / "README.md"):
+        shutil.rmtree(path)
+    check_directory(path, "out_dir:")
+    model = kind.build()
+    fill(model, state)
+    types = (one.dtype for one in state.values() if isinstance(one, Tensor))
+    model = model.to(next((one for one in types if one.is_floating_point), torch.float32))
+    config = config_of(model)
+    with making_directory(path) as made:
+        _write(model, config, made, _SHARD)
+        _copy_processor(Path(kind.path), made)
+        (made / "README.md").write_text(card, encoding="utf-8")
+        _check_weights(model, read_back(type(model), made, config.dtype), path)
 
 
 def check_directory(path: Path, what: str) -> None:
@@ -125,7 +170,7 @@ def _stored(model: nn.Module) -> dict[str, Any]:
 
 
 def _with_directory(entry: tuple[str, nn.Module]) -> tuple[str, Path | None]:
-    return entry[0], directory_of(entry[1])
+    return entry[0], tokens_directory(entry[1])
 
 
 def _processor_source(
@@ -137,7 +182,7 @@ def _processor_source(
             raise InputError(
                 f"processor_of={wanted!r} is no parent; the parents are {', '.join(parents)}"
             )
-        found = directory_of(parents[wanted])
+        found = tokens_directory(parents[wanted])
         if found is None:
             raise InputError(
                 f"processor_of={wanted!r}: that parent was not read from a directory that is still "
@@ -146,7 +191,7 @@ def _processor_source(
         return found
     aligned = (result.steps or (result,))[0].aligned
     first = aligned.names[aligned.reference]
-    every = [directory_of(one) for one in (parents[first], *parents.values())]
+    every = [tokens_directory(one) for one in (parents[first], *parents.values())]
     return next((one for one in every if one is not None), None)
 
 
@@ -208,16 +253,21 @@ def _check(result: FusionResult, model: nn.Module, made: Path, path: Path) -> No
     # What is computed in half precision is too coarse to compare.
     fresh = read_back(type(model), made, torch.float32 if half else first.dtype)
     own = copied(model).float() if half else model
+    _check_weights(own, fresh, path)
+    traced = (result.steps or (result,))[0].aligned
+    example = traced.profiles[traced.reference].traced
+    called = f"the directory {str(path)!r}"
+    compare_models(own, fresh, example.example_inputs, example.keywords, called=called)
+
+
+def _check_weights(own: nn.Module, fresh: nn.Module, path: Path) -> None:
+    """Refuse a directory from which other weights come back."""
     lost = _differing(own, fresh)
     if lost:
         raise InputError(
             f"{str(path)!r} would not give back the result: {listed(lost)} differ after loading. "
             "Save the weights alone into a file (.safetensors)"
         )
-    traced = (result.steps or (result,))[0].aligned
-    example = traced.profiles[traced.reference].traced
-    called = f"the directory {str(path)!r}"
-    compare_models(own, fresh, example.example_inputs, example.keywords, called=called)
 
 
 def _differing(own: nn.Module, fresh: nn.Module) -> list[str]:

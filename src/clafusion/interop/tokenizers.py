@@ -81,7 +81,13 @@ def tokenised(
             f"the tokenizer in {str(path)!r} does not take these texts: {one_line(error)}"
         ) from error
     named = {str(name): value for name, value in found.items()}
-    if next(iter(named.values())).size(1) == 0:
+    ids = next(iter(named.values()))
+    if len(set(texts)) > 1 and len(ids.unique(dim=0)) == 1 and ids.size(1):
+        raise InputError(
+            f"the tokenizer in {str(path)!r}, as transformers reads it, gives all of these texts "
+            "the same tokens: check its files, or give tokens (.npz)"
+        )
+    if ids.size(1) == 0:
         raise InputError(f"the tokenizer in {str(path)!r} finds no token in these texts")
     parts = [value.split(_BATCH_SIZE) for value in named.values()]
     return [dict(zip(named, one, strict=True)) for one in zip(*parts, strict=True)]
@@ -109,7 +115,9 @@ def check_same_vocabulary(directories: Mapping[str, Path]) -> None:
         if told:
             raise InputError(
                 f"{label(first)} and {label(name)} have other vocabularies, so that the same text "
-                f"means other tokens: {told}. Fuse networks with one tokenizer"
+                f"means other tokens: {told}. Fuse networks with one tokenizer, or take "
+                "vocabulary='intersection' (--vocabulary intersection), which moves common entries "
+                "and keeps the first model's others"
             )
 
 

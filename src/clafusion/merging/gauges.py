@@ -49,13 +49,14 @@ def complete(
     target
         The target.
     states
-        The parents' parameters in the target's structure, of which the vectors are those of the
-        parent with the largest weight.
+        The parents' parameters in the target's structure. The vectors of a weight are those of
+        the parent with the largest weight that has it.
     weights
         The parents' weights.
     """
-    first = states[max(range(len(states)), key=lambda i: weights[i])]
     for one in target.normalised:
-        if all(name in first for name in one.others):
+        having = [i for i, state in enumerate(states) if all(name in state for name in one.others)]
+        if having:
+            first = states[max(having, key=lambda i: weights[i])]
             for name, value in one.completed(fused, first).items():
                 fused[name] = value.to(fused[name])

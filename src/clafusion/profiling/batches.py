@@ -37,7 +37,8 @@ Data: TypeAlias = "Tensor | Iterable[Any]"
 
 A batch is a tensor, a tuple ``(input, ..., label)`` of which the model's inputs are the first
 entries, or a mapping of input names to tensors, of which labels are left out by their names. The
-iterable is read more than once.
+iterable is read more than once. A table with columns, as those of the library datasets, is read in
+batches of its columns that hold numbers, each row of one shape.
 """
 
 Progress: TypeAlias = Callable[[str, int], None]
@@ -96,13 +97,56 @@ class Part:
 
 
 def _raw(data: Data) -> Iterable[Any]:
-    return data.split(_BATCH_SIZE) if isinstance(data, Tensor) else data
+    if isinstance(data, Tensor):
+        batches: Iterable[Any] = data.split(_BATCH_SIZE)
+        return batches
+    return _batches_of_table(data) if _is_table(data) else data
+
+
+def _is_table(data: Any) -> bool:
+    """Say whether data is a table with columns, of which a slice of rows can be taken."""
+    return isinstance(getattr(data, "column_names", None), list) and all(
+        hasattr(data, one) for one in ("__getitem__", "__len__")
+    )
+
+
+def _batches_of_table(data: Any) -> Iterator[dict[str, Tensor]]:
+    """Yield rows of a table, each column that holds numbers as a tensor."""
+    for start in range(0, len(data), _BATCH_SIZE):
+        columns = data[start : start + _BATCH_SIZE]
+        batch: dict[str, Tensor] = {}
+        for name, values in columns.items():
+            try:
+                if isinstance(values, (list, tuple)) and isinstance(values[0], Tensor):
+                    values = torch.stack(list(values))
+                batch[name] = torch.as_tensor(values)
+            except (ValueError, TypeError, RuntimeError) as error:
+                if name in LABELS or not _holds_numbers(values):
+                    continue
+                raise InputError(
+                    f"data, column {name!r}: rows {start} and on have unlike lengths: pad them, as "
+                    'by tokenizer(texts, padding="max_length")'
+                ) from error
+        yield batch
+
+
+def _holds_numbers(values: Any) -> bool:
+    leaves = tree_leaves(list(values))
+    return bool(leaves) and not any(isinstance(one, (str, bytes)) or one is None for one in leaves)
 
 
 def _num_rows(batch: Any) -> int:
     """Return the size of a batch, that of its first tensor; 0 where there is none."""
-    tensors = (one for one in tree_leaves(batch) if isinstance(one, Tensor) and one.dim())
-    return next((one.size(0) for one in tensors), 0)
+    return next((one.size(0) for one in _tensors_of(batch) if one.dim()), 0)
+
+
+def _tensors_of(batch: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a batch, also of mappings that are no dictionaries."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, tuple, list)):
+        for one in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors_of(one)
 
 
 def _taken(batch: Any, rows: Tensor, size: int) -> Any:
@@ -121,7 +165,7 @@ def has_rows(data: Data, least: int) -> bool:
     """Say whether there are ``least`` rows; no more batches are read than that takes."""
     _check_kind(data)
     count = 0
-    for batch in [data] if isinstance(data, Tensor) else data:
+    for batch in [data] if isinstance(data, Tensor) else _raw(data):
         count += _num_rows(batch)
         if count >= least:
             return True
@@ -152,7 +196,7 @@ def keeps_order(data: Data) -> bool:
     That is so for a tensor and a list, and for a DataLoader that takes its samples in order. Of any
     other iterable the first batch is read twice.
     """
-    if isinstance(data, (Tensor, Sequence)):
+    if isinstance(data, (Tensor, Sequence)) or _is_table(data):
         return True
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
         sampler = data.batch_sampler
@@ -183,7 +227,7 @@ def first_batch(data: Data) -> Tensor | tuple[Tensor, ...] | Mapping[str, Tensor
     if isinstance(data, Tensor):
         _check_rows("data", data)
         return data[:_BATCH_SIZE]
-    for batch in data:
+    for batch in _raw(data):
         if isinstance(batch, (tuple, list)) and batch:
             batch = batch[0]
         if isinstance(batch, Mapping):
@@ -332,7 +376,7 @@ def _check_like(tensor: Tensor, example: Tensor, where: str) -> None:
 def data_digest(data: Data) -> str:
     """Return the SHA-256 of all tensors of all batches, in order, labels included."""
     digest = hashlib.sha256()
-    for batch in [data] if isinstance(data, Tensor) else data:
+    for batch in [data] if isinstance(data, Tensor) else _raw(data):
         parts: Iterable[tuple[Any, Any]] = (
             [("", batch)]
             if isinstance(batch, Tensor)

@@ -17,7 +17,12 @@ from torch import Tensor, fx
 from clafusion.config import IMPORTANCES
 from clafusion.errors import InputError
 from clafusion.profiling.batches import Data, in_chunks
-from clafusion.profiling.masks import kept_positions, without_masked, zeroed
+from clafusion.profiling.masks import (
+    counting_values,
+    kept_positions,
+    without_masked,
+    zeroed,
+)
 from clafusion.threads import one_thread
 from clafusion.tracing.model import TracedModel
 
@@ -123,10 +128,13 @@ def sensitivities(
     with one_thread(), torch.enable_grad():
         for some in _limited(model, data, max_inputs, progress):
             mask = kept_positions(model, some)
+            values = [
+                one for one in model.run(some, state={**state, **leaves}) if isinstance(one, Tensor)
+            ]
             outputs = [
-                zeroed(one, mask)
-                for one in model.run(some, state={**state, **leaves})
-                if isinstance(one, Tensor) and one.requires_grad
+                zeroed(one, counting_values(model, name, one, mask))
+                for one, name in zip(values, model.output_names, strict=True)
+                if one.requires_grad
             ]
             if not outputs:
                 raise InputError(
@@ -234,7 +242,8 @@ def _activations(model: TracedModel, inputs: Iterator[tuple[Tensor, ...]]) -> li
 
     def observe(node: fx.Node, value: Any) -> Any:
         if node.name in points:
-            kept, axis = without_masked(value, points[node.name].axis, mask)
+            counting = counting_values(model, node.name, value, mask)
+            kept, axis = without_masked(value, points[node.name].axis, counting)
             flat = kept.movedim(axis, -1).flatten(0, -2)
             per_input = len(flat) / size
             totals[node.name] += flat.abs().double().sum(0).cpu() / per_input

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from clafusion.tracing.model import TracedModel
+from clafusion.tracing.padding import MASK
 
 __all__ = [
-    "MASK",
     "counted_inputs",
+    "counting_outputs",
+    "counting_values",
     "joined_masks",
+    "kept_of",
     "kept_positions",
-    "kept_rows",
+    "masks_of_parts",
     "without_masked",
     "zeroed",
 ]
-
-MASK = "attention_mask"
-"""What networks of transformers call the mask of their positions: 1 for a token, 0 for padding."""
 
 
 def kept_positions(model: TracedModel, inputs: tuple[Tensor, ...]) -> Tensor | None:
@@ -29,14 +29,26 @@ def kept_positions(model: TracedModel, inputs: tuple[Tensor, ...]) -> Tensor | N
     Only a mask of zeros and ones, called ``attention_mask``, is one; and none where the network has
     a second sequence, of a decoder, to which the mask does not belong.
     """
-    if MASK not in model.keywords or any(one.startswith("decoder_") for one in model.keywords):
+    return kept_of(model.keywords, inputs)
+
+
+def kept_of(keywords: Sequence[str], inputs: tuple[Tensor, ...]) -> Tensor | None:
+    """Return what :func:`kept_positions` does, given what the network's inputs are called."""
+    if MASK not in keywords or any(one.startswith("decoder_") for one in keywords):
         return None
-    mask = inputs[model.keywords.index(MASK)]
+    mask = inputs[keywords.index(MASK)]
     if mask.dim() != 2 or not bool(((mask == 0) | (mask == 1)).all()):
         return None
     kept = mask == 1
     # A batch without any position is the network's own affair.
     return None if bool(kept.all()) or not bool(kept.any()) else kept
+
+
+def masks_of_parts(mask: Tensor | None, parts: Sequence[tuple[Tensor, ...]]) -> list[Tensor | None]:
+    """Return the mask of a batch in the parts that the batch is split into."""
+    if mask is None:
+        return [None] * len(parts)
+    return list(mask.split([one[0].size(0) for one in parts]))
 
 
 def joined_masks(masks: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor | None:
@@ -53,50 +65,59 @@ def joined_masks(masks: Sequence[Tensor | None], counts: Sequence[int]) -> Tenso
     )
 
 
-def without_masked(value: Tensor, axis: int, mask: Tensor | None) -> tuple[Tensor, int]:
-    """Return what a value holds at positions that count, and its axis of channels then.
+def counting_values(
+    model: TracedModel, node: str, value: Tensor, mask: Tensor | None
+) -> Tensor | None:
+    """Return what of a node's value counts: True and False in a shape that broadcasts to it.
 
-    A value without such positions, as a classifier's, is returned as it is.
+    None for all of it: where there is no mask, or the value has no positions that it is of.
     """
+    axes = None if mask is None else model.padded_axes.get(node)
+    if mask is None or axes is None:
+        return None
+    shape = [1] * value.dim()
+    if axes.inputs == axes.positions:
+        rows = (mask.T if axes.positions_first else mask).flatten()
+        shape[axes.inputs] = len(rows)
+    else:
+        rows = mask if axes.inputs < axes.positions else mask.T
+        shape[axes.inputs], shape[axes.positions] = mask.shape
+    if any(size not in (1, of_value) for size, of_value in zip(shape, value.shape, strict=True)):
+        return None
+    return rows.reshape(shape).to(value.device)
+
+
+def counting_outputs(model: TracedModel, mask: Tensor | None, output: int) -> Tensor | None:
+    """Return the mask of an output ``(num_inputs, num_positions, ...)``; None for others."""
     if mask is None:
+        return None
+    axes = model.padded_axes.get(model.output_names[output])
+    is_usual = axes is not None and (axes.inputs, axes.positions) == (0, 1)
+    return mask if is_usual else None
+
+
+def without_masked(value: Tensor, axis: int, counting: Tensor | None) -> tuple[Tensor, int]:
+    """Return what of a value counts, and its axis of channels then.
+
+    ``counting`` is that of :func:`counting_values`.
+    """
+    if counting is None:
         return value, axis
     last = value.movedim(axis, -1)
-    if last.dim() == 3 and last.shape[:2] == mask.shape:
-        return last[mask].contiguous(), 1
-    if last.dim() == 2 and len(last) == mask.numel():
-        return last[mask.flatten()].contiguous(), 1
-    return value, axis
+    chosen = counting.movedim(axis, -1)[..., 0].expand(last.shape[:-1])
+    return last[chosen].contiguous(), 1
 
 
-def zeroed(value: Tensor, mask: Tensor | None) -> Tensor:
-    """Return a value ``(num_inputs, num_positions, ...)`` with zeros where positions do not count.
-
-    Positions may also be rows of their own.
-    """
-    if mask is None:
-        return value
-    if value.dim() > 2 and value.shape[:2] == mask.shape:
-        return value * mask.to(value.dtype).view(*mask.shape, *[1] * (value.dim() - 2))
-    if value.dim() == 2 and len(value) == mask.numel():
-        return value * mask.to(value.dtype).view(-1, 1)
-    return value
+def zeroed(value: Tensor, counting: Tensor | None) -> Tensor:
+    """Return a value with zeros where it does not count: see :func:`counting_values`."""
+    return value if counting is None else torch.where(counting, value, 0.0)
 
 
-def kept_rows(mask: Tensor | None, positions: int, chosen: Tensor) -> Tensor | None:
-    """Return which rows count, where rows are the inputs at ``chosen`` of so many positions.
-
-    They come position by position. None for all.
-    """
-    if mask is None or mask.size(1) != positions:
-        return None
-    rows = mask[:, chosen.to(mask.device)].T.flatten().nonzero().squeeze(1)
-    return None if len(rows) == mask.size(0) * len(chosen) else rows
-
-
-def counted_inputs(masks: Sequence[Tensor | None], counts: Sequence[int], positions: int) -> int:
-    """Return how many inputs without padding would have as many rows, at so many positions."""
+def counted_inputs(masks: Sequence[Tensor | None], counts: Sequence[int]) -> int:
+    """Return how many inputs without padding would have as many rows."""
+    positions = next((one.size(1) for one in masks if one is not None), 1)
     rows = sum(
-        count * positions if mask is None or mask.size(1) != positions else int(mask.sum())
+        count * positions if mask is None else int(mask.sum())
         for mask, count in zip(masks, counts, strict=True)
     )
     return max(1, rows // positions)

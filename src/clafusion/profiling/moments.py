@@ -12,7 +12,12 @@ from torch import Tensor, fx
 
 from clafusion import _native
 from clafusion.profiling.batches import Data, batches
-from clafusion.profiling.masks import kept_positions, without_masked
+from clafusion.profiling.masks import (
+    counting_values,
+    kept_positions,
+    masks_of_parts,
+    without_masked,
+)
 from clafusion.tracing.model import TracedModel
 
 __all__ = [
@@ -76,15 +81,16 @@ def is_plain(value: Tensor) -> bool:
 
 
 def joint_moments(
-    values: Iterable[Tensor], axis: int, masks: Sequence[Tensor | None]
+    values: Iterable[Tensor], axis: int, counting: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
     """Return each channel's mean and standard deviation over all of several values.
 
-    ``masks`` say which positions of each count: see :func:`clafusion.profiling.masks`.
+    ``counting`` says what of each counts: see
+    :func:`clafusion.profiling.masks.counting_values`.
     """
     moments = Moments()
-    for value, mask in zip(values, masks, strict=True):
-        kept, at = without_masked(value, axis, mask)
+    for value, of_value in zip(values, counting, strict=True):
+        kept, at = without_masked(value, axis, of_value)
         moments.add(kept.numel(), *channel_moments(kept, at))
     return moments.result()
 
@@ -125,13 +131,16 @@ def batch_moments(
 
     def observe(node: fx.Node, value: Any) -> Any:
         if node.name in axes:
-            kept, axis = without_masked(value, axes[node.name], mask)
+            counting = counting_values(model, node.name, value, mask)
+            kept, axis = without_masked(value, axes[node.name], counting)
             found[node.name].add(kept.numel(), *channel_moments(kept, axis))
         return value
 
     state = model.state()
-    for part in parts(model, inputs):
-        mask = kept_positions(model, part)
+    in_parts = parts(model, inputs)
+    masks = masks_of_parts(kept_positions(model, inputs), in_parts)
+    for part, of_part in zip(in_parts, masks, strict=True):
+        mask = of_part
         model.run(part, state=state, replace=observe)
     return {node: moments.result() for node, moments in found.items()}
 

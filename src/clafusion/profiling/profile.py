@@ -26,7 +26,13 @@ from clafusion.errors import InputError, StructureError
 from clafusion.execution.walk import Walk
 from clafusion.profiling.batches import Data, batches, has_rows, keeps_order
 from clafusion.profiling.gram import gram_of_parts
-from clafusion.profiling.masks import joined_masks, kept_positions, zeroed
+from clafusion.profiling.masks import (
+    counting_values,
+    joined_masks,
+    kept_positions,
+    masks_of_parts,
+    zeroed,
+)
 from clafusion.profiling.moments import (
     BatchMoments,
     joint_moments,
@@ -39,6 +45,7 @@ from clafusion.tracing.labels.ids import mix
 from clafusion.tracing.layer import HookPoint, Layer
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import batch_axis, module_path
+from clafusion.tracing.padding import MASK
 
 __all__ = ["ModelProfile", "profile_models"]
 
@@ -189,7 +196,8 @@ def profile_models(
                 left = max_inputs - seen - sum(one[0].size(0) for one in waiting)
                 if left <= 0:
                     break
-                inputs = tuple(one[:left] for one in inputs)
+                if all(one.static_batch is None for one in models):
+                    inputs = tuple(one[:left] for one in inputs)
             key = _data_key(key, inputs)
             waiting.append(inputs)
             # The Gram matrices are over inputs that run side by side.
@@ -275,7 +283,7 @@ class _Recorder:
             self._add_classifier(model.layers[-1])
         self.grams: dict[int, Tensor] = {}
         self.features: dict[int, int] = {}
-        self.samplers: dict[int, _Sampler] = {}
+        self.samplers: dict[tuple[int, bool], _Sampler] = {}  # by positions, and if padded
         self.mask: Tensor | None = None  # of the inputs that are recorded now
         self.rows: dict[str, Tensor] = {}
         self.axes = moment_axes(model) if moments else {}
@@ -297,10 +305,14 @@ class _Recorder:
         size = sum(inputs[0].size(0) for inputs in waiting)
         in_parts = [parts(self.model, one) for one in waiting]
         counts = [part[0].size(0) for of_batch in in_parts for part in of_batch]
-        masks = [kept_positions(self.model, part) for of_batch in in_parts for part in of_batch]
+        masks = [
+            mask
+            for inputs, of_batch in zip(waiting, in_parts, strict=True)
+            for mask in masks_of_parts(kept_positions(self.model, inputs), of_batch)
+        ]
         self.mask = joined_masks(masks, counts)
-        for sampler in self.samplers.values():
-            sampler.advance(start, size, self._counting(sampler.positions))
+        for key, sampler in self.samplers.items():
+            sampler.advance(start, size, self._counting(key))
         static = self.model.static_batch
         for inputs in waiting:
             if static is not None and inputs[0].size(0) != static:
@@ -320,7 +332,11 @@ class _Recorder:
             values = [[walk.reach(node) for walk in of_batch] for of_batch in walks]
             if node in self.axes:
                 for moments, of_batch, at in zip(found, values, of_batches, strict=True):
-                    moments[node] = joint_moments(of_batch, self.axes[node], [masks[i] for i in at])
+                    counting = [
+                        counting_values(self.model, node, value, masks[i])
+                        for value, i in zip(of_batch, at, strict=True)
+                    ]
+                    moments[node] = joint_moments(of_batch, self.axes[node], counting)
             every = list(chain.from_iterable(values))
             if start == 0 and node in self.layers:
                 layer = self.layers[node]
@@ -344,9 +360,15 @@ class _Recorder:
                 "or numbers too large for their squares: check the model, and the scale of the data"
             ) from error
 
-    def _counting(self, positions: int) -> NDArray[np.bool_] | None:
+    def _is_padded(self, node: str, positions: int) -> bool:
+        """Say whether a node's positions are those of an attention mask."""
+        if node not in self.model.padded_axes:
+            return False
+        return self.model.example_inputs[self.model.keywords.index(MASK)].size(1) == positions
+
+    def _counting(self, key: tuple[int, bool]) -> NDArray[np.bool_] | None:
         """Return which pairs of input and position count in this record; None for all."""
-        if self.mask is None or self.mask.size(1) != positions:
+        if self.mask is None or not key[1]:
             return None
         return np.asarray(self.mask.flatten().cpu())
 
@@ -369,7 +391,8 @@ class _Recorder:
                 name = self.model.layers[self.layers[node]].name
                 raise self._without_rows(f"layer {name!r}", one, count)
             left = self.alignment_samples - sum(len(of_part) for of_part in rows)
-            flat = zeroed(one.movedim(axis or 0, 0), mask).reshape(count, -1)[:left]
+            one = zeroed(one, counting_values(self.model, node, one, mask))
+            flat = one.movedim(axis or 0, 0).reshape(count, -1)[:left]
             rows.append(flat if flat.is_floating_point() else flat.float())
         return [flat for flat in rows if len(flat)]
 
@@ -392,10 +415,11 @@ class _Recorder:
                 what = f"operation {node!r} in {path or 'the top level'!r}"
                 raise self._without_rows(what, one, count)
         positions = channels_last[0][0, ..., 0].numel()
-        if positions not in self.samplers:
-            self.samplers[positions] = _Sampler(positions, self.matching_rows, self.seed)
-            self.samplers[positions].advance(start, sum(counts), self._counting(positions))
-        sampler = self.samplers[positions]
+        key = positions, self._is_padded(node, positions)
+        if key not in self.samplers:
+            self.samplers[key] = _Sampler(positions, self.matching_rows, self.seed)
+            self.samplers[key].advance(start, sum(counts), self._counting(key))
+        sampler = self.samplers[key]
         ends = np.cumsum([len(one) * positions for one in channels_last])
         chosen = np.split(sampler.candidates, np.searchsorted(sampler.candidates, ends[:-1]))
         fresh = []
@@ -488,6 +512,6 @@ def _hash(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 
 
 def _data_key(key: int, inputs: tuple[Tensor, ...]) -> int:
-    """Go on with a checksum of each input's sum, which does not depend on the batches."""
-    sums = inputs[0].double().flatten(1).sum(1).cpu().numpy()
-    return zlib.crc32(sums.tobytes(), key)
+    """Go on with a checksum of each row's sums, which does not depend on the batches."""
+    sums = [one.double().reshape(len(one), -1).sum(1) for one in inputs]
+    return zlib.crc32(torch.stack(sums, 1).cpu().numpy().tobytes(), key)

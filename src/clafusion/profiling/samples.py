@@ -141,8 +141,7 @@ def load_named_samples(
     file = check_input(path, (*ENDINGS, *_PACKERS), "data file")
     ending = file.suffix.lower()
     if ending == ".npz":
-        with np.load(file, allow_pickle=False) as archive:
-            known = [name for name in archive.files if name in names]
+        known = [name for name in _names_in(file) if name in names]
         stored: Any = {name: _read_numpy(file, name) for name in known}
     elif ending == ".safetensors":
         stored = read_safetensors(file, "data file")
@@ -195,6 +194,15 @@ def _read(path: Path, ending: str, key: str | None) -> Tensor:
             "are needed"
         )
     return stored
+
+
+def _names_in(path: Path) -> list[str]:
+    """Return the names of the arrays in a ``.npz`` file."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return list(archive.files)
+    except Exception as error:
+        raise InputError(f"data file {str(path)!r} cannot be read: {one_line(error)}") from error
 
 
 def _read_numpy(path: Path, key: str | None) -> Tensor:

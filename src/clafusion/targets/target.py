@@ -19,6 +19,7 @@ from clafusion.correspondence.correspondence import Correspondence, correspond
 from clafusion.correspondence.heads import unite_models
 from clafusion.correspondence.structure import resized_shape
 from clafusion.errors import InputError, StructureError
+from clafusion.profiling.thinning import thinned
 from clafusion.targets.places import (
     Place,
     layer_maps,
@@ -300,7 +301,8 @@ def _resized(model: TracedModel, sizes: Mapping[int, int]) -> TracedModel:
         same = shape == tuple(tensor.shape)
         state[name] = tensor if same else torch.ones(shape, dtype=tensor.dtype).to(tensor.device)
     try:
-        return trace_like(with_state(model.model, state, model.aliases), model)
+        made = trace_like(with_state(model.model, state, model.aliases), model)
+        return made if model.thinning is None else thinned(made)
     except InputError as error:
         raise StructureError(
             "the result cannot have the other network's widths: a width is fixed in the module's "

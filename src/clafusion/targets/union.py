@@ -19,6 +19,7 @@ from clafusion.alignment.models import naming
 from clafusion.correspondence.correspondence import correspond
 from clafusion.correspondence.structure import resized_shape
 from clafusion.errors import ClafusionError, StructureError
+from clafusion.profiling.thinning import thinned
 from clafusion.targets.places import Place, layer_at
 from clafusion.targets.union_blocks import whole_children
 from clafusion.tracing.copies import copied
@@ -140,6 +141,7 @@ def _built(
         _insert(container, inserted)
     try:
         union = trace_like(module, base)
+        union = union if base.thinning is None else thinned(union)
     except (ClafusionError, RuntimeError) as error:
         raise StructureError(
             f"the union of the networks does not run ({error}); {_ADVICE}"

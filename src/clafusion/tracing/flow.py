@@ -14,7 +14,13 @@ from torch import fx
 from clafusion.execution.call import State
 from clafusion.tracing.groups import Channels
 from clafusion.tracing.labels.rule import ComputedWeight
-from clafusion.tracing.operations import RESHAPES, SAME_VALUES, bound_operands, op_name
+from clafusion.tracing.operations import (
+    RESHAPES,
+    SAME_VALUES,
+    batch_axis,
+    bound_operands,
+    op_name,
+)
 
 __all__ = [
     "CONVOLUTIONS",
@@ -138,7 +144,8 @@ class Flow:
         """Return the shape of a node's value without the axes of the batch and the channels."""
         axis = self.channels.nodes[node.name].axis
         shape = self.channels.shapes.get(node.name, ())
-        return tuple(size for i, size in enumerate(shape) if i not in (0, axis))
+        batch = batch_axis(node) if "val" in node.meta else 0
+        return tuple(size for i, size in enumerate(shape) if i not in (batch or 0, axis))
 
     def is_weighted(self, node: fx.Node) -> bool:
         """Return whether a node applies a weight: linear, convolution, embedding, recurrence."""

@@ -96,7 +96,7 @@ def _writes(node: fx.Node) -> bool:
     return (
         isinstance(target, torch._ops.OpOverload)
         and target._schema.is_mutable
-        and target._schema.name.endswith("_")  # as __or__ does, too, which writes nothing
+        and target._schema.name.endswith("_")  # __or__ is not mutable
         and bool(node.args)
         and isinstance(node.args[0], fx.Node)
     )

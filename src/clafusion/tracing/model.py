@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from clafusion.execution.call import State, device_of, flatten_tensors
-from clafusion.execution.walk import run_graph
+from clafusion.execution.walk import PickedPositions, run_graph
 from clafusion.tracing.layer import Layer, Stream, streams_of
 from clafusion.tracing.normalised import NormalisedWeight
 from clafusion.tracing.operations import RESHAPES, bound_operands, op_name
+from clafusion.tracing.padding import PaddedAxes, find_padded_axes
 from clafusion.tracing.rotatable import RotatableGroup
 
 __all__ = [
@@ -253,6 +254,9 @@ class TracedModel:
         Channel groups whose norms are folded in these weights, so that any orthogonal map of the
         channels leaves the function as it is: see :mod:`clafusion.tracing.rotations`. None where
         nobody has looked for them.
+    thinning
+        At which positions of its inputs the last layer is computed: see
+        :mod:`clafusion.profiling.thinning`. None for all.
     """
 
     model: nn.Module
@@ -276,6 +280,7 @@ class TracedModel:
     normalised: tuple[NormalisedWeight, ...] = ()
     weights: State | None = None
     rotatable: tuple[RotatableGroup, ...] | None = None
+    thinning: PickedPositions | None = None
 
     @property
     def device(self) -> torch.device:
@@ -286,6 +291,11 @@ class TracedModel:
     def streams(self) -> tuple[Stream, ...]:
         """The streams along which the layers sit, each behind those that it reads."""
         return streams_of(self.layers)
+
+    @cached_property
+    def padded_axes(self) -> Mapping[str, PaddedAxes]:
+        """Where nodes' values hold the positions that an attention mask leaves out."""
+        return find_padded_axes(self)
 
     @cached_property
     def fillings(self) -> Mapping[str, float]:
@@ -397,11 +407,18 @@ class TracedModel:
                 enters[node] = found
                 if _is_in_place(node):  # later nodes that read the operands see the result
                     enters |= dict.fromkeys(node.all_input_nodes, found)
-        (output,) = (node for node in self.module.graph.nodes if node.op == "output")
-        leaves = torch.utils._pytree.tree_leaves(output.args)
+        return tuple({"input", "weight"} <= enters[one] for one in self._output_nodes)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """The node of every output tensor."""
+        return tuple(one.name for one in self._output_nodes)
+
+    @cached_property
+    def _output_nodes(self) -> tuple[fx.Node, ...]:
+        leaves = torch.utils._pytree.tree_leaves(self.module.graph.output_node().args)
         nodes = [one for one in leaves if isinstance(one, fx.Node)]
-        tensors = [one for one in nodes if isinstance(one.meta.get("val"), Tensor)]
-        return tuple({"input", "weight"} <= enters[one] for one in tensors)
+        return tuple(one for one in nodes if isinstance(one.meta.get("val"), Tensor))
 
     @cached_property
     def entered_layers(self) -> tuple[bool, ...]:

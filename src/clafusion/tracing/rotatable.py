@@ -144,6 +144,8 @@ def folded_state(state: State, groups: Sequence[RotatableGroup]) -> LazyState[st
             change(norm.gain, _filled(1.0 - norm.offset))
             if norm.bias is not None:
                 change(norm.bias, _filled(0.0))
+    # A scale multiplies what a bias has taken from a norm before, whichever group that is of.
+    for group in groups:
         for scale in group.scales:
             change(scale.weight, _times(state, scale.scale, 0.0, scale.axis))
             if scale.bias is not None:

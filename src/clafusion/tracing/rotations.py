@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,7 +64,7 @@ def find_rotatable(traced: TracedModel, *, seed: int = 0) -> Rotatable:
     Such a group is read through RMSNorm or LayerNorm, and by nothing else that tells its channels
     apart. The graph shows the candidates; two trials in float64, with random weights and with the
     model's own, decide: folding the norms, and folding and rotating, must leave the outputs as they
-    are.
+    are, of each group together with those before it.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def find_rotatable(traced: TracedModel, *, seed: int = 0) -> Rotatable:
             continue
         if candidate is None:
             continue
-        problem = _problem(traced, candidate, seed)
+        problem = _problem(traced, [*groups, candidate], seed)
         if problem is None:
             groups.append(candidate)
         else:
@@ -297,7 +297,8 @@ def _is_check(node: fx.Node) -> bool:
 
 def _is_scalar_sum(node: fx.Node) -> bool:
     """Say whether a node adds a number to one value, as in norms that multiply by 1 + gain."""
-    return op_name(node) == "add" and len(node.all_input_nodes) == 1
+    numbers = [one for one in node.args if isinstance(one, (int, float))]
+    return op_name(node) == "add" and len(node.all_input_nodes) == 1 and len(numbers) == 1
 
 
 def _is_scaling(node: fx.Node) -> bool:
@@ -350,15 +351,16 @@ def _is_linear(node: fx.Node) -> bool:
 # --- the proof ----------------------------------------------------------------------------------
 
 
-def _problem(traced: TracedModel, group: RotatableGroup, seed: int) -> str | None:
-    """Return why a candidate is refused; None where rotating it changes no output."""
+def _problem(traced: TracedModel, groups: Sequence[RotatableGroup], seed: int) -> str | None:
+    """Return why the last group is refused; None where rotating all changes no output."""
     trained = frozenset(dict(traced.model.named_parameters()))
     generator = torch.Generator().manual_seed(seed)
     for names in (trained, frozenset[str]()):
         base = BaseWeights(traced.state(), names, seed)
         state = _widened(base)
-        folded = folded_state(state, [group])
-        rotated = rotated_state(folded, [(group, random_rotation(group, generator))])
+        folded = folded_state(state, groups)
+        rotations = [(one, random_rotation(one, generator)) for one in groups]
+        rotated = rotated_state(folded, rotations)
         try:
             expected, of_folded, of_rotated = (
                 _outputs(traced, one) for one in (state, folded, rotated)

@@ -30,6 +30,7 @@ from clafusion.tracing.heads import channels_of_heads
 from clafusion.tracing.layers import find_layers
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.pinned import pinned_channels
+from clafusion.tracing.rotations import find_rotatable
 from clafusion.tracing.rows import mix_rows
 from clafusion.tracing.ties import aliases_of
 from clafusion.tracing.trace_cache import TraceCache, trace_key
@@ -181,11 +182,16 @@ def _traced(
 def trace_like(model: nn.Module, like: TracedModel) -> TracedModel:
     """Trace a model with the example inputs of another; its channel groups are not proved again.
 
+    Which of its streams can be rotated is found out where that is known of the other.
+
     Parameters and errors are those of :func:`trace`, with ``verify=False``.
     """
     names, example = like.keywords, like.example_inputs
     inputs = dict(zip(names, example, strict=True)) if names else example
-    return trace(model, inputs, verify=False)
+    traced = trace(model, inputs, verify=False)
+    if like.rotatable is None:
+        return traced
+    return replace(traced, rotatable=find_rotatable(traced).groups)
 
 
 def _sources(

@@ -22,7 +22,9 @@ class TraceCache:
     """Traced models without their weights and inputs, by architecture and example inputs.
 
     The graph of a model depends on its code as well, of which only the classes are compared. So
-    whoever takes a trace from here has to check that it computes what the model computes.
+    whoever takes a trace from here has to check that it computes what the model computes. Traces of
+    models whose weights choose what is read, as a router chooses experts, are not kept: what the
+    example inputs reach is another thing for each set of weights.
     """
 
     def __init__(self) -> None:
@@ -47,7 +49,7 @@ class TraceCache:
 
     def add(self, key: Hashable | None, traced: TracedModel, *, proved: bool) -> None:
         """Keep a trace, if it has a key; forget the one not needed for the longest time."""
-        if key is None:
+        if key is None or _chooses_by_weights(traced):
             return
         with self._lock:
             # Neither is kept: they are the caller's, who may change them, and may be large.
@@ -58,6 +60,20 @@ class TraceCache:
             while len(self._traces) > _MOST:
                 forgotten, _ = self._traces.popitem(last=False)
                 self._proved.discard(forgotten)
+
+
+def _chooses_by_weights(traced: TracedModel) -> bool:
+    """Say whether trained weights enter an integer or a truth value: an index, a count, a mask."""
+    names = dict(traced.model.named_parameters())
+    trained = {node for node, name in traced.entries.items() if name in names}
+    for node in traced.module.graph.nodes:
+        if trained.isdisjoint(node.all_input_nodes):
+            continue
+        trained.add(node)
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex():
+            return True
+    return False
 
 
 def trace_key(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clafusion.errors import GraphVerificationError
-from clafusion.execution.call import State, call_model, flatten_tensors, rounding_of
+from clafusion.execution.call import State, call_model, rounding_of
 from clafusion.execution.lazy import LazyState
 from clafusion.execution.walk import WIDER, Walk, in_lockstep
 from clafusion.execution.writes import written_inputs
@@ -22,6 +22,8 @@ from clafusion.tracing.heads import exchange_moves, possible_heads, possible_sha
 from clafusion.tracing.model import ChannelGroup, HeadPartition, TracedModel
 from clafusion.tracing.moves import Moves, joined, permutation_moves
 from clafusion.tracing.operations import module_path, op_name
+from clafusion.tracing.outputs import Outputs, difference, outputs_of
+from clafusion.tracing.readout import find_readout
 from clafusion.tracing.trial_weights import BaseWeights, TrialWeights
 
 __all__ = ["computes_the_same", "verify_graph", "verify_weights", "with_proved_heads"]
@@ -31,7 +33,6 @@ __all__ = ["computes_the_same", "verify_graph", "verify_weights", "with_proved_h
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _NOISE = 1e-12  # relative to each weight: thousands of roundings in float64
 _MOST = 1e-6  # the largest bound for float64, however much a network amplifies
-_PART = 1 << 20  # elements that are compared at a time
 _AT_RANDOM = (
     "the model may depend on state or randomness: make its forward deterministic in eval mode"
 )
@@ -269,6 +270,7 @@ class _Trial:
         self.traced = traced
         self.generator = torch.Generator().manual_seed(seed)
         self._own = traced.state()
+        self._readout = find_readout(traced.module)
         self._model = evaluation_copy(traced.model)
         with torch.no_grad():
             self._inputs, self._of_model = _trial_inputs(
@@ -280,7 +282,7 @@ class _Trial:
     def _use(self, dtype: torch.dtype | None) -> None:
         """Compute in a type from now on; None for the types that the graph asks for."""
         trained = frozenset(dict(self.traced.model.named_parameters()))
-        self._expected: dict[bool, list[Tensor]] = {}
+        self._expected: dict[bool, Outputs] = {}
         self._dtype = dtype
         self._weights = {
             redrawn: BaseWeights(self._own, names, self._seed)
@@ -300,7 +302,7 @@ class _Trial:
         with torch.no_grad():
             found = Walk(self.traced, self._inputs, self._own, set(), {}).finish()
         own = [one for one in found if isinstance(one, Tensor)]
-        return _difference(own, self._of_model)
+        return difference(own, self._of_model)
 
     def is_faithful(self, gap: float) -> bool:
         """Return whether outputs differ by no more than the model's own types round."""
@@ -317,7 +319,7 @@ class _Trial:
         if written_inputs(self.traced.module):
             with torch.no_grad():
                 again = call_model(self._model, self._inputs, self.traced.keywords)
-            if not self.is_faithful(_difference(again, self._of_model)):
+            if not self.is_faithful(difference(again, self._of_model)):
                 raise GraphVerificationError(
                     f"the model puts out something else each time: {_changes(self) or _AT_RANDOM}"
                 )
@@ -338,7 +340,7 @@ class _Trial:
     def _gap(self, cycle: Moves, swap: Moves, sorts: Sequence[bool]) -> float:
         worst = 0.0
         for redrawn in sorts:
-            finite = all(bool(one.isfinite().all()) for one in self._expected.get(True, ()))
+            finite = True not in self._expected or self._expected[True].are_finite()
             alone = len(sorts) == 1  # random weights, which may have overflowed, are not at hand
             several = [cycle, swap] if redrawn or alone or not finite else [cycle]
             worst = max([worst, *self._gaps(redrawn, several)])
@@ -350,12 +352,14 @@ class _Trial:
         if redrawn not in self._expected:
             walks.insert(0, self._walk(TrialWeights(weights, self._dtype, {})))
         with torch.no_grad():
-            for _ in in_lockstep(walks):
-                pass
-            outputs = [list(flatten_tensors(list(walk.finish()))) for walk in walks]
-        if redrawn not in self._expected:
-            self._expected[redrawn] = outputs.pop(0)
-        return [_difference(one, self._expected[redrawn]) for one in outputs]
+            outputs = self._outputs(walks)
+            if redrawn not in self._expected:
+                self._expected[redrawn] = outputs.pop(0)
+            return [difference(one, self._expected[redrawn]) for one in outputs]
+
+    def _outputs(self, walks: Sequence[Walk]) -> list[Outputs]:
+        """Run walks side by side; return what they put out."""
+        return outputs_of(walks, self._readout, self._inputs[0].size(0))
 
     def _walk(self, weights: State) -> Walk:
         types = None if self._dtype is None else WIDER
@@ -388,7 +392,8 @@ class _Trial:
 
             walk = self._walk(LazyState(weights, noisy))
             with torch.no_grad():
-                gap = _difference(list(flatten_tensors(list(walk.finish()))), expected)
+                (outputs,) = self._outputs([walk])
+                gap = difference(outputs, expected)
             worst = max(worst, gap if math.isfinite(gap) else 0.0)
         return worst
 
@@ -415,7 +420,7 @@ def _are_permuted(plain: object, changed: object, bound: float) -> bool:
         return True
     if not plain.is_floating_point() or plain.numel() != changed.numel():
         return plain.numel() == changed.numel()
-    return _difference([changed.flatten().sort()[0]], [plain.flatten().sort()[0]]) <= bound
+    return difference([changed.flatten().sort()[0]], [plain.flatten().sort()[0]]) <= bound
 
 
 def _cycle(size: int, generator: torch.Generator) -> Tensor:
@@ -434,36 +439,6 @@ def _swap(size: int, generator: torch.Generator) -> Tensor:
     first, second = torch.randperm(size, generator=generator)[:2]
     permutation[first], permutation[second] = second, first
     return permutation
-
-
-def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the largest difference, relative to the largest expected output."""
-    worst = 0.0
-    for output, reference in zip(outputs, expected, strict=True):
-        if output.shape != reference.shape:
-            return float("inf")
-        if reference.numel() == 0:
-            continue
-        gap, scale = _gap_and_scale(output, reference)
-        if not math.isfinite(gap + scale):
-            output, reference = output.double(), reference.double()
-            same = (output == reference) | (output.isnan() & reference.isnan())
-            gaps = torch.where(same, 0.0, (output - reference).abs()).nan_to_num(nan=torch.inf)
-            finite = reference[reference.isfinite()].abs()
-            gap, scale = float(gaps.max()), float(finite.max()) if finite.numel() else 0.0
-        worst = max(worst, gap / (scale or 1.0))
-    return worst
-
-
-def _gap_and_scale(output: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Return the largest difference and the largest reference value, part by part."""
-    parts = zip(output.flatten().split(_PART), reference.flatten().split(_PART), strict=True)
-    found = [
-        ((one.double() - other.double()).abs().max(), other.double().abs().max())
-        for one, other in parts
-    ]
-    gaps, scales = (torch.stack(several).max() for several in zip(*found, strict=True))
-    return float(gaps), float(scales)
 
 
 def _trial_inputs(

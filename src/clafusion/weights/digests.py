@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from enum import Enum
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -159,5 +160,8 @@ def add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
 
 def versions() -> dict[str, str]:
     """Return the releases of those packages on which the bytes of a result may depend."""
-    packages = ("clafusion", "numpy", "scipy", "pot")
-    return {"torch": torch.__version__} | {name: version(name) for name in packages}
+    found: dict[str, str] = {"torch": torch.__version__}
+    for name in ("clafusion", "numpy", "scipy", "pot", "safetensors", "transformers"):
+        with suppress(PackageNotFoundError):  # transformers need not be there
+            found[name] = version(name)
+    return found

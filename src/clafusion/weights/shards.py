@@ -97,6 +97,9 @@ def write_shards(
     InputError
         A file cannot be written, for example on a full disk.
     """
+    path = path.resolve()  # shards lie beside the file that a link points to
+    if not path.name.lower().endswith(SHARDED):
+        raise InputError(f"the index is a link to {str(path)!r}, which does not end with {SHARDED}")
     stem = path.name[: -len(SHARDED)]
     written: list[Path] = []
     places: dict[str, Path] = {}

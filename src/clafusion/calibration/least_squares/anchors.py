@@ -11,7 +11,7 @@ from torch import Tensor
 from clafusion.execution.call import State
 from clafusion.merging.mean import weighted_mean
 from clafusion.merging.problem import FusionProblem, MergeWeights
-from clafusion.profiling.masks import kept_positions, zeroed
+from clafusion.profiling.masks import counting_values, kept_positions, zeroed
 
 __all__ = ["ANCHORS", "Trial", "anchored_weights", "output_distances", "outputs_and_goals"]
 
@@ -74,8 +74,8 @@ class Trial:
 
 def outputs_and_goals(
     problem: FusionProblem, states: Sequence[State], inputs: tuple[Tensor, ...]
-) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Yield what the target puts out with each state, and the parents' weighted mean, in float64.
+) -> Iterator[tuple[str, list[Tensor], Tensor]]:
+    """Yield each output's node, its value with each state, and the parents' mean, in float64.
 
     Each parent runs once, whatever the number of states.
     """
@@ -83,12 +83,17 @@ def outputs_and_goals(
     of_states = [problem.target.run(inputs, state=one) for one in states]
     of_parents = [one.traced.run(inputs) for one in counted]
     weights = [one.weights.overall for one in counted]
-    for found, values in zip(
-        zip(*of_states, strict=True), zip(*of_parents, strict=True), strict=True
-    ):
-        if isinstance(found[0], Tensor) and found[0].is_floating_point():
+    outputs = [
+        (found, values)
+        for found, values in zip(
+            zip(*of_states, strict=True), zip(*of_parents, strict=True), strict=True
+        )
+        if isinstance(found[0], Tensor)
+    ]
+    for name, (found, values) in zip(problem.target.output_names, outputs, strict=True):
+        if found[0].is_floating_point():
             goal = weighted_mean([one.double() for one in values], weights)
-            yield [one.double() for one in found], goal
+            yield name, [one.double() for one in found], goal
 
 
 def output_distances(
@@ -97,8 +102,9 @@ def output_distances(
     """Return how far each state's outputs are from the parents' weighted mean: sums of squares."""
     far = [0.0] * len(states)
     for batch in inputs:
-        kept = kept_positions(problem.target, batch)
-        for found, goal in outputs_and_goals(problem, states, batch):
+        mask = kept_positions(problem.target, batch)
+        for name, found, goal in outputs_and_goals(problem, states, batch):
+            counting = counting_values(problem.target, name, goal, mask)
             for i, value in enumerate(found):
-                far[i] += float(zeroed(value - goal, kept).square().sum())
+                far[i] += float(zeroed(value - goal, counting).square().sum())
     return far

@@ -31,6 +31,7 @@ __all__ = ["Regression", "regress_anchored"]
 
 _CHUNK = 125  # inputs whose patches are held at once
 _MOST_OUTPUTS = 1 << 25  # numbers in the outputs of a chunk
+_MOST_THINNED = 1 << 23  # the same where the outputs are those of a language model
 _TRIED, _EXACT = 16, 2e-5  # inputs, and how far their outputs may be apart, relative to the largest
 _FEW = 8  # inputs in a chunk at the least
 _WANTED = 100  # inputs; of fewer a warning speaks
@@ -118,7 +119,7 @@ def _is_exact(problem: FusionProblem, plain: State, data: Data) -> bool:
     inputs = next(iter(in_chunks(data, target, _TRIED, _TRIED, device=target.device)))
     return all(
         float((value - goal).abs().max()) <= _EXACT * float(goal.abs().max())
-        for (value,), goal in outputs_and_goals(problem, [plain], inputs)
+        for _, (value,), goal in outputs_and_goals(problem, [plain], inputs)
     )
 
 
@@ -143,7 +144,8 @@ def _inputs(
     """Return the inputs to regress on, in batches that are held at once."""
     samples = min(settings.samples, _most_inputs(problem, num_candidates))
     numbers = sum(math.prod(shape) for shape, _ in problem.target.outputs)
-    chunk = min(_CHUNK, max(_MOST_OUTPUTS // max(numbers, 1), _FEW))
+    most = _MOST_OUTPUTS if problem.target.thinning is None else _MOST_THINNED
+    chunk = min(_CHUNK, max(most // max(numbers, 1), _FEW))
     where = problem.target.device
     inputs = list(in_chunks(data, problem.target, samples, chunk, device=where))
     num_inputs = sum(one[0].size(0) for one in inputs)

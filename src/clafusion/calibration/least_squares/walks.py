@@ -27,7 +27,6 @@ from clafusion.calibration.least_squares.rows import (
     chosen_rows,
     features,
     incoming_node,
-    num_positions,
     rows_for,
 )
 from clafusion.calibration.least_squares.storing import is_stored, stacked, store_solution
@@ -37,7 +36,7 @@ from clafusion.execution.call import State
 from clafusion.execution.walk import Walk
 from clafusion.merging.mean import weighted_mean
 from clafusion.merging.problem import FusionProblem
-from clafusion.profiling.masks import counted_inputs, kept_positions, kept_rows, zeroed
+from clafusion.profiling.masks import counted_inputs, counting_values, kept_positions, zeroed
 from clafusion.threads import one_thread
 from clafusion.transport.plan import TransportPlan
 
@@ -160,6 +159,7 @@ class Walks:
         starts = [self._start(place, hidden, one) for one in self.candidates]
         equations: list[Equations] = []
         size, channels = starts[0].shape
+        first, view = next((i, one) for i, one in enumerate(place.views) if one is not None)
         for batch, (walks, count) in enumerate(zip(self.walks, self.batch_sizes, strict=True)):
 
             def positions(value: Tensor, count: int = count) -> Tensor:
@@ -172,13 +172,14 @@ class Walks:
             if chosen is None:
                 every = next(one.size(1) for one in values if one is not None)
                 num_rows = self.rows.number(size)
-                num_inputs = sum(self.batch_sizes)
-                counted = counted_inputs(self.masks, self.batch_sizes, every)
+                counted = self._counted(first, view.node)
                 chosen = chosen_positions(every, num_rows, counted, self.of_rows)
-                num_rows = len(chosen) * num_inputs
+                num_rows = len(chosen) * sum(self.batch_sizes)
                 equations = [equations_for(start, num_rows) for start in starts]
-            kept = kept_rows(self.masks[batch], every, chosen)
+            kept = self._kept(batch, first, view.node, view.point.axis, place.kernel_size, chosen)
             rows = [None if one is None else _counting(one, chosen, kept) for one in values]
+            values.clear()
+            self._drop_outputs(place, walks)
             moved = self._moved(place, rows) if hidden is None else []
             for one, sums in zip(self.candidates, equations, strict=True):
                 if hidden is not None:
@@ -194,7 +195,7 @@ class Walks:
                     shortcut = _counting(positions(beside), chosen, kept)
                 sides = features(
                     place.affine,
-                    walk.reach(place.incoming),
+                    walk.reach_for(place.incoming, place.affine.name),
                     place.kernel_size,
                     chosen,
                     count,
@@ -210,6 +211,15 @@ class Walks:
         for key in self._reached(place):
             self._release(key)
 
+    def _drop_outputs(self, place: Place, walks: Sequence[Walk]) -> None:
+        """Drop outputs with many numbers, once their rows are taken, where nobody compares them."""
+        if len(self.candidates) > 1:
+            return
+        for walk, parent, view in zip(walks, self.parents, place.views, strict=True):
+            thinning = parent.traced.thinning
+            if view is not None and thinning is not None and view.node == thinning.node:
+                walk.forget(view.node)
+
     def distances(self) -> list[float]:
         """Return how far each candidate's outputs are from the parents' weighted mean, squared."""
         weights = [one.weights.overall for one in self.parents]
@@ -217,27 +227,58 @@ class Walks:
         for batch, (walks, mask) in enumerate(zip(self.walks, self.masks, strict=True)):
             wanted = [walk.finish() for walk in walks]
             for i, one in enumerate(self.candidates):
-                for output, *goals in zip(one.walks[batch].finish(), *wanted, strict=True):
-                    if isinstance(output, Tensor) and output.is_floating_point():
+                outputs = zip(one.walks[batch].finish(), *wanted, strict=True)
+                tensors = [of for of in outputs if isinstance(of[0], Tensor)]
+                names = self.problem.target.output_names
+                for name, (output, *goals) in zip(names, tensors, strict=True):
+                    if output.is_floating_point():
                         goal = weighted_mean([of.double() for of in goals], weights)
-                        found[i] += float(zeroed(output.double() - goal, mask).square().sum())
+                        counting = counting_values(self.problem.target, name, output, mask)
+                        found[i] += float(zeroed(output.double() - goal, counting).square().sum())
         return found
+
+    def _counted(self, parent: int, node: str) -> int:
+        """Return how many inputs without padding would have as many rows of a parent's node."""
+        is_padded = any(one is not None for one in self.masks)
+        if is_padded and node in self.parents[parent].traced.padded_axes:
+            return counted_inputs(self.masks, self.batch_sizes)
+        return sum(self.batch_sizes)
+
+    def _kept(
+        self, batch: int, parent: int, node: str, axis: int, kernel: Sequence[int], chosen: Tensor
+    ) -> Tensor | None:
+        """Return which rows count, where rows are a node's values at ``chosen`` positions.
+
+        None for all. ``axis`` is that of the node's channels.
+        """
+        value = self.walks[batch][parent].reach(node)
+        counting = counting_values(self.parents[parent].traced, node, value, self.masks[batch])
+        if counting is None:
+            return None
+        shape = value.movedim(axis, -1).shape[:-1]
+        last = counting.movedim(axis, -1).expand(*shape, 1)
+        by_input = by_position(last, kernel, self.batch_sizes[batch])
+        if len(chosen) > by_input.size(1):  # of a stride
+            return None
+        rows = chosen_rows(by_input, chosen)[:, 0]
+        return None if bool(rows.all()) else rows.nonzero().squeeze(1)
 
     def _choose(self, place: Place, hidden: Hidden) -> None:
         """Choose the hidden channels that a layer writes, and give it what goes with them."""
         gram: Tensor | None = None
         chosen: Tensor | None = None
-        for walks, count, mask in zip(self.walks, self.batch_sizes, self.masks, strict=True):
+        kernel, first = hidden.reader.kernel_size, hidden.parts[0]
+        node = incoming_node(first.reader)
+        for batch, (walks, count) in enumerate(zip(self.walks, self.batch_sizes, strict=True)):
             values = [walks[part.parent].reach(incoming_node(part.reader)) for part in hidden.parts]
-            every = num_positions(
-                hidden.parts[0].reader, values[0], hidden.reader.kernel_size, count
-            )
             if chosen is None:
-                counted = counted_inputs(self.masks, self.batch_sizes, every)
+                counted = self._counted(first.parent, node)
                 chosen = hidden_positions(hidden, values, count, counted, self.of_choices)
             # Copies of a channel differ by roundings, which float32 sums would hide.
             read = hidden_features(hidden, values, chosen, count)
-            kept = kept_rows(mask, every, chosen)
+            kept: Tensor | None = None
+            if all(size == 1 for size in kernel):  # else a row holds several positions
+                kept = self._kept(batch, first.parent, node, 1 if kernel else -1, kernel, chosen)
             products = squares((read if kept is None else read[:, kept]).double())
             gram = products if gram is None else gram.add_(products)
         assert gram is not None

@@ -56,6 +56,8 @@ def load_line(result: PairResult) -> str:
     path = str(result.path)
     if result.factory is not None:
         return f"model = clafusion.load({result.factory!r}, {path!r})"
+    if not result.path.name.endswith((".safetensors", ".pt")):  # a Hugging Face directory
+        return f"model = clafusion.load({path!r})"
     if not result.resized:
         is_safe = result.path.suffix == ".safetensors"
         read = "safetensors.torch.load_file" if is_safe else "torch.load"

@@ -9,6 +9,7 @@ from typing import Any
 
 from clafusion.batch.results import PairResult
 from clafusion.config import FusionConfig
+from clafusion.errors import ClafusionError
 from clafusion.reports.page.details import load_line
 from clafusion.reports.page.markup import compact, definitions, element, scrollable, text
 from clafusion.reports.page.measures import Measure
@@ -31,12 +32,12 @@ def run_facts(run: Mapping[str, str]) -> str:
 
 def settings(results: Sequence[PairResult]) -> str:
     """Return the options of all pairs, those that are not the default first."""
-    default = _flat(FusionConfig().to_dict())
     found = distinct_settings(results)
     parts = []
     for i, packed in enumerate(found):
-        options = _flat(json.loads(packed))
-        changed = {path: one for path, one in options.items() if default.get(path) != one}
+        given = json.loads(packed)
+        options, usual = _flat(given), _usual(given)
+        changed = {path: one for path, one in options.items() if usual.get(path) != one}
         shown = ", ".join(f"{path} {one}" for path, one in changed.items())
         told = shown or "all as they are by default"
         name = f"Settings {i + 1}" if len(found) > 1 else "Settings"
@@ -53,9 +54,23 @@ def settings(results: Sequence[PairResult]) -> str:
 
 def distinct_settings(results: Sequence[PairResult]) -> list[str]:
     """Return the settings of all pairs as JSON, each once, in the order of the pairs."""
-    return list(
-        dict.fromkeys(json.dumps(one.settings, sort_keys=True) for one in results if one.settings)
-    )
+    return list(dict.fromkeys(json.dumps(one.settings) for one in results if one.settings))
+
+
+def _usual(given: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options' defaults, as :func:`_flat` does; those of the variants that are given."""
+    usual = _flat(FusionConfig().to_dict())
+    try:
+        of_variants = _flat(FusionConfig.parse(_variants(given), "settings").to_dict())
+    except ClafusionError:  # a variant that is registered elsewhere only
+        return usual
+    return of_variants | usual
+
+
+def _variants(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings with nothing but the variants' names."""
+    nested = {name: _variants(one) for name, one in given.items() if isinstance(one, Mapping)}
+    return nested | ({"name": given["name"]} if "name" in given else {})
 
 
 def _flat(found: Mapping[str, Any], path: str = "") -> dict[str, str]:
@@ -93,7 +108,7 @@ def leaderboard(
         ]
         cells += [_cell(measure, place) for measure in columns]
         if more:
-            number = several.index(json.dumps(one.settings, sort_keys=True)) + 1
+            number = several.index(json.dumps(one.settings)) + 1
             cells.append(element("td", str(number), class_="number"))
         file = "" if one.path is None else one.path.name
         cells.append(element("td", text(file)))

@@ -6,9 +6,9 @@ import torch
 
 from clafusion.tracing.labels.interpreter import LabelPropagation
 
-__all__ = ["settle_experts"]
+__all__ = ["UNREACHED", "settle_experts"]
 
-_UNREACHED = "no example input comes to this expert"
+UNREACHED = "no example input comes to this expert"
 
 
 def settle_experts(propagation: LabelPropagation) -> None:
@@ -37,4 +37,4 @@ def settle_experts(propagation: LabelPropagation) -> None:
                 own = propagation.weigh(one, "weight", {axis: ids}, inward)[axis]
                 if not is_common:
                     propagation.pin(own)
-                    propagation.lose(own, _UNREACHED, node=node)
+                    propagation.lose(own, UNREACHED, node=node)

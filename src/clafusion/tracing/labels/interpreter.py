@@ -1,4 +1,4 @@
-"""Run an exported graph on labels: the interpreter, the union-find and the fingerprints.
+"""Run an exported graph on labels.
 
 The package :mod:`clafusion.tracing.labels.rules` says what each operation does with labels.
 """
@@ -181,7 +181,7 @@ class LabelPropagation(Atoms):
             self.labels[node] = self._all_kept(call, str(cause))
         self._mark(node)
         schema = node.target._schema
-        works_in_place = schema.is_mutable and schema.name.endswith("_")  # as __or__ does, too
+        works_in_place = schema.is_mutable and schema.name.endswith("_")  # __or__ is not mutable
         if works_in_place and isinstance(node.args[0], fx.Node):
             # The operation works in place: later nodes that read the operand see the result.
             self.labels[node.args[0]] = self.labels[node]

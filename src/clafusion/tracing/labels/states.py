@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from clafusion.execution.call import flatten_tensors
-from clafusion.execution.walk import WIDER, Walk, in_lockstep
+from clafusion.execution.walk import WIDER, PickedPositions, Walk, in_lockstep
 from clafusion.tracing.labels.drafts import DraftUse
 from clafusion.tracing.labels.ids import collapse
 from clafusion.tracing.labels.interpreter import LabelPropagation
@@ -37,6 +37,7 @@ class _Graph:
     module: fx.GraphModule
     placeholders: tuple[str | None, ...]
     types: Mapping[torch.dtype, torch.dtype] = field(default_factory=dict)
+    thinning: PickedPositions | None = None
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,8 @@ def outgoing(
 ) -> Tensor:
     """Return the labels of a weight's outgoing channels: new atoms, or those of its first use.
 
-    A single channel has nothing to change places with, so it gets a fixed id.
+    A single channel has nothing to change places with, so it gets a fixed id; of several values of
+    it each needs its own: see :func:`moving`.
     """
     count = view.tensor.size(axis)
     if count == 1:

@@ -42,7 +42,8 @@ def indexed_by_values(propagation: LabelPropagation, call: Call) -> Tensor:
     label, value = call.label(name), call.value_of(operand)
     if propagation.is_parameter(label):
         if axes == [0] and value.dim() == 2:  # a table, whose rows stay
-            return outgoing(propagation, label, "weight", 1).expand(call.output.shape)
+            columns = outgoing(propagation, label, "weight", 1)
+            return moving(columns, call.node.name, call.output.shape)
         ids = propagation.element_ids(label)
         for axis in axes:
             propagation.unite(ids, ids.narrow(axis, 0, 1).expand(ids.shape))

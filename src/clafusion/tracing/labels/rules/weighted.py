@@ -19,6 +19,7 @@ from clafusion.tracing.labels.rule import (
     rule,
 )
 from clafusion.tracing.labels.rules.common import (
+    moving,
     outgoing,
     rows_along,
     scale_channels,
@@ -176,7 +177,7 @@ def _bilinear(propagation: LabelPropagation, call: Call) -> Label:
         for name in ("input1", "input2")
     )
     propagation.weigh(view, "weight", {1: first, 2: second}, inward=[1, 2])
-    result = outgoing(propagation, view, "weight", 0).expand(call.output.shape)
+    result = moving(outgoing(propagation, view, "weight", 0), call.node.name, call.output.shape)
     scale_channels(propagation, call, "bias", result, axis=-1)
     return result
 
@@ -185,14 +186,14 @@ def _bilinear(propagation: LabelPropagation, call: Call) -> Label:
 def _embedding(propagation: LabelPropagation, call: Call) -> Label:
     """Write the channels of the table's columns; its rows stay."""
     view = trained_weight(propagation, call, "weight")
-    return outgoing(propagation, view, "weight", 1).expand(call.output.shape)
+    return moving(outgoing(propagation, view, "weight", 1), call.node.name, call.output.shape)
 
 
 @rule("embedding_bag", "_embedding_bag")
 def _embedding_bag(propagation: LabelPropagation, call: Call) -> Label:
     """Do as for an embedding; only the first output carries channels."""
     out = outgoing(propagation, trained_weight(propagation, call, "weight"), "weight", 1)
-    return (out.expand(call.output[0].shape), None, None, None)
+    return (moving(out, call.node.name, call.output[0].shape), None, None, None)
 
 
 def _mixes_positions(propagation: LabelPropagation, rows: Tensor) -> bool:
