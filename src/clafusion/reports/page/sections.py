@@ -16,7 +16,15 @@ from clafusion.reports.page.measures import Measure
 from clafusion.reports.tables import total_seconds
 from clafusion.weights.digests import versions
 
-__all__ = ["leaderboard", "lines_to_load", "models_table", "run_facts", "settings", "stages"]
+__all__ = [
+    "leaderboard",
+    "lines_to_load",
+    "models_table",
+    "ranked",
+    "run_facts",
+    "settings",
+    "stages",
+]
 
 _Rows = Sequence[Sequence[str]]
 
@@ -32,7 +40,7 @@ def run_facts(run: Mapping[str, str]) -> str:
 
 def settings(results: Sequence[PairResult]) -> str:
     """Return the options of all pairs, those that are not the default first."""
-    found = distinct_settings(results)
+    found = _distinct_settings(results)
     parts = []
     for i, packed in enumerate(found):
         given = json.loads(packed)
@@ -52,7 +60,7 @@ def settings(results: Sequence[PairResult]) -> str:
     return "".join(parts)
 
 
-def distinct_settings(results: Sequence[PairResult]) -> list[str]:
+def _distinct_settings(results: Sequence[PairResult]) -> list[str]:
     """Return the settings of all pairs as JSON, each once, in the order of the pairs."""
     return list(dict.fromkeys(json.dumps(one.settings) for one in results if one.settings))
 
@@ -94,7 +102,7 @@ def leaderboard(
     """Return the table of all fused pairs, the best first."""
     columns = [one for one in measures if one.in_table]
     places = ranked(results, quality)
-    several = distinct_settings(results)
+    several = _distinct_settings(results)
     more = ["settings"] if len(several) > 1 else []
     titles = ["first", "second", *(one.title for one in columns), *more, "file"]
     head = "".join(element("th", text(one), scope="col") for one in titles)
