@@ -1,9 +1,13 @@
 """What an installed wheel must be able to do, outside the source tree: `python smoke.py`."""
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
 import torch
 from torch import nn
 
 import clafusion
+from clafusion.reports.page import write_report
 
 
 def main() -> None:
@@ -16,6 +20,8 @@ def main() -> None:
     print(clafusion.summary(result))
     (one,) = clafusion.fuse_pairs(models, data)
     assert torch.equal(one.model(data), result.model(data))
+    with TemporaryDirectory() as folder:  # of files that are no modules
+        write_report([one], Path(folder, "report.html"))
     print(clafusion.build_info())
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "bytes_of",
     "check_limit",
     "check_weights",
+    "held_by_process",
     "needed_memory",
     "shown",
 ]
@@ -172,6 +173,19 @@ def held_now() -> int:
         return 1024 * int(re.findall(r"^RssAnon:\s*(\d+) kB", status, re.MULTILINE)[0])
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else 1024 * used
+
+
+def held_by_process() -> tuple[int, int]:
+    """Return the bytes of memory that the process holds now, and that it held at the most so far.
+
+    Where the system does not tell the first, it is 0.
+    """
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    most = most if sys.platform == "darwin" else 1024 * most
+    if not sys.platform.startswith("linux"):
+        return 0, most
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize(), most
 
 
 def activation_bytes(model: TracedModel, count: int) -> int:

@@ -72,7 +72,9 @@ class FusionResult:
     timings
         Seconds of each stage, in order.
     peak_memory
-        On a GPU: bytes that PyTorch held there at the most, in each stage. Else empty.
+        Bytes that were held at the most in each stage. On a GPU: by PyTorch, there. Elsewhere: by
+        the whole process; exact for the stage that held the most of all, and for another one what
+        was held at its beginning or its end.
     data_hash
         The SHA-256 of the data; None for data that is no tensor and no list of batches.
     evaluation

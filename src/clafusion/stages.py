@@ -32,6 +32,7 @@ from clafusion.config import (
 )
 from clafusion.errors import ClafusionError, InputError, PinnedWarning, StructureError, retold, warn
 from clafusion.matching.activation_costs import MAX_CHANNELS
+from clafusion.memory import held_by_process
 from clafusion.presets import preset_of
 from clafusion.profiling.batches import Data, Progress
 from clafusion.profiling.importance import (
@@ -462,7 +463,12 @@ def warn_of_pinned_channels(
 
 
 class Clock:
-    """Measure the stages: seconds, and on a GPU how much memory PyTorch held there at the most."""
+    """Measure the stages: seconds, and how much memory was held at the most.
+
+    On a GPU that is what PyTorch held there. Elsewhere it is what the process held. The system
+    knows the most that the process ever held: exact for the stage that raised it, while of another
+    stage only what was held at its beginning or its end is known.
+    """
 
     def __init__(
         self,
@@ -479,9 +485,15 @@ class Clock:
         """Measure what runs in here, and call it ``name``."""
         if self._gpu is not None:
             torch.cuda.reset_peak_memory_stats(self._gpu)
+            before = most = 0
+        else:
+            before, most = held_by_process()
         start = time.perf_counter()
         yield
         if self._gpu is not None:
             torch.cuda.synchronize(self._gpu)  # what is queued belongs to this stage
             self.peak_memory[name] = torch.cuda.max_memory_allocated(self._gpu)
         self.seconds[name] = time.perf_counter() - start
+        if self._gpu is None:
+            now, most_since = held_by_process()
+            self.peak_memory[name] = max(before, now, most_since if most_since > most else 0)

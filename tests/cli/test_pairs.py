@@ -1,5 +1,6 @@
 """`clafusion fuse-pairs`: manifests good and bad, the table, the exit code and the report."""
 
+import html
 import json
 import os
 import re
@@ -14,14 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+import clafusion
 from clafusion import InputError, Matching, Merging, Profiling, Sinkhorn, Zip, fuse
-from clafusion.batch.run import fuse_pairs
 from clafusion.cli.app import main
 from clafusion.cli.manifest import read_manifest
 from clafusion.memory import bytes_of
-from clafusion.reports.page import write_report
 from clafusion.weights.checkpoints import load_state
-from clafusion.weights.state_files import save_model
+from clafusion.weights.state_files import file_digest, save_model
 from tests.support import networks
 from tests.support.many_pairs import FACTORY, WIDTHS, modules
 
@@ -94,17 +94,25 @@ def test_the_report_is_one_file_without_links(folder):
     page = (folder.parent / "page.html").read_text()
     links = Links()
     links.feed(page)
-    assert [tag for tag, _ in links.found] == ["img"] * 3
-    assert all(value.startswith("data:image/svg+xml;base64,") for _, value in links.found)
-    assert "Alignment of a and d" in page
+    assert {tag for tag, _ in links.found} == {"a"}
+    assert all(re.fullmatch(r"#pair-\d", value) for _, value in links.found)
+    assert not re.search(r"url\(|@import|https?://(?!www.w3.org/2000/svg)", page)
+    assert "Chosen pair: a and d" in page
+    assert "clafusion fuse-pairs" in page
+    assert f"data.npy, limit 200, SHA-256 {file_digest(folder / 'data.npy')}" in page
+    line = re.search(r"clafusion\.load\(.+\)", html.unescape(page)).group()
+    model = eval(line, {"clafusion": clafusion})
+    name = re.search(r"fused/([a-d]\+[a-d]\.safetensors)", line)[1]
+    kept = load_state(folder / "fused" / name)
+    assert all(torch.equal(kept[one], value) for one, value in model.state_dict().items())
     assert not (folder / "fused" / "report.html").exists()
     assert run(folder) == 0
-    assert "Alignment cost of every pair" in (folder / "fused" / "report.html").read_text()
+    assert "Best pair: " in (folder / "fused" / "report.html").read_text()
 
 
 def test_the_report_may_lie_where_the_results_will(folder, capsys):
     assert run(folder, f"--report={folder}/fused/r.html", "--chosen=a, d") == 0
-    assert "Alignment of a and d" in (folder / "fused" / "r.html").read_text()
+    assert "Chosen pair: a and d" in (folder / "fused" / "r.html").read_text()
     (folder / "fused" / "report.html").mkdir()
     capsys.readouterr()
     assert run(folder, "--no-resume") == 2
@@ -138,25 +146,6 @@ def test_a_report_that_cannot_be_written_leaves_the_table(folder, capsys, monkey
 )
 def test_sizes_of_memory(text, size):
     assert bytes_of(text, "--memory-limit") == size
-
-
-def test_the_report_shows_other_values_and_escapes(tmp_path):
-    models = {"a": networks.mlp(12, 9, 5), "b": networks.mlp(12, 8, 5, seed=1)}
-    results = list(fuse_pairs(models, torch.randn(100, 12)))
-    path = tmp_path / "page.html"
-    write_report(results, path, values={("a", "b"): 0.93}, label="accuracy <%>")
-    assert "Accuracy &lt;%&gt; of every pair" in path.read_text()
-    first = path.read_bytes()
-    write_report(results, path, values={("a", "b"): 0.93}, label="accuracy <%>")
-    assert path.read_bytes() == first
-    write_report(results, path, label="$\\frac{$")
-    models = {"\u6a21": models["a"], "\u578b": models["b"]}  # letters that the font lacks
-    write_report(list(fuse_pairs(models, torch.randn(100, 12))), path)
-    for wrong in ({"chosen": ("b", "a")}, {"values": {("a", "c"): 1.0}}):
-        with pytest.raises(InputError, match="the report has no fused pair"):
-            write_report(results, path, **wrong)
-    with pytest.raises(InputError, match=r"must end with one of \.html"):
-        write_report(results, tmp_path / "page.pdf")
 
 
 def test_a_failed_pair_gives_exit_code_1_and_the_rest_is_done(folder, capsys):

@@ -9,6 +9,7 @@ from torch import nn
 from clafusion import Barycentre, FusionConfig, Matching, Shallower, fuse, trace
 from clafusion.correspondence import inserted
 from clafusion.fusion import align_profiles, fuse_aligned
+from clafusion.memory import held_by_process
 from clafusion.stages import Clock, profile_traced
 from clafusion.targets import target
 from clafusion.tracing.groups import find_channels
@@ -189,7 +190,7 @@ def test_the_simulation_refuses_what_a_gpu_refuses():
         assert type(far.cpu()) is torch.Tensor
 
 
-def test_the_stages_memory_is_measured_on_a_gpu_only(monkeypatch):
+def test_the_stages_memory_is_that_of_the_gpu_or_of_the_process(monkeypatch):
     """The device's counters are stood in for: here is none."""
     held = iter([300, 200])
     calls = []
@@ -203,11 +204,22 @@ def test_the_stages_memory_is_measured_on_a_gpu_only(monkeypatch):
     assert calls == ["reset", "profile", "wait", "reset", "align", "wait"]
     assert clock.peak_memory == {"trace": 100, "profile": 300, "align": 200}
     assert list(clock.seconds) == ["trace", "profile", "align"]
+    held = iter([(100, 500), (300, 500), (300, 500), (100, 800)])
+    monkeypatch.setattr("clafusion.stages.held_by_process", lambda: next(held))
     clock = Clock(torch.device("cpu"))
-    with clock.stage("profile"):
-        pass
-    assert clock.peak_memory == {}
+    for name in ("profile", "align"):
+        with clock.stage(name):
+            pass
+    assert clock.peak_memory == {"profile": 300, "align": 800}
     assert len(calls) == 6
+
+
+def test_the_memory_of_the_process_is_what_the_system_counts():
+    before, _ = held_by_process()
+    block = torch.ones(2**24)  # 64 MiB
+    now, most = held_by_process()
+    assert now - before > 0.9 * 4 * block.numel()
+    assert most >= 0.99 * now  # the system brings its counters up to date now and then
 
 
 @pytest.mark.cuda

@@ -11,12 +11,14 @@ from torch import nn
 from clafusion.assessment.parts import parts_of
 from clafusion.config import FusionConfig
 from clafusion.errors import FusionWarning
+from clafusion.execution.flops import count_operations
 from clafusion.profiling.batches import Data
 from clafusion.profiling.cache import profile_key, read_profile, write_profile
 from clafusion.profiling.profile import ModelProfile
 from clafusion.stages import ExampleInputs, profile_options, profile_traced, traced_parent
+from clafusion.tracing.model import TracedModel
 
-__all__ = ["PreparedModel", "prepare"]
+__all__ = ["PreparedModel", "operations_of", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,15 @@ class PreparedModel:
         The profile of the traced and proved model.
     num_bytes
         The memory that the weights and the profile take.
+    operations
+        What :func:`operations_of` gives for the model.
     from_cache
         Whether the profile comes from the disk. The model was proved when it was written there.
     """
 
     profile: ModelProfile
     num_bytes: int
+    operations: int
     from_cache: bool
 
 
@@ -74,7 +79,7 @@ def prepare(
         key = profile_key(before, options, data_hash)
         cached = read_profile(cache_dir, key, before)
         if cached is not None:
-            return PreparedModel(cached, _num_bytes(cached), True)
+            return PreparedModel(cached, _num_bytes(cached), operations_of(before), True)
     with warnings.catch_warnings():
         if before is not None:
             warnings.simplefilter("ignore", FusionWarning)  # told once already
@@ -85,7 +90,16 @@ def prepare(
     (profile,) = profile_traced([traced], kept, config, names=[name])
     if cache_dir is not None:
         write_profile(cache_dir, key, profile)
-    return PreparedModel(profile, _num_bytes(profile), False)
+    return PreparedModel(profile, _num_bytes(profile), operations_of(traced), False)
+
+
+def operations_of(model: TracedModel) -> int:
+    """Return the floating-point operations that a model takes for one of its example inputs.
+
+    See :func:`clafusion.execution.flops.count_operations`.
+    """
+    inputs = model.example_inputs
+    return round(count_operations(lambda: model.run(inputs)) / inputs[0].size(0))
 
 
 def _num_bytes(profile: ModelProfile) -> int:

@@ -16,6 +16,7 @@ from torch import nn
 from clafusion.alignment.dynamic_program import LayerAlignment
 from clafusion.alignment.models import label
 from clafusion.assessment.nearness import FusionAssessment
+from clafusion.batch.prepared import operations_of
 from clafusion.errors import InputError
 from clafusion.interop.huggingface import load_directory
 from clafusion.results import FusionResult
@@ -24,10 +25,40 @@ from clafusion.weights.build import fill
 from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.state_files import stored_content
 
-__all__ = ["Pair", "PairResult", "differing_settings", "facts_of", "pairs_table", "result_of"]
+__all__ = [
+    "ModelFacts",
+    "Pair",
+    "PairResult",
+    "differing_settings",
+    "facts_of",
+    "pairs_table",
+    "result_of",
+]
 
 Pair: TypeAlias = "tuple[str, str]"
 """The names of the first and the second model."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a pair's result says of one of its two models.
+
+    Attributes
+    ----------
+    source
+        Its factory and its file, or its class.
+    sha256
+        The SHA-256 of its file of weights, as ``sha256sum`` gives it. Of several files that of
+        their hashes, of a module that of names, shapes and values. None where they could not be
+        read.
+    parameters, operations
+        As in :class:`PairResult`; None where the pair could not be fused.
+    """
+
+    source: str
+    sha256: str | None = None
+    parameters: int | None = None
+    operations: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +92,24 @@ class PairResult:
     seconds
         How long each stage took. Stages that models share are counted in the pair for which they
         were done.
+    peak_memory
+        Bytes that were held at the most in each stage, as in ``FusionResult.peak_memory``.
+    parameters
+        How many numbers the fused model's parameters have.
+    operations
+        How many floating-point operations the fused model takes for one input: those of matrix
+        products, convolutions, attention and recurrent layers, a multiplication and an addition
+        counted as two.
+    resized
+        Whether the fused model has other widths than ``structure``, so that its weights do not fit
+        into a model of the same class and arguments.
+    models
+        What is known of both models, by name; also after an error. Empty for results that earlier
+        versions kept, and so are ``settings``, ``peak_memory``, ``parameters`` and ``operations``.
+    settings
+        The options as plain data, as ``FusionConfig.to_dict`` gives them; also after an error.
+    weights
+        The weights of the first and the second model; also after an error.
     warnings
         The texts of the warnings.
     path
@@ -68,10 +117,6 @@ class PairResult:
         ``out_dir``.
     resumed
         Whether an earlier run fused the pair.
-    settings
-        The options, as plain data.
-    weights
-        The weights of the first and the second model.
     """
 
     first: str
@@ -85,11 +130,16 @@ class PairResult:
     layer_weights: tuple[tuple[float | None, ...], ...]
     assessment: FusionAssessment | None
     seconds: Mapping[str, float]
+    peak_memory: Mapping[str, int]
+    parameters: int | None
+    operations: int | None
+    resized: bool
+    models: Mapping[str, ModelFacts]
+    settings: Mapping[str, Any]
+    weights: tuple[float, ...]
     warnings: tuple[str, ...]
     path: Path | None
     resumed: bool
-    settings: Mapping[str, Any]
-    weights: tuple[float, ...]
     _state: Mapping[str, Any] | None = field(repr=False)
     _architecture: Model | None = field(repr=False)
 
@@ -115,6 +165,16 @@ class PairResult:
         :class:`clafusion.Nearness`.
         """
         return math.inf if self.assessment is None else self.assessment.result.distance
+
+    @property
+    def factory(self) -> str | None:
+        """The factory for which ``clafusion.load(factory, path)`` is the fused model, if any.
+
+        None for modules and Hugging Face directories, for other widths, and without a file.
+        """
+        kind = self._architecture
+        is_built = type(kind) is ModelFile and self.path is not None and not self.resized
+        return kind.factory if is_built and isinstance(kind, ModelFile) else None
 
     @property
     def state(self) -> Mapping[str, Any]:
@@ -201,16 +261,35 @@ def facts_of(result: FusionResult) -> dict[str, Any]:
     """Return what is kept of a fusion of two models, but for their names and the weights."""
     aligned = result.aligned
     (pair,) = aligned.pairs
+    name = _structure(result)
+    structure = aligned.profiles[aligned.names.index(name)]
     return {
         "deep": aligned.names[pair.deep],
-        "structure": _structure(result),
+        "structure": name,
         "deep_layers": aligned.layer_names(pair.deep),
         "shallow_layers": aligned.layer_names(pair.shallow),
         "alignment": _alignment_facts(pair.alignment),
         "layer_weights": [list(one) for one in result.layer_weights],
         "assessment": None if result.assessment is None else result.assessment.to_dict(),
         "seconds": dict(result.timings),
+        "peak_memory": dict(result.peak_memory),
+        "parameters": _num_parameters(result.model),
+        "operations": operations_of(result.problem.target),
+        "resized": _shapes(result.model) != _shapes(structure.traced.model),
+        "models": {
+            name: {"parameters": _num_parameters(profile.traced.model)}
+            for name, profile in zip(aligned.names, aligned.profiles, strict=True)
+        },
     }
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(one.numel() for one in module.parameters())
+
+
+def _shapes(module: nn.Module) -> dict[str, Any]:
+    """Return the shapes of what a module keeps in files."""
+    return {name: getattr(one, "shape", None) for name, one in module.state_dict().items()}
 
 
 def _structure(result: FusionResult) -> str:
@@ -236,8 +315,9 @@ def result_of(
     Parameters
     ----------
     facts
-        Those of :func:`facts_of` with the pair's names, its error, its warnings and its file. Of
-        a pair that failed all but the file and those of :func:`facts_of`.
+        Those of :func:`facts_of` with the pair's names, its error, its warnings, its settings, what
+        is known of its models, and its file. Of a pair that failed all but the file and those of
+        :func:`facts_of`. What earlier versions did not keep may be missing.
     models
         The models by name.
     folder
@@ -261,11 +341,16 @@ def result_of(
         layer_weights=tuple(tuple(one) for one in facts.get("layer_weights", ())),
         assessment=None if assessment is None else FusionAssessment.from_dict(assessment),
         seconds={stage: float(one) for stage, one in facts.get("seconds", {}).items()},
+        peak_memory={stage: int(one) for stage, one in facts.get("peak_memory", {}).items()},
+        parameters=facts.get("parameters"),
+        operations=facts.get("operations"),
+        resized=bool(facts.get("resized", False)),
+        models={name: ModelFacts(**one) for name, one in facts.get("models", {}).items()},
+        settings=facts.get("settings", {}),
+        weights=tuple(facts.get("weights", ())),
         warnings=tuple(facts["warnings"]),
         path=folder / facts["file"] if is_fused and folder is not None else None,
         resumed=resumed,
-        settings=facts.get("settings", {}),
-        weights=tuple(facts.get("weights", ())),
         _state=state,
         _architecture=models[facts["structure"]] if is_fused else None,
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clafusion.batch.results import Pair, PairResult, result_of
 from clafusion.batch.worker import Job, Outcome
@@ -24,7 +24,7 @@ from clafusion.interop.model_card import pair_card
 from clafusion.interop.saving import save_pair
 from clafusion.weights.atomic import replacing
 from clafusion.weights.digests import digest_of, structure_digest, tensors_digest, versions
-from clafusion.weights.factories import Model, ModelFile
+from clafusion.weights.factories import Model, ModelFile, source_of
 from clafusion.weights.messages import one_line
 from clafusion.weights.state_files import (
     check_extra_state,
@@ -32,6 +32,7 @@ from clafusion.weights.state_files import (
     files_of,
     save_state,
     tensors_of,
+    weights_digest,
 )
 
 __all__ = ["CACHE", "RESULTS", "Store", "check_names"]
@@ -41,6 +42,8 @@ CACHE = "profiles"
 
 _ENDINGS = (".safetensors", ".pt")
 """How a pair's file ends; the second where a module's extra state is no tensor."""
+_OF_ALL = ("first", "second", "warnings", "models", "settings", "weights")
+"""Facts of failed pairs, too."""
 _KEY = 8  # letters of the settings' hash in a name, where other settings have the plain one
 _LONGEST = 255 - len(".") - len(".12345678.tmp") - _KEY - len(".")  # a name, while it is written
 
@@ -81,6 +84,7 @@ class Store:
         self._job = job
         self._digests: dict[str, str] = {}
         self._taken: set[str] = set()  # names of files of other settings
+        self._hashes: dict[str, str | None] = {}
 
     @property
     def is_on_disk(self) -> bool:
@@ -95,18 +99,16 @@ class Store:
         InputError
             A file cannot be written.
         """
-        settings = {"settings": self._job.config.to_dict(), "weights": list(self._job.weights)}
-        facts, state = {**outcome.facts, **settings}, outcome.state
+        facts, state = self._with_sources(pair, outcome.facts), outcome.state
         if self._folder is None:
             return result_of(facts, models=self._models, state=state)
         facts["key"], facts["settings_key"] = self._key(pair), self._settings_key
-        own = ("first", "second", "warnings", "key", "settings_key", *settings)
         if state is not None:
             try:
                 path = self._written(self._folder, pair, facts, state)
                 facts["file"], facts["sha256"] = path.name, _digest_of(path)
             except _PairError as error:
-                facts = {one: facts[one] for one in own}
+                facts = {one: facts[one] for one in (*_OF_ALL, "key", "settings_key")}
                 facts["error"] = str(error)
         line = json.dumps(facts, allow_nan=False) + "\n"
         try:
@@ -120,6 +122,33 @@ class Store:
                 "what is done is kept. Call again to go on"
             ) from error
         return result_of(facts, models=self._models, folder=self._folder)
+
+    def _with_sources(self, pair: Pair, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the facts with the settings, and with where both models come from."""
+        known = facts.get("models", {})
+        models = {
+            name: {"source": source_of(self._models[name]), "sha256": self._sha256(name)}
+            | known.get(name, {})
+            for name in pair
+        }
+        settings = {"settings": self._job.config.to_dict(), "weights": list(self._job.weights)}
+        return {**facts, "models": models, **settings}
+
+    def _sha256(self, name: str) -> str | None:
+        """Return the SHA-256 of a model's weights; None where they cannot be read."""
+        if name not in self._hashes:
+            model = self._models[name]
+            try:
+                self._hashes[name] = (
+                    tensors_digest(tensors_of(model))
+                    if isinstance(model, nn.Module)
+                    else weights_digest(model.path)
+                    if type(model) is ModelFile
+                    else model.digest()
+                )
+            except (InputError, OSError):
+                self._hashes[name] = None
+        return self._hashes[name]
 
     def _written(
         self, folder: Path, pair: Pair, facts: Mapping[str, Any], state: Mapping[str, Any]

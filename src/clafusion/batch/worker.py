@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from clafusion.errors import FusionWarning, InputError, StructureError
 from clafusion.fusion import align_profiles, fuse_aligned
 from clafusion.profiling.batches import Data
 from clafusion.results import FusionResult
-from clafusion.stages import ExampleInputs, profile_traced
+from clafusion.stages import Clock, ExampleInputs, profile_traced
 from clafusion.tracing.copies import copied
 from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.messages import one_line
@@ -105,8 +104,12 @@ class Worker:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", FusionWarning)
             try:
-                result = self._fuse(pair, source)
+                clock = Clock(None if self._job.device is None else torch.device(self._job.device))
+                result = self._fuse(pair, source, clock)
                 made = facts_of(result)
+                made["peak_memory"] = clock.peak_memory | made["peak_memory"]
+                for name in pair:
+                    made["models"][name]["operations"] = self.prepared[name].operations
                 kept = state_of(result.model)
                 self._check(result, made["structure"], kept)
                 facts |= made
@@ -130,17 +133,16 @@ class Worker:
         with suppress(_ModelError, InputError):
             self._prepared(name, (name, name), source)
 
-    def _fuse(self, pair: Pair, source: Source) -> FusionResult:
-        started = time.perf_counter()
-        profiles = [self._prepared(name, pair, source).profile for name in pair]
-        before = {"prepare": time.perf_counter() - started}
+    def _fuse(self, pair: Pair, source: Source, clock: Clock) -> FusionResult:
+        with clock.stage("prepare"):
+            profiles = [self._prepared(name, pair, source).profile for name in pair]
         job = self._job
         traced = [one.traced for one in profiles]
         if len({one.static_batch is None for one in traced}) == 2:
             # Beside a model of one batch size the other one sees all data, as in clafusion.fuse.
             kept = parts_of(job.data, traced, job.config.assessment).kept
             profiles = profile_traced(traced, kept, job.config, names=pair)
-        aligned = align_profiles(pair, profiles, job.config, timings=before)
+        aligned = align_profiles(pair, profiles, job.config, timings=clock.seconds)
         if aligned.alignment.unmatched_shallow:
             raise StructureError(union_refusal(pair))
         result = fuse_aligned(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ import typer
 
 from clafusion.cli.options import warnings_by_entries
 from clafusion.cli.parameters import AsJson, Device
-from clafusion.cli.show import pair_progress, print_json, print_line, print_text
+from clafusion.cli.show import pair_progress, print_json, print_line, print_text, typed_command
 from clafusion.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,7 +78,10 @@ def pairs_command(
     ] = None,
     chosen: Annotated[
         str | None,
-        typer.Option(help="The pair whose alignment the report shows.", metavar="FIRST,SECOND"),
+        typer.Option(
+            help="A pair that the report shows in detail, beside the best and the worst.",
+            metavar="FIRST,SECOND",
+        ),
     ] = None,
     csv: Annotated[
         Path | None, typer.Option("--csv", help="Write a row for each pair (.csv).", metavar="FILE")
@@ -114,7 +118,7 @@ def pairs_command(
         pairs_table(results).to_csv(csv)
     if not as_json:
         print_text(pairs_summary(results))
-    _write_reports(results, page, pair)
+    _write_reports(results, page, pair, _run_facts(given))
     if as_json:
         print_json({"out": str(folder), "report": str(page), **_facts(results)})
     else:
@@ -234,7 +238,10 @@ def data_of_manifest(given: Manifest, most: int | None = None) -> Tensor | list[
 
 
 def _write_reports(
-    results: Sequence[PairResult], page: Path, chosen: tuple[str, str] | None
+    results: Sequence[PairResult],
+    page: Path,
+    chosen: tuple[str, str] | None,
+    run: Mapping[str, str],
 ) -> None:
     """Write a page; of several settings one each, whose names have numbers."""
     by_settings: dict[str, list[PairResult]] = {}
@@ -242,11 +249,28 @@ def _write_reports(
         by_settings.setdefault(json.dumps(one.settings, sort_keys=True), []).append(one)
     for i, same in enumerate(by_settings.values()):
         own = page if i == 0 else page.with_name(f"{page.stem}-{i + 1}{page.suffix}")
-        _write_report(same, own, chosen)
+        _write_report(same, own, chosen, run)
+
+
+def _run_facts(given: Manifest) -> dict[str, str]:
+    """Return what the report says of the run."""
+    from clafusion.weights.state_files import file_digest
+
+    file = Path(given.data["file"])
+    others = [f"{name} {value}" for name, value in given.data.items() if name != "file"]
+    digest = [f"SHA-256 {file_digest(file)}"] if file.is_file() else []
+    return {
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
+        "command": typed_command() or "",
+        "data": ", ".join([str(file), *others, *digest]),
+    }
 
 
 def _write_report(
-    results: Sequence[PairResult], page: Path, chosen: tuple[str, str] | None
+    results: Sequence[PairResult],
+    page: Path,
+    chosen: tuple[str, str] | None,
+    run: Mapping[str, str],
 ) -> None:
     from clafusion.reports.page import write_report
 
@@ -254,11 +278,11 @@ def _write_report(
         assert chosen is not None
         print(
             f"clafusion: warning: --chosen {','.join(chosen)} was not fused, so the report shows "
-            "another pair's alignment",
+            "other pairs in detail",
             file=sys.stderr,
         )
         chosen = None
-    write_report(results, page, chosen=chosen)
+    write_report(results, page, chosen=chosen, run=run)
 
 
 def _chosen(text: str, manifest: Manifest) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from clafusion.reports.plots import (
     short,
 )
 
-__all__ = ["aligned_figure", "alignment_figure"]
+__all__ = ["aligned_figure"]
 
 _PATH = "#d62728"
 _HATCH: dict[str, Any] = {"facecolor": FORBIDDEN, "edgecolor": "#bdbdbd", "hatch": "////"}
@@ -50,21 +50,6 @@ def aligned_figure(*aligned: AlignedModels) -> Figure:
         for pair in one.pairs
     ]
     return _figure(panels)
-
-
-def alignment_figure(
-    deep_layers: Sequence[str],
-    shallow_layers: Sequence[str],
-    alignment: LayerAlignment,
-    names: tuple[str, str],
-    *,
-    merged: bool = False,
-) -> Figure:
-    """Draw the alignment of two networks, called ``names``, from their layers' names.
-
-    ``merged`` says that the deep network's unmatched layers go.
-    """
-    return _figure([_Panel(deep_layers, shallow_layers, alignment, names, merged)])
 
 
 @dataclass(frozen=True)

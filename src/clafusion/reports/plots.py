@@ -40,7 +40,6 @@ __all__ = [
     "pairs_figure",
     "readable",
     "short",
-    "stages_figure",
     "values_figure",
     "without_glyph_warnings",
 ]
@@ -191,20 +190,6 @@ def pairs_figure(results: Sequence[PairResult]) -> Figure:
         pair: one.alignment.total_cost for pair, one in fused.items() if one.alignment is not None
     }
     return values_figure(names, costs, "alignment cost")
-
-
-def stages_figure(seconds: Mapping[str, float]) -> Figure:
-    """Draw how long each stage took in all."""
-    height = 0.32 * len(seconds) + 0.9
-    figure = Picture(figsize=(6.5, height), layout="constrained")
-    axes = figure.add_subplot()
-    bars = axes.barh(list(seconds), list(seconds.values()), color="#4c5a73")
-    axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.set_xlabel("seconds, all pairs", fontsize=9)
-    axes.tick_params(labelsize=8)
-    return figure
 
 
 def readable(colour: tuple[float, float, float, float]) -> str:

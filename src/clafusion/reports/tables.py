@@ -228,7 +228,8 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
     facts["seconds"] = seconds_text(result.timings)
     if result.peak_memory:
         stage = max(result.peak_memory, key=result.peak_memory.__getitem__)
-        facts["GPU memory"] = f"{result.peak_memory[stage] / 1e6:.1f} MB at the most ({stage})"
+        where = "GPU memory" if result.problem.target.device.type == "cuda" else "memory"
+        facts[where] = f"{result.peak_memory[stage] / 1e6:.1f} MB at the most ({stage})"
     return facts
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "load_model",
     "model_without_weights",
     "origin_of",
+    "source_of",
 ]
 
 _SPEC = re.compile(r"(?P<module>.+?):(?P<call>[A-Za-z_]\w*(\.\w+)*\s*(\(.*\))?)", re.DOTALL)
@@ -237,6 +238,15 @@ class ModelFile:
 
 Model: TypeAlias = nn.Module | ModelFile
 """A module, or one whose weights lie in a file."""
+
+
+def source_of(model: Model) -> str:
+    """Return in words where a model comes from: its factory and its file, or its class."""
+    if isinstance(model, nn.Module):
+        return f"a module of class {type(model).__qualname__}"
+    path = os.fspath(model.path)
+    key = "" if model.key is None else f", {model.key}"
+    return path if model.factory == path else f"{model.factory}, {path}{key}"
 
 
 def _matched(factory: str) -> re.Match[str]:
