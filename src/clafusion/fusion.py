@@ -408,6 +408,7 @@ def _fused(
         outcome = calibrate(
             problem, data, config.used_calibration, seed=config.seed, progress=progress
         )
+    _refuse_overflow(outcome.model)
     return FusionResult(
         model=outcome.model,
         aligned=aligned,
@@ -422,6 +423,16 @@ def _fused(
         rounds=rounds,
         converged=converged,
     )
+
+
+def _refuse_overflow(model: nn.Module) -> None:
+    """Refuse a result in half precision that cannot hold its weights."""
+    for name, one in model.named_parameters():
+        if one.dtype is torch.float16 and not bool(torch.isfinite(one).all()):
+            raise InputError(
+                f"{name!r} of the result is beyond the numbers that float16 holds, the type of the "
+                "model that gives the structure: convert all models to bfloat16 or float32"
+            )
 
 
 # --- more than two ------------------------------------------------------------------------------

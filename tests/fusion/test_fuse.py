@@ -358,3 +358,13 @@ def test_inputs_of_one_number_each():
 
     tokens = torch.randint(0, 30, (60,))
     assert fuse([Tokens(), Tokens()], tokens).model(tokens).shape == (60, 3)
+
+
+def test_weights_beyond_half_precision_are_refused():
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Embedding(30, 6), nn.ReLU(), nn.Linear(6, 5)) for _ in range(2)]
+    with torch.no_grad():
+        models[1][2].weight *= 1e6
+    models = [models[0].half(), models[1].bfloat16()]
+    with pytest.raises(InputError, match="beyond the numbers that float16 holds"):
+        fuse(models, torch.randint(0, 30, (60,)), calibration="none", assessment="none")

@@ -173,3 +173,20 @@ def test_images_that_cannot_be_read_are_refused(photos, tmp_path):
     files[0].write_bytes(b"nothing")
     with pytest.raises(InputError, match=r"the image .*00.png' cannot be read"):
         processed(files, path)
+
+
+def test_a_mask_by_place_or_misspelt_is_no_label():
+    parents = [network("GPT-2", 2, seed) for seed in (0, 1)]
+    tokens = torch.randint(3, 23, (60, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    mask[::2, 3:] = 0
+    with pytest.raises(InputError, match="the second looks like an attention mask"):
+        clafusion.fuse(parents, [(tokens, mask)])
+    with pytest.raises(InputError, match=r"'attention_masks', .* is it 'attention_mask'"):
+        clafusion.fuse(parents, [{"input_ids": tokens, "attention_masks": mask}])
+    with pytest.raises(InputError, match="batch 1 has 'attention_mask', which the first batch"):
+        clafusion.fuse(
+            parents, [{"input_ids": tokens}, {"input_ids": tokens, "attention_mask": mask}]
+        )
+    labels = torch.randint(0, 2, (60,))
+    clafusion.fuse(parents, [(tokens, labels)], calibration="none")

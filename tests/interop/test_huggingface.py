@@ -13,7 +13,7 @@ import clafusion
 from clafusion import Deeper, InputError
 from clafusion.cli.app import main
 from clafusion.interop.huggingface import ModelDirectory
-from clafusion.interop.tokenizers import tokenised
+from clafusion.interop.tokenizers import check_same_labels, tokenised
 from clafusion.profiling.batches import num_rows
 from clafusion.results import FusionResult
 from tests.support.hugging_face import directory, network, outputs, texts, tokenizer
@@ -532,3 +532,18 @@ def padded_texts(count):
     tokens = torch.randint(3, 23, (count, 5), generator=torch.Generator().manual_seed(0))
     named = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     return [{k: v[i : i + 100] for k, v in named.items()} for i in range(0, count, 100)]
+
+
+def test_a_pointer_in_place_of_weights_is_recognised(place):
+    directory(place / "a", network("GPT-2", 2), tokenizer())
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (place / "a" / "model.safetensors").write_text(pointer)
+    with pytest.raises(InputError, match="is a pointer of Git LFS"):
+        clafusion.load(place / "a")
+
+
+def test_models_for_other_problems_are_refused():
+    kinds = ("regression", "single_label_classification")
+    configs = {name: {"problem_type": kind} for name, kind in zip("ab", kinds, strict=True)}
+    with pytest.raises(InputError, match=r"other problems .* 'regression'"):
+        check_same_labels({**configs, "c": {}})

@@ -195,3 +195,42 @@ def test_a_comparison_leaves_out_padding():
         assert one["result"] == pytest.approx(other["result"])
         assert one["between_parents"] == pytest.approx(other["between_parents"])
         assert one["nearer"] == other["nearer"]
+
+
+class Shortening(nn.Module):
+    """Makes one frame of every two samples, as networks for sound do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.frames, self.head = nn.Conv1d(1, 6, 2, stride=2), nn.Linear(6, 3)
+
+    def forward(self, input_values, attention_mask):
+        kept = attention_mask[:, ::2, None].float()
+        x = self.frames(input_values[:, None] * attention_mask[:, None]).relu().transpose(1, 2)
+        return self.head((x * kept).sum(1) / kept.sum(1))
+
+
+@pytest.mark.filterwarnings("default::clafusion.FusionWarning")
+def test_padding_that_cannot_be_followed_is_told():
+    mask = torch.ones(120, 8, dtype=torch.int64)
+    mask[::2, 4:] = 0
+    batch = {"input_values": torch.randn(120, 8), "attention_mask": mask}
+    models = [Shortening().eval(), Shortening().eval()]
+    with pytest.warns(clafusion.FusionWarning, match=r"padding counts in models\[0\]"):
+        clafusion.fuse(models, [batch], calibration="repair")
+
+
+def test_positions_that_are_the_classes_lose_their_padding():
+    generator = torch.Generator().manual_seed(0)
+    parents, result = torch.randn(2, 6, 5, generator=generator), torch.randn(6, 5)
+    mask = torch.ones(6, 8, dtype=torch.bool)
+    mask[:, 5:] = False
+    longer = [torch.cat([one, torch.full((6, 3), 9.0)], 1) for one in (*parents, result)]
+    found = []
+    for values, kept in (([*parents, result], None), (longer, mask)):
+        sums = Comparison("classes", -1, (0.5, 0.5))
+        sums.add(values[:2], values[2], kept)
+        found.append(sums.assessment(("a", "b"), True).to_dict())
+    assert found[1]["result"] == pytest.approx(found[0]["result"])
+    assert found[1]["parents"] == found[0]["parents"]

@@ -46,6 +46,9 @@ class Comparison:
             mask = None
         if self._kind == "classes":
             moved = [one.movedim(self._axis, -1) for one in outputs]
+            if mask is not None and moved[0].dim() == 2:  # the positions are the classes
+                mask = mask | ~mask.any(1, keepdim=True)
+                moved = [one.double().masked_fill(~mask, -math.inf) for one in moved]
             if mask is not None and moved[0].dim() == 3:
                 mask = _some_positions(mask.unsqueeze(-1), moved[0].size(-1)).squeeze(-1)
             else:

@@ -9,6 +9,8 @@ from typing import Any, Literal, TypeAlias
 
 __all__ = ["FusionAssessment", "Kind", "Nearness"]
 
+_APART = 0.02  # of the rows: where agreements are as far apart, the verdict says so
+
 Kind: TypeAlias = Literal["classes", "values"]
 """As what outputs are compared."""
 
@@ -89,8 +91,16 @@ class FusionAssessment:
             )
         return (
             f"No parent alone comes clearly nearer to the parents together than the result, on "
-            f"{on}: {self.result}; {name} alone {self.parents[name]}"
+            f"{on}: {self.result}; {name} alone {self.parents[name]}{self._but_agreeing()}"
         )
+
+    def _but_agreeing(self) -> str:
+        """Name a parent that agrees with all together clearly more often, though it is further."""
+        agreements = {name: one.agreement or 0.0 for name, one in self.parents.items()}
+        best = max(agreements, key=lambda name: agreements[name])
+        if agreements[best] <= (self.result.agreement or 0.0) + _APART:
+            return ""
+        return f". But {best} alone agrees more often: {100 * agreements[best]:.1f} %"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures and the verdict as plain data for JSON; None for infinity."""

@@ -27,6 +27,7 @@ from clafusion.tracing.ties import aliases_of
 from clafusion.weights.factories import ModelFile
 from clafusion.weights.mapped import file_backed
 from clafusion.weights.messages import listed, one_line
+from clafusion.weights.recognition import stands_for_another
 from clafusion.weights.state_files import file_digest, files_of
 from clafusion.weights.storage import InFiles
 
@@ -301,6 +302,10 @@ def _check_weights(path: Path) -> None:
             f"{str(path)!r} has no weights: none of {', '.join(_WEIGHTS)} is there. Nothing is "
             "downloaded: fetch the whole directory"
         )
+    for file in weight_files(path):
+        told = stands_for_another(file)
+        if told is not None:
+            raise InputError(f"{str(file)!r} {told}")
 
 
 def _loaded(kind: Any, path: Path, called: Path) -> nn.Module:

@@ -151,6 +151,13 @@ def check_same_labels(configs: Mapping[str, Mapping[str, Any]]) -> None:
     InputError
         A label differs; the message shows the first.
     """
+    kinds = {name: one.get("problem_type") for name, one in configs.items()}
+    told = {name: kind for name, kind in kinds.items() if kind is not None}
+    if len(set(told.values())) > 1:
+        shown = ", ".join(f"{label(name)} {kind!r}" for name, kind in told.items())
+        raise InputError(
+            f"the models are for other problems (problem_type in config.json): {shown}"
+        )
     maps = {
         name: {int(number): str(text) for number, text in (one.get("id2label") or {}).items()}
         for name, one in configs.items()

@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 from clafusion.errors import InputError
 from clafusion.execution.nesting import flattened, part
 from clafusion.tracing.model import TracedModel
+from clafusion.tracing.padding import MASK
 from clafusion.weights.digests import add_tensor
 
 __all__ = [
@@ -269,9 +270,16 @@ def batches(
     taken = data if isinstance(data, Part) else None
     data = data if taken is None else taken.data
     _check_kind(data)
-    count = 0
+    count, has_masks = 0, False
     for i, batch in enumerate(_raw(data)):
         inputs = _inputs(batch, len(example_inputs), keywords, i)
+        if isinstance(batch, Mapping) and MASK in batch and MASK not in keywords:
+            has_masks = has_masks or i == 0  # then the model does not take it
+            if not has_masks:
+                raise InputError(
+                    f"data, batch {i} has {MASK!r}, which the first batch lacks: give it in every "
+                    "batch"
+                )
         for name, value, example in zip(
             keywords or [""] * len(inputs), inputs, example_inputs, strict=True
         ):

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clafusion.errors import InputError, StructureError
+from clafusion.errors import FusionWarning, InputError, StructureError, warn
 from clafusion.execution.walk import Walk
 from clafusion.profiling.batches import Data, batches, has_rows, keeps_order
 from clafusion.profiling.gram import gram_of_parts
@@ -314,6 +314,8 @@ class _Recorder:
             for mask in masks_of_parts(kept_positions(self.model, inputs), of_batch)
         ]
         self.mask = joined_masks(masks, counts)
+        if start == 0 and self.mask is not None:
+            self._warn_of_lost_padding()
         for key, sampler in self.samplers.items():
             sampler.advance(start, size, self._counting(key))
         static = self.model.static_batch
@@ -352,6 +354,16 @@ class _Recorder:
                 walk.release(node)
         if self.moments is not None:
             self.moments += found
+
+    def _warn_of_lost_padding(self) -> None:
+        """Warn where no value has the mask's positions, as where convolutions make fewer."""
+        if self.model.padded_axes.keys().isdisjoint(self.watched):
+            warn(
+                f"padding counts in {self.called}: none of its values has the positions that "
+                f"{MASK!r} leaves out, as it makes fewer or others of them. Give inputs of about "
+                "equal lengths",
+                FusionWarning,
+            )
 
     def _gram(self, layer: int, flat: Sequence[Tensor]) -> Tensor:
         """Return the inner products of a layer's outputs; say which layer's cannot be taken."""
