@@ -19,7 +19,7 @@ from clafusion import (
 )
 from clafusion.assessment.assess import warn_of
 from clafusion.assessment.comparison import Comparison, is_nearer
-from clafusion.assessment.nearness import Nearness
+from clafusion.assessment.nearness import FusionAssessment, Nearness
 from clafusion.assessment.output_cache import OutputCache
 from clafusion.fusion import align, fuse_aligned
 from clafusion.profiling.batches import Part, has_rows, keeps_order
@@ -597,3 +597,11 @@ def test_an_output_that_no_weight_or_no_input_enters_does_not_count(outputs):
     found = fuse(models, inputs, calibration="none").assessment
     assert found.result == wanted.result
     assert found.result.distance > 0
+
+
+def test_the_verdict_names_a_parent_that_agrees_more_often_though_it_is_further():
+    near, far = Nearness(0.5, 0.3), Nearness(0.9, 0.6)
+    found = FusionAssessment("classes", near, {"a": far, "b": Nearness(1.0, 0.2)}, far, 100, True)
+    assert found.verdict.endswith("But a alone agrees more often: 60.0 %")
+    same = FusionAssessment("classes", near, {"a": Nearness(0.9, 0.31)}, far, 100, True)
+    assert "But" not in same.verdict
