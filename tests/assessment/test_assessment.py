@@ -19,7 +19,7 @@ from clafusion import (
 )
 from clafusion.assessment.assess import warn_of
 from clafusion.assessment.comparison import Comparison, is_nearer
-from clafusion.assessment.nearness import FusionAssessment, Nearness
+from clafusion.assessment.nearness import Nearness
 from clafusion.assessment.output_cache import OutputCache
 from clafusion.fusion import align, fuse_aligned
 from clafusion.profiling.batches import Part, has_rows, keeps_order
