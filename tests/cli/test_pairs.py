@@ -20,6 +20,7 @@ from clafusion import InputError, Matching, Merging, Profiling, Sinkhorn, Zip, f
 from clafusion.cli.app import main
 from clafusion.cli.manifest import read_manifest
 from clafusion.memory import bytes_of
+from clafusion.profiling.samples import load_samples
 from clafusion.weights.checkpoints import load_state
 from clafusion.weights.state_files import file_digest, save_model
 from tests.support import networks
@@ -74,7 +75,7 @@ def test_all_pairs_of_a_manifest(folder, capsys):
     shown = capsys.readouterr()
     assert shown.err == ""
     assert "6, 0 failed, 0 taken over" in shown.out
-    data = torch.from_numpy(np.load(folder / "data.npy")[:200])
+    data = load_samples(folder / "data.npy", limit=200, seed=0)
     settings = {
         "profiling": Profiling(alignment_samples=100, matching_rows=200),
         "merging": Merging(layer_weights="sensitivity"),

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 import clafusion
 from clafusion import Deeper, InputError
 from clafusion.cli.app import main
+from clafusion.interop import saving
 from clafusion.interop.huggingface import ModelDirectory
 from clafusion.interop.tokenizers import check_same_labels, tokenised
 from clafusion.profiling.batches import num_rows
-from clafusion.results import FusionResult
 from tests.support.hugging_face import directory, network, outputs, texts, tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -35,13 +35,13 @@ def place(tmp_path, monkeypatch):
 @pytest.fixture
 def saved(monkeypatch):
     """Return a list of all results that are saved, in order."""
-    results, save = [], FusionResult.save
+    results, save = [], saving.save_result
 
     def keep(result, *arguments, **options):
         results.append(result)
-        save(result, *arguments, **options)
+        return save(result, *arguments, **options)
 
-    monkeypatch.setattr(FusionResult, "save", keep)
+    monkeypatch.setattr(saving, "save_result", keep)
     return results
 
 

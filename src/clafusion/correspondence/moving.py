@@ -251,7 +251,9 @@ def move_values(
         into_turns = _earlier_equals(target.members[into])
         out_of_turns = _earlier_equals(source.members[out_of])
         groups = correspondence.target.groups[one], correspondence.source.groups[index]
-        turns, turns_of_source = (int(of.max()) + 1 for of in (into_turns, out_of_turns))
+        turns, turns_of_source = (
+            int(of.max()) + 1 if of.numel() else 0 for of in (into_turns, out_of_turns)
+        )
         if share_otherwise(*groups, turns, turns_of_source):
             by_place = values.new_zeros(*values.shape[:-1], plan.shape[0], turns_of_source)
             by_place[..., source.members[out_of], out_of_turns] = values[..., out_of]

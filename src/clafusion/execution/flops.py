@@ -19,7 +19,7 @@ def count_operations(run: Callable[[], Any]) -> int:
 
     A product of matrices ``(m, k)`` and ``(k, n)`` takes ``2 m k n``: a multiplication and an
     addition are two. Products, convolutions, attention and recurrent layers count, by the formulas
-    of :mod:`torch.utils.flop_counter`; sums, activations and norms do not. Only what this thread
+    of ``torch.utils.flop_counter``; sums, activations and norms do not. Only what this thread
     runs counts.
     """
     counting = _Counting()
