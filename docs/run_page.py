@@ -124,6 +124,8 @@ def differences(block: Block, printed: str) -> list[str]:
 
 
 def _alike(said: str, printed: str) -> bool:
+    if said.startswith("memory ") and printed.startswith("memory "):  # the process's, not ours
+        return True
     words = [NUMBER.sub("#", re.sub(r"[-─━]{2,}", "--", one)).split() for one in (said, printed)]
     if words[0] != words[1]:
         return False
