@@ -190,3 +190,20 @@ def test_a_mask_by_place_or_misspelt_is_no_label():
         )
     labels = torch.randint(0, 2, (60,))
     clafusion.fuse(parents, [(tokens, labels)], calibration="none")
+
+
+def test_a_number_beyond_the_vocabulary_is_told():
+    parents = [network("GPT-2", 2, seed) for seed in (0, 1)]
+    with pytest.raises(InputError, match=r"input_ids \(3, 5\) .* beyond the table"):
+        clafusion.fuse(parents, [{"input_ids": torch.full((60, 5), 999)}])
+
+
+def test_a_mapping_beside_labels_is_a_batch():
+    parents = [network("GPT-2", 2, seed) for seed in (0, 1)]
+    tokens = torch.randint(3, 23, (60, 5), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": tokens}
+    found = [
+        clafusion.fuse(parents, data, calibration="none").model.state_dict()
+        for data in ([batch], [(batch, torch.zeros(60))])
+    ]
+    assert all(torch.equal(found[0][name], one) for name, one in found[1].items())

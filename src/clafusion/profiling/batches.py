@@ -336,6 +336,8 @@ def _inputs(batch: Any, count: int, keywords: tuple[str, ...], index: int) -> tu
     """Return the ``count`` model inputs of a batch, without labels."""
     where = f"data, batch {index}"
     values: list[Any]
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Mapping):
+        batch = batch[0]  # the rest may be labels
     if isinstance(batch, Mapping):
         missing = [name for name in keywords if part(batch, name) is None]
         if missing or not keywords:

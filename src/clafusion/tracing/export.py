@@ -22,6 +22,11 @@ from clafusion.tracing.operations import module_path, op_name
 
 __all__ = ["export_model", "first_line", "refuse_changed_inputs"]
 
+_OUT_OF_TABLE = (
+    ". A whole number among the inputs is beyond the table in which the model looks it up: its "
+    "vocabulary, or its positions"
+)
+
 _EXPORTING = threading.Lock()  # torch.export changes settings of the whole process
 
 
@@ -135,11 +140,16 @@ def _export(
         raise
     except Exception as cause:
         inputs = (*arguments, *keywords.values())
-        shown = ", ".join(f"{tuple(value.shape)} {value.dtype}" for value in inputs)
+        called = [""] * len(arguments) + [f"{name} " for name in keywords]
+        shown = ", ".join(
+            f"{name}{tuple(value.shape)} {value.dtype}"
+            for name, value in zip(called, inputs, strict=True)
+        )
+        advice = _OUT_OF_TABLE if isinstance(cause, IndexError) else _advice(model, inputs)
         types = ", ".join(sorted({str(value.dtype) for value in model.parameters()}))
         raise InputError(
             f"the model does not run on the example inputs {shown}, with parameters of "
-            f"{types or 'no type'}: {cause}{_advice(model, inputs)}"
+            f"{types or 'no type'}: {cause}{advice}"
         ) from cause
     _refuse_strange_outputs(outputs)
     try:
