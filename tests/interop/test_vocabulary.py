@@ -118,3 +118,11 @@ def test_other_labels_are_refused_in_python_too():
     models[1].config.id2label = {0: "good", 1: "bad", 2: "neither"}
     with pytest.raises(InputError, match="output 0 is 'bad' and 'good'"):
         clafusion.fuse(models, [{"input_ids": torch.ones(60, 4, dtype=torch.long)}])
+
+
+def test_tables_of_other_lengths_are_refused_by_their_numbers():
+    models = [network("GPT-2", 2, seed) for seed in (0, 1)]
+    models[1].resize_token_embeddings(32)
+    tokens = [{"input_ids": torch.randint(3, 20, (60, 5))}]
+    with pytest.raises(InputError, match=r"models\[1\] 32. Give all as many by .*\(32\)"):
+        clafusion.fuse(models, tokens)

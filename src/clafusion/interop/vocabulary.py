@@ -46,6 +46,19 @@ def check_alike(models: Mapping[str, Model], vocabulary: str = "same") -> None:
     known = {name: _directory(one) for name, one in models.items()}
     if vocabulary == "same":
         check_same_vocabulary({name: one for name, one in known.items() if one is not None})
+        _check_same_rows(dict(_configs(models)))
+
+
+def _check_same_rows(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse tables of tokens with other numbers of rows, of which some are there to fill up."""
+    sizes = {name: one["vocab_size"] for name, one in configs.items() if one.get("vocab_size")}
+    if len(set(sizes.values())) > 1:
+        shown = listed([f"{label(name)} {size}" for name, size in sizes.items()])
+        raise InputError(
+            f"the tables of tokens have unlike numbers of rows (vocab_size): {shown}. Give all as "
+            f"many by model.resize_token_embeddings({max(sizes.values())}), or take "
+            "vocabulary='intersection'"
+        )
 
 
 def _configs(models: Mapping[str, Model]) -> Iterator[tuple[str, Mapping[str, Any]]]:
