@@ -28,9 +28,9 @@ REASONS = {
     "places, for each has a position of its own",
     r"how many heads of queries share one of keys": "another number of queries' heads share one of "
     "the keys' heads",
-    r"fill_value|constant '[^']*': its values|buffer '[^']*': its values": "a constant of the code "
-    "depends on the width or on the number of heads: a scale of the embeddings, slopes, waves as "
-    "positions",
+    r"fill_value|mul: other|constant '[^']*': its values|buffer '[^']*': its values": "a constant "
+    "of the code depends on the width or on the number of heads: a scale of the embeddings, "
+    "slopes, waves as positions",
     r"its branch must end in weights that can be zero": "a block of one network alone cannot be "
     "left out of a sum: it puts its channels beside others, or an activation follows that its "
     "input has not passed",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
 import re
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -171,21 +171,28 @@ def held_now() -> int:
     if sys.platform.startswith("linux"):
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(re.findall(r"^RssAnon:\s*(\d+) kB", status, re.MULTILINE)[0])
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else 1024 * used
+    return _most_held()
 
 
 def held_by_process() -> tuple[int, int]:
     """Return the bytes of memory that the process holds now, and that it held at the most so far.
 
-    Where the system does not tell the first, it is 0.
+    Where the system does not tell one of them, it is 0.
     """
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    most = most if sys.platform == "darwin" else 1024 * most
     if not sys.platform.startswith("linux"):
-        return 0, most
+        return 0, _most_held()
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize(), most
+    return pages * mmap.PAGESIZE, _most_held()
+
+
+def _most_held() -> int:
+    """Return the bytes that the process held at the most so far; 0 where nobody tells."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def activation_bytes(model: TracedModel, count: int) -> int:

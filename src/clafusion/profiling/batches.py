@@ -336,8 +336,9 @@ def _inputs(batch: Any, count: int, keywords: tuple[str, ...], index: int) -> tu
     """Return the ``count`` model inputs of a batch, without labels."""
     where = f"data, batch {index}"
     values: list[Any]
+    is_nested = any("." in name for name in keywords)  # then a mapping may be one input of several
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Mapping):
-        batch = batch[0]  # the rest may be labels
+        batch = batch if is_nested else batch[0]  # the rest may be labels
     if isinstance(batch, Mapping):
         missing = [name for name in keywords if part(batch, name) is None]
         if missing or not keywords:
@@ -346,7 +347,7 @@ def _inputs(batch: Any, count: int, keywords: tuple[str, ...], index: int) -> tu
                 f"example_inputs as a mapping, too; missing {missing or 'their names'}"
             )
         values = [part(batch, name) for name in keywords]
-    elif any("." in name for name in keywords):  # positional inputs that hold several tensors
+    elif is_nested:  # positional inputs that hold several tensors
         values = [one for _, one in flattened(batch, "")][:count]
     elif isinstance(batch, (tuple, list)):
         values = list(batch[:count])
