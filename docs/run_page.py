@@ -37,6 +37,7 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?(?![\w.]*\w)")
+SECONDS = re.compile(r"\s+[\d.]+(?=\s+fused$)")  # of a row in a table of pairs
 POINTS = 5.0  # how far shares in percent may be apart
 RELATIVE = 0.3  # and other numbers that are not whole
 
@@ -124,8 +125,10 @@ def differences(block: Block, printed: str) -> list[str]:
 
 
 def _alike(said: str, printed: str) -> bool:
-    if said.startswith("memory ") and printed.startswith("memory "):  # the process's, not ours
-        return True
+    for word in ("memory ", "seconds "):  # the machine's, not ours
+        if said.startswith(word) and printed.startswith(word):
+            return True
+    said, printed = (SECONDS.sub(" ", one) for one in (said, printed))
     words = [NUMBER.sub("#", re.sub(r"[-─━]{2,}", "--", one)).split() for one in (said, printed)]
     if words[0] != words[1]:
         return False
