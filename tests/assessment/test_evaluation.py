@@ -148,3 +148,13 @@ def test_the_command_line_does_the_same(tmp_path, monkeypatch, capsys):
     ]
     assert main([*command, "--labels=z", "--out=fused.pt"]) == 2
     assert "has no 'z'; it has x, y" in capsys.readouterr().err
+
+
+def test_a_graph_of_torch_fx_is_evaluated_in_eval_mode():
+    torch.manual_seed(0)
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))).train()
+    inputs, labels = torch.randn(40, 4), torch.randint(0, 3, (40,))
+    found = clafusion.evaluate(model, inputs, labels).scores["the network"]
+    assert model.training
+    expected = F.cross_entropy(model.eval()(inputs).double(), labels)
+    assert found.loss == pytest.approx(expected.item())

@@ -14,7 +14,7 @@ from clafusion.assessment.output_cache import OutputCache
 from clafusion.assessment.parts import Parts, compared_output, most_assessed
 from clafusion.config import Assessment, FusionConfig, LeastSquares
 from clafusion.errors import AssessmentWarning, warn
-from clafusion.execution.call import call_model
+from clafusion.execution.call import call_model, in_eval_mode
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Progress, batches
 from clafusion.profiling.masks import counting_outputs, kept_positions
@@ -76,9 +76,7 @@ def assess(
             return None  # earlier steps have moved outputs, too
         plans = [None] * len(traced)
     sums = Comparison(kind, axis, tuple(weights))
-    modes = {one: one.training for one in model.modules()}
-    model.eval()
-    try:
+    with in_eval_mode(model):
         for inputs in _chunks(parts, traced, output):
             if known is None:
                 found = [one.output_tensors(inputs)[output] for one in traced]
@@ -91,9 +89,6 @@ def assess(
             sums.add(outputs, own, mask)
             if progress is not None:
                 progress("assess", sums.num_inputs)
-    finally:
-        for one, mode in modes.items():
-            one.training = mode
     return sums.assessment(tuple(parents), parts.held_out)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clafusion.assessment.comparison import are_probabilities
 from clafusion.assessment.nearness import Kind
 from clafusion.errors import InputError
-from clafusion.execution.call import call_model, device_of
+from clafusion.execution.call import call_model, device_of, in_eval_mode
 from clafusion.profiling.batches import Data, batches, first_batch, keeps_order, num_rows
 from clafusion.table import Table
 
@@ -246,16 +246,10 @@ class _Sum:
 def _output(
     model: nn.Module, inputs: tuple[Tensor, ...], keywords: tuple[str, ...], output: int
 ) -> Tensor:
-    modes = {one: one.training for one in model.modules()}
     device = device_of(model)
-    if not isinstance(model, torch.fx.GraphModule):  # an exported program has one mode
-        model.eval()
-    try:
-        given = tuple(one if device is None else one.to(device) for one in inputs)
+    given = tuple(one if device is None else one.to(device) for one in inputs)
+    with in_eval_mode(model):
         return call_model(model, given, keywords)[output]
-    finally:
-        for one, mode in modes.items():
-            one.training = mode
 
 
 def _class_scores(

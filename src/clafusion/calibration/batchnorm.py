@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from clafusion.execution.call import call_model, device_of
+from clafusion.execution.call import call_model, device_of, in_eval_mode
 from clafusion.profiling.batches import Data, batches
 
 __all__ = ["reset_batchnorm"]
@@ -31,23 +31,20 @@ def reset_batchnorm(
     if not norms:
         return
     device = device_of(model)
-    modes = {one: one.training for one in model.modules()}
     momenta = [one.momentum for one in norms]
-    model.eval()
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None
-            norm.train()
-        with torch.no_grad():
-            read = batches(data, example_inputs, keywords, device=device)
-            for inputs in _without_lone_rows(read):
-                call_model(model, inputs, keywords)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for one, mode in modes.items():
-            one.training = mode
+    with in_eval_mode(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.train()
+            with torch.no_grad():
+                read = batches(data, example_inputs, keywords, device=device)
+                for inputs in _without_lone_rows(read):
+                    call_model(model, inputs, keywords)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
 
 def _without_lone_rows(read: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:

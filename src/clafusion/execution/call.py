@@ -17,6 +17,7 @@ __all__ = [
     "call_model",
     "device_of",
     "flatten_tensors",
+    "in_eval_mode",
     "rounding_of",
     "usable_device",
     "without_caches",
@@ -77,6 +78,19 @@ def without_caches(model: nn.Module) -> Iterator[None]:
     finally:
         for config in changed:
             config.use_cache = True
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a network into eval mode, and every module of it back into its own mode afterwards."""
+    modes = {one: one.training for one in model.modules()}
+    try:
+        with suppress(NotImplementedError):  # an exported program, which has one mode
+            model.eval()
+        yield
+    finally:
+        for one, mode in modes.items():
+            one.training = mode
 
 
 def flatten_tensors(value: Any) -> Iterator[Tensor]:

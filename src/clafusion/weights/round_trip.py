@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clafusion.errors import InputError
-from clafusion.execution.call import call_model, device_of
+from clafusion.execution.call import call_model, device_of, in_eval_mode
 from clafusion.tracing.ties import aliases_of
 from clafusion.weights.checkpoints import StoredState
 from clafusion.weights.fitting import put_state
@@ -133,20 +132,9 @@ def _outputs(
     model: nn.Module, inputs: tuple[Tensor, ...], keywords: tuple[str, ...]
 ) -> list[Tensor]:
     devices = [one.device for one in inputs if one.device.type == "cuda"]
-    with _in_eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices):
+    with in_eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(0)
         return call_model(model, tuple(one.clone() for one in inputs), keywords)
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _gap(wanted: list[Tensor], found: list[Tensor]) -> str | None:
