@@ -33,6 +33,7 @@ from clafusion.weights.storage import InFiles
 
 __all__ = [
     "ModelDirectory",
+    "config_as_stored",
     "directory_of",
     "input_names",
     "is_of_transformers",
@@ -90,7 +91,7 @@ class ModelDirectory(ModelFile):
     def build(self) -> nn.Module:
         """Return a network of the same architecture with random weights, in eval mode."""
         base = _base_of(Path(self.path))
-        kind, _ = _architecture(base)
+        kind = _architecture(base)
         model: nn.Module = kind(_library_config(kind, base))
         return model.eval()
 
@@ -137,7 +138,7 @@ def load_directory(path: str | os.PathLike[str]) -> nn.Module:
     adapter = (path / _ADAPTER).is_file()
     if adapter:
         peft = _peft(path)
-    kind, _ = _architecture(base)
+    kind = _architecture(base)
     if adapter:
         with _without_adapter(base) as plain:
             model = _merged(_loaded(kind, plain, path), path, peft)
@@ -212,7 +213,7 @@ def transformers_library() -> Any:
 
 def input_names(path: Path) -> frozenset[str]:
     """Return what the inputs of the network in a directory are called; nothing is loaded."""
-    kind, _ = _architecture(_base_of(path))
+    kind = _architecture(_base_of(path))
     return frozenset(inspect.signature(kind.forward).parameters) - {"self", *LABELS}
 
 
@@ -262,10 +263,15 @@ def stored_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return read_config(_base_of(Path(path)))
 
 
-def _architecture(path: Path) -> tuple[Any, dict[str, Any]]:
-    """Return the class that a config names, and the config as a mapping."""
-    found = read_config(path)
-    name = found["architectures"][0]
+def config_as_stored(model: nn.Module) -> dict[str, Any]:
+    """Return the config of a network of transformers as its directory would hold it."""
+    config: Any = model.config
+    return {**config.to_dict(), "architectures": [type(model).__name__]}
+
+
+def _architecture(path: Path) -> Any:
+    """Return the class that a config names."""
+    name = read_config(path)["architectures"][0]
     library = transformers_library()
     kind = getattr(library, name, None)
     if kind is None or not hasattr(kind, "from_pretrained"):
@@ -273,7 +279,7 @@ def _architecture(path: Path) -> tuple[Any, dict[str, Any]]:
             f"{str(path / 'config.json')!r} names the architecture {name!r}, which transformers "
             f"{library.__version__} does not have: install a release that has it"
         )
-    return kind, found
+    return kind
 
 
 def _library_config(kind: Any, path: Path) -> Any:

@@ -30,7 +30,14 @@ from clafusion.weights.storage import InMemory
 if TYPE_CHECKING:
     from clafusion.results import FusionResult
 
-__all__ = ["Architecture", "architecture_of", "built_again", "check_of", "program_path"]
+__all__ = [
+    "Architecture",
+    "architecture_of",
+    "built_again",
+    "check_of",
+    "example_of_result",
+    "program_path",
+]
 
 _KNOWN = re.compile(
     r"(timm:create_model|torchvision\.models:get_model)\((?P<quote>['\"])[\w./-]+(?P=quote)\)"
@@ -106,10 +113,8 @@ def architecture_of(result: FusionResult, state: Mapping[str, Any], path: Path) 
         if config is not None:
             return Architecture("transformers", type(result.model).__name__, config=config)
     program = program_path(path)
-    example = (result.steps or (result,))[0].aligned
-    traced = example.profiles[example.reference].traced
     try:
-        save_program(result.model, traced.example_inputs, traced.keywords, program)
+        save_program(result.model, *example_of_result(result), program)
     except InputError:
         raise
     except ClafusionError as error:
@@ -161,7 +166,7 @@ def _of_factory(
     try:
         fresh = build_model(factory) if lean else fresh
         fill(fresh, state)
-        example = _example(result)
+        example = example_of_result(result)
         compare_models(result.model, fresh, *example, called=repr(factory), state=state)
     except ClafusionError:  # a width is fixed in its code
         return None
@@ -176,14 +181,15 @@ def check_of(result: FusionResult, found: Architecture) -> Any:
     build = partial(model_without_weights if lean else build_model, found.text)
 
     def check(state: Mapping[str, Any]) -> None:
-        inputs, names = _example(result)
+        inputs, names = example_of_result(result)
         called = repr(found.text)
         check_round_trip(result.model, state, build, inputs, names, called=called, assign=lean)
 
     return check
 
 
-def _example(result: FusionResult) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+def example_of_result(result: FusionResult) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    """Return example inputs of a result, and their names where it takes them by keyword."""
     aligned = (result.steps or (result,))[0].aligned
     traced = aligned.profiles[aligned.reference].traced
     return traced.example_inputs, traced.keywords

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +68,7 @@ def record_of(result: FusionResult, architecture: Architecture) -> dict[str, Any
         ],
         "settings": result.config.to_dict(),
         "data": result.data_hash,
-        "versions": _versions(),
+        "versions": versions(),
         "assessment": None if result.assessment is None else result.assessment.to_dict(),
         "evaluation": None if result.evaluation is None else result.evaluation.to_dict(),
     }
@@ -119,10 +118,3 @@ def _parent_facts(model: torch.nn.Module) -> dict[str, Any]:
         "class": f"{type(model).__module__}:{type(model).__qualname__}",
         "sha256": tensors_digest(tensors_of(model)),
     }
-
-
-def _versions() -> dict[str, str]:
-    try:
-        return versions()
-    except PackageNotFoundError:  # run from its source
-        return {"torch": torch.__version__}

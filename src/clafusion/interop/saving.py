@@ -18,6 +18,7 @@ from clafusion.execution.lazy import LazyState
 from clafusion.interop.configs import config_of
 from clafusion.interop.huggingface import (
     ModelDirectory,
+    config_as_stored,
     is_of_transformers,
     quiet,
     read_back,
@@ -25,7 +26,7 @@ from clafusion.interop.huggingface import (
 )
 from clafusion.interop.model_card import is_model_card, model_card
 from clafusion.interop.programs import PROGRAM, save_program
-from clafusion.interop.rebuilding import Architecture, architecture_of, check_of
+from clafusion.interop.rebuilding import Architecture, architecture_of, check_of, example_of_result
 from clafusion.interop.records import METADATA, check_companions, record_of, write_record
 from clafusion.interop.tokenizers import check_same_labels, check_same_vocabulary
 from clafusion.tracing.copies import copied
@@ -97,7 +98,7 @@ def save_result(
     known = {name: one for name, one in map(_with_directory, parents.items()) if one is not None}
     check_same_vocabulary(known)
     of_library = {name: one for name, one in parents.items() if is_of_transformers(one)}
-    check_same_labels({name: _stored(one) for name, one in of_library.items()})
+    check_same_labels({name: config_as_stored(one) for name, one in of_library.items()})
     model = _typed(result.model, dtype)
     config = config_of(model)
     with making_directory(path) as made:
@@ -208,12 +209,6 @@ def _parents(result: FusionResult) -> dict[str, nn.Module]:
     return {name: one.model for name, one in result.parent_models.items()}
 
 
-def _stored(model: nn.Module) -> dict[str, Any]:
-    """Return a network's config as a directory would hold it."""
-    config: Any = model.config
-    return {**config.to_dict(), "architectures": [type(model).__name__]}
-
-
 def _with_directory(entry: tuple[str, nn.Module]) -> tuple[str, Path | None]:
     return entry[0], tokens_directory(entry[1])
 
@@ -299,10 +294,8 @@ def _check(result: FusionResult, model: nn.Module, made: Path, path: Path) -> No
     fresh = read_back(type(model), made, torch.float32 if half else first.dtype)
     own = copied(model).float() if half else model
     _check_weights(own, fresh, path)
-    traced = (result.steps or (result,))[0].aligned
-    example = traced.profiles[traced.reference].traced
     called = f"the directory {str(path)!r}"
-    compare_models(own, fresh, example.example_inputs, example.keywords, called=called)
+    compare_models(own, fresh, *example_of_result(result), called=called)
 
 
 def _check_weights(own: nn.Module, fresh: nn.Module, path: Path) -> None:

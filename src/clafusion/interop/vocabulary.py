@@ -13,6 +13,7 @@ from clafusion.alignment.models import label
 from clafusion.errors import InputError
 from clafusion.interop.huggingface import (
     ModelDirectory,
+    config_as_stored,
     is_of_transformers,
     stored_config,
     tokens_directory,
@@ -66,8 +67,7 @@ def _configs(models: Mapping[str, Model]) -> Iterator[tuple[str, Mapping[str, An
         if isinstance(model, ModelDirectory):
             yield name, stored_config(model.path)
         elif isinstance(model, nn.Module) and is_of_transformers(model):
-            config: Any = model.config
-            yield name, {**config.to_dict(), "architectures": [type(model).__name__]}
+            yield name, config_as_stored(model)
 
 
 def _directory(model: Model) -> Path | None:
