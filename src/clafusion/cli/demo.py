@@ -9,9 +9,7 @@ from typing import Annotated
 import typer
 
 from clafusion.cli.options import configured
-from clafusion.cli.parameters import (
-    AsJson,
-)
+from clafusion.cli.parameters import AsJson
 from clafusion.cli.show import print_json, print_text, say
 
 __all__ = ["STAGES", "demo_command"]

@@ -6,9 +6,7 @@ import importlib.metadata
 import platform
 from typing import Any
 
-from clafusion.cli.parameters import (
-    AsJson,
-)
+from clafusion.cli.parameters import AsJson
 from clafusion.cli.show import print_json, print_line
 
 __all__ = ["doctor_command"]

@@ -15,9 +15,8 @@ from clafusion.tracing.readout import Readout
 __all__ = ["Outputs", "difference", "outputs_of"]
 
 _PART = 1 << 20  # elements that are compared at a time
-_MANY = (
-    1 << 22
-)  # elements of a last layer's outputs: more are made in parts, when they are compared
+_MANY = 1 << 22
+"""Elements of a last layer's outputs: more are made in parts, when they are compared."""
 
 
 class Outputs:
