@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clafusion.tracing.model import TracedModel
-from clafusion.tracing.padding import MASK
+from clafusion.tracing.padding import mask_place
 
 __all__ = [
     "counted_inputs",
@@ -26,17 +26,17 @@ __all__ = [
 def kept_positions(model: TracedModel, inputs: tuple[Tensor, ...]) -> Tensor | None:
     """Return which positions of each input count, ``(num_inputs, num_positions)``; None for all.
 
-    Only a mask of zeros and ones, called ``attention_mask``, is one; and none where the network has
-    a second sequence, of a decoder, to which the mask does not belong.
+    Only a mask (:func:`clafusion.tracing.padding.mask_place`) of zeros and ones counts.
     """
     return kept_of(model.keywords, inputs)
 
 
 def kept_of(keywords: Sequence[str], inputs: tuple[Tensor, ...]) -> Tensor | None:
     """Return what :func:`kept_positions` does, given what the network's inputs are called."""
-    if MASK not in keywords or any(one.startswith("decoder_") for one in keywords):
+    place = mask_place(keywords)
+    if place is None:
         return None
-    mask = inputs[keywords.index(MASK)]
+    mask = inputs[place]
     if mask.dim() != 2 or not bool(((mask == 0) | (mask == 1)).all()):
         return None
     kept = mask == 1

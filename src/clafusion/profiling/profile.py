@@ -45,7 +45,7 @@ from clafusion.tracing.labels.ids import mix
 from clafusion.tracing.layer import HookPoint, Layer
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import batch_axis, module_path
-from clafusion.tracing.padding import MASK
+from clafusion.tracing.padding import MASK, mask_place
 
 __all__ = ["ModelProfile", "profile_models"]
 
@@ -377,9 +377,10 @@ class _Recorder:
 
     def _is_padded(self, node: str, positions: int) -> bool:
         """Say whether a node's positions are those of an attention mask."""
-        if node not in self.model.padded_axes:
+        place = mask_place(self.model.keywords)
+        if place is None or node not in self.model.padded_axes:
             return False
-        return self.model.example_inputs[self.model.keywords.index(MASK)].size(1) == positions
+        return self.model.example_inputs[place].size(1) == positions
 
     def _counting(self, key: tuple[int, bool]) -> NDArray[np.bool_] | None:
         """Return which pairs of input and position count in this record; None for all."""

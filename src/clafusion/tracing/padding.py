@@ -9,7 +9,7 @@ there. What differs then is what belongs to those positions, and its places tell
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from clafusion.execution.walk import Walk, in_lockstep
 if TYPE_CHECKING:
     from clafusion.tracing.model import TracedModel
 
-__all__ = ["MASK", "PaddedAxes", "find_padded_axes"]
+__all__ = ["MASK", "PaddedAxes", "find_padded_axes", "mask_place"]
 
 MASK = "attention_mask"
 """What networks of transformers call the mask of their positions: 1 for a token, 0 for padding."""
@@ -48,18 +48,24 @@ class PaddedAxes:
     positions_first: bool = False
 
 
+def mask_place(keywords: Sequence[str]) -> int | None:
+    """Return which input is the mask of the positions; None for no mask that says which count.
+
+    With a second sequence, of a decoder, there is none: the mask does not belong to that one.
+    """
+    if MASK not in keywords or any(one.startswith("decoder_") for one in keywords):
+        return None
+    return keywords.index(MASK)
+
+
 def find_padded_axes(model: TracedModel) -> Mapping[str, PaddedAxes]:
     """Return the axes of each node whose values at padding depend on nothing but that padding.
 
     Nodes whose values mix positions, or have none, are left out. Empty for a network without an
-    ``attention_mask`` of the shape ``(num_inputs, num_positions)``, or with a second sequence, of a
-    decoder, to which the mask does not belong.
+    mask (:func:`mask_place`) of the shape ``(num_inputs, num_positions)``.
     """
-    inputs = model.example_inputs
-    if MASK not in model.keywords or any(one.startswith("decoder_") for one in model.keywords):
-        return {}
-    place = model.keywords.index(MASK)
-    if inputs[place].dim() != 2 or inputs[place].size(1) < 2:
+    inputs, place = model.example_inputs, mask_place(model.keywords)
+    if place is None or inputs[place].dim() != 2 or inputs[place].size(1) < 2:
         return {}
     mask = torch.ones_like(inputs[place])
     mask[:_TRIED, -1] = 0
