@@ -42,10 +42,9 @@ from clafusion.stages import (
     ExampleInputs,
     check_strategy,
     config_from,
-    copied_to,
     merge_weights,
-    moved_to,
     named_models,
+    placed,
     prepared,
     profile_traced,
     traced_parent,
@@ -172,12 +171,7 @@ def fuse(
         what = "memory_limit" if limit is not None else "merging.strategy='iterative'"
         raise InputError(f"vocabulary='intersection' does not go with {what}: leave one out")
     named, own_entries = with_one_vocabulary(named, vocabulary)
-    if example_inputs is None:
-        example_inputs = example_of(data, next(iter(named.values())))
-    if device is not None:
-        device = usable_device(device)
-        named = {name: copied_to(name, one, device) for name, one in named.items()}
-        example_inputs = moved_to(example_inputs, device)
+    named, example_inputs = placed(named, data, example_inputs, device)
     template = None
     if isinstance(config.target, Like):
         template = traced_template(config, next(iter(named.values())), example_inputs)
@@ -215,12 +209,7 @@ def align(
     """
     config = config_from(config, overrides)
     named = named_models(models)
-    if example_inputs is None:
-        example_inputs = example_of(data, next(iter(named.values())))
-    if device is not None:
-        device = usable_device(device)
-        named = {name: copied_to(name, one, device) for name, one in named.items()}
-        example_inputs = moved_to(example_inputs, device)
+    named, example_inputs = placed(named, data, example_inputs, device)
     return _aligned(named, data, config, example_inputs, progress)
 
 

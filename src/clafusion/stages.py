@@ -31,6 +31,8 @@ from clafusion.config import (
     Strategy,
 )
 from clafusion.errors import ClafusionError, InputError, PinnedWarning, StructureError, retold, warn
+from clafusion.execution.call import usable_device
+from clafusion.interop.inputs import example_of
 from clafusion.matching.activation_costs import MAX_CHANNELS
 from clafusion.memory import held_by_process
 from clafusion.presets import preset_of
@@ -59,12 +61,11 @@ __all__ = [
     "ExampleInputs",
     "check_strategy",
     "config_from",
-    "copied_to",
     "expected_work",
     "merge_weights",
-    "moved_to",
     "named_models",
     "needs_moments",
+    "placed",
     "prepared",
     "profile_options",
     "profile_traced",
@@ -309,7 +310,29 @@ def check_strategy(strategy: Strategy, count: int) -> None:
         )
 
 
-def copied_to(name: str, model: Model, device: str | torch.device) -> nn.Module:
+def placed(
+    models: Mapping[str, Model],
+    data: Data,
+    example_inputs: ExampleInputs | None,
+    device: str | torch.device | None,
+) -> tuple[dict[str, Model], ExampleInputs]:
+    """Return the models, and the inputs to trace them with, on a device; None: where they are.
+
+    Raises
+    ------
+    InputError
+        The device cannot be used here, a model cannot be copied, or the data have no first batch.
+    """
+    if example_inputs is None:
+        example_inputs = example_of(data, next(iter(models.values())))
+    if device is None:
+        return dict(models), example_inputs
+    usable = usable_device(device)
+    copies: dict[str, Model] = {name: _copied_to(name, one, usable) for name, one in models.items()}
+    return copies, _moved_to(example_inputs, usable)
+
+
+def _copied_to(name: str, model: Model, device: torch.device) -> nn.Module:
     """Return a copy of a model on a device; errors name the model."""
     try:
         if isinstance(model, ModelFile):
@@ -319,7 +342,7 @@ def copied_to(name: str, model: Model, device: str | torch.device) -> nn.Module:
         raise InputError(f"{label(name)}: {error}") from error
 
 
-def moved_to(inputs: ExampleInputs, device: torch.device) -> ExampleInputs:
+def _moved_to(inputs: ExampleInputs, device: torch.device) -> ExampleInputs:
     """Return example inputs on a device."""
     moved: ExampleInputs = tree_map(
         lambda one: one.to(device) if isinstance(one, Tensor) else one, inputs

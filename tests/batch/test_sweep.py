@@ -102,6 +102,7 @@ def test_a_point_that_fails_says_why_and_the_others_go_on():
         ({"weight": [0.5], "weights": [[1, 1]]}, "give one of them"),
         ({"weights": [[1, 1, 1]]}, "one entry for each model, 2; got 3"),
         ({"seeds": 0}, "at least 1"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used here"),
     ],
 )
 def test_unusable_arguments_are_refused_at_once(given, message):

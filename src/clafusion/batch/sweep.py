@@ -19,17 +19,15 @@ from clafusion.batch.grid import GridPoint, grid_of
 from clafusion.config import Barycentre, FusionConfig, Iterative, Like
 from clafusion.errors import ClafusionError, InputError
 from clafusion.fusion import align, fuse, fuse_aligned
-from clafusion.interop.inputs import example_of
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Data
 from clafusion.results import RESULT, FusionResult
 from clafusion.stages import (
     ExampleInputs,
-    copied_to,
     merge_weights,
-    moved_to,
     named_models,
     needs_moments,
+    placed,
     profile_options,
     traced_template,
 )
@@ -255,11 +253,7 @@ def sweep_grid(
     by_name = _weights(weight, weights, tuple(named))
     count = _seeds(seeds)
     known = None if labels is None else checked_labels(labels, data)
-    if example_inputs is None:
-        example_inputs = example_of(data, next(iter(named.values())))
-    if device is not None:
-        named = {name: copied_to(name, one, device) for name, one in named.items()}
-        example_inputs = moved_to(example_inputs, torch.device(device))
+    named, example_inputs = placed(named, data, example_inputs, device)
     runs = [
         (
             {**shown, **point.chosen, **({} if seed is None else {"seed": seed})},
