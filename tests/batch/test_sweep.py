@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import clafusion
-from clafusion import InputError, LeastSquares, Matching
+from clafusion import InputError, LeastSquares, Like, Matching
+from clafusion.assessment.output_cache import OutputCache
 from clafusion.batch import sweep as sweep_module
 from clafusion.batch.grid import grid_of
 from clafusion.cli.app import main
+from clafusion.stages import traced_template
 from tests.support.networks import mlp
 
 INPUTS = torch.randn(600, 6, generator=torch.Generator().manual_seed(0))
@@ -55,6 +57,30 @@ def test_every_point_is_the_fusion_by_its_settings_and_alignments_are_shared(mon
         assert point.evaluation == alone.evaluation
     whole = next(one for one in found.points if one.chosen["weight"] == 1)
     assert whole.assessment.result.agreement == 1.0
+
+
+def test_a_template_is_traced_and_the_parents_are_run_once(monkeypatch):
+    traced, run = [], []
+
+    def counted(*given):
+        traced.append(given)
+        return traced_template(*given)
+
+    class Counting(OutputCache):
+        def _get(self, model, inputs, output, key):
+            is_known = key in self._outputs.get(model.model, {})
+            run.extend([] if is_known else [model.model])
+            return super()._get(model, inputs, output, key)
+
+    monkeypatch.setattr(sweep_module, "traced_template", counted)
+    monkeypatch.setattr(sweep_module, "OutputCache", Counting)
+    target = Like(mlp(6, 5, 5, 3, seed=2))
+    found = clafusion.sweep(MODELS, INPUTS, weight=[0.25, 0.5, 0.75], target=target)
+    assert [one.error for one in found.points] == [None] * 3
+    assert len(traced) == 1
+    assert run == list(MODELS.values())
+    alone = clafusion.fuse(MODELS, INPUTS, found.points[2].weights, target=target)
+    assert found.points[2].assessment == alone.assessment
 
 
 def test_a_summary_has_mean_and_deviation_over_the_seeds():

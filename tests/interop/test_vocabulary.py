@@ -113,11 +113,12 @@ def test_what_cannot_be_brought_together_is_refused(place):
     assert moved["b"] is not models["b"]
 
 
-def test_other_labels_are_refused_in_python_too():
+@pytest.mark.parametrize("call", [clafusion.fuse, clafusion.sweep])
+def test_other_labels_are_refused_in_python_too(call):
     models = [network("DistilBERT", 1), network("DistilBERT", 1, 1)]
     models[1].config.id2label = {0: "good", 1: "bad", 2: "neither"}
     with pytest.raises(InputError, match="output 0 is 'bad' and 'good'"):
-        clafusion.fuse(models, [{"input_ids": torch.ones(60, 4, dtype=torch.long)}])
+        call(models, [{"input_ids": torch.ones(60, 4, dtype=torch.long)}])
 
 
 def test_tables_of_other_lengths_are_refused_by_their_numbers():

@@ -15,12 +15,15 @@ from torch import Tensor
 from clafusion.alignment.models import AlignedModels
 from clafusion.assessment.evaluation import Evaluation, checked_labels
 from clafusion.assessment.nearness import FusionAssessment
+from clafusion.assessment.output_cache import OutputCache
 from clafusion.batch.grid import GridPoint, grid_of
 from clafusion.config import Barycentre, FusionConfig, Iterative, Like
 from clafusion.errors import ClafusionError, InputError
 from clafusion.fusion import align, fuse, fuse_aligned
+from clafusion.interop.vocabulary import check_alike
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Data
+from clafusion.quality import hash_of
 from clafusion.results import RESULT, FusionResult
 from clafusion.stages import (
     ExampleInputs,
@@ -253,6 +256,7 @@ def sweep_grid(
     by_name = _weights(weight, weights, tuple(named))
     count = _seeds(seeds)
     known = None if labels is None else checked_labels(labels, data)
+    check_alike(named)
     named, example_inputs = placed(named, data, example_inputs, device)
     runs = [
         (
@@ -314,7 +318,7 @@ def _seeds(seeds: int | Sequence[int] | None) -> list[int | None]:
 
 
 class _Shared:
-    """What fusions of the same models share: alignments and plans, by the settings that count."""
+    """What fusions of the same models share, by the settings that count for it."""
 
     def __init__(
         self,
@@ -328,11 +332,13 @@ class _Shared:
         self._data = data
         self._example = example_inputs
         self._labels = labels
+        self._data_hash = hash_of(data)
         # Statistics that only some calibrations need are recorded where one of them will.
         self._with_moments = {_aligning(one): one for one in sorted(configs, key=needs_moments)}
         self._left = [_aligning(one) for one in configs]
         self._aligned: dict[str, AlignedModels | ClafusionError] = {}
         self._matched: dict[str, FusionProblem] = {}
+        self._outputs: dict[str, OutputCache] = {}
 
     def point(
         self, chosen: Mapping[str, Any], config: FusionConfig, weights: tuple[float, ...]
@@ -347,6 +353,7 @@ class _Shared:
             self._left.remove(key)
             if key not in self._left:  # profiles take much memory
                 self._aligned.pop(key, None)
+                self._outputs.pop(key, None)
                 self._matched = {
                     name: one for name, one in self._matched.items() if not name.startswith(key)
                 }
@@ -379,8 +386,8 @@ class _Shared:
         if isinstance(aligned, ClafusionError):
             raise aligned
         of_plans = key + _matching(config)
-        template = None
-        if isinstance(config.target, Like):
+        matched, template = self._matched.get(of_plans), None
+        if matched is None and isinstance(config.target, Like):
             like = next(iter(self._models.values()))
             template = traced_template(config, like, self._example)
         result = fuse_aligned(
@@ -389,8 +396,10 @@ class _Shared:
             weights,
             config,
             template=template,
+            known_outputs=self._outputs.setdefault(key, OutputCache()),
+            data_hash=self._data_hash,
             labels=self._labels,
-            matched=self._matched.get(of_plans),
+            matched=matched,
         )
         if not isinstance(config.merging.strategy, Barycentre):  # whose plans depend on the weights
             self._matched[of_plans] = result.problem
