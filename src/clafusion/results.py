@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clafusion.alignment.dynamic_program import LayerAlignment
 from clafusion.alignment.models import AlignedModels
 from clafusion.assessment.evaluation import Evaluation, checked_labels, evaluated
-from clafusion.assessment.nearness import FusionAssessment
+from clafusion.assessment.nearness import DISTANCES, FusionAssessment
 from clafusion.assessment.parts import compared_output
 from clafusion.config import Assessment, FusionConfig
 from clafusion.errors import InputError
@@ -127,7 +127,7 @@ class FusionResult:
         found = self.assessment
         distance = "distance"
         if found is not None:
-            distance = {"classes": "divergence", "values": "squared error"}[found.kind]
+            distance = DISTANCES[found.kind]
             for name, one in {RESULT: found.result, **found.parents}.items():
                 rows[name] |= {"agreement": one.agreement, "distance": one.distance}
         if self.evaluation is not None:

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["FusionAssessment", "Kind", "Nearness"]
+__all__ = ["DISTANCES", "FusionAssessment", "Kind", "Nearness"]
 
 _APART = 0.02  # of the rows: where agreements are as far apart, the verdict says so
 
 Kind: TypeAlias = Literal["classes", "values"]
 """As what outputs are compared."""
+
+DISTANCES: Mapping[Kind, str] = {"classes": "divergence", "values": "squared error"}
+"""What tables call the distance."""
 
 
 @dataclass(frozen=True)

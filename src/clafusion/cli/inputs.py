@@ -75,14 +75,18 @@ def named_files(texts: Sequence[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for i, text in enumerate(texts):
         name = _ORDINALS[i] if i < len(_ORDINALS) else f"model{i + 1}"
-        file = Path(text)
-        matched = None if file.exists() else _NAMED.fullmatch(text)
-        if matched is not None:
-            name, file = matched["name"], Path(matched["file"])
+        given, file = _name_and_file(text)
+        name = given or name
         if name in found:
             raise InputError(f"two models are called {name!r}: name them by NAME=FILE")
         found[name] = file
     return found
+
+
+def _name_and_file(text: str) -> tuple[str | None, Path]:
+    """Return what ``NAME=FILE`` says; a file that is there may have "=" in its own name."""
+    matched = None if Path(text).exists() else _NAMED.fullmatch(text)
+    return (None, Path(text)) if matched is None else (matched["name"], Path(matched["file"]))
 
 
 @dataclass(frozen=True)
@@ -115,11 +119,11 @@ def loaded_files(texts: Sequence[str], archs: Sequence[str] | None) -> dict[str,
     """
     found: dict[str, Path] = {}
     for text in texts:
-        matched = None if Path(text).exists() else _NAMED.fullmatch(text)
-        name, file = (text, text) if matched is None else (matched["name"], matched["file"])
+        given, file = _name_and_file(text)
+        name = given or text
         if name in found:
             raise InputError(f"two networks are called {name!r}: name them by NAME=FILE")
-        found[name] = Path(file)
+        found[name] = file
     if archs and len(archs) not in (1, len(found)):
         raise InputError(f"give --arch once, or once for each of the {len(found)} files")
     every: Sequence[str | None] = [None] * len(found)

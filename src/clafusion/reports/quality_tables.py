@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from clafusion.assessment.evaluation import MEANS, Evaluation
-from clafusion.assessment.nearness import Nearness
+from clafusion.assessment.nearness import DISTANCES, Nearness
 from clafusion.reports.text import fact_lines, plain_table
 from clafusion.results import RESULT, FusionResult
 
 __all__ = ["agreement_text", "assessment_table", "distance_text", "evaluation_summary"]
-
-_DISTANCES = {"classes": "divergence", "values": "squared error"}
 
 
 def assessment_table(result: FusionResult) -> str:
@@ -26,7 +24,7 @@ def assessment_table(result: FusionResult) -> str:
     titles = [
         "to the parents together",
         *(["agreement"] if is_classes else []),
-        _DISTANCES[found.kind],
+        DISTANCES[found.kind],
     ]
     rows = [
         [name, *([agreement_text(one)] if is_classes else []), distance_text(one)]
