@@ -18,12 +18,13 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.stride = stride
-        self.padding = (width - width_in) // 2
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.stride > 1:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *[self.padding] * 2))
+            more = inner.size(1) - x.size(1)  # not fixed here, so that it can be widened
+            padding = (0, 0, 0, 0, more // 2, more - more // 2)
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], padding)
         return F.relu(inner + x)
 
 

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         Strategy,
         Target,
         Unbalanced,
+        Wider,
         Zip,
     )
     from clafusion.correspondence.correspondence import Correspondence, correspond
@@ -167,6 +168,7 @@ __all__ = [
     "TransportSolution",
     "Unbalanced",
     "UnsupportedOpError",
+    "Wider",
     "WidthWarning",
     "Zip",
     "__version__",
@@ -227,7 +229,7 @@ _PLACES = {
         Alignment Assessment Assignment Auto AutoCalibration Barycentre BatchNorm Calibration
         Deeper Exact FusionConfig Iterative LeastSquares Like ManyToOne Matching Merging
         NoCalibration Orthogonal Profiling Repair Shallower Sinkhorn Solver Strategy Target
-        Unbalanced Zip
+        Unbalanced Wider Zip
     """,
     "clafusion.correspondence.correspondence": "Correspondence correspond",
     "clafusion.correspondence.inserted": "inserted_model",

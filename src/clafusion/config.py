@@ -12,6 +12,7 @@ variant is a class; its name is what a string, a manifest or the command line ca
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -74,6 +75,7 @@ __all__ = [
     "Strategy",
     "Target",
     "Unbalanced",
+    "Wider",
     "Zip",
     "choice",
     "count",
@@ -328,11 +330,45 @@ class Shallower(Target, name="shallower"):
 
 
 @dataclass(frozen=True)
+class Wider(Target, name="wider"):
+    """As "deeper", with room for channels that only one of two networks has: average to ensemble.
+
+    Channels that agree share a place, the others keep places of their own. Which share is one
+    partial transport over all layers. At factor 2 nothing has to be shared: the result puts out the
+    mean of both networks' outputs, where no norm spans channels.
+    """
+
+    factor: float = number(
+        1.25, "from 1, as wide as the wider of both, to 2, both side by side", low=1.0, high=2.0
+    )
+
+    def __post_init__(self) -> None:
+        factor = self.factor
+        if isinstance(factor, Real) and not isinstance(factor, bool):
+            if factor < 1:
+                raise InputError(
+                    f"factor must be in [1, 2]; got {factor!r}: below 1 the wider network's "
+                    "channels have no place. For fewer channels give target=Deeper(width='narrow') "
+                    "or target=Like(module)"
+                )
+            if factor > 2:
+                raise InputError(
+                    f"factor must be in [1, 2]; got {factor!r}: at 2 both networks stand side by "
+                    "side, and channels beyond that would have nothing to do"
+                )
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
 class Like(Target, name="like"):
     """Like a module of yours that can hold the parents' layers; its weights do not matter."""
 
     template: nn.Module | str = text(
         "", "the module (on the command line and in manifests what makes it)", also=Module
+    )
+    own_places: bool = flag(
+        False,
+        "of two networks: channels beyond the wider one's are for what only one has, not copies",
     )
 
 
@@ -473,8 +509,16 @@ class FusionConfig(Settings):
             return self.calibration
         return Repair() if isinstance(self.matching.solver, Zip) else LeastSquares()
 
+    @property
+    def has_own_places(self) -> bool:
+        """Whether channels that only one of two networks has get places of their own."""
+        target = self.target
+        return isinstance(target, Wider) or (isinstance(target, Like) and target.own_places)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.has_own_places:
+            self._check_own_places()
         if isinstance(self.matching.solver, Zip):
             _check_needed(
                 "matching.solver='zip'",
@@ -493,6 +537,34 @@ class FusionConfig(Settings):
                 "matching.outputs needs profiling.layer_values='preactivation'; got "
                 f"{self.profiling.layer_values!r}"
             )
+
+    def _check_own_places(self) -> None:
+        who = f"target {self.target.name!r}" + (
+            "" if isinstance(self.target, Wider) else " with own_places"
+        )
+        if not isinstance(self.matching.solver, (Auto, Assignment)):
+            raise InputError(
+                f"{who} does not go with matching.solver={self.matching.solver.name!r}: which "
+                "channels share a place is an assignment. Use matching.solver='auto'"
+            )
+        if self.matching.cost in ("weights", "both"):
+            raise InputError(
+                f"{who} does not go with matching.cost={self.matching.cost!r}: what shares a place "
+                "shows by the activations. Use matching.cost='correlation'"
+            )
+        if isinstance(self.merging.strategy, Barycentre):
+            raise InputError(
+                f"{who} does not go with merging.strategy='barycentre', which matches again: use "
+                "merging.strategy='many_to_one'"
+            )
+        _check_needed(
+            who,
+            self,
+            ("matching.importance", "uniform", "a channel has one place"),
+            ("matching.outputs", False, "outputs are not moved"),
+            ("merging.layer_weights", "uniform", "own places count in full"),
+            ("merging.normalisation", "two", "what leaves and what enters a group differ"),
+        )
 
 
 def _check_needed(who: str, settings: Settings, *needs: tuple[str, Any, str]) -> None:

@@ -99,9 +99,11 @@ class PinnedWarning(FusionWarning):
 
 
 class WidthWarning(FusionWarning):
-    """Two networks differ in the number of channels that are counted, not weighed.
+    """A width at which something of the networks' functions is not kept.
 
-    Where one has more of them, copies of a channel add up: see ``ChannelGroup.is_counted``.
+    Two networks differ in the number of channels that are counted, not weighed: where one has more
+    of them, copies of a channel add up, see ``ChannelGroup.is_counted``. Or a wider result has no
+    places of their own for some channels, or a norm that spans both networks' channels.
     """
 
 

@@ -10,6 +10,7 @@ from clafusion.calibration.methods import calibrate
 from clafusion.config import FusionConfig, LeastSquares, Orthogonal, Repair
 from clafusion.errors import ConvergenceWarning, InputError, warn
 from clafusion.matching.orthogonal import rotate_sources
+from clafusion.matching.own_places import match_with_own_places
 from clafusion.matching.plans import Matched, match_sources
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent, plans_are_at_rest
 from clafusion.profiling.batches import Data
@@ -26,13 +27,16 @@ def problem_of(
     config: FusionConfig,
 ) -> FusionProblem:
     """Match all sources with the target; return the problem with the parents' weights."""
+    target = sources.profile.traced
+    if config.has_own_places:
+        target, matched = match_with_own_places(sources, names, config)
+    else:
+        matched = match_sources(sources, config)
     parents = [
         _parent(name, one, weight)
-        for name, one, weight in zip(names, match_sources(sources, config), weights, strict=True)
+        for name, one, weight in zip(names, matched, weights, strict=True)
     ]
-    return FusionProblem(
-        sources.profile.traced, tuple(parents), sources.reference, config.merging.normalisation
-    )
+    return FusionProblem(target, tuple(parents), sources.reference, config.merging.normalisation)
 
 
 def with_merge_weights(problem: FusionProblem, weights: Sequence[float]) -> FusionProblem:

@@ -6,7 +6,7 @@ counts. Add one of your own by :func:`channel_cost`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -28,10 +28,12 @@ __all__ = [
     "correlations",
     "flowing",
     "group_costs",
+    "group_views",
     "measures",
     "output_costs",
     "pair_costs",
     "says_nothing",
+    "view_costs",
 ]
 
 ChannelCost: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -344,3 +346,30 @@ def flowing(
     after = layer, ~index
     inserted = correspondence.layer_map[pair.target[0]] < 0
     return after if inserted and after in source.rows else pair.source
+
+
+def group_views(
+    correspondence: Correspondence, source: ModelProfile, index: int
+) -> Mapping[tuple[int, int], Tensor]:
+    """Return a group's values in a source, by the target's hook points that show the same."""
+    views = {}
+    for pair in correspondence.hooks[index]:
+        key = flowing(correspondence, source, pair)
+        if key in source.rows:  # of moved heads not everything shows
+            views[pair.target] = source.rows[key][:, pair.source_columns]
+    return views
+
+
+def view_costs(
+    x: Mapping[tuple[int, int], Tensor], y: Mapping[tuple[int, int], Tensor], metric: str
+) -> Tensor | None:
+    """Return the costs of two networks' channels ``(num_x, num_y)``, by their :func:`group_views`.
+
+    None where no hook point shows them together.
+    """
+    measure = _measure(metric)
+    common = [key for key in x if key in y and len(x[key]) == len(y[key])]
+    if not common:
+        return None
+    total = torch.stack([measure.at_hook(x[key], y[key]).double() for key in common]).mean(0)
+    return measure.of_mean(total)

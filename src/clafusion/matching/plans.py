@@ -26,7 +26,7 @@ from clafusion.targets.sources import Source, TargetSources
 from clafusion.transport.plan import TransportPlan
 from clafusion.transport.solve import solve_compactly
 
-__all__ = ["Matched", "channel_plans", "match_sources"]
+__all__ = ["Matched", "channel_plans", "match_sources", "with_heads_in_order"]
 
 _AT_ONCE = 1 << 24  # entries of costs that are solved together
 
@@ -72,7 +72,7 @@ def match_sources(sources: TargetSources, config: FusionConfig) -> tuple[Matched
     """
     metric = config.matching.cost if config.matching.cost in measures() else "correlation"
     ordered = [
-        (one, {}) if i == sources.reference else _with_heads_in_order(one, metric)
+        (one, {}) if i == sources.reference else with_heads_in_order(one, metric)
         for i, one in enumerate(sources.sources)
     ]
     solver = config.matching.solver
@@ -95,7 +95,7 @@ def match_sources(sources: TargetSources, config: FusionConfig) -> tuple[Matched
     return tuple(matched)
 
 
-def _with_heads_in_order(source: Source, metric: str) -> tuple[Source, dict[int, tuple[int, ...]]]:
+def with_heads_in_order(source: Source, metric: str) -> tuple[Source, dict[int, tuple[int, ...]]]:
     """Return a source with its heads in the target's order, and that order."""
     correspondence, profile, orders = order_heads(
         source.correspondence, source.target, source.profile, metric=metric, known=source.plans

@@ -14,7 +14,7 @@ matrix).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clafusion.errors import InputError, StructureError
-from clafusion.matching.activation_costs import correlations, flowing
+from clafusion.matching.activation_costs import correlations, group_views
 from clafusion.targets.sources import Source
 from clafusion.transport.plan import TransportPlan
 
@@ -253,7 +253,7 @@ def _size(source: Source, index: int) -> int:
 
 def _joint_costs(sources: Sequence[Source], index: int) -> tuple[Tensor, bool]:
     """Return the costs of every two channels of all parents, and whether any data shows them."""
-    views = [_views(one, index) for one in sources]
+    views = [group_views(one.correspondence, one.profile, index) for one in sources]
     sizes = [_size(one, index) for one in sources]
     rows = []
     shows = False
@@ -269,13 +269,3 @@ def _joint_costs(sources: Sequence[Source], index: int) -> tuple[Tensor, bool]:
             shows |= bool(common) and x is not y
         rows.append(torch.cat(blocks, 1))
     return torch.cat(rows), shows
-
-
-def _views(source: Source, index: int) -> Mapping[tuple[int, int], Tensor]:
-    """Return a group's values in a parent, by the target's hook points that show the same."""
-    views = {}
-    for pair in source.correspondence.hooks[index]:
-        key = flowing(source.correspondence, source.profile, pair)
-        if key in source.profile.rows:  # of moved heads not everything shows
-            views[pair.target] = source.profile.rows[key][:, pair.source_columns]
-    return views

@@ -5,16 +5,18 @@ The only stage that knows words like deeper or shallower. After it there are a t
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clafusion.alignment.compatibility import check_outputs
 from clafusion.alignment.models import AlignedModels, label, naming
-from clafusion.config import WIDTHS, Deeper, FusionConfig, Like, Shallower, Target
+from clafusion.config import WIDTHS, Deeper, FusionConfig, Like, Shallower, Target, Wider
 from clafusion.correspondence.correspondence import Correspondence, correspond
 from clafusion.correspondence.heads import unite_models
 from clafusion.correspondence.structure import resized_shape
@@ -33,7 +35,14 @@ from clafusion.tracing.model import TracedModel
 from clafusion.tracing.trace import trace_like
 from clafusion.weights.build import with_state
 
-__all__ = ["Chooser", "ChosenTarget", "choose_target", "chooses", "width_position"]
+__all__ = [
+    "Chooser",
+    "ChosenTarget",
+    "choose_target",
+    "chooses",
+    "resized_model",
+    "width_position",
+]
 
 
 @dataclass(frozen=True)
@@ -132,10 +141,17 @@ def _deeper(
         return _with_width(_of_reference(aligned), aligned, target)
     if target.width != "own":
         raise _no_structure(target)
-    places = union_places(aligned, config)
-    models = [one.traced for one in aligned.profiles]
-    union = union_model(aligned.names, models, aligned.reference, places)
-    return _chosen(union, None, places, name="the union")
+    return _of_union(aligned, config)
+
+
+@chooses(Wider)
+def _wider(
+    aligned: AlignedModels,
+    config: FusionConfig,
+    _template: TracedModel | None,
+) -> ChosenTarget:
+    """Choose the structure; how wide it gets is known when channels are matched."""
+    return _of_union(aligned, config) if _has_gaps(aligned) else _of_reference(aligned)
 
 
 @chooses(Shallower)
@@ -168,6 +184,13 @@ def _no_structure(target: Deeper | Shallower) -> StructureError:
 def _of_reference(aligned: AlignedModels) -> ChosenTarget:
     model = aligned.profiles[aligned.reference].traced
     return _chosen(model, aligned.reference, places_of(aligned))
+
+
+def _of_union(aligned: AlignedModels, config: FusionConfig) -> ChosenTarget:
+    places = union_places(aligned, config)
+    models = [one.traced for one in aligned.profiles]
+    union = union_model(aligned.names, models, aligned.reference, places)
+    return _chosen(union, None, places, name="the union")
 
 
 def _chosen(
@@ -216,7 +239,7 @@ def _with_width(
         for one, other in zip(of_giver.target.groups, of_giver.groups, strict=True)
         if other >= 0
     }
-    resized = _resized(chosen.model, sizes)
+    resized = resized_model(chosen.model, sizes)
     return replace(chosen, model=resized, owner=None)
 
 
@@ -290,21 +313,44 @@ def _grown(correspondence: Correspondence) -> int:
     )
 
 
-def _resized(model: TracedModel, sizes: Mapping[int, int]) -> TracedModel:
-    """Return the model with other sizes of its channel groups; its weights do not matter.
+def resized_model(model: TracedModel, sizes: Mapping[int, int], advice: str = "") -> TracedModel:
+    """Return a model with other sizes of its channel groups; its weights do not matter.
 
     It has to be traced anew: where the channels lie in the parameters depends on the widths.
+    ``advice`` is added to the error.
+
+    Raises
+    ------
+    StructureError
+        A width is fixed in the module's code; the message names the module and the line.
     """
     state = {}
     for name, tensor in model.state().items():
         shape = resized_shape(model, name, tensor.shape, sizes)
         same = shape == tuple(tensor.shape)
         state[name] = tensor if same else torch.ones(shape, dtype=tensor.dtype).to(tensor.device)
+    module = with_state(model.model, state, model.aliases)
     try:
-        made = trace_like(with_state(model.model, state, model.aliases), model)
+        made = trace_like(module, model)
         return made if model.thinning is None else thinned(made)
     except InputError as error:
         raise StructureError(
-            "the result cannot have the other network's widths: a width is fixed in the module's "
-            f"code ({error})"
+            "the result cannot have the wanted widths: a width is fixed in the module's "
+            f"code{_where_it_fails(error)}: {error}. Give target=Like(module), a module "
+            f"of the wanted widths{advice}"
         ) from error
+
+
+def _where_it_fails(error: Exception) -> str:
+    """Say in which submodule, and at which line of whose code, a module failed to run."""
+    names: dict[int, str] = {}
+    path = line = ""
+    cause = error.__cause__
+    for frame, number in traceback.walk_tb(None if cause is None else cause.__traceback__):
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module):
+            names = names or {id(one): name for name, one in module.named_modules()}
+            if not str(frame.f_globals.get("__name__")).startswith("torch."):
+                path = names.get(id(module), "")
+                line = f" ({Path(frame.f_code.co_filename).name}, line {number})"
+    return (f", of {path!r}" if path else "") + line

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from clafusion.calibration.outputs import outputs_and_goals
 from clafusion.execution.call import State
-from clafusion.merging.mean import weighted_mean
 from clafusion.merging.problem import FusionProblem, MergeWeights
 from clafusion.profiling.masks import counting_values, kept_positions, zeroed
 
-__all__ = ["ANCHORS", "Trial", "anchored_weights", "output_distances", "outputs_and_goals"]
+__all__ = ["ANCHORS", "Trial", "anchored_weights", "output_distances"]
 
 ANCHORS = (0.0, 0.8)
 """What ``"auto"`` tries."""
@@ -70,30 +70,6 @@ class Trial:
             for first in (0, part // 2)
         )
         return cls(regressed, compared)
-
-
-def outputs_and_goals(
-    problem: FusionProblem, states: Sequence[State], inputs: tuple[Tensor, ...]
-) -> Iterator[tuple[str, list[Tensor], Tensor]]:
-    """Yield each output's node, its value with each state, and the parents' mean, in float64.
-
-    Each parent runs once, whatever the number of states.
-    """
-    counted = [one for one in problem.parents if one.weights.overall > 0]
-    of_states = [problem.target.run(inputs, state=one) for one in states]
-    of_parents = [one.traced.run(inputs) for one in counted]
-    weights = [one.weights.overall for one in counted]
-    outputs = [
-        (found, values)
-        for found, values in zip(
-            zip(*of_states, strict=True), zip(*of_parents, strict=True), strict=True
-        )
-        if isinstance(found[0], Tensor)
-    ]
-    for name, (found, values) in zip(problem.target.output_names, outputs, strict=True):
-        if found[0].is_floating_point():
-            goal = weighted_mean([one.double() for one in values], weights)
-            yield name, [one.double() for one in found], goal
 
 
 def output_distances(

@@ -14,11 +14,11 @@ from clafusion.calibration.least_squares.anchors import (
     Trial,
     anchored_weights,
     output_distances,
-    outputs_and_goals,
 )
 from clafusion.calibration.least_squares.hidden import hidden_channels
 from clafusion.calibration.least_squares.places import Place, regressed_places
 from clafusion.calibration.least_squares.walks import Candidate, Rows, Walks
+from clafusion.calibration.outputs import is_exact
 from clafusion.config import LeastSquares
 from clafusion.errors import FusionWarning, warn
 from clafusion.execution.call import State
@@ -32,7 +32,6 @@ __all__ = ["Regression", "regress_anchored"]
 _CHUNK = 125  # inputs whose patches are held at once
 _MOST_OUTPUTS = 1 << 25  # numbers in the outputs of a chunk
 _MOST_THINNED = 1 << 23  # the same where the outputs are those of a language model
-_TRIED, _EXACT = 16, 2e-5  # inputs, and how far their outputs may be apart, relative to the largest
 _FEW = 8  # inputs in a chunk at the least
 _WANTED = 100  # inputs; of fewer a warning speaks
 _HELD = 1 << 32  # bytes of activations that all networks together may hold
@@ -85,7 +84,7 @@ def regress_anchored(
         for one in problem.parents
     ):
         return Regression(plain, anchors[0], frozenset(plain))  # that parent: nothing is lost
-    if _is_exact(problem, plain, data):
+    if is_exact(problem, plain, data):
         return Regression(plain, anchors[0], frozenset(plain))
     fused = {anchor: _anchored(problem, plain, anchor) for anchor in anchors}
     inputs = _inputs(problem, data, settings, len(fused))
@@ -103,24 +102,6 @@ def regress_anchored(
     far = walks.distances() if len(fused) > 1 else [0.0]
     nearest = far.index(min(far))
     return Regression(walks.candidates[nearest].state, list(fused)[nearest], walks.solved)
-
-
-def _is_exact(problem: FusionProblem, plain: State, data: Data) -> bool:
-    """Say whether the average puts out what the parents put out together: nothing is to be mended.
-
-    So it is of copies, of widened and of deepened ones, and with all weight on one parent where
-    its channels are doubled. A regression would move the weights by what its ridge and its choice
-    of channels leave.
-    """
-    target = problem.target
-    counted = [one for one in problem.parents if one.weights.overall > 0]
-    if target.types or any(one.output_plan is not None or one.weights.own for one in counted):
-        return False  # half precision rounds too much to tell
-    inputs = next(iter(in_chunks(data, target, _TRIED, _TRIED, device=target.device)))
-    return all(
-        float((value - goal).abs().max()) <= _EXACT * float(goal.abs().max())
-        for _, (value,), goal in outputs_and_goals(problem, [plain], inputs)
-    )
 
 
 def _anchored(

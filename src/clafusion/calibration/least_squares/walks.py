@@ -34,7 +34,7 @@ from clafusion.correspondence.moving import move_parameter
 from clafusion.correspondence.structure import structured_state
 from clafusion.execution.call import State
 from clafusion.execution.walk import Walk
-from clafusion.merging.mean import weighted_mean
+from clafusion.merging.mean import counted, weighted_mean
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.masks import counted_inputs, counting_values, kept_positions, zeroed
 from clafusion.threads import one_thread
@@ -368,23 +368,25 @@ class Walks:
         """Return the goal of a layer and, before a ReLU, of what leaves that, channels last.
 
         Inside a block that some parents lack only the others count; what the block adds to its
-        stream is zero for those.
+        stream is zero for those. Of a channel only the parents count that have it.
         """
-        origins = [one.correspondence.origins[place.point.weight] for one in self.parents]
-        counted, values, actives, zero = [], [], [], 0.0
-        for origin, one, weight in zip(origins, moved, weights, strict=True):
-            if one is None:
-                zero += weight if origin == "zero_residual" else 0.0
-                continue
-            value, active = one
-            counted.append(weight)
-            values.append(value)
-            if active is not None:
-                actives.append(active)
-        goal = weighted_mean(values, counted)
-        if zero > 0:
-            goal = sum(counted) / (sum(counted) + zero) * goal
-        return goal, weighted_mean(actives, counted) if actives else None
+        node, parameter = place.point.node, place.point.weight
+        having = [
+            (one, weight, parent.covers(node))
+            for parent, one, weight in zip(self.parents, moved, weights, strict=True)
+            if one is not None
+        ]
+        values = [value for (value, _), _, _ in having]
+        actives = [active for (_, active), _, _ in having if active is not None]
+        given = [weight for _, weight, _ in having]
+        masks = [mask for _, _, mask in having]
+        active = weighted_mean(actives, counted(given, masks)) if actives else None
+        for parent, one, weight in zip(self.parents, moved, weights, strict=True):
+            if one is None and parent.correspondence.origins[parameter] == "zero_residual":
+                values.append(torch.zeros_like(values[0]))
+                given.append(weight)
+                masks.append(parent.covers(node))
+        return weighted_mean(values, counted(given, masks)), active
 
     def _release(self, key: tuple[int, str]) -> None:
         self.uses[key] -= 1
