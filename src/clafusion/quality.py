@@ -47,17 +47,19 @@ def assessed(
             known_outputs,
         )
         if labels is not None:
-            result = replace(result, evaluation=_evaluation(result, parts, labels))
+            result = replace(result, evaluation=_evaluation(result, parts, labels, known_outputs))
     if found is None and labels is None:
         return result
     warn_of(found, config)
     return replace(result, assessment=found, timings=clock.seconds, peak_memory=clock.peak_memory)
 
 
-def _evaluation(result: FusionResult, parts: Parts, labels: Tensor) -> Evaluation:
+def _evaluation(
+    result: FusionResult, parts: Parts, labels: Tensor, known_outputs: OutputCache | None
+) -> Evaluation:
     """Compare with the labels of what was held out, or of all data."""
     first = next(iter(result.parent_models.values()))
     if isinstance(parts.assessed, Part):
         labels = labels[parts.assessed.rows(0, len(labels))]
     inputs = batches(parts.assessed, first.example_inputs, first.keywords, device=first.device)
-    return result.evaluated(inputs, labels)
+    return result.evaluated(inputs, labels, known_outputs)

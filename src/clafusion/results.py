@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from clafusion.alignment.dynamic_program import LayerAlignment
 from clafusion.alignment.models import AlignedModels
-from clafusion.assessment.evaluation import Evaluation, checked_labels, evaluated
+from clafusion.assessment.evaluation import Evaluation, checked_labels, evaluated, network_of
 from clafusion.assessment.nearness import DISTANCES, FusionAssessment
+from clafusion.assessment.output_cache import OutputCache
 from clafusion.assessment.parts import compared_output
 from clafusion.config import Assessment, FusionConfig
 from clafusion.errors import InputError
@@ -150,22 +151,31 @@ class FusionResult:
             batches(inputs, first.example_inputs, first.keywords, device=first.device), known
         )
 
-    def evaluated(self, inputs: Iterable[tuple[Tensor, ...]], labels: Tensor) -> Evaluation:
-        """Do what :meth:`evaluate` does, with inputs in batches of tensors."""
+    def evaluated(
+        self,
+        inputs: Iterable[tuple[Tensor, ...]],
+        labels: Tensor,
+        known_outputs: OutputCache | None = None,
+    ) -> Evaluation:
+        """Do what :meth:`evaluate` does, with inputs in batches of tensors.
+
+        What the parents put out is kept in ``known_outputs`` for further results.
+        """
         parents = self.parent_models
         first = next(iter(parents.values()))
         settings = Assessment(axis=self.config.assessment.axis)
         compared = compared_output(first, settings)
         if compared is None:
             raise InputError("labels need a floating output, which the models do not have")
-        models = {RESULT: self.model, **{name: one.model for name, one in parents.items()}}
+        networks = {RESULT: network_of(self.model, first.keywords, compared[0])}
+        for name, one in parents.items():
+            run = network_of(one.model, first.keywords, compared[0])
+            networks[name] = run if known_outputs is None else known_outputs.keeping(one.model, run)
         return evaluated(
-            models,
+            networks,
             self.weights,
             inputs,
             labels,
-            first.keywords,
-            output=compared[0],
             axis=settings.axis,
             apart=(RESULT,),
         )

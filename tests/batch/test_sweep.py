@@ -67,10 +67,10 @@ def test_a_template_is_traced_and_the_parents_are_run_once(monkeypatch):
         return traced_template(*given)
 
     class Counting(OutputCache):
-        def _get(self, model, inputs, output, key):
-            is_known = key in self._outputs.get(model.model, {})
-            run.extend([] if is_known else [model.model])
-            return super()._get(model, inputs, output, key)
+        def _kept(self, model, key, make):
+            is_known = key in self._outputs.get(model, {})
+            run.extend([] if is_known else [model])
+            return super()._kept(model, key, make)
 
     monkeypatch.setattr(sweep_module, "traced_template", counted)
     monkeypatch.setattr(sweep_module, "OutputCache", Counting)

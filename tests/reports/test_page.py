@@ -284,7 +284,10 @@ def test_the_line_to_load_is_one_that_works(tmp_path):
     )
     folder = dataclasses.replace(module, path=tmp_path / "v1.0+v1.1")
     assert load_line(folder) == f"model = clafusion.load({str(tmp_path / 'v1.0+v1.1')!r})"
-    assert load_line(dataclasses.replace(one, resized=True)).startswith("result.model")
+    resized = dataclasses.replace(one, resized=True)
+    assert load_line(resized).startswith("result.model")
+    recorded = dataclasses.replace(resized, _has_record=True)
+    assert load_line(recorded) == f"model = clafusion.load({path!r}, trust_code=True)"
     assert load_line(dataclasses.replace(one, path=None)).startswith("result.model")
 
 

@@ -7,9 +7,9 @@ of values the mean squared error. Labels of -100 do not count.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,19 @@ from clafusion.execution.call import call_model, device_of, in_eval_mode
 from clafusion.profiling.batches import Data, batches, first_batch, keeps_order, num_rows
 from clafusion.table import Table
 
-__all__ = ["MEANS", "Evaluation", "Score", "checked_labels", "evaluate", "evaluated"]
+__all__ = [
+    "MEANS",
+    "Evaluation",
+    "Network",
+    "Score",
+    "checked_labels",
+    "evaluate",
+    "evaluated",
+    "network_of",
+]
+
+Network: TypeAlias = Callable[[tuple[Tensor, ...]], Tensor]
+"""Inputs, in a batch -> the output that counts."""
 
 MEANS = ("mean of outputs", "mean of probabilities")
 """The networks together, as an ensemble."""
@@ -42,6 +54,10 @@ class Score:
 
     loss: float
     accuracy: float | None = None
+
+    def __str__(self) -> str:
+        right = "" if self.accuracy is None else f"accuracy {100 * self.accuracy:.1f} %, "
+        return f"{right}loss {self.loss:.3g}"
 
 
 @dataclass(frozen=True)
@@ -146,7 +162,8 @@ def evaluate(
         keywords, given = tuple(example), tuple(example.values())
     shares = [1 / len(named)] * len(named) if weights is None else list(weights)
     known = checked_labels(labels, inputs)
-    return evaluated(named, shares, batches(inputs, given, keywords), known, keywords, axis=axis)
+    networks = {name: network_of(one, keywords) for name, one in named.items()}
+    return evaluated(networks, shares, batches(inputs, given, keywords), known, axis=axis)
 
 
 def checked_labels(labels: Any, inputs: Data) -> Tensor:
@@ -173,15 +190,35 @@ def checked_labels(labels: Any, inputs: Data) -> Tensor:
     return found if found.is_floating_point() else found.long()
 
 
+def network_of(model: nn.Module, keywords: tuple[str, ...] = (), output: int = 0) -> Network:
+    """Return a module as :func:`evaluated` takes it: in eval mode, on its own device.
+
+    Parameters
+    ----------
+    model
+        The module.
+    keywords
+        The names of its inputs, or none.
+    output
+        Which of its outputs counts.
+    """
+
+    def run(inputs: tuple[Tensor, ...]) -> Tensor:
+        device = device_of(model)
+        given = tuple(one if device is None else one.to(device) for one in inputs)
+        with in_eval_mode(model):
+            return call_model(model, given, keywords)[output]
+
+    return run
+
+
 @torch.no_grad()
 def evaluated(
-    models: Mapping[str, nn.Module],
+    networks: Mapping[str, Network],
     weights: Sequence[float],
     inputs: Iterable[tuple[Tensor, ...]],
     labels: Tensor,
-    keywords: tuple[str, ...] = (),
     *,
-    output: int = 0,
     axis: int = -1,
     apart: Sequence[str] = (),
 ) -> Evaluation:
@@ -189,14 +226,12 @@ def evaluated(
 
     Parameters
     ----------
-    models
+    networks
         The networks by name.
     weights
         Of those that are not ``apart``, in order.
-    inputs, labels, keywords
-        The inputs in batches, all their labels, and the inputs' names or none.
-    output
-        Which of the outputs counts.
+    inputs, labels
+        The inputs in batches, and all their labels.
     axis
         The axis of the classes.
     apart
@@ -208,10 +243,7 @@ def evaluated(
     for batch in inputs:
         wanted = labels[seen : seen + len(batch[0])]
         seen += len(batch[0])
-        outputs = {
-            name: _output(one, batch, keywords, output).double().cpu()
-            for name, one in models.items()
-        }
+        outputs = {name: run(batch).double().cpu() for name, run in networks.items()}
         parts = [value for name, value in outputs.items() if name not in apart]
         if is_classes:
             found = dict(_class_scores(outputs, parts, weights, wanted, axis))
@@ -241,15 +273,6 @@ class _Sum:
             loss if math.isfinite(loss) else math.inf,
             self.right / self.count if is_classes else None,
         )
-
-
-def _output(
-    model: nn.Module, inputs: tuple[Tensor, ...], keywords: tuple[str, ...], output: int
-) -> Tensor:
-    device = device_of(model)
-    given = tuple(one if device is None else one.to(device) for one in inputs)
-    with in_eval_mode(model):
-        return call_model(model, given, keywords)[output]
 
 
 def _class_scores(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from clafusion.assessment.evaluation import Network
 from clafusion.tracing.architecture import digest_of_values
 from clafusion.tracing.model import TracedModel
 
@@ -34,17 +36,27 @@ class OutputCache:
     def get(
         self, models: Sequence[TracedModel], inputs: tuple[Tensor, ...], output: int
     ) -> list[Tensor]:
-        """Return each model's output of a number on some inputs."""
-        values = tuple((one.shape, one.dtype, digest_of_values(one)) for one in inputs)
-        return [self._get(one, inputs, output, (output, values)) for one in models]
+        """Return each model's output of a number on some inputs, at the positions that count."""
+        key = (output, _values(inputs))
 
-    def _get(
-        self, model: TracedModel, inputs: tuple[Tensor, ...], output: int, key: Hashable
-    ) -> Tensor:
-        known = self._outputs.setdefault(model.model, {})
+        def run(model: TracedModel) -> Tensor:
+            return model.output_tensors(inputs)[output]
+
+        return [self._kept(one.model, key, partial(run, one)) for one in models]
+
+    def keeping(self, model: nn.Module, run: Network) -> Network:
+        """Return the network of a model that keeps what it puts out, at all positions."""
+
+        def kept(inputs: tuple[Tensor, ...]) -> Tensor:
+            return self._kept(model, ("whole", _values(inputs)), partial(run, inputs))
+
+        return kept
+
+    def _kept(self, model: nn.Module, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        known = self._outputs.setdefault(model, {})
         if key in known:
             return known[key]
-        found = model.output_tensors(inputs)[output]
+        found = make()
         if found.numel() + sum(one.numel() for one in known.values()) <= _KEPT_NUMBERS:
             known[key] = found.detach().clone()  # it may be a view of something larger
         return found
@@ -52,3 +64,7 @@ class OutputCache:
     def forget(self) -> None:
         """Keep none of the outputs any longer."""
         self._outputs.clear()
+
+
+def _values(inputs: tuple[Tensor, ...]) -> Hashable:
+    return tuple((one.shape, one.dtype, digest_of_values(one)) for one in inputs)

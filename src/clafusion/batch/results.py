@@ -15,11 +15,12 @@ from torch import nn
 
 from clafusion.alignment.dynamic_program import LayerAlignment
 from clafusion.alignment.models import label
+from clafusion.assessment.evaluation import Evaluation
 from clafusion.assessment.nearness import FusionAssessment
 from clafusion.batch.prepared import operations_of
 from clafusion.errors import InputError
 from clafusion.interop.huggingface import load_directory
-from clafusion.results import FusionResult
+from clafusion.results import RESULT, FusionResult
 from clafusion.table import Table
 from clafusion.weights.build import fill
 from clafusion.weights.factories import Model, ModelFile
@@ -89,6 +90,9 @@ class PairResult:
     assessment
         How near the result comes to what both models put out together, and each model alone; as in
         ``FusionResult.assessment``.
+    evaluation
+        Where labels were given: accuracy and loss of the result, of both models and of the two
+        together; as in ``FusionResult.evaluation``.
     seconds
         How long each stage took. Stages that models share are counted in the pair for which they
         were done.
@@ -129,6 +133,7 @@ class PairResult:
     alignment: LayerAlignment | None
     layer_weights: tuple[tuple[float | None, ...], ...]
     assessment: FusionAssessment | None
+    evaluation: Evaluation | None
     seconds: Mapping[str, float]
     peak_memory: Mapping[str, int]
     parameters: int | None
@@ -142,12 +147,24 @@ class PairResult:
     resumed: bool
     _state: Mapping[str, Any] | None = field(repr=False)
     _architecture: Model | None = field(repr=False)
+    _has_record: bool = field(repr=False)
 
     def __repr__(self) -> str:
         if self.error is not None:
             return f"<PairResult {self.first} and {self.second}: failed>"
         near = "" if self.assessment is None else f": {self.assessment.result}"
-        return f"<PairResult {self.first} and {self.second}{near}>"
+        right = "" if self.accuracy is None else f", accuracy {100 * self.accuracy:.1f} %"
+        return f"<PairResult {self.first} and {self.second}{near}{right}>"
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of the labels that the result chooses, from 0 to 1; None without labels."""
+        return None if self.evaluation is None else self.evaluation.scores[RESULT].accuracy
+
+    @property
+    def loss(self) -> float | None:
+        """The result's mean cross-entropy, or squared error, with labels; None without."""
+        return None if self.evaluation is None else self.evaluation.scores[RESULT].loss
 
     @property
     def agreement(self) -> float | None:
@@ -170,11 +187,20 @@ class PairResult:
     def factory(self) -> str | None:
         """The factory for which ``clafusion.load(factory, path)`` is the fused model, if any.
 
-        None for modules and Hugging Face directories, for other widths, and without a file.
+        None for modules and Hugging Face directories, for other widths (see :attr:`loads_itself`),
+        and without a file.
         """
         kind = self._architecture
         is_built = type(kind) is ModelFile and self.path is not None and not self.resized
         return kind.factory if is_built and isinstance(kind, ModelFile) else None
+
+    @property
+    def loads_itself(self) -> bool:
+        """Whether ``clafusion.load(path, trust_code=True)`` is the fused model, other widths too.
+
+        The file says which factory makes it. Not without a file, and not for modules.
+        """
+        return self._has_record and self.path is not None and self.path.suffix == ".safetensors"
 
     @property
     def state(self) -> Mapping[str, Any]:
@@ -230,6 +256,8 @@ def pairs_table(results: Sequence[PairResult]) -> Table:
             None if one.alignment is None else one.alignment.total_cost,
             one.agreement,
             None if math.isinf(one.distance) else one.distance,
+            one.accuracy,
+            one.loss,
             math.fsum(one.seconds.values()),
             None if one.path is None else str(one.path),
             one.error,
@@ -237,7 +265,7 @@ def pairs_table(results: Sequence[PairResult]) -> Table:
         for one, chosen in zip(results, settings, strict=True)
     ]
     columns = ("first", "second", "settings", "structure", "cost", "agreement", "distance")
-    return Table.of((*columns, "seconds", "file", "error"), rows)
+    return Table.of((*columns, "accuracy", "loss", "seconds", "file", "error"), rows)
 
 
 def differing_settings(results: Sequence[PairResult]) -> list[str]:
@@ -271,6 +299,7 @@ def facts_of(result: FusionResult) -> dict[str, Any]:
         "alignment": _alignment_facts(pair.alignment),
         "layer_weights": [list(one) for one in result.layer_weights],
         "assessment": None if result.assessment is None else result.assessment.to_dict(),
+        "evaluation": None if result.evaluation is None else result.evaluation.to_dict(),
         "seconds": dict(result.timings),
         "peak_memory": dict(result.peak_memory),
         "parameters": _num_parameters(result.model),
@@ -328,7 +357,7 @@ def result_of(
         Whether an earlier run fused the pair.
     """
     is_fused = facts["error"] is None
-    assessment = facts.get("assessment")
+    assessment, evaluation = facts.get("assessment"), facts.get("evaluation")
     return PairResult(
         first=facts["first"],
         second=facts["second"],
@@ -340,6 +369,7 @@ def result_of(
         alignment=_alignment_of(facts["alignment"]) if is_fused else None,
         layer_weights=tuple(tuple(one) for one in facts.get("layer_weights", ())),
         assessment=None if assessment is None else FusionAssessment.from_dict(assessment),
+        evaluation=None if evaluation is None else Evaluation.from_dict(evaluation),
         seconds={stage: float(one) for stage, one in facts.get("seconds", {}).items()},
         peak_memory={stage: int(one) for stage, one in facts.get("peak_memory", {}).items()},
         parameters=facts.get("parameters"),
@@ -353,6 +383,7 @@ def result_of(
         resumed=resumed,
         _state=state,
         _architecture=models[facts["structure"]] if is_fused else None,
+        _has_record=facts.get("architecture") is not None,
     )
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from clafusion.alignment.models import label
+from clafusion.assessment.evaluation import checked_labels
 from clafusion.batch.processes import block_sigint, worker_processes
 from clafusion.batch.results import Pair, PairResult
 from clafusion.batch.scheduler import Scheduler, split_into_tasks
@@ -63,6 +64,7 @@ def fuse_pairs(
     memory_limit: int | None = None,
     example_inputs: ExampleInputs | None = None,
     device: str | torch.device | None = None,
+    labels: Any = None,
     progress: PairProgress | None = None,
     **overrides: Any,
 ) -> Iterator[PairResult]:
@@ -78,7 +80,7 @@ def fuse_pairs(
         Name -> module, or name -> :class:`clafusion.ModelFile` for a model that is loaded when it
         is needed. Names become file names: letters, digits and ``_.,=@-``.
     data
-        Unlabelled inputs, the same for all models. An iterable must give the same batches each
+        Inputs, the same for all models. An iterable must give the same batches each
         time.
     pairs
         The names of the first and the second model of each pair, or ``"all"``: every two models,
@@ -109,8 +111,9 @@ def fuse_pairs(
         How many bytes the prepared models may take in each process: weights, profiles and moments.
         The two models of a pair must fit. With ``out_dir`` pairs are then fused in an order that
         prepares few models twice. Results come in the order of ``pairs`` all the same.
-    example_inputs, device
-        As for :func:`clafusion.fuse`.
+    example_inputs, device, labels
+        As for :func:`clafusion.fuse`. With labels each result has accuracy and loss of the fused
+        model, of both models and of the two together.
     progress
         Called with the numbers of pairs that are done and of all pairs.
     overrides
@@ -148,6 +151,7 @@ def fuse_pairs(
     _check_executor(executor)
     _check_memory_limit(memory_limit)
     given = _checked_weights(weights)
+    known_labels = None if labels is None else checked_labels(labels, data)
     if example_inputs is None:
         example_inputs = example_of(data, next(iter(models.values())))
     folder = None if out_dir is None else _made(out_dir, "out_dir")
@@ -163,6 +167,7 @@ def fuse_pairs(
         None if cache_dir is None else str(_made(cache_dir, "cache_dir").resolve()),
         memory_limit,
         data_digest(data),
+        known_labels,
     )
     store = Store(folder, models, job)
     finished = store.resume(wanted, keep=resume)

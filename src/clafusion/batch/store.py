@@ -21,6 +21,7 @@ from clafusion.batch.worker import Job, Outcome
 from clafusion.errors import InputError
 from clafusion.interop.huggingface import ModelDirectory
 from clafusion.interop.model_card import pair_card
+from clafusion.interop.records import METADATA, record_of_pair
 from clafusion.interop.saving import save_pair
 from clafusion.weights.atomic import replacing
 from clafusion.weights.digests import digest_of, structure_digest, tensors_digest, versions
@@ -168,7 +169,8 @@ class Store:
             check_extra_state(state, _ENDINGS[-1])
         is_all_tensors = all(isinstance(one, Tensor) for one in state.values())
         path = folder / self._free_name(pair, _ENDINGS[0 if is_all_tensors else 1])
-        save_state(state, path)
+        record = record_of_pair(facts, self._models, self._job.data_hash)
+        save_state(state, path, metadata={METADATA: json.dumps(record, allow_nan=False)})
         return path
 
     def resume(self, pairs: Sequence[Pair], *, keep: bool = True) -> dict[Pair, PairResult]:
@@ -248,8 +250,10 @@ class Store:
         """Return the hash of all that a pair's result depends on."""
         job = self._job
         leaves = torch.utils._pytree.tree_leaves(job.example_inputs)
+        labels = {} if job.labels is None else {"labels": tensors_digest({"labels": job.labels})}
         return digest_of(
             {
+                **labels,
                 **versions(),
                 "models": [self._digest(name) for name in pair],
                 "data": job.data_hash,

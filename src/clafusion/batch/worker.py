@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from clafusion.alignment.models import label
 from clafusion.assessment.output_cache import OutputCache
@@ -20,6 +21,7 @@ from clafusion.batch.results import Pair, facts_of
 from clafusion.config import FusionConfig
 from clafusion.errors import FusionWarning, InputError, StructureError
 from clafusion.fusion import align_profiles, fuse_aligned
+from clafusion.interop.rebuilding import Architecture, of_factory
 from clafusion.profiling.batches import Data
 from clafusion.results import FusionResult
 from clafusion.stages import Clock, ExampleInputs, profile_traced
@@ -47,6 +49,7 @@ class Job:
     cache_dir: str | None
     memory_limit: int | None
     data_hash: str
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class Worker:
                     made["models"][name]["operations"] = self.prepared[name].operations
                 kept = state_of(result.model)
                 self._check(result, made["structure"], kept)
+                made["architecture"] = self._architecture(result, made, kept)
                 facts |= made
                 state = kept
             except _ModelError as error:
@@ -152,6 +156,7 @@ class Worker:
             job.config,
             known_outputs=self._known_outputs,
             data_hash=job.data_hash,
+            labels=job.labels,
         )
         self._make_room(pair, 0)
         return result
@@ -180,6 +185,18 @@ class Worker:
             parent.keywords,
             called=repr(self._files[structure].factory),
         )
+
+    def _architecture(
+        self, result: FusionResult, made: Mapping[str, Any], state: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """Return what builds the result again from its file; None where no factory does."""
+        kind = self._files.get(made["structure"])
+        if type(kind) is not ModelFile:
+            return None
+        if not made["resized"]:
+            return Architecture("factory", kind.factory).to_dict()
+        found = of_factory(result, kind.factory, state)
+        return None if found is None else found.to_dict()
 
     def _prepared(self, name: str, pair: Pair, source: Source) -> PreparedModel:
         if name in self._failed:

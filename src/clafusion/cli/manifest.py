@@ -20,7 +20,18 @@ from clafusion.weights.factories import ModelFile
 __all__ = ["DATA_KEYS", "KEYS", "Manifest", "read_manifest"]
 
 KEYS = ("models", "factory", "pairs", "data", "weights", "settings", "out")
-DATA_KEYS = ("file", "key", "limit", "shape", "scale", "mean", "std", "text_column", "max_length")
+DATA_KEYS = (
+    "file",
+    "key",
+    "limit",
+    "shape",
+    "scale",
+    "mean",
+    "std",
+    "text_column",
+    "max_length",
+    "labels",
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,8 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     factory of all, or to a Hugging Face directory; ``pairs`` is ``all`` (the default), a list of
     pairs of names, or ``{base: NAME}`` for every model with that one first; ``data`` is a file or
     ``{file: FILE, limit: N, shape: [..], scale: X, mean: [..], std: [..], key: NAME}``,
-    of texts with ``text_column: NAME, max_length: N``;
+    of texts with ``text_column: NAME, max_length: N``, and with ``labels: NAME`` for the array of
+    that file that holds labels;
     ``weights`` are two numbers, of the first and the second model; ``settings`` is the nested
     mapping of :class:`clafusion.FusionConfig`, in which a list stands for several values, so that
     the pairs are fused by every combination; ``out`` is the directory for the results.
@@ -118,6 +130,7 @@ def _data(found: Any, root: Path) -> dict[str, Any]:
         ("limit", _is_whole),
         ("scale", _is_number),
         ("key", _is_text),
+        ("labels", _is_text),
         ("text_column", _is_text),
         ("max_length", _is_whole),
     ):

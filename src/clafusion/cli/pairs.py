@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clafusion.cli.options import warnings_by_entries
-from clafusion.cli.parameters import AsJson, Device
+from clafusion.cli.parameters import AsJson, Device, Labels
 from clafusion.cli.show import pair_progress, print_json, print_line, print_text, typed_command
 from clafusion.errors import InputError
 
@@ -86,6 +86,7 @@ def pairs_command(
     csv: Annotated[
         Path | None, typer.Option("--csv", help="Write a row for each pair (.csv).", metavar="FILE")
     ] = None,
+    labels: Labels = None,
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
@@ -98,6 +99,8 @@ def pairs_command(
     from clafusion.weights.atomic import check_output
 
     given = read_manifest(manifest)
+    if labels is not None:
+        given = replace(given, data={**given.data, "labels": labels})
     folder = out or given.out
     if folder is None:
         raise InputError(f"give --out DIR, or an entry out in {str(manifest)!r}")
@@ -182,9 +185,12 @@ def _fused(
     given: Manifest, how: _How, page: Path, executor: Executor | int | None
 ) -> list[PairResult]:
     from clafusion.batch.run import fuse_pairs
+    from clafusion.cli.inputs import labels_of
     from clafusion.weights.atomic import check_output
 
     samples = data_of_manifest(given)
+    data = given.data
+    labels = labels_of(data["file"], data.get("labels"), data.get("limit"))
     results: list[PairResult] = []
     for config in given.configs:
         with pair_progress() as report, warnings_by_entries():
@@ -200,6 +206,7 @@ def _fused(
                 cache_dir=how.cache_dir,
                 memory_limit=how.memory_limit,
                 device=None if how.device == "cpu" else how.device,
+                labels=labels,
                 progress=report,
             )
             check_output(page, (".html",), "--report")  # now that the folder is there

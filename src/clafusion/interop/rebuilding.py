@@ -36,6 +36,7 @@ __all__ = [
     "built_again",
     "check_of",
     "example_of_result",
+    "of_factory",
     "program_path",
 ]
 
@@ -105,7 +106,7 @@ def architecture_of(result: FusionResult, state: Mapping[str, Any], path: Path) 
         Nothing builds it again.
     """
     for factory in _factories(result):
-        found = _of_factory(result, factory, state)
+        found = of_factory(result, factory, state)
         if found is not None:
             return found
     if is_of_transformers(result.model):
@@ -149,10 +150,12 @@ def _factories(result: FusionResult) -> list[str]:
     return list(dict.fromkeys(one.factory for one in origins if one is not None))
 
 
-def _of_factory(
-    result: FusionResult, factory: str, state: Mapping[str, Any]
-) -> Architecture | None:
-    """Return the architecture of a factory, if it makes such a network."""
+def of_factory(result: FusionResult, factory: str, state: Mapping[str, Any]) -> Architecture | None:
+    """Return the architecture of a factory; None if it does not make the result's network.
+
+    It does if the names are the same, and of other widths if it then computes what the result
+    computes.
+    """
     lean = not isinstance(result.problem.storage, InMemory)
     try:
         fresh = (model_without_weights if lean else build_model)(factory)

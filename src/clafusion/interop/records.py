@@ -20,7 +20,7 @@ from clafusion.interop.programs import PROGRAM
 from clafusion.interop.rebuilding import Architecture, program_path
 from clafusion.weights.atomic import check_output, replacing
 from clafusion.weights.digests import tensors_digest, versions
-from clafusion.weights.factories import origin_of
+from clafusion.weights.factories import Model, ModelFile, origin_of
 from clafusion.weights.state_files import tensors_of
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ __all__ = [
     "check_companions",
     "read_record",
     "record_of",
+    "record_of_pair",
     "record_path",
     "write_record",
 ]
@@ -71,6 +72,29 @@ def record_of(result: FusionResult, architecture: Architecture) -> dict[str, Any
         "versions": versions(),
         "assessment": None if result.assessment is None else result.assessment.to_dict(),
         "evaluation": None if result.evaluation is None else result.evaluation.to_dict(),
+    }
+
+
+def record_of_pair(
+    facts: Mapping[str, Any], models: Mapping[str, Model], data_hash: str
+) -> dict[str, Any]:
+    """Return the same of one of many pairs: see :func:`clafusion.batch.results.result_of`."""
+    parents = []
+    for name, weight in zip((facts["first"], facts["second"]), facts["weights"], strict=True):
+        one = models[name]
+        of_file: dict[str, str | None] = dict.fromkeys(("factory", "file", "key"))
+        if isinstance(one, ModelFile):
+            of_file = {"factory": one.factory, "file": str(one.path), "key": one.key}
+        sha256 = facts["models"][name]["sha256"]
+        parents.append({"name": name, "weight": weight, **of_file, "sha256": sha256})
+    return {
+        "architecture": facts["architecture"],
+        "parents": parents,
+        "settings": facts["settings"],
+        "data": data_hash,
+        "versions": versions(),
+        "assessment": facts["assessment"],
+        "evaluation": facts["evaluation"],
     }
 
 

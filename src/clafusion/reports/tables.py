@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from clafusion.alignment.models import AlignedModels, PairAlignment
+from clafusion.assessment.evaluation import MEANS
 from clafusion.config import ManyToOne
 from clafusion.merging.problem import Parent
 from clafusion.reports.quality_tables import agreement_text, assessment_table, distance_text
 from clafusion.reports.text import fact_lines, plain_table, seconds_text, shortened
-from clafusion.results import FusionResult
+from clafusion.results import RESULT, FusionResult
 from clafusion.settings import described
 from clafusion.tracing.layer import Stream
 from clafusion.tracing.model import TracedModel
@@ -306,6 +307,7 @@ def pairs_summary(results: Sequence[PairResult]) -> str:
 
     settings = differing_settings(results)
     has_several = len(set(settings)) > 1
+    labelled = _labelled_titles(results)
     rows = [
         [
             one.first,
@@ -314,6 +316,7 @@ def pairs_summary(results: Sequence[PairResult]) -> str:
             one.deep or "",
             cost_text(one),
             *assessed_cells(one),
+            *(_labelled_cells(one) if labelled else []),
             f"{math.fsum(one.seconds.values()):.2f}",
             "failed" if one.error is not None else "fused before" if one.resumed else "fused",
         ]
@@ -328,7 +331,8 @@ def pairs_summary(results: Sequence[PairResult]) -> str:
         "seconds": seconds_text(total_seconds(results)),
     }
     several = ["settings"] if has_several else []
-    titles = ["first", "second", *several, "deep", "cost", *ASSESSED, "seconds", "outcome"]
+    titles = ["first", "second", *several, "deep", "cost", *ASSESSED, *labelled]
+    titles += ["seconds", "outcome"]
     numeric = range(3 + len(several), len(titles) - 1)
     return f"{plain_table(titles, rows, numeric)}\n\n{fact_lines(facts)}"
 
@@ -339,6 +343,28 @@ def assessed_cells(result: PairResult) -> list[str]:
     near = None if found is None else found.result
     parent = None if found is None else found.parents[found.nearest_parent]
     return [agreement_text(near), distance_text(near), distance_text(parent)]
+
+
+def _labelled_titles(results: Sequence[PairResult]) -> list[str]:
+    """Return the titles of what labels say; none where there were none."""
+    kinds = {one.evaluation.kind for one in results if one.evaluation is not None}
+    if not kinds:
+        return []
+    return ["accuracy" if "classes" in kinds else "loss", "better parent's", "of both"]
+
+
+def _labelled_cells(result: PairResult) -> list[str]:
+    """Return the accuracies, or losses, of the result, the better parent, and both together."""
+    if result.evaluation is None:
+        return [""] * 3
+    scores = result.evaluation.scores
+    together = next((scores[name] for name in reversed(MEANS) if name in scores), None)
+    parents = scores[result.first], scores[result.second]
+    better = min(parents, key=lambda one: one.loss if one.accuracy is None else -one.accuracy)
+    return [
+        f"{one.loss:.3g}" if one.accuracy is None else f"{100 * one.accuracy:.1f} %"
+        for one in (scores[RESULT], better, together or better)
+    ]
 
 
 def cost_text(result: PairResult) -> str:

@@ -60,7 +60,9 @@ def write_report(
         A pair that is shown in detail beside the best and the worst one. Any other can be chosen on
         the page.
     accuracies
-        Accuracies on labelled data. They rank the pairs then; else agreements without labels do.
+        Accuracies on labelled data of your own. They rank the pairs then, and stand in place of
+        those that :func:`clafusion.fuse_pairs` measured, if it had labels. Without either the
+        agreements do.
     values
         More numbers of pairs, by what they are called: each gets a heat map and a column.
     run
@@ -200,7 +202,7 @@ def _plots(
     plots = []
     if cost is not None and quality is not None and quality is not cost:
         plots.append(scatter(results, cost, quality))
-    if quality is not None and quality.key == "accuracy" and "agreement" in known:
+    if quality is not None and quality.key in ("accuracy", "loss") and "agreement" in known:
         plots.append(scatter(results, known["agreement"], quality))
     if not plots:
         return ""
@@ -213,7 +215,8 @@ _BOARD = (
     "Agreement and distance: how near the fused network comes to what both models put out "
     "together, the ensemble, on inputs without labels that were kept out of the fusion. A distance "
     "is a Kullback-Leibler divergence in nats, or of values a relative squared error: less is "
-    "better. Gaps are of accuracies where the page has them, else of agreements or distances; "
+    "better. Accuracy and loss are on the labels of the same inputs. Gaps are of accuracies where "
+    "the page has them, else of agreements or distances; "
     "above 0 the fused network is better. Operations are floating-point ones for one input; a "
     "multiplication and an addition are two."
 )

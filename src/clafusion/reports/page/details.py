@@ -56,6 +56,8 @@ def load_line(result: PairResult) -> str:
     path = str(result.path)
     if result.factory is not None:
         return f"model = clafusion.load({result.factory!r}, {path!r})"
+    if result.loads_itself:  # with other widths
+        return f"model = clafusion.load({path!r}, trust_code=True)"
     if not result.path.name.endswith((".safetensors", ".pt")):  # a Hugging Face directory
         return f"model = clafusion.load({path!r})"
     if not result.resized:
@@ -85,6 +87,8 @@ def _facts(result: PairResult) -> list[tuple[str, str]]:
         if assessment.nearer:
             names = " and ".join(assessment.nearer)
             found.append(("attention", f"{names} alone comes nearer to both than the result"))
+    if result.evaluation is not None:
+        found += [(f"labels: {name}", str(one)) for name, one in result.evaluation.scores.items()]
     alignment = result.alignment
     assert alignment is not None, "the pair is fused"
     how = "forced by structure" if alignment.forced else "chosen by cost"

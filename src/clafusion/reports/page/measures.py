@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from clafusion.assessment.evaluation import MEANS
 from clafusion.batch.results import Pair, PairResult
 from clafusion.reports.page.markup import compact, percent
+from clafusion.results import RESULT
 
 __all__ = ["Accuracies", "Measure", "measures_of", "quality_of"]
 
@@ -65,9 +67,12 @@ class Measure:
 
 
 def quality_of(measures: Sequence[Measure]) -> Measure | None:
-    """Return the measure that ranks the pairs: accuracy, else agreement, distance, or the cost."""
+    """Return the measure that ranks the pairs.
+
+    With labels that is the accuracy, or of values the loss, else agreement, distance, or the cost.
+    """
     known = {one.key: one for one in measures}
-    keys = ("accuracy", "agreement", "distance", "cost")
+    keys = ("accuracy", "loss", "agreement", "distance", "cost")
     return next((known[key] for key in keys if key in known), None)
 
 
@@ -78,13 +83,14 @@ def measures_of(
 ) -> list[Measure]:
     """Return all measures of which a number is known, in the order in which they are shown."""
     fused = {i: one for i, one in enumerate(results) if one.error is None}
-    given = accuracies or Accuracies()
+    accuracy = _given(fused, accuracies) if accuracies else _scored(fused, "accuracy")
+    loss = _scored(fused, "loss")
+    is_ranking = not accuracy.pairs  # of values the loss is all there is
     found = [
-        Measure(
-            "accuracy", "accuracy, %", _of_pairs(fused, given.pairs), percent, "high", given.models
-        ),
+        Measure("accuracy", "accuracy, %", accuracy.pairs, percent, "high", accuracy.models),
+        Measure("loss", "loss", loss.pairs, _number, "low", loss.models, in_map=is_ranking),
         *_assessed(fused),
-        *_gaps(fused, given),
+        *_gaps(fused, accuracy, loss),
         *_sizes(fused),
         *(
             Measure(f"given{i}", label, _of_pairs(fused, numbers), _number)
@@ -92,6 +98,37 @@ def measures_of(
         ),
     ]
     return [one for one in found if one.values]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """One score of the results and of both models together, by index, and of the models alone."""
+
+    pairs: Mapping[int, float]
+    models: Mapping[str, float]
+    ensembles: Mapping[int, float]
+
+
+def _given(fused: Mapping[int, PairResult], given: Accuracies) -> _Scores:
+    return _Scores(_of_pairs(fused, given.pairs), given.models, _of_pairs(fused, given.ensembles))
+
+
+def _scored(fused: Mapping[int, PairResult], name: Literal["accuracy", "loss"]) -> _Scores:
+    """Return what labels said, as far as there were any."""
+    pairs: dict[int, float] = {}
+    models: dict[str, float] = {}
+    ensembles: dict[int, float] = {}
+    for i, one in fused.items():
+        scores = {} if one.evaluation is None else one.evaluation.scores
+        known = {key: getattr(score, name) for key, score in scores.items()}
+        known = {key: value for key, value in known.items() if value is not None}
+        if RESULT in known and math.isfinite(known[RESULT]):
+            pairs[i] = known[RESULT]
+        models |= {key: known[key] for key in (one.first, one.second) if key in known}
+        together = next((known[key] for key in reversed(MEANS) if key in known), None)
+        if together is not None:
+            ensembles[i] = together
+    return _Scores(pairs, models, ensembles)
 
 
 def _assessed(fused: Mapping[int, PairResult]) -> Iterable[Measure]:
@@ -127,33 +164,57 @@ def _alone(results: Iterable[PairResult], number: Callable[..., float | None]) -
     return {name: math.fsum(values) / len(values) for name, values in found.items()}
 
 
-def _gaps(fused: Mapping[int, PairResult], given: Accuracies) -> Iterable[Measure]:
+def _gaps(fused: Mapping[int, PairResult], accuracy: _Scores, loss: _Scores) -> Iterable[Measure]:
     """Return how far each result is above the better parent, and above the ensemble.
 
-    Of accuracies where they are given, else of the agreement with the ensemble, else of distances.
+    Of accuracies or losses where they are known, else of the agreement with the ensemble, else of
+    distances.
     """
+    is_share = bool(accuracy.pairs) or (
+        not loss.pairs and any(one.agreement is not None for one in fused.values())
+    )
+    if accuracy.pairs or loss.pairs:
+        parent, ensemble = _gaps_of(fused, accuracy if is_share else loss, 1 if is_share else -1)
+    else:
+        parent, ensemble = _gaps_of_nearness(fused, is_share=is_share)
+    what = "loss" if loss.pairs else "distance"
+    unit, show = ("points", _points) if is_share else (what, _signed)
+    yield Measure("gap_parent", f"gap to better parent, {unit}", parent, show, "high")
+    is_known = bool(accuracy.pairs or loss.pairs)  # by agreement it is the agreement again
+    yield Measure(
+        "gap_ensemble", f"gap to ensemble, {unit}", ensemble, show, "high", in_map=is_known
+    )
+
+
+def _gaps_of(
+    fused: Mapping[int, PairResult], scores: _Scores, sign: int
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Return how much better each result is than the better parent, and than both together."""
     parent: dict[int, float] = {}
     ensemble: dict[int, float] = {}
-    is_share = bool(given.pairs) or any(one.agreement is not None for one in fused.values())
+    for i, value in scores.pairs.items():
+        names = fused[i].first, fused[i].second
+        if all(name in scores.models for name in names):
+            parent[i] = sign * value - max(sign * scores.models[name] for name in names)
+        if i in scores.ensembles:
+            ensemble[i] = sign * (value - scores.ensembles[i])
+    return parent, ensemble
+
+
+def _gaps_of_nearness(
+    fused: Mapping[int, PairResult], *, is_share: bool
+) -> tuple[dict[int, float], dict[int, float]]:
+    """Return the same of agreements with both together, or of distances from them."""
+    parent: dict[int, float] = {}
+    ensemble: dict[int, float] = {}
     for i, one in fused.items():
-        pair = one.first, one.second
-        if given.pairs:
-            if pair in given.pairs and all(name in given.models for name in pair):
-                parent[i] = given.pairs[pair] - max(given.models[name] for name in pair)
-            if pair in given.pairs and pair in given.ensembles:
-                ensemble[i] = given.pairs[pair] - given.ensembles[pair]
-        elif is_share and one.assessment is not None and one.agreement is not None:
-            near = [alone.agreement or 0.0 for alone in one.assessment.parents.values()]
-            parent[i] = one.agreement - max(near)
+        alone = [] if one.assessment is None else list(one.assessment.parents.values())
+        if alone and is_share and one.agreement is not None:
+            parent[i] = one.agreement - max(near.agreement or 0.0 for near in alone)
             ensemble[i] = one.agreement - 1
-        elif not is_share and one.assessment is not None and math.isfinite(one.distance):
-            near = [alone.distance for alone in one.assessment.parents.values()]
-            parent[i] = min(near) - one.distance
-    unit, show = ("points", _points) if is_share else ("distance", _signed)
-    yield Measure("gap_parent", f"gap to better parent, {unit}", parent, show, "high")
-    yield Measure(
-        "gap_ensemble", f"gap to ensemble, {unit}", ensemble, show, "high", in_map=bool(given.pairs)
-    )
+        elif alone and not is_share and math.isfinite(one.distance):
+            parent[i] = min(near.distance for near in alone) - one.distance
+    return parent, ensemble
 
 
 def _sizes(fused: Mapping[int, PairResult]) -> Iterable[Measure]:

@@ -153,7 +153,7 @@ def models_table(results: Sequence[PairResult], measures: Sequence[Measure]) -> 
     """Return the table of the models: what they are, and how good each is alone and in pairs."""
     names = list(dict.fromkeys(name for one in results for name in (one.first, one.second)))
     own = {one.key: one for one in measures if one.models}
-    shown = [own[key] for key in ("accuracy", "agreement", "distance") if key in own]
+    shown = [own[key] for key in ("accuracy", "loss", "agreement", "distance") if key in own]
     sizes = [own[key] for key in ("parameters", "operations") if key in own]
     titles = [
         "model",
