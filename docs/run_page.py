@@ -6,8 +6,9 @@
 
 A page is run from top to bottom in an empty folder. ``python`` blocks share their names; one with a
 title is written to the file of that name instead. ``sh`` blocks hold commands of clafusion, run one
-after another. A ``text`` block right behind a block is what that block prints. Blocks of other
-languages are not run, nor is a block behind ``<!-- not run -->``.
+after another; ``# exit code 1`` behind one says that it ends so. A ``text`` block right behind a
+block is what that block prints. Blocks of other languages are not run, nor is a block behind
+``<!-- not run -->``.
 
 Training differs a little between machines. So two outputs are the same if their words and whole
 numbers are, and the other numbers nearly. A number in seconds may be any. Of an output behind
@@ -37,7 +38,8 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?(?![\w.]*\w)")
-SECONDS = re.compile(r"\s+[\d.]+(?=\s+fused$)")  # of a row in a table of pairs
+EXIT_CODE = re.compile(r"# exit code (\d+)$")
+SECONDS = re.compile(r"\s+[\d.]+(?=\s+fused( before)?$)")  # of a row in a table of pairs
 POINTS = 5.0  # how far shares in percent may be apart
 RELATIVE = 0.3  # and other numbers that are not whole
 
@@ -107,8 +109,8 @@ def _commands(code: str) -> None:
     for line in code.replace("\\\n", " ").splitlines():
         name, *arguments = shlex.split(line, comments=True) or ("#",)
         if name == "clafusion":
-            status = main(arguments)
-            if status:
+            status, told = main(arguments), EXIT_CODE.search(line)
+            if status != (int(told[1]) if told else 0):
                 raise RuntimeError(f"{line}: exit code {status}")
         elif name != "#":
             raise ValueError(f"{line}: only commands of clafusion are run")

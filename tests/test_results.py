@@ -87,11 +87,12 @@ def test_plain_data_goes_through_json(result):
 
 def test_frames_are_made_by_pandas_where_it_is_there(result, monkeypatch):
     made = []
-    frame = SimpleNamespace(DataFrame=lambda rows, columns: made.append((rows, columns)) or "frame")
+    frame = SimpleNamespace(DataFrame=lambda columns: made.append(columns) or "frame")
     monkeypatch.setitem(sys.modules, "pandas", frame)
     assert result.to_frame() == "frame"
     assert result.aligned.to_frame() == "frame"
-    assert made[0] == (list(result.table.rows), list(result.table.columns))
+    assert made[0]["network"] == [row["network"] for row in result.table]
+    assert list(made[0]) == list(result.table.columns)
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(InputError, match="pip install pandas"):
         result.to_frame()

@@ -25,3 +25,16 @@ def test_rows_are_dictionaries_and_cells_are_short():
     assert next(iter(TABLE)) == {"name": "a, b", "value": 0.123456, "note": None}
     assert len(TABLE) == 2
     assert TABLE.cells() == [["a, b", "0.1235", ""], ['"c"', "2", ""]]
+
+
+def test_a_frame_is_written_as_parquet_and_comes_back(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    rows = (("a", "auto", 1, 0.5), ("b", 0.25, 2, None))
+    frame = Table(("name", "anchor", "count", "value"), rows).to_frame()
+    assert frame["anchor"].tolist() == ["auto", "0.25"]
+    assert frame["count"].tolist() == [1, 2]
+    assert frame["value"].isna().tolist() == [False, True]
+    frame.to_parquet(tmp_path / "frame.parquet")
+    pandas.testing.assert_frame_equal(pandas.read_parquet(tmp_path / "frame.parquet"), frame)
+    assert list(Table(("a", "b"), ()).to_frame().columns) == ["a", "b"]

@@ -57,6 +57,9 @@ class Table:
     def to_frame(self) -> Any:
         """Return a ``pandas.DataFrame``.
 
+        In a column of texts and numbers, as that of an option which takes both, all are texts, so
+        that the frame can be written as Parquet.
+
         Raises
         ------
         InputError
@@ -69,7 +72,9 @@ class Table:
                 "to_frame() needs the library pandas: pip install pandas; to_dicts() and "
                 "to_csv() need none"
             ) from error
-        return DataFrame(list(self.rows), columns=list(self.columns))
+        columns = [list(values) for values in zip(*self.rows, strict=True)]
+        named = zip(self.columns, columns or [[] for _ in self.columns], strict=True)
+        return DataFrame({name: _of_one_kind(values) for name, values in named})
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return the table as CSV; with ``path`` write it there, too.
@@ -100,6 +105,13 @@ class Table:
             for row in self.cells()
         )
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _of_one_kind(values: list[Any]) -> list[Any]:
+    kinds = {isinstance(one, str) for one in values if one is not None}
+    if len(kinds) < 2:
+        return values
+    return [one if one is None else str(one) for one in values]
 
 
 def _shown(value: Any) -> str:

@@ -159,3 +159,22 @@ def test_a_pair_of_other_widths_is_loaded_by_its_line(tmp_path, monkeypatch):
     )
     assert again.resumed
     assert load_line(again) == line
+
+
+def test_the_command_line_goes_on_where_python_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(FACTORY)
+    models = {}
+    for name, widths in (("a", "12, 9, 5"), ("b", "12, 9, 8, 5")):
+        models[name] = ModelFile(f"nets.py:mlp({widths})", f"{name}.safetensors")
+        save_model(modules()[name], models[name].path)
+    np.savez("data.npz", x=DATA.numpy(), y=LABELS.numpy())
+    list(fuse_pairs(models, DATA, labels=LABELS, out_dir="fused", calibration="none"))
+    (tmp_path / "zoo.yaml").write_text(
+        "models:\n"
+        '  a: {factory: "nets.py:mlp(12, 9, 5)", weights: a.safetensors}\n'
+        '  b: {factory: "nets.py:mlp(12, 9, 8, 5)", weights: b.safetensors}\n'
+        "data: {file: data.npz, labels: y}\nsettings: {calibration: none}\nout: fused\n"
+    )
+    assert main(["fuse-pairs", "zoo.yaml", "--json"]) == 0
+    assert '"resumed": 1' in capsys.readouterr().out

@@ -218,19 +218,21 @@ class ModelFile:
     def digest(self) -> str:
         """Return the SHA-256 of the weights, the factory's text and the file that defines it.
 
-        What that file imports does not enter.
+        Where that file and the weights lie does not enter, nor what the file imports.
 
         Raises
         ------
         InputError
             The file is missing or may not be read.
         """
-        digest = hashlib.sha256(self.factory.encode())
+        matched = _SPEC.fullmatch(self.factory.strip())
+        module = "" if matched is None else matched["module"]
+        text = self.factory.strip().removeprefix(module) if module.endswith(".py") else self.factory
+        digest = hashlib.sha256(text.encode())
         digest.update(weights_digest(self.path).encode())
         if self.key is not None:
             digest.update(f"key {self.key}".encode())
-        matched = _SPEC.fullmatch(self.factory.strip())
-        code = _source(matched["module"]) if matched is not None else None
+        code = _source(module) if module else None
         if code is not None and code.is_file():
             digest.update(code.read_bytes())
         return digest.hexdigest()

@@ -212,8 +212,8 @@ def _plots(
 
 
 _BOARD = (
-    "Agreement and distance: how near the fused network comes to what both models put out "
-    "together, the ensemble, on inputs without labels that were kept out of the fusion. A distance "
+    "Agreement and distance say how near the fused network comes to what both models put out "
+    "together, the ensemble, on inputs that were kept out of the fusion. A distance "
     "is a Kullback-Leibler divergence in nats, or of values a relative squared error: less is "
     "better. Accuracy and loss are on the labels of the same inputs. Gaps are of accuracies where "
     "the page has them, else of agreements or distances; "
@@ -221,10 +221,10 @@ _BOARD = (
     "multiplication and an addition are two."
 )
 _COSTS = (
-    "The cost of an alignment says how much alike the layers are that were matched. Alone it "
-    "misleads about the result: over 21 pairs each of two sets of networks its rank correlation "
+    "The cost of an alignment says how different the matched layers are. It says little about "
+    "the result: over 21 pairs each of two sets of networks its rank correlation "
     "with the accuracy was -0.35 and +0.19, that of the agreement 0.95 and 0.82. Hollow points: "
-    "the networks' structure admits one alignment only, so that the costs decided nothing."
+    "the networks' structures admit one alignment only, so the costs decided nothing."
 )
 _STAGES = (
     "Work that pairs share is counted in the pair for which it was done. Memory: what was held at "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Literal
 
 from clafusion.assessment.evaluation import MEANS
@@ -86,11 +87,13 @@ def measures_of(
     accuracy = _given(fused, accuracies) if accuracies else _scored(fused, "accuracy")
     loss = _scored(fused, "loss")
     is_ranking = not accuracy.pairs  # of values the loss is all there is
+    groups = [_assessed(fused), _gaps(fused, accuracy, loss)]
+    if accuracy.pairs or loss.pairs:  # then the gaps are of them
+        groups.reverse()
     found = [
         Measure("accuracy", "accuracy, %", accuracy.pairs, percent, "high", accuracy.models),
         Measure("loss", "loss", loss.pairs, _number, "low", loss.models, in_map=is_ranking),
-        *_assessed(fused),
-        *_gaps(fused, accuracy, loss),
+        *chain.from_iterable(groups),
         *_sizes(fused),
         *(
             Measure(f"given{i}", label, _of_pairs(fused, numbers), _number)
@@ -247,7 +250,7 @@ def _number(value: float) -> str:
 
 
 def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
+    return f"{round(100 * value, 1) + 0.0:+.1f}"  # no -0.0
 
 
 def _signed(value: float) -> str:
