@@ -112,8 +112,7 @@ def _properties(first: Member, second: Member, largest: Member) -> dict[str, Any
 
     ``largest`` has the structure that can hold both. ``first`` and ``second`` say how far the
     result is from the only parent that has weight, the first or the second; ``told`` names those of
-    which a warning says that their function is not kept, ``uneven`` those of whose channels the
-    result has no multiple.
+    which a warning says that their function is not kept.
     """
     inputs = first.inputs
     pair = [first.model, second.model]
@@ -121,7 +120,6 @@ def _properties(first: Member, second: Member, largest: Member) -> dict[str, Any
     aligned = clafusion.align(pair, [inputs], _CALIBRATIONS["repair"], example_inputs=inputs)
     gaps: dict[str, float] = {}
     told: list[str] = []
-    uneven: list[str] = []
     plain = clafusion.FusionConfig(calibration="none", target=clafusion.Like(largest.model))
     for name, weights in (("first", [1.0, 0.0]), ("second", [0.0, 1.0])):
         parent = pair[weights.index(1.0)]
@@ -130,8 +128,6 @@ def _properties(first: Member, second: Member, largest: Member) -> dict[str, Any
             result = fuse_aligned(aligned, [inputs], weights, plain, template=largest.traced)
         if any(isinstance(one.message, _TOLD) for one in given):
             told.append(name)
-        if _is_uneven(result, pair.index(parent)):
-            uneven.append(name)
         gaps[name] = _gap(result.model, parent, inputs)
     gaps["itself"] = max(first.itself, second.itself)
     gaps["copy"] = max(first.copy, second.copy)
@@ -140,7 +136,7 @@ def _properties(first: Member, second: Member, largest: Member) -> dict[str, Any
         for calibration, config in _CALIBRATIONS.items()
     }
     holds = (
-        all(gaps[name] <= EXACT or name in told + uneven for name in ("first", "second"))
+        all(gaps[name] <= EXACT or name in told for name in ("first", "second"))
         and max(gaps["itself"], gaps["copy"]) <= _CALIBRATED
         and all(finite.values())
     )
@@ -149,7 +145,6 @@ def _properties(first: Member, second: Member, largest: Member) -> dict[str, Any
         "outcome": "fused" if holds else "wrong",
         **rounded,
         "told": told,
-        "uneven": uneven,
         **finite,
     }
 
@@ -157,12 +152,6 @@ def _properties(first: Member, second: Member, largest: Member) -> dict[str, Any
 _CALIBRATIONS = {
     name: clafusion.FusionConfig(calibration=name) for name in ("repair", "least_squares")
 }
-
-
-def _is_uneven(result: clafusion.FusionResult, parent: int) -> bool:
-    """Return whether a width of the result is no multiple of a parent's."""
-    plans = [plan for plan in result.problem.parents[parent].plans if plan is not None]
-    return any(plan.shape[1] % plan.shape[0] for plan in plans)
 
 
 def _gap(model: nn.Module, other: nn.Module, inputs: Inputs) -> float:

@@ -99,11 +99,12 @@ class PinnedWarning(FusionWarning):
 
 
 class WidthWarning(FusionWarning):
-    """A width at which something of the networks' functions is not kept.
+    """What a network computes is not kept in the result's numbers of channels.
 
-    Two networks differ in the number of channels that are counted, not weighed: where one has more
-    of them, copies of a channel add up, see ``ChannelGroup.is_counted``. Or a wider result has no
-    places of their own for some channels, or a norm that spans both networks' channels.
+    Channels that differ in number are counted, not weighed, so that copies of one add up (see
+    ``ChannelGroup.is_counted``); the result has fewer heads of queries; the only network that
+    has weight has widths of which the result's are no multiples; or a wider result has no places
+    of their own for some channels, or a norm that spans both networks' channels.
     """
 
 

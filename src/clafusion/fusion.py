@@ -30,7 +30,13 @@ from clafusion.memory import bytes_of, check_limit, check_weights, needed_memory
 from clafusion.merging.layer_weights import weigh_layers
 from clafusion.merging.left_out import left_out_parameters, warn_of_left_out
 from clafusion.merging.problem import FusionProblem
-from clafusion.problems import matched_with_mean, problem_of, with_merge_weights, with_rotations
+from clafusion.merging.widths import warn_of_uneven_widths
+from clafusion.problems import (
+    matched_with_mean,
+    prepared_sources,
+    problem_of,
+    with_merge_weights,
+)
 from clafusion.profiling.batches import Data, Progress, rows_side_by_side
 from clafusion.profiling.on_demand import RowsOnDemand
 from clafusion.profiling.profile import ModelProfile
@@ -374,7 +380,7 @@ def _fused(
             chosen = choose_target(aligned, config, template)
             sources = sources_of(chosen, aligned)
         with clock.stage("match"):
-            sources = with_rotations(aligned.names, sources, data, config)
+            sources = prepared_sources(aligned.names, sources, data, config)
             problem = problem_of(aligned.names, sources, weights, config)
         if isinstance(config.merging.strategy, Barycentre):
             with clock.stage("barycentre"):
@@ -385,6 +391,7 @@ def _fused(
         progress("match", 1)
     left_out = left_out_parameters(problem)
     warn_of_left_out(problem, left_out)
+    warn_of_uneven_widths(problem)
     for one in aligned.profiles:
         if isinstance(one.rows, RowsOnDemand):
             one.rows.close()

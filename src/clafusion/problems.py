@@ -9,15 +9,22 @@ from clafusion.alignment.models import AlignedModels, label
 from clafusion.calibration.methods import calibrate
 from clafusion.config import FusionConfig, LeastSquares, Orthogonal, Repair
 from clafusion.errors import ConvergenceWarning, InputError, warn
+from clafusion.matching.head_order import exchanged_model
+from clafusion.matching.module_order import module_orders
 from clafusion.matching.orthogonal import rotate_sources
 from clafusion.matching.own_places import match_with_own_places
-from clafusion.matching.plans import Matched, match_sources
+from clafusion.matching.plans import Matched, cost_by_values, match_sources
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent, plans_are_at_rest
 from clafusion.profiling.batches import Data
 from clafusion.stages import needs_moments, profile_traced
 from clafusion.targets.sources import TargetSources, source_of
 
-__all__ = ["matched_with_mean", "problem_of", "with_merge_weights", "with_rotations"]
+__all__ = [
+    "matched_with_mean",
+    "prepared_sources",
+    "problem_of",
+    "with_merge_weights",
+]
 
 
 def problem_of(
@@ -62,7 +69,48 @@ def _parent(name: str, matched: Matched, weight: float) -> Parent:
     )
 
 
-def with_rotations(
+def prepared_sources(
+    names: Sequence[str], sources: TargetSources, data: Data, config: FusionConfig
+) -> TargetSources:
+    """Bring the sources nearer to the target before their channels are matched.
+
+    Modules of lists come into the target's order, and streams are rotated where the solver asks for
+    that.
+
+    Raises
+    ------
+    InputError
+        The norms of a model are not folded, as it was profiled for another solver.
+    """
+    return _with_rotations(names, _with_modules_in_order(sources, data, config), data, config)
+
+
+def _with_modules_in_order(
+    sources: TargetSources, data: Data, config: FusionConfig
+) -> TargetSources:
+    """Put the modules of lists, as experts, of the sources in the target's order.
+
+    A source whose modules change places is observed again.
+    """
+    metric = cost_by_values(config)
+    found = []
+    for i, one in enumerate(sources.sources):
+        orders = {}
+        if i != sources.reference:
+            orders = module_orders(
+                one.correspondence, one.target, one.profile, metric=metric, known=one.plans
+            )
+        if orders:
+            heads = [(one.profile.traced.heads[index], order) for index, order in orders.items()]
+            model = exchanged_model(one.profile.traced, heads)
+            (profile,) = profile_traced([model], data, config)
+            correspondence = replace(one.correspondence, source=model)
+            one = replace(one, correspondence=correspondence, profile=profile, orders=orders)
+        found.append(one)
+    return replace(sources, sources=tuple(found))
+
+
+def _with_rotations(
     names: Sequence[str], sources: TargetSources, data: Data, config: FusionConfig
 ) -> TargetSources:
     """Rotate the sources' streams into the target's, where the solver asks for that.
@@ -121,7 +169,7 @@ def matched_with_mean(
         means = TargetSources(mean_profile, tuple(found), -1)
         again = problem_of(
             aligned.names,
-            with_rotations(aligned.names, means, data, config),
+            prepared_sources(aligned.names, means, data, config),
             [one.weights.overall for one in problem.parents],
             config,
         )

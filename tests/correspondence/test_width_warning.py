@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import clafusion
 from clafusion import Barycentre, Deeper, Like, WidthWarning, fuse, trace
-from tests.support import networks
+from tests.support import families, networks
 
 INPUTS = torch.randn(80, 6, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randint(0, 9, (80, 5), generator=torch.Generator().manual_seed(1))
@@ -204,3 +204,15 @@ def test_a_size_of_head_that_the_code_fixes_is_told_in_either_order(widths, impl
         fused = fuse(models, tokens, [1, 0], calibration="none").model
     with torch.no_grad():
         torch.testing.assert_close(fused(tokens).logits, models[0](tokens).logits)
+
+
+def test_heads_of_queries_that_have_no_place_are_told():
+    pytest.importorskip("transformers")
+    many = families.llama(1, heads=8, keys=2, seed=1)
+    few = families.llama(2, heads=4, keys=2)
+    with pytest.warns(WidthWarning, match="4 heads of queries share .* and 2 in the result"):
+        fuse([few, many], [families.TEXT], example_inputs=families.TEXT, calibration="none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", WidthWarning)
+        more = families.llama(2, heads=8, keys=4)
+        fuse([more, many], [families.TEXT], example_inputs=families.TEXT, calibration="none")

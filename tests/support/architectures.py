@@ -1351,6 +1351,27 @@ def mixture() -> nn.Module:
     )
 
 
+@architecture("Experts in a list, weighed and added up", VECTOR, channels=(1, 1, 1, 6, 6, 6, 16))
+def listed_experts() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.stem(x).relu()
+        shares = m.router(x).softmax(-1)
+        found = torch.zeros_like(x)
+        for i, expert in enumerate(m.experts):
+            found += shares[:, i : i + 1] * expert(x)
+        return m.head(x + found)
+
+    return Forward(
+        forward,
+        stem=nn.Linear(12, 16),
+        router=nn.Linear(16, 3),
+        experts=nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 6), nn.ReLU(), nn.Linear(6, 16)) for _ in range(3)
+        ),
+        head=nn.Linear(16, CLASSES),
+    )
+
+
 @architecture("Weights made by a network (hypernetwork)", VECTOR, channels=())
 def hypernetwork() -> nn.Module:
     def forward(m: Any, x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ PINNED = {
     "Channels chosen by the input",
     "Channels sorted",
     "Features sampled on a grid",
+    "Soft mixture of experts",
     "Weight read as a layer and as a table",
     "Weights made by a network (hypernetwork)",
     "Maxout over neighbouring channels",

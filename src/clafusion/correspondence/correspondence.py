@@ -17,7 +17,7 @@ from typing import Literal
 from torch import Tensor
 
 from clafusion.correspondence.hooks import HookPair, hook_pairs, source_hook
-from clafusion.correspondence.shared_heads import share_otherwise
+from clafusion.correspondence.shared_heads import lacks_heads, share_otherwise
 from clafusion.errors import StructureError, WidthWarning, warn
 from clafusion.tracing.layer import CalibrationPoint, HookPoint, Layer
 from clafusion.tracing.model import TracedModel
@@ -326,11 +326,13 @@ def warn_of_counted_channels(correspondence: Correspondence, name: str = "the so
     Warns
     -----
     WidthWarning
-        The message names the channels. See :attr:`ChannelGroup.is_counted`.
+        The message names the channels. See :attr:`ChannelGroup.is_counted`. Another one names
+        the keys that fewer heads of queries share in the target.
     """
     target, source = correspondence.target, correspondence.source
     heads = correspondence.head_counts
     found: dict[tuple[int, int], list[str]] = {}
+    fewer: dict[tuple[int, int], list[str]] = {}
     for one, other in zip(target.groups, correspondence.groups, strict=True):
         if other < 0:
             continue
@@ -339,6 +341,9 @@ def warn_of_counted_channels(correspondence: Correspondence, name: str = "the so
         sizes = partner.size // of_partner, one.size // of_one
         if (one.is_counted or partner.is_counted) and sizes[0] != sizes[1]:
             found.setdefault(sizes, []).append(one.name)
+        if lacks_heads(one, partner, (of_one, of_partner)):
+            heads_of_queries = of_partner * partner.sharing, of_one * one.sharing
+            fewer.setdefault(heads_of_queries, []).append(one.name)
     for (of_source, of_target), names in found.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         warn(
@@ -346,5 +351,13 @@ def warn_of_counted_channels(correspondence: Correspondence, name: str = "the so
             "result, are added up without weights (queries with keys, a softmax, a sum or an "
             "unbiased variance over channels, an embedding's weights used again for the outputs), "
             "so that each copy of them counts: what the network computes there is not kept",
+            WidthWarning,
+        )
+    for (of_source, of_target), names in fewer.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warn(
+            f"{of_source} heads of queries share the keys and values of {names[0]!r}{more} in "
+            f"{name}, and {of_target} in the result: each of these is a mean of several of {name}, "
+            "and what the network computes there is not kept",
             WidthWarning,
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clafusion.correspondence.correspondence import Correspondence, identity_correspondence
 from clafusion.correspondence.moving import move_state
+from clafusion.correspondence.shared_heads import lacks_heads
 from clafusion.execution.lazy import overlaid
 from clafusion.transport.plan import TransportPlan
 from clafusion.weights.build import with_weights
@@ -56,8 +57,8 @@ def copying_plans(correspondence: Correspondence) -> CopyingPlans | None:
         partner = source.groups[other]
         of_source, of_target = counts.get(one.index, (1, 1))
         pair = partner.size // of_source, one.size // of_target
-        if one.sharing * of_target < partner.sharing * of_source and one.sharing != partner.sharing:
-            return None  # not every head of queries has a place
+        if lacks_heads(one, partner, (of_target, of_source)):
+            return None
         if pair[0] != pair[1] and (one.is_counted or partner.is_counted or math.gcd(*pair) == 1):
             return None
         sizes.setdefault(other, [(of_source, pair[0])]).append((of_target, pair[1]))

@@ -17,7 +17,7 @@ import torch
 from clafusion.tracing.model import ChannelGroup
 from clafusion.transport.plan import TransportPlan
 
-__all__ = ["plan_of_places", "share_otherwise"]
+__all__ = ["lacks_heads", "plan_of_places", "share_otherwise"]
 
 _Head = tuple[int, int]  # a head of keys, and one of those of queries that share it
 
@@ -28,6 +28,16 @@ def share_otherwise(
     """Return whether other numbers of heads explain other numbers of places on an axis."""
     return (
         places != places_of_source and places * source.sharing == places_of_source * target.sharing
+    )
+
+
+def lacks_heads(target: ChannelGroup, source: ChannelGroup, counts: tuple[int, int]) -> bool:
+    """Return whether not every head of queries of the source has a place in the target.
+
+    ``counts`` says of how many heads of keys the groups are, those of the target first.
+    """
+    return (
+        target.sharing != source.sharing and target.sharing * counts[0] < source.sharing * counts[1]
     )
 
 

@@ -35,7 +35,7 @@ from clafusion.tracing.points import places_of
 from clafusion.transport.solve import solve_compactly
 from clafusion.weights.build import with_weights
 
-__all__ = ["exchanged_model", "order_heads", "restored_model"]
+__all__ = ["corresponding_heads", "exchanged_model", "order_heads", "restored_model"]
 
 
 def order_heads(
@@ -51,7 +51,8 @@ def order_heads(
     The cost of two heads is the sum over their groups of :math:`\min_T \langle T, M \rangle`
     with the costs ``M`` of :func:`clafusion.matching.activation_costs.activation_costs`.
 
-    Heads with a group among ``known`` stay where they are.
+    Heads with a group among ``known`` stay where they are. So do modules of a list: see
+    :func:`clafusion.matching.module_order.module_orders`.
 
     Returns
     -------
@@ -63,8 +64,9 @@ def order_heads(
     for is_shared in (False, True):  # heads that share channels are matched where these are
         found = {
             index: order
-            for index, to, of in _corresponding(correspondence)
+            for index, to, of in corresponding_heads(correspondence)
             if to.is_shared == is_shared
+            and not to.parameters
             and not any(group in known for head in to.members for group in head)
             and (order := _order(correspondence, (to, of), target, source, metric))
             != tuple(range(len(order)))
@@ -77,7 +79,7 @@ def order_heads(
     return correspondence, source, orders
 
 
-def _corresponding(
+def corresponding_heads(
     correspondence: Correspondence,
 ) -> Iterator[tuple[int, HeadPartition, HeadPartition]]:
     """Yield the heads of both networks that correspond by their places.

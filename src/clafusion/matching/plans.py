@@ -26,7 +26,7 @@ from clafusion.targets.sources import Source, TargetSources
 from clafusion.transport.plan import TransportPlan
 from clafusion.transport.solve import solve_compactly
 
-__all__ = ["Matched", "channel_plans", "match_sources", "with_heads_in_order"]
+__all__ = ["Matched", "channel_plans", "cost_by_values", "match_sources", "with_heads_in_order"]
 
 _AT_ONCE = 1 << 24  # entries of costs that are solved together
 
@@ -70,7 +70,7 @@ def match_sources(sources: TargetSources, config: FusionConfig) -> tuple[Matched
     StructureError
         The solver is not for these networks.
     """
-    metric = config.matching.cost if config.matching.cost in measures() else "correlation"
+    metric = cost_by_values(config)
     ordered = [
         (one, {}) if i == sources.reference else with_heads_in_order(one, metric)
         for i, one in enumerate(sources.sources)
@@ -91,8 +91,13 @@ def match_sources(sources: TargetSources, config: FusionConfig) -> tuple[Matched
             cost = output_costs(source.target, source.profile, metric=metric)
             (solution,) = solve_compactly([cost], solver=solver)
             output_plan = solution.plan
-        matched.append(Matched(source, tuple(of), output_plan, orders))
+        matched.append(Matched(source, tuple(of), output_plan, {**source.orders, **orders}))
     return tuple(matched)
+
+
+def cost_by_values(config: FusionConfig) -> str:
+    """Return the cost by which heads and outputs are matched: one of channels' values."""
+    return config.matching.cost if config.matching.cost in measures() else "correlation"
 
 
 def with_heads_in_order(source: Source, metric: str) -> tuple[Source, dict[int, tuple[int, ...]]]:

@@ -54,6 +54,10 @@ class Source:
     rotations
         Group of the target -> the orthogonal matrix by which the parent's channels ``x`` have
         become ``x @ rotation``. The correspondence and the profile are of the rotated parent.
+    orders
+        Where modules of a list, as experts, have changed places: index in the parent's ``heads`` ->
+        for every place the module that came there. The correspondence and the profile are of the
+        parent in that order.
     """
 
     correspondence: Correspondence
@@ -61,6 +65,7 @@ class Source:
     target: ModelProfile
     plans: Mapping[int, TransportPlan]
     rotations: Mapping[int, Tensor] = field(default_factory=dict)
+    orders: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ example one for queries and keys and one for values, which move together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -18,7 +18,15 @@ from clafusion.execution.call import State
 from clafusion.execution.lazy import LazyState
 from clafusion.tracing.layer import Layer
 from clafusion.tracing.model import ChannelGroup, GroupAxis, HeadPartition, TracedModel
-from clafusion.tracing.moves import Moves, Place, joined, moved, moves_between
+from clafusion.tracing.moves import (
+    Moves,
+    Place,
+    joined,
+    moved,
+    moves_between,
+    origin_of,
+    replacements,
+)
 
 __all__ = [
     "HeadOrders",
@@ -178,9 +186,15 @@ def _sharing(group: ChannelGroup) -> int:
 
 
 def channels_of_heads(
-    groups: Sequence[ChannelGroup], alone: Sequence[ChannelGroup], layers: Sequence[Layer]
+    groups: Sequence[ChannelGroup],
+    alone: Sequence[ChannelGroup],
+    layers: Sequence[Layer],
+    lists: Iterable[tuple[int, int]] = (),
 ) -> frozenset[int]:
     """Return the atoms of those lone channels that may move with whole heads.
+
+    ``lists`` has the layer and the number of modules of each list: of a router's channels each may
+    move with one of them.
 
     Rotary positions turn each pair of a head's query and key channels by an angle of its own: no
     two are exchangeable within a head, but the head moves as a whole with its values.
@@ -192,6 +206,8 @@ def channels_of_heads(
         if len(family) > 1:
             counts.setdefault(layer, set()).add(len(family))
         shares.setdefault(layer, set()).add(_sharing(family[0]))
+    for of, count in lists:
+        counts.setdefault(of, set()).add(count)
     found: set[int] = set()
     for family in _families(alone):
         layer = _layer_of(family, layers)
@@ -304,12 +320,22 @@ def exchange_moves(model: TracedModel, orders: HeadOrders) -> Moves:
     sources: dict[int, int] = {}
     for heads, order in first:
         sources |= group_sources(heads, order)
+    others = {
+        name: other
+        for heads, order in first
+        for names, place in zip(heads.parameters, order if heads.parameters else (), strict=True)
+        for name, other in zip(names, heads.parameters[place], strict=True)
+    }
     wholes = moves_between(
         ((to.use, to.axis, to.positions), (of.use, of.axis, of.positions))
         for target, source in sources.items()
         for to, of in zip(model.groups[target].axes, model.groups[source].axes, strict=True)
+        if to.use.parameter not in others
     )
-    return joined(wholes, moves_between(_shared_places(model, last)))
+    changed = {name: other for name, other in others.items() if name != other}
+    shapes = {name: tuple(model.state()[name].shape) for name in changed}
+    shared = moves_between(_shared_places(model, last))
+    return joined({**wholes, **replacements(changed, shapes)}, shared)
 
 
 def exchange_heads(model: TracedModel, state: State, orders: HeadOrders) -> LazyState[str]:
@@ -325,8 +351,9 @@ def exchange_heads(model: TracedModel, state: State, orders: HeadOrders) -> Lazy
     moves = exchange_moves(model, orders)
 
     def make(name: str) -> Tensor:
-        tensor = state[name].detach()
-        return moved(tensor, moves[name]) if name in moves else tensor
+        steps = moves.get(name, ())
+        tensor = state[origin_of(name, steps)].detach()
+        return moved(tensor, steps) if steps else tensor
 
     return LazyState(state, make)
 

@@ -154,11 +154,15 @@ class HeadPartition:
     is_shared
         Whether all heads have the same groups, as queries that share their keys and values: then
         each head has a part of the places of every channel, and these parts change places.
+    parameters
+        For modules of a list, as experts: the parameters and buffers of each, which change places
+        as wholes. Empty for heads that lie in one parameter.
     """
 
     layer: int
     members: tuple[tuple[int, ...], ...]
     is_shared: bool = False
+    parameters: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)

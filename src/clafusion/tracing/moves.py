@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -22,8 +22,10 @@ __all__ = [
     "moved",
     "moved_rows",
     "moves_between",
+    "origin_of",
     "permutation_moves",
     "permute_channels",
+    "replacements",
 ]
 
 Place: TypeAlias = "tuple[ParameterUse, int, Tensor]"
@@ -37,7 +39,8 @@ class Move:
     Attributes
     ----------
     target, source
-        The views. Heads of a grouped convolution are views of their own, and change places.
+        The views. Heads of a grouped convolution are views of their own, and change places. Where
+        they are of two parameters, the whole of one becomes the other: see :func:`origin_of`.
     indices
         For each axis that is indexed: the position of the source for each position of the target.
     """
@@ -80,10 +83,45 @@ def moves_between(pairs: Iterable[tuple[Place, Place]]) -> dict[str, tuple[tuple
     return {name: (tuple(moves),) for name, moves in by_name.items()}
 
 
+def replacements(names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> Moves:
+    """Return the moves, in one step, by which each parameter becomes another one of its shape.
+
+    ``names`` has that other one for each.
+    """
+
+    def whole(name: str) -> ParameterUse:
+        return ParameterUse(name, "whole", shapes[name], (), 0, -1)
+
+    return {name: ((Move(whole(name), whole(other), {}),),) for name, other in names.items()}
+
+
+def origin_of(name: str, steps: Sequence[Sequence[Move]]) -> str:
+    """Return the parameter that a parameter is before some moves: itself, or another one."""
+    return steps[0][0].source.parameter if _starts_elsewhere(steps) else name
+
+
+def _starts_elsewhere(steps: Sequence[Sequence[Move]]) -> bool:
+    return bool(steps) and steps[0][0].source.parameter != steps[0][0].target.parameter
+
+
 def joined(*several: Moves) -> dict[str, tuple[tuple[Move, ...], ...]]:
     """Return the moves of several changes that come one after another."""
-    names = dict.fromkeys(name for moves in several for name in moves)
-    return {name: tuple(step for one in several for step in one.get(name, ())) for name in names}
+    result: dict[str, tuple[tuple[Move, ...], ...]] = {}
+    for moves in several:
+        before = dict(result)
+        for name, steps in moves.items():
+            if _starts_elsewhere(steps):
+                (start,), *rest = steps
+                other = start.source.parameter
+                earlier = before.get(other, ())
+                if _starts_elsewhere(earlier):
+                    start = replace(start, source=earlier[0][0].source)
+                    earlier = earlier[1:]
+                back = start.source.parameter == name
+                result[name] = (*(() if back else ((start,),)), *earlier, *rest)
+            else:
+                result[name] = (*before.get(name, ()), *steps)
+    return result
 
 
 def permutation_moves(
@@ -101,8 +139,11 @@ def permutation_moves(
 
 
 def moved(tensor: Tensor, steps: Sequence[Sequence[Move]]) -> Tensor:
-    """Return a contiguous tensor after some moves, contiguous as well; it stays as it is."""
-    for moves in steps:
+    """Return a contiguous tensor after some moves, contiguous as well; it stays as it is.
+
+    ``tensor`` is the parameter that :func:`origin_of` names.
+    """
+    for moves in steps[_starts_elsewhere(steps) :]:
         if len(moves) == 1 and moves[0].is_whole and moves[0].target.size == tuple(tensor.shape):
             tensor = moves[0].taken(tensor)
             continue
@@ -132,6 +173,7 @@ def moved_rows(
     steps
         The moves.
     """
+    steps = steps[_starts_elsewhere(steps) :]
     wholes = [moves[0] for moves in steps if len(moves) == 1 and moves[0].is_whole]
     if len(wholes) < len(steps) or any(one.target.size != shape for one in wholes):
         return None

@@ -19,6 +19,7 @@ __all__ = [
     "is_transposed",
     "module_path",
     "op_name",
+    "works_in_place",
 ]
 
 # Operations in eval mode that leave every value as it is, and those that only move values.
@@ -138,3 +139,10 @@ def batch_axis(node: fx.Node) -> int | None:
     if not free:  # the model admits one batch size only
         return 0
     return free[0] if shape[free[0]].node.expr.is_Symbol else None
+
+
+def works_in_place(node: fx.Node) -> bool:
+    """Return whether an operation writes its result to its first operand."""
+    schema = getattr(node.target, "_schema", None)
+    # __or__ is not mutable
+    return schema is not None and schema.is_mutable and schema.name.endswith("_")

@@ -31,6 +31,7 @@ from clafusion.tracing.heads import channels_of_heads, groups_with_sharing
 from clafusion.tracing.layer import Layer
 from clafusion.tracing.layers import find_layers
 from clafusion.tracing.model import TracedModel
+from clafusion.tracing.module_lists import module_lists
 from clafusion.tracing.pinned import pinned_channels
 from clafusion.tracing.rotations import find_rotatable
 from clafusion.tracing.rows import mix_rows
@@ -169,7 +170,9 @@ def _traced(
         normalised = tuple(channels.labels.normalised.values())
         traced = replace(traced, unreached=channels.unreached, normalised=normalised)
         traced = _with_batch_behaviour(traced, HALF_WIDER if types else {})
-        singles = channels_of_heads(channels.groups, channels.alone, layers)
+        shapes = {name: tuple(one.shape) for name, one in state.items()}
+        lists = [(one.layer, len(one.names)) for one in module_lists(shapes, layers)]
+        singles = channels_of_heads(channels.groups, channels.alone, layers, lists)
         if singles:
             whole = channels.with_singles(singles)
             found = _proved(traced, whole, layers_of(whole), layers_of, verify=verify, seed=seed)

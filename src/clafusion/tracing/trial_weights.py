@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clafusion.execution.call import State
-from clafusion.tracing.moves import Moves, moved, moved_rows
+from clafusion.tracing.moves import Moves, moved, moved_rows, origin_of
 
 __all__ = ["BaseWeights", "TrialWeights"]
 
@@ -43,7 +43,7 @@ class TrialWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         steps = self._moves.get(name, ())
-        whole = self._base.whole(name)
+        whole = self._base.whole(origin_of(name, steps))
         return self._typed(moved(whole, steps) if steps else whole)
 
     def __iter__(self) -> Iterator[str]:
@@ -59,7 +59,7 @@ class TrialWeights(Mapping[str, Tensor]):
     def rows(self, name: str, rows: Tensor) -> Tensor:
         """Return the rows ``rows`` of a tensor, without making the others where that can be."""
         steps = self._moves.get(name, ())
-        before = partial(self._base.rows, name)
+        before = partial(self._base.rows, origin_of(name, steps))
         values = moved_rows(before, self.shape(name), rows, steps)
         return self[name][rows] if values is None else self._typed(values)
 

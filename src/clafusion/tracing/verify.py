@@ -20,6 +20,7 @@ from clafusion.execution.writes import written_inputs
 from clafusion.tracing.copies import copied, evaluation_copy
 from clafusion.tracing.heads import exchange_moves, possible_heads, possible_shared_heads
 from clafusion.tracing.model import ChannelGroup, HeadPartition, TracedModel
+from clafusion.tracing.module_lists import possible_list_heads
 from clafusion.tracing.moves import Moves, joined, permutation_moves
 from clafusion.tracing.operations import module_path, op_name
 from clafusion.tracing.outputs import Outputs, difference, outputs_of
@@ -110,8 +111,9 @@ def with_proved_heads(
     """Return a traced model with those heads that can change places without changing outputs.
 
     The trial is that of :func:`verify_graph`, on all of
-    :func:`clafusion.tracing.heads.possible_heads`. Everything moves at once first; only where that
-    changes the outputs, groups and each layer's heads are tried alone.
+    :func:`clafusion.tracing.heads.possible_heads` and
+    :func:`clafusion.tracing.module_lists.possible_list_heads`. Everything moves at once first; only
+    where that changes the outputs, groups and each layer's heads are tried alone.
 
     Parameters
     ----------
@@ -126,6 +128,8 @@ def with_proved_heads(
         With ``verify``, as for :func:`verify_graph`.
     """
     candidates = possible_heads(traced)
+    finest = list(chain.from_iterable(finest for finest, *_ in candidates))
+    candidates += possible_list_heads(traced, finest)
     if not (candidates or verify or possible_shared_heads(traced)):
         return traced
     trial = _Trial(traced, inputs, seed)

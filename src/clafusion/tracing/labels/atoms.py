@@ -33,6 +33,7 @@ class Atoms:
     def __init__(self, parents: NDArray[np.int64] | None = None) -> None:
         self.parents = np.empty(0, dtype=np.int64) if parents is None else parents.copy()
         self.created = 0
+        self._starts: list[int] = []  # of the atoms that were created together
         self.pinned: set[int] = set()
         self.returned: set[int] = set()
         self.counted: set[int] = set()
@@ -41,6 +42,7 @@ class Atoms:
     def fresh(self, count: int) -> Tensor:
         """Return ``count`` new atoms."""
         start, self.created = self.created, self.created + count
+        self._starts.append(start)
         missing = np.arange(len(self.parents), self.created)
         self.parents = np.append(self.parents, missing)
         return torch.arange(start, self.created)
@@ -58,6 +60,29 @@ class Atoms:
                 break
             atoms = parents
         return torch.from_numpy(np.where(moving, atoms, array))
+
+    def unite_stacked(self, ids: Tensor, axis: int) -> bool:
+        """Unite what lies side by side along an axis, where several layers' channels are stacked.
+
+        A sum over that axis adds up the channels of the layers, as ``+`` would. Returns whether it
+        is such a stack: along the axis each place has several atoms, and those of a layer of its
+        own.
+        """
+        if ids.dim() < 2 or -axis > ids.dim():
+            return False
+        rows = collapse(ids.movedim(axis, 0))[0].flatten(1)
+        if len(rows) < 2 or bool((rows < 0).any()):
+            return False
+        seen: set[int] = set()
+        for row in rows:
+            if len(self.roots(row).unique()) < 2:
+                return False
+            layers = np.searchsorted(self._starts, row.unique().numpy(), side="right").tolist()
+            if not seen.isdisjoint(layers):
+                return False
+            seen.update(layers)
+        self.unite(rows[:1].expand(rows.shape), rows)
+        return True
 
     def unite(self, first: Tensor, second: Tensor) -> None:
         """Unite atoms element by element; an atom that meets a fixed id takes a fingerprint."""

@@ -6,6 +6,7 @@ The package :mod:`clafusion.tracing.labels.rules` says what each operation does 
 from __future__ import annotations
 
 import operator
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -40,7 +41,7 @@ from clafusion.tracing.labels.rule import (
     Rule,
 )
 from clafusion.tracing.normalised import NormalisedWeight
-from clafusion.tracing.operations import module_path, op_name
+from clafusion.tracing.operations import module_path, op_name, works_in_place
 
 __all__ = ["LabelPropagation"]
 
@@ -167,6 +168,11 @@ class LabelPropagation(Atoms):
 
     def _visit(self, node: fx.Node, values: dict[fx.Node, Any]) -> None:
         arguments = fx.map_arg((node.args, node.kwargs), lambda operand: values[operand])
+        written = node.args[0] if works_in_place(node) else None
+        before: dict[fx.Node, Any] = {}
+        if isinstance(written, fx.Node) and self.labels[written] is None:
+            # The label of a constant is made of its values, as they were before.
+            before[written] = values[written].clone()
         values[node] = node.target(*arguments[0], **arguments[1])
         labels = [self.labels[operand] for operand in node.all_input_nodes]
         if node.target is operator.getitem:
@@ -184,18 +190,16 @@ class LabelPropagation(Atoms):
             return
         if not isinstance(node.target, torch._ops.OpOverload):
             raise _refusal(node)
-        call = Call(node, self.labels, values)
+        call = Call(node, self.labels, ChainMap(before, values))
         self._node = node
         try:
             self.labels[node] = self._label(call, labels)
         except NotFollowed as cause:
             self.labels[node] = self._all_kept(call, str(cause))
         self._mark(node)
-        schema = node.target._schema
-        works_in_place = schema.is_mutable and schema.name.endswith("_")  # __or__ is not mutable
-        if works_in_place and isinstance(node.args[0], fx.Node):
+        if isinstance(written, fx.Node):
             # The operation works in place: later nodes that read the operand see the result.
-            self.labels[node.args[0]] = self.labels[node]
+            self.labels[written] = self.labels[node]
 
     def _label(self, call: Call, labels: Sequence[Label]) -> Label:
         """Return the label that an operation's rule gives."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, permutations
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def combined(
             propagation.unite(activations[0], propagation.element_ids(view))
         return activations[0].expand(shape)
     if len(activations) > 1:
-        activations = _without_outer(propagation, activations, len(shape))
+        activations = _without_outer(propagation, text, activations, len(shape))
     for view in views:
         # Any of the activations may be the one whose channels the parameter meets.
         for ids in activations:
@@ -112,21 +112,27 @@ def _kept(propagation: LabelPropagation, ids: Tensor) -> Tensor:
 
 
 def _without_outer(
-    propagation: LabelPropagation, operands: Sequence[Tensor], dim: int
+    propagation: LabelPropagation, text: str, operands: Sequence[Tensor], dim: int
 ) -> list[Tensor]:
     """Return labels of operands in which none has channels along another axis than the others.
 
     An outer product belongs to two channels, but a label names one. The operand with most channels
-    keeps them, and those of the others are pinned.
+    keeps them, and those of the others keep their places; so does a single channel that meets all.
     """
     kept = list(operands)
     spread = [_spread(propagation, ids, dim) for ids in operands]
+    for (axes, _), (others, _) in permutations(spread, 2):
+        if len(axes) == 1 and axes < others:
+            for ids in operands:  # each layer of a stack has a channel of its own to meet
+                propagation.unite_stacked(ids, min(axes) - dim)
+    spread = [_spread(propagation, ids, dim) for ids in operands]
     most = max(range(len(kept)), key=lambda i: spread[i][1])
     for i, (axes, count) in enumerate(spread):
-        if count > 1 and spread[most][1] > 1 and axes.isdisjoint(spread[most][0]):
+        if i != most and count and spread[most][1] > 1 and axes.isdisjoint(spread[most][0]):
             propagation.outer.append(kept[i])
-            propagation.pin(kept[i])
-            propagation.lose(kept[i], CROSSED)
+            # They may change places with what they multiply, as a router's channels with experts.
+            propagation.meet(kept[i], fixed_ids(f"{text}_outer{i}", kept[i].shape))
+            propagation.lose(kept[i], CROSSED, as_wholes=True)
             kept[i] = propagation.fixed(kept[i])
     return kept
 

@@ -38,6 +38,8 @@ def contracted(propagation: LabelPropagation, text: str, left: Tensor, right: Te
     places = fixed_ids(text, (*batch, 1))  # an id for each product in the batch
     if not any(moving):
         return fixed_ids(text, (*batch, m, n))
+    if propagation.unite_stacked(left, -1) | propagation.unite_stacked(right, -2):
+        left, right = propagation.roots(left), propagation.roots(right)
     if not moving[1]:
         return contracted(propagation, text, right.mT, left.mT).mT
     if not moving[0]:
@@ -66,7 +68,7 @@ def contracted(propagation: LabelPropagation, text: str, left: Tensor, right: Te
         # names one channel, that of the right side. Those of the left side keep their places in it.
         propagation.outer.append(left)
         if not (_constant_along(left, -1) and _constant_along(left, -2)):  # else it is of heads
-            propagation.lose(left, CROSSED)
+            propagation.lose(left, CROSSED, as_wholes=True)
         propagation.meet(left, fixed_ids(text + "_left", (*batch, m, k)))
         weights = sequence_ids(propagation.fixed(left).flatten(-2))
         propagation.meet(right[..., 0, :], weights.unsqueeze(-1).expand(*batch, n))

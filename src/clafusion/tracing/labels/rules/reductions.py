@@ -16,6 +16,7 @@ from clafusion.tracing.labels.rules.elementwise import elementwise
 
 # Reductions whose result changes when a value is there twice.
 _COUNTING = frozenset("sum nansum norm logsumexp prod linalg_vector_norm count_nonzero".split())
+_ADDING = frozenset("sum nansum mean".split())
 _SORTING = frozenset("sort topk kthvalue".split())
 _SPREADS = frozenset("var std var_mean std_mean".split())
 
@@ -33,6 +34,8 @@ def _reduction(propagation: LabelPropagation, call: Call) -> Label:
     axes = call.concrete(call.bound.get("dim"))
     axes = [axes] if isinstance(axes, int) else list(axes or range(ids.dim()))
     axes = [axis % max(ids.dim(), 1) for axis in axes]
+    if len(axes) == 1 and call.name in _ADDING:
+        propagation.unite_stacked(ids, axes[0])
     results = reduced(propagation, call.node.name, ids, axes, _counts(call))
     # Where the model uses the index of the extreme value, channels keep their places.
     has_index = call.name in ("max", "min", "median") and isinstance(call.output, tuple)
