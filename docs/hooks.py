@@ -12,11 +12,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from clafusion.config import FusionConfig, Option, Settings, options_of
+from clafusion.config import FusionConfig, MergeConfig, Option, Settings, options_of
 from clafusion.presets import PRESETS, preset_of
 
 ROOT = Path(__file__).parents[1]
 OPTIONS_MARK = "<!-- table of all options -->"
+MERGE_MARK = "<!-- table of the options of a merge -->"
 PRESETS_MARK = "<!-- table of all presets -->"
 FIGURES = "benchmarks/results/"  # pictures that pages show from there
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>', re.DOTALL)
@@ -42,7 +43,11 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the tables of options and presets where their marks are, and figures in the site."""
-    for mark, made in ((OPTIONS_MARK, options), (PRESETS_MARK, presets)):
+    for mark, made in (
+        (OPTIONS_MARK, options),
+        (MERGE_MARK, merge_options),
+        (PRESETS_MARK, presets),
+    ):
         if mark in markdown:
             markdown = markdown.replace(mark, made())
     return markdown.replace(f"](../{FIGURES}", "](figures/").replace(
@@ -89,6 +94,11 @@ def options(config: type[Settings] = FusionConfig) -> str:
     rest = [one for one in every if one.path in single]
     sections += ["## Others", _table(rest)]
     return "\n\n".join(sections)
+
+
+def merge_options() -> str:
+    """Return the options of a merge as one table."""
+    return _table(options_of(MergeConfig))
 
 
 def presets() -> str:

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
         Assignment,
         Auto,
         AutoCalibration,
+        Average,
         Barycentre,
         BatchNorm,
         Calibration,
+        Dare,
         Deeper,
         Exact,
         FusionConfig,
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
         Like,
         ManyToOne,
         Matching,
+        MergeConfig,
+        MergeMethod,
         Merging,
         NoCalibration,
         Orthogonal,
@@ -50,6 +54,8 @@ if TYPE_CHECKING:
         Solver,
         Strategy,
         Target,
+        TaskArithmetic,
+        Ties,
         Unbalanced,
         Wider,
         Zip,
@@ -77,6 +83,8 @@ if TYPE_CHECKING:
     from clafusion.merging.mean import average
     from clafusion.merging.naive import naive_average
     from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
+    from clafusion.one_origin.merge import merge
+    from clafusion.one_origin.result import MergeResult
     from clafusion.profiling.profile import ModelProfile
     from clafusion.reports import explain, plot, summary
     from clafusion.results import FusionResult
@@ -109,6 +117,7 @@ __all__ = [
     "Assignment",
     "Auto",
     "AutoCalibration",
+    "Average",
     "Barycentre",
     "BatchNorm",
     "Calibrated",
@@ -117,6 +126,7 @@ __all__ = [
     "ClafusionError",
     "ConvergenceWarning",
     "Correspondence",
+    "Dare",
     "Deeper",
     "DivergenceError",
     "Evaluation",
@@ -139,6 +149,9 @@ __all__ = [
     "Like",
     "ManyToOne",
     "Matching",
+    "MergeConfig",
+    "MergeMethod",
+    "MergeResult",
     "MergeWeights",
     "Merging",
     "ModelFile",
@@ -162,6 +175,8 @@ __all__ = [
     "SweepPoint",
     "SweepResult",
     "Target",
+    "TaskArithmetic",
+    "Ties",
     "TracedModel",
     "TrainingResult",
     "TransportPlan",
@@ -194,6 +209,7 @@ __all__ = [
     "layer_costs",
     "linear_cka",
     "load",
+    "merge",
     "naive_average",
     "num_threads",
     "permute_channels",
@@ -226,10 +242,10 @@ _PLACES = {
     "clafusion.batch.sweep": "SweepPoint SweepResult sweep",
     "clafusion.calibration.methods": "Calibrated calibrates",
     "clafusion.config": """
-        Alignment Assessment Assignment Auto AutoCalibration Barycentre BatchNorm Calibration
-        Deeper Exact FusionConfig Iterative LeastSquares Like ManyToOne Matching Merging
-        NoCalibration Orthogonal Profiling Repair Shallower Sinkhorn Solver Strategy Target
-        Unbalanced Wider Zip
+        Alignment Assessment Assignment Auto AutoCalibration Average Barycentre BatchNorm
+        Calibration Dare Deeper Exact FusionConfig Iterative LeastSquares Like ManyToOne Matching
+        MergeConfig MergeMethod Merging NoCalibration Orthogonal Profiling Repair Shallower Sinkhorn
+        Solver Strategy Target TaskArithmetic Ties Unbalanced Wider Zip
     """,
     "clafusion.correspondence.correspondence": "Correspondence correspond",
     "clafusion.correspondence.inserted": "inserted_model",
@@ -245,6 +261,8 @@ _PLACES = {
     "clafusion.merging.mean": "average",
     "clafusion.merging.naive": "naive_average",
     "clafusion.merging.problem": "FusionProblem MergeWeights Parent",
+    "clafusion.one_origin.merge": "merge",
+    "clafusion.one_origin.result": "MergeResult",
     "clafusion.profiling.profile": "ModelProfile",
     "clafusion.reports": "explain plot summary",
     "clafusion.results": "FusionResult",

@@ -50,10 +50,12 @@ __all__ = [
     "Assignment",
     "Auto",
     "AutoCalibration",
+    "Average",
     "Barycentre",
     "BatchNorm",
     "Calibration",
     "Choices",
+    "Dare",
     "Deeper",
     "Exact",
     "FusionConfig",
@@ -62,6 +64,8 @@ __all__ = [
     "Like",
     "ManyToOne",
     "Matching",
+    "MergeConfig",
+    "MergeMethod",
     "Merging",
     "NoCalibration",
     "Option",
@@ -74,6 +78,8 @@ __all__ = [
     "Solver",
     "Strategy",
     "Target",
+    "TaskArithmetic",
+    "Ties",
     "Unbalanced",
     "Wider",
     "Zip",
@@ -564,6 +570,90 @@ class FusionConfig(Settings):
             ("matching.outputs", False, "outputs are not moved"),
             ("merging.layer_weights", "uniform", "own places count in full"),
             ("merging.normalisation", "two", "what leaves and what enters a group differ"),
+        )
+
+
+# --- models of one origin -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MergeMethod(Settings, family=True):
+    """How models that were trained from one base become one. If you are not sure, take "ties".
+
+    A *task vector* is what training has added to the base's weights.
+    """
+
+
+def _scaling(default: float) -> Any:
+    return number(default, "by how much the merged task vector is multiplied")
+
+
+@dataclass(frozen=True)
+class Average(MergeMethod, name="average"):
+    """The weighted mean of the models; the base does not enter (model soups, arXiv 2203.05482)."""
+
+
+@dataclass(frozen=True)
+class TaskArithmetic(MergeMethod, name="task_arithmetic"):
+    """Add the sum of all task vectors to the base (task arithmetic, arXiv 2212.04089)."""
+
+    scaling: float = _scaling(0.4)
+
+
+@dataclass(frozen=True)
+class Ties(MergeMethod, name="ties"):
+    """Trim task vectors, elect a sign for each entry, take the mean of those that have it.
+
+    TIES, arXiv 2306.01708.
+    """
+
+    scaling: float = _scaling(1.0)
+    density: float = number(
+        0.2, "share of each task vector's entries that is kept", high=1.0, above_low=True
+    )
+
+
+@dataclass(frozen=True)
+class Dare(MergeMethod, name="dare"):
+    """Drop random entries of the task vectors and rescale the others (DARE, arXiv 2311.03099)."""
+
+    scaling: float = _scaling(0.4)
+    density: float = number(
+        0.5, "share of each task vector's entries that is kept", high=1.0, above_low=True
+    )
+    elect: bool = flag(False, "then elect signs and take the mean, as TIES does, not the sum")
+
+
+@dataclass(frozen=True)
+class MergeConfig(Settings):
+    """How to merge models of one origin: every option of :func:`clafusion.merge`.
+
+    Raises
+    ------
+    InputError
+        An option is out of its range; the message names it.
+    """
+
+    method: MergeMethod = nested(MergeMethod, Ties(), "how the models become one")
+    calibration: Calibration = nested(
+        Calibration, NoCalibration(), "how what is lost is restored, where there are data"
+    )
+    assessment: Assessment = nested(Assessment, Assessment(), "how the result is assessed")
+    furthest: float = number(
+        0.9, "how far a model's weights may be from the base's, relative to their norm"
+    )
+    verify: bool = flag(True, "prove the analysis of each parent by permuting a copy")
+    seed: int = count(0, "seed of every random choice", least=0, most=2**63 - 1)
+
+    @property
+    def fusion(self) -> FusionConfig:
+        """The options of the stages that a merge shares with a fusion."""
+        return FusionConfig(
+            profiling=Profiling(alignment_samples=2, matching_rows=2),  # nothing is matched
+            calibration=self.calibration,
+            assessment=self.assessment,
+            verify=self.verify,
+            seed=self.seed,
         )
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "check_limit",
     "check_weights",
     "held_by_process",
+    "held_now",
     "needed_memory",
     "shown",
 ]

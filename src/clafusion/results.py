@@ -25,7 +25,7 @@ from clafusion.profiling.batches import Data, batches
 from clafusion.table import Table
 from clafusion.tracing.model import TracedModel
 
-__all__ = ["RESULT", "FusionResult"]
+__all__ = ["RESULT", "FusionResult", "parameter_count"]
 
 RESULT = "the result"
 """What tables call the fused network."""
@@ -101,7 +101,7 @@ class FusionResult:
     evaluation: Evaluation | None = None
 
     def __repr__(self) -> str:
-        facts = [f"{type(self.model).__name__} {_count(self.model)} parameters"]
+        facts = [f"{type(self.model).__name__} {parameter_count(self.model)} parameters"]
         if self.assessment is not None:
             facts.append(str(self.assessment.result).partition(", divergence")[0])
         if self.evaluation is not None:
@@ -332,7 +332,7 @@ class FusionResult:
 # --- as plain data ------------------------------------------------------------------------------
 
 
-def _count(model: nn.Module) -> str:
+def parameter_count(model: nn.Module) -> str:
     """Return how many parameters a module has, to three digits."""
     count = sum(one.numel() for one in model.parameters())
     for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):

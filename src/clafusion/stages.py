@@ -221,12 +221,12 @@ def expected_work(count: int, config: FusionConfig, models: int = 2) -> dict[str
     return found
 
 
-def named_models(models: Sequence[Model] | Mapping[str, Model]) -> dict[str, Model]:
-    """Return the models by what errors and tables call them."""
+def named_models(models: Sequence[Model] | Mapping[str, Model], least: int = 2) -> dict[str, Model]:
+    """Return the models, ``least`` or more, by what errors and tables call them."""
+    wanted = "at least two networks" if least > 1 else "networks, at least one"
     if isinstance(models, nn.Module) or not isinstance(models, (Sequence, Mapping)):
         raise InputError(
-            "models must be a list or a mapping of at least two networks; got "
-            f"{type(models).__name__}"
+            f"models must be a list or a mapping of {wanted}; got {type(models).__name__}"
         )
     if isinstance(models, Mapping):
         for name in models:
@@ -243,8 +243,8 @@ def named_models(models: Sequence[Model] | Mapping[str, Model]) -> dict[str, Mod
                 f"{label(name)} must be a torch.nn.Module or a clafusion.ModelFile; got "
                 f"{type(model).__name__}{hint}"
             )
-    if len(named) < 2:
-        raise InputError(f"models must be at least two networks; got {len(named)}")
+    if len(named) < least:
+        raise InputError(f"models must be {wanted}; got {len(named)}")
     return named
 
 

@@ -107,7 +107,7 @@ class Comparison:
             Nearness(_finite(distance.mean()), count / self._rows if is_classes else None)
             for distance, count in zip(distances, self._agreements, strict=True)
         ]
-        pairs = len(names) * (len(names) - 1) * self.num_inputs
+        pairs = max(len(names) * (len(names) - 1), 1) * self.num_inputs
         between = Nearness(
             _finite(self._apart / scale / pairs), self._alike / self._rows if is_classes else None
         )

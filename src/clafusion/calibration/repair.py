@@ -19,7 +19,7 @@ from clafusion.execution.call import State
 from clafusion.execution.lazy import LazyState
 from clafusion.execution.walk import Walk
 from clafusion.merging.mean import counted, weighted_mean
-from clafusion.merging.problem import FusionProblem, Parent
+from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
 from clafusion.profiling.batches import Data, batches
 from clafusion.profiling.masks import (
     counting_values,
@@ -68,12 +68,23 @@ def moment_goals(problem: FusionProblem) -> MomentGoals:
                 "model with moments=True"
             )
     of_parents = [one.profile.moments or () for one in problem.parents]
+    weights = [one.weights for one in problem.parents]
     sizes = problem.parents[0].profile.batch_sizes
     if any(one.profile.batch_sizes != sizes for one in problem.parents):
         raise InputError("the parents' profiles are of different batches of data")
     points = _points(problem)
-    goals = tuple(_goals(problem, points, of_batch) for of_batch in zip(*of_parents, strict=True))
-    overall = _goals(problem, points, [_overall(one, sizes) for one in of_parents])
+    of_batches = list(zip(*of_parents, strict=True))
+    if problem.owners:
+        alone = [
+            [MergeWeights(float(i == owner)) for i in range(len(weights))]
+            for owner in problem.owners
+        ]
+        goals = tuple(
+            _goals(problem, points, one, of) for one, of in zip(of_batches, alone, strict=True)
+        )
+        return MomentGoals(goals, _overall(goals, sizes))
+    goals = tuple(_goals(problem, points, one, weights) for one in of_batches)
+    overall = _goals(problem, points, [_overall(one, sizes) for one in of_parents], weights)
     return MomentGoals(goals, overall)
 
 
@@ -107,16 +118,19 @@ def _overall(moments: Sequence[BatchMoments], sizes: Sequence[int]) -> BatchMome
 
 
 def _goals(
-    problem: FusionProblem, points: Sequence[CalibrationPoint], moments: Sequence[BatchMoments]
+    problem: FusionProblem,
+    points: Sequence[CalibrationPoint],
+    moments: Sequence[BatchMoments],
+    given: Sequence[MergeWeights],
 ) -> BatchMoments:
     goals = {}
     for point in points:
         values, weights, masks = [], [], []
-        for parent, known in zip(problem.parents, moments, strict=True):
+        for parent, known, own in zip(problem.parents, moments, given, strict=True):
             value = _moved(parent, point, known)
             if value is not None:
                 values.append(value)
-                weights.append(parent.weights.of(point.weight))
+                weights.append(own.of(point.weight))
                 masks.append(parent.covers(point.node))
         mean, deviation = weighted_mean(values, counted(weights, masks))
         goals[point.node] = mean, deviation

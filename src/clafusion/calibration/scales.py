@@ -62,8 +62,11 @@ class _NormBehind:
 def with_equal_scales(problem: FusionProblem) -> FusionProblem:
     """Return the problem with copies of parents whose channels have the target's scales.
 
-    The copies compute what the parents do. A parent that has these scales stays as it is.
+    The copies compute what the parents do. A parent that has these scales stays as it is, and so do
+    all whose parameters are merged already.
     """
+    if problem.merged is not None:
+        return problem
     norms = _norms_behind(problem.target)
     if not norms:
         return problem

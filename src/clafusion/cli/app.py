@@ -31,10 +31,12 @@ from clafusion.cli.explain import explain_command
 from clafusion.cli.fuse import fuse_command
 from clafusion.cli.inspect import STAGES as OF_INSPECT
 from clafusion.cli.inspect import inspect_command
+from clafusion.cli.merge import merge_command
 from clafusion.cli.options import CommandWithSections, advice, with_options
 from clafusion.cli.pairs import pairs_command
 from clafusion.cli.show import QUIET, TYPED
 from clafusion.cli.sweep import sweep_command
+from clafusion.config import MergeConfig
 from clafusion.errors import ClafusionError, FusionWarning
 
 __all__ = ["main", "make_app"]
@@ -58,6 +60,7 @@ def make_app() -> typer.Typer:
     app.callback()(_general)
     sections = CommandWithSections
     app.command("fuse", cls=sections)(with_options(fuse_command))
+    app.command("merge", cls=sections)(with_options(merge_command, kind=MergeConfig))
     app.command("fuse-pairs", cls=sections)(pairs_command)
     app.command("check", cls=sections)(check_command)
     app.command("sweep", cls=sections)(with_options(sweep_command))

@@ -62,15 +62,15 @@ _ORDINALS = (
 _NAMED = re.compile(r"(?P<name>[\w.@-]+)=(?P<file>.+)", re.DOTALL)
 
 
-def named_files(texts: Sequence[str]) -> dict[str, Path]:
+def named_files(texts: Sequence[str], least: int = 2) -> dict[str, Path]:
     """Return each model's file by the model's name: as ``NAME=FILE`` says, or by its place.
 
     Raises
     ------
     InputError
-        There are fewer than two, or two of one name.
+        There are fewer than ``least``, or two of one name.
     """
-    if len(texts) < 2:
+    if len(texts) < least:
         raise InputError(f"give the weights of at least two models; got {len(texts)}")
     found: dict[str, Path] = {}
     for i, text in enumerate(texts):

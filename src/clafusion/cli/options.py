@@ -1,4 +1,4 @@
-"""The options of :class:`clafusion.FusionConfig` on the command line.
+"""The options of :class:`clafusion.FusionConfig`, and of a merge, on the command line.
 
 Parameters of commands are made from what ``config.py`` says of each option, and what is typed is
 put back into a configuration. An option that is added there is one here, with nothing to do.
@@ -13,12 +13,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 import typer.core
 
-from clafusion.config import FusionConfig, Like, Option, Settings, options_of
+from clafusion.config import FusionConfig, Like, MergeConfig, Option, Settings, options_of
 from clafusion.errors import ClafusionError, FusionWarning, InputError, retold
 from clafusion.presets import PRESETS, preset_of
 from clafusion.settings import Module
@@ -36,18 +36,28 @@ __all__ = [
 
 
 _PRESET = "preset"
+_CONFIGS: tuple[type[Settings], ...] = (FusionConfig, MergeConfig)
+C = TypeVar("C", bound=Settings)
+
+
+def _every_option() -> list[Option]:
+    """Return the options of all commands, by their paths."""
+    found = {one.path: one for kind in reversed(_CONFIGS) for one in options_of(kind)}
+    return [one for kind in _CONFIGS for one in options_of(kind) if found.pop(one.path, None)]
 
 
 # --- from config.py to parameters ---------------------------------------------------------------
 
 
-def with_options(command: Callable[..., None], *stages: str) -> Callable[..., None]:
-    """Return a command with one more parameter for each option of a fusion.
+def with_options(
+    command: Callable[..., None], *stages: str, kind: type[Settings] = FusionConfig
+) -> Callable[..., None]:
+    """Return a command with one more parameter for each option of a fusion, or of a merge.
 
     ``command`` gets what was typed as ``options``: path of the option -> text, or True or False.
-    ``stages`` are the fields of the configuration whose options it has; default all.
+    ``stages`` are the fields of the configuration ``kind`` whose options it has; default all.
     """
-    options = [one for one in options_of(FusionConfig) if not stages or _stage(one) in stages]
+    options = [one for one in options_of(kind) if not stages or _stage(one) in stages]
 
     has_preset = "profiling" in {_stage(one) for one in options}
 
@@ -83,9 +93,9 @@ def with_options(command: Callable[..., None], *stages: str) -> Callable[..., No
             metavar=f"[{'|'.join(PRESETS)}]",
             autocompletion=lambda: list(PRESETS.items()),
         )
-        kind = inspect.Parameter.KEYWORD_ONLY
+        place = inspect.Parameter.KEYWORD_ONLY
         preset = Annotated[str | None, shown]
-        own.append(inspect.Parameter(_PRESET, kind, default=None, annotation=preset))
+        own.append(inspect.Parameter(_PRESET, place, default=None, annotation=preset))
     # typer reads both.
     run.__signature__ = inspect.Signature([*own, *made])  # type: ignore[attr-defined]
     run.__annotations__ = {one.name: one.annotation for one in (*own, *made)}
@@ -160,7 +170,7 @@ def _default(option: Option) -> str:
 
 def _needed(option: Option) -> str:
     """Return which value of another option an option is for, as it is typed."""
-    other = next(one for one in options_of(FusionConfig) if one.path == option.needs)
+    other = next(one for one in _every_option() if one.path == option.needs)
     return f"{other.flag} {' or '.join(option.of)}"
 
 
@@ -187,10 +197,11 @@ class CommandWithSections(typer.core.TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write all parameters, by section."""
-        stages = {one.flag: _stage(one) for one in options_of(FusionConfig)}
+        stages = {one.flag: _stage(one) for one in _every_option()}
         titles = {
             one.name: f"{one.name.capitalize()}: {one.metadata['help']}"
-            for one in fields(FusionConfig)
+            for kind in reversed(_CONFIGS)
+            for one in fields(kind)
             if one.metadata["kind"] == "nested"
         }
         sections: dict[str, list[tuple[str, str]]] = {
@@ -239,7 +250,7 @@ def configured(given: Mapping[str, str | bool], base: FusionConfig | None = None
     return config
 
 
-def changed(config: FusionConfig, given: Mapping[str, str | bool]) -> FusionConfig:
+def changed(config: C, given: Mapping[str, str | bool]) -> C:
     """Return a configuration with some options, given by their paths as text, changed.
 
     A variant that is chosen anew has its own defaults.
@@ -249,7 +260,7 @@ def changed(config: FusionConfig, given: Mapping[str, str | bool]) -> FusionConf
     InputError
         As for :func:`configured`; the message has the option's path.
     """
-    return cast(FusionConfig, _changed(config, FusionConfig, given, ""))
+    return cast(C, _changed(config, type(config), given, ""))
 
 
 def setting_at(settings: Settings, path: str) -> Any:
@@ -292,7 +303,7 @@ def _check_places(paths: list[str], kind: type[Settings], prefix: str) -> None:
     known = {one.name for one in fields(kind)}
     for path in paths:
         if path.removeprefix(prefix).partition(".")[0] not in known:
-            option = next(one for one in options_of(FusionConfig) if one.path == path)
+            option = next(one for one in _every_option() if one.path == path)
             raise InputError(f"{option.flag} is for {_needed(option)}; this is {kind.name}")
 
 
@@ -392,7 +403,7 @@ def _warnings_spelled(spelling: _Spelling) -> Iterator[None]:
 
 
 def _spelled(message: str, spelling: _Spelling) -> str:
-    options = options_of(FusionConfig)
+    options = _every_option()
     paths = {one.path: one for one in options}
     start = message.partition(" ")[0]
 

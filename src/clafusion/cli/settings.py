@@ -14,14 +14,22 @@ import yaml
 
 from clafusion.batch.grid import expanded
 from clafusion.cli.options import changed, setting_at
-from clafusion.config import FusionConfig, options_of
+from clafusion.config import FusionConfig, MergeConfig, options_of
 from clafusion.errors import InputError
 from clafusion.presets import preset_of
 from clafusion.settings import Module
 from clafusion.stages import config_from
 from clafusion.weights.state_files import check_input
 
-__all__ = ["ENDINGS", "config_of", "configs_of", "read_config", "read_mapping", "rooted"]
+__all__ = [
+    "ENDINGS",
+    "config_of",
+    "configs_of",
+    "read_config",
+    "read_mapping",
+    "read_merge_config",
+    "rooted",
+]
 
 ENDINGS = (".yaml", ".yml", ".json")
 
@@ -37,6 +45,20 @@ def read_config(path: str | os.PathLike[str], option: str) -> FusionConfig:
     found = read_mapping(path, option)
     try:
         return config_of(found, "", Path(path).resolve().parent)
+    except InputError as error:
+        raise InputError(f"{option} {str(path)!r}: {error}") from error
+
+
+def read_merge_config(path: str | os.PathLike[str], option: str) -> MergeConfig:
+    """Read the settings of a merge from a file; errors name the ``option`` of the file.
+
+    Raises
+    ------
+    InputError
+        As for :func:`read_config`.
+    """
+    try:
+        return MergeConfig.parse(read_mapping(path, option), "")
     except InputError as error:
         raise InputError(f"{option} {str(path)!r}: {error}") from error
 

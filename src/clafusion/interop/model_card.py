@@ -18,7 +18,7 @@ from clafusion.weights.state_files import tensors_of
 if TYPE_CHECKING:
     from clafusion.results import FusionResult
 
-__all__ = ["is_model_card", "model_card", "pair_card"]
+__all__ = ["is_model_card", "merge_card", "model_card", "pair_card"]
 
 _HEAD = "---\nlibrary_name: transformers\ntags:\n- merge\n- clafusion\n---"
 
@@ -86,6 +86,47 @@ def pair_card(
         f"## Options\n\n```json\n{json.dumps(config, indent=1, default=str)}\n```",
         "## Versions\n\n" + ", ".join(f"{k} {v}" for k, v in _versions().items()),
     ]
+    return "\n\n".join(parts) + "\n"
+
+
+def merge_card(kind: str, facts: Mapping[str, Any], command: str | None) -> str:
+    """Return the model card of a model that was merged of models of one origin.
+
+    Parameters
+    ----------
+    kind
+        Its class.
+    facts
+        Its base and parents with their hashes, the settings and the assessment.
+    command
+        The command that made it.
+    """
+    rows = [
+        "| name | weight | distance from the base | read from | SHA-256 |",
+        "|---|---|---|---|---|",
+    ]
+    base = {"name": "base", "weight": None, "distance": None, **facts["base"]}
+    for one in (base, *facts["parents"]):
+        where = "memory" if one["file"] is None else Path(one["file"]).name
+        weight, distance = (
+            "" if one[name] is None else f"{one[name]:.4g}" for name in ("weight", "distance")
+        )
+        rows.append(f"| {one['name']} | {weight} | {distance} | {where} | `{one['sha256']}` |")
+    found = facts["assessment"]
+    settings = json.dumps(facts["settings"], indent=1, default=str)
+    parts = [
+        _HEAD,
+        f"# {kind}, merged from {', '.join(one['name'] for one in facts['parents'])}",
+        f"{kind}, merged by clafusion without training from models of one base. "
+        f"Read it by `{kind}.from_pretrained`.",
+        "## Parents\n\n" + "\n".join(rows),
+        "## How good it is\n\n"
+        + ("It was not assessed." if found is None else _figures(found["verdict"], found)),
+        f"## Options\n\n```json\n{settings}\n```",
+    ]
+    if command is not None:
+        parts.append(f"## Command\n\n```sh\n{command}\n```")
+    parts.append("## Versions\n\n" + ", ".join(f"{k} {v}" for k, v in _versions().items()))
     return "\n\n".join(parts) + "\n"
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "METADATA",
     "check_companions",
+    "parent_facts",
     "read_record",
     "record_of",
     "record_of_pair",
@@ -62,7 +63,7 @@ def record_of(result: FusionResult, architecture: Architecture) -> dict[str, Any
     return {
         "architecture": architecture.to_dict(),
         "parents": [
-            {"name": name, "weight": weight, **_parent_facts(one.model)}
+            {"name": name, "weight": weight, **parent_facts(one.model)}
             for (name, one), weight in zip(
                 result.parent_models.items(), result.weights, strict=True
             )
@@ -132,7 +133,8 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return found if is_record else None
 
 
-def _parent_facts(model: torch.nn.Module) -> dict[str, Any]:
+def parent_facts(model: torch.nn.Module) -> dict[str, Any]:
+    """Return where a network comes from, and the hash of its weights."""
     origin, directory = origin_of(model), directory_of(model)
     where = str(directory) if directory is not None else None if origin is None else origin.path
     return {

@@ -45,7 +45,7 @@ from clafusion.weights.state_files import (
 if TYPE_CHECKING:
     from clafusion.results import FusionResult
 
-__all__ = ["check_directory", "save_pair", "save_result"]
+__all__ = ["check_directory", "save_directory", "save_pair", "save_result"]
 
 _PROCESSORS = (
     "tokenizer",
@@ -88,10 +88,7 @@ def save_result(
             )
         return _save_file(result, path, dtype, command)
     if not is_of_transformers(result.model):
-        raise InputError(
-            f"{str(path)!r} would be a Hugging Face directory, and {type(result.model).__name__} "
-            f"is no network of transformers: give a file ({', '.join(WRITABLE)})"
-        )
+        raise _no_directory(result.model, path)
     check_directory(path, "path")
     parents = _parents(result)
     source = _processor_source(result, parents, processor_of)
@@ -178,12 +175,62 @@ def save_pair(state: Mapping[str, Any], kind: ModelDirectory, path: Path, card: 
     fill(model, state)
     types = (one.dtype for one in state.values() if isinstance(one, Tensor))
     model = model.to(next((one for one in types if one.is_floating_point), torch.float32))
+    _write_checked(model, path, Path(kind.path), card, _SHARD)
+
+
+def save_directory(
+    model: nn.Module,
+    path: Path,
+    source: Path | None,
+    card: str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: str | int = _SHARD,
+) -> None:
+    """Write a network of transformers as a directory, and read it afresh.
+
+    Parameters
+    ----------
+    model
+        The network.
+    path
+        The directory, which is not there yet or empty.
+    source
+        The directory whose tokenizer, processor and generation config it gets; None for none.
+    card
+        The text of its README.md.
+    dtype, max_shard_size
+        As for :meth:`clafusion.FusionResult.save`.
+
+    Raises
+    ------
+    InputError
+        As for that method.
+    """
+    if not is_of_transformers(model):
+        raise _no_directory(model, path)
+    check_directory(path, "path")
+    _write_checked(_typed(model, dtype), path, source, card, max_shard_size)
+
+
+def _write_checked(
+    model: nn.Module, path: Path, source: Path | None, card: str, max_shard_size: str | int
+) -> None:
+    """Write a directory with all that belongs into it; refuse one that loses weights."""
     config = config_of(model)
     with making_directory(path) as made:
-        _write(model, config, made, _SHARD)
-        _copy_processor(Path(kind.path), made)
+        _write(model, config, made, max_shard_size)
+        if source is not None:
+            _copy_processor(source, made)
         (made / "README.md").write_text(card, encoding="utf-8")
         _check_weights(model, read_back(type(model), made, config.dtype), path)
+
+
+def _no_directory(model: nn.Module, path: Path) -> InputError:
+    return InputError(
+        f"{str(path)!r} would be a Hugging Face directory, and {type(model).__name__} is no "
+        f"network of transformers: give a file ({', '.join(WRITABLE)})"
+    )
 
 
 def check_directory(path: Path, what: str) -> None:

@@ -63,7 +63,8 @@ def average(
 ) -> MutableMapping[str, Tensor]:
     """Return the weighted mean of all parents' parameters in the target's structure.
 
-    It is kept where ``problem.storage`` says.
+    It is kept where ``problem.storage`` says. Where the problem has ``merged`` parameters, it is
+    these.
 
     Parameters
     ----------
@@ -77,6 +78,11 @@ def average(
     StructureError
         Matched parameters differ in an axis that is no channel axis.
     """
+    if problem.merged is not None:
+        merged = problem.storage.empty()
+        for name, tensor in problem.target.state().items():
+            merged[name] = problem.merged[name].to(tensor, copy=True)
+        return merged
     weights = [one.weights for one in problem.parents] if weights is None else weights
     is_gauged = bool(problem.target.normalised) and _is_mixed(problem, weights)
     parents = [gauged(one) for one in problem.parents] if is_gauged else problem.parents

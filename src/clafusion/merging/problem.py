@@ -172,6 +172,12 @@ class FusionProblem:
         How plans are normalised: ``"two"`` or ``"single"``.
     storage
         Where the averaged and calibrated weights are kept.
+    merged
+        The parents' parameters in one, where another rule than the mean has made them so. A
+        calibration starts from them, and chooses no channels anew.
+    owners
+        Where each parent has a task of its own: for each batch of the data the parent whose task it
+        is of, which alone is to be met there. Empty where all parents count on all batches.
     """
 
     target: TracedModel
@@ -179,6 +185,8 @@ class FusionProblem:
     reference: int = 0
     normalisation: str = "two"
     storage: Storage = field(default_factory=InMemory, compare=False)
+    merged: State | None = field(default=None, compare=False)
+    owners: tuple[int, ...] = ()
 
     def __repr__(self) -> str:
         return f"<FusionProblem of {', '.join(self.names)} into {self.target!r}>"

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from clafusion.assessment.evaluation import MEANS, Evaluation
 from clafusion.assessment.nearness import DISTANCES, Nearness
+from clafusion.one_origin.result import MergeResult
 from clafusion.reports.text import fact_lines, plain_table
 from clafusion.results import RESULT, FusionResult
 
-__all__ = ["agreement_text", "assessment_table", "distance_text", "evaluation_summary"]
+__all__ = [
+    "agreement_text",
+    "assessment_table",
+    "distance_text",
+    "evaluation_summary",
+    "merge_summary",
+]
 
 
 def assessment_table(result: FusionResult) -> str:
@@ -69,3 +76,17 @@ def agreement_text(one: Nearness | None) -> str:
 def distance_text(one: Nearness | None) -> str:
     """Return how far a network is from the parents together, as shown."""
     return "" if one is None else f"{one.distance:.3g}"
+
+
+def merge_summary(result: MergeResult) -> str:
+    """Return what was merged and how good it is, as a table and a line."""
+    table = result.table
+    rows = [
+        [cell if isinstance(cell, str) else "" if cell is None else f"{cell:.4g}" for cell in row]
+        for row in table.rows
+    ]
+    found = plain_table(table.columns, rows, range(1, len(table.columns)))
+    lines = [repr(result)[1:-1], "", found]
+    if result.assessment is not None:
+        lines += ["", result.assessment.verdict]
+    return "\n".join(lines)

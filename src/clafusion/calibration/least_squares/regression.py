@@ -25,7 +25,7 @@ from clafusion.execution.call import State
 from clafusion.merging.copies import without_copies
 from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem
-from clafusion.profiling.batches import Data, in_chunks
+from clafusion.profiling.batches import Data, batches, in_chunks
 
 __all__ = ["Regression", "regress_anchored"]
 
@@ -72,9 +72,12 @@ def regress_anchored(
     mean: regressed on a part of the inputs and compared on another, or where inputs are few, all of
     them regressed and compared on all inputs.
     """
-    problem = without_copies(problem)
+    if problem.merged is None:  # else models of tasks of their own may be equal
+        problem = without_copies(problem)
     anchors: tuple[float, ...] = ANCHORS
-    if not isinstance(settings.anchor, str):
+    if problem.merged is not None:  # whose interior leans towards nobody
+        anchors = ANCHORS[:1]
+    elif not isinstance(settings.anchor, str):
         anchors = (settings.anchor,)
     elif max(one.weights.overall for one in problem.parents) >= 1.0:
         anchors = ANCHORS[:1]
@@ -87,7 +90,7 @@ def regress_anchored(
     if is_exact(problem, plain, data):
         return Regression(plain, anchors[0], frozenset(plain))
     fused = {anchor: _anchored(problem, plain, anchor) for anchor in anchors}
-    inputs = _inputs(problem, data, settings, len(fused))
+    inputs, owners = _inputs(problem, data, settings, len(fused))
     rows = Rows(seed=seed)
     trial = None
     if len(fused) > 1 and problem.target.static_batch is None:
@@ -98,7 +101,7 @@ def regress_anchored(
         far = output_distances(problem, states, trial.compared)
         best = anchors[far.index(min(far))]
         fused = {best: fused[best]}
-    walks = _regressed(problem, fused, inputs, settings.ridge, rows, progress)
+    walks = _regressed(problem, fused, inputs, settings.ridge, rows, progress, owners)
     far = walks.distances() if len(fused) > 1 else [0.0]
     nearest = far.index(min(far))
     return Regression(walks.candidates[nearest].state, list(fused)[nearest], walks.solved)
@@ -121,14 +124,24 @@ def _anchored(
 
 def _inputs(
     problem: FusionProblem, data: Data, settings: LeastSquares, num_candidates: int
-) -> list[tuple[Tensor, ...]]:
-    """Return the inputs to regress on, in batches that are held at once."""
+) -> tuple[list[tuple[Tensor, ...]], list[int]]:
+    """Return the inputs to regress on, in batches that are held at once, and the owners of each."""
     samples = min(settings.samples, _most_inputs(problem, num_candidates))
     numbers = sum(math.prod(shape) for shape, _ in problem.target.outputs)
     most = _MOST_OUTPUTS if problem.target.thinning is None else _MOST_THINNED
     chunk = min(_CHUNK, max(most // max(numbers, 1), _FEW))
     where = problem.target.device
-    inputs = list(in_chunks(data, problem.target, samples, chunk, device=where))
+    inputs: list[tuple[Tensor, ...]] = []
+    owners: list[int] = []
+    if problem.owners:
+        of_data = batches(data, problem.target.example_inputs, problem.target.keywords)
+        for batch, owner in zip(of_data, problem.owners, strict=True):
+            left = samples - sum(one[0].size(0) for one in inputs)
+            if left > 0:
+                inputs += in_chunks([batch], problem.target, left, chunk, device=where)
+                owners += [owner] * (len(inputs) - len(owners))
+    else:
+        inputs += in_chunks(data, problem.target, samples, chunk, device=where)
     num_inputs = sum(one[0].size(0) for one in inputs)
     if num_inputs < _WANTED:
         warn(
@@ -137,7 +150,7 @@ def _inputs(
             'or take calibration="repair"',
             FusionWarning,
         )
-    return inputs
+    return inputs, owners
 
 
 def _regressed(
@@ -147,16 +160,19 @@ def _regressed(
     ridge: float,
     rows: Rows,
     progress: Callable[[str, int], None] | None = None,
+    owners: Sequence[int] = (),
 ) -> Walks:
     """Regress the states, given by their anchors, side by side."""
     places = regressed_places(problem, next(iter(fused.values())))
     states = [one.traced.state() for one in problem.parents]
-    hidden = hidden_channels(problem, places, states, problem.target.state())
+    hidden = {}
+    if problem.merged is None:
+        hidden = hidden_channels(problem, places, states, problem.target.state())
     candidates = [
         Candidate(_kept(problem, state), _weights(problem, places, anchor))
         for anchor, state in fused.items()
     ]
-    walks = Walks(problem, candidates, inputs, places, hidden, states, rows)
+    walks = Walks(problem, candidates, inputs, places, hidden, states, rows, owners)
     num_inputs = sum(walks.batch_sizes)
     for done, place in enumerate(places):
         walks.solve(place, ridge)

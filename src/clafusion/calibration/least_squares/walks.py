@@ -106,8 +106,10 @@ class Walks:
         hidden: Mapping[str, Hidden],
         states: Sequence[State],
         rows: Rows,
+        owners: Sequence[int] = (),
     ) -> None:
         self.problem = problem
+        self.owners = owners
         self.parents = problem.parents
         self.candidates = candidates
         self.hidden = hidden
@@ -187,7 +189,8 @@ class Walks:
                     goal = of_kept(hidden, one.choices[place.affine.name].kept, shown)
                     active = goal.relu() if place.rectified else None
                 else:
-                    goal, active = self._goal(place, moved, one.weights[place.affine.name])
+                    weights = self._weights(batch, one.weights[place.affine.name])
+                    goal, active = self._goal(place, moved, weights)
                 walk = one.walks[batch]
                 shortcut: Tensor | None = None
                 if place.shortcut is not None:
@@ -358,6 +361,12 @@ class Walks:
             active = parent.moved(own.relu(), node, view.point) if place.rectified else None
             found.append((parent.moved(own, node, view.point), active))
         return found
+
+    def _weights(self, batch: int, weights: Sequence[float]) -> Sequence[float]:
+        """Return the parents' weights on a batch: where it has an owner, that one counts alone."""
+        if not self.owners:
+            return weights
+        return [float(i == self.owners[batch]) for i in range(len(self.parents))]
 
     def _goal(
         self,

@@ -1,0 +1,171 @@
+"""``clafusion merge``: models that were trained from one base into one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clafusion.cli.options import changed, messages_by_flags
+from clafusion.cli.parameters import (
+    Archs,
+    AsJson,
+    CheckpointKeys,
+    ConfigFile,
+    DataKey,
+    Device,
+    Limit,
+    MaxLength,
+    Mean,
+    Scale,
+    Shape,
+    Std,
+    TextColumn,
+)
+from clafusion.cli.show import print_json, print_line, print_text, progress, typed_command
+
+__all__ = ["merge_command"]
+
+
+def merge_command(
+    base: Annotated[
+        str,
+        typer.Argument(
+            help="What the models were trained from: a Hugging Face directory, or weights.",
+            metavar="BASE",
+        ),
+    ],
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="One or more models. They are called first, second and so on, or as NAME=FILE "
+            "says.",
+            metavar="MODEL",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Where to write the merged weights (.safetensors, .pt, .pth; in several files: "
+            ".safetensors.index.json), or of Hugging Face directories a new directory."
+        ),
+    ],
+    arch: Archs = None,
+    merge_weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            help="Each model's weight, as 2,1,1 or 2:1:1; default equal.",
+            metavar="X,X,...",
+        ),
+    ] = None,
+    checkpoint_key: CheckpointKeys = None,
+    config: ConfigFile = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Unlabelled inputs of all tasks, to calibrate by and to assess the result; "
+            "without them nothing is run."
+        ),
+    ] = None,
+    data_key: DataKey = None,
+    limit: Limit = 2000,
+    shape: Shape = None,
+    scale: Scale = None,
+    mean: Mean = None,
+    std: Std = None,
+    text_column: TextColumn = None,
+    max_length: MaxLength = None,
+    device: Device = "cpu",
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="Stay within this much memory, as 6GB: weights stay in files, those made in "
+            "temporary ones (see TMPDIR).",
+            metavar="AMOUNT",
+        ),
+    ] = None,
+    out_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="The type of the written weights: float32, bfloat16 or float16; default the "
+            "base's own.",
+            metavar="TYPE",
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str,
+        typer.Option(help="From which size on a directory gets several files.", metavar="SIZE"),
+    ] = "5GB",
+    as_json: AsJson = False,
+    *,
+    options: Mapping[str, str | bool],
+) -> None:
+    """Merge models that were trained from one base, by what training has added to its weights."""
+    from clafusion.cli.inputs import (
+        DataOptions,
+        archs_of,
+        data_of,
+        keys_of,
+        model_files,
+        named_files,
+    )
+    from clafusion.cli.parsing import merge_weights_of
+    from clafusion.cli.settings import read_merge_config
+    from clafusion.config import MergeConfig
+    from clafusion.errors import InputError
+    from clafusion.execution.call import usable_device
+    from clafusion.interop.huggingface import weight_files
+    from clafusion.interop.records import check_companions
+    from clafusion.interop.saving import check_directory
+    from clafusion.memory import bytes_of
+    from clafusion.one_origin.merge import merge
+    from clafusion.one_origin.result import BASE
+    from clafusion.reports.quality_tables import merge_summary
+    from clafusion.weights.state_files import WRITABLE, check_weights_output, weight_type
+
+    named = named_files(models, least=1)
+    if BASE in named:
+        raise InputError(f"no model can be called {BASE!r}, as the base is: name it by NAME=FILE")
+    files = {BASE: Path(base), **named}
+    archs = archs_of(arch, files)
+    keys = keys_of(checkpoint_key, list(files))
+    given = merge_weights_of("--weights", merge_weights, list(named))
+    with messages_by_flags():
+        own = MergeConfig() if config is None else read_merge_config(config, "--config")
+        settings = changed(own, options)
+    usable_device(device, "--device")
+    if memory_limit is not None:
+        bytes_of(memory_limit, "--memory-limit")
+        if device != "cpu":
+            raise InputError(f"--memory-limit is for the CPU; --device is {device}: leave one out")
+    is_file = out.name.lower().endswith(WRITABLE) or not all(one.is_dir() for one in files.values())
+    if is_file:
+        read = [one for file in files.values() for one in weight_files(file)]
+        check_weights_output(out, "--out", read, () if data is None else (data,))
+        check_companions(out, "--out")
+    else:
+        check_directory(out, "--out")
+    written_type = None if out_dtype is None else weight_type(out_dtype, "--out-dtype")
+    known = model_files(files, archs, keys)
+    reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
+    samples = None if data is None else data_of(data, limit, reading, files)
+    with progress({"merge": 1}) as report, messages_by_flags():
+        result = merge(
+            known[BASE],
+            {name: known[name] for name in named},
+            samples,
+            given,
+            settings,
+            device=None if device == "cpu" else device,
+            memory_limit=memory_limit,
+            progress=report,
+        )
+    result.save(out, dtype=written_type, max_shard_size=max_shard_size, command=typed_command())
+    if as_json:
+        print_json({"out": str(out), **result.to_dict()})
+        return
+    print_text(merge_summary(result))
+    print_line("written", out)

@@ -1,0 +1,161 @@
+"""The base and its models -> one model: the stages in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+
+from clafusion.config import MergeConfig, NoCalibration
+from clafusion.errors import InputError
+from clafusion.execution.call import device_of
+from clafusion.interop.vocabulary import check_alike
+from clafusion.memory import NeededMemory, bytes_of, check_limit, held_now
+from clafusion.one_origin.calibrated import calibrated
+from clafusion.one_origin.networks import Network, check_distances, check_same_entries, opened
+from clafusion.one_origin.parameters import merged_state
+from clafusion.one_origin.result import BASE, MergeResult
+from clafusion.profiling.batches import Data, Progress
+from clafusion.settings import made
+from clafusion.stages import Clock, ExampleInputs, merge_weights, named_models, placed
+from clafusion.tracing.ties import aliases_of
+from clafusion.weights.factories import Model
+from clafusion.weights.storage import InFiles, InMemory, Storage
+
+__all__ = ["merge"]
+
+_COPIES = 2  # tensors of the largest size that are made besides those of the networks
+_WORK = 1 << 29  # bytes for the part of a tensor at hand, in float64
+
+
+def merge(
+    base: Model,
+    models: Sequence[Model] | Mapping[str, Model],
+    data: Data | Mapping[str, Data] | None = None,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    config: MergeConfig | None = None,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    device: str | torch.device | None = None,
+    memory_limit: int | str | None = None,
+    progress: Progress | None = None,
+    **overrides: Any,
+) -> MergeResult:
+    r"""Merge models that were trained from one base, by what training has added to its weights.
+
+    Nothing is matched: the channels of such models correspond as they stand. Networks that were
+    trained from other starts are what :func:`clafusion.fuse` is for. For the equations see
+    :mod:`clafusion.merging.task_vectors`. No model is modified.
+
+    Parameters are merged by the method. Buffers of floating numbers, as the running statistics of
+    BatchNorm, get the models' weighted mean, as a scaled sum of changes could make a variance
+    negative. Whole numbers have to be the same in all models, but for BatchNorm's counters.
+
+    Parameters
+    ----------
+    base
+        The network that the models were trained from. Of a :class:`clafusion.ModelFile`, as of a
+        Hugging Face directory, one tensor at a time is read.
+    models
+        One or more models with the base's structure: a list, or a mapping with names.
+    data
+        Unlabelled inputs, as for :func:`clafusion.fuse`: to calibrate by and to assess the result.
+        A mapping gives each model, by its name, inputs of its own task: on these a calibration aims
+        at what that model does alone (as RegMean does, arXiv 2212.09849), and else at the models'
+        weighted mean. Without data nothing is run, so that any network can be merged.
+    weights
+        Each model's weight, not negative; they are divided by their sum. Default: equal.
+    config
+        The options; see :class:`clafusion.MergeConfig`.
+    example_inputs, device
+        As for :func:`clafusion.fuse`.
+    memory_limit
+        How much memory the process may take, as ``"6GB"`` or in bytes; default no limit. Then what
+        is merged is kept in temporary files, from which the result's parameters are mapped.
+    progress
+        Called with the stage's name and how far it is; of ``"merge"`` the number of tensors.
+    overrides
+        Any field of ``config``: ``method="dare"``, ``method=Ties(density=0.1)``,
+        ``calibration="repair"``.
+
+    Returns
+    -------
+    MergeResult
+        With the merged model as ``.model``.
+
+    Raises
+    ------
+    InputError
+        An option is unusable; a model lacks an entry, has one more or another shape, another
+        vocabulary or other whole numbers, or does not come from the base; a calibration has no
+        data; the base's type cannot hold the result; or ``memory_limit`` is too small.
+    ClafusionError
+        With data as for :func:`clafusion.fuse`.
+
+    Examples
+    --------
+    >>> result = clafusion.merge(base, [maths, code], method="ties")  # doctest: +SKIP
+    >>> result.save("merged.safetensors")  # doctest: +SKIP
+    """
+    config = _config_from(config, overrides)
+    if data is None and not isinstance(config.calibration, NoCalibration):
+        raise InputError(f"calibration={config.calibration.name!r} needs data: give some inputs")
+    named = named_models(models, least=1)
+    if BASE in named:
+        raise InputError(f"models: no model can be called {BASE!r}, as the base is: rename it")
+    given = merge_weights(weights, tuple(named))
+    every = {BASE: base, **named}
+    named_models(every)  # which refuses what is no model
+    check_alike(every)
+    if isinstance(data, Mapping) and data.keys() != named.keys():
+        raise InputError(
+            f"data as a mapping must have one entry for each model, {', '.join(named)}; got "
+            f"{', '.join(map(str, data))}"
+        )
+    if data is None:
+        example_inputs = ()
+    shown = next(iter(data.values())) if isinstance(data, Mapping) else data
+    every, example_inputs = placed(every, () if shown is None else shown, example_inputs, device)
+    networks = {name: opened(name, one) for name, one in every.items()}
+    first, others = networks[BASE], {name: networks[name] for name in named}
+    check_same_entries(first, others)
+    storage: Storage = InMemory()
+    if memory_limit is not None:
+        check_limit(bytes_of(memory_limit, "memory_limit"), _needed_memory(first, len(named)))
+        storage = InFiles()
+    clock = Clock(device_of(first.module))
+    with clock.stage("compare"):
+        distances = check_distances(first, others, config.furthest)
+    with clock.stage("merge"):
+        state = merged_state(first, others, given, config, storage, progress)
+    result = MergeResult(
+        model=first.module,
+        base=first.module,
+        models={name: one.module for name, one in others.items()},
+        weights=given,
+        distances=distances,
+        config=config,
+    )
+    if data is None:
+        model = storage.model(first.module, state, aliases_of(first.module))
+        return replace(result, model=model, timings=clock.seconds, peak_memory=clock.peak_memory)
+    return calibrated(result, every, data, example_inputs, state, storage, clock, progress)
+
+
+def _config_from(config: MergeConfig | None, overrides: Mapping[str, Any]) -> MergeConfig:
+    """Return a configuration with some of its fields given anew."""
+    if config is not None and not isinstance(config, MergeConfig):
+        raise InputError(f"config must be a MergeConfig; got {type(config).__name__}")
+    own = config or MergeConfig()
+    given = {one.name: getattr(own, one.name) for one in fields(MergeConfig)}
+    return made(MergeConfig, {**given, **overrides}, "")
+
+
+def _needed_memory(base: Network, count: int) -> NeededMemory:
+    """Return how much a merge of so many models holds at the most, but for calibrations."""
+    every = [*base.module.parameters(), *base.module.buffers()]
+    largest = max((one.numel() * one.element_size() for one in every), default=0)
+    at_once = min(_WORK, max((8 * one.numel() for one in every), default=0))
+    return NeededMemory(held_now(), {"merge": (count + 1 + _COPIES) * (largest + at_once)})
