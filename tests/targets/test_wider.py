@@ -176,6 +176,7 @@ def test_norms_over_channels_are_told():
         fuse(models, VECTORS, target=Wider(1.5), calibration="none", verify=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*no multiple:clafusion.WidthWarning")
 def test_a_module_of_fixed_widths_is_refused_and_a_template_serves():
     *models, inputs = PAIRS["resnet, padded"]
     with pytest.raises(StructureError, match=r"of 'blocks.3' \(networks.py, line \d+\)") as refused:

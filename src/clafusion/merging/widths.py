@@ -29,8 +29,11 @@ def warn_of_uneven_widths(problem: FusionProblem) -> None:
     groups = parent.correspondence.target.groups
     found: dict[tuple[int, int], str] = {}
     for group, plan in zip(groups, parent.plans, strict=True):
-        if plan is not None and plan.shape[1] % plan.shape[0]:
-            found.setdefault(plan.shape, group.name)
+        if plan is None:
+            continue
+        reached = int(plan.covered.sum())  # a wider result has places for other parents alone
+        if reached % plan.shape[0]:
+            found.setdefault((plan.shape[0], reached), group.name)
     if not found:
         return
     shown = ", ".join(
