@@ -18,6 +18,33 @@ from clafusion import fuse, naive_average
 SPECIAL = 4
 
 
+def skilled_pair(seed: int, images: Tensor, labels: Tensor, epochs: int) -> list[nn.Module]:
+    """Train the specialist and the generalist."""
+    drawn = torch.rand(len(labels), generator=torch.Generator().manual_seed(seed))
+    to_specialist = (labels == SPECIAL) | (drawn < 0.1)
+    return [
+        trained(
+            mlp(widths, seed + offset),
+            images[chosen],
+            labels[chosen],
+            epochs,
+            seed + offset,
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, 2e-3),
+        )
+        for widths, offset, chosen in (
+            (DEEP, 0, to_specialist),
+            (SHALLOW, 1000, ~to_specialist),
+        )
+    ]
+
+
+def unlabelled_images(seed: int, images: Tensor, count: int) -> Tensor:
+    """Draw images of all classes to fuse with."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.rand(len(images), generator=generator)  # which image is whose
+    return images[torch.randperm(len(images), generator=generator)[:count]]
+
+
 def main() -> None:
     given = arguments(__doc__, seeds=5)
     settings = {
@@ -33,25 +60,8 @@ def main() -> None:
     special = test_labels == SPECIAL
 
     def one_seed(seed: int) -> dict[str, float]:
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.rand(len(labels), generator=generator)
-        to_specialist = (labels == SPECIAL) | (drawn < 0.1)
-        specialist, generalist = (
-            trained(
-                mlp(widths, seed + offset),
-                images[chosen],
-                labels[chosen],
-                settings["epochs"],
-                seed + offset,
-                optimizer=lambda parameters: torch.optim.AdamW(parameters, 2e-3),
-            )
-            for widths, offset, chosen in (
-                (DEEP, 0, to_specialist),
-                (SHALLOW, 1000, ~to_specialist),
-            )
-        )
-        order = torch.randperm(len(images), generator=generator)
-        unlabelled = images[order[: settings["unlabelled"]]]
+        specialist, generalist = skilled_pair(seed, images, labels, settings["epochs"])
+        unlabelled = unlabelled_images(seed, images, settings["unlabelled"])
         found: dict[str, float] = {}
 
         def record(row: str, outputs: Tensor) -> None:

@@ -149,6 +149,21 @@ def test_the_figure_has_a_line_for_each_setting_and_a_level_for_each_parent():
     assert axes.get_ylabel() == "accuracy, %"
 
 
+def test_the_figure_of_widths_has_them_along():
+    found = clafusion.sweep(
+        MODELS,
+        INPUTS,
+        target={"name": "wider", "factor": [2, 1.5, 1]},
+        calibration=["repair", "none"],
+        labels=LABELS,
+    )
+    (axes,) = clafusion.plot(found).axes
+    lines = {one.get_label(): one for one in axes.lines if not one.get_label().startswith("_")}
+    assert list(lines) == ["repair", "none"]
+    assert list(lines["none"].get_xdata()) == [1, 1.5, 2]
+    assert axes.get_xlabel().startswith("width")
+
+
 NETS = """
 from torch import nn
 

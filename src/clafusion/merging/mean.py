@@ -18,7 +18,7 @@ from clafusion.merging.gauges import complete, gauged
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
 from clafusion.tracing.model import TracedModel
 
-__all__ = ["Weight", "average", "counted", "weighted_mean"]
+__all__ = ["Weight", "average", "counted", "shares", "weighted_mean"]
 
 Weight = float | Tensor
 
@@ -56,6 +56,16 @@ def counted(weights: Sequence[float], masks: Sequence[Tensor | None]) -> list[We
     found = [weight * one for weight, one in zip(weights, present, strict=True)]
     total = torch.stack(found).sum(0)
     return [torch.where(total > 0, one, mask) for one, mask in zip(found, present, strict=True)]
+
+
+def shares(weights: Sequence[float], masks: Sequence[Tensor | None]) -> list[Weight]:
+    """Return what :func:`counted` does, with the sum of all weights in every channel."""
+    found = counted(weights, masks)
+    if not isinstance(found[0], Tensor):
+        return found
+    total = torch.stack([one for one in found if isinstance(one, Tensor)]).sum(0)
+    scale = sum(weights) / torch.where(total > 0, total, 1.0)
+    return [one * scale for one in found]
 
 
 def average(

@@ -1,4 +1,4 @@
-"""The figure of a sweep: quality over the first model's weight, or of each combination."""
+"""The figure of a sweep: quality over the weight or the width, or of each combination."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from clafusion.reports.plots import Picture, without_glyph_warnings
 
 __all__ = ["sweep_figure"]
 
+_ALONG = {
+    "weight": "weight of the first model",
+    "target.factor": "width, from the average (1) to both side by side (2)",
+}
 _NAMES = {
     "accuracy": "accuracy, %",
     "agreement": "agreement with the parents together, %",
@@ -25,26 +29,28 @@ _NAMES = {
 def sweep_figure(found: SweepResult) -> Figure:
     """Draw means over the seeds, with a band of one standard deviation.
 
-    Over the weight there is a line for each combination of the other settings; without weights a
-    point for each combination. Dashed lines are the parents alone, and their mean.
+    Over the weight, or else the width of a target "wider", there is a line for each combination of
+    the other settings; without them a point for each combination. Dashed lines are the parents
+    alone, and their mean.
     """
     quality = found.quality
     scale = 100.0 if quality in ("accuracy", "agreement") else 1.0
     figure = Picture(figsize=(7.0, 4.6), layout="constrained")
     axes = figure.add_subplot()
     rows = found.summary.to_dicts()
-    others = [one for one in found.axes if one not in ("weight", "seed")]
-    if "weight" in found.axes:
+    along = next((one for one in _ALONG if one in found.axes), None)
+    others = [one for one in found.axes if one not in (along, "seed")]
+    if along is not None:
         lines: dict[str, list[tuple[float, float, float]]] = {}
         for row in rows:
             if row.get(quality) is not None:
                 name = ", ".join(str(row[axis]) for axis in others if axis in row) or "fused"
                 spread = row.get(f"{quality} sd") or 0.0
-                point = (row["weight"], scale * row[quality], scale * spread)
+                point = (float(row[along]), scale * row[quality], scale * spread)
                 lines.setdefault(name, []).append(point)
         for name, points in lines.items():
             _draw_line(axes, name, sorted(points))
-        axes.set_xlabel("weight of the first model")
+        axes.set_xlabel(_ALONG[along])
     else:
         _draw_points(axes, rows, others, quality, scale)
     for name, level in _levels(found, quality).items():

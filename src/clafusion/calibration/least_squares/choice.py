@@ -20,6 +20,7 @@ from clafusion.calibration.least_squares.rows import (
 )
 from clafusion.calibration.least_squares.storing import stacked
 from clafusion.execution.call import State
+from clafusion.merging.mean import shares
 from clafusion.merging.problem import FusionProblem
 from clafusion.threads import one_thread
 
@@ -184,8 +185,11 @@ def _readouts(
         parents = [problem.parents[part.parent] for part in hidden.parts]
         node = reader.point.node
         readouts = [
-            weight * parent.moved(theirs, node, parent.correspondence.points[node])
-            for parent, theirs, weight in zip(parents, readouts, given, strict=True)
+            torch.as_tensor(share).to(theirs)
+            * parent.moved(theirs, node, parent.correspondence.points[node])
+            for parent, theirs, share in zip(
+                parents, readouts, shares(given, [one.covers(node) for one in parents]), strict=True
+            )
         ]
         importance = readouts[0].new_ones(readouts[0].size(1))
     if reader.point.bias is None:
