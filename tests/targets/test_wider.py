@@ -53,8 +53,9 @@ def num_parameters(model):
     return sum(one.numel() for one in model.parameters())
 
 
-@pytest.mark.parametrize("calibration", CALIBRATIONS)
-@pytest.mark.parametrize("name", WIDENED)
+@pytest.mark.parametrize(
+    ("name", "calibration"), [*((name, "repair") for name in WIDENED), ("mlp", "least_squares")]
+)
 def test_at_twice_the_width_it_is_the_mean_of_both(name, calibration):
     *models, inputs = WIDENED[name]
     result = fuse(
@@ -65,7 +66,7 @@ def test_at_twice_the_width_it_is_the_mean_of_both(name, calibration):
 
 
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
-@pytest.mark.parametrize("name", WIDENED)
+@pytest.mark.parametrize("name", ["mlp, unequal", "resnet, 1x1"])
 def test_all_the_weight_on_one_gives_it_at_any_width(name, calibration):
     *models, inputs = WIDENED[name]
     settings = {"target": Wider(1.4), "calibration": calibration, "verify": False}
@@ -74,13 +75,13 @@ def test_all_the_weight_on_one_gives_it_at_any_width(name, calibration):
         assert distance(result.model, mean([model], inputs, [1.0]), inputs) < 1e-5
 
 
-@pytest.mark.parametrize("factor", [1, 1.5, 2])
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "vgg"])
+@pytest.mark.parametrize("factor", [1, 2])
+@pytest.mark.parametrize("name", ["mlp", "resnet, padded"])
 def test_copies_share_all_places(name, factor):
     build, inputs = MODELS[name]
     model = build()
     permuted = networks.permuted_copy(model, inputs)
-    for order in ((model, model), (model, permuted), (permuted, model)):
+    for order in ((model, model), (permuted, model)):
         result = fuse(order, inputs, target=Wider(factor), verify=False)
         assert num_parameters(result.model) == num_parameters(model)
         assert distance(result.model, mean([model], inputs, [1.0]), inputs) < 1e-5
