@@ -375,6 +375,7 @@ def test_all_options_are_listed_once_with_a_line_of_help():
         "assessment.outputs",
         "assessment.axis",
         "assessment.held_out",
+        "combine",
         "verify",
         "seed",
     ]

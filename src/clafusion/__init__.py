@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from clafusion.fusion import align, fuse, profile
     from clafusion.interop.resolver import load
     from clafusion.matching.activation_costs import channel_cost
+    from clafusion.merging.combination import Combination
     from clafusion.merging.mean import average
     from clafusion.merging.naive import naive_average
     from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
@@ -124,6 +125,7 @@ __all__ = [
     "Calibration",
     "ChannelGroup",
     "ClafusionError",
+    "Combination",
     "ConvergenceWarning",
     "Correspondence",
     "Dare",
@@ -258,6 +260,7 @@ _PLACES = {
     "clafusion.fusion": "align fuse profile",
     "clafusion.interop.resolver": "load",
     "clafusion.matching.activation_costs": "channel_cost",
+    "clafusion.merging.combination": "Combination",
     "clafusion.merging.mean": "average",
     "clafusion.merging.naive": "naive_average",
     "clafusion.merging.problem": "FusionProblem MergeWeights Parent",

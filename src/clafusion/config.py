@@ -38,6 +38,7 @@ __all__ = [
     "ALIGNMENT_MODES",
     "ASSESSED_OUTPUTS",
     "CHANNEL_COSTS",
+    "COMBINATIONS",
     "IMPORTANCES",
     "LAYER_COSTS",
     "LAYER_VALUES",
@@ -137,6 +138,11 @@ ASSESSED_OUTPUTS = Choices(
     classes="by which class is the largest, and by the Kullback-Leibler divergence",
     values="by the relative squared error",
     none="not at all, and nothing is kept out of the fusion",
+)
+COMBINATIONS = Choices(
+    auto="probabilities where the two means are far apart on the inputs, else logits",
+    logits="the mean of their logits; of outputs that are no classes the mean of the values",
+    probabilities="the mean of their probabilities",
 )
 MERGES = Choices(
     least_squares="they are left out, and least squares makes up for them",
@@ -481,6 +487,9 @@ class FusionConfig(Settings):
         Calibration, AutoCalibration(), "how what is lost is restored"
     )
     assessment: Assessment = nested(Assessment, Assessment(), "how the result is assessed")
+    combine: str = choice(
+        "auto", COMBINATIONS, "what the parents put out together, where outputs are classes"
+    )
     verify: bool = flag(True, "prove the analysis of each parent by permuting a copy")
     seed: int = count(0, "seed of every random choice", least=0, most=2**63 - 1)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.alignment.models import AlignedModels, align_models, check_models
+from clafusion.assessment.combining import chosen_combination
 from clafusion.assessment.evaluation import checked_labels
 from clafusion.assessment.output_cache import OutputCache
 from clafusion.assessment.parts import parts_of
@@ -350,7 +351,15 @@ def fuse_aligned(
     parents = {name: one.traced for name, one in zip(aligned.names, aligned.profiles, strict=True)}
     parts = parts_of(data, tuple(parents.values()), config.assessment)
     result = _fused(
-        aligned, parts.kept, given, config, template, memory_limit, progress, matched=matched
+        aligned,
+        parts.kept,
+        given,
+        config,
+        template,
+        memory_limit,
+        progress,
+        matched=matched,
+        known_outputs=known_outputs,
     )
     if own_entries is not None:
         keep_own_entries(result.model, result.problem, aligned.names[0], own_entries)
@@ -368,6 +377,7 @@ def _fused(
     progress: Progress | None,
     *,
     matched: FusionProblem | None = None,
+    known_outputs: OutputCache | None = None,
 ) -> FusionResult:
     """Do what :func:`fuse_aligned` does on the part of the data that a fusion may see."""
     warn_of_pinned_channels(aligned.names, [one.traced for one in aligned.profiles], weights)
@@ -398,6 +408,9 @@ def _fused(
     with clock.stage("merge"):
         if config.merging.layer_weights == "sensitivity":
             problem = weigh_layers(problem)
+        traced = [one.traced for one in aligned.profiles]
+        combination = chosen_combination(traced, weights, data, config, known_outputs)
+        problem = replace(problem, combination=combination)
     if limit is not None:
         problem = replace(problem, storage=InFiles())
     with clock.stage("calibrate"):

@@ -20,6 +20,7 @@ from clafusion.assessment.output_cache import OutputCache
 from clafusion.assessment.parts import compared_output
 from clafusion.config import Assessment, FusionConfig
 from clafusion.errors import InputError
+from clafusion.merging.combination import Combination
 from clafusion.merging.problem import FusionProblem, Parent
 from clafusion.profiling.batches import Data, batches
 from clafusion.table import Table
@@ -181,6 +182,14 @@ class FusionResult:
         )
 
     @property
+    def combination(self) -> Combination:
+        """What the parents put out together, and why: see ``FusionConfig.combine``.
+
+        For the strategy ``"iterative"`` that of the last step.
+        """
+        return self.problem.combination
+
+    @property
     def parent_models(self) -> dict[str, TracedModel]:
         """All parents by name; of fusions one after another not what came between."""
         found: dict[str, TracedModel] = {}
@@ -204,6 +213,7 @@ class FusionResult:
             **(steps[0] if len(steps) == 1 else {"steps": steps}),
             "weights": list(self.weights),
             "anchor": self.anchor,
+            "combination": self.combination.to_dict(),
             "averaged": list(self.averaged),
             "left_out": list(self.left_out),
             "rounds": self.rounds,

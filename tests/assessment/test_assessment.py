@@ -105,7 +105,7 @@ class OneSize(nn.Module):
 
 def test_the_figures_are_those_of_the_equations():
     models, weights = pair(), [0.3, 0.7]
-    result = fuse(models, VECTORS, weights)
+    result = fuse(models, VECTORS, weights, combine="probabilities")
     x = VECTORS[HELD]
     with torch.no_grad():
         outputs = [model(x).double().softmax(-1) for model in (*models, result.model)]

@@ -39,6 +39,16 @@ def mlp(*widths: int, seed: int = 0, activation: type[nn.Module] = nn.ReLU) -> n
     return randomise(nn.Sequential(*layers), seed)
 
 
+@torch.no_grad()
+def confident(model: nn.Sequential, inputs: Tensor, scale: float = 4.0) -> nn.Sequential:
+    """Return a classifier with its last layer scaled: surer of its answers, which stay."""
+    found = copy.deepcopy(model)
+    found[-1].load_state_dict(
+        {k: v * scale / found(inputs).std() for k, v in found[-1].state_dict().items()}
+    )
+    return found
+
+
 def vgg(*stages: int, widths=(8, 12), norm: bool = True, seed: int = 0) -> nn.Sequential:
     """``stages``: how many convolutions before each pooling."""
     layers: list[nn.Module] = []

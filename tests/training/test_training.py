@@ -305,11 +305,14 @@ def test_early_stopping_returns_the_best_epoch():
     assert not last.model[0].weight.any()
 
 
-def distilled_ref(z, teachers, y, temperature, alpha):
-    p = sum(
-        np.exp(t / temperature) / np.exp(t / temperature).sum(1, keepdims=True) for t in teachers
-    )
-    p /= len(teachers)
+def distilled_ref(z, teachers, y, temperature, alpha, combine):
+    def softmax(t):
+        return np.exp(t / temperature) / np.exp(t / temperature).sum(1, keepdims=True)
+
+    if combine == "probabilities":
+        p = sum(map(softmax, teachers)) / len(teachers)
+    else:
+        p = softmax(sum(teachers) / len(teachers))
     q = np.exp(z / temperature) / np.exp(z / temperature).sum(1, keepdims=True)
     one = np.exp(z) / np.exp(z).sum(1, keepdims=True)
     kl = (p * np.log(p / q)).sum(1).mean()
@@ -319,14 +322,20 @@ def distilled_ref(z, teachers, y, temperature, alpha):
 
 @pytest.mark.parametrize("temperature", [1.0, 5.0])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("count", [1, 3])
-def test_the_loss_of_distillation(temperature, alpha, count):
+@pytest.mark.parametrize(
+    ("count", "combine"), [(1, "auto"), (3, "probabilities"), (3, "logits"), (3, "auto")]
+)
+def test_the_loss_of_distillation(temperature, alpha, count, combine):
     student, teachers = classifier(), [classifier(i + 1) for i in range(count)]
     given = teachers[0] if count == 1 else teachers
-    found = distill(student, given, [DATA], steps=1, temperature=temperature, alpha=alpha).losses[0]
+    result = distill(
+        student, given, [DATA], steps=1, temperature=temperature, alpha=alpha, combine=combine
+    )
+    found = result.losses[0]
+    assert result.combination.means == ("probabilities" if combine == "probabilities" else "logits")
     with torch.no_grad():
         logits = [one(DATA[0]).double().numpy() for one in (student, *teachers)]
-    wanted = distilled_ref(logits[0], logits[1:], DATA[1].numpy(), temperature, alpha)
+    wanted = distilled_ref(logits[0], logits[1:], DATA[1].numpy(), temperature, alpha, combine)
     assert found == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
@@ -517,6 +526,8 @@ def test_wrong_data_is_refused(data, message):
         ({"teachers": 5}, "teachers must be"),
         ({"teachers": spoilt(classifier())}, "teacher 0 gives NaN"),
         ({"teachers": [classifier(), networks.mlp(5, 3)]}, "teacher 1 does not run on a batch"),
+        ({"combine": "votes"}, "combine must be one of 'auto', 'logits', 'probabilities'"),
+        ({"teachers": [classifier(), networks.mlp(6, 4)]}, "teacher 1 gives outputs of shape"),
         ({"student": nn.ReLU()}, "student has no parameter"),
         ({"student": "net"}, "student must be"),
     ],

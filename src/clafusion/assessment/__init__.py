@@ -1,9 +1,9 @@
 r"""How near a fused network comes to what its parents put out together, without labels.
 
 The parents together are their weighted mean :math:`\bar y = \sum_p w_p y_p`, where outputs are
-classes that of their probabilities. A network :math:`q` is compared with it over all rows
-:math:`x`, and over all positions where there are several: by how often both choose the same class
-and by
+classes the probabilities that :mod:`clafusion.merging.combination` gives. A network :math:`q` is
+compared with it over all rows :math:`x`, and over all positions where there are several: by how
+often both choose the same class and by
 
 .. math::
 

@@ -46,7 +46,8 @@ def assess(
     model
         The fused network. Its mode stays as it is.
     problem
-        What it was made from. Where outputs were matched the parents' move by its plans.
+        What it was made from. Where outputs were matched the parents' move by its plans. It says
+        what the parents put out together.
     parents
         All parents by name.
     weights
@@ -75,7 +76,7 @@ def assess(
         if any(one is not None for one in plans):
             return None  # earlier steps have moved outputs, too
         plans = [None] * len(traced)
-    sums = Comparison(kind, axis, tuple(weights))
+    sums = Comparison(kind, axis, tuple(weights), problem.combination.means)
     with in_eval_mode(model):
         for inputs in _chunks(parts, traced, output):
             if known is None:

@@ -9,12 +9,18 @@ import torch
 from torch import Tensor
 
 from clafusion.assessment.nearness import FusionAssessment, Kind, Nearness
+from clafusion.merging.combination import (
+    FAR,
+    Means,
+    are_probabilities,
+    log_probabilities,
+    together,
+)
 from clafusion.profiling.masks import zeroed
 from clafusion.profiling.thinning import most_positions
 
-__all__ = ["Comparison", "are_probabilities", "is_nearer"]
+__all__ = ["Comparison", "is_nearer", "some_positions"]
 
-_FAR = 100.0  # nats: a probability of 0 counts as exp(-100), so that one row does not hide all
 _ROUNDING = 1e-12  # nats, which is none
 _NOISE, _ERRORS = 1e-4, 2.0  # a difference counts that is above both; the latter in standard errors
 
@@ -22,12 +28,15 @@ _NOISE, _ERRORS = 1e-4, 2.0  # a difference counts that is above both; the latte
 class Comparison:
     """What is added up over the chunks: for each parent, and last for the result."""
 
-    def __init__(self, kind: Kind, axis: int, weights: tuple[float, ...]) -> None:
+    def __init__(
+        self, kind: Kind, axis: int, weights: tuple[float, ...], means: Means = "logits"
+    ) -> None:
         self.num_inputs = 0
+        self._means = means
         self._kind = kind
         self._axis = axis
         self._weights = weights
-        self._are_probabilities: bool | None = None
+        self._are_soft: bool | None = None
         count = len(weights) + 1
         self._rows = 0
         self._distances: list[list[Tensor]] = [[] for _ in range(count)]  # of each input
@@ -50,24 +59,21 @@ class Comparison:
                 mask = mask | ~mask.any(1, keepdim=True)
                 moved = [one.double().masked_fill(~mask, -math.inf) for one in moved]
             if mask is not None and moved[0].dim() == 3:
-                mask = _some_positions(mask.unsqueeze(-1), moved[0].size(-1)).squeeze(-1)
+                mask = some_positions(mask.unsqueeze(-1), moved[0].size(-1)).squeeze(-1)
             else:
                 mask = None
-            chosen = [_some_positions(one, one.size(-1)) for one in moved]
-            self._add_classes([one.double() for one in chosen], mask)
+            chosen = [some_positions(one, one.size(-1)) for one in moved]
+            self._add_classes(chosen, mask)
         else:
             counting = None if mask is None else mask.view(*mask.shape, *[1] * (result.dim() - 2))
             self._add_values([zeroed(one.double(), counting) for one in outputs])
 
     def _add_classes(self, outputs: list[Tensor], mask: Tensor | None) -> None:
-        if self._are_probabilities is None:
-            self._are_probabilities = all(map(are_probabilities, outputs[:-1]))
-        if self._are_probabilities:
-            logs = [one.clamp(min=0).log() for one in outputs]
-        else:
-            logs = [one.log_softmax(-1) for one in outputs]
+        if self._are_soft is None:
+            self._are_soft = all(map(are_probabilities, outputs[:-1]))
+        logs = [log_probabilities(one, are_soft=self._are_soft) for one in outputs]
         parts = [one.exp() for one in logs[:-1]]
-        mean = _mean(parts, self._weights)
+        mean = together(logs[:-1], self._weights, self._means)
         chosen = mean.argmax(-1)
         choices = [one.argmax(-1) for one in logs]
         counting = torch.ones_like(chosen, dtype=torch.bool) if mask is None else mask
@@ -131,7 +137,7 @@ class Comparison:
         return max(around if around > 1e-9 * self._squares else self._squares, 1e-30)
 
 
-def _some_positions(outputs: Tensor, classes: int) -> Tensor:
+def some_positions(outputs: Tensor, classes: int) -> Tensor:
     """Return outputs ``(inputs, positions, classes)`` at some of many positions, evenly spaced.
 
     A language model's neighbouring tokens, or an image's pixels, say little more than these.
@@ -156,7 +162,7 @@ def _divergence(of: Tensor, log: Tensor, mask: Tensor | None) -> Tensor:
 
     Only positions in ``mask`` count; None for all.
     """
-    terms = (torch.special.xlogy(of, of) - of * log.clamp(min=-_FAR)).sum(-1)
+    terms = (torch.special.xlogy(of, of) - of * log.clamp(min=-FAR)).sum(-1)
     if mask is None:
         found = terms.reshape(len(terms), -1).mean(1).clamp(min=0)
     else:
@@ -173,12 +179,6 @@ def is_nearer(one: Tensor, result: Tensor) -> bool:
     further = result - one
     error = further.std() / math.sqrt(len(further)) if len(further) > 1 else torch.zeros(())
     return float(further.mean()) > max(_NOISE, _ERRORS * float(error))
-
-
-def are_probabilities(outputs: Tensor) -> bool:
-    """Say whether the network ends in a softmax itself."""
-    sums = outputs.sum(-1)
-    return bool((outputs >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
 
 
 def _finite(distance: float | Tensor) -> float:

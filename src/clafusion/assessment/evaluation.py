@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from clafusion.assessment.comparison import are_probabilities
 from clafusion.assessment.nearness import Kind
 from clafusion.errors import InputError
 from clafusion.execution.call import call_model, device_of, in_eval_mode
+from clafusion.merging.combination import are_probabilities
 from clafusion.profiling.batches import Data, batches, first_batch, keeps_order, num_rows
 from clafusion.table import Table
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from clafusion.calibration.batchnorm import reset_batchnorm
 from clafusion.calibration.least_squares import regress_anchored
+from clafusion.calibration.output_layer import refit_output_layer
 from clafusion.calibration.outputs import is_exact
 from clafusion.calibration.repair import moment_goals, repair
 from clafusion.calibration.scales import with_equal_scales
 from clafusion.config import BatchNorm, Calibration, LeastSquares, NoCalibration, Repair
-from clafusion.errors import InputError
+from clafusion.errors import FusionWarning, InputError, warn
 from clafusion.execution.call import State
 from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem
@@ -136,6 +137,14 @@ def _least_squares(
     progress: Progress | None = None,
 ) -> Calibrated:
     found = regress_anchored(problem, data, settings, seed=seed, progress=progress)
+    if problem.combination.means == "probabilities":
+        why = refit_output_layer(problem, found.state, data, settings, seed=seed)
+        if why is not None:
+            warn(
+                "the last layer is not refitted to the parents' mean of probabilities, for "
+                f"{why}: it aims at the mean of their logits",
+                FusionWarning,
+            )
     return Calibrated(_built(problem, found.state), found.anchor, _averaged(problem, found.solved))
 
 

@@ -18,6 +18,7 @@ from clafusion.correspondence.moving import move_state, move_values
 from clafusion.execution.call import State
 from clafusion.execution.lazy import LazyState
 from clafusion.matching.weight_costs import is_at_rest
+from clafusion.merging.combination import Combination
 from clafusion.profiling.profile import ModelProfile
 from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.model import TracedModel
@@ -178,6 +179,8 @@ class FusionProblem:
     owners
         Where each parent has a task of its own: for each batch of the data the parent whose task it
         is of, which alone is to be met there. Empty where all parents count on all batches.
+    combination
+        What the parents put out together, where outputs are classes.
     """
 
     target: TracedModel
@@ -187,6 +190,7 @@ class FusionProblem:
     storage: Storage = field(default_factory=InMemory, compare=False)
     merged: State | None = field(default=None, compare=False)
     owners: tuple[int, ...] = ()
+    combination: Combination = field(default_factory=Combination)
 
     def __repr__(self) -> str:
         return f"<FusionProblem of {', '.join(self.names)} into {self.target!r}>"

@@ -205,6 +205,8 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
     if not isinstance(strategy, ManyToOne):
         outcome = "" if result.converged else ", not converged"
         facts["strategy"] = f"{described(strategy)}, rounds {result.rounds}{outcome}"
+    if result.combination.output is not None:
+        facts["together"] = f"the parents put out {result.combination}"
     calibration = config.used_calibration
     facts["calibration"] = described(calibration)
     if result.anchor is not None and result.anchor != getattr(calibration, "anchor", None):

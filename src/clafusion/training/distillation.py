@@ -6,17 +6,27 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clafusion.assessment.combining import by_divergence
+from clafusion.config import COMBINATIONS
 from clafusion.errors import InputError
+from clafusion.merging.combination import Combination, Means
 from clafusion.profiling.batches import Progress
 from clafusion.training.checkpoint import model_digest
-from clafusion.training.data import Batch, LabelledData, training_device
-from clafusion.training.loop import TrainingResult, train
+from clafusion.training.data import (
+    Batch,
+    LabelledData,
+    batches_of,
+    check_data,
+    training_device,
+)
+from clafusion.training.loop import TrainingResult, seeded, train
 from clafusion.training.losses import Loss, cross_entropy_of, is_finite, logits_of
 from clafusion.training.settings import (
     Schedule,
@@ -29,6 +39,8 @@ from clafusion.training.settings import (
 
 __all__ = ["distill"]
 
+_INPUTS = 256  # on which what the teachers put out together is chosen
+
 
 def distill(
     student: nn.Module,
@@ -37,6 +49,7 @@ def distill(
     *,
     temperature: float = 4.0,
     alpha: float = 0.9,
+    combine: str = "auto",
     epochs: int | None = None,
     steps: int | None = None,
     learning_rate: float = 0.01,
@@ -57,8 +70,8 @@ def distill(
 ) -> TrainingResult:
     r"""Train a copy of a student to give the outputs of one or more teachers.
 
-    With logits :math:`z` of the student, the mean :math:`p` of the teachers' probabilities at
-    temperature :math:`T`, and labels :math:`y`, the loss is
+    With logits :math:`z` of the student, what the teachers put out together at temperature
+    :math:`T`, :math:`p`, and labels :math:`y`, the loss is
 
     .. math:: \alpha\, T^2\, \mathrm{KL}\bigl(p \,\|\, \mathrm{softmax}(z / T)\bigr)
               + (1 - \alpha)\, \mathrm{CE}(z, y)
@@ -81,6 +94,9 @@ def distill(
         Above 0; higher values give small probabilities more weight.
     alpha
         The weight of the teachers' part of the loss, in [0, 1].
+    combine
+        What several teachers put out together: ``"logits"`` or ``"probabilities"``, of which the
+        mean is taken, or ``"auto"``, which chooses on the first 256 inputs as :func:`fuse` does.
     epochs, steps, learning_rate, momentum, weight_decay, schedule, milestones, decay, optimizer
         As for :func:`finetune`.
     batch_size, validation, patience, checkpoint, mixed_precision, device, seed
@@ -102,6 +118,10 @@ def distill(
     """
     check_number("temperature", temperature, above=0.0)
     check_number("alpha", alpha, least=0.0, most=1.0)
+    if combine not in COMBINATIONS:
+        raise InputError(
+            f"combine must be one of {', '.join(map(repr, COMBINATIONS))}; got {combine!r}"
+        )
     temperature, alpha = plain_number(temperature), plain_number(alpha)
     if isinstance(data, Tensor) and alpha < 1.0:
         raise InputError(
@@ -126,16 +146,20 @@ def distill(
         loss={
             "temperature": temperature,
             "alpha": alpha,
+            "combine": combine,
             "teachers": [model_digest(teacher) for teacher in originals],
         },
     )
     check_model("student", student)
     target = training_device(device, student)
     frozen = [copy.deepcopy(teacher).to(target).eval() for teacher in originals]
-    return train(
+    given = (data, None) if isinstance(data, Tensor) else data
+    check_data("data", given, alpha < 1.0)
+    combination = _combination(combine, frozen, given, settings, target, alpha < 1.0)
+    result = train(
         student,
-        (data, None) if isinstance(data, Tensor) else data,
-        _distillation_loss(frozen, temperature, alpha),
+        given,
+        _distillation_loss(frozen, temperature, alpha, combination.means),
         settings,
         optimizer=optimizer,
         validation=validation,
@@ -144,6 +168,7 @@ def distill(
         progress=progress,
         labelled=alpha < 1.0,
     )
+    return replace(result, combination=combination)
 
 
 def _listed_teachers(teachers: Any) -> list[nn.Module]:
@@ -157,23 +182,65 @@ def _listed_teachers(teachers: Any) -> list[nn.Module]:
     return models
 
 
-def _distillation_loss(teachers: Sequence[nn.Module], temperature: float, alpha: float) -> Loss:
+@torch.no_grad()
+def _combination(
+    combine: str,
+    teachers: Sequence[nn.Module],
+    data: Any,
+    settings: Settings,
+    device: torch.device,
+    labelled: bool,
+) -> Combination:
+    """Return what the teachers put out together."""
+    if len(teachers) == 1:
+        return Combination(reason="there is one teacher")
+    if combine != "auto":
+        return Combination("logits" if combine == "logits" else "probabilities", "asked for")
+    rows: list[list[Tensor]] = []
+    seen = 0
+    with seeded(settings.seed, 0, device):
+        for batch in batches_of("data", data, settings.batch_size, device, labelled):
+            outputs = _outputs(teachers, batch)
+            rows.append([one.movedim(1, -1).flatten(0, -2) for one in outputs])
+            seen += len(outputs[0])
+            if seen >= _INPUTS:
+                break
+    if not rows:
+        raise InputError("data is empty: give at least one batch")
+    return by_divergence(rows, [1 / len(teachers)] * len(teachers))
+
+
+def _outputs(teachers: Sequence[nn.Module], batch: Batch) -> list[Tensor]:
+    """Return the teachers' logits, all of one shape."""
+    found = [logits_of(teacher, batch, f"teacher {i}") for i, teacher in enumerate(teachers)]
+    for i, one in enumerate(found):
+        if one.shape != found[0].shape:
+            raise InputError(
+                f"teacher {i} gives outputs of shape {tuple(one.shape)}, teacher 0 of "
+                f"{tuple(found[0].shape)}: distillation needs the same classes"
+            )
+    return found
+
+
+def _distillation_loss(
+    teachers: Sequence[nn.Module], temperature: float, alpha: float, means: Means
+) -> Loss:
     """Return the loss that :func:`distill` documents."""
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         logits = logits_of(model, batch)
         with torch.no_grad():
-            outputs = [
-                logits_of(teacher, batch, f"teacher {i}") for i, teacher in enumerate(teachers)
-            ]
-            for i, output in enumerate(outputs):
-                if output.shape != logits.shape:
-                    raise InputError(
-                        f"teacher {i} gives outputs of shape {tuple(output.shape)}, the student of "
-                        f"{tuple(logits.shape)}: distillation needs the same classes"
-                    )
-            softened = [(output / temperature).softmax(1) for output in outputs]
-            probabilities = torch.stack(softened).mean(0)
+            outputs = _outputs(teachers, batch)
+            if outputs[0].shape != logits.shape:
+                raise InputError(
+                    f"the teachers give outputs of shape {tuple(outputs[0].shape)}, the student "
+                    f"of {tuple(logits.shape)}: distillation needs the same classes"
+                )
+            stacked = torch.stack(outputs) / temperature
+            if means == "probabilities":
+                probabilities = stacked.softmax(2).mean(0)
+            else:
+                probabilities = stacked.mean(0).softmax(1)
         log_probabilities = (logits / temperature).log_softmax(1)
         # An output (batch, classes, ...) holds many predictions: take the mean over all of them.
         divergences = F.kl_div(log_probabilities, probabilities, reduction="none").sum(1)

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from clafusion.errors import DivergenceError, InputError
+from clafusion.merging.combination import Combination
 from clafusion.profiling.batches import Progress
 from clafusion.training.checkpoint import Run, resume_run, run_key, save_run
 from clafusion.training.data import (
@@ -37,7 +38,7 @@ from clafusion.training.settings import Settings, check_model
 from clafusion.weights.atomic import check_output
 from clafusion.weights.state_files import tensors_of
 
-__all__ = ["TrainingResult", "train"]
+__all__ = ["TrainingResult", "seeded", "train"]
 
 _VALIDATION_BATCH_SIZE = 512
 
@@ -63,6 +64,8 @@ class TrainingResult:
         The number of optimizer steps, including those before a resumption.
     stopped_early
         Whether ``patience`` ended the run before the last epoch.
+    combination
+        What the teachers put out together, of a distillation; else None.
     """
 
     model: nn.Module
@@ -71,6 +74,7 @@ class TrainingResult:
     best_epoch: int | None
     steps: int
     stopped_early: bool
+    combination: Combination | None = None
 
     def __repr__(self) -> str:
         best = f", accuracy {100 * max(self.accuracies):.1f} %" if self.accuracies else ""
@@ -136,7 +140,7 @@ def train(
         run = resume_run(path, key, trained, solver)
 
     while not run.finished:
-        with _seeded(settings.seed, run.epoch, target):
+        with seeded(settings.seed, run.epoch, target):
             batches = batches_of("data", data, settings.batch_size, target, labelled)
             _train_epoch(trained, batches, loss, solver, rates, settings, run, total, progress)
             if validation is not None:
@@ -298,7 +302,7 @@ def _optimizer(
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
     """Seed every random generator for an epoch, and restore its state afterwards."""
     number = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 for transforms

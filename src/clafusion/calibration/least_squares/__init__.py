@@ -27,6 +27,9 @@ Anchors are tried on an eighth of the inputs, and compared on others; only the b
 all (:mod:`.anchors`). All that are tried are followed at once: each parent runs once, whatever
 their number, and what the candidates share of a layer's goal is computed once (:mod:`.walks`).
 
+Where the parents put out a mean of probabilities the last layer is refitted afterwards
+(:mod:`clafusion.calibration.output_layer`).
+
 The normal equations are in closed form: no labels and no gradient steps. Layer-wise regression onto
 the parents' features is the idea of RegMean (arXiv 2212.09849) and PLeaS (arXiv 2407.02447); here
 it crosses widths and depths, and layers see the fused network's own inputs.

@@ -12,7 +12,14 @@ from clafusion.profiling.gram import add_products, gram_matrix
 from clafusion.profiling.moments import is_plain
 from clafusion.threads import one_thread
 
-__all__ = ["DualEquations", "Equations", "NormalEquations", "equations_for", "squares"]
+__all__ = [
+    "DualEquations",
+    "Equations",
+    "NormalEquations",
+    "equations_for",
+    "penalty_of",
+    "squares",
+]
 
 _ROUNDS = 2  # of the majorisation of a ReLU
 _SCARCE = 100  # how much more the penalty is where there is one row for each column
@@ -98,9 +105,7 @@ class Equations(ABC):
 
     def solved(self, ridge: float) -> Tensor:
         """Return the weights ``(num_features (+ 1), num_channels)``."""
-        # The fewer rows there are for each column, the less the sums say.
-        ridge *= 1 + _SCARCE * len(self.start) / max(self.rows, 1)
-        penalty = ridge * max(float(self._feature_squares().mean()), 1e-30)
+        penalty = penalty_of(ridge, self._feature_squares(), self.rows)
         settled, weights = self._is_settled(), self._solved(penalty)
         if bool(settled.any()):
             weights[:, settled] = self.start[:, settled]
@@ -239,6 +244,15 @@ class DualEquations(Equations):
             means += made.double().sum(1)
             mean_squares += _square_sums(made)
         return means / self.rows, mean_squares / self.rows
+
+
+def penalty_of(ridge: float, squares: Tensor, rows: int) -> float:
+    """Return the penalty on the squares of the weights' change, given the inputs' sums of squares.
+
+    The fewer rows there are for each input, the less the sums say, and the more it is.
+    """
+    ridge *= 1 + _SCARCE * len(squares) / max(rows, 1)
+    return ridge * max(float(squares.mean()), 1e-30)
 
 
 def equations_for(start: Tensor, num_rows: int) -> Equations:

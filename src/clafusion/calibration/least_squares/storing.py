@@ -61,9 +61,15 @@ def is_stored(place: Place, state: State, solved: Tensor) -> bool:
 
 
 def store_solution(
-    place: Place, state: MutableMapping[str, Tensor], solved: Tensor, equations: Equations
+    place: Place,
+    state: MutableMapping[str, Tensor],
+    solved: Tensor,
+    equations: Equations | None = None,
 ) -> None:
-    """Put a solution ``(num_features (+ 1), num_channels)`` into the parameters."""
+    """Put a solution ``(num_features (+ 1), num_channels)`` into the parameters.
+
+    A layer with a BatchNorm needs the equations that were solved.
+    """
     has_bias = place.point.bias is not None
     weight = (solved[:-1] if has_bias else solved).T
     bias = solved[-1] if has_bias else None
@@ -80,6 +86,7 @@ def store_solution(
     # The BatchNorm takes away what the layer's output has and puts back what the solution wants,
     # so that it is an honest norm of these data and can be trained on.
     assert bias is not None
+    assert equations is not None
     mean, mean_square = equations.output_moments(weight)
     variance = (mean_square - mean.square()).clamp(min=0)
     if place.kernel_bias is not None:
