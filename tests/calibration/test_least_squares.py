@@ -20,9 +20,9 @@ from clafusion import (
     summary,
     trace,
 )
-from clafusion.calibration.least_squares import anchored_weights
+from clafusion.calibration.least_squares import anchored_weights, walks
 from clafusion.calibration.least_squares.equations import NormalEquations
-from clafusion.calibration.least_squares.rows import rows_for
+from clafusion.calibration.least_squares.rows import chosen_positions, rows_for
 from clafusion.merging.mean import weighted_mean
 from tests.support.assertions import assert_same_function
 from tests.support.networks import Block, Matrices, mlp, output, resnet
@@ -137,6 +137,23 @@ def test_bytes_do_not_depend_on_torch_threads():
     finally:
         torch.set_num_threads(before)
     assert found[0] == found[1]
+
+
+def test_batches_take_turns_through_all_positions():
+    drawn = chosen_positions(12, 40, 8, torch.Generator().manual_seed(0))  # 5 of each input
+    batches = [drawn.of(batch) for batch in range(12)]
+    assert all(len(one) == len(one.unique()) == 5 for one in batches)
+    assert torch.cat(batches).bincount().tolist() == [5] * 12
+
+
+def test_the_trial_of_anchors_chooses_the_hidden_channels(monkeypatch):
+    chosen = []
+    choose = walks.choose_channels
+    monkeypatch.setattr(
+        walks, "choose_channels", lambda *of, **how: chosen.append(of[1]) or choose(*of, **how)
+    )
+    fuse([chain(16, 12), chain(12, 16, seed=1)], VECTORS, calibration="least_squares")
+    assert len(chosen) == 2 * 2  # layers, anchors
 
 
 def test_auto_takes_what_comes_nearer_to_the_mean():

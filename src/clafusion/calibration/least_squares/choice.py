@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from clafusion.calibration.channel_selection import inverse_gram, keep_channels
 from clafusion.calibration.least_squares.hidden import Hidden, Kept
 from clafusion.calibration.least_squares.rows import (
+    Positions,
     chosen_positions,
     features,
     num_positions,
@@ -59,7 +60,7 @@ def hidden_positions(
     batch_size: int,
     num_inputs: int,
     generator: torch.Generator,
-) -> Tensor:
+) -> Positions:
     """Choose of which positions of all parents' hidden channels inner products are taken.
 
     ``values`` are of a batch of ``batch_size`` of all ``num_inputs`` inputs.

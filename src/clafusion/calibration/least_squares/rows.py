@@ -15,6 +15,7 @@ from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.operations import affine_operands, convolution_geometry
 
 __all__ = [
+    "Positions",
     "by_position",
     "channels_last",
     "chosen_positions",
@@ -40,12 +41,29 @@ def incoming_node(affine: fx.Node) -> str:
     return str(affine_operands(affine)["input"].name)
 
 
+@dataclass(frozen=True)
+class Positions:
+    """The positions of a layer's output from which rows are made: ``count`` of each input.
+
+    Batches take turns through all of them, in the random ``order``: rows of a few positions would
+    say little of the others, nor of the edges of an image.
+    """
+
+    order: Tensor
+    count: int
+
+    def of(self, batch: int) -> Tensor:
+        """Return the positions of a batch's inputs, in order."""
+        turns = torch.arange(batch * self.count, (batch + 1) * self.count)
+        return self.order[turns % len(self.order)].sort().values
+
+
 def chosen_positions(
     positions: int, num_rows: int, num_inputs: int, generator: torch.Generator
-) -> Tensor:
+) -> Positions:
     """Choose the positions of a layer's output from which rows are made."""
     count = min(positions, max(1, -(-num_rows // num_inputs)))
-    return torch.randperm(positions, generator=generator)[:count].sort().values
+    return Positions(torch.randperm(positions, generator=generator), count)
 
 
 def rows_for(num_columns: int, a_column: int, least: int) -> int:

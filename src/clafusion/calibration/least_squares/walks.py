@@ -21,6 +21,7 @@ from clafusion.calibration.least_squares.equations import Equations, equations_f
 from clafusion.calibration.least_squares.hidden import Hidden, Kept, Part, reads_partner
 from clafusion.calibration.least_squares.places import Place
 from clafusion.calibration.least_squares.rows import (
+    Positions,
     by_position,
     channels_last,
     chosen_positions,
@@ -57,7 +58,7 @@ class Rows:
     """
 
     a_column: int = 64
-    least: int = 10_000
+    least: int = 40_000
     seed: int = 0
 
     def number(self, num_columns: int) -> int:
@@ -65,8 +66,8 @@ class Rows:
         return rows_for(num_columns, self.a_column, self.least)
 
     def fewer(self) -> Rows:
-        """Return a quarter, to find out which of several candidates is the best."""
-        return Rows(self.a_column // 4, self.least // 4, self.seed)
+        """Return so few as tell which of several candidates is the best."""
+        return Rows(self.a_column // 4, self.least // 16, self.seed)
 
 
 @dataclass
@@ -82,7 +83,8 @@ class Candidate:
     walks
         Its runs, one for each batch.
     choices
-        The hidden channels that were chosen, by the layer that writes them.
+        The hidden channels that were chosen, by the layer that writes them. Those that are given
+        are taken as they are.
     """
 
     state: MutableMapping[str, Tensor]
@@ -156,8 +158,11 @@ class Walks:
         """Regress one layer of every candidate and put its new weights into the state."""
         hidden = self.hidden.get(place.affine.name)
         if hidden is not None:
-            self._choose(place, hidden)
-        chosen: Tensor | None = None
+            if any(place.affine.name not in one.choices for one in self.candidates):
+                self._choose(place, hidden)
+            for one in self.candidates:
+                self._carry(one.state, hidden, one.choices[place.affine.name].kept)
+        drawn: Positions | None = None
         starts = [self._start(place, hidden, one) for one in self.candidates]
         equations: list[Equations] = []
         size, channels = starts[0].shape
@@ -171,13 +176,14 @@ class Walks:
                 None if view is None else positions(channels_last(walk, view.node, view.point))
                 for walk, view in zip(walks, place.views, strict=True)
             ]
-            if chosen is None:
+            if drawn is None:
                 every = next(one.size(1) for one in values if one is not None)
                 num_rows = self.rows.number(size)
                 counted = self._counted(first, view.node)
-                chosen = chosen_positions(every, num_rows, counted, self.of_rows)
-                num_rows = len(chosen) * sum(self.batch_sizes)
+                drawn = chosen_positions(every, num_rows, counted, self.of_rows)
+                num_rows = drawn.count * sum(self.batch_sizes)
                 equations = [equations_for(start, num_rows) for start in starts]
+            chosen = drawn.of(batch)
             kept = self._kept(batch, first, view.node, view.point.axis, place.kernel_size, chosen)
             rows = [None if one is None else _counting(one, chosen, kept) for one in values]
             values.clear()
@@ -267,16 +273,17 @@ class Walks:
         return None if bool(rows.all()) else rows.nonzero().squeeze(1)
 
     def _choose(self, place: Place, hidden: Hidden) -> None:
-        """Choose the hidden channels that a layer writes, and give it what goes with them."""
+        """Choose the hidden channels that a layer writes."""
         gram: Tensor | None = None
-        chosen: Tensor | None = None
+        drawn: Positions | None = None
         kernel, first = hidden.reader.kernel_size, hidden.parts[0]
         node = incoming_node(first.reader)
         for batch, (walks, count) in enumerate(zip(self.walks, self.batch_sizes, strict=True)):
             values = [walks[part.parent].reach(incoming_node(part.reader)) for part in hidden.parts]
-            if chosen is None:
+            if drawn is None:
                 counted = self._counted(first.parent, node)
-                chosen = hidden_positions(hidden, values, count, counted, self.of_choices)
+                drawn = hidden_positions(hidden, values, count, counted, self.of_choices)
+            chosen = drawn.of(batch)
             # Copies of a channel differ by roundings, which float32 sums would hide.
             read = hidden_features(hidden, values, chosen, count)
             kept: Tensor | None = None
@@ -296,7 +303,6 @@ class Walks:
                 one.weights[name],
                 reader_chooses=hidden.reader.affine.name in self.hidden,
             )
-            self._carry(one.state, hidden, one.choices[name].kept)
 
     def _start(self, place: Place, hidden: Hidden | None, candidate: Candidate) -> Tensor:
         """Return the weights from which a layer starts: those that choosing channels gave it."""
