@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from clafusion.alignment.models import AlignedModels, align_models, check_models
 from clafusion.assessment.combining import chosen_combination
 from clafusion.assessment.evaluation import checked_labels
-from clafusion.assessment.output_cache import OutputCache
-from clafusion.assessment.parts import parts_of
+from clafusion.assessment.output_cache import LARGE_CACHE, OutputCache
+from clafusion.assessment.parts import compared_output, most_assessed, parts_of
 from clafusion.calibration.methods import calibrate
 from clafusion.config import (
     Barycentre,
@@ -39,8 +39,8 @@ from clafusion.problems import (
     with_merge_weights,
 )
 from clafusion.profiling.batches import Data, Progress, rows_side_by_side
-from clafusion.profiling.on_demand import RowsOnDemand
 from clafusion.profiling.profile import ModelProfile
+from clafusion.profiling.spilled import SpilledRows
 from clafusion.profiling.thinning import alike
 from clafusion.quality import assessed, hash_of
 from clafusion.results import FusionResult
@@ -186,13 +186,17 @@ def fuse(
         return _one_after_another(
             named, data, given, config, example_inputs, template, limit, labels, progress
         )
-    aligned = _aligned(named, data, config, example_inputs, progress, limit, on_demand=True)
+    known = OutputCache(LARGE_CACHE) if limit is None else OutputCache()
+    aligned = _aligned(
+        named, data, config, example_inputs, progress, limit, spill=True, known_outputs=known
+    )
     return fuse_aligned(
         aligned,
         data,
         given,
         config,
         template=template,
+        known_outputs=known,
         memory_limit=limit,
         labels=labels,
         own_entries=own_entries,
@@ -228,9 +232,13 @@ def _aligned(
     progress: Progress | None,
     limit: int | None = None,
     *,
-    on_demand: bool = False,
+    spill: bool = False,
+    known_outputs: OutputCache | None = None,
 ) -> AlignedModels:
-    """Trace, profile and align; with ``on_demand`` for a fusion that closes the rows at its end."""
+    """Trace, profile and align; with ``spill`` for a fusion that closes the rows at its end.
+
+    What the models put out on inputs on which their result is assessed goes to ``known_outputs``.
+    """
     first = next(iter(named.values()))
     clock = Clock(device_of(first) if isinstance(first, nn.Module) else None)
     if limit is not None:
@@ -244,7 +252,11 @@ def _aligned(
         traced = alike(traced)
     check_models(tuple(named), traced, config)
     with clock.stage("profile"):
-        kept = parts_of(data, traced, config.assessment).kept
+        parts = parts_of(data, traced, config.assessment)
+        kept, observe = parts.kept, None
+        compared = compared_output(traced[0], config.assessment)
+        if known_outputs is not None and compared is not None and not parts.held_out:
+            observe = known_outputs.observer(compared[0], most_assessed(held_out=False))
         if limit is not None:
             count = rows_side_by_side(kept, config.profiling.alignment_samples)
             check_limit(limit, needed_memory(traced, count, config))
@@ -254,8 +266,9 @@ def _aligned(
             config,
             progress,
             tuple(named),
-            on_demand=on_demand,
+            spill=spill,
             most_rows=None if limit is None else limit // 8,
+            observe=observe,
         )
     return align_profiles(tuple(named), profiles, config, clock=clock)
 
@@ -403,7 +416,7 @@ def _fused(
     warn_of_left_out(problem, left_out)
     warn_of_uneven_widths(problem)
     for one in aligned.profiles:
-        if isinstance(one.rows, RowsOnDemand):
+        if isinstance(one.rows, SpilledRows):
             one.rows.close()
     with clock.stage("merge"):
         if config.merging.layer_weights == "sensitivity":
@@ -469,7 +482,7 @@ def _one_after_another(
         part = weight / total if total > 0 else 0.5
         pair = {called: fused, name: named[name]}
         own = _options_of_step(config, names, i)
-        aligned = _aligned(pair, data, own, example_inputs, progress, limit, on_demand=True)
+        aligned = _aligned(pair, data, own, example_inputs, progress, limit, spill=True)
         traced = [one.traced for one in aligned.profiles]
         parents.setdefault(names[0], traced[0])
         parents[name] = traced[1]

@@ -131,7 +131,7 @@ def check_weights(limit: int, models: Mapping[str, Model]) -> None:
 def needed_memory(models: Sequence[TracedModel], count: int, config: FusionConfig) -> NeededMemory:
     """Return how much memory a fusion within a limit needs at least.
 
-    Rows are then made when they are needed, and what is averaged lies in files.
+    Rows and what is averaged then lie in files.
 
     Parameters
     ----------

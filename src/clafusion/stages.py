@@ -42,7 +42,7 @@ from clafusion.profiling.importance import (
     layer_sensitivities,
     sensitivities,
 )
-from clafusion.profiling.profile import ModelProfile, profile_models
+from clafusion.profiling.profile import ModelProfile, Observer, profile_models
 from clafusion.profiling.thinning import thinned
 from clafusion.settings import made, options_of
 from clafusion.tracing.copies import copied
@@ -91,13 +91,14 @@ def profile_traced(
     progress: Progress | None = None,
     names: Sequence[str] = (),
     *,
-    on_demand: bool = False,
+    spill: bool = False,
     most_rows: int | None = None,
+    observe: Observer | None = None,
 ) -> list[ModelProfile]:
     """Profile traced models in one pass, with all that the options of a fusion need of them.
 
-    Errors call the models by ``names``, where they are given. ``on_demand`` and ``most_rows`` are
-    those of :func:`clafusion.profiling.profile.profile_models`.
+    Errors call the models by ``names``, where they are given. ``spill``, ``most_rows`` and
+    ``observe`` are those of :func:`clafusion.profiling.profile.profile_models`.
     """
     options = config.profiling
     profiles = profile_models(
@@ -111,8 +112,9 @@ def profile_traced(
         seed=config.seed,
         progress=progress,
         called=[label(name) for name in names],
-        on_demand=on_demand,
+        spill=spill,
         most_rows=most_rows,
+        observe=observe,
     )
     if config.matching.importance == config.merging.layer_weights == "uniform":
         return profiles

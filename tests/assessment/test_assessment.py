@@ -20,8 +20,9 @@ from clafusion import (
 from clafusion.assessment.assess import warn_of
 from clafusion.assessment.comparison import Comparison, is_nearer
 from clafusion.assessment.nearness import Nearness
-from clafusion.assessment.output_cache import OutputCache
+from clafusion.assessment.output_cache import OutputCache, OutputStream
 from clafusion.fusion import align, fuse_aligned
+from clafusion.profiling import moments
 from clafusion.profiling.batches import Part, has_rows, keeps_order
 from tests.support import networks
 
@@ -522,9 +523,9 @@ def test_known_outputs_hold_nothing_else():
     traced = clafusion.trace(View(networks.mlp(6, 9, 4)), VECTORS)
     known = OutputCache()
     inputs = (VECTORS[:10],)
-    (found,) = known.get([traced], inputs, 0)
+    found = known.get(traced, inputs, 0)
     assert known.num_bytes == 10 * 2 * 4
-    (again,) = known.get([traced], inputs, 0)
+    again = known.get(traced, inputs, 0)
     assert torch.equal(again, found)
     assert again.untyped_storage().nbytes() == known.num_bytes
     known.forget()
@@ -605,3 +606,39 @@ def test_the_verdict_names_a_parent_that_agrees_more_often_though_it_is_further(
     assert found.verdict.endswith("But a alone agrees more often: 60.0 %")
     same = FusionAssessment("classes", near, {"a": Nearness(0.9, 0.31)}, far, 100, True)
     assert "But" not in same.verdict
+
+
+class Rows(nn.Module):
+    """A model that puts out two rows for each input."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(torch.stack([x, -x], 1)).flatten(0, 1)
+
+
+@pytest.mark.parametrize("wrapped", [nn.Identity, Rows])
+@pytest.mark.parametrize("batch", [80, 30, 1])
+def test_what_a_profile_puts_out_is_assessed(wrapped, batch, monkeypatch):
+    models = [wrapped(one).eval() if wrapped is Rows else one for one in pair()]
+    data = list(VECTORS[:80].split(batch))
+    monkeypatch.setattr(moments, "_FEWEST_INPUTS", 7)
+    monkeypatch.setattr(moments, "_IN_CACHE", 0)
+    made = []
+    plain = OutputStream.take
+
+    def counted(self, inputs):
+        kept = [len(one) for one in self._known._outputs.values()]
+        found = plain(self, inputs)
+        made.append([len(one) for one in self._known._outputs.values()] == kept)
+        return found
+
+    monkeypatch.setattr(OutputStream, "take", counted)
+    found = fuse(models, data, calibration="none").assessment
+    assert made
+    assert all(made)
+    aligned = align(models, data)
+    config = FusionConfig(calibration="none")
+    assert found == fuse_aligned(aligned, data, config=config).assessment

@@ -69,7 +69,7 @@ def test_a_template_is_traced_and_the_parents_are_run_once(monkeypatch):
     class Counting(OutputCache):
         def _kept(self, model, key, make):
             is_known = key in self._outputs.get(model, {})
-            run.extend([] if is_known else [model])
+            run.extend([] if is_known else [(model, key)])
             return super()._kept(model, key, make)
 
     monkeypatch.setattr(sweep_module, "traced_template", counted)
@@ -78,7 +78,8 @@ def test_a_template_is_traced_and_the_parents_are_run_once(monkeypatch):
     found = clafusion.sweep(MODELS, INPUTS, weight=[0.25, 0.5, 0.75], target=target)
     assert [one.error for one in found.points] == [None] * 3
     assert len(traced) == 1
-    assert run == list(MODELS.values())
+    assert len(run) == len(set(run))
+    assert {model for model, _ in run} == set(MODELS.values())
     alone = clafusion.fuse(MODELS, INPUTS, found.points[2].weights, target=target)
     assert found.points[2].assessment == alone.assessment
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import clafusion
+from clafusion.execution.walk import Walk
 from clafusion.tracing import outputs, verify
 from clafusion.tracing.outputs import difference
 from clafusion.tracing.readout import find_readout
@@ -44,7 +45,7 @@ def test_parts_say_what_the_whole_outputs_say(monkeypatch):
     model = traced("capped")
     readout = find_readout(model.module)
     assert (readout.positions, readout.channels, readout.is_alike) == (POSITIONS, CHANNELS, True)
-    monkeypatch.setattr(outputs, "_PART", 20 * POSITIONS)
+    monkeypatch.setattr(outputs, "_PART", 20 * readout.width)
     gaps = []
     for most in (0, 1 << 22):
         monkeypatch.setattr(outputs, "_MANY", most)
@@ -57,7 +58,7 @@ def test_parts_say_what_the_whole_outputs_say(monkeypatch):
         broken = tuple({k: v for k, v in one.items() if "head" not in k} for one in moves)
         gaps.append((sizes, trial.gap(*moves), trial.gap(*broken)))
     (in_parts, right, wrong), (at_once, whole_right, whole_wrong) = gaps
-    assert in_parts == [[6], *[[20, 20]] * 3, [10, 10]]
+    assert in_parts == [[6], *[[20, 20]] * 3, [10, 10], [7, 7]]
     assert at_once == [[6, CHANNELS, CHANNELS]]
     # The hidden values are outputs, too, so that their channels keep their places.
     assert max(right, whole_right) < 1e-12
@@ -76,6 +77,30 @@ def test_a_mistake_shows_in_parts(monkeypatch):
     broken = tuple({k: v for k, v in one.items() if "head" not in k} for one in moves)
     assert broken[0]
     assert trial.gap(*broken) > 0.01
+
+
+@pytest.mark.parametrize("position", range(POSITIONS))
+def test_what_differs_at_one_position_shows_in_parts(position, monkeypatch):
+    monkeypatch.setattr(outputs, "_MANY", 0)
+    model = traced(None)
+    changed = example()
+    changed[1, position, 0] += 1
+    walks = [Walk(model, (one,), model.state(), set()) for one in (example(), changed, example())]
+    one, other, again = outputs.outputs_of(walks, find_readout(model.module), 3)
+    assert difference(other, one) > 0.01
+    assert difference(again, one) == 0.0
+
+
+@pytest.mark.parametrize("rows", [(3, 5), (68, 69)])
+def test_two_rows_that_change_places_show_in_parts(rows, monkeypatch):
+    monkeypatch.setattr(outputs, "_MANY", 0)
+    model = traced(None)
+    state = {name: value.clone() for name, value in model.state().items()}
+    for name in ("head.weight", "head.bias"):
+        state[name][list(rows)] = model.state()[name][list(reversed(rows))]
+    walks = [Walk(model, (example(),), one, set()) for one in (model.state(), state)]
+    one, other = outputs.outputs_of(walks, find_readout(model.module), 3)
+    assert difference(other, one) > 0.01
 
 
 def test_other_networks_have_no_such_layer():

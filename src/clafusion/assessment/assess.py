@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from clafusion.assessment.comparison import Comparison
 from clafusion.assessment.nearness import FusionAssessment
-from clafusion.assessment.output_cache import OutputCache
+from clafusion.assessment.output_cache import OutputCache, OutputStream
 from clafusion.assessment.parts import Parts, compared_output, most_assessed
 from clafusion.config import Assessment, FusionConfig, LeastSquares
 from clafusion.errors import AssessmentWarning, warn
@@ -77,12 +77,16 @@ def assess(
             return None  # earlier steps have moved outputs, too
         plans = [None] * len(traced)
     sums = Comparison(kind, axis, tuple(weights), problem.combination.means)
+    known = OutputCache() if known is None else known
+    streams = [OutputStream(one, output, known, held_out=parts.held_out) for one in traced]
+
+    def read(inputs: tuple[Tensor, ...]) -> None:
+        for one in streams:
+            one.feed(inputs)
+
     with in_eval_mode(model):
-        for inputs in _chunks(parts, traced, output):
-            if known is None:
-                found = [one.output_tensors(inputs)[output] for one in traced]
-            else:
-                found = known.get(traced, inputs, output)
+        for inputs in _chunks(parts, traced, output, read):
+            found = [one.take(inputs) for one in streams]
             outputs = [_moved(one, plan, axis) for one, plan in zip(found, plans, strict=True)]
             own = call_model(model, inputs, traced[0].keywords)[output]
             own = as_thinned(traced[0], inputs, own)
@@ -94,9 +98,15 @@ def assess(
 
 
 def _chunks(
-    parts: Parts, models: Sequence[TracedModel], output: int
+    parts: Parts,
+    models: Sequence[TracedModel],
+    output: int,
+    read: Callable[[tuple[Tensor, ...]], None],
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield inputs in chunks that memory and caches allow, whatever the batches' sizes."""
+    """Yield inputs in chunks that memory and caches allow, whatever the batches' sizes.
+
+    ``read`` is called with each batch, before its first inputs are yielded.
+    """
     first, data = models[0], parts.assessed
     most = most_assessed(held_out=parts.held_out)
     rows = max(1, min(_CHUNK, _CHUNK_NUMBERS // max(1, whole_numbers(first, output))))
@@ -105,6 +115,7 @@ def _chunks(
     held: list[tuple[Tensor, ...]] = []
     waiting = seen = 0
     for inputs in batches(data, first.example_inputs, first.keywords, device=first.device):
+        read(inputs)
         if is_whole:
             yield inputs
         else:

@@ -273,7 +273,13 @@ class Walk:
         nodes = [one for one in leaves if isinstance(one, fx.Node)]
         return [self._values[node] for node in nodes if node in self._values]
 
-    def rows_of(self, layer: str, following: Sequence[str], rows: Tensor) -> list[Tensor]:
+    def rows_of(
+        self,
+        layer: str,
+        following: Sequence[str],
+        rows: Tensor,
+        positions: Tensor | None = None,
+    ) -> list[Tensor]:
         """Return some channels of the outputs that come of a linear layer, which has not run.
 
         Parameters
@@ -284,6 +290,8 @@ class Walk:
             The nodes that come of it, which do the same to every channel.
         rows
             The channels: rows of its weight.
+        positions
+            Where on the second axis of what the layer reads; None for all of it.
         """
         node = self._by_name[layer]
         inputs, weight, *bias = node.args
@@ -293,7 +301,9 @@ class Walk:
         else:
             part = self._value(weight)[rows]
         of_rows = (None if one is None else self._value(one)[rows] for one in bias)
-        made: dict[Any, Any] = {node: F.linear(self._value(inputs), part, *of_rows)}
+        read = self._value(inputs)
+        read = read if positions is None else read[:, positions.to(read.device)]
+        made: dict[Any, Any] = {node: F.linear(read, part, *of_rows)}
         for one in map(self._by_name.__getitem__, following):
             arguments, keywords = fx.map_arg(
                 (one.args, one.kwargs), lambda n: made[n] if n in made else self._value(n)

@@ -18,8 +18,8 @@ from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.hooks import HookPair, hook_pairs
 from clafusion.matching.activation_costs import pair_costs
 from clafusion.profiling.moments import BatchMoments
-from clafusion.profiling.on_demand import with_columns
 from clafusion.profiling.profile import ModelProfile
+from clafusion.profiling.spilled import with_columns
 from clafusion.profiling.statistics import standardised
 from clafusion.tracing.heads import (
     HeadOrders,

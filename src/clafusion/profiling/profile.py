@@ -3,8 +3,8 @@
 One pass over the data for each model, streamed. Two things are kept, both of a fixed size however
 long the data: a Gram matrix for each layer, over the first ``alignment_samples`` inputs, and for
 each hook point the channels' values at ``matching_rows`` randomly chosen (input, position) pairs,
-the same pairs for every model. Where these values would take more than 1 GB they can be made by
-further passes instead: see :mod:`clafusion.profiling.on_demand`.
+the same pairs for every model. Where these values would take more than 256 MB they can be kept in a
+temporary file: see :mod:`clafusion.profiling.spilled`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clafusion.errors import FusionWarning, InputError, StructureError, warn
+from clafusion.execution.call import flatten_tensors
 from clafusion.execution.walk import Walk
 from clafusion.profiling.batches import Data, batches, has_rows, keeps_order
 from clafusion.profiling.gram import gram_of_parts
@@ -40,17 +41,21 @@ from clafusion.profiling.moments import (
     observed_moments,
     parts,
 )
-from clafusion.profiling.on_demand import RowsOnDemand
+from clafusion.profiling.spilled import SpilledRows
 from clafusion.tracing.labels.ids import mix
 from clafusion.tracing.layer import HookPoint, Layer
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import batch_axis, module_path
 from clafusion.tracing.padding import MASK, mask_place
+from clafusion.weights.storage import Spill
 
-__all__ = ["ModelProfile", "profile_models"]
+__all__ = ["ModelProfile", "Observer", "profile_models"]
+
+Observer: TypeAlias = Callable[[TracedModel, tuple[Tensor, ...], Callable[[], list[Tensor]]], None]
+"""What is told of a model's outputs: see :func:`profile_models`."""
 
 _LEAST_INPUTS = 3  # of two, every two channels are correlated by 1 or -1
-_MUCH = 1 << 30  # bytes of rows
+_MUCH = 1 << 28  # bytes of rows
 
 
 @dataclass(frozen=True)
@@ -115,8 +120,9 @@ def profile_models(
     seed: int = 0,
     progress: Callable[[str, int], None] | None = None,
     called: Sequence[str] = (),
-    on_demand: bool = False,
+    spill: bool = False,
     most_rows: int | None = None,
+    observe: Observer | None = None,
 ) -> list[ModelProfile]:
     """Profile several models on the same batches, in one pass over the data.
 
@@ -147,17 +153,19 @@ def profile_models(
         Called with a text and the number of inputs done.
     called
         What errors call each model; default the model.
-    on_demand
-        Whether rows may be made by other passes, when somebody reads them, where they would take
-        much memory and all inputs run side by side. ``data`` must not change as long as the
-        profiles live.
+    spill
+        Whether rows may lie in a temporary file, where they would take much memory and all inputs
+        run side by side.
     most_rows
-        How many bytes of rows are much; default 1 GiB.
+        How many bytes of rows are much; default 256 MiB.
+    observe
+        Called with each model, the inputs that ran side by side, and a function that returns what
+        the model puts out for them.
 
     Raises
     ------
     InputError
-        ``data`` is empty or does not fit the model, or a number is not positive.
+        ``data`` is empty or does not fit the model, a number is not positive, or the disk is full.
     StructureError
         A layer puts out nothing that belongs to one input.
     """
@@ -165,14 +173,22 @@ def profile_models(
         if value < 2:
             raise InputError(f"{name} must be at least 2; got {value}")
     at_once = moments and max_inputs is None  # one pass sees all inputs
-    on_demand = (
-        on_demand
+    spill = (
+        spill
         and max_inputs is None
         and _rows_are_large(models, data, alignment_samples, matching_rows, most_rows or _MUCH)
     )
     recorders = [
         _Recorder(
-            model, name, alignment_samples, matching_rows, layer_values, at_once, seed, on_demand
+            model,
+            name,
+            alignment_samples,
+            matching_rows,
+            layer_values,
+            at_once,
+            seed,
+            spill,
+            observe,
         )
         for model, name in zip(models, called or ["the model"] * len(models), strict=True)
     ]
@@ -257,12 +273,12 @@ class _Recorder:
         layer_values: str,
         moments: bool,
         seed: int,
-        on_demand: bool,
+        spill: bool,
+        observe: Observer | None,
     ) -> None:
         self.model = model
         self.called = called
-        self.on_demand = on_demand
-        self.seen: list[tuple[Tensor, ...]] = []
+        self.observe = observe
         self.state = model.state()
         self.alignment_samples = alignment_samples
         self.matching_rows = matching_rows
@@ -288,7 +304,7 @@ class _Recorder:
         self.features: dict[int, int] = {}
         self.samplers: dict[tuple[int, bool], _Sampler] = {}  # by positions, and if padded
         self.mask: Tensor | None = None  # of the inputs that are recorded now
-        self.rows: dict[str, Tensor] = {}
+        self.rows: dict[str, Tensor] | Spill = Spill() if spill else {}
         self.axes = moment_axes(model) if moments else {}
         self.moments: list[BatchMoments] | None = [] if moments else None
         watched = {*self.layers, *self.points, *self.axes}
@@ -325,8 +341,6 @@ class _Recorder:
                     f"{self.called} admits only batches of {static}, but one of "
                     f"{inputs[0].size(0)} is given; it fixes the batch size in its code"
                 )
-        if self.on_demand:
-            self.seen = [part for of_batch in in_parts for part in of_batch]
         walks = [
             [Walk(self.model, part, self.state, set(self.watched)) for part in of_batch]
             for of_batch in in_parts
@@ -348,10 +362,14 @@ class _Recorder:
                 flat = self._flat(node, every, counts, masks)
                 self.grams[layer] = self._gram(layer, flat)
                 self.features[layer] = flat[0].size(1)
-            if node in self.points and not self.on_demand:
-                self.rows[node] = self.sampled(node, every, counts, start)
+            if node in self.points:
+                self.rows[node] = self._sampled(node, every, counts, start)
             for walk in chain.from_iterable(walks):
                 walk.release(node)
+        if self.observe is not None:
+            of_parts = zip(chain.from_iterable(in_parts), chain.from_iterable(walks), strict=True)
+            for part, walk in of_parts:
+                self.observe(self.model, part, partial(_outputs, walk))
         if self.moments is not None:
             self.moments += found
 
@@ -412,7 +430,7 @@ class _Recorder:
             rows.append(flat if flat.is_floating_point() else flat.float())
         return [flat for flat in rows if len(flat)]
 
-    def sampled(
+    def _sampled(
         self, node: str, values: Sequence[Tensor], counts: Sequence[int], start: int
     ) -> Tensor:
         """Return the chosen rows of values, of ``counts`` inputs each, and of those before."""
@@ -452,10 +470,8 @@ class _Recorder:
     def profile(self, num_inputs: int, key: int) -> ModelProfile:
         of_places = {place: node for node, places in self.points.items() for place, _ in places}
         rows: Mapping[tuple[int, int], Tensor]
-        if self.on_demand:
-            rows = RowsOnDemand(
-                self.model, self.state, of_places, self.seen, partial(self.sampled, start=0)
-            )
+        if isinstance(self.rows, Spill):
+            rows = SpilledRows(of_places, self.rows, self.model.device)
         else:
             rows = {place: self.rows[node] for place, node in of_places.items()}
         count = len(self.model.layers)
@@ -514,6 +530,10 @@ class _Sampler:
         if len(both) > self.rows:
             self.keep = np.sort(np.argpartition(both, self.rows)[: self.rows])
         self.kept = both[self.keep]
+
+
+def _outputs(walk: Walk) -> list[Tensor]:
+    return list(flatten_tensors(list(walk.finish())))
 
 
 def _preactivation(layer: Layer) -> str:

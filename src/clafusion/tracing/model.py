@@ -432,6 +432,12 @@ class TracedModel:
                     enters |= dict.fromkeys(node.all_input_nodes, found)
         return tuple({"input", "weight"} <= enters[one] for one in self._output_nodes)
 
+    @cached_property
+    def output_has_rows(self) -> tuple[bool, ...]:
+        """For each output tensor whether its first axis grows with the batch."""
+        shapes = (one.meta["val"].shape for one in self._output_nodes)
+        return tuple(len(one) > 0 and isinstance(one[0], torch.SymInt) for one in shapes)
+
     @property
     def output_names(self) -> tuple[str, ...]:
         """The node of every output tensor."""

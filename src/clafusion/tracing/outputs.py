@@ -14,13 +14,18 @@ from clafusion.tracing.readout import Readout
 
 __all__ = ["Outputs", "difference", "outputs_of"]
 
-_PART = 1 << 20  # elements that are compared at a time
+_PART = 1 << 18  # elements that are made or compared at a time
+_POSITIONS = 2  # at which all outputs of a last layer with many are compared
 _MANY = 1 << 22
 """Elements of a last layer's outputs: more are made in parts, when they are compared."""
 
 
 class Outputs:
-    """A walk's outputs; those of a last layer with many are made part by part.
+    """A walk's outputs; those of a last layer with many are made part by part, and not all.
+
+    Such a layer does the same at every position. A mistake in how its rows move changes outputs at
+    any position, and one in what it reads at a position changes any of the outputs there. So all of
+    them are made at two positions of each input, and at all positions as many as it has inputs.
 
     Parameters
     ----------
@@ -40,8 +45,12 @@ class Outputs:
         yield self._known
         if self._readout is not None:
             one = self._readout
-            for rows in torch.arange(one.channels).split(max(_PART // one.positions, 1)):
-                yield self._walk.rows_of(one.node, one.following, rows)
+            some = torch.linspace(one.positions // 2, one.positions - 1, _POSITIONS).long()
+            every = torch.arange(one.channels)
+            of_all = every[:: max(one.channels // one.width, 1)]
+            for wanted, positions in ((every, some), (of_all, None)):
+                for rows in wanted.split(max(_PART // max(one.positions, one.width), 1)):
+                    yield self._walk.rows_of(one.node, one.following, rows, positions)
 
     def are_finite(self) -> bool:
         """Say whether no output is infinite or no number."""

@@ -27,6 +27,8 @@ class Readout:
         The layer's node.
     positions, channels
         How many positions an input has, and how many outputs each position.
+    width
+        How many channels the layer reads at each position.
     following
         The nodes that come of it, in order.
     is_alike
@@ -36,6 +38,7 @@ class Readout:
     node: str
     positions: int
     channels: int
+    width: int
     following: tuple[str, ...]
     is_alike: bool
 
@@ -62,7 +65,8 @@ def find_readout(module: fx.GraphModule) -> Readout | None:
         return None
     names = tuple(one.name for one in nodes if one in found)
     positions, channels = (int(size) for size in value.shape[1:])
-    return Readout(node.name, positions, channels, names, is_alike=not beside)
+    width = int(operand.shape[2])
+    return Readout(node.name, positions, channels, width, names, is_alike=not beside)
 
 
 def _has_positions(value: object) -> bool:

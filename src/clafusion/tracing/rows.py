@@ -14,6 +14,8 @@ from clafusion.tracing.operations import module_path, op_name
 
 __all__ = ["mix_rows", "mixing_operation"]
 
+_PART = 1 << 20  # elements that are compared at a time
+
 
 def mix_rows(outputs: Sequence[Tensor], of_fewer: Sequence[Tensor], bound: float) -> bool:
     """Say whether what values have for a row, or how many there are, depends on the other rows.
@@ -36,9 +38,16 @@ def mix_rows(outputs: Sequence[Tensor], of_fewer: Sequence[Tensor], bound: float
 def _differ(one: Tensor, other: Tensor, bound: float) -> bool:
     if not one.is_floating_point() or not other.numel():
         return False
-    one, other = one.double(), other.double()
-    atol = bound * float(other.abs().nan_to_num().amax())
-    return not torch.allclose(one, other, rtol=0.0, atol=atol, equal_nan=True)
+    atol = bound * max(float(part.abs().nan_to_num().amax()) for part in _in_parts(other))
+    return not all(
+        torch.allclose(a.double(), b.double(), rtol=0.0, atol=atol, equal_nan=True)
+        for a, b in zip(_in_parts(one), _in_parts(other), strict=True)
+    )
+
+
+def _in_parts(value: Tensor) -> Sequence[Tensor]:
+    parts: Sequence[Tensor] = value.flatten().split(_PART)
+    return parts
 
 
 def mixing_operation(model: TracedModel) -> str:

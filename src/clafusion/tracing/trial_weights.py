@@ -17,7 +17,7 @@ from clafusion.tracing.moves import Moves, moved, moved_rows, origin_of
 __all__ = ["BaseWeights", "TrialWeights"]
 
 _POOL = 1_000_003  # random numbers; a prime, so that no two rows of a matrix get the same ones
-_KEPT = 4  # tensors: side by side, several walks read the same ones
+_KEPT = 2  # tensors: side by side, several walks read the same ones
 
 
 class TrialWeights(Mapping[str, Tensor]):

@@ -150,6 +150,6 @@ def _named_errors() -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            f"the weights of a fusion cannot be kept in {tempfile.gettempdir()!r}: "
+            f"what a fusion makes cannot be kept in {tempfile.gettempdir()!r}: "
             f"{error.strerror or error}; let TMPDIR name a folder with more space"
         ) from error

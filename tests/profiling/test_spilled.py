@@ -1,4 +1,4 @@
-"""Rows that are made when they are read are those that would have been kept."""
+"""Rows that are read from a file are those that would have been kept."""
 
 import gc
 
@@ -9,7 +9,7 @@ import clafusion
 from clafusion import Assessment, Deeper, FusionConfig, Matching, trace
 from clafusion.execution.walk import Walk
 from clafusion.profiling import profile as profiling
-from clafusion.profiling.on_demand import RowsOnDemand, with_columns
+from clafusion.profiling.spilled import SpilledRows, with_columns
 from tests.support.attention import IMAGES, TOKENS, Encoder, Grouped, Logits
 from tests.support.networks import output, randomise, resnet
 from tests.support.transformers import transformer
@@ -23,24 +23,24 @@ def rows_are_much(monkeypatch):
     monkeypatch.setattr(profiling, "_MUCH", 0)
 
 
-def profiles_of(models, data, *, on_demand, samples=200):
+def profiles_of(models, data, *, spill, samples=200):
     return profiling.profile_models(
         [trace(one, data[:3]) for one in models],
         data,
         alignment_samples=samples,
         matching_rows=300,
         layer_values="preactivation",
-        on_demand=on_demand,
+        spill=spill,
     )
 
 
 @pytest.mark.usefixtures("rows_are_much")
 def test_they_are_those_that_would_have_been_kept():
     models = [resnet(2, 1, seed=1), resnet(1, 1, seed=2)]
-    kept = profiles_of(models, IMAGES, on_demand=False)
-    made = profiles_of(models, IMAGES, on_demand=True)
+    kept = profiles_of(models, IMAGES, spill=False)
+    made = profiles_of(models, IMAGES, spill=True)
     for one, other in zip(kept, made, strict=True):
-        assert isinstance(other.rows, RowsOnDemand)
+        assert isinstance(other.rows, SpilledRows)
         assert one.rows.keys() == other.rows.keys()
         for key in [*one.rows, *reversed([*one.rows])]:  # in any order
             assert torch.equal(one.rows[key], other.rows[key]), key
@@ -48,32 +48,26 @@ def test_they_are_those_that_would_have_been_kept():
 
 
 @pytest.mark.usefixtures("rows_are_much")
-def test_reading_them_in_order_is_one_pass(monkeypatch):
-    (profile,) = profiles_of([resnet(2, 1)], IMAGES, on_demand=True)
-    made = []
-    plain = Walk.__init__
+def test_reading_them_runs_nothing(monkeypatch):
+    (profile,) = profiles_of([resnet(2, 1)], IMAGES, spill=True)
 
-    def counted(self, *arguments, **keywords):
-        made.append(self)
-        plain(self, *arguments, **keywords)
+    def refused(*_):
+        raise AssertionError("the network runs again")
 
-    monkeypatch.setattr(Walk, "__init__", counted)
-    order = [node.name for node in profile.traced.module.graph.nodes]
-
-    def place(key):
-        layer, index = key
-        points = profile.traced.layers[layer].hook_points
-        if index >= len(points):  # the outputs
-            return len(order)
-        return order.index(points[~index].post if index < 0 else points[index].pre)
-
-    keys = sorted(profile.rows, key=place)
-    for key in keys:
+    monkeypatch.setattr(Walk, "__init__", refused)
+    for key in [*profile.rows, *reversed([*profile.rows])]:
         profile.rows[key]
-    of_one_pass = len(made)
-    assert 0 < of_one_pass < 60
-    profile.rows[keys[0]]
-    assert len(made) == 2 * of_one_pass
+
+
+@pytest.mark.usefixtures("rows_are_much")
+def test_a_full_disk_is_named(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    models = [resnet(2, 1, seed=1), resnet(1, 1, seed=2)]
+    with pytest.raises(clafusion.InputError, match="No space left on device; let TMPDIR name"):
+        clafusion.fuse(models, IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +91,7 @@ def test_fusion_gives_the_same_bytes(models, data, monkeypatch):
     assert isinstance(expected.aligned.profiles[0].rows, dict)
     monkeypatch.setattr(profiling, "_MUCH", 0)
     found = clafusion.fuse(models, data, config=config)
-    assert isinstance(found.aligned.profiles[0].rows, RowsOnDemand)
+    assert isinstance(found.aligned.profiles[0].rows, SpilledRows)
     assert torch.equal(output(found.model, data), output(expected.model, data))
 
 
@@ -136,7 +130,7 @@ def test_a_result_keeps_neither_inputs_nor_activations(merging):
 
 @pytest.mark.usefixtures("rows_are_much")
 def test_rows_of_many_inputs_are_kept():
-    (profile,) = profiles_of([resnet(1, 1)], IMAGES, on_demand=True, samples=50)
+    (profile,) = profiles_of([resnet(1, 1)], IMAGES, spill=True, samples=50)
     assert isinstance(profile.rows, dict)
 
 
@@ -149,7 +143,7 @@ def test_data_of_small_networks_is_not_read_again():
             yield IMAGES
 
     data, models = Counts(), [trace(resnet(1, 1), IMAGES[:3])]
-    profiling.profile_models(models, data, alignment_samples=200, matching_rows=300, on_demand=True)
+    profiling.profile_models(models, data, alignment_samples=200, matching_rows=300, spill=True)
     assert data.read == 1
 
 
@@ -161,7 +155,7 @@ def test_data_whose_order_changes_is_read_once():
 
     models = [trace(resnet(1, 1), IMAGES[:3])]
     (profile,) = profiling.profile_models(
-        models, Shuffles(), alignment_samples=200, matching_rows=300, on_demand=True
+        models, Shuffles(), alignment_samples=200, matching_rows=300, spill=True
     )
     assert isinstance(profile.rows, dict)
 
@@ -173,9 +167,9 @@ def test_what_a_user_aligns_keeps_its_rows():
 
 
 @pytest.mark.usefixtures("rows_are_much")
-@pytest.mark.parametrize("on_demand", [True, False])
-def test_other_columns_of_rows(on_demand):
-    (profile,) = profiles_of([resnet(1, 1)], IMAGES, on_demand=on_demand)
+@pytest.mark.parametrize("spill", [True, False])
+def test_other_columns_of_rows(spill):
+    (profile,) = profiles_of([resnet(1, 1)], IMAGES, spill=spill)
     first, second = list(profile.rows)[:2]
     columns = torch.tensor([2, 0])
     changed = with_columns(profile.rows, {first: columns, second: None})
