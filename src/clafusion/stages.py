@@ -46,6 +46,7 @@ from clafusion.profiling.profile import ModelProfile, Observer, profile_models
 from clafusion.profiling.thinning import thinned
 from clafusion.settings import made, options_of
 from clafusion.tracing.copies import copied
+from clafusion.tracing.known_proofs import KnownProofs
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.pinned import movable_share
 from clafusion.tracing.rotatable import folded_state
@@ -353,11 +354,16 @@ def _moved_to(inputs: ExampleInputs, device: torch.device) -> ExampleInputs:
 
 
 def traced_parent(
-    name: str, model: Model, example_inputs: ExampleInputs, config: FusionConfig
+    name: str,
+    model: Model,
+    example_inputs: ExampleInputs,
+    config: FusionConfig,
+    proofs: KnownProofs | None = None,
 ) -> TracedModel:
     """Trace a model and refuse what no fusion could use; errors name the model.
 
-    Of a :class:`clafusion.ModelFile` the weights stay in the file.
+    Of a :class:`clafusion.ModelFile` the weights stay in the file. ``proofs`` are those of
+    :func:`clafusion.trace`.
 
     Raises
     ------
@@ -370,7 +376,9 @@ def traced_parent(
     """
     try:
         module, mapped = model.open() if isinstance(model, ModelFile) else (model, None)
-        traced = trace(module, example_inputs, verify=config.verify, seed=config.seed)
+        traced = trace(
+            module, example_inputs, verify=config.verify, seed=config.seed, proofs=proofs
+        )
     except ClafusionError as error:
         raise retold(error, f"{label(name)}: {error}") from error.__cause__
     if mapped:

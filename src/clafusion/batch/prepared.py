@@ -15,6 +15,7 @@ from clafusion.execution.flops import count_operations
 from clafusion.profiling.batches import Data
 from clafusion.profiling.cache import profile_key, read_profile, write_profile
 from clafusion.profiling.profile import ModelProfile
+from clafusion.profiling.proofs import ProofsOnDisk
 from clafusion.stages import ExampleInputs, profile_options, profile_traced, traced_parent
 from clafusion.tracing.model import TracedModel
 
@@ -65,7 +66,7 @@ def prepare(
     data_hash
         :func:`clafusion.profiling.batches.data_digest` of ``data``.
     cache_dir
-        The folder of the cache; None for no cache.
+        The folder of the cache of profiles and of proofs with random weights; None for no cache.
 
     Raises
     ------
@@ -73,9 +74,11 @@ def prepare(
         As for :func:`clafusion.fuse`.
     """
     options = profile_options(config)
-    key, before = "", None
+    key, before, proofs = "", None, None
     if cache_dir is not None:
-        before = traced_parent(name, model, example_inputs, replace(config, verify=False))
+        proofs = ProofsOnDisk(cache_dir)
+        unproved = replace(config, verify=False)
+        before = traced_parent(name, model, example_inputs, unproved, proofs)
         key = profile_key(before, options, data_hash)
         cached = read_profile(cache_dir, key, before)
         if cached is not None:
@@ -83,7 +86,7 @@ def prepare(
     with warnings.catch_warnings():
         if before is not None:
             warnings.simplefilter("ignore", FusionWarning)  # told once already
-        traced = traced_parent(name, model, example_inputs, config)
+        traced = traced_parent(name, model, example_inputs, config, proofs)
     if before is not None and traced.module is not before.module:  # which did not stand the proof
         key = profile_key(traced, options, data_hash)
     kept = parts_of(data, [traced], config.assessment).kept

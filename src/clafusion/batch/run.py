@@ -104,9 +104,10 @@ def fuse_pairs(
         a model's code only its modules' own ``forward``, or the file of a ``ModelFile``'s factory,
         is compared. After a change in what that calls or imports, give False.
     cache_dir
-        Where models' profiles are kept between runs, and shared by the processes of a run. Default
-        ``out_dir/profiles``. Without either each worker of your own ``executor`` profiles the
-        models that it needs.
+        Where models' profiles are kept between runs, and shared by the processes of a run; also
+        which architectures are proved with random weights: of others with the same graph only
+        their own weights are proved then. Default ``out_dir/profiles``. Without either each worker
+        of your own ``executor`` profiles the models that it needs.
     memory_limit
         How many bytes the prepared models may take in each process: weights, profiles and moments.
         The two models of a pair must fit. With ``out_dir`` pairs are then fused in an order that

@@ -28,6 +28,7 @@ from clafusion.tracing.export import export_model, refuse_changed_inputs
 from clafusion.tracing.functional import without_partial_writes
 from clafusion.tracing.groups import Channels, find_channels
 from clafusion.tracing.heads import channels_of_heads, groups_with_sharing
+from clafusion.tracing.known_proofs import KnownProofs
 from clafusion.tracing.layer import Layer
 from clafusion.tracing.layers import find_layers
 from clafusion.tracing.model import TracedModel
@@ -57,6 +58,7 @@ def trace(
     *,
     verify: bool = True,
     seed: int = 0,
+    proofs: KnownProofs | None = None,
 ) -> TracedModel:
     """Find a model's layers and its channel groups, and prove the groups.
 
@@ -82,6 +84,9 @@ def trace(
         costs a few forward passes. Without it, a mistake of the analysis would go unnoticed.
     seed
         Seed of those permutations and of the random weights.
+    proofs
+        Proofs of equal graphs, kept from earlier runs: of these only the model's own weights are
+        proved. See :class:`clafusion.profiling.proofs.ProofsOnDisk`.
 
     Raises
     ------
@@ -104,8 +109,10 @@ def trace(
     traced = _cache.get(key, model, inputs)
     proved = traced is not None and _cache.is_proved(key)
     with transforms_undone():
-        if traced is None or not _is_true_of(traced, proved=proved, verify=verify, seed=seed):
-            traced = _traced(model, arguments, keywords, verify=verify, seed=seed)
+        if traced is None or not _is_true_of(
+            traced, proved=proved, verify=verify, seed=seed, proofs=proofs
+        ):
+            traced = _traced(model, arguments, keywords, verify=verify, seed=seed, proofs=proofs)
             proved = False
     _cache.add(key, traced, proved=verify or proved)
     for name, count in traced.unreached.items():
@@ -117,14 +124,16 @@ def trace(
     return traced
 
 
-def _is_true_of(traced: TracedModel, *, proved: bool, verify: bool, seed: int) -> bool:
+def _is_true_of(
+    traced: TracedModel, *, proved: bool, verify: bool, seed: int, proofs: KnownProofs | None
+) -> bool:
     """Say whether a graph from elsewhere is this model's, too, whatever their code reads."""
     try:
         if not verify:
             return computes_the_same(traced, traced.example_inputs)
         if proved:
             return verify_weights(traced, traced.example_inputs, seed=seed)
-        verify_graph(traced, traced.example_inputs, seed=seed)
+        verify_graph(traced, traced.example_inputs, seed=seed, proofs=proofs)
     except Exception:  # raised again by a trace of its own, if it is the model's fault
         return False
     return True
@@ -137,6 +146,7 @@ def _traced(
     *,
     verify: bool,
     seed: int,
+    proofs: KnownProofs | None,
 ) -> TracedModel:
     """Export a model and analyse it."""
     program = export_model(evaluation_copy(model), arguments, keywords)
@@ -170,29 +180,33 @@ def _traced(
         normalised = tuple(channels.labels.normalised.values())
         traced = replace(traced, unreached=channels.unreached, normalised=normalised)
         traced = _with_batch_behaviour(traced, HALF_WIDER if types else {})
+        prove = partial(_proved, layers_of=layers_of, verify=verify, seed=seed, proofs=proofs)
         shapes = {name: tuple(one.shape) for name, one in state.items()}
         lists = [(one.layer, len(one.names)) for one in module_lists(shapes, layers)]
         singles = channels_of_heads(channels.groups, channels.alone, layers, lists)
         if singles:
             whole = channels.with_singles(singles)
-            found = _proved(traced, whole, layers_of(whole), layers_of, verify=verify, seed=seed)
+            found = prove(traced, whole, layers_of(whole))
             if any(found.groups[i].size == 1 for one in found.heads for i in one.members[0]):
                 return found
-        return _proved(traced, channels, layers, layers_of, verify=verify, seed=seed)
+        return prove(traced, channels, layers)
 
 
 def _proved(
     traced: TracedModel,
     channels: Channels,
     layers: tuple[Layer, ...],
-    layers_of: Callable[[Channels], tuple[Layer, ...]],
     *,
+    layers_of: Callable[[Channels], tuple[Layer, ...]],
     verify: bool,
     seed: int,
+    proofs: KnownProofs | None,
 ) -> TracedModel:
     """Prove channels and heads; where heads share channels, the layers do not count these."""
     traced = replace(traced, layers=layers, groups=channels.groups, uses=channels.uses)
-    traced = with_proved_heads(traced, traced.example_inputs, verify=verify, seed=seed)
+    traced = with_proved_heads(
+        traced, traced.example_inputs, verify=verify, seed=seed, proofs=proofs
+    )
     groups = groups_with_sharing(traced)
     if any(one.sharing > 1 for one in groups):
         layers = layers_of(replace(channels, groups=groups))

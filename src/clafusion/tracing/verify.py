@@ -19,6 +19,7 @@ from clafusion.execution.walk import WIDER, Walk, in_lockstep
 from clafusion.execution.writes import written_inputs
 from clafusion.tracing.copies import copied, evaluation_copy
 from clafusion.tracing.heads import exchange_moves, possible_heads, possible_shared_heads
+from clafusion.tracing.known_proofs import KnownProofs, proof_key
 from clafusion.tracing.model import ChannelGroup, HeadPartition, TracedModel
 from clafusion.tracing.module_lists import possible_list_heads
 from clafusion.tracing.moves import Moves, joined, permutation_moves
@@ -39,7 +40,13 @@ _AT_RANDOM = (
 )
 
 
-def verify_graph(traced: TracedModel, inputs: tuple[Tensor, ...], *, seed: int = 0) -> None:
+def verify_graph(
+    traced: TracedModel,
+    inputs: tuple[Tensor, ...],
+    *,
+    seed: int = 0,
+    proofs: KnownProofs | None = None,
+) -> None:
     """Prove that permuting channels and exchanging heads leaves the model's outputs as they are.
 
     Each channel group moves by a cycle through all its channels, and by a swap of two channels;
@@ -62,6 +69,9 @@ def verify_graph(traced: TracedModel, inputs: tuple[Tensor, ...], *, seed: int =
         A few rows of input, such as ``traced.example_inputs``.
     seed
         Seed of the permutations and the random weights.
+    proofs
+        Proofs with random weights that were made before: of these only the model's own weights are
+        moved, by the cycle, in two walks.
 
     Raises
     ------
@@ -69,7 +79,7 @@ def verify_graph(traced: TracedModel, inputs: tuple[Tensor, ...], *, seed: int =
         The outputs differ; the message names the groups that change them on their own, and the
         first operation at which the values differ.
     """
-    trial = _Trial(traced, inputs, seed)
+    trial = _Trial(traced, inputs, seed, proofs)
     trial.check_fidelity()
     if trial.keeps_outputs(*_moves(trial, traced.groups, traced.heads)):
         return
@@ -106,7 +116,12 @@ def computes_the_same(traced: TracedModel, inputs: tuple[Tensor, ...]) -> bool:
 
 
 def with_proved_heads(
-    traced: TracedModel, inputs: tuple[Tensor, ...], *, verify: bool, seed: int = 0
+    traced: TracedModel,
+    inputs: tuple[Tensor, ...],
+    *,
+    verify: bool,
+    seed: int = 0,
+    proofs: KnownProofs | None = None,
 ) -> TracedModel:
     """Return a traced model with those heads that can change places without changing outputs.
 
@@ -117,7 +132,7 @@ def with_proved_heads(
 
     Parameters
     ----------
-    traced, inputs, seed
+    traced, inputs, seed, proofs
         As for :func:`verify_graph`.
     verify
         Whether to prove the channel groups as well.
@@ -132,7 +147,7 @@ def with_proved_heads(
     candidates += possible_list_heads(traced, finest)
     if not (candidates or verify or possible_shared_heads(traced)):
         return traced
-    trial = _Trial(traced, inputs, seed)
+    trial = _Trial(traced, inputs, seed, proofs)
     if verify:
         trial.check_fidelity()
     heads = list(chain.from_iterable(finest for finest, *_ in candidates))
@@ -270,8 +285,15 @@ class _Trial:
         How far outputs may move by rounding alone, relative to the largest.
     """
 
-    def __init__(self, traced: TracedModel, inputs: tuple[Tensor, ...], seed: int) -> None:
+    def __init__(
+        self,
+        traced: TracedModel,
+        inputs: tuple[Tensor, ...],
+        seed: int,
+        proofs: KnownProofs | None = None,
+    ) -> None:
         self.traced = traced
+        self._proofs = proofs
         self.generator = torch.Generator().manual_seed(seed)
         self._own = traced.state()
         self._readout = find_readout(traced.module)
@@ -328,26 +350,26 @@ class _Trial:
                     f"the model puts out something else each time: {_changes(self) or _AT_RANDOM}"
                 )
 
-    def gap(self, cycle: Moves, swap: Moves, sorts: Sequence[bool] = (True, False)) -> float:
+    def gap(self, *several: Moves, sorts: Sequence[bool] = (True, False)) -> float:
         """Return how far moves of the weights move the outputs, relative to the largest.
 
         ``sorts`` are the weights to be moved: True for random ones, False for the model's own.
         """
         try:
-            return self._gap(cycle, swap, sorts)
+            return self._gap(several, sorts)
         except Exception:
             if self._dtype is None:
                 raise
         self._use(None)  # the graph fixes a type somewhere
-        return self._gap(cycle, swap, sorts)
+        return self._gap(several, sorts)
 
-    def _gap(self, cycle: Moves, swap: Moves, sorts: Sequence[bool]) -> float:
+    def _gap(self, several: Sequence[Moves], sorts: Sequence[bool]) -> float:
         worst = 0.0
         for redrawn in sorts:
             finite = True not in self._expected or self._expected[True].are_finite()
             alone = len(sorts) == 1  # random weights, which may have overflowed, are not at hand
-            several = [cycle, swap] if redrawn or alone or not finite else [cycle]
-            worst = max([worst, *self._gaps(redrawn, several)])
+            moves = several if redrawn or alone or not finite else several[:1]
+            worst = max([worst, *self._gaps(redrawn, moves)])
         return worst
 
     def _gaps(self, redrawn: bool, several: Sequence[Moves]) -> list[float]:
@@ -369,11 +391,20 @@ class _Trial:
         types = None if self._dtype is None else WIDER
         return Walk(self.traced, self._inputs, weights, set(), types)
 
-    def keeps_outputs(
-        self, cycle: Moves, swap: Moves, sorts: Sequence[bool] = (True, False)
-    ) -> bool:
+    def keeps_outputs(self, *several: Moves, sorts: Sequence[bool] = (True, False)) -> bool:
         """Return whether moves of the weights move the outputs by no more than rounding."""
-        gap = self.gap(cycle, swap, sorts)
+        if self._proofs is None or True not in sorts:
+            return self._keeps_outputs(several, sorts)
+        key = proof_key(self.traced, self._inputs, self._seed, *several)
+        if key in self._proofs:
+            return self._keeps_outputs(several[:1], (False,))
+        keeps = self._keeps_outputs(several, sorts)
+        if keeps and self._dtype is torch.float64 and self._expected[True].are_finite():
+            self._proofs.add(key)
+        return keeps
+
+    def _keeps_outputs(self, several: Sequence[Moves], sorts: Sequence[bool]) -> bool:
+        gap = self.gap(*several, sorts=sorts)
         if gap > self.bound and not self._bound_is_final and gap <= _MOST:
             self._bound_is_final = True
             self.bound = min(max(self.bound, self._amplified()), _MOST)
