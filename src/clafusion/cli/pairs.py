@@ -65,7 +65,7 @@ def pairs_command(
     cache_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Where models' profiles and proofs are kept between runs; default: profiles in --out.",
+            help="Where profiles and proofs are kept between runs; default: profiles in --out.",
             metavar="DIR",
         ),
     ] = None,
