@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.alignment.models import AlignedModels, align_models, check_models
-from clafusion.assessment.combining import chosen_combination
+from clafusion.assessment.combining import MOST_COMPARED, chosen_combination
 from clafusion.assessment.evaluation import checked_labels
 from clafusion.assessment.output_cache import LARGE_CACHE, OutputCache
-from clafusion.assessment.parts import compared_output, most_assessed, parts_of
+from clafusion.assessment.parts import compared_output, parts_of
 from clafusion.calibration.methods import calibrate
 from clafusion.config import (
     Barycentre,
@@ -255,8 +255,8 @@ def _aligned(
         parts = parts_of(data, traced, config.assessment)
         kept, observe = parts.kept, None
         compared = compared_output(traced[0], config.assessment)
-        if known_outputs is not None and compared is not None and not parts.held_out:
-            observe = known_outputs.observer(compared[0], most_assessed(held_out=False))
+        if known_outputs is not None and compared is not None:
+            observe = known_outputs.observer(compared[0], MOST_COMPARED)
         if limit is not None:
             count = rows_side_by_side(kept, config.profiling.alignment_samples)
             check_limit(limit, needed_memory(traced, count, config))

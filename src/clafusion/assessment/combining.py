@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from clafusion.assessment.comparison import some_positions
-from clafusion.assessment.output_cache import OutputCache
+from clafusion.assessment.output_cache import OutputCache, OutputStream
 from clafusion.assessment.parts import compared_output
 from clafusion.config import FusionConfig
 from clafusion.errors import InputError
@@ -21,18 +21,20 @@ from clafusion.merging.combination import (
     log_probabilities,
     together,
 )
-from clafusion.profiling.batches import Data, in_chunks
+from clafusion.profiling.batches import Data, batches
 from clafusion.profiling.masks import counting_outputs, kept_positions
 from clafusion.profiling.thinning import whole_numbers
 from clafusion.tracing.model import TracedModel
 
-__all__ = ["MOST_CLASSES", "by_divergence", "chosen_combination"]
+__all__ = ["MOST_CLASSES", "MOST_COMPARED", "by_divergence", "chosen_combination"]
 
 MOST_CLASSES = 4096
 """With more "auto" takes logits: refitting the last layer would take longer than all else."""
+MOST_COMPARED = 256
+"""Inputs on which "auto" compares the two means."""
 
 _APART = 0.1  # nats between the two means, from which on probabilities are taken
-_INPUTS, _CHUNK_NUMBERS = 256, 1 << 22
+_CHUNK_NUMBERS = 1 << 22
 
 
 @torch.no_grad()
@@ -96,18 +98,31 @@ def _logits(
 ) -> Iterable[list[Tensor]]:
     """Yield each model's outputs at positions that count, ``(num_rows, num_classes)``."""
     first = models[0]
-    chunk = max(1, min(_INPUTS, _CHUNK_NUMBERS // max(1, whole_numbers(first, output))))
-    for inputs in in_chunks(data, first, _INPUTS, chunk, device=first.device):
-        if known is None:
-            found = [one.output_tensors(inputs)[output] for one in models]
-        else:
-            found = known.get(models, inputs, output)
+    known = OutputCache() if known is None else known
+    streams = [OutputStream(one, output, known, held_out=False) for one in models]
+    chunk = max(1, min(MOST_COMPARED, _CHUNK_NUMBERS // max(1, whole_numbers(first, output))))
+    for inputs in _parts(data, first, chunk, streams):
+        found = [one.take(inputs) for one in streams]
         rows = [some_positions(one.movedim(axis, -1), one.size(axis)) for one in found]
         mask = counting_outputs(first, kept_positions(first, inputs), output)
         if mask is not None and found[0].dim() == 3 and mask.shape == found[0].shape[:2]:
             counting = some_positions(mask.unsqueeze(-1), found[0].size(axis)).squeeze(-1)
             rows = [one[counting] for one in rows]
         yield [one.flatten(0, -2) for one in rows]
+
+
+def _parts(
+    data: Data, model: TracedModel, chunk: int, streams: Sequence[OutputStream]
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the first inputs in chunks; streams are fed whole batches, as a profile is."""
+    left = MOST_COMPARED
+    for batch in batches(data, model.example_inputs, model.keywords, device=model.device):
+        for one in streams:
+            one.feed(batch)
+        yield from zip(*(one[:left].split(chunk) for one in batch), strict=True)
+        left -= len(batch[0])
+        if left <= 0:
+            return
 
 
 def by_divergence(rows: Iterable[Sequence[Tensor]], weights: Sequence[float]) -> Combination:

@@ -33,6 +33,7 @@ from torch import Tensor
 from clafusion.calibration.least_squares.equations import penalty_of
 from clafusion.calibration.least_squares.places import Place, regressed_places
 from clafusion.calibration.least_squares.rows import (
+    Positions,
     by_position,
     channels_last,
     chosen_positions,
@@ -123,8 +124,9 @@ def _rows(
     assert wanted.output is not None, "outputs that are no classes have no probabilities"
     counted = [one for one in problem.parents if one.weights.overall > 0]
     weights = [one.weights.overall for one in counted]
-    generator = torch.Generator().manual_seed(seed)
-    for batch in in_chunks(data, target, samples, _CHUNK, device=target.device):
+    chosen: Positions | None = None
+    batches = in_chunks(data, target, samples, _CHUNK, device=target.device)
+    for i, batch in enumerate(batches):
         count = len(batch[0])
         walk = Walk(target, batch, state, {place.incoming, place.affine.name})
         made = by_position(channels_last(walk, place.affine.name, place.point), (), count)
@@ -137,20 +139,23 @@ def _rows(
         own, *parents = logs
         if float((made.double().softmax(-1) - own.exp()).abs().max()) > _SAME:
             return
-        positions = num_positions(place.affine, x, place.kernel_size, count)
-        chosen = chosen_positions(positions, num_rows, samples, generator)
+        if chosen is None:
+            every = num_positions(place.affine, x, place.kernel_size, count)
+            generator = torch.Generator().manual_seed(seed)
+            chosen = chosen_positions(every, num_rows, samples, generator)
+        positions = chosen.of(i)
         sides = features(
             place.affine,
             x,
             place.kernel_size,
-            chosen,
+            positions,
             count,
             has_bias=place.point.bias is not None,
         ).T.double()
-        goal = chosen_rows(together(parents, weights, wanted.means).log(), chosen)
+        goal = chosen_rows(together(parents, weights, wanted.means).log(), positions)
         mask = counting_outputs(target, kept_positions(target, batch), wanted.output)
         if mask is not None and mask.shape == made.shape[:2]:
-            counting = chosen_rows(mask.unsqueeze(-1), chosen).squeeze(-1)
+            counting = chosen_rows(mask.unsqueeze(-1), positions).squeeze(-1)
             sides, goal = sides[counting], goal[counting]
         yield sides, goal
 
