@@ -14,6 +14,8 @@ from clafusion.assessment.output_cache import OutputCache
 from clafusion.batch import sweep as sweep_module
 from clafusion.batch.grid import grid_of
 from clafusion.cli.app import main
+from clafusion.errors import warn
+from clafusion.fusion import fuse_aligned
 from clafusion.stages import traced_template
 from tests.support.networks import mlp
 
@@ -201,3 +203,13 @@ def test_the_command_line_writes_a_table_and_a_figure(tmp_path, monkeypatch, cap
     assert "--calibration-anchor is for --calibration least_squares" in capsys.readouterr().err
     assert main([*command, "--json", "--weight=1"]) == 0
     assert len(json.loads(capsys.readouterr().out)["points"]) == 2
+
+
+def test_a_warning_of_a_bad_result_says_of_which_fusion(monkeypatch):
+    def warning(*given, **named):
+        warn("long alone comes nearer", clafusion.AssessmentWarning)
+        return fuse_aligned(*given, **named)
+
+    monkeypatch.setattr(sweep_module, "fuse_aligned", warning)
+    with pytest.warns(clafusion.AssessmentWarning, match=r"^weight 0.5: long alone comes nearer"):
+        clafusion.sweep(MODELS, INPUTS, weight=[0.5], calibration="none")

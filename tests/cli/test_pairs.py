@@ -430,3 +430,9 @@ def test_a_run_that_is_stopped_leaves_no_process(folder, number, begun, delay):
     if number != signal.SIGKILL and run.returncode != 0:  # 0: it was done before
         assert run.returncode == 128 + number
         assert "clafusion: interrupted; finished pairs are kept\n" in shown
+
+
+def test_a_folder_that_cannot_be_made_is_told_by_its_option(folder, capsys):
+    (folder / "file").write_text("")
+    assert run(folder, f"--out={folder}/file/out") == 2
+    assert f"--out '{folder}/file/out' cannot be made a directory" in capsys.readouterr().err

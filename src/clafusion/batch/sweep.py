@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -18,7 +19,7 @@ from clafusion.assessment.nearness import FusionAssessment
 from clafusion.assessment.output_cache import OutputCache
 from clafusion.batch.grid import GridPoint, grid_of
 from clafusion.config import Barycentre, FusionConfig, Iterative, Like
-from clafusion.errors import ClafusionError, InputError
+from clafusion.errors import AssessmentWarning, ClafusionError, InputError, warn
 from clafusion.fusion import align, fuse, fuse_aligned
 from clafusion.interop.vocabulary import check_alike
 from clafusion.merging.problem import FusionProblem
@@ -70,9 +71,8 @@ class SweepPoint:
     error: str | None = None
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{name} {value}" for name, value in self.chosen.items())
         near = "failed" if self.assessment is None else str(self.assessment.result)
-        return f"<SweepPoint {shown}: {self.evaluation or near}>"
+        return f"<SweepPoint {_shown(self.chosen)}: {self.evaluation or near}>"
 
     def quality(self, name: str) -> float | None:
         """Return the result's ``"accuracy"``, ``"loss"``, ``"agreement"`` or ``"distance"``."""
@@ -343,10 +343,17 @@ class _Shared:
     def point(
         self, chosen: Mapping[str, Any], config: FusionConfig, weights: tuple[float, ...]
     ) -> SweepPoint:
-        """Fuse by one combination."""
+        """Fuse by one combination; of warnings about its quality say which one that is."""
         key = _aligning(config)
         try:
-            result = self._fused(key, config, weights)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", AssessmentWarning)
+                result = self._fused(key, config, weights)
+            for one in caught:
+                if issubclass(one.category, AssessmentWarning):
+                    warn(f"{_shown(chosen)}: {one.message}", one.category)
+                else:
+                    warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
         except ClafusionError as error:
             return SweepPoint(chosen, config, weights, None, None, 0.0, str(error))
         finally:
@@ -404,6 +411,10 @@ class _Shared:
         if not isinstance(config.merging.strategy, Barycentre):  # whose plans depend on the weights
             self._matched[of_plans] = result.problem
         return result
+
+
+def _shown(chosen: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in chosen.items())
 
 
 def _aligning(config: FusionConfig) -> str:

@@ -353,6 +353,8 @@ _FLAGS = _Spelling(
         "Give example_inputs as": "Give --data with inputs as",
         "(key=..., --checkpoint-key)": "(--checkpoint-key)",
         "memory_limit=": "--memory-limit ",
+        "weight must be numbers": "--weight must be numbers",
+        "seeds must be at least": "--seeds must be at least",
     },
 )
 _ENTRIES = _Spelling(

@@ -114,6 +114,7 @@ def pairs_command(
     usable_device(device, "--device")
     page = _page(report, folder)
     pair = None if chosen is None else _chosen(chosen, given)
+    _make(folder)
     how = _How(folder, limit, resume, device, cache_dir)
     with _executor(jobs, dask) as executor:
         results = _fused(given, how, page, executor)
@@ -130,6 +131,15 @@ def pairs_command(
         print_line("report", page)
     if any(one.error is not None for one in results):
         raise typer.Exit(1)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--out {str(folder)!r} cannot be made a directory: {error.strerror or error}"
+        ) from error
 
 
 def _page(report: Path | None, folder: Path) -> Path:

@@ -103,7 +103,7 @@ def load_samples(
     if samples.dtype == torch.uint8 and not is_scaled:
         raise InputError(
             f"data file {str(path)!r} holds bytes (uint8), and models take real numbers: say how "
-            "they were scaled in training, for example scale 255"
+            "they were scaled in training, for example scale=255 (--scale 255)"
         )
     if samples.is_complex() or samples.dtype == torch.bool:
         raise InputError(f"data file {str(path)!r} holds {samples.dtype}; real numbers are needed")
