@@ -92,7 +92,7 @@ def by_numpy(method: MergeMethod) -> np.ndarray:
     ids=str,
 )
 def test_rules_are_those_of_numpy(method: MergeMethod, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task_vectors, "_AT_ONCE", 4)  # so that tensors have several parts
+    monkeypatch.setattr(task_vectors, "PART", 4)  # so that tensors have several parts
     found = np.concatenate([one.reshape(-1) for one in merged(method).values()])
     np.testing.assert_allclose(found, by_numpy(method), rtol=1e-6, atol=1e-7)
 

@@ -28,9 +28,10 @@ from clafusion.config import Average, Dare, MergeMethod, TaskArithmetic, Ties
 from clafusion.errors import InputError
 from clafusion.merging.mean import weighted_mean
 
-__all__ = ["TaskVectors", "magnitude_threshold"]
+__all__ = ["PART", "TaskVectors", "magnitude_threshold"]
 
-_AT_ONCE = 1 << 22  # entries
+PART = 1 << 22
+"""How many entries of a tensor are computed with at once."""
 _HIGH, _LOW = 1 << 16, 1 << 15  # a magnitude in float32 has so many upper and lower halves
 
 
@@ -71,8 +72,8 @@ class TaskVectors:
         flat = [one.to(base.device).reshape(-1) for one in (base, *models)]
         drawing = [self._generator(i, name) for i in range(len(models))]
         into = made.view(-1)
-        for start in range(0, base.numel(), _AT_ONCE):
-            part = slice(start, start + _AT_ONCE)
+        for start in range(0, base.numel(), PART):
+            part = slice(start, start + PART)
             first, *others = (one[part].double() for one in flat)
             into[part] = self._merged_part(first, others, drawing)
         if not bool(made.isfinite().all()):
@@ -167,7 +168,7 @@ def _counted(
     """Return how many numbers have each value of what ``of`` makes of their magnitudes' bits."""
     found = torch.zeros(count, dtype=torch.int64)
     for one in vectors():
-        for part in one.reshape(-1).split(_AT_ONCE):
+        for part in one.reshape(-1).split(PART):
             bits = part.abs().float().contiguous().view(torch.int32)
             found += torch.bincount(of(bits), minlength=count).cpu()
     return found

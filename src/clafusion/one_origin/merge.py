@@ -13,6 +13,7 @@ from clafusion.errors import InputError
 from clafusion.execution.call import device_of
 from clafusion.interop.vocabulary import check_alike
 from clafusion.memory import NeededMemory, bytes_of, check_limit, held_now
+from clafusion.merging.task_vectors import PART
 from clafusion.one_origin.calibrated import calibrated
 from clafusion.one_origin.networks import Network, check_distances, check_same_entries, opened
 from clafusion.one_origin.parameters import merged_state
@@ -27,7 +28,7 @@ from clafusion.weights.storage import InFiles, InMemory, Storage
 __all__ = ["merge"]
 
 _COPIES = 2  # tensors of the largest size that are made besides those of the networks
-_WORK = 1 << 29  # bytes for the part of a tensor at hand, in float64
+_PARTS = 6  # the same of parts in float64, besides three for each model
 
 
 def merge(
@@ -157,5 +158,5 @@ def _needed_memory(base: Network, count: int) -> NeededMemory:
     """Return how much a merge of so many models holds at the most, but for calibrations."""
     every = [*base.module.parameters(), *base.module.buffers()]
     largest = max((one.numel() * one.element_size() for one in every), default=0)
-    at_once = min(_WORK, max((8 * one.numel() for one in every), default=0))
-    return NeededMemory(held_now(), {"merge": (count + 1 + _COPIES) * (largest + at_once)})
+    at_once = 8 * PART * (3 * count + _PARTS)
+    return NeededMemory(held_now(), {"merge": (count + 1 + _COPIES) * largest + at_once})

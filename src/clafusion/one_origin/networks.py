@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clafusion.alignment.models import label
 from clafusion.errors import ClafusionError, InputError, retold
 from clafusion.execution.call import State
+from clafusion.merging.task_vectors import PART
 from clafusion.tracing.ties import aliases_of
 from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.mapped import FileWeights
@@ -101,10 +102,18 @@ def _tensors(network: Network) -> dict[str, Tensor]:
 
 
 def task_vectors(base: Network, model: Network) -> Iterator[Tensor]:
-    """Yield what training has added to each parameter of the base, in float64, flat."""
+    """Yield what training has added to the base's parameters, in float64, in flat parts."""
     for name in base.parameters:
-        first = base.state[name]
-        yield (model.state[name].to(first.device).double() - first.double()).reshape(-1)
+        for first, own in _parts(base, model, name):
+            yield own - first
+
+
+def _parts(base: Network, model: Network, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield a parameter of both networks, in float64, in flat parts."""
+    first = base.state[name].reshape(-1)
+    own = model.state[name].to(first.device).reshape(-1)
+    for one, other in zip(first.split(PART), own.split(PART), strict=True):
+        yield one.double(), other.double()
 
 
 @torch.no_grad()
@@ -127,9 +136,9 @@ def check_distances(
     for called, model in models.items():
         far = norm = 0.0
         for name in counted or base.parameters:
-            own, first = model.state[name].double(), base.state[name]
-            far += float((own - first.to(own)).square().sum())
-            norm += float(own.square().sum())
+            for first, own in _parts(base, model, name):
+                far += float((own - first).square().sum())
+                norm += float(own.square().sum())
             if not math.isfinite(far + norm):
                 raise InputError(f"{name!r} of {label(called)} or of the base is not finite")
         distance = found[called] = math.sqrt(far / norm) if norm else float(far > 0)
