@@ -56,8 +56,9 @@ def _no_residual(draft: Draft) -> str:
     joins = [one for one in draft.nodes if op_name(one) == "cat"]
     if draft.entry is not None and any(draft.entry in one.all_input_nodes for one in joins):
         return (
-            "it puts new channels beside those that it reads, as dense blocks do: without a "
-            "partner all later layers would have to read channels that are zero"
+            "it puts new channels beside those that it reads, as dense blocks do: these get one "
+            "length only where their layers are the children of one module, which has the same "
+            "path in both networks, and put their channels behind those before them"
         )
     return (
         "its branch must end in weights that can be zero, so that only its shortcut is left, and "
