@@ -97,7 +97,7 @@ def test_keywords_that_no_signature_names_are_inputs(is_replaced):
     traced = trace(models[0], BATCH)
     assert [one.size for one in traced.groups] == [9]
     assert ("forward" in vars(models[0])) == is_replaced
-    fused = fuse(models, [BATCH], [0, 1], example_inputs=BATCH, calibration="none").model
+    fused = fuse(models, [BATCH], example_inputs=BATCH, calibration="none").model
     assert fused(**BATCH).shape == (30, 3)
     torch.testing.assert_close(trace(models[1], BATCH).model(**BATCH), models[1](**BATCH))
 
