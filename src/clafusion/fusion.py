@@ -58,7 +58,7 @@ from clafusion.stages import (
     traced_template,
     warn_of_pinned_channels,
 )
-from clafusion.targets.dense_blocks import with_equal_dense_blocks
+from clafusion.targets.completed import completed_models
 from clafusion.targets.sources import sources_of
 from clafusion.targets.target import choose_target, width_position
 from clafusion.tracing.copies import copied
@@ -250,7 +250,7 @@ def _aligned(
             traced.append(traced_parent(name, model, example_inputs, config))
             if progress is not None:
                 progress("trace", len(traced))
-        traced = with_equal_dense_blocks(alike(traced))
+        traced = completed_models(alike(traced))
     check_models(tuple(named), traced, config)
     with clock.stage("profile"):
         parts = parts_of(data, traced, config.assessment)

@@ -17,7 +17,7 @@ from clafusion.correspondence.inserted import check_inserted, differences_betwee
 from clafusion.errors import ClafusionError
 from clafusion.reports.text import plain_table, shortened
 from clafusion.stages import ExampleInputs, named_models, traced_parent
-from clafusion.targets.dense_blocks import with_equal_dense_blocks
+from clafusion.targets.completed import completed_models
 from clafusion.tracing.model import TracedModel
 
 __all__ = ["explain"]
@@ -64,7 +64,7 @@ def explain(
             lines.append(f"cannot be analysed: {error}")
     if len(traced) > 1:
         names = list(traced)
-        traced = dict(zip(names, with_equal_dense_blocks(list(traced.values())), strict=True))
+        traced = dict(zip(names, completed_models(list(traced.values())), strict=True))
         reference = names[reference_of(list(traced.values()), config)]
         lines += [
             _compared((reference, name), traced[reference], traced[name])

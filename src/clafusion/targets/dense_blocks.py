@@ -9,7 +9,6 @@ zeros for them.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -17,13 +16,8 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from clafusion.errors import ClafusionError
-from clafusion.execution.call import flatten_tensors, rounding_of
-from clafusion.profiling.thinning import thinned
-from clafusion.tracing.copies import copied
+from clafusion.targets.completing import own_state, with_more_children
 from clafusion.tracing.model import ChannelGroup, TracedModel
-from clafusion.tracing.trace import trace_like
-from clafusion.weights.build import with_state
 
 __all__ = ["with_equal_dense_blocks"]
 
@@ -120,39 +114,20 @@ def _reads(group: ChannelGroup, prefix: str) -> bool:
 
 def _completed(model: TracedModel, shorter: Mapping[_Block, Sequence[str]]) -> TracedModel:
     """Return a network whose blocks have layers of all the names, or itself if that changes it."""
-    module = copied(model.model)
-    state: dict[str, Tensor] = {
-        name: value.detach().clone()
-        for name, value in model.state().items()
-        if name not in model.constants
-    }
+    state = own_state(model)
+    additions = {}
     for block, keys in shorter.items():
-        container = module.get_submodule(block.path) if block.path else module
-        last = block.keys[-1]
+        last, more = block.keys[-1], keys[len(block.keys) :]
         own = _grown_child(model, block, state)
         group = model.groups[block.written[-1]]
-        count = len(keys) - len(block.keys)
-        _widen_readers(group, _prefix(block.path, last), count, state)
-        for place, key in enumerate(keys[len(block.keys) :], 1):
-            container._modules[key] = copy.deepcopy(container._modules[last])
+        _widen_readers(group, _prefix(block.path, last), len(more), state)
+        for place, key in enumerate(more, 1):
             for name, (value, axes) in own.items():
                 for axis, is_norm in axes:
                     value = _with_more(value, axis, value.size(axis), place * group.size, is_norm)
                 state[_prefix(block.path, key) + name] = value
-    try:
-        built = trace_like(with_state(module, state, model.aliases), model)
-        with torch.no_grad():
-            outputs = [
-                list(flatten_tensors(list(one.run(model.example_inputs)))) for one in (built, model)
-            ]
-    except (ClafusionError, RuntimeError, KeyError):  # the module's code knows its layers otherwise
-        return model
-    bound = rounding_of(model.state().values())
-    for one, other in zip(*outputs, strict=True):
-        gap = (one.double() - other.double()).abs().max()
-        if one.numel() and not gap <= bound * other.double().abs().max().clamp(min=1e-30):
-            return model
-    return built if model.thinning is None else thinned(built)
+        additions[block.path] = dict.fromkeys(more, last)
+    return with_more_children(model, additions, state) or model
 
 
 _Axes = list[tuple[int, bool]]

@@ -33,6 +33,8 @@ def pinned_channels(traced: TracedModel, labels: LabelPropagation) -> tuple[Pinn
     for heads in traced.heads:
         for index in {index for head in heads.members for index in head}:
             in_heads[traced.groups[index].atoms] = True
+            # A module of a list has one channel of its router, which moves with it alone.
+            free[traced.groups[index].atoms] |= bool(heads.parameters)
     written, elements = dict(_written(labels)), dict(_elements(labels))
     found = []
     for draft in labels.lost:

@@ -132,7 +132,7 @@ def _without_outer(
             propagation.outer.append(kept[i])
             # They may change places with what they multiply, as a router's channels with experts.
             propagation.meet(kept[i], fixed_ids(f"{text}_outer{i}", kept[i].shape))
-            propagation.lose(kept[i], CROSSED, as_wholes=True)
+            propagation.lose(kept[i], CROSSED)
             kept[i] = propagation.fixed(kept[i])
     return kept
 

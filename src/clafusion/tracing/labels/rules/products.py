@@ -68,7 +68,7 @@ def contracted(propagation: LabelPropagation, text: str, left: Tensor, right: Te
         # names one channel, that of the right side. Those of the left side keep their places in it.
         propagation.outer.append(left)
         if not (_constant_along(left, -1) and _constant_along(left, -2)):  # else it is of heads
-            propagation.lose(left, CROSSED, as_wholes=True)
+            propagation.lose(left, CROSSED)
         propagation.meet(left, fixed_ids(text + "_left", (*batch, m, k)))
         weights = sequence_ids(propagation.fixed(left).flatten(-2))
         propagation.meet(right[..., 0, :], weights.unsqueeze(-1).expand(*batch, n))
