@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 from clafusion import Like, WidthWarning, fuse
 from tests.support import networks
@@ -28,6 +29,25 @@ def test_a_function_that_uneven_widths_change_is_told(sizes):
     with pytest.warns(WidthWarning, match=rf"alone .* {sizes[0]} of .* for its {sizes[1]}"):
         result = fuse(models, INPUTS, [0, 1], calibration="none", target=target)
     assert gap(result.model, models[1]) > 1e-2
+
+
+def net(width, norm=nn.Identity, seed=0):
+    layers = nn.Linear(6, width), norm(width), nn.ReLU(), nn.Linear(width, 4)
+    return networks.randomise(nn.Sequential(*layers), seed)
+
+
+def test_copies_of_some_channels_change_a_norm_over_them_and_nothing_else():
+    models = [net(8), net(8, seed=1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", WidthWarning)
+        fused = fuse(models, INPUTS, [1, 0], calibration="none", target=Like(net(12))).model
+    assert gap(fused, models[0]) < 1e-5
+    models = [net(8, nn.LayerNorm), net(8, nn.LayerNorm, seed=1)]
+    with pytest.warns(WidthWarning, match="alone has weight"):
+        fused = fuse(
+            models, INPUTS, [1, 0], calibration="none", target=Like(net(12, nn.LayerNorm))
+        ).model
+    assert gap(fused, models[0]) > 1e-2
 
 
 @pytest.mark.parametrize("weights", [[0, 1], [1, 0], [0.5, 0.5]])

@@ -179,7 +179,12 @@ def _united(model: TracedModel, partitions: Sequence[HeadPartition]) -> TracedMo
         atoms = torch.cat([part.atoms for part in parts])
         is_counted = any(part.is_counted for part in parts)
         shape = parts[0].sharing, len(parts) * parts[0].heads
-        groups.append(ChannelGroup(len(groups), len(atoms), atoms, group_axes, is_counted, *shape))
+        is_averaged = any(part.is_averaged for part in parts)
+        groups.append(
+            ChannelGroup(
+                len(groups), len(atoms), atoms, group_axes, is_counted, *shape, is_averaged
+            )
+        )
 
     def renamed(one: Any) -> Any:
         """Name the channels of a hook point or a calibration point by the united groups."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from clafusion.alignment.models import label
 from clafusion.errors import WidthWarning, warn
 from clafusion.merging.problem import FusionProblem
+from clafusion.transport.plan import TransportPlan
 
 __all__ = ["warn_of_uneven_widths"]
 
@@ -32,7 +33,7 @@ def warn_of_uneven_widths(problem: FusionProblem) -> None:
         if plan is None:
             continue
         reached = int(plan.covered.sum())  # a wider result has places for other parents alone
-        if reached % plan.shape[0]:
+        if reached % plan.shape[0] and (group.is_averaged or not _copies_all(plan)):
             found.setdefault((plan.shape[0], reached), group.name)
     if not found:
         return
@@ -48,3 +49,9 @@ def warn_of_uneven_widths(problem: FusionProblem) -> None:
         "widths are multiples of the network's",
         WidthWarning,
     )
+
+
+def _copies_all(plan: TransportPlan) -> bool:
+    """Return whether a plan takes every channel somewhere, and mixes none."""
+    rows, columns, _ = plan.entries
+    return len(columns.unique()) == len(columns) and len(rows.unique()) == plan.shape[0]

@@ -180,7 +180,9 @@ def _groups(
     """Put atoms into one group where they have the same axes and the same fingerprints."""
     pinned = np.zeros(len(roots), dtype=bool)
     pinned[roots[list(labels.pinned)]] = True
-    counted = {int(roots[atom]) for atom in labels.counted}
+    counted, averaged = (
+        {int(roots[atom]) for atom in atoms} for atoms in (labels.counted, labels.averaged)
+    )
     fingerprints = labels.fingerprints(roots)
     places = _places(labels, roots)
     alike: dict[tuple[tuple[tuple[int, tuple[int, ...]], ...], int], list[int]] = {}
@@ -203,7 +205,16 @@ def _groups(
         )
         is_counted = not counted.isdisjoint(found)
         atoms = torch.from_numpy(members)
-        groups.append(ChannelGroup(len(groups), len(members), atoms, group_axes, is_counted))
+        groups.append(
+            ChannelGroup(
+                len(groups),
+                len(members),
+                atoms,
+                group_axes,
+                is_counted,
+                is_averaged=not averaged.isdisjoint(found),
+            )
+        )
     return tuple(groups)
 
 

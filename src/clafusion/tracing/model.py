@@ -121,6 +121,9 @@ class ChannelGroup:
         or write them, each channel stands for so many times as many positions.
     heads
         Of how many heads they are, head after head, where those of several are united.
+    is_averaged
+        Whether the model takes a mean or a norm over the channels, or adds them up: copies of some
+        of them then change it, unless all are copied equally often.
     """
 
     index: int
@@ -130,6 +133,7 @@ class ChannelGroup:
     is_counted: bool = False
     sharing: int = 1
     heads: int = 1
+    is_averaged: bool = False
 
     @property
     def name(self) -> str:

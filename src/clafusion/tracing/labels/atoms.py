@@ -25,9 +25,9 @@ class Atoms:
     ----------
     parents
         The union-find: the parent of each atom; a root is its own parent.
-    pinned, returned, counted
+    pinned, returned, counted, averaged
         Atoms that keep their places; those of them that the model puts out; atoms whose values the
-        model adds up without a weight.
+        model adds up without a weight; those of which it takes a mean or a norm, or adds them up.
     """
 
     def __init__(self, parents: NDArray[np.int64] | None = None) -> None:
@@ -37,6 +37,7 @@ class Atoms:
         self.pinned: set[int] = set()
         self.returned: set[int] = set()
         self.counted: set[int] = set()
+        self.averaged: set[int] = set()
         self._met: list[tuple[NDArray[np.int64], NDArray[np.uint64]]] = []
 
     def fresh(self, count: int) -> Tensor:

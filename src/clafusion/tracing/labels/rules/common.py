@@ -8,6 +8,7 @@ from itertools import combinations, permutations
 import torch
 from torch import Tensor
 
+from clafusion.tracing.labels.atoms import atoms_in
 from clafusion.tracing.labels.ids import collapse, combine, fixed_ids, value_ids, varies_along
 from clafusion.tracing.labels.interpreter import LabelPropagation
 from clafusion.tracing.labels.rule import (
@@ -230,6 +231,7 @@ def reduced(
     if not bool(alike.all()):
         mask = alike.reshape(shape).expand(ids.shape)
         propagation.meet(torch.where(mask, -1, ids), results.clamp(max=-1).expand(ids.shape))
+        propagation.averaged.update(atoms_in(torch.where(mask, -1, ids)).tolist())
         if counts:
             propagation.count(torch.where(mask, -1, ids))
     return results
