@@ -11,7 +11,7 @@ import torch
 
 from clafusion.assessment.parts import most_assessed, parts_of
 from clafusion.config import FusionConfig, LeastSquares, NoCalibration, Repair
-from clafusion.interop.inputs import example_of
+from clafusion.interop.inputs import example_of, readable
 from clafusion.memory import NeededMemory, needed_memory, shown
 from clafusion.profiling.batches import Data, num_rows, rows_side_by_side
 from clafusion.stages import ExampleInputs, config_from, named_models, traced_parent
@@ -83,6 +83,7 @@ def estimate(
     """
     config = config_from(config, overrides, ("example_inputs",))
     named = named_models(models)
+    data = readable(data, named)
     if example_inputs is None:
         example_inputs = example_of(data, next(iter(named.values())))
     started = time.perf_counter()

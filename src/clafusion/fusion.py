@@ -25,7 +25,7 @@ from clafusion.config import (
 )
 from clafusion.errors import InputError
 from clafusion.execution.call import device_of, usable_device
-from clafusion.interop.inputs import example_of
+from clafusion.interop.inputs import example_of, readable
 from clafusion.interop.vocabulary import keep_own_entries, with_one_vocabulary
 from clafusion.memory import bytes_of, check_limit, check_weights, needed_memory
 from clafusion.merging.layer_weights import weigh_layers
@@ -172,6 +172,7 @@ def fuse(
     )
     named = named_models(models)
     given = merge_weights(weights, tuple(named))
+    data = readable(data, named)
     labels = None if labels is None else checked_labels(labels, data)
     limit = None if memory_limit is None else bytes_of(memory_limit, "memory_limit")
     is_stepwise = isinstance(config.merging.strategy, Iterative) and len(named) > 2
@@ -221,6 +222,7 @@ def align(
     """
     config = config_from(config, overrides)
     named = named_models(models)
+    data = readable(data, named)
     named, example_inputs = placed(named, data, example_inputs, device)
     return _aligned(named, data, config, example_inputs, progress)
 
@@ -314,6 +316,7 @@ def profile(
     those of :func:`clafusion.profiling.profile.profile_models`.
     """
     config = config_from(config, overrides)
+    data = readable(data, {"": model.model if isinstance(model, TracedModel) else model})
     if not isinstance(model, TracedModel):
         if device is not None:
             model = copied(model).to(usable_device(device))
@@ -360,6 +363,7 @@ def fuse_aligned(
         Entries of the vocabulary that the first model alone has, and keeps.
     """
     config = config or FusionConfig()
+    data = readable(data, {"": aligned.profiles[0].traced.model})
     given = merge_weights(weights, aligned.names)
     check_strategy(config.merging.strategy, len(aligned.names))
     parents = {name: one.traced for name, one in zip(aligned.names, aligned.profiles, strict=True)}

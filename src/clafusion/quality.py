@@ -60,6 +60,6 @@ def _evaluation(
     """Compare with the labels of what was held out, or of all data."""
     first = next(iter(result.parent_models.values()))
     if isinstance(parts.assessed, Part):
-        labels = labels[parts.assessed.rows(0, len(labels))]
+        labels = labels[parts.assessed.places(len(labels))]
     inputs = batches(parts.assessed, first.example_inputs, first.keywords, device=first.device)
     return result.evaluated(inputs, labels, known_outputs)

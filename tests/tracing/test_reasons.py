@@ -89,7 +89,7 @@ class Nodes(Small):
         (SecondAxisIsTheBatch, torch.randn(12, 30, 8), "batch_first=False"),
         (TakesOneImage, torch.randn(3, 16, 16), "the first axis of the model's inputs must be the"),
         (TakesAList, (ROWS, ROWS), "a list of tensors, as models for detection do"),
-        (Nodes, (ROWS, torch.zeros(2, 50, dtype=torch.long)), "the nodes and edges of a graph"),
+        (Nodes, (ROWS, torch.zeros(2, 50, dtype=torch.long)), "the edges are an input"),
     ],
 )
 def test_the_reason_is_named(kind, inputs, reason):

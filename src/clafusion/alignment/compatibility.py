@@ -37,9 +37,8 @@ def allowed_pairs(deep: Sequence[Layer], shallow: Sequence[Layer]) -> NDArray[np
     return np.array(
         [
             [
-                one.stream == other.stream
+                one.stage == other.stage
                 and one.structure == other.structure
-                and one.output_shape == other.output_shape
                 and one.beside == other.beside
                 for other in shallow
             ]

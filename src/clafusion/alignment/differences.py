@@ -23,6 +23,8 @@ def differences(one: Layer, other: Layer) -> list[str]:
     found += [f"{text} (beside the layer)" for text in _of_operations(one.beside, other.beside)]
     if one.stream != other.stream:
         found.append("on which stream they are")
+    if one.rows != other.rows:
+        found.append(f"rows of {one.rows} and of {other.rows}")
     if one.output_shape != other.output_shape:
         found.append(
             f"output positions {_shape(one.output_shape)} and {_shape(other.output_shape)}"

@@ -111,7 +111,7 @@ def _chunks(
     most = most_assessed(held_out=parts.held_out)
     rows = max(1, min(_CHUNK, _CHUNK_NUMBERS // max(1, whole_numbers(first, output))))
     rows = min([rows, *(count for one in models if (count := inputs_in_cache(one)) is not None)])
-    is_whole = any(one.static_batch is not None for one in models)
+    is_whole = any(one.takes_whole_batches for one in models)
     held: list[tuple[Tensor, ...]] = []
     waiting = seen = 0
     for inputs in batches(data, first.example_inputs, first.keywords, device=first.device):

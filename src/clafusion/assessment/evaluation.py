@@ -18,7 +18,14 @@ from clafusion.assessment.nearness import Kind
 from clafusion.errors import InputError
 from clafusion.execution.call import call_model, device_of, in_eval_mode
 from clafusion.merging.combination import are_probabilities
-from clafusion.profiling.batches import Data, batches, first_batch, keeps_order, num_rows
+from clafusion.profiling.batches import (
+    Data,
+    batches,
+    first_batch,
+    keeps_order,
+    num_graphs,
+    num_rows,
+)
 from clafusion.table import Table
 
 __all__ = [
@@ -181,10 +188,13 @@ def checked_labels(labels: Any, inputs: Data) -> Tensor:
         raise InputError(f"labels must be numbers; got {type(labels).__name__}") from error
     if found.dtype == torch.bool or found.is_complex():
         raise InputError(f"labels must be whole or real numbers; got {found.dtype}")
-    count = num_rows(inputs)
-    if found.dim() == 0 or len(found) != count:
+    counts = {num_rows(inputs): "input"}
+    if graphs := num_graphs(inputs):
+        counts = {num_rows(inputs): "node", graphs: "graph"}
+    if found.dim() == 0 or len(found) not in counts:
         size = "a single number" if found.dim() == 0 else f"{len(found)} entries"
-        raise InputError(f"labels must have one entry for each input, {count}; got {size}")
+        shown = " or ".join(f"{what}, {count}" for count, what in counts.items())
+        raise InputError(f"labels must have one entry for each {shown}; got {size}")
     if not keeps_order(inputs):
         raise InputError("labels need inputs in one order: this data comes in another each time")
     return found if found.is_floating_point() else found.long()
@@ -241,9 +251,11 @@ def evaluated(
     is_classes = not labels.is_floating_point()
     seen = 0
     for batch in inputs:
-        wanted = labels[seen : seen + len(batch[0])]
-        seen += len(batch[0])
         outputs = {name: run(batch).double().cpu() for name, run in networks.items()}
+        rows = next(iter(outputs.values()))  # of graphs, where others have one for each input
+        size = len(rows) if rows.dim() else len(batch[0])
+        wanted = labels[seen : seen + size]
+        seen += size
         parts = [value for name, value in outputs.items() if name not in apart]
         if is_classes:
             found = dict(_class_scores(outputs, parts, weights, wanted, axis))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from clafusion.assessment.nearness import Kind
 from clafusion.config import Assessment
 from clafusion.errors import InputError
-from clafusion.profiling.batches import Data, Part, has_rows, keeps_order
+from clafusion.profiling.batches import Data, Part, has_rows, keeps_order, num_graphs
 from clafusion.tracing.model import TracedModel
 
 __all__ = ["Parts", "compared_output", "most_assessed", "num_kept", "parts_of"]
@@ -43,7 +43,9 @@ def parts_of(data: Data, models: Sequence[TracedModel], settings: Assessment) ->
 
     All of the data is for both where nothing can be held out: where fewer than 50 inputs
     would be (so of fewer than 500 by default), of data that comes in another order each time, and
-    for models that admit one batch size only. The parts depend on the arguments only: with the same
+    for models that admit one batch size only. Of graphs every tenth is held out as a whole, where
+    that leaves 50 of what the outputs have rows for; of a single graph nothing is, for its nodes
+    see each other. The parts depend on the arguments only: with the same
     data and options every way to fuse keeps out the same rows.
 
     Raises
@@ -57,10 +59,22 @@ def parts_of(data: Data, models: Sequence[TracedModel], settings: Assessment) ->
     if (
         any(one.static_batch is not None for one in models)
         or not keeps_order(data)
-        or not has_rows(data, _least_rows(share))
+        or not _has_enough(data, models[0], settings)
     ):
         return Parts(data, data, held_out=False)
     return Parts(Part(data, share, held=False), Part(data, share, held=True), held_out=True)
+
+
+def _has_enough(data: Data, model: TracedModel, settings: Assessment) -> bool:
+    """Say whether data has rows enough for some to be held out."""
+    least = _least_rows(settings.held_out)
+    if model.graph is None:
+        return has_rows(data, least)
+    graphs = num_graphs(data)
+    output = compared_output(model, settings)
+    rows = model.output_rows[output[0]] if output is not None else "graphs"
+    enough = graphs >= least if rows == "graphs" else has_rows(data, least)
+    return enough and graphs * settings.held_out >= 1
 
 
 def num_kept(count: int, settings: Assessment) -> int:

@@ -12,7 +12,7 @@ from clafusion.batch.results import Pair
 from clafusion.batch.worker import union_refusal
 from clafusion.config import FusionConfig
 from clafusion.errors import ClafusionError
-from clafusion.interop.inputs import example_of
+from clafusion.interop.inputs import example_of, readable
 from clafusion.profiling.batches import Data
 from clafusion.stages import ExampleInputs, traced_parent
 from clafusion.tracing.model import TracedModel
@@ -110,6 +110,7 @@ def check_pairs(
     """
     config = replace(config or FusionConfig(), verify=False)
     example = example_inputs
+    data = readable(data, models)
     if example is None:
         example = example_of(data, next(iter(models.values())))
     traced: dict[str, TracedModel] = {}

@@ -36,8 +36,9 @@ from clafusion.batch.tasks import (
 from clafusion.batch.worker import Job, Outcome, Worker
 from clafusion.config import FusionConfig, Like
 from clafusion.errors import ClafusionError, InputError, warn
-from clafusion.interop.inputs import example_of
+from clafusion.interop.inputs import example_of, readable
 from clafusion.profiling.batches import Data, data_digest
+from clafusion.profiling.graphs import GraphBatches
 from clafusion.stages import ExampleInputs, config_from, merge_weights
 from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.messages import one_line
@@ -152,6 +153,9 @@ def fuse_pairs(
     _check_executor(executor)
     _check_memory_limit(memory_limit)
     given = _checked_weights(weights)
+    data = readable(data, models)
+    if isinstance(data, GraphBatches):  # other processes have no loader
+        data = list(data)
     known_labels = None if labels is None else checked_labels(labels, data)
     if example_inputs is None:
         example_inputs = example_of(data, next(iter(models.values())))

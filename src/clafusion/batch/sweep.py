@@ -21,6 +21,7 @@ from clafusion.batch.grid import GridPoint, grid_of
 from clafusion.config import Barycentre, FusionConfig, Iterative, Like
 from clafusion.errors import AssessmentWarning, ClafusionError, InputError, warn
 from clafusion.fusion import align, fuse, fuse_aligned
+from clafusion.interop.inputs import readable
 from clafusion.interop.vocabulary import check_alike
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Data
@@ -255,6 +256,7 @@ def sweep_grid(
     named = named_models(models)
     by_name = _weights(weight, weights, tuple(named))
     count = _seeds(seeds)
+    data = readable(data, named)
     known = None if labels is None else checked_labels(labels, data)
     check_alike(named)
     named, example_inputs = placed(named, data, example_inputs, device)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from clafusion.execution.call import call_model, device_of, in_eval_mode
 from clafusion.profiling.batches import Data, batches
+from clafusion.tracing.graphs import EDGES
 
 __all__ = ["reset_batchnorm"]
 
@@ -40,7 +41,10 @@ def reset_batchnorm(
                 norm.train()
             with torch.no_grad():
                 read = batches(data, example_inputs, keywords, device=device)
-                for inputs in _without_lone_rows(read):
+                is_graph = EDGES in keywords
+                for inputs in read if is_graph else _without_lone_rows(read):
+                    if is_graph and len(inputs[0]) == 1:
+                        continue  # a single node has no variance
                     call_model(model, inputs, keywords)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):

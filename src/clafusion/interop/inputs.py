@@ -12,12 +12,19 @@ from torch import Tensor, nn
 
 from clafusion.errors import InputError
 from clafusion.interop.huggingface import ModelDirectory, input_names, is_of_transformers
+from clafusion.interop.torch_geometric import graph_batches
 from clafusion.profiling.batches import Data, first_batch
 from clafusion.weights.factories import Model
 
-__all__ = ["example_of"]
+__all__ = ["example_of", "readable"]
 
 _ALIKE = 0.85  # from 0 to 1: names that are more alike than this are one name, misspelt
+
+
+def readable(data: Data, models: Mapping[str, Any]) -> Data:
+    """Return data as stages read it: graphs as batches of inputs by name, all else as it is."""
+    found = graph_batches(data, next(iter(models.values()), None))
+    return data if found is None else found
 
 
 def example_of(data: Data, model: Model | nn.Module) -> Any:

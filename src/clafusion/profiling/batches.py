@@ -14,6 +14,8 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 
 from clafusion.errors import InputError
 from clafusion.execution.nesting import flattened, part
+from clafusion.profiling.graphs import GraphBatches, graphs_in, is_graph, taken_graphs
+from clafusion.tracing.graphs import BATCH, EDGES, graph_inputs
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.padding import MASK
 from clafusion.weights.digests import add_tensor
@@ -29,6 +31,7 @@ __all__ = [
     "has_rows",
     "in_chunks",
     "keeps_order",
+    "num_graphs",
     "num_rows",
     "rows_side_by_side",
 ]
@@ -63,6 +66,8 @@ _BATCH_SIZE = 256  # rows taken at a time from a tensor
 class Part:
     """Some rows of data, in the data's own batches: an iterable of batches itself.
 
+    Of graphs a row is a whole graph.
+
     Row ``i``, counted over all batches, is held out where ``floor((i + 1) * share)`` is more than
     ``floor(i * share)``: for a share of 0.1 every tenth. So the rows that are held out are spread
     over data in any order, say by class, and do not depend on the batches' sizes.
@@ -87,9 +92,38 @@ class Part:
         is_held = counts[1:] > counts[:-1]
         return torch.nonzero(is_held == self.held).squeeze(1)
 
+    def mask(self, first: int, size: int) -> Tensor:
+        """Return what :meth:`rows` does as a mask ``(size,)``."""
+        chosen = torch.zeros(size, dtype=torch.bool)
+        chosen[self.rows(first, size)] = True
+        return chosen
+
+    def places(self, count: int) -> Tensor:
+        """Return which of ``count`` values belong to the part.
+
+        There is one for each row, or of graphs one for each node.
+        """
+        graphs = num_graphs(self.data)
+        if not graphs or count == graphs:
+            return self.rows(0, count)
+        of_graphs = self.mask(0, graphs)
+        of_nodes: list[Tensor] = []
+        seen = 0
+        for batch in _raw(self.data):
+            own = of_graphs[seen : seen + graphs_in(batch)]
+            seen += len(own)
+            of_nodes.append(own[batch[BATCH]] if BATCH in batch else own.expand(_num_rows(batch)))
+        return torch.nonzero(torch.cat(of_nodes)).squeeze(1)
+
     def __iter__(self) -> Iterator[Any]:
         seen = 0
         for batch in _raw(self.data):
+            if is_graph(batch):
+                graphs = self.mask(seen, graphs_in(batch))
+                seen += len(graphs)
+                if bool(graphs.any()):
+                    yield _with_graphs(batch, graphs)
+                continue
             size = _num_rows(batch)
             rows = self.rows(seen, size)
             seen += size
@@ -162,6 +196,22 @@ def _taken(batch: Any, rows: Tensor, size: int) -> Any:
     return batch
 
 
+def _with_graphs(batch: Mapping[str, Tensor], graphs: Tensor) -> dict[str, Tensor]:
+    """Return some graphs of a batch."""
+    given = graph_inputs(batch)
+    assert given is not None
+    values = tuple(batch[name] for name in given.names)
+    return dict(zip(given.names, taken_graphs(given, values, graphs), strict=True))
+
+
+def num_graphs(data: Data) -> int:
+    """Return how many graphs there are; 0 in data that are no graphs."""
+    whole = data.data if isinstance(data, Part) else data
+    if isinstance(whole, Tensor) or not any(map(is_graph, _first(_raw(whole)))):
+        return 0
+    return sum(graphs_in(batch) for batch in data if is_graph(batch))
+
+
 def has_rows(data: Data, least: int) -> bool:
     """Say whether there are ``least`` rows; no more batches are read than that takes."""
     _check_kind(data)
@@ -197,6 +247,8 @@ def keeps_order(data: Data) -> bool:
     That is so for a tensor and a list, and for a DataLoader that takes its samples in order. Of any
     other iterable the first batch is read twice.
     """
+    if isinstance(data, GraphBatches):
+        return keeps_order(data.source)
     if isinstance(data, (Tensor, Sequence)) or _is_table(data):
         return True
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
@@ -271,6 +323,7 @@ def batches(
     data = data if taken is None else taken.data
     _check_kind(data)
     count, has_masks = 0, False
+    given = graph_inputs(dict(zip(keywords, example_inputs, strict=True))) if keywords else None
     for i, batch in enumerate(_raw(data)):
         inputs = _inputs(batch, len(example_inputs), keywords, i)
         if isinstance(batch, Mapping) and MASK in batch and MASK not in keywords:
@@ -283,9 +336,19 @@ def batches(
         for name, value, example in zip(
             keywords or [""] * len(inputs), inputs, example_inputs, strict=True
         ):
-            _check_like(value, example, f"data, batch {i}" + (f", input {name!r}" if name else ""))
+            where = f"data, batch {i}" + (f", input {name!r}" if name else "")
+            if name != EDGES:
+                _check_like(value, example, where, of_edges=name.startswith("edge_"))
         size = inputs[0].size(0)
-        if taken is not None:  # what is wrong with a row shows wherever the row belongs
+        if given is not None:
+            given.checked(inputs, f"data, batch {i}: ")
+            if taken is not None:
+                graphs = taken.mask(count, given.num_graphs(inputs))
+                count += len(graphs)
+                if not bool(graphs.any()):
+                    continue
+                inputs = taken_graphs(given, inputs, graphs)
+        elif taken is not None:  # what is wrong with a row shows wherever the row belongs
             inputs = _taken(inputs, taken.rows(count, size), size)
         count += size
         if inputs[0].size(0):
@@ -304,15 +367,18 @@ def in_chunks(
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield the first ``max_inputs`` inputs (None: all), at most ``chunk`` of them at a time.
 
-    A model that admits one batch size only gets whole batches.
+    A model that admits one batch size only, or takes graphs, gets whole batches.
     """
-    whole = model.static_batch is not None
+    whole = model.takes_whole_batches
     seen = 0
     for inputs in batches(data, model.example_inputs, model.keywords, device=device):
         if max_inputs is not None and not whole:
             inputs = tuple(one[: max_inputs - seen] for one in inputs)
         size = inputs[0].size(0)
-        yield from zip(*(one.split(size if whole else chunk) for one in inputs), strict=True)
+        if whole:
+            yield inputs
+        else:
+            yield from zip(*(one.split(chunk) for one in inputs), strict=True)
         seen += size
         if max_inputs is not None and seen >= max_inputs:
             return
@@ -366,7 +432,8 @@ def _check_rows(name: str, tensor: Tensor) -> None:
         raise InputError(f"{name} is empty (shape {tuple(tensor.shape)}): give at least one row")
 
 
-def _check_like(tensor: Tensor, example: Tensor, where: str) -> None:
+def _check_like(tensor: Tensor, example: Tensor, where: str, *, of_edges: bool = False) -> None:
+    """Refuse an input of another kind than the example; of edges there may be none."""
     if tensor.dim() != example.dim() or tensor.shape[1:] != example.shape[1:]:
         expected = ("batch", *example.shape[1:])
         raise InputError(
@@ -378,7 +445,8 @@ def _check_like(tensor: Tensor, example: Tensor, where: str) -> None:
             f"{where} has dtype {tensor.dtype}, but the model takes {example.dtype}; convert it "
             "(and scale it as in training)"
         )
-    _check_rows(where, tensor)
+    if not of_edges:
+        _check_rows(where, tensor)
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise InputError(f"{where} holds {bad} NaN or infinite values")

@@ -152,7 +152,7 @@ def inputs_in_cache(model: TracedModel) -> int | None:
     the model is not on a CPU.
     """
     points = [point for layer in model.layers for point in layer.hook_points]
-    if model.static_batch is not None or model.device.type != "cpu":
+    if model.takes_whole_batches or model.device.type != "cpu":
         return None
     if any(point.batch is None for point in points):  # the order of inputs and positions is unknown
         return None

@@ -42,10 +42,11 @@ from clafusion.profiling.moments import (
     parts,
 )
 from clafusion.profiling.spilled import SpilledRows
+from clafusion.tracing.graphs import samples_of_nodes
 from clafusion.tracing.labels.ids import mix
 from clafusion.tracing.layer import HookPoint, Layer
 from clafusion.tracing.model import TracedModel
-from clafusion.tracing.operations import batch_axis, module_path
+from clafusion.tracing.operations import batch_axis, module_path, rows_kind
 from clafusion.tracing.padding import MASK, mask_place
 from clafusion.weights.storage import Spill
 
@@ -176,6 +177,7 @@ def profile_models(
     spill = (
         spill
         and max_inputs is None
+        and models[0].graph is None
         and _rows_are_large(models, data, alignment_samples, matching_rows, most_rows or _MUCH)
     )
     recorders = [
@@ -215,7 +217,7 @@ def profile_models(
                 left = max_inputs - seen - sum(one[0].size(0) for one in waiting)
                 if left <= 0:
                     break
-                if all(one.static_batch is None for one in models):
+                if not any(one.takes_whole_batches for one in models):
                     inputs = tuple(one[:left] for one in inputs)
             key = _data_key(key, inputs)
             waiting.append(inputs)
@@ -303,7 +305,14 @@ class _Recorder:
         self.grams: dict[int, Tensor] = {}
         self.features: dict[int, int] = {}
         self.samplers: dict[tuple[int, bool], _Sampler] = {}  # by positions, and if padded
+        self.of_nodes: dict[str, _Sampler] = {}  # in a graph network, by the node of the graph
         self.mask: Tensor | None = None  # of the inputs that are recorded now
+        self.at_hand: list[tuple[Tensor, ...]] = []  # the inputs that are recorded now
+        self.kinds = {
+            node.name: rows_kind(node)
+            for node in model.module.graph.nodes
+            if node.name in self.layers
+        }
         self.rows: dict[str, Tensor] | Spill = Spill() if spill else {}
         self.axes = moment_axes(model) if moments else {}
         self.moments: list[BatchMoments] | None = [] if moments else None
@@ -329,6 +338,7 @@ class _Recorder:
             for inputs, of_batch in zip(waiting, in_parts, strict=True)
             for mask in masks_of_parts(kept_positions(self.model, inputs), of_batch)
         ]
+        self.at_hand = [part for of_batch in in_parts for part in of_batch]
         self.mask = joined_masks(masks, counts)
         if start == 0 and self.mask is not None:
             self._warn_of_lost_padding()
@@ -418,6 +428,8 @@ class _Recorder:
         Of several outputs (an LSTM's) the first. What stands at padding is zero.
         """
         axis = self.batch_axes[node]
+        if self.model.graph is not None:
+            values = self._by_nodes(node, values)
         rows: list[Tensor] = []
         for value, count, mask in zip(values, counts, masks, strict=True):
             one = value[0] if isinstance(value, (tuple, list)) else value
@@ -430,10 +442,40 @@ class _Recorder:
             rows.append(flat if flat.is_floating_point() else flat.float())
         return [flat for flat in rows if len(flat)]
 
+    def _by_nodes(self, node: str, values: Sequence[Any]) -> list[Tensor]:
+        """Return a layer's outputs in a graph network, a sample for each of the inputs' nodes."""
+        graph, axis = self.model.graph, self.batch_axes[node] or 0
+        assert graph is not None
+        found = []
+        for value, inputs in zip(values, self.at_hand, strict=True):
+            one = value[0] if isinstance(value, (tuple, list)) else value
+            rows = samples_of_nodes(one.movedim(axis, 0), self.kinds[node], graph, inputs)
+            found.append(rows.movedim(0, axis))
+        return found
+
+    def _sampled_rows(self, node: str, values: Sequence[Tensor]) -> Tensor:
+        """Return the chosen rows of values of nodes, edges or graphs, and of those before."""
+        (_, point), *_ = self.points[node]
+        last = torch.cat(
+            [one.movedim((point.batch or 0, point.axis), (0, -1)).contiguous() for one in values]
+        )
+        positions = last[0, ..., 0].numel()
+        if node not in self.of_nodes:
+            self.of_nodes[node] = _Sampler(positions, self.matching_rows, self.seed)
+        sampler = self.of_nodes[node]
+        sampler.advance(sampler.seen, len(last))
+        index = np.unravel_index(sampler.candidates, last.shape[:-1])
+        fresh = last[tuple(torch.from_numpy(axis) for axis in index)].float()
+        kept = self.rows.get(node)
+        both = fresh if kept is None else torch.cat([kept, fresh])
+        return both[torch.from_numpy(sampler.keep).to(both.device)]
+
     def _sampled(
         self, node: str, values: Sequence[Tensor], counts: Sequence[int], start: int
     ) -> Tensor:
         """Return the chosen rows of values, of ``counts`` inputs each, and of those before."""
+        if self.model.graph is not None:
+            return self._sampled_rows(node, values)
         (_, point), *_ = self.points[node]
         axes = (point.batch or 0, point.axis)
         channels_last = [one.movedim(axes, (0, -1)) for one in values]
@@ -507,12 +549,14 @@ class _Sampler:
         self.rows = rows
         self.seed = seed
         self.kept = np.empty(0, dtype=np.uint64)
+        self.seen = 0
 
     def advance(self, start: int, size: int, counting: NDArray[np.bool_] | None = None) -> None:
         """Move on to the next batch: which of its pairs to take, and which rows to keep then.
 
         ``counting`` says which pairs may be taken; None for all.
         """
+        self.seen = start + size
         first = start * self.positions
         hashes = _hash(np.arange(first, first + size * self.positions, dtype=np.uint64), self.seed)
         if len(self.kept) == self.rows:
@@ -550,4 +594,6 @@ def _hash(values: NDArray[np.uint64], seed: int) -> NDArray[np.uint64]:
 def _data_key(key: int, inputs: tuple[Tensor, ...]) -> int:
     """Go on with a checksum of each row's sums, which does not depend on the batches."""
     sums = [one.double().reshape(len(one), -1).sum(1) for one in inputs]
+    if len({len(one) for one in sums}) > 1:  # of a graph
+        return zlib.crc32(torch.cat(sums).cpu().numpy().tobytes(), key)
     return zlib.crc32(torch.stack(sums, 1).cpu().numpy().tobytes(), key)

@@ -18,7 +18,7 @@ from clafusion.alignment.streams import check_streams
 from clafusion.config import FusionConfig
 from clafusion.errors import AlignmentError, StructureError
 from clafusion.profiling.profile import ModelProfile
-from clafusion.tracing.layer import Layer
+from clafusion.tracing.layer import Layer, Stage
 from clafusion.tracing.model import TracedModel
 
 __all__ = ["Place", "layer_at", "layer_maps", "place_in_template", "places_of", "union_places"]
@@ -114,9 +114,8 @@ def _joined(
     def with_layer(place: Place, k: int) -> Place:
         return (*place[:position], k, *place[position + 1 :])
 
-    def shape(place: Place) -> tuple[int, ...]:
-        layer = layer_at(models, place)
-        return (layer.stream, *layer.output_shape)
+    def shape(place: Place) -> Stage:
+        return layer_at(models, place).stage
 
     nobody = (-1,) * len(models)
     joined: list[Place] = []
@@ -134,8 +133,8 @@ def _joined(
 def _interleaved(
     left: list[Place],
     right: list[Place],
-    here: tuple[int, ...] | None,
-    shape: Callable[[Place], tuple[int, ...]],
+    here: Stage | None,
+    shape: Callable[[Place], Stage],
 ) -> list[Place]:
     """Return two queues of places in one order, those of one stage together."""
     ordered: list[Place] = []
@@ -147,13 +146,13 @@ def _interleaved(
 
 
 def _left_goes_first(
-    left: Sequence[tuple[int, ...]],
-    right: Sequence[tuple[int, ...]],
-    here: tuple[int, ...] | None,
+    left: Sequence[Stage],
+    right: Sequence[Stage],
+    here: Stage | None,
 ) -> bool:
     """Say which of two queues of stages is to go on, so that no stage is left too early.
 
-    A stage is a stream and the positions of its values.
+    Of other stages that goes first which has more positions, or rows that are not of whole graphs.
     """
     if not left or not right:
         return bool(left)
@@ -163,9 +162,12 @@ def _left_goes_first(
         return left[0] == here
     if left[0] == right[0] or left[0] in right or right[0] in left:
         return left[0] not in right[1:]
-    return math.prod(left[0][1:]) >= math.prod(
-        right[0][1:]
-    )  # most networks get narrower as they go on
+    return _breadth(left[0]) >= _breadth(right[0])  # most networks get narrower as they go on
+
+
+def _breadth(stage: Stage) -> tuple[bool, int]:
+    _, rows, positions = stage
+    return rows != "graphs", math.prod(positions)
 
 
 # --- a template ---------------------------------------------------------------------------------

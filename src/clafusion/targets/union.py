@@ -162,9 +162,7 @@ def _anchor(base: TracedModel, of_base: Sequence[int], place: int, layer: Layer)
     before = [of_base[i] for i in here if i < place][-1:]
     after = [of_base[i] for i in here if i >= place][:1]
     candidates = [
-        (base.layers[one], True)
-        for one in before
-        if base.layers[one].output_shape == layer.output_shape
+        (base.layers[one], True) for one in before if base.layers[one].stage == layer.stage
     ]
     candidates += [(base.layers[one], False) for one in after]
     candidates.sort(key=lambda one: one[0].kind != layer.kind)  # a block goes beside a block

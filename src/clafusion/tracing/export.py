@@ -6,7 +6,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from clafusion.execution.call import without_caches
 from clafusion.execution.nesting import nested
 from clafusion.execution.writes import written_inputs
 from clafusion.tracing.copies import parameters_protected
+from clafusion.tracing.graphs import EDGES, counts_traced
 from clafusion.tracing.operations import module_path, op_name
 
 __all__ = ["export_model", "first_line", "refuse_changed_inputs"]
@@ -34,6 +35,8 @@ def export_model(
     model: nn.Module, arguments: Sequence[Tensor], keywords: Mapping[str, Tensor]
 ) -> torch.export.ExportedProgram:
     """Export a model in eval mode, with a free batch size where its code allows that.
+
+    Of a graph network the numbers of nodes, edges and graphs are free.
 
     The bodies of nested graphs become part of the graph itself.
 
@@ -132,6 +135,8 @@ def _export(
             by_name |= pytree.tree_map(lambda _: auto, value)
         else:
             by_name[name] = pytree.tree_map(lambda _: auto, value)
+    if EDGES in keywords:
+        by_name[EDGES] = {1: torch.export.Dim.AUTO}
     shapes: Any = by_name if keywords else tuple(by_name.values())
     try:  # before the export, which would log the same failure at length
         with torch.no_grad(), parameters_protected(model):
@@ -153,7 +158,8 @@ def _export(
         ) from cause
     _refuse_strange_outputs(outputs)
     try:
-        with _keywords_spelled_out(model, named):
+        traced_counts = counts_traced(model) if EDGES in keywords else nullcontext()
+        with _keywords_spelled_out(model, named), traced_counts:
             return torch.export.export(model, arguments, named, dynamic_shapes=shapes, strict=False)
     except Exception as failure:
         raise UnsupportedOpError(

@@ -22,6 +22,8 @@ from clafusion.tracing.operations import (
     batch_axis,
     bound_operands,
     op_name,
+    rows_kind,
+    value_operands,
 )
 
 __all__ = [
@@ -43,6 +45,9 @@ _GLUE = RESHAPES | frozenset(
     """chunk split split_with_sizes slice select narrow cat pad constant_pad_nd mean amax sum
     pixel_shuffle unbind""".split()
 )
+
+# How the nodes of each graph are pooled.
+_POOLS_OF_NODES = frozenset("scatter_add scatter_reduce index_add div".split())
 
 # Operands that two networks may differ in and still do the same: what only training reads, what
 # says where and how numbers are stored, and sizes.
@@ -109,7 +114,8 @@ class Flow:
             channels = self.channels.nodes.get(node.name)
             if node.op != "call_function" or node not in needed or channels is None:
                 continue
-            if channels.moving or any(operand in flow for operand in node.all_input_nodes):
+            operands = value_operands(node)
+            if operands and (channels.moving or any(one in flow for one in operands)):
                 flow[node] = None
         return list(flow)
 
@@ -130,7 +136,7 @@ class Flow:
 
     def operands(self, node: fx.Node) -> list[fx.Node]:
         """Return those operands of a node that belong to the flow."""
-        return [operand for operand in node.all_input_nodes if operand in self._inside]
+        return [operand for operand in value_operands(node) if operand in self._inside]
 
     def parameters(self, node: fx.Node) -> list[str]:
         """Return the state entries that a node reads, also through views."""
@@ -189,6 +195,8 @@ class Flow:
         """Return whether a node only reshapes, joins, pools or sums, without a parameter."""
         if self.parameters(node):
             return False
+        if op_name(node) in _POOLS_OF_NODES and rows_kind(node) == "graphs":
+            return len(self.operands(node)) == 1
         return op_name(node) in _GLUE or "pool" in op_name(node) or "upsample" in op_name(node)
 
     def freedom(self, node: fx.Node) -> tuple[bool | tuple[int, ...], ...] | None:

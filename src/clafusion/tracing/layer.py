@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-__all__ = ["CalibrationPoint", "HookPoint", "Layer", "Stream", "common_path", "streams_of"]
+__all__ = ["CalibrationPoint", "HookPoint", "Layer", "Stage", "Stream", "common_path", "streams_of"]
+
+Stage: TypeAlias = tuple[int, str, tuple[int, ...]]
+"""A stream, what its values have rows for, and their positions."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,8 @@ class Layer:
     inputs
         What its nodes, and those before it, read of other streams (their positions) and of the
         model's inputs (``"input 0"``), where the model has several streams.
+    rows
+        What its output has rows for, in a graph network: ``"nodes"``, ``"edges"`` or ``"graphs"``.
     """
 
     index: int
@@ -175,6 +180,12 @@ class Layer:
     stream: int = 0
     lender: int = -1
     inputs: tuple[int | str, ...] = ()
+    rows: str = ""
+
+    @property
+    def stage(self) -> Stage:
+        """What layers of one stage share: the stream, what there are rows for, the positions."""
+        return self.stream, self.rows, self.output_shape
 
 
 @dataclass(frozen=True)

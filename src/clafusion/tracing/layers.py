@@ -15,7 +15,7 @@ from clafusion.tracing.flow import Flow
 from clafusion.tracing.groups import Channels
 from clafusion.tracing.insertion import insertion
 from clafusion.tracing.layer import Layer, common_path
-from clafusion.tracing.operations import RESHAPES, module_path, op_name
+from clafusion.tracing.operations import RESHAPES, module_path, op_name, rows_kind
 from clafusion.tracing.points import calibration_points, hook_points
 
 __all__ = ["find_layers"]
@@ -140,6 +140,7 @@ def _layer(
         streams.position(draft.stream),
         streams.lender(index, nodes),
         streams.inputs(draft, nodes),
+        rows_kind(output),
     )
 
 

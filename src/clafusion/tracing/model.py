@@ -19,9 +19,10 @@ from torch import Tensor, fx, nn
 from clafusion.execution.call import State, device_of, flatten_tensors
 from clafusion.execution.layouts import layouts_of
 from clafusion.execution.walk import PickedPositions, run_graph
+from clafusion.tracing.graphs import GraphInputs
 from clafusion.tracing.layer import Layer, Stream, streams_of
 from clafusion.tracing.normalised import NormalisedWeight
-from clafusion.tracing.operations import RESHAPES, bound_operands, op_name
+from clafusion.tracing.operations import RESHAPES, bound_operands, op_name, rows_kind
 from clafusion.tracing.padding import PaddedAxes, find_padded_axes
 from clafusion.tracing.rotatable import RotatableGroup
 
@@ -276,6 +277,9 @@ class TracedModel:
     thinning
         At which positions of its inputs the last layer is computed: see
         :mod:`clafusion.profiling.thinning`. None for all.
+    graph
+        What the inputs of a graph network have rows for; None for all other networks, whose inputs
+        all have a row for each input of the batch.
     """
 
     model: nn.Module
@@ -300,9 +304,15 @@ class TracedModel:
     weights: State | None = None
     rotatable: tuple[RotatableGroup, ...] | None = None
     thinning: PickedPositions | None = None
+    graph: GraphInputs | None = None
 
     def __repr__(self) -> str:
         return f"<TracedModel {type(self.model).__name__}: {len(self.layers)} layers>"
+
+    @property
+    def takes_whole_batches(self) -> bool:
+        """Whether no batch can be cut: of one size only, or of graphs."""
+        return self.static_batch is not None or self.graph is not None
 
     @property
     def device(self) -> torch.device:
@@ -441,6 +451,11 @@ class TracedModel:
         """For each output tensor whether its first axis grows with the batch."""
         shapes = (one.meta["val"].shape for one in self._output_nodes)
         return tuple(len(one) > 0 and isinstance(one[0], torch.SymInt) for one in shapes)
+
+    @property
+    def output_rows(self) -> tuple[str, ...]:
+        """For each output tensor of a graph network what it has rows for."""
+        return tuple(rows_kind(one) for one in self._output_nodes)
 
     @property
     def output_names(self) -> tuple[str, ...]:

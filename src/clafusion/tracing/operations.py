@@ -19,6 +19,8 @@ __all__ = [
     "is_transposed",
     "module_path",
     "op_name",
+    "rows_kind",
+    "value_operands",
     "works_in_place",
 ]
 
@@ -59,6 +61,23 @@ def bound_operands(node: fx.Node) -> dict[str, Any]:
         elif argument.has_default_value():
             bound[argument.name] = argument.default_value
     return bound
+
+
+# What these read of an operand is its shape.
+_SHAPED_AS = frozenset("expand_as view_as reshape_as type_as".split())
+_MADE = frozenset(
+    """new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like rand_like
+    randn_like""".split()
+)
+
+
+def value_operands(node: fx.Node) -> list[fx.Node]:
+    """Return the operands of which a node reads values, not only the shape."""
+    name = op_name(node)
+    if name in _MADE:
+        return []
+    operands: list[fx.Node] = node.all_input_nodes
+    return operands[:1] if name in _SHAPED_AS else operands
 
 
 _BY_MATRIX = {
@@ -131,8 +150,11 @@ def convolution_geometry(
 def batch_axis(node: fx.Node) -> int | None:
     """Return the axis along which a node's value holds the batch's inputs.
 
-    None where the model's code has merged positions into that axis.
+    None where the model's code has merged positions into that axis. In a graph network it is the
+    axis of the nodes, edges or graphs.
     """
+    if "rows" in node.meta:
+        return int(node.meta["rows"][0])
     value = node.meta["val"]
     shape = (value[0] if isinstance(value, (tuple, list)) else value).shape
     free = [axis for axis, size in enumerate(shape) if not isinstance(size, int)]
@@ -146,3 +168,11 @@ def works_in_place(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     # __or__ is not mutable
     return schema is not None and schema.is_mutable and schema.name.endswith("_")
+
+
+def rows_kind(node: fx.Node) -> str:
+    """Return what a node's value has rows for: "nodes", "edges" or "graphs" of a graph network.
+
+    In all others "" stands for the inputs of the batch.
+    """
+    return str(node.meta["rows"][1]) if "rows" in node.meta else ""

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 from torch.nn.parameter import is_lazy
 
@@ -19,13 +19,21 @@ from clafusion.errors import (
     UnsupportedOpError,
     warn,
 )
-from clafusion.execution.call import device_of, rounding_of
+from clafusion.execution.call import call_model, device_of, rounding_of
 from clafusion.execution.nesting import flattened, is_nested
 from clafusion.execution.transforms import transforms_undone
 from clafusion.execution.walk import HALF_WIDER
 from clafusion.tracing.copies import evaluation_copy
 from clafusion.tracing.export import export_model, refuse_changed_inputs
 from clafusion.tracing.functional import without_partial_writes
+from clafusion.tracing.graphs import (
+    GraphInputs,
+    example_of_graph,
+    graph_inputs,
+    mark_rows,
+    named_graph,
+    with_other_size,
+)
 from clafusion.tracing.groups import Channels, find_channels
 from clafusion.tracing.heads import channels_of_heads, groups_with_sharing
 from clafusion.tracing.known_proofs import KnownProofs
@@ -33,6 +41,7 @@ from clafusion.tracing.layer import Layer
 from clafusion.tracing.layers import find_layers
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.module_lists import module_lists
+from clafusion.tracing.outputs import difference
 from clafusion.tracing.pinned import pinned_channels
 from clafusion.tracing.rotations import find_rotatable
 from clafusion.tracing.rows import mix_rows
@@ -78,7 +87,8 @@ def trace(
     example_inputs
         The model's inputs: a tensor, a tuple of tensors (positional) or a mapping (keywords).
         An input may also be a list or a mapping of tensors. The first axis of each tensor is the
-        batch; the first three rows are used.
+        batch; the first three rows are used. Inputs with an ``edge_index`` are a graph, of which a
+        small one is made: see :mod:`clafusion.tracing.graphs`.
     verify
         Permute every group at random and compare outputs: see :func:`clafusion.verify_graph`. This
         costs a few forward passes. Without it, a mistake of the analysis would go unnoticed.
@@ -99,7 +109,38 @@ def trace(
         A permutation changed the output.
     """
     _check_model(model)
-    arguments, keywords = _example(model, example_inputs)
+    traced = partial(_trace, model, verify=verify, seed=seed, proofs=proofs)
+    graph = named_graph(model, example_inputs)
+    return traced(*_example(model, example_inputs)) if graph is None else _of_graph(graph, traced)
+
+
+def _of_graph(named: Mapping[str, Any], traced: Callable[..., TracedModel]) -> TracedModel:
+    """Trace a graph network with a small graph, or where it admits no other with the given one.
+
+    ``traced`` is :func:`_trace` but for the inputs.
+    """
+    values = {name: _dense(f"example_inputs[{name!r}]", value) for name, value in named.items()}
+    given = graph_inputs(values, "example_inputs, ")
+    assert given is not None
+    whole = [values[name] for name in given.names]
+    small = example_of_graph(given, whole)
+    found = traced((), dict(zip(given.names, small, strict=True)), given)
+    if found.static_batch is None:
+        return found
+    return traced((), dict(zip(given.names, whole, strict=True)), given)
+
+
+def _trace(
+    model: nn.Module,
+    arguments: tuple[Tensor, ...],
+    keywords: Mapping[str, Tensor],
+    graph: GraphInputs | None = None,
+    *,
+    verify: bool,
+    seed: int,
+    proofs: KnownProofs | None,
+) -> TracedModel:
+    """Return a trace that is known, or a new one."""
     device = device_of(model)
     if device is not None:
         arguments = tuple(value.to(device) for value in arguments)
@@ -112,7 +153,9 @@ def trace(
         if traced is None or not _is_true_of(
             traced, proved=proved, verify=verify, seed=seed, proofs=proofs
         ):
-            traced = _traced(model, arguments, keywords, verify=verify, seed=seed, proofs=proofs)
+            traced = _traced(
+                model, arguments, keywords, graph, verify=verify, seed=seed, proofs=proofs
+            )
             proved = False
     _cache.add(key, traced, proved=verify or proved)
     for name, count in traced.unreached.items():
@@ -143,6 +186,7 @@ def _traced(
     model: nn.Module,
     arguments: tuple[Tensor, ...],
     keywords: Mapping[str, Tensor],
+    graph: GraphInputs | None,
     *,
     verify: bool,
     seed: int,
@@ -169,10 +213,13 @@ def _traced(
         uses=(),
         aliases=aliases,
         static_batch=None,
+        graph=graph,
     )
     state = traced.module_state()
     types = {one.dtype for one in state.values()} & HALF_WIDER.keys()
     with torch.no_grad():
+        if graph is not None:
+            _mark_rows(traced)
         buffers = frozenset(state) - trainable
         channels = find_channels(module, placeholders, state, buffers, inputs, traced.layouts)
         layers_of = partial(find_layers, module, placeholders, state, buffers=buffers)
@@ -318,16 +365,11 @@ def _example(
     sizes: dict[str, int] = {}
 
     def rows(name: str, value: Any) -> Tensor:
-        if not isinstance(value, Tensor):
-            raise InputError(f"{name} must be a tensor; got {type(value).__name__}")
+        value = _dense(name, value)
         if value.dim() == 0 or value.size(0) == 0:
             raise InputError(
                 f"{name} must have a batch of at least one row; got shape {tuple(value.shape)}"
             )
-        if value.is_meta or value.layout is not torch.strided:
-            kind = "on the meta device" if value.is_meta else f"of layout {value.layout}"
-            raise InputError(f"{name} must be an ordinary (dense) tensor; it is {kind}")
-        value = value.detach()
         # torch.export would take a batch of one for a fixed batch size.
         sizes[name] = value.size(0)
         return torch.cat([value, value]) if value.size(0) == 1 else value[:_EXAMPLE_ROWS]
@@ -359,9 +401,19 @@ def _example(
         shown = ", ".join(f"{name} has {size}" for name, size in sizes.items())
         raise InputError(
             f"the first axis of every input must be the batch, of one size: {shown}. (A list of "
-            "tensors is no batch, and neither are the nodes and edges of a graph)"
+            "tensors is no batch. Of a graph the edges are an input called 'edge_index')"
         )
     return arguments, keywords
+
+
+def _dense(name: str, value: Any) -> Tensor:
+    """Return an example input without its history; refuse what is no ordinary tensor."""
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} must be a tensor; got {type(value).__name__}")
+    if value.is_meta or value.layout is not torch.strided:
+        kind = "on the meta device" if value.is_meta else f"of layout {value.layout}"
+        raise InputError(f"{name} must be an ordinary (dense) tensor; it is {kind}")
+    return value.detach()
 
 
 def _names(model: nn.Module, count: int) -> list[str]:
@@ -388,6 +440,8 @@ def _with_batch_behaviour(
     ``types`` are the types to compute in, where the graph runs in them.
     """
     inputs = traced.example_inputs
+    if traced.graph is not None:
+        return _with_graph_behaviour(traced, traced.graph)
     try:
         wide = replace(traced, types=types)
         outputs = wide.output_tensors(inputs)
@@ -405,3 +459,34 @@ def _with_batch_behaviour(
         if one.dim() == other.dim()
     )
     return replace(wide, static_batch=None, keeps_rows=keeps_rows)
+
+
+def _with_graph_behaviour(traced: TracedModel, graph: GraphInputs) -> TracedModel:
+    """Say in a traced graph network which graphs it admits, and if outputs have rows."""
+    inputs = traced.example_inputs
+    rows = {graph.rows_of(inputs, kind) for kind in graph.kinds if kind != "index"}
+    rows |= {graph.num_graphs(inputs), graph.edges(inputs).size(1)}
+    outputs = traced.output_tensors(inputs)
+    keeps_rows = any(one.dim() > 0 and one.size(0) in rows for one in outputs)
+    other = with_other_size(graph, inputs)
+    try:
+        found = traced.output_tensors(other)
+        expected = call_model(evaluation_copy(traced.model), other, traced.keywords)
+        is_free = difference(found, expected) <= rounding_of(traced.state().values())
+    except Exception:  # whatever the model's code does with another size than the one it knows
+        is_free = False
+    size = None if is_free else inputs[0].size(0)
+    return replace(traced, static_batch=size, keeps_rows=keeps_rows)
+
+
+def _mark_rows(traced: TracedModel) -> None:
+    """Note in the nodes of a graph network what they have rows for."""
+    assert traced.graph is not None
+    values: dict[fx.Node, Any] = {}
+
+    def keep(node: fx.Node, value: Any) -> Any:
+        values[node] = value
+        return value
+
+    traced.run(traced.example_inputs, replace=keep)
+    mark_rows(traced.module.graph, traced.graph, traced.example_inputs, values)

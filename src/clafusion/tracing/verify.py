@@ -490,6 +490,8 @@ def _trial_inputs(
     for value in inputs:
         order = torch.randperm(value.numel(), generator=generator).to(value.device)
         shuffled.append(value.flatten()[order].view_as(value))
+    if traced.graph is not None:
+        return _trial_graph(traced, model, inputs, shuffled)
     others = slice(1, None) if traced.static_batch is not None else slice(1)
     mixed = tuple(
         torch.cat([value[:1], mixture[others]])
@@ -499,3 +501,17 @@ def _trial_inputs(
         return mixed, call_model(model, mixed, traced.keywords)
     except Exception:  # the model may refuse numbers that do not belong together
         return inputs, call_model(model, inputs, traced.keywords)
+
+
+def _trial_graph(
+    traced: TracedModel,
+    model: torch.nn.Module,
+    inputs: tuple[Tensor, ...],
+    shuffled: Sequence[Tensor],
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Return the graph of a trial: what nodes and edges have is shuffled, the edges are not."""
+    mixed = tuple(
+        mixture if value.is_floating_point() else value
+        for value, mixture in zip(inputs, shuffled, strict=True)
+    )
+    return mixed, call_model(model, mixed, traced.keywords)

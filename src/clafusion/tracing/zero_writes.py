@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from clafusion.tracing.flow import NORMS, Flow
-from clafusion.tracing.operations import bound_operands, op_name
+from clafusion.tracing.operations import RESHAPES, bound_operands, op_name
 
 __all__ = ["parameters_for_zero", "summands"]
 
@@ -30,6 +30,9 @@ _TAKEN_FROM = {
     "type_as": "self",
     "scaled_dot_product_attention": "value",
 }
+# Rows that are added up, or of which the largest are taken: zero where all are and so was the sum.
+_COLLECTED = {"scatter_add": "src", "scatter_reduce": "src", "index_add": "source"}
+_ZEROS = frozenset(["new_zeros", "zeros", "zeros_like"])
 # Products of every row with the matrix of its expert.
 _OF_EXPERTS = frozenset("grouped_mm _grouped_mm grouped_mm_fallback".split())
 _FACTORS = (0.0, -1.0)  # of gains, and of gains that are stored less one
@@ -75,10 +78,30 @@ def parameters_for_zero(
         return next((one for one in choices if one is not None), None)
     if name in _TAKEN_FROM:
         return parameters_for_zero(flow, bound_operands(node)[_TAKEN_FROM[name]], block)
+    if name in _COLLECTED and op_name(bound_operands(node)["self"]) in _ZEROS:
+        return parameters_for_zero(flow, bound_operands(node)[_COLLECTED[name]], block)
+    if name == "add" and parameters and len(operands) == 1:  # a bias
+        before = parameters_for_zero(flow, operands[0], block)
+        return None if before is None else before | dict.fromkeys(parameters, 0.0)
+    if name == "div" and _is_positive(bound_operands(node)["other"]):
+        return parameters_for_zero(flow, bound_operands(node)["self"], block)
     is_scaled = name == "div" and operands == node.all_input_nodes
     if len(operands) == 1 and (flow.is_glue(node) or name in _ZERO_AT_ZERO or is_scaled):
         return parameters_for_zero(flow, operands[0], block)
     return None
+
+
+def _is_positive(node: Any) -> bool:
+    """Say whether a value is surely above zero, as a count from one on or the root of a sum."""
+    if not isinstance(node, fx.Node):
+        return isinstance(node, (int, float)) and node > 0
+    name, bound = op_name(node), bound_operands(node)
+    if name in ("clamp", "clamp_min"):
+        return isinstance(bound.get("min"), (int, float)) and bound["min"] > 0
+    if name == "add":  # as a norm's eps, to a variance
+        return isinstance(bound["other"], float) and bound["other"] > 0
+    is_moved = name in RESHAPES or name in ("sqrt", "expand_as", "index", "index_select")
+    return is_moved and _is_positive(bound["self"])
 
 
 def _all_zero(

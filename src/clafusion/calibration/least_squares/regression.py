@@ -95,7 +95,7 @@ def regress_anchored(
     rows = Rows(seed=seed)
     choices: Mapping[str, Choice] = {}
     trial = None
-    if len(fused) > 1 and problem.target.static_batch is None:
+    if len(fused) > 1 and not problem.target.takes_whole_batches:
         trial = Trial.of(inputs, min(math.prod(shape[:-1]) for shape, _ in problem.target.outputs))
     if trial is not None:
         walks = _regressed(problem, fused, trial.regressed, settings.ridge, rows.fewer(), {})

@@ -76,8 +76,9 @@ def by_position(value: Tensor, kernel: Sequence[int], num_inputs: int) -> Tensor
     """Return ``(num_inputs, num_positions, num_channels)`` of a value, channels last.
 
     What a layer that is no convolution computes may hold an input's positions as rows of their own.
+    With 0 inputs, as of a graph, each row stands alone: it is of a node, an edge or a graph.
     """
-    is_folded = not kernel and value.size(0) % num_inputs == 0
+    is_folded = not kernel and num_inputs > 0 and value.size(0) % num_inputs == 0
     return value.reshape(num_inputs if is_folded else value.size(0), -1, value.size(-1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -134,6 +135,9 @@ class Walks:
             for one in inputs
         ]
         self.batch_sizes = [one[0].size(0) for one in inputs]
+        # How many inputs share the rows of a value: in a graph network each row stands alone.
+        is_graph = problem.target.graph is not None
+        self.shared = [0] * len(inputs) if is_graph else self.batch_sizes
         self.masks = [kept_positions(problem.target, one) for one in inputs]
         # Of the positions of the regressions, and of those by which channels are chosen.
         self.of_rows, self.of_choices = (torch.Generator().manual_seed(rows.seed) for _ in range(2))
@@ -167,7 +171,7 @@ class Walks:
         equations: list[Equations] = []
         size, channels = starts[0].shape
         first, view = next((i, one) for i, one in enumerate(place.views) if one is not None)
-        for batch, (walks, count) in enumerate(zip(self.walks, self.batch_sizes, strict=True)):
+        for batch, (walks, count) in enumerate(zip(self.walks, self.shared, strict=True)):
 
             def positions(value: Tensor, count: int = count) -> Tensor:
                 return by_position(value, place.kernel_size, count)
@@ -181,7 +185,7 @@ class Walks:
                 num_rows = self.rows.number(size)
                 counted = self._counted(first, view.node)
                 drawn = chosen_positions(every, num_rows, counted, self.of_rows)
-                num_rows = drawn.count * sum(self.batch_sizes)
+                num_rows = drawn.count * self._rows_in_all(values)
                 equations = [equations_for(start, num_rows) for start in starts]
             chosen = drawn.of(batch)
             kept = self._kept(batch, first, view.node, view.point.axis, place.kernel_size, chosen)
@@ -219,6 +223,11 @@ class Walks:
                     store_solution(place, one.state, solved, sums)
         for key in self._reached(place):
             self._release(key)
+
+    def _rows_in_all(self, values: Sequence[Tensor | None]) -> int:
+        """Return how many rows a position has in all batches, about, given the first one's."""
+        of_first = next(len(one) for one in values if one is not None)
+        return math.ceil(of_first * sum(self.batch_sizes) / self.batch_sizes[0])
 
     def _drop_outputs(self, place: Place, walks: Sequence[Walk]) -> None:
         """Drop outputs with many numbers, once their rows are taken, where nobody compares them."""
@@ -266,7 +275,7 @@ class Walks:
             return None
         shape = value.movedim(axis, -1).shape[:-1]
         last = counting.movedim(axis, -1).expand(*shape, 1)
-        by_input = by_position(last, kernel, self.batch_sizes[batch])
+        by_input = by_position(last, kernel, self.shared[batch])
         if len(chosen) > by_input.size(1):  # of a stride
             return None
         rows = chosen_rows(by_input, chosen)[:, 0]
@@ -278,7 +287,7 @@ class Walks:
         drawn: Positions | None = None
         kernel, first = hidden.reader.kernel_size, hidden.parts[0]
         node = incoming_node(first.reader)
-        for batch, (walks, count) in enumerate(zip(self.walks, self.batch_sizes, strict=True)):
+        for batch, (walks, count) in enumerate(zip(self.walks, self.shared, strict=True)):
             values = [walks[part.parent].reach(incoming_node(part.reader)) for part in hidden.parts]
             if drawn is None:
                 counted = self._counted(first.parent, node)
