@@ -112,6 +112,7 @@ def _chunks(
     rows = max(1, min(_CHUNK, _CHUNK_NUMBERS // max(1, whole_numbers(first, output))))
     rows = min([rows, *(count for one in models if (count := inputs_in_cache(one)) is not None)])
     is_whole = any(one.takes_whole_batches for one in models)
+    of_graphs = first.graph if first.output_rows[output] == "graphs" else None
     held: list[tuple[Tensor, ...]] = []
     waiting = seen = 0
     for inputs in batches(data, first.example_inputs, first.keywords, device=first.device):
@@ -122,7 +123,7 @@ def _chunks(
             inputs = tuple(one[: most - seen] for one in inputs)
             held.append(inputs)
             waiting += inputs[0].size(0)
-        seen += inputs[0].size(0)
+        seen += inputs[0].size(0) if of_graphs is None else of_graphs.num_graphs(inputs)
         if waiting >= rows:
             yield from _joined(held, rows)
             held, waiting = [], 0

@@ -342,16 +342,14 @@ def batches(
         size = inputs[0].size(0)
         if given is not None:
             given.checked(inputs, f"data, batch {i}: ")
-            if taken is not None:
-                graphs = taken.mask(count, given.num_graphs(inputs))
-                count += len(graphs)
-                if not bool(graphs.any()):
-                    continue
-                inputs = taken_graphs(given, inputs, graphs)
+            size = given.num_graphs(inputs)
+        if taken is not None and given is not None:
+            graphs = taken.mask(count, size)
+            inputs = taken_graphs(given, inputs, graphs) if bool(graphs.any()) else ()
         elif taken is not None:  # what is wrong with a row shows wherever the row belongs
             inputs = _taken(inputs, taken.rows(count, size), size)
         count += size
-        if inputs[0].size(0):
+        if inputs and inputs[0].size(0):
             yield tuple(value.to(device) for value in inputs) if device is not None else inputs
     if count == 0:
         raise InputError("data is empty: give at least one batch")

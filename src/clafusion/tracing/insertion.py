@@ -16,6 +16,7 @@ from clafusion.tracing.operations import (
     convolution_geometry,
     is_affine_product,
     op_name,
+    rows_kind,
 )
 from clafusion.tracing.points import bias_addition
 from clafusion.tracing.zero_writes import parameters_for_zero, summands
@@ -26,6 +27,7 @@ __all__ = ["Insertion", "insertion"]
 # activation changes nothing.
 _RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
 _CASTS = frozenset(["to", "_to_copy", "type_as"])
+_ALONG_EDGES = frozenset("scatter_add scatter_reduce index_add index_reduce".split())
 _IDEMPOTENT = frozenset("relu relu6 hardtanh clamp clamp_min abs".split())
 
 
@@ -41,14 +43,25 @@ class Insertion(NamedTuple):
 def insertion(flow: Flow, draft: Draft) -> Insertion:
     """Say whether a layer can be inserted, and how, or what is in the way."""
     if draft.kind == "chain":
-        obstacle = _obstacle(flow, draft)
+        obstacle = _mixes_nodes(draft) or _obstacle(flow, draft)
         return Insertion(None, obstacle=obstacle) if obstacle else Insertion("identity")
     if draft.kind == "residual_block":
         found = _zero_residual(flow, draft)
         if found is not None:
             return found
-        return Insertion(None, obstacle=_no_residual(draft))
+        return Insertion(None, obstacle=_mixes_nodes(draft) or _no_residual(draft))
     return Insertion(None, obstacle="a norm on its own is never the identity")
+
+
+def _mixes_nodes(draft: Draft) -> str:
+    """Say that a layer of a graph network is no identity, where it reads other nodes; else ""."""
+    if not any(rows_kind(one) and op_name(one) in _ALONG_EDGES for one in draft.nodes):
+        return ""
+    return (
+        "it takes values of other nodes along the edges, so that no weights make it the identity. "
+        "Only a residual layer (x + layer(x)) can be inserted; to leave the deeper network's out, "
+        "bring both to the fewer layers (target='shallower'), or fuse networks of one depth"
+    )
 
 
 def _no_residual(draft: Draft) -> str:

@@ -203,9 +203,10 @@ def _orders_apart(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Yield the order that a cycle makes of each partition, and the one that a swap makes.
 
-    Partitions of one layer that move alike would hide that they can only move together, as the
-    queries and the values of an attention do. So of two heads some partitions change places in the
-    cycle only, some in the swap only; of more each swap is another one.
+    Partitions that move alike would hide that they can only move together, as the queries and the
+    values of an attention do, or those of two layers whose heads are added up. So of two heads some
+    partitions change places in the cycle only, some in the swap only; of more each swap is another
+    one.
     """
     before: Counter[tuple[int, int]] = Counter()
     for one in heads:
@@ -217,8 +218,9 @@ def _orders_apart(
         if pairs:
             first, second = pairs[(rank + one.layer) % len(pairs)]
             swap[first], swap[second] = second, first
-        if count == 2 and rank % 3 < 2:
-            cycle, swap = (cycle, [0, 1]) if rank % 3 == 0 else ([0, 1], swap)
+        kind = (rank + one.layer) % 3
+        if count == 2 and kind < 2:
+            cycle, swap = (cycle, [0, 1]) if kind == 0 else ([0, 1], swap)
         yield cycle, swap
 
 

@@ -1,0 +1,208 @@
+"""Graph networks: what data may be, that nothing is cut, and that copies fuse to themselves."""
+
+import pytest
+import torch
+from torch import nn
+
+import clafusion
+from clafusion import InputError, fuse
+
+geometric = pytest.importorskip("torch_geometric")
+
+from torch_geometric.data import Batch, Data  # noqa: E402
+from torch_geometric.loader import DataLoader  # noqa: E402
+from torch_geometric.nn import GCNConv, GINConv  # noqa: E402
+
+from clafusion.interop.inputs import readable  # noqa: E402
+from clafusion.interop.torch_geometric import OnData  # noqa: E402
+from tests.support.architectures import randomise  # noqa: E402
+from tests.support.graphs import (  # noqa: E402
+    LAYERS,
+    RESIDUAL,
+    Graphs,
+    Nodes,
+    graph,
+    graphs,
+    mlp,
+    network,
+    of,
+)
+from tests.support.networks import permuted_copy  # noqa: E402
+
+SETTINGS = {"assessment": {"outputs": "none"}}
+
+
+def far(model, other, given):
+    """Return how far two networks' outputs are apart, relative to the largest."""
+    with torch.no_grad():
+        one, two = model(**of(other, given)), other(**of(other, given))
+    return float((one - two).abs().max() / two.abs().max())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_permuted_copy_fuses_to_the_network(name):
+    model = network(name)
+    given = of(model, graph(graphs=4 if "graph" in name else 1))
+    copy = permuted_copy(model, given)
+    assert clafusion.trace(model, given).groups
+    assert (
+        far(fuse([model, copy], given, calibration="least_squares", **SETTINGS).model, model, given)
+        < 1e-5
+    )
+
+
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_another_depth_keeps_each_parent(name):
+    torch.manual_seed(0)
+    deep, shallow = (randomise(RESIDUAL[name](layers, 8), layers) for layers in (3, 2))
+    given = of(deep, graph())
+    for model, weights in ((deep, [1, 0]), (shallow, [0, 1])):
+        fused = fuse([deep, shallow], given, weights, calibration="none", **SETTINGS).model
+        assert far(fused, model, given) < 1e-5
+
+
+@pytest.mark.parametrize("calibration", ["repair", "least_squares", "batchnorm"])
+def test_other_depth_and_width_give_finite_outputs(calibration):
+    deep, shallow = RESIDUAL["GCN, BatchNorm"](3, 8), RESIDUAL["GCN, BatchNorm"](2, 12)
+    models = [randomise(deep, 1), randomise(shallow, 2)]
+    given = of(deep, graph())
+    result = fuse(models, given, calibration=calibration)
+    assert bool(result.model(**given).isfinite().all())
+    assert result.assessment is not None
+    assert not result.assessment.held_out  # of one graph nothing can be held out
+
+
+def test_a_plain_layer_is_no_identity():
+    """It averages neighbours: another depth is refused, and a shallower target is, too."""
+    deep, shallow = Nodes(GCNConv, layers=3).eval(), Nodes(GCNConv, layers=2).eval()
+    with pytest.raises(
+        clafusion.StructureError, match="takes values of other nodes along the edges"
+    ):
+        fuse([deep, shallow], of(deep, graph()))
+
+
+# --- data ---------------------------------------------------------------------------------------
+
+
+def test_one_graph_in_any_form():
+    model = network("GCN")
+    given = of(model, graph())
+    forms = [
+        given,
+        (given["x"], given["edge_index"]),
+        [(given["x"], given["edge_index"])],
+        Data(**given, y=torch.zeros(60)),
+        [Data(**given)],
+        dict(reversed(given.items())),
+    ]
+    for data in forms:
+        (found,) = readable(data, {"first": model})
+        assert list(found) == ["x", "edge_index"]
+        assert all(torch.equal(found[name], one) for name, one in given.items())
+
+
+def test_many_graphs_from_a_list_and_a_loader():
+    torch.manual_seed(0)
+    first, second = (
+        randomise(Graphs(lambda a, b: GINConv(mlp(a, b)), layers=i), i) for i in (2, 2)
+    )
+    data = graphs(600)
+    whole = Batch.from_data_list(data)
+    labels = first(whole.x, whole.edge_index, whole.batch).argmax(1)
+    result = fuse([first, second], DataLoader(data, batch_size=100), labels=labels)
+    assert result.assessment.held_out
+    assert result.assessment.num_inputs == 60  # every tenth graph
+    assert result.evaluation.scores["models[0]"].accuracy == 1.0
+    of_list = fuse([first, second], data, labels=labels)
+    assert of_list.assessment.num_inputs == 60
+    given = list(DataLoader(data[:7], batch_size=1))  # batches of one graph
+    fused = fuse([first, second], given, calibration="repair").model
+    assert fused(whole.x, whole.edge_index, whole.batch).shape == (600, 3)
+
+
+def test_outputs_of_nodes_are_held_out_by_whole_graphs():
+    first, second = network("GCN"), network("GCN", 1)
+    data = graphs(100)
+    nodes = sum(one.num_nodes for one in data)
+    labels = torch.arange(nodes) % 3
+    result = fuse([first, second], data, labels=labels, calibration="none")
+    held = sum(one.num_nodes for i, one in enumerate(data, 1) if i % 10 == 0)
+    assert result.assessment.held_out
+    assert result.assessment.num_inputs == held
+    assert result.evaluation.num_inputs == held
+
+
+def test_a_network_that_takes_a_data_object():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Nodes(GCNConv)
+
+        def forward(self, data):
+            return self.inner(data.x, data.edge_index)
+
+    models = [OnData(randomise(Whole(), seed)) for seed in (0, 1)]
+    given = Data(**of(models[0].network.inner, graph()))
+    fused = fuse(models, given, **SETTINGS).model
+    assert fused.network(given).shape == (60, 3)
+    with pytest.raises(InputError, match="OnData"):
+        fuse([one.network for one in models], given)
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+def changed(**inputs):
+    given = {**graph(), **inputs}
+    return {name: one for name, one in given.items() if one is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        (
+            "GCN",
+            changed(edge_index=torch.zeros(2, 0, dtype=torch.long)),
+            "'edge_index' .* is empty",
+        ),
+        (
+            "GCN",
+            changed(edge_index=torch.tensor([[0, 60], [1, 2]])),
+            "names the node 60, but there",
+        ),
+        ("GCN", changed(edge_index=torch.tensor([[0, -1], [1, 2]])), "names the node -1"),
+        ("GCN", changed(edge_index=torch.zeros(3, 5, dtype=torch.long)), r"shape \(2, num_edges\)"),
+        ("GCN", changed(edge_index=torch.zeros(2, 5)), "int64"),
+        ("GCN with weights of edges", changed(edge_weight=None), "needs 'edge_weight', which"),
+        ("GINE", changed(edge_attr=torch.zeros(5, 4)), "a row for each of the 200 edges"),
+        (
+            "graphs, mean of nodes",
+            changed(batch=torch.arange(60) % 2),
+            "'batch' must be the number",
+        ),
+    ],
+)
+def test_what_is_no_graph_is_refused_by_name(name, data, message):
+    models = [network(name), network(name, 1)]
+    with pytest.raises(InputError, match=message):
+        fuse(models, data)
+
+
+def test_a_later_batch_is_checked_too():
+    models = [network("GCN"), network("GCN", 1)]
+    good = of(models[0], graph())
+    bad = {**good, "edge_index": good["edge_index"] + 10}
+    with pytest.raises(InputError, match="batch 1: 'edge_index' names the node"):
+        fuse(models, [good, bad])
+    beside = {**good, "edge_index": good["edge_index"][:, :0]}  # fine beside one with edges
+    assert fuse(models, [good, beside], **SETTINGS).model is not None
+
+
+def test_a_sparse_matrix_is_refused():
+    class Sparse(Nodes):
+        def forward(self, x, adj_t):
+            return self.head(self.run(x, adj_t))
+
+    given = Data(**of(Nodes(GCNConv), graph()))
+    with pytest.raises(InputError, match="takes 'adj_t', a sparse matrix"):
+        fuse([Sparse(GCNConv).eval(), Sparse(GCNConv).eval()], given)
