@@ -127,7 +127,7 @@ def _rows(
     chosen: Positions | None = None
     batches = in_chunks(data, target, samples, _CHUNK, device=target.device)
     for i, batch in enumerate(batches):
-        count = len(batch[0])
+        count = 0 if target.graph is not None else len(batch[0])
         walk = Walk(target, batch, state, {place.incoming, place.affine.name})
         made = by_position(channels_last(walk, place.affine.name, place.point), (), count)
         x = walk.reach_for(place.incoming, place.affine.name)
