@@ -21,7 +21,7 @@ from clafusion.calibration.least_squares.rows import (
 )
 from clafusion.calibration.least_squares.storing import stacked
 from clafusion.execution.call import State
-from clafusion.merging.mean import shares
+from clafusion.merging.mean import shares, weighted_mean
 from clafusion.merging.problem import FusionProblem
 from clafusion.threads import one_thread
 
@@ -185,14 +185,16 @@ def _readouts(
     else:
         parents = [problem.parents[part.parent] for part in hidden.parts]
         node = reader.point.node
+        masks = [one.covers(node) for one in parents]
         readouts = [
             torch.as_tensor(share).to(theirs)
             * parent.moved(theirs, node, parent.correspondence.points[node])
-            for parent, theirs, share in zip(
-                parents, readouts, shares(given, [one.covers(node) for one in parents]), strict=True
-            )
+            for parent, theirs, share in zip(parents, readouts, shares(given, masks), strict=True)
         ]
         importance = readouts[0].new_ones(readouts[0].size(1))
+        if any(one is not None for one in masks):  # of a channel that some have, by their weights
+            present = [importance if one is None else one.to(importance) for one in masks]
+            importance = weighted_mean(present, given)
     if reader.point.bias is None:
         return torch.cat(readouts), importance
     bias = torch.stack([theirs[-1] for theirs in readouts]).sum(0, keepdim=True)
