@@ -77,6 +77,7 @@ def main() -> None:
     }
     print({name: one for name, one in found.items() if name != "factors"}, flush=True)
     settings = FusionConfig(calibration="repair", assessment="none")  # which needs statistics, too
+    name = f"dial_{given.task}"
     aligned = align(models, unlabelled, settings)
     for factor in given.factors:
         row: dict[str, Any] = {"factor": factor}
@@ -87,9 +88,8 @@ def main() -> None:
             row |= cost(result.model, images)
         found["factors"].append(row)
         print(row, flush=True)
-    name = f"dial_{given.task}"
-    write_results(name, found)
-    draw(found, Path(__file__).parent / "results" / f"{name}.png")
+        write_results(name, found)
+        draw(found, Path(__file__).parent / "results" / f"{name}.png")
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -32,6 +32,7 @@ from clafusion import (
     Solver,
     Target,
     Unbalanced,
+    Wider,
     Zip,
 )
 from clafusion.cli.options import configured
@@ -60,7 +61,7 @@ FAMILIES = {
     Solver: SOLVERS,
     Strategy: (ManyToOne, Iterative, Barycentre),
     Calibration: (AutoCalibration, NoCalibration, BatchNorm, Repair, LeastSquares),
-    Target: (Deeper, Shallower, Like),
+    Target: (Deeper, Shallower, Wider, Like),
 }
 
 
@@ -154,7 +155,11 @@ def test_a_template_is_told_by_its_class():
     module = nn.Linear(2, 2)
     config = FusionConfig(target=Like(module))
     assert config.target.template is module
-    assert config.to_dict()["target"] == {"name": "like", "template": "Linear"}
+    assert config.to_dict()["target"] == {
+        "name": "like",
+        "template": "Linear",
+        "own_places": False,
+    }
 
 
 def test_a_configuration_is_a_value():
@@ -356,7 +361,9 @@ def test_all_options_are_listed_once_with_a_line_of_help():
         "target",
         "target.width",
         "target.merge",
+        "target.factor",
         "target.template",
+        "target.own_places",
         "matching.cost",
         "matching.solver",
         "matching.solver.epsilon",
@@ -429,6 +436,7 @@ def test_every_option_that_is_listed_can_be_set_by_its_path():
             value = "preactivation" if option.path == "profiling.layer_values" else value
         else:
             value = others.get(option.kind, lambda _: "r20")(option)
+            value = 1.75 if option.path == "target.factor" else value
         given = {}
         inner = given
         *path, last = option.path.split(".")

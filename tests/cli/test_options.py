@@ -74,7 +74,8 @@ def value_at(config, path):
 def other_values(option):
     if option.choices:
         return [one for one in option.choices if one != option.default]
-    return {"number": [0.25], "count": [7], "flag": [not option.default], "text": ["narrow"]}[
+    number = 1.75 if option.field == "factor" else 0.25
+    return {"number": [number], "count": [7], "flag": [not option.default], "text": ["narrow"]}[
         option.kind
     ]
 
@@ -86,6 +87,12 @@ CASES = [
 ]
 
 
+GIVEN_ALONG = (
+    ("matching.outputs", "profiling.layer_values"),
+    ("target.own_places", "target.template"),
+)
+
+
 @pytest.mark.parametrize(("path", "value"), CASES)
 def test_every_option_reaches_the_settings(typed, path, value):
     option = OPTIONS[path]
@@ -94,7 +101,7 @@ def test_every_option_reaches_the_settings(typed, path, value):
         more = [option.flag if value else f"--no-{option.flag[2:]}"]
     if path == "matching.outputs":
         more.append("--profiling-layer-values=preactivation")
-    if path == "target" and value == "like":
+    if path == "target.own_places" or (path == "target" and value == "like"):
         more.append("--target-template=torch.nn:Identity")
     config = typed(*needed(option), *more)
     if path == "target.template":
@@ -104,7 +111,7 @@ def test_every_option_reaches_the_settings(typed, path, value):
     base = FusionConfig(target="like") if option.of == ("like",) else typed(*needed(option))
     for other in OPTIONS:
         touched = f"{other}.".startswith(f"{path}.")
-        if not touched and (path, other) != ("matching.outputs", "profiling.layer_values"):
+        if not touched and (path, other) not in GIVEN_ALONG:
             assert value_at(config, other) == value_at(base, other)
 
 
