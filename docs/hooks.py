@@ -12,12 +12,20 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from clafusion.config import FusionConfig, MergeConfig, Option, Settings, options_of
+from clafusion.config import (
+    FusionConfig,
+    MergeConfig,
+    Option,
+    ReassemblyConfig,
+    Settings,
+    options_of,
+)
 from clafusion.presets import PRESETS, preset_of
 
 ROOT = Path(__file__).parents[1]
 OPTIONS_MARK = "<!-- table of all options -->"
 MERGE_MARK = "<!-- table of the options of a merge -->"
+REASSEMBLY_MARK = "<!-- table of the options of a reassembly -->"
 PRESETS_MARK = "<!-- table of all presets -->"
 FIGURES = "benchmarks/results/"  # pictures that pages show from there
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>', re.DOTALL)
@@ -46,6 +54,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     for mark, made in (
         (OPTIONS_MARK, options),
         (MERGE_MARK, merge_options),
+        (REASSEMBLY_MARK, reassembly_options),
         (PRESETS_MARK, presets),
     ):
         if mark in markdown:
@@ -99,6 +108,11 @@ def options(config: type[Settings] = FusionConfig) -> str:
 def merge_options() -> str:
     """Return the options of a merge as one table."""
     return _table(options_of(MergeConfig))
+
+
+def reassembly_options() -> str:
+    """Return the options of a reassembly as one table."""
+    return _table(options_of(ReassemblyConfig))
 
 
 def presets() -> str:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         NoCalibration,
         Orthogonal,
         Profiling,
+        ReassemblyConfig,
         Repair,
         Shallower,
         Sinkhorn,
@@ -87,6 +88,8 @@ if TYPE_CHECKING:
     from clafusion.one_origin.merge import merge
     from clafusion.one_origin.result import MergeResult
     from clafusion.profiling.profile import ModelProfile
+    from clafusion.reassembly.reassemble import reassemble
+    from clafusion.reassembly.result import ReassemblyResult
     from clafusion.reports import explain, plot, summary
     from clafusion.results import FusionResult
     from clafusion.targets.target import chooses
@@ -166,6 +169,8 @@ __all__ = [
     "PinnedChannels",
     "PinnedWarning",
     "Profiling",
+    "ReassemblyConfig",
+    "ReassemblyResult",
     "Repair",
     "Score",
     "Shallower",
@@ -217,6 +222,7 @@ __all__ = [
     "permute_channels",
     "plot",
     "profile",
+    "reassemble",
     "save_model",
     "set_num_threads",
     "sinkhorn",
@@ -246,8 +252,8 @@ _PLACES = {
     "clafusion.config": """
         Alignment Assessment Assignment Auto AutoCalibration Average Barycentre BatchNorm
         Calibration Dare Deeper Exact FusionConfig Iterative LeastSquares Like ManyToOne Matching
-        MergeConfig MergeMethod Merging NoCalibration Orthogonal Profiling Repair Shallower Sinkhorn
-        Solver Strategy Target TaskArithmetic Ties Unbalanced Wider Zip
+        MergeConfig MergeMethod Merging NoCalibration Orthogonal Profiling ReassemblyConfig Repair
+        Shallower Sinkhorn Solver Strategy Target TaskArithmetic Ties Unbalanced Wider Zip
     """,
     "clafusion.correspondence.correspondence": "Correspondence correspond",
     "clafusion.correspondence.inserted": "inserted_model",
@@ -267,6 +273,8 @@ _PLACES = {
     "clafusion.one_origin.merge": "merge",
     "clafusion.one_origin.result": "MergeResult",
     "clafusion.profiling.profile": "ModelProfile",
+    "clafusion.reassembly.reassemble": "reassemble",
+    "clafusion.reassembly.result": "ReassemblyResult",
     "clafusion.reports": "explain plot summary",
     "clafusion.results": "FusionResult",
     "clafusion.targets.target": "chooses",

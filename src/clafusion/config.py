@@ -72,6 +72,7 @@ __all__ = [
     "Option",
     "Orthogonal",
     "Profiling",
+    "ReassemblyConfig",
     "Repair",
     "Settings",
     "Shallower",
@@ -664,6 +665,35 @@ class MergeConfig(Settings):
             verify=self.verify,
             seed=self.seed,
         )
+
+
+# --- reassembly ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReassemblyConfig(Settings):
+    """How blocks of models become a network: every option of :func:`clafusion.reassemble`.
+
+    Raises
+    ------
+    InputError
+        An option is out of its range; the message names it.
+    """
+
+    blocks: int = count(3, "into how many blocks each model is cut", least=2, most=16)
+    candidates: int = count(16, "how many networks are stitched, and assessed")
+    samples: int = count(1000, "how many inputs stitches are fitted to at the most", least=2)
+    ridge: float = number(
+        1e-4,
+        "penalty on a stitch's map, relative to the mean square of what it reads",
+        above_low=True,
+    )
+    most_parameters: int | None = count(None, "how many parameters the result may have")
+    most_operations: int | None = count(
+        None, "how many floating-point operations the result may take for an input"
+    )
+    assessment: Assessment = nested(Assessment, Assessment(), "how networks are assessed")
+    seed: int = count(0, "seed of every random choice", least=0, most=2**63 - 1)
 
 
 def _check_needed(who: str, settings: Settings, *needs: tuple[str, Any, str]) -> None:

@@ -105,7 +105,7 @@ def test_every_option_of_the_command_line_is_told(hooks):
     from clafusion.cli.app import make_app
 
     page = read("docs/command-line.md")
-    told = page + hooks.options() + hooks.merge_options()
+    told = page + hooks.options() + hooks.merge_options() + hooks.reassembly_options()
     for name, command in typer.main.get_command(make_app()).commands.items():
         assert f"clafusion {name}" in page
         for option in (one for given in command.params for one in given.opts):

@@ -15,6 +15,7 @@ from clafusion.assessment.parts import Parts, compared_output, most_assessed
 from clafusion.config import Assessment, FusionConfig, LeastSquares
 from clafusion.errors import AssessmentWarning, warn
 from clafusion.execution.call import call_model, in_eval_mode
+from clafusion.merging.combination import Means
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Progress, batches
 from clafusion.profiling.masks import counting_outputs, kept_positions
@@ -23,12 +24,11 @@ from clafusion.profiling.thinning import as_thinned, whole_numbers
 from clafusion.tracing.model import TracedModel
 from clafusion.transport.plan import TransportPlan
 
-__all__ = ["assess", "warn_of"]
+__all__ = ["assess", "compare", "warn_of"]
 
 _CHUNK, _CHUNK_NUMBERS = 256, 1 << 22  # rows, and numbers in an output, at a time
 
 
-@torch.no_grad()
 def assess(
     model: nn.Module,
     problem: FusionProblem,
@@ -65,18 +65,50 @@ def assess(
     FusionAssessment
         None where nothing is to be compared, or outputs were matched one model after another.
     """
+    plans = [one.output_plan for one in problem.parents]
+    if len(plans) != len(parents):  # one after another: those of the last step
+        if any(one is not None for one in plans):
+            return None  # earlier steps have moved outputs, too
+        plans = [None] * len(parents)
+    return compare(
+        model,
+        parents,
+        weights,
+        parts,
+        settings,
+        progress,
+        known,
+        plans=plans,
+        means=problem.combination.means,
+    )
+
+
+@torch.no_grad()
+def compare(
+    model: nn.Module,
+    parents: Mapping[str, TracedModel],
+    weights: Sequence[float],
+    parts: Parts,
+    settings: Assessment,
+    progress: Progress | None = None,
+    known: OutputCache | None = None,
+    *,
+    plans: Sequence[TransportPlan | None] = (),
+    means: Means = "logits",
+) -> FusionAssessment | None:
+    """Do what :func:`assess` does for any network with the parents' inputs and outputs.
+
+    ``plans`` are those by which the parents' outputs move; none if empty. ``means`` says of what
+    the parents together are the mean.
+    """
     traced = tuple(parents.values())
+    plans = plans or [None] * len(traced)
     compared = compared_output(traced[0], settings)
     if compared is None:
         return None
     output, kind = compared
     axis = settings.axis if kind == "classes" else -1
-    plans = [one.output_plan for one in problem.parents]
-    if len(plans) != len(traced):  # one after another: those of the last step
-        if any(one is not None for one in plans):
-            return None  # earlier steps have moved outputs, too
-        plans = [None] * len(traced)
-    sums = Comparison(kind, axis, tuple(weights), problem.combination.means)
+    sums = Comparison(kind, axis, tuple(weights), means)
     known = OutputCache() if known is None else known
     streams = [OutputStream(one, output, known, held_out=parts.held_out) for one in traced]
 

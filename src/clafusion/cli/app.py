@@ -34,9 +34,10 @@ from clafusion.cli.inspect import inspect_command
 from clafusion.cli.merge import merge_command
 from clafusion.cli.options import CommandWithSections, advice, with_options
 from clafusion.cli.pairs import pairs_command
+from clafusion.cli.reassemble import reassemble_command
 from clafusion.cli.show import QUIET, TYPED
 from clafusion.cli.sweep import sweep_command
-from clafusion.config import MergeConfig
+from clafusion.config import MergeConfig, ReassemblyConfig
 from clafusion.errors import ClafusionError, FusionWarning
 
 __all__ = ["main", "make_app"]
@@ -61,6 +62,7 @@ def make_app() -> typer.Typer:
     sections = CommandWithSections
     app.command("fuse", cls=sections)(with_options(fuse_command))
     app.command("merge", cls=sections)(with_options(merge_command, kind=MergeConfig))
+    app.command("reassemble", cls=sections)(with_options(reassemble_command, kind=ReassemblyConfig))
     app.command("fuse-pairs", cls=sections)(pairs_command)
     app.command("check", cls=sections)(check_command)
     app.command("sweep", cls=sections)(with_options(sweep_command))

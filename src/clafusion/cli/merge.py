@@ -113,7 +113,7 @@ def merge_command(
         named_files,
     )
     from clafusion.cli.parsing import merge_weights_of
-    from clafusion.cli.settings import read_merge_config
+    from clafusion.cli.settings import read_plain_config
     from clafusion.config import MergeConfig
     from clafusion.errors import InputError
     from clafusion.execution.call import usable_device
@@ -134,7 +134,9 @@ def merge_command(
     keys = keys_of(checkpoint_key, list(files))
     given = merge_weights_of("--weights", merge_weights, list(named))
     with messages_by_flags():
-        own = MergeConfig() if config is None else read_merge_config(config, "--config")
+        own = MergeConfig()
+        if config is not None:
+            own = read_plain_config(MergeConfig, config, "--config")
         settings = changed(own, options)
     usable_device(device, "--device")
     if memory_limit is not None:

@@ -18,7 +18,15 @@ from typing import Annotated, Any, TypeVar, cast
 import typer
 import typer.core
 
-from clafusion.config import FusionConfig, Like, MergeConfig, Option, Settings, options_of
+from clafusion.config import (
+    FusionConfig,
+    Like,
+    MergeConfig,
+    Option,
+    ReassemblyConfig,
+    Settings,
+    options_of,
+)
 from clafusion.errors import ClafusionError, FusionWarning, InputError, retold
 from clafusion.presets import PRESETS, preset_of
 from clafusion.settings import Module
@@ -36,7 +44,7 @@ __all__ = [
 
 
 _PRESET = "preset"
-_CONFIGS: tuple[type[Settings], ...] = (FusionConfig, MergeConfig)
+_CONFIGS: tuple[type[Settings], ...] = (FusionConfig, MergeConfig, ReassemblyConfig)
 C = TypeVar("C", bound=Settings)
 
 

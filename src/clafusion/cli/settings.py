@@ -8,13 +8,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from clafusion.batch.grid import expanded
 from clafusion.cli.options import changed, setting_at
-from clafusion.config import FusionConfig, MergeConfig, options_of
+from clafusion.config import FusionConfig, Settings, options_of
 from clafusion.errors import InputError
 from clafusion.presets import preset_of
 from clafusion.settings import Module
@@ -27,10 +27,11 @@ __all__ = [
     "configs_of",
     "read_config",
     "read_mapping",
-    "read_merge_config",
+    "read_plain_config",
     "rooted",
 ]
 
+S = TypeVar("S", bound=Settings)
 ENDINGS = (".yaml", ".yml", ".json")
 
 
@@ -49,8 +50,8 @@ def read_config(path: str | os.PathLike[str], option: str) -> FusionConfig:
         raise InputError(f"{option} {str(path)!r}: {error}") from error
 
 
-def read_merge_config(path: str | os.PathLike[str], option: str) -> MergeConfig:
-    """Read the settings of a merge from a file; errors name the ``option`` of the file.
+def read_plain_config(kind: type[S], path: str | os.PathLike[str], option: str) -> S:
+    """Read settings of a kind from a file; errors name the ``option`` of the file.
 
     Raises
     ------
@@ -58,7 +59,7 @@ def read_merge_config(path: str | os.PathLike[str], option: str) -> MergeConfig:
         As for :func:`read_config`.
     """
     try:
-        return MergeConfig.parse(read_mapping(path, option), "")
+        return kind.parse(read_mapping(path, option), "")
     except InputError as error:
         raise InputError(f"{option} {str(path)!r}: {error}") from error
 

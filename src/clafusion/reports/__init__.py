@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING
 from clafusion.alignment.models import AlignedModels
 from clafusion.assessment.evaluation import Evaluation
 from clafusion.errors import InputError
+from clafusion.one_origin.result import MergeResult
+from clafusion.reassembly.result import ReassemblyResult
 from clafusion.reports.explanation import explain
-from clafusion.reports.quality_tables import evaluation_summary
+from clafusion.reports.quality_tables import (
+    evaluation_summary,
+    merge_summary,
+    reassembly_summary,
+)
 from clafusion.reports.tables import (
     alignment_summary,
     fusion_summary,
@@ -30,15 +36,21 @@ __all__ = ["explain", "plot", "summary"]
 
 
 def summary(
-    thing: FusionResult | AlignedModels | TracedModel | Evaluation | Sequence[PairResult],
+    thing: FusionResult
+    | AlignedModels
+    | TracedModel
+    | Evaluation
+    | MergeResult
+    | ReassemblyResult
+    | Sequence[PairResult],
 ) -> str:
     """Return a table of a result as text.
 
     Parameters
     ----------
     thing
-        A fusion, aligned models, a traced model, an evaluation, or a list of the results of many
-        pairs.
+        A fusion, a merge, a reassembly, aligned models, a traced model, an evaluation, or a list of
+        the results of many pairs.
 
     Raises
     ------
@@ -47,6 +59,10 @@ def summary(
     """
     if isinstance(thing, FusionResult):
         return fusion_summary(thing)
+    if isinstance(thing, MergeResult):
+        return merge_summary(thing)
+    if isinstance(thing, ReassemblyResult):
+        return reassembly_summary(thing)
     if isinstance(thing, AlignedModels):
         return alignment_summary(thing)
     if isinstance(thing, Evaluation):
@@ -57,14 +73,19 @@ def summary(
     if pairs is not None:
         return pairs_summary(pairs)
     raise InputError(
-        "summary takes a FusionResult, AlignedModels, a TracedModel, an Evaluation or a list of "
-        "PairResult; got "
+        "summary takes a FusionResult, a MergeResult, a ReassemblyResult, AlignedModels, a "
+        "TracedModel, an Evaluation or a list of PairResult; got "
         f"{type(thing).__name__}"
     )
 
 
 def plot(
-    thing: FusionResult | AlignedModels | TracedModel | SweepResult | Sequence[PairResult],
+    thing: FusionResult
+    | AlignedModels
+    | TracedModel
+    | SweepResult
+    | ReassemblyResult
+    | Sequence[PairResult],
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
     """Draw a picture of a result; return the figure, which a notebook shows.
@@ -76,7 +97,8 @@ def plot(
         panel for each model that is aligned with the reference. A traced model: its layers. A
         sweep: quality over the weight, or of each combination, means and deviations. A list
         of the results of many pairs: their agreements as a heat map; of networks that put out
-        values the distances, and where nothing was assessed the costs of the alignments.
+        values the distances, and where nothing was assessed the costs of the alignments. A
+        reassembly: every model's blocks, and those of the network with its stitches.
     path
         A file to draw into, too. Its ending (``.png``, ``.svg``, ``.pdf``) chooses the format. An
         old file stays as it is until the new one is complete.
@@ -94,6 +116,7 @@ def plot(
     from clafusion.batch.sweep import SweepResult
     from clafusion.reports.alignment_plot import aligned_figure
     from clafusion.reports.plots import drawn, model_figure, pairs_figure
+    from clafusion.reports.reassembly_plot import reassembly_figure
     from clafusion.reports.sweep_plot import sweep_figure
 
     if isinstance(thing, FusionResult):
@@ -105,12 +128,14 @@ def plot(
         return drawn(lambda: model_figure(thing), path)
     if isinstance(thing, SweepResult):
         return drawn(lambda: sweep_figure(thing), path)
+    if isinstance(thing, ReassemblyResult):
+        return drawn(lambda: reassembly_figure(thing), path)
     pairs = _pairs(thing)
     if pairs:
         return drawn(lambda: pairs_figure(pairs), path)
     raise InputError(
-        "plot takes a FusionResult, AlignedModels, a TracedModel, a SweepResult or a list of "
-        f"PairResult; got {type(thing).__name__}"
+        "plot takes a FusionResult, a ReassemblyResult, AlignedModels, a TracedModel, a "
+        f"SweepResult or a list of PairResult; got {type(thing).__name__}"
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from clafusion.assessment.evaluation import MEANS, Evaluation
 from clafusion.assessment.nearness import DISTANCES, Nearness
 from clafusion.one_origin.result import MergeResult
+from clafusion.reassembly.result import ReassemblyResult
 from clafusion.reports.text import fact_lines, plain_table
 from clafusion.results import RESULT, FusionResult
+from clafusion.table import Table
 
 __all__ = [
     "agreement_text",
@@ -14,6 +16,7 @@ __all__ = [
     "distance_text",
     "evaluation_summary",
     "merge_summary",
+    "reassembly_summary",
 ]
 
 
@@ -80,13 +83,26 @@ def distance_text(one: Nearness | None) -> str:
 
 def merge_summary(result: MergeResult) -> str:
     """Return what was merged and how good it is, as a table and a line."""
-    table = result.table
-    rows = [
-        [cell if isinstance(cell, str) else "" if cell is None else f"{cell:.4g}" for cell in row]
-        for row in table.rows
-    ]
-    found = plain_table(table.columns, rows, range(1, len(table.columns)))
-    lines = [repr(result)[1:-1], "", found]
+    lines = [repr(result)[1:-1], "", _as_text(result.table)]
     if result.assessment is not None:
         lines += ["", result.assessment.verdict]
     return "\n".join(lines)
+
+
+def reassembly_summary(result: ReassemblyResult) -> str:
+    """Return which blocks make a network, what was tried besides, and how good it is."""
+    rows = [
+        [one.model, one.text, "" if left is None else f"{left:.3g}"]
+        for one, left in zip(result.blocks, (None, *result.tried[0].residuals), strict=True)
+    ]
+    blocks = plain_table(["block of", "layers", "left by the stitch before"], rows, (2,))
+    parts = [repr(result)[1:-1], blocks, _as_text(result.table), result.assessment.verdict]
+    return "\n\n".join(parts)
+
+
+def _as_text(table: Table) -> str:
+    rows = [
+        [cell if isinstance(cell, str) else "" if cell is None else f"{cell:.6g}" for cell in row]
+        for row in table.rows
+    ]
+    return plain_table(table.columns, rows, range(1, len(table.columns)))

@@ -1,0 +1,323 @@
+"""Models and data -> a network of their blocks: the stages in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clafusion.alignment.models import label
+from clafusion.assessment.assess import compare
+from clafusion.assessment.nearness import FusionAssessment
+from clafusion.assessment.output_cache import OutputCache
+from clafusion.assessment.parts import Parts, compared_output, parts_of
+from clafusion.config import FusionConfig, ReassemblyConfig
+from clafusion.errors import AssessmentWarning, InputError, warn
+from clafusion.execution.call import call_model
+from clafusion.execution.flops import count_operations
+from clafusion.merging.combination import Means
+from clafusion.profiling.batches import Data, Progress
+from clafusion.quality import hash_of
+from clafusion.reassembly.blocks import Block, block_module, blocks_between
+from clafusion.reassembly.cutting import chosen_cuts, cuts_of
+from clafusion.reassembly.grouping import block_distances, grouped
+from clafusion.reassembly.network import Reassembled
+from clafusion.reassembly.result import ReassemblyResult, Tried
+from clafusion.reassembly.search import Candidate, Joins, candidates_of, joins_of
+from clafusion.reassembly.stitching import fitted
+from clafusion.reassembly.values import changes_at, cut_values, grams_of, inputs_of, similarity
+from clafusion.settings import made
+from clafusion.stages import Clock, ExampleInputs, named_models, placed, traced_parent
+from clafusion.tracing.model import TracedModel
+from clafusion.weights.factories import Model
+
+__all__ = ["reassemble"]
+
+_COMPARED = 400  # inputs by which values are compared, and joins ranked
+
+
+def reassemble(
+    models: Sequence[Model] | Mapping[str, Model],
+    data: Data,
+    config: ReassemblyConfig | None = None,
+    *,
+    example_inputs: ExampleInputs | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+    **overrides: Any,
+) -> ReassemblyResult:
+    """Cut trained models of any kinds into blocks, and stitch the best of them into one network.
+
+    Each model is cut where one value alone passes and little changes around it. Blocks that read
+    and put out alike values form groups (pFedHR, arXiv 2308.08643). Networks that take one block of
+    each group, in order and from several models, are stitched, which needs neither labels nor
+    gradients, and assessed: the one is returned that comes nearest to what the models put out
+    together. See :mod:`clafusion.reassembly`. No model is modified.
+
+    Parameters
+    ----------
+    models
+        Two or more trained networks with the same inputs and outputs, of any kinds: a list, or a
+        mapping with names.
+    data
+        Unlabelled inputs, as for :func:`clafusion.fuse`.
+    config
+        The options; see :class:`clafusion.ReassemblyConfig`.
+    example_inputs, device
+        As for :func:`clafusion.fuse`.
+    progress
+        Called with the stage's name and how many of its models or networks are done.
+    overrides
+        Any field of ``config``: ``blocks=4``, ``most_parameters=100_000``.
+
+    Returns
+    -------
+    ReassemblyResult
+        With the network as ``.model``.
+
+    Raises
+    ------
+    InputError
+        An option or the data are unusable, a model has too few places at which it can be cut, the
+        models put out different things, no blocks can be joined, or no network is within the
+        budget.
+    ClafusionError
+        A model cannot be traced, as for :func:`clafusion.fuse`.
+
+    Warns
+    -----
+    AssessmentWarning
+        A model alone comes clearly nearer to what all put out together than the result does.
+
+    Examples
+    --------
+    >>> result = clafusion.reassemble([resnet, vgg, mixer], images)  # doctest: +SKIP
+    >>> result.save("stitched.pt2")  # doctest: +SKIP
+    """
+    config = _config_from(config, overrides)
+    named, example_inputs = placed(named_models(models), data, example_inputs, device)
+    clock = Clock(None)
+    with clock.stage("trace"):
+        parents = _traced(named, example_inputs, progress)
+    first = next(iter(parents.values()))
+    parts = parts_of(data, tuple(parents.values()), config.assessment)
+    inputs = inputs_of(first, parts.kept, config.samples, config.seed)
+    few = inputs_of(first, parts.kept, min(_COMPARED, config.samples), config.seed)
+    with clock.stage("cut"):
+        blocks, groups = _blocks(parents, few, config)
+    with clock.stage("search"):
+        joins = joins_of(blocks, groups)
+        residuals = _residuals(blocks, joins, parents, few, config.ridge)
+        found = candidates_of(blocks, groups, joins, residuals, config.most_parameters)
+    with clock.stage("stitch"):
+        modules = [block_module(parents[one.model], one) for one in blocks]
+        best, tried = _best(blocks, modules, joins, found, parents, inputs, parts, config, progress)
+    result = ReassemblyResult(
+        model=best,
+        tried=tried,
+        groups=tuple(tuple(blocks[i] for i in group) for group in groups),
+        parents=parents,
+        config=config,
+        timings=clock.seconds,
+        peak_memory=clock.peak_memory,
+        data_hash=hash_of(data),
+    )
+    if _is_beaten(result.assessment):
+        warn(
+            f"{result.assessment.verdict}. Try other numbers of blocks, more candidates, more "
+            "data, or training (clafusion.distill)",
+            AssessmentWarning,
+        )
+    return result
+
+
+def _is_beaten(found: FusionAssessment) -> bool:
+    """Say whether a model alone is clearly nearer, and of classes agrees more often, too."""
+    own = found.result.agreement
+    return any(own is None or (found.parents[name].agreement or 0.0) > own for name in found.nearer)
+
+
+def _config_from(config: ReassemblyConfig | None, overrides: Mapping[str, Any]) -> ReassemblyConfig:
+    """Return a configuration with some of its fields given anew."""
+    if config is not None and not isinstance(config, ReassemblyConfig):
+        raise InputError(f"config must be a ReassemblyConfig; got {type(config).__name__}")
+    own = config or ReassemblyConfig()
+    given = {one.name: getattr(own, one.name) for one in fields(ReassemblyConfig)}
+    return made(ReassemblyConfig, {**given, **overrides}, "")
+
+
+def _traced(
+    named: Mapping[str, Model], example_inputs: ExampleInputs, progress: Progress | None
+) -> dict[str, TracedModel]:
+    """Trace all models; nothing is proved, for no channel moves."""
+    found: dict[str, TracedModel] = {}
+    for name, model in named.items():
+        traced = traced_parent(name, model, example_inputs, FusionConfig(verify=False))
+        found[name] = replace(traced, thinning=None)
+        if progress is not None:
+            progress("trace", len(found))
+    (first, own), *others = found.items()
+    for name, one in others:
+        if one.outputs != own.outputs or one.keywords != own.keywords:
+            raise InputError(
+                f"{label(name)} puts out {_shown(one)}, and {label(first)} {_shown(own)}: blocks "
+                "come from networks with the same inputs and outputs"
+            )
+    return found
+
+
+def _shown(model: TracedModel) -> str:
+    return ", ".join(f"{('batch', *shape)} {kind}" for shape, kind in model.outputs)
+
+
+def _blocks(
+    parents: Mapping[str, TracedModel],
+    inputs: Sequence[tuple[Tensor, ...]],
+    config: ReassemblyConfig,
+) -> tuple[list[Block], tuple[tuple[int, ...], ...]]:
+    """Cut all models, and group their blocks."""
+    blocks: list[Block] = []
+    into: list[Tensor] = []
+    out: list[Tensor] = []
+    flat = torch.cat([one[0].double().flatten(1) for one in inputs])
+    at_start = flat @ flat.T
+    for name, model in parents.items():
+        places = cuts_of(model)
+        if len(places) < config.blocks - 1:
+            raise InputError(
+                f"{label(name)} has {len(places)} places at which one value alone passes between "
+                f"two layers with weights, and {config.blocks} blocks need {config.blocks - 1}: "
+                "take fewer blocks. A mask that all layers read leaves no such place"
+            )
+        grams = grams_of(model, inputs, places)
+        cuts = tuple(places[i] for i in chosen_cuts(changes_at(places, grams), config.blocks - 1))
+        blocks += blocks_between(name, model, cuts)
+        own = [grams[one.node] for one in cuts]
+        outputs = torch.cat([model.output_tensors(one)[0].double().flatten(1) for one in inputs])
+        into += [at_start, *own]
+        out += [*own, outputs @ outputs.T]
+    distances = block_distances(similarity(into, into), similarity(out, out))
+    return blocks, grouped(blocks, np.asarray(distances), config.blocks)
+
+
+def _residuals(
+    blocks: Sequence[Block],
+    joins: Joins,
+    parents: Mapping[str, TracedModel],
+    inputs: Sequence[tuple[Tensor, ...]],
+    ridge: float,
+) -> dict[tuple[int, int], float]:
+    """Return for each join the share of the variance that a stitch of the models' values leaves."""
+    nodes: dict[str, list[str]] = {}
+    for one in blocks:
+        if one.end is not None:
+            nodes.setdefault(one.model, []).append(one.end.node)
+    values = {name: list(cut_values(parents[name], inputs, of)) for name, of in nodes.items()}
+    found = {}
+    for (i, j), plan in joins.plans.items():
+        if plan is None:
+            continue
+        ours, theirs = values[blocks[i].model], values[blocks[j].model]
+        pairs = [
+            (one[plan.source.node], other[plan.target.node])
+            for one, other in zip(ours, theirs, strict=True)
+        ]
+        found[i, j] = fitted(plan, pairs, ridge)[1]
+    return found
+
+
+def _best(
+    blocks: Sequence[Block],
+    modules: Sequence[torch.nn.Module],
+    joins: Joins,
+    candidates: Sequence[Candidate],
+    parents: Mapping[str, TracedModel],
+    inputs: Sequence[tuple[Tensor, ...]],
+    parts: Parts,
+    config: ReassemblyConfig,
+    progress: Progress | None,
+) -> tuple[Reassembled, tuple[Tried, ...]]:
+    """Stitch the candidates, and return the nearest one and all, the nearest first."""
+    first = next(iter(parents.values()))
+    compared = compared_output(first, config.assessment)
+    if compared is None:
+        raise InputError("networks are chosen by their outputs: assessment must not be 'none'")
+    equal = (1.0 / len(parents),) * len(parents)
+    means: Means = "probabilities" if compared[1] == "classes" else "logits"
+    known = OutputCache()
+    found: list[tuple[float, float, int, Reassembled, Tried]] = []
+    least = None
+    for one in candidates:
+        if len(found) == config.candidates:
+            break
+        model, residuals = _stitched(one, blocks, modules, joins, parents, inputs, config.ridge)
+        operations = _operations(model, first)
+        least = operations if least is None else min(least, operations)
+        if config.most_operations is not None and operations > config.most_operations:
+            continue
+        assessment = compare(
+            model, parents, equal, parts, config.assessment, known=known, means=means
+        )
+        assert assessment is not None
+        tried = Tried(
+            tuple(blocks[i] for i in one.blocks),
+            residuals,
+            one.parameters,
+            operations,
+            assessment,
+        )
+        near = assessment.result  # of classes the agreement tells more than the divergence
+        found.append((-(near.agreement or 0.0), near.distance, len(found), model, tried))
+        if progress is not None:
+            progress("stitch", len(found))
+    if not found:
+        raise InputError(
+            f"most_operations={config.most_operations}: the smallest network of these blocks takes "
+            f"{least} for an input"
+        )
+    found.sort(key=lambda one: one[:3])
+    return found[0][3], tuple(one[4] for one in found)
+
+
+@torch.no_grad()
+def _stitched(
+    candidate: Candidate,
+    blocks: Sequence[Block],
+    modules: Sequence[torch.nn.Module],
+    joins: Joins,
+    parents: Mapping[str, TracedModel],
+    inputs: Sequence[tuple[Tensor, ...]],
+    ridge: float,
+) -> tuple[Reassembled, tuple[float | None, ...]]:
+    """Return a network with its stitches, each fitted to what comes out of the one before."""
+    first = candidate.blocks[0]
+    keywords = next(iter(parents.values())).keywords
+    made: list[torch.nn.Module] = [modules[first]]
+    values = [call_model(modules[first], one, keywords)[0] for one in inputs]
+    residuals: list[float | None] = []
+    for i, j in pairwise(candidate.blocks):
+        plan = joins.plans[i, j]
+        residual = None
+        if plan is not None:
+            node = plan.target.node
+            goals = (one[node] for one in cut_values(parents[blocks[j].model], inputs, [node]))
+            stitch, residual = fitted(plan, zip(values, goals, strict=True), ridge)
+            made.append(stitch)
+            values = [stitch(one) for one in values]
+        residuals.append(residual)
+        made.append(modules[j])
+        if blocks[j].end is not None:
+            values = [modules[j](one) for one in values]
+    return Reassembled(made).eval(), tuple(residuals)
+
+
+def _operations(model: Reassembled, like: TracedModel) -> int:
+    """Return how many floating-point operations a network takes for an input."""
+    inputs = like.example_inputs
+    rows = inputs[0].size(0)
+    return round(count_operations(lambda: call_model(model, inputs, like.keywords)) / rows)

@@ -1,0 +1,80 @@
+"""What models compute at their cuts, and how alike that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clafusion.alignment.layer_costs import cka
+from clafusion.execution.walk import Walk
+from clafusion.profiling.batches import Data, in_chunks
+from clafusion.profiling.gram import gram_matrix
+from clafusion.reassembly.cutting import Cut
+from clafusion.tracing.model import TracedModel
+
+__all__ = ["changes_at", "cut_values", "grams_of", "inputs_of", "similarity"]
+
+_CHUNK = 125  # inputs that run at once
+
+
+def inputs_of(
+    model: TracedModel, data: Data, samples: int, seed: int = 0
+) -> list[tuple[Tensor, ...]]:
+    """Return at most so many inputs, in batches, spread over all data."""
+    whole = list(in_chunks(data, model, None, _CHUNK, device=model.device))
+    count = sum(one[0].size(0) for one in whole)
+    if model.static_batch is not None or count <= samples:
+        return whole
+    joined = [torch.cat(one) for one in zip(*whole, strict=True)]
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(count, generator=generator)[:samples].sort().values
+    parts = [one[chosen.to(one.device)].split(_CHUNK) for one in joined]
+    return list(zip(*parts, strict=True))
+
+
+@torch.no_grad()
+def cut_values(
+    model: TracedModel, inputs: Sequence[tuple[Tensor, ...]], nodes: Sequence[str]
+) -> Iterator[dict[str, Tensor]]:
+    """Yield for each batch the values of some nodes."""
+    for one in inputs:
+        walk = Walk(model, one, model.state(), set(nodes))
+        yield {name: walk.reach(name) for name in nodes}
+
+
+def grams_of(
+    model: TracedModel, inputs: Sequence[tuple[Tensor, ...]], cuts: Sequence[Cut]
+) -> dict[str, Tensor]:
+    """Return the inner products of the inputs' values at each cut."""
+    names = [one.node for one in cuts]
+    parts: dict[str, list[Tensor]] = {name: [] for name in names}
+    for values in cut_values(model, inputs, names):
+        for name, value in values.items():
+            parts[name].append(value.flatten(1))
+    return {name: gram_matrix(torch.cat(of)) for name, of in parts.items()}
+
+
+def similarity(one: Sequence[Tensor], other: Sequence[Tensor]) -> NDArray[np.float64]:
+    """Return the CKA of all pairs of values, given by their inner products."""
+    found: NDArray[np.float64] = cka(one, other)
+    return found
+
+
+def changes_at(cuts: Sequence[Cut], grams: Mapping[str, Tensor]) -> NDArray[np.float64]:
+    """Return for each cut how much the values change just before and just behind it.
+
+    That is one minus the CKA with the value at the cut before, and with that at the one behind;
+    where there is none, the other side counts twice.
+    """
+    every = [grams[one.node] for one in cuts]
+    alike = similarity(every, every)
+    steps = [float(1 - alike[i, i + 1]) for i in range(len(every) - 1)]
+    if not steps:
+        return np.zeros(len(every))
+    before, behind = [steps[0], *steps], [*steps, steps[-1]]
+    found: NDArray[np.float64] = np.add(before, behind)
+    return found
