@@ -21,6 +21,7 @@ from clafusion import (
     trace,
 )
 from clafusion.calibration.least_squares import anchored_weights, walks
+from clafusion.calibration.least_squares.anchors import ANCHORS
 from clafusion.calibration.least_squares.equations import NormalEquations
 from clafusion.calibration.least_squares.rows import chosen_positions, rows_for
 from clafusion.merging.mean import weighted_mean
@@ -161,13 +162,13 @@ def test_auto_takes_what_comes_nearer_to_the_mean():
     goal = (output(deep, VECTORS) + output(shallow, VECTORS)) / 2
     results = [
         fuse([deep, shallow], VECTORS, calibration=LeastSquares(anchor=anchor))
-        for anchor in ("auto", 0.0, 0.8)
+        for anchor in ("auto", *ANCHORS)
     ]
     auto, *distances = (
         float((output(one.model, VECTORS) - goal).square().sum()) for one in results
     )
     assert auto == pytest.approx(min(distances), rel=1e-4)
-    assert results[0].anchor == (0.0, 0.8)[distances.index(min(distances))]
+    assert results[0].anchor == ANCHORS[distances.index(min(distances))]
 
 
 def with_weights(weights, reference=0):

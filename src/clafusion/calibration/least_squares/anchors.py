@@ -15,7 +15,7 @@ from clafusion.profiling.masks import counting_values, kept_positions, zeroed
 
 __all__ = ["ANCHORS", "Trial", "anchored_weights", "output_distances"]
 
-ANCHORS = (0.0, 0.8)
+ANCHORS = (0.0, 0.9)
 """What ``"auto"`` tries."""
 
 _PART, _LEAST_PART = 8, 3  # one of so many inputs is regressed, and another one compared
