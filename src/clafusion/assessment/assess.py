@@ -26,7 +26,8 @@ from clafusion.transport.plan import TransportPlan
 
 __all__ = ["assess", "compare", "warn_of"]
 
-_CHUNK, _CHUNK_NUMBERS = 256, 1 << 22  # rows, and numbers in an output, at a time
+_CHUNK, _CHUNK_NUMBERS = 256, 1 << 22  # rows, and numbers that are compared, at a time
+_CHUNK_WHOLE = 1 << 25  # numbers that the result puts out at a time
 
 
 def assess(
@@ -141,7 +142,9 @@ def _chunks(
     """
     first, data = models[0], parts.assessed
     most = most_assessed(held_out=parts.held_out)
-    rows = max(1, min(_CHUNK, _CHUNK_NUMBERS // max(1, whole_numbers(first, output))))
+    compared, whole = math.prod(first.outputs[output][0]), whole_numbers(first, output)
+    rows = min(_CHUNK, _CHUNK_NUMBERS // max(1, compared), _CHUNK_WHOLE // max(1, whole))
+    rows = max(1, rows)
     rows = min([rows, *(count for one in models if (count := inputs_in_cache(one)) is not None)])
     is_whole = any(one.takes_whole_batches for one in models)
     of_graphs = first.graph if first.output_rows[output] == "graphs" else None
