@@ -11,8 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = ROOT / "docs" / "tutorials"
-NEEDS = {"mnist": (), "hugging-face": ("transformers",), "zoo": ("sklearn",)}
-DATA = {"mnist": "mnist.npz", "hugging-face": "sst2_train.tsv.xz"}
+NEEDS = {"mnist": (), "cifar": (), "hugging-face": ("transformers",), "zoo": ("sklearn",)}
+DATA = {
+    "mnist": "mnist.npz",
+    "cifar": "checkpoints/resnet20-12fca82f.th",
+    "hugging-face": "sst2_train.tsv.xz",
+}
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,10 @@ clafusion doctor --json
     assert "clafusion" in json.loads(printed[2])
     with pytest.raises(ValueError, match="only commands of clafusion"):
         run_page.outputs(run_page.blocks("```sh\nls\n```\n"), tmp_path)
+    refused = "```sh\nclafusion check none.yaml{}\n```\n"
+    assert run_page.outputs(run_page.blocks(refused.format("  # exit code 2")), tmp_path) == [""]
+    with pytest.raises(RuntimeError, match="exit code 2"):
+        run_page.outputs(run_page.blocks(refused.format("")), tmp_path)
 
 
 def test_the_first_page_has_the_measured_numbers():
@@ -158,3 +166,13 @@ def test_the_citation_is_that_of_the_package():
     for paper in cited["references"]:
         assert paper["url"] in page
         assert paper["title"] in page
+
+
+def test_the_presets_have_the_measured_numbers():
+    page = (ROOT / "docs/which-settings.md").read_text(encoding="utf-8")
+    pairs = results("presets")["pairs"]
+    for pair in pairs.values():
+        assert f"{100 * max(pair['parents']):.2f} %" in page
+        for row in pair["presets"].values():
+            told = f"{100 * row['accuracy']:.2f} % | {row['times the defaults']:.2f} x |"
+            assert told in page
