@@ -32,7 +32,7 @@ def mixed(seeds: int, count: int) -> dict[str, list[float]]:
     scores: dict[str, list[float]] = {}
     for seed in range(seeds):
         early, late = (
-            finetune(model, train, epochs=2, seed=seed).model.eval()
+            finetune(model, train, epochs=2, seed=seed, held_out=0).model.eval()
             for model in (vgg(EARLY, BASE, seed), vgg(LATE, BASE, seed + 1000))
         )
         found = {"early layers": accuracy(early, *test), "late layers": accuracy(late, *test)}

@@ -33,6 +33,7 @@ def main() -> None:
         (images, labels),
         epochs=arguments.epochs,
         learning_rate=0.1,
+        held_out=0,
         seed=0,
     ).model.eval()
     models = [deep, shallow, third]

@@ -55,7 +55,7 @@ def main() -> None:
     scores: dict[str, list[float]] = {}
     for seed in range(arguments.seeds):
         models = [
-            finetune(model, train, epochs=2, seed=seed).model.eval()
+            finetune(model, train, epochs=2, seed=seed, held_out=0).model.eval()
             for model in (vgg(VGG13, 2 * BASE, seed), vgg(VGG11, BASE / 2, seed + 1000))
         ]
         found = {

@@ -53,6 +53,8 @@ def main() -> None:
                 epochs=settings["more_epochs"],
                 learning_rate=settings["rate"],
                 weight_decay=5e-4,
+                norms="batch",
+                held_out=0,
                 seed=seed + 3000,
             ).model.eval()
             found[f"{name}, distilled"] = accuracy(distilled, *test)

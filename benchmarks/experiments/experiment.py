@@ -104,5 +104,10 @@ def trained(
 ) -> nn.Module:
     """Return a classifier trained from the weights it has."""
     return finetune(
-        model, (images, labels), epochs=epochs, seed=seed, batch_size=128, **settings
+        model,
+        (images, labels),
+        epochs=epochs,
+        seed=seed,
+        batch_size=128,
+        **{"held_out": 0, "norms": "batch", **settings},
     ).model.eval()

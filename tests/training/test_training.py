@@ -159,7 +159,7 @@ def test_the_schedules(schedule, factors):
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others():
     def run(seed):
         torch.manual_seed(int(torch.randint(1000, ())))  # whatever was drawn before
-        return state(finetune(classifier(dropout=0.5), DATA, steps=7, seed=seed).model)
+        return state(finetune(classifier(dropout=0.5), DATA, steps=7, seed=seed, held_out=0).model)
 
     assert_same(run(1), run(1))
     assert not torch.equal(run(1)["0.weight"], run(2)["0.weight"])
@@ -368,7 +368,7 @@ def test_frozen_parameters_stay_and_modes_are_kept():
     model[1].eval()
     model[0].requires_grad_(False)
     before = state(model)
-    result = finetune(model, DATA, epochs=2)
+    result = finetune(model, DATA, epochs=2, held_out=0)
     assert_same(state(model), before)
     after = state(result.model)
     assert torch.equal(after["0.weight"], before["0.weight"])
@@ -554,3 +554,57 @@ def test_models_that_cannot_be_trained_are_refused():
         finetune("net", DATA, epochs=1)
     with pytest.raises(InputError, match="must return logits"):
         finetune(nn.Sequential(nn.Linear(6, 3), nn.Flatten(0)), DATA, epochs=1)
+
+
+# --- never worse --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", [finetune, distill])
+def test_training_never_returns_a_worse_state_than_it_began_with(train):
+    teacher = finetune(classifier(norm=True), DATA, epochs=20, learning_rate=0.1).model
+    data = DATA if train is finetune else (teacher, DATA[0])
+    options = {} if train is finetune else {"alpha": 1.0}
+    given = (data,) if train is finetune else data
+    found = train(teacher, *given, epochs=3, learning_rate=50.0, **options)
+    assert found.kept == 0
+    assert found.held_out_losses[0] == min(found.held_out_losses)
+    assert len(found.held_out_losses) == 4
+    assert_same(state(found.model), state(teacher))
+
+
+def test_the_weights_with_the_lowest_loss_on_what_is_kept_out_are_returned():
+    model = classifier(norm=True)
+    found = finetune(model, DATA, epochs=6, learning_rate=0.3, batch_size=16, held_out=0.25)
+    assert found.kept == int(np.argmin(found.held_out_losses)) > 0
+    chosen = torch.linspace(0, 63, 16).long()
+    with torch.no_grad():
+        loss = F.cross_entropy(found.model(X[chosen]), Y[chosen])
+    assert float(loss) == pytest.approx(min(found.held_out_losses), rel=1e-6)
+    every = finetune(model, DATA, epochs=1, batch_size=16, held_out=0)
+    assert (every.held_out_losses, every.kept, every.steps) == ((), 1, 4)
+    by_validation = finetune(model, numbered(), epochs=2, validation=HELD_OUT)
+    with torch.no_grad():
+        before = F.cross_entropy(model(HELD_OUT[0]), HELD_OUT[1])
+    assert by_validation.held_out_losses[0] == pytest.approx(float(before), rel=1e-6)
+
+
+def numbered():
+    return DataLoader(TensorDataset(*DATA), batch_size=16)
+
+
+@pytest.mark.parametrize(
+    ("norms", "is_new", "moves"),
+    [
+        ("auto", True, True),
+        ("auto", False, False),
+        ("batch", False, True),
+        ("frozen", True, False),
+    ],
+)
+def test_norms_that_have_statistics_keep_them(norms, is_new, moves):
+    model = classifier(norm=True)
+    if not is_new:
+        model[1].running_mean.fill_(0.1)
+    found = finetune(model, DATA, epochs=1, batch_size=16, norms=norms, held_out=0).model
+    assert torch.equal(found[1].running_mean, model[1].running_mean) != moves
+    assert not torch.equal(found[1].weight, model[1].weight)

@@ -31,8 +31,11 @@ class Run:
         The number of finished epochs and steps.
     losses, accuracies
         The mean training loss and the validation accuracy of each finished epoch.
-    best
-        The weights of the best epoch, where ``patience`` asks for them.
+    held_out
+        The loss on inputs that are kept out, before training and after each epoch.
+    best, kept
+        The weights of the best epoch, where they may not be the last, and after how many epochs
+        they came.
     finished, stopped_early
         Whether the run has ended, and whether ``patience`` ended it.
     """
@@ -41,7 +44,9 @@ class Run:
     step: int = 0
     losses: list[float] = field(default_factory=list)
     accuracies: list[float] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=list)
     best: dict[str, Tensor] | None = None
+    kept: int | None = None
     finished: bool = False
     stopped_early: bool = False
 

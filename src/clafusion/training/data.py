@@ -18,6 +18,7 @@ __all__ = [
     "check_data",
     "is_pair",
     "num_batches",
+    "parted",
     "training_device",
 ]
 
@@ -81,6 +82,23 @@ def check_data(name: str, data: Any, labelled: bool) -> None:
             f"{name} must be a pair of tensors (inputs, labels); its second entry is "
             f"{type(labels).__name__}"
         )
+
+
+def parted(data: Any, share: float) -> tuple[Any, Any]:
+    """Return what of data is trained on, and what is kept out: evenly spaced rows of a pair.
+
+    None is kept out of other data, and where fewer than two rows would be.
+    """
+    if not is_pair(data) or int(share * len(data[0])) < 2:
+        return data, None
+    count = len(data[0])
+    held = torch.zeros(count, dtype=torch.bool)
+    held[torch.linspace(0, count - 1, int(share * count)).long()] = True
+    kept, out = (
+        tuple(None if one is None else one[rows.to(one.device)] for one in data)
+        for rows in (~held, held)
+    )
+    return kept, out
 
 
 def num_batches(data: Any, batch_size: int) -> int | None:

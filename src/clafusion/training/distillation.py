@@ -29,6 +29,7 @@ from clafusion.training.data import (
 from clafusion.training.loop import TrainingResult, seeded, train
 from clafusion.training.losses import Loss, cross_entropy_of, is_finite, logits_of
 from clafusion.training.settings import (
+    Norms,
     Schedule,
     Settings,
     check_model,
@@ -60,6 +61,8 @@ def distill(
     decay: float = 0.1,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     batch_size: int = 128,
+    norms: Norms = "auto",
+    held_out: float = 0.1,
     validation: LabelledData | None = None,
     patience: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -99,7 +102,7 @@ def distill(
         mean is taken, or ``"auto"``, which chooses on the first 256 inputs as :func:`fuse` does.
     epochs, steps, learning_rate, momentum, weight_decay, schedule, milestones, decay, optimizer
         As for :func:`finetune`.
-    batch_size, validation, patience, checkpoint, mixed_precision, device, seed
+    batch_size, norms, held_out, validation, patience, checkpoint, mixed_precision, device, seed
         As for :func:`finetune`.
     progress
         Called after each step with ``"distill"`` and the number of steps done.
@@ -143,6 +146,8 @@ def distill(
         patience=patience,
         mixed_precision=mixed_precision,
         seed=seed,
+        norms=norms,
+        held_out=held_out,
         loss={
             "temperature": temperature,
             "alpha": alpha,
@@ -210,9 +215,9 @@ def _combination(
     return by_divergence(rows, [1 / len(teachers)] * len(teachers))
 
 
-def _outputs(teachers: Sequence[nn.Module], batch: Batch) -> list[Tensor]:
+def _outputs(teachers: Sequence[nn.Module], batch: Batch, where: str = "data") -> list[Tensor]:
     """Return the teachers' logits, all of one shape."""
-    found = [logits_of(teacher, batch, f"teacher {i}") for i, teacher in enumerate(teachers)]
+    found = [logits_of(teacher, batch, f"teacher {i}", where) for i, teacher in enumerate(teachers)]
     for i, one in enumerate(found):
         if one.shape != found[0].shape:
             raise InputError(
@@ -227,10 +232,10 @@ def _distillation_loss(
 ) -> Loss:
     """Return the loss that :func:`distill` documents."""
 
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        logits = logits_of(model, batch)
+    def loss(model: nn.Module, batch: Batch, where: str) -> Tensor:
+        logits = logits_of(model, batch, where=where)
         with torch.no_grad():
-            outputs = _outputs(teachers, batch)
+            outputs = _outputs(teachers, batch, where)
             if outputs[0].shape != logits.shape:
                 raise InputError(
                     f"the teachers give outputs of shape {tuple(outputs[0].shape)}, the student "
@@ -254,6 +259,6 @@ def _distillation_loss(
                     )
         if alpha == 1.0:
             return soft
-        return alpha * soft + (1.0 - alpha) * cross_entropy_of(logits, batch[2])
+        return alpha * soft + (1.0 - alpha) * cross_entropy_of(logits, batch[2], where)
 
     return loss

@@ -12,7 +12,7 @@ from clafusion.profiling.batches import Progress
 from clafusion.training.data import LabelledData
 from clafusion.training.loop import TrainingResult, train
 from clafusion.training.losses import cross_entropy
-from clafusion.training.settings import Schedule, Settings, milestones_of
+from clafusion.training.settings import Norms, Schedule, Settings, milestones_of
 
 __all__ = ["finetune"]
 
@@ -31,6 +31,8 @@ def finetune(
     decay: float = 0.1,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     batch_size: int = 128,
+    norms: Norms = "auto",
+    held_out: float = 0.1,
     validation: LabelledData | None = None,
     patience: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -49,8 +51,7 @@ def finetune(
     Parameters
     ----------
     model
-        The classifier; it is not modified. Parameters that need no gradient stay as they are, but
-        BatchNorm's running statistics follow the data even where its parameters are frozen. Its
+        The classifier; it is not modified. Parameters that need no gradient stay as they are. Its
         output is a tensor of logits ``(batch, classes, ...)`` or an object with ``.logits``.
     data
         A pair of tensors ``(inputs, labels)``, which is shuffled in each epoch, or a DataLoader
@@ -72,8 +73,19 @@ def finetune(
     batch_size
         Samples in each step, where ``data`` is a pair of tensors. If a single sample would be left
         over, the epoch drops it, for BatchNorm cannot normalise it.
+    norms
+        What BatchNorm does in training: ``"frozen"`` uses its running statistics, which stay;
+        ``"batch"`` uses each batch's own, which its running statistics follow; ``"auto"`` freezes
+        those that have statistics, as in every trained or fused network. Statistics of batches
+        destroy a fused network first.
+    held_out
+        The share of a pair of tensors that is kept out of training, evenly spaced, where no
+        ``validation`` is given. On it the loss is measured before training and after each epoch,
+        and the weights with the lowest one are returned: so the result is never worse there than
+        the model that was given. 0 for none, to train a new network on all data.
     validation
-        Labelled data that give the accuracy after each epoch.
+        Labelled data that give the accuracy after each epoch, and the loss in place of
+        ``held_out``.
     patience
         Stop after this many epochs in a row without a better validation accuracy, and return the
         best epoch's weights.
@@ -121,6 +133,8 @@ def finetune(
         patience=patience,
         mixed_precision=mixed_precision,
         seed=seed,
+        norms=norms,
+        held_out=held_out,
     )
     return train(
         model,

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clafusion.errors import DivergenceError, InputError
 from clafusion.merging.combination import Combination
@@ -31,6 +31,7 @@ from clafusion.training.data import (
     batches_of,
     check_data,
     num_batches,
+    parted,
     training_device,
 )
 from clafusion.training.losses import Loss, checked_labels, is_finite, logits_of
@@ -51,7 +52,8 @@ class TrainingResult:
     ----------
     model
         The trained copy, in the mode (train or eval) of the original model. Its weights are those
-        of the best epoch with ``patience``, else those of the last.
+        of the best epoch with ``patience``, else those with the lowest loss on what was kept out,
+        which may be those before training, or without any of that those of the last epoch.
     losses
         The mean training loss of each epoch.
     accuracies
@@ -64,6 +66,11 @@ class TrainingResult:
         The number of optimizer steps, including those before a resumption.
     stopped_early
         Whether ``patience`` ended the run before the last epoch.
+    held_out_losses
+        The mean loss on ``validation``, or on the inputs that were kept out, before training and
+        after each epoch; empty with ``patience`` and where nothing was kept out.
+    kept
+        After how many epochs the model has its weights; 0: those before training.
     combination
         What the teachers put out together, of a distillation; else None.
     """
@@ -74,6 +81,8 @@ class TrainingResult:
     best_epoch: int | None
     steps: int
     stopped_early: bool
+    held_out_losses: tuple[float, ...]
+    kept: int
     combination: Combination | None = None
 
     def __repr__(self) -> str:
@@ -129,20 +138,35 @@ def train(
     if validation is not None:
         check_data("validation", validation, True)
     path = _checkpoint_path(checkpoint, data)
+    watched = validation
+    if validation is None:
+        data, watched = parted(data, settings.held_out)
     total = _num_steps(data, settings)
 
     trained = copy.deepcopy(model).to(target)
     solver = _optimizer(optimizer, trained, settings)
     rates = [group["lr"] for group in solver.param_groups]
+    frozen = _frozen_norms(trained, settings.norms)
     run = Run()
     key = "" if path is None else run_key(model, data, validation, solver, settings)
     if path is not None and path.exists():
         run = resume_run(path, key, trained, solver)
 
+    def watch() -> None:
+        if watched is not None and settings.patience is None:
+            name = "data" if validation is None else "validation"
+            _keep_nearest(run, trained, _mean_loss(name, trained, watched, loss, target))
+
+    if run.epoch == 0:
+        watch()
     while not run.finished:
         with seeded(settings.seed, run.epoch, target):
             batches = batches_of("data", data, settings.batch_size, target, labelled)
+            trained.train()
+            for norm in frozen:
+                norm.eval()
             _train_epoch(trained, batches, loss, solver, rates, settings, run, total, progress)
+            watch()
             if validation is not None:
                 run.accuracies.append(_accuracy(trained, validation, target))
         run.finished = run.step >= total
@@ -164,6 +188,8 @@ def train(
         run.best_epoch(),
         run.step,
         run.stopped_early,
+        tuple(run.held_out),
+        run.epoch if run.kept is None else run.kept,
     )
 
 
@@ -207,7 +233,6 @@ def _train_epoch(
     progress: Progress | None,
 ) -> None:
     """Take the steps of one epoch, at most up to step ``total``, and note them in ``run``."""
-    model.train()
     sum_of_losses, count = 0.0, 0
     for batch in batches:
         factor = settings.factor(run.step, run.epoch, total)
@@ -226,13 +251,57 @@ def _train_epoch(
     run.epoch += 1
 
 
+def _frozen_norms(model: nn.Module, norms: str) -> list[nn.Module]:
+    """Return the norms of batches that use their running statistics in training, too.
+
+    By default those that have any: in a network that was never trained they say nothing.
+    """
+    return [
+        one
+        for one in model.modules()
+        if isinstance(one, nn.modules.batchnorm._BatchNorm)
+        and isinstance(mean := one.running_mean, Tensor)
+        and isinstance(variance := one.running_var, Tensor)
+        and (norms == "frozen" or (norms == "auto" and bool(((mean != 0) | (variance != 1)).any())))
+    ]
+
+
+@torch.no_grad()
+def _mean_loss(name: str, model: nn.Module, data: Any, loss: Loss, device: torch.device) -> float:
+    """Return the mean loss on data that is not trained on, in eval mode."""
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches_of(
+        "validation", data, _VALIDATION_BATCH_SIZE, device, False, shuffle=False
+    ):
+        inputs, named, _ = batch
+        size = len(next(iter((*inputs, *named.values()))))
+        total += size * float(loss(model, batch, name))
+        count += size
+    if count == 0:
+        raise InputError(f"{name} is empty: give at least one batch")
+    return total / count
+
+
+def _keep_nearest(run: Run, model: nn.Module, loss: float) -> None:
+    """Note the loss on what was kept out, and keep the weights where it is the least so far."""
+    if not run.held_out or loss < min(run.held_out):
+        _keep(run, model)
+    run.held_out.append(loss)
+
+
+def _keep(run: Run, model: nn.Module) -> None:
+    run.best = {name: value.clone() for name, value in tensors_of(model).items()}
+    run.kept = run.epoch
+
+
 def _keep_best(run: Run, model: nn.Module, patience: int) -> None:
     """Keep the weights of the best epoch; end the run where ``patience`` is at its end."""
     best = run.best_epoch()
     if best is None:
         return
     if best == run.epoch - 1:
-        run.best = {name: value.clone() for name, value in tensors_of(model).items()}
+        _keep(run, model)
     elif run.epoch - 1 - best >= patience and not run.finished:
         run.finished = run.stopped_early = True
 
@@ -248,7 +317,7 @@ def _step(
     """Take an optimizer step and return the loss before it; raise where that is not finite."""
     solver.zero_grad()
     with torch.autocast("cuda", torch.bfloat16, enabled=settings.mixed_precision):
-        value = loss(model, batch)
+        value = loss(model, batch, "data")
     number = float(value.detach())
     if not math.isfinite(number):
         if not is_finite(batch):

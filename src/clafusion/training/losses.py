@@ -15,16 +15,16 @@ from clafusion.weights.messages import one_line
 
 __all__ = ["Loss", "checked_labels", "cross_entropy", "cross_entropy_of", "is_finite", "logits_of"]
 
-Loss: TypeAlias = "Callable[[nn.Module, Batch], Tensor]"
-"""The loss of a model on a batch, a single number with a gradient."""
+Loss: TypeAlias = "Callable[[nn.Module, Batch, str], Tensor]"
+"""The loss of a model on a batch of data that messages call so: a number with a gradient."""
 
 
-def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
+def cross_entropy(model: nn.Module, batch: Batch, where: str = "data") -> Tensor:
     """Return the mean cross-entropy of a model's logits on a batch with the batch's labels."""
-    return cross_entropy_of(logits_of(model, batch), batch[2])
+    return cross_entropy_of(logits_of(model, batch, where=where), batch[2], where)
 
 
-def cross_entropy_of(logits: Tensor, labels: Tensor | None) -> Tensor:
+def cross_entropy_of(logits: Tensor, labels: Tensor | None, where: str = "data") -> Tensor:
     """Return the mean cross-entropy of logits ``(batch, classes, ...)`` with labels.
 
     Raises
@@ -32,7 +32,7 @@ def cross_entropy_of(logits: Tensor, labels: Tensor | None) -> Tensor:
     InputError
         As for :func:`checked_labels`.
     """
-    return F.cross_entropy(logits, checked_labels("data", logits, labels))
+    return F.cross_entropy(logits, checked_labels(where, logits, labels))
 
 
 def is_finite(batch: Batch) -> bool:

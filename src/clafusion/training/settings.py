@@ -14,9 +14,18 @@ from torch import nn
 
 from clafusion.errors import InputError
 
-__all__ = ["Schedule", "Settings", "check_model", "check_number", "milestones_of", "plain_number"]
+__all__ = [
+    "Norms",
+    "Schedule",
+    "Settings",
+    "check_model",
+    "check_number",
+    "milestones_of",
+    "plain_number",
+]
 
 Schedule = Literal["constant", "cosine", "step"]
+Norms = Literal["auto", "frozen", "batch"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class Settings:
     patience: int | None
     mixed_precision: bool
     seed: int
+    norms: Norms
+    held_out: float
     loss: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,11 +75,13 @@ class Settings:
         check_number("momentum", self.momentum, least=0.0, most=1.0)
         check_number("weight_decay", self.weight_decay, least=0.0)
         check_number("decay", self.decay, above=0.0)
-        if self.schedule not in get_args(Schedule):
-            raise InputError(
-                f"schedule must be one of {', '.join(map(repr, get_args(Schedule)))}; "
-                f"got {self.schedule!r}"
-            )
+        check_number("held_out", self.held_out, least=0.0, most=0.9)
+        for name, words in (("schedule", get_args(Schedule)), ("norms", get_args(Norms))):
+            if getattr(self, name) not in words:
+                raise InputError(
+                    f"{name} must be one of {', '.join(map(repr, words))}; "
+                    f"got {getattr(self, name)!r}"
+                )
         for milestone in self.milestones:
             _check_count("milestones", milestone, 1)
         if (self.schedule == "step") != bool(self.milestones):
