@@ -26,7 +26,7 @@ MNIST: dict[bool, dict[str, Any]] = {
     False: {"images": 60_000, "epochs": 20, "unlabelled": 2000},
 }
 CIFAR: dict[bool, dict[str, Any]] = {
-    True: {"images": 10_000, "pooled": 2, "test": 4000, "epochs": 8, "unlabelled": 1000},
+    True: {"images": 6000, "pooled": 2, "test": 2000, "epochs": 8, "unlabelled": 1000},
     False: {"images": 50_000, "pooled": 1, "test": None, "epochs": 100, "unlabelled": 2000},
 }
 TASKS: dict[str, tuple[str, int, str]] = {
@@ -38,7 +38,7 @@ TASKS: dict[str, tuple[str, int, str]] = {
     "resnet": ("resnet", 2, "ResNet-20 and ResNet-32 on Dirichlet shares of CIFAR-10"),
 }
 WIDTHS = {
-    "vgg": {True: [16, 32, 64, 64], False: [64, 128, 256, 512, 512]},
+    "vgg": {True: [16, 32, 32, 32], False: [64, 128, 256, 512, 512]},
     "resnet": {True: [8, 16, 32], False: [16, 32, 64]},
 }
 

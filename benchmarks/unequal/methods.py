@@ -17,13 +17,12 @@ METHODS: dict[str, Fused] = {
     "matched, averaged": _fused(calibration="none"),
     "matched, REPAIR": _fused(calibration="repair"),
     "least squares, mean of logits": _fused(combine="logits"),
-    "least squares, mean of probabilities": _fused(combine="probabilities"),
-    "least squares, chosen by itself": _fused(),
+    "least squares": _fused(),
 }
 """For any number of parents, at the width of the deepest one."""
 
 OF_TWO: dict[str, Fused] = {
-    f"least squares, {factor} x as wide": _fused(target=Wider(factor)) for factor in (1.25, 1.5, 2)
+    f"least squares, {factor} x as wide": _fused(target=Wider(factor)) for factor in (1.25, 1.5)
 }
 """For two parents, wider than these."""
 
