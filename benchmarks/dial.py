@@ -28,7 +28,6 @@ mpl.use("Agg")
 
 FACTORS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0)
 WAYS = ("none", "repair", "least_squares")
-TOGETHER = "side by side, mean logits"
 NAMES = {"none": "averaged", "repair": "REPAIR", "least_squares": "least squares"}
 
 
@@ -69,7 +68,7 @@ def main() -> None:
         "test_images": len(images),
         "calibration_images": len(unlabelled),
         "parents": [accuracy(one) for one in of_parents],
-        TOGETHER: accuracy(sum(of_parents)),
+        "side by side, mean logits": accuracy(sum(of_parents)),
         "side by side, mean probabilities": accuracy(sum(one.softmax(1) for one in of_parents)),
         "cost of the parents": costs,
         "cost side by side": {name: sum(one[name] for one in costs) for name in costs[0]},
@@ -104,10 +103,12 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for name in NAMES.values():
         if name in rows[0]:
             upper.plot(x, [100 * row[name] for row in rows], marker="o", label=name)
-    levels = {"better parent": max(found["parents"]), "side by side": found[TOGETHER]}
-    for name, level in levels.items():
+    levels = {"better parent": max(found["parents"])}
+    levels |= {name: level for name, level in found.items() if name.startswith("side by side")}
+    for i, (name, level) in enumerate(levels.items()):
         upper.axhline(100 * level, color="#888888", linewidth=0.8, linestyle="--")
-        upper.annotate(name, (x[0], 100 * level), fontsize=8, color="#666666", va="bottom")
+        at = x[0] + (x[-1] - x[0]) * i / len(levels)
+        upper.annotate(name, (at, 100 * level), fontsize=8, color="#666666", va="bottom")
     upper.set_ylabel("test accuracy, %")
     upper.legend(frameon=False)
     for name in ("parameters", "operations"):
