@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     )
     from clafusion.alignment.layer_costs import cka, layer_costs, linear_cka
     from clafusion.alignment.models import AlignedModels
-    from clafusion.assessment.evaluation import Evaluation, Score, evaluate
+    from clafusion.assessment.evaluation import Evaluation, Score
     from clafusion.assessment.nearness import FusionAssessment, Nearness
     from clafusion.batch.results import PairResult
     from clafusion.batch.run import fuse_pairs
@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from clafusion.one_origin.merge import merge
     from clafusion.one_origin.result import MergeResult
     from clafusion.profiling.profile import ModelProfile
+    from clafusion.quality import evaluate
     from clafusion.reassembly.reassemble import reassemble
     from clafusion.reassembly.result import ReassemblyResult
     from clafusion.reports import explain, plot, summary
@@ -243,7 +244,7 @@ _PLACES = {
     """,
     "clafusion.alignment.layer_costs": "cka layer_costs linear_cka",
     "clafusion.alignment.models": "AlignedModels",
-    "clafusion.assessment.evaluation": "Evaluation Score evaluate",
+    "clafusion.assessment.evaluation": "Evaluation Score",
     "clafusion.assessment.nearness": "FusionAssessment Nearness",
     "clafusion.batch.results": "PairResult",
     "clafusion.batch.run": "fuse_pairs",
@@ -273,6 +274,7 @@ _PLACES = {
     "clafusion.one_origin.merge": "merge",
     "clafusion.one_origin.result": "MergeResult",
     "clafusion.profiling.profile": "ModelProfile",
+    "clafusion.quality": "evaluate",
     "clafusion.reassembly.reassemble": "reassemble",
     "clafusion.reassembly.result": "ReassemblyResult",
     "clafusion.reports": "explain plot summary",

@@ -113,6 +113,7 @@ CHANNEL_COSTS = Choices(
     euclidean="the Euclidean distance of the channels' pre-activations",
     weights="the distance of the channels' weights, as the other channels are matched",
     both="the mean of the costs by correlation and by weights",
+    energy="of graph networks: how far the channels' changes along the graph's edges are apart",
 )
 IMPORTANCES = Choices(
     uniform="all channels have the same mass",

@@ -1,22 +1,32 @@
-"""A result -> the same with its assessment, its evaluation where there are labels, and warnings."""
+"""A result with its assessment, its evaluation where there are labels, and warnings; evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from clafusion.assessment.assess import assess, warn_of
-from clafusion.assessment.evaluation import Evaluation
+from clafusion.assessment.evaluation import Evaluation, checked_labels, evaluated, network_of
 from clafusion.assessment.output_cache import OutputCache
 from clafusion.assessment.parts import Parts
-from clafusion.profiling.batches import Data, Part, Progress, batches, data_digest
+from clafusion.errors import InputError
+from clafusion.interop.inputs import readable
+from clafusion.profiling.batches import (
+    Data,
+    Part,
+    Progress,
+    batches,
+    data_digest,
+    first_batch,
+)
 from clafusion.results import FusionResult
 from clafusion.stages import Clock
 from clafusion.tracing.model import TracedModel
 
-__all__ = ["assessed", "hash_of"]
+__all__ = ["assessed", "evaluate", "hash_of"]
 
 
 def hash_of(data: Data) -> str | None:
@@ -63,3 +73,49 @@ def _evaluation(
         labels = labels[parts.assessed.places(len(labels))]
     inputs = batches(parts.assessed, first.example_inputs, first.keywords, device=first.device)
     return result.evaluated(inputs, labels, known_outputs)
+
+
+def evaluate(
+    models: nn.Module | Mapping[str, nn.Module],
+    inputs: Data,
+    labels: Any,
+    weights: Sequence[float] | None = None,
+    *,
+    axis: int = -1,
+) -> Evaluation:
+    """Say how good networks are on inputs with labels, and of several how good their mean is.
+
+    Parameters
+    ----------
+    models
+        A network, or several by name. They run in eval mode, and stay as they are.
+    inputs
+        A tensor, a list of batches or a DataLoader that keeps its order. Of a batch that is a tuple
+        the first entry counts, of a mapping all but labels. Or graphs, as for ``clafusion.fuse``.
+    labels
+        One for each input (of graphs for each node or each graph), or for each of its positions:
+        whole numbers for classes, where -100 stands for none, real numbers of the outputs' shape
+        for values.
+    weights
+        The networks' weights in their mean; default equal.
+    axis
+        The axis of the classes in the outputs.
+
+    Raises
+    ------
+    InputError
+        The labels do not fit the inputs or the outputs, or there are no inputs.
+    """
+    named = {"the network": models} if isinstance(models, nn.Module) else dict(models)
+    if not named:
+        raise InputError("models is empty: give at least one network")
+    inputs = readable(inputs, named)
+    example = first_batch(inputs)
+    keywords: tuple[str, ...] = ()
+    given: tuple[Any, ...] = example if isinstance(example, tuple) else (example,)
+    if isinstance(example, Mapping):
+        keywords, given = tuple(example), tuple(example.values())
+    shares = [1 / len(named)] * len(named) if weights is None else list(weights)
+    known = checked_labels(labels, inputs)
+    networks = {name: network_of(one, keywords) for name, one in named.items()}
+    return evaluated(networks, shares, batches(inputs, given, keywords), known, axis=axis)

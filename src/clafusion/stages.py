@@ -116,6 +116,7 @@ def profile_traced(
         spill=spill,
         most_rows=most_rows,
         observe=observe,
+        along_edges=config.matching.cost == "energy",
     )
     if config.matching.importance == config.merging.layer_weights == "uniform":
         return profiles
@@ -137,6 +138,7 @@ def profile_options(config: FusionConfig) -> dict[str, Any]:
         "importance": config.matching.importance,
         "layer_weights": config.merging.layer_weights,
         "moments": needs_moments(config),
+        "along_edges": config.matching.cost == "energy",
         "held_out": 0.0 if config.assessment.outputs == "none" else config.assessment.held_out,
         "seed": config.seed,
         "verify": config.verify,

@@ -1,5 +1,6 @@
 """Graph networks: what data may be, that nothing is cut, and that copies fuse to themselves."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,8 +14,11 @@ from torch_geometric.data import Batch, Data  # noqa: E402
 from torch_geometric.loader import DataLoader  # noqa: E402
 from torch_geometric.nn import GCNConv, GINConv  # noqa: E402
 
+from clafusion.cli.app import main  # noqa: E402
 from clafusion.interop.inputs import readable  # noqa: E402
 from clafusion.interop.torch_geometric import OnData  # noqa: E402
+from clafusion.matching.activation_costs import _MEASURES  # noqa: E402
+from clafusion.weights.state_files import save_model  # noqa: E402
 from tests.support.architectures import randomise  # noqa: E402
 from tests.support.graphs import (  # noqa: E402
     LAYERS,
@@ -39,7 +43,12 @@ def far(model, other, given):
     return float((one - two).abs().max() / two.abs().max())
 
 
-@pytest.mark.parametrize("name", LAYERS)
+def often(names, *kept):
+    """Return names, of which all but some are for the nightly run."""
+    return [one if one in kept else pytest.param(one, marks=pytest.mark.nightly) for one in names]
+
+
+@pytest.mark.parametrize("name", often(LAYERS, "GCN", "GAT", "graphs, mean of nodes"))
 def test_a_permuted_copy_fuses_to_the_network(name):
     model = network(name)
     given = of(model, graph(graphs=4 if "graph" in name else 1))
@@ -51,7 +60,7 @@ def test_a_permuted_copy_fuses_to_the_network(name):
     )
 
 
-@pytest.mark.parametrize("name", RESIDUAL)
+@pytest.mark.parametrize("name", often(RESIDUAL, "GCN"))
 def test_another_depth_keeps_each_parent(name):
     torch.manual_seed(0)
     deep, shallow = (randomise(RESIDUAL[name](layers, 8), layers) for layers in (3, 2))
@@ -72,13 +81,34 @@ def test_other_depth_and_width_give_finite_outputs(calibration):
     assert not result.assessment.held_out  # of one graph nothing can be held out
 
 
-def test_a_plain_layer_is_no_identity():
-    """It averages neighbours: another depth is refused, and a shallower target is, too."""
-    deep, shallow = Nodes(GCNConv, layers=3).eval(), Nodes(GCNConv, layers=2).eval()
-    with pytest.raises(
-        clafusion.StructureError, match="takes values of other nodes along the edges"
-    ):
-        fuse([deep, shallow], of(deep, graph()))
+def test_a_plain_layer_is_no_identity_but_can_be_left_out():
+    deep, shallow = (randomise(Nodes(GCNConv, layers=layers), layers) for layers in (3, 2))
+    given = of(deep, graph())
+    with pytest.raises(clafusion.StructureError, match="takes values of other nodes along the"):
+        fuse([deep, shallow], given)
+    fused = fuse([deep, shallow], given, [0, 1], target="shallower", **SETTINGS).model
+    assert far(fused, shallow, given) < 1e-5
+    assert len(fused.convs) == 2
+
+
+def test_costs_along_edges():
+    model = network("GCN")
+    given = of(model, graph())
+    copy = permuted_copy(model, given)
+    energy = {"matching": {"cost": "energy"}, "calibration": "none"}
+    assert far(fuse([model, copy], given, **energy, **SETTINGS).model, model, given) < 1e-5
+    other = network("GCN", 1)
+    head, tail = given["edge_index"]
+    changes = []
+    for one in (model, other):
+        value = one.convs[0](given["x"], given["edge_index"]).detach()
+        changes.append(value[head] - value[tail])
+        rows = clafusion.profile(one, given, **energy).rows[0, 0]
+        assert torch.allclose(rows, changes[-1], atol=1e-5)
+    expected = (changes[0][:, :, None] - changes[1][:, None]).square().mean(0).double()
+    assert torch.allclose(_MEASURES["energy"].at_hook(*changes), expected, atol=1e-5)
+    with pytest.raises(InputError, match="along the edges of a graph"):
+        fuse([nn.Linear(3, 2), nn.Linear(3, 2)], torch.randn(60, 3), **energy)
 
 
 # --- data ---------------------------------------------------------------------------------------
@@ -206,3 +236,32 @@ def test_a_sparse_matrix_is_refused():
     given = Data(**of(Nodes(GCNConv), graph()))
     with pytest.raises(InputError, match="takes 'adj_t', a sparse matrix"):
         fuse([Sparse(GCNConv).eval(), Sparse(GCNConv).eval()], given)
+
+
+# --- the command line ---------------------------------------------------------------------------
+
+FACTORY = """
+from torch_geometric.nn import GCNConv
+from tests.support.graphs import Nodes
+
+def gcn(layers):
+    return Nodes(GCNConv, 8, layers, residual=True)
+"""
+
+
+@pytest.mark.parametrize("ending", ["npz", "pt"])
+def test_a_file_with_a_graph_is_fused_and_evaluated(ending, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(FACTORY)
+    for layers in (3, 2):
+        save_model(randomise(Nodes(GCNConv, 8, layers, residual=True), layers), f"{layers}.pt")
+    given = of(Nodes(GCNConv), graph()) | {"y": torch.arange(60) % 3}
+    if ending == "npz":
+        np.savez("graph.npz", **{name: one.numpy() for name, one in given.items()})
+    else:
+        torch.save(given, "graph.pt")
+    archs = ["--arch", "nets.py:gcn(layers=3)", "--arch", "nets.py:gcn(layers=2)"]
+    data = ["--data", f"graph.{ending}", "--limit", "20", "--labels", "y"]
+    assert main(["fuse", "3.pt", "2.pt", *archs, *data, "--out", "fused.pt"]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert torch.load("fused.pt", weights_only=True)["convs.2.lin.weight"].shape == (8, 8)

@@ -48,9 +48,17 @@ def allowed_pairs(deep: Sequence[Layer], shallow: Sequence[Layer]) -> NDArray[np
     ).reshape(len(deep), len(shallow))
 
 
-def skip_costs(deep: Sequence[Layer]) -> NDArray[np.float64]:
-    """Return ``(m,)``: 0 where a layer that changes nothing can stand in, else ``inf``."""
-    return np.array([0.0 if layer.insertable else np.inf for layer in deep])
+def skip_costs(deep: Sequence[Layer], *, is_left_out: bool = False) -> NDArray[np.float64]:
+    """Return ``(m,)``: 0 where a layer that changes nothing can stand in, else ``inf``.
+
+    Where what has no partner ``is_left_out``, 0 also for layers that mix the nodes of a graph.
+    """
+    return np.array(
+        [
+            0.0 if layer.insertable or (is_left_out and layer.mixes_nodes) else np.inf
+            for layer in deep
+        ]
+    )
 
 
 def gap_costs(
@@ -91,10 +99,17 @@ def check_outputs(names: tuple[str, str], first: TracedModel, second: TracedMode
         )
 
 
-def fit_layers(names: tuple[str, str], deep: Sequence[Layer], shallow: Sequence[Layer]) -> Fit:
+def fit_layers(
+    names: tuple[str, str],
+    deep: Sequence[Layer],
+    shallow: Sequence[Layer],
+    *,
+    is_left_out: bool = False,
+) -> Fit:
     """Say how two networks' layers can match, before anything takes long.
 
-    ``names`` are what errors call the deep and the shallow network.
+    ``names`` are what errors call the deep and the shallow network, ``is_left_out`` is that of
+    :func:`skip_costs`.
 
     Raises
     ------
@@ -104,7 +119,7 @@ def fit_layers(names: tuple[str, str], deep: Sequence[Layer], shallow: Sequence[
     """
     check_streams(names, deep, shallow)
     allowed = allowed_pairs(deep, shallow)
-    costs, skip = np.where(allowed, 0.0, np.inf), skip_costs(deep)
+    costs, skip = np.where(allowed, 0.0, np.inf), skip_costs(deep, is_left_out=is_left_out)
     try:
         found = align_layers(costs, skip=skip)
         return Fit(allowed, False, found.deep_to_shallow)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from clafusion.alignment.compatibility import check_outputs, fit_layers, gap_costs, skip_costs
 from clafusion.alignment.dynamic_program import LayerAlignment, align_layers
 from clafusion.alignment.layer_costs import layer_costs
-from clafusion.config import FusionConfig
+from clafusion.config import FusionConfig, Shallower
 from clafusion.errors import InputError, StructureError, retold
 from clafusion.profiling.profile import ModelProfile
 from clafusion.table import Table
@@ -206,7 +206,12 @@ def check_models(names: Sequence[str], models: Sequence[TracedModel], config: Fu
             called = label(names[deep]), label(names[shallow])
             check_outputs((label(names[reference]), label(names[i])), models[reference], model)
             try:
-                fit = fit_layers(called, models[deep].layers, models[shallow].layers)
+                fit = fit_layers(
+                    called,
+                    models[deep].layers,
+                    models[shallow].layers,
+                    is_left_out=isinstance(config.target, Shallower),
+                )
                 has_gaps |= fit.needs_gaps
             except StructureError as error:
                 lonely = [one for i in (deep, shallow) for one in models[i].pinned]
@@ -266,7 +271,8 @@ def align_pair(
     config: FusionConfig,
 ) -> LayerAlignment:
     """Align the layers of two networks, given what each pair costs."""
-    fit = fit_layers(names, deep, shallow)
+    is_left_out = isinstance(config.target, Shallower)
+    fit = fit_layers(names, deep, shallow, is_left_out=is_left_out)
     skip_shallow = None
     if fit.needs_gaps:
         if config.alignment.mode != "layer":
@@ -278,7 +284,7 @@ def align_pair(
         skip_shallow = gap_costs(deep, shallow, np.where(fit.allowed, costs, 0.0))
     return align_layers(
         np.where(fit.allowed, costs, np.inf),
-        skip=skip_costs(deep),
+        skip=skip_costs(deep, is_left_out=is_left_out),
         skip_shallow=skip_shallow,
         mode=config.alignment.mode,
         pin_first=config.alignment.pin_ends,

@@ -20,8 +20,6 @@ from clafusion.execution.call import call_model, device_of, in_eval_mode
 from clafusion.merging.combination import are_probabilities
 from clafusion.profiling.batches import (
     Data,
-    batches,
-    first_batch,
     keeps_order,
     num_graphs,
     num_rows,
@@ -34,7 +32,6 @@ __all__ = [
     "Network",
     "Score",
     "checked_labels",
-    "evaluate",
     "evaluated",
     "network_of",
 ]
@@ -129,50 +126,6 @@ class Evaluation:
         return cls(facts["kind"], scores, facts["num_inputs"])
 
 
-def evaluate(
-    models: nn.Module | Mapping[str, nn.Module],
-    inputs: Data,
-    labels: Any,
-    weights: Sequence[float] | None = None,
-    *,
-    axis: int = -1,
-) -> Evaluation:
-    """Say how good networks are on inputs with labels, and of several how good their mean is.
-
-    Parameters
-    ----------
-    models
-        A network, or several by name. They run in eval mode, and stay as they are.
-    inputs
-        A tensor, a list of batches or a DataLoader that keeps its order. Of a batch that is a tuple
-        the first entry counts, of a mapping all but labels.
-    labels
-        One for each input, or one for each of its positions: whole numbers for classes, where -100
-        stands for none, real numbers of the outputs' shape for values.
-    weights
-        The networks' weights in their mean; default equal.
-    axis
-        The axis of the classes in the outputs.
-
-    Raises
-    ------
-    InputError
-        The labels do not fit the inputs or the outputs, or there are no inputs.
-    """
-    named = {"the network": models} if isinstance(models, nn.Module) else dict(models)
-    if not named:
-        raise InputError("models is empty: give at least one network")
-    example = first_batch(inputs)
-    keywords: tuple[str, ...] = ()
-    given: tuple[Any, ...] = example if isinstance(example, tuple) else (example,)
-    if isinstance(example, Mapping):
-        keywords, given = tuple(example), tuple(example.values())
-    shares = [1 / len(named)] * len(named) if weights is None else list(weights)
-    known = checked_labels(labels, inputs)
-    networks = {name: network_of(one, keywords) for name, one in named.items()}
-    return evaluated(networks, shares, batches(inputs, given, keywords), known, axis=axis)
-
-
 def checked_labels(labels: Any, inputs: Data) -> Tensor:
     """Return labels as a tensor; refuse those that cannot be the inputs'.
 
@@ -232,7 +185,7 @@ def evaluated(
     axis: int = -1,
     apart: Sequence[str] = (),
 ) -> Evaluation:
-    """Do what :func:`evaluate` does, with inputs in batches of tensors.
+    """Do what ``clafusion.evaluate`` does, with inputs in batches of tensors.
 
     Parameters
     ----------

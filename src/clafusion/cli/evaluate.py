@@ -65,7 +65,6 @@ def evaluate_command(
     as_json: AsJson = False,
 ) -> None:
     """Show accuracy and loss of networks on data with labels, of several also of their mean."""
-    from clafusion.assessment.evaluation import evaluate
     from clafusion.cli.inputs import (
         DataOptions,
         data_of,
@@ -74,6 +73,7 @@ def evaluate_command(
         loaded_files,
         try_models,
     )
+    from clafusion.quality import evaluate
     from clafusion.reports.quality_tables import evaluation_summary
 
     files = loaded_files(weights, arch)

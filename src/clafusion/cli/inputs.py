@@ -17,11 +17,13 @@ from clafusion.cli.parsing import numbers_of
 from clafusion.errors import InputError
 from clafusion.interop.huggingface import input_names
 from clafusion.interop.images import image_files, processed
+from clafusion.interop.inputs import readable
 from clafusion.interop.resolver import factory_of, holds_itself, load, model_file
 from clafusion.interop.tokenizers import tokenised
 from clafusion.interop.vocabulary import check_alike
 from clafusion.profiling.batches import Data, first_batch
-from clafusion.profiling.samples import load_labels, load_named_samples, load_samples
+from clafusion.profiling.graphs import is_graph
+from clafusion.profiling.samples import load_graph, load_labels, load_named_samples, load_samples
 from clafusion.profiling.texts import TEXT_ENDINGS, read_texts
 from clafusion.weights.atomic import check_output
 from clafusion.weights.factories import ModelFile
@@ -221,12 +223,13 @@ def try_models(models: Mapping[str, nn.Module], samples: Data) -> None:
     InputError
         A model does not run on the data.
     """
-    inputs = first_batch(samples)
+    inputs = first_batch(readable(samples, models))
     for name, model in models.items():
         try:
             with torch.no_grad():
                 if isinstance(inputs, Mapping):
-                    model(**{name: one[:2] for name, one in inputs.items()})
+                    is_whole = is_graph(inputs)
+                    model(**{name: one if is_whole else one[:2] for name, one in inputs.items()})
                 else:
                     model(inputs[:2])
         except Exception as error:
@@ -325,6 +328,8 @@ def read_data(
 ) -> Tensor | list[dict[str, Tensor]]:
     """Return what is in a data file: texts as tokens, several inputs by name, or one tensor.
 
+    A graph, which has an ``edge_index``, is whole, whatever the limit.
+
     Parameters
     ----------
     data
@@ -369,6 +374,10 @@ def read_data(
         if max_length is not None and max_length < 1:
             raise InputError(f"{called('max_length')} must be at least 1; got {max_length}")
         return tokenised(read_texts(data, text_column, limit), folder, max_length)
+    if all(one is None for one in numbers.values()):
+        graph = load_graph(data)
+        if graph is not None:
+            return [graph]
     if folder is not None and all(one is None for one in numbers.values()):
         named = load_named_samples(data, input_names(folder), limit, _SEED)
         if named:
@@ -392,7 +401,8 @@ def labels_of(data: Path, key: str | None, limit: int | None) -> Tensor | None:
             f"--labels {key}: the data {str(data)!r} holds texts, of which labels are not read: "
             "give tokens and labels as arrays (.npz)"
         )
-    return load_labels(data, key, limit, _SEED)
+    is_whole = not data.is_dir() and load_graph(data) is not None
+    return load_labels(data, key, None if is_whole else limit, _SEED)
 
 
 def check_plot(plot: Path | None) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from clafusion.errors import InputError
 from clafusion.profiling.graphs import GraphBatches
 from clafusion.tracing.graphs import BATCH, EDGES, named_graph
+from clafusion.weights.factories import ModelFile
 
 __all__ = ["OnData", "graph_batches"]
 
@@ -72,16 +73,18 @@ def graph_batches(data: Any, model: Any) -> GraphBatches | list[dict[str, Tensor
     """
     if isinstance(data, GraphBatches):
         return data
-    names = _names(model)
-    if _is_graph(data, names):
+    if isinstance(data, (Tensor, str, bytes, Iterator)):
+        return None
+    if _is_graph(data, model):
         data = [data]
     elif (
-        isinstance(data, (Tensor, str, bytes, Mapping, Iterator))
+        isinstance(data, Mapping)
         or not isinstance(data, Iterable)
-        or not _is_graph(_first(data), names)
+        or not _is_graph(next(iter(data), None), model)
     ):
         return None
-    elif isinstance(data, list) and all(map(_is_data, data)):
+    names = _names(model)
+    if isinstance(data, list) and all(map(_is_data, data)):
         data = _joined(data, names)
     batches = GraphBatches(data, partial(_read, model=model, names=names))
     return list(batches) if isinstance(data, (list, tuple)) else batches
@@ -89,6 +92,8 @@ def graph_batches(data: Any, model: Any) -> GraphBatches | list[dict[str, Tensor
 
 def _names(model: Any) -> Mapping[str, inspect.Parameter] | None:
     """Return the parameters of a network's forward; None where they are unknown or any."""
+    if isinstance(model, ModelFile):
+        model, _ = model.open()
     if not isinstance(model, nn.Module):
         return None
     if isinstance(model, OnData):
@@ -99,24 +104,24 @@ def _names(model: Any) -> Mapping[str, inspect.Parameter] | None:
     return parameters
 
 
-def _first(data: Iterable[Any]) -> Any:
-    return next(iter(data), None)
-
-
 def _is_data(value: Any) -> bool:
     """Say whether a value is a graph, or a batch of graphs, of torch_geometric."""
     library = sys.modules.get("torch_geometric.data")
     return library is not None and isinstance(value, library.Data)
 
 
-def _is_graph(value: Any, names: Mapping[str, Any] | None) -> bool:
+def _is_graph(value: Any, model: Any) -> bool:
+    """Say whether a value is one graph, or a batch of graphs."""
     if _is_data(value) or (isinstance(value, Mapping) and EDGES in value):
         return True
-    if not isinstance(value, (tuple, list)) or names is None or not value:
+    if not isinstance(value, (tuple, list)) or not any(map(_may_be_edges, value)):
         return False
-    return EDGES in list(names)[: len(value)] and all(
-        isinstance(one, Tensor) or one is None for one in value
-    )
+    return EDGES in list(_names(model) or ())[: len(value)]
+
+
+def _may_be_edges(value: Any) -> bool:
+    is_tensor = isinstance(value, Tensor) and not value.is_floating_point()
+    return is_tensor and value.dim() == 2
 
 
 def _joined(data: Sequence[Any], names: Mapping[str, Any] | None) -> Sequence[Any]:

@@ -142,6 +142,18 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return squares.sub_((x.T @ y).mul_(2)).clamp_(min=0).div_(len(x))
 
 
+@channel_cost("energy")
+def _energies(x: Tensor, y: Tensor) -> Tensor:
+    r"""Return the quadratic energy of every two channels' difference along the edges of a graph.
+
+    .. math:: \frac{1}{|E|} \sum_{(u, v) \in E} \left((x_u - x_v) - (y_u - y_v)\right)^2
+
+    It is 0 for channels that differ by a constant. The rows are the changes along the edges: see
+    :func:`clafusion.profiling.profile.profile_models`.
+    """
+    return _squared_distances(x, y)
+
+
 def measures() -> tuple[str, ...]:
     """Return the names of the costs that compare activations."""
     return tuple(_MEASURES)

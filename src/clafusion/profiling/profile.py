@@ -124,6 +124,7 @@ def profile_models(
     spill: bool = False,
     most_rows: int | None = None,
     observe: Observer | None = None,
+    along_edges: bool = False,
 ) -> list[ModelProfile]:
     """Profile several models on the same batches, in one pass over the data.
 
@@ -163,16 +164,26 @@ def profile_models(
         Called with each model, the inputs that ran side by side, and a function that returns what
         the model puts out for them.
 
+    along_edges
+        Whether the rows are what channels change along each edge of a graph, in place of what they
+        are at its nodes.
+
     Raises
     ------
     InputError
-        ``data`` is empty or does not fit the model, a number is not positive, or the disk is full.
+        ``data`` is empty or does not fit the model, a number is not positive, the disk is full, or
+        rows along edges are asked of networks that take no graphs.
     StructureError
         A layer puts out nothing that belongs to one input.
     """
     for name, value in (("alignment_samples", alignment_samples), ("matching_rows", matching_rows)):
         if value < 2:
             raise InputError(f"{name} must be at least 2; got {value}")
+    if along_edges and any(one.graph is None for one in models):
+        raise InputError(
+            "matching.cost='energy' is measured along the edges of a graph, and these networks "
+            "take none: take 'correlation' or 'euclidean'"
+        )
     at_once = moments and max_inputs is None  # one pass sees all inputs
     spill = (
         spill
@@ -191,6 +202,7 @@ def profile_models(
             seed,
             spill,
             observe,
+            along_edges,
         )
         for model, name in zip(models, called or ["the model"] * len(models), strict=True)
     ]
@@ -277,8 +289,10 @@ class _Recorder:
         seed: int,
         spill: bool,
         observe: Observer | None,
+        along_edges: bool,
     ) -> None:
         self.model = model
+        self.along_edges = along_edges
         self.called = called
         self.observe = observe
         self.state = model.state()
@@ -308,11 +322,7 @@ class _Recorder:
         self.of_nodes: dict[str, _Sampler] = {}  # in a graph network, by the node of the graph
         self.mask: Tensor | None = None  # of the inputs that are recorded now
         self.at_hand: list[tuple[Tensor, ...]] = []  # the inputs that are recorded now
-        self.kinds = {
-            node.name: rows_kind(node)
-            for node in model.module.graph.nodes
-            if node.name in self.layers
-        }
+        self.kinds = {node.name: rows_kind(node) for node in model.module.graph.nodes}
         self.rows: dict[str, Tensor] | Spill = Spill() if spill else {}
         self.axes = moment_axes(model) if moments else {}
         self.moments: list[BatchMoments] | None = [] if moments else None
@@ -456,9 +466,13 @@ class _Recorder:
     def _sampled_rows(self, node: str, values: Sequence[Tensor]) -> Tensor:
         """Return the chosen rows of values of nodes, edges or graphs, and of those before."""
         (_, point), *_ = self.points[node]
-        last = torch.cat(
-            [one.movedim((point.batch or 0, point.axis), (0, -1)).contiguous() for one in values]
-        )
+        graph = self.model.graph
+        assert graph is not None
+        of_parts = [one.movedim((point.batch or 0, point.axis), (0, -1)) for one in values]
+        if self.along_edges and self.kinds[node] == "nodes":
+            edges = [graph.edges(inputs) for inputs in self.at_hand]
+            of_parts = [one[a] - one[b] for one, (a, b) in zip(of_parts, edges, strict=True)]
+        last = torch.cat([one.contiguous() for one in of_parts])
         positions = last[0, ..., 0].numel()
         if node not in self.of_nodes:
             self.of_nodes[node] = _Sampler(positions, self.matching_rows, self.seed)

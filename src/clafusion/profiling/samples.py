@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from clafusion.errors import InputError
+from clafusion.tracing.graphs import EDGES
 from clafusion.weights.messages import one_line
 from clafusion.weights.state_files import check_input, read_safetensors, read_torch
 
-__all__ = ["ENDINGS", "load_labels", "load_named_samples", "load_samples"]
+__all__ = ["ENDINGS", "load_graph", "load_labels", "load_named_samples", "load_samples"]
 
 ENDINGS = (".npy", ".npz", ".pt", ".pth", ".safetensors")
 _PACKERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
@@ -171,23 +172,10 @@ def load_named_samples(
     InputError
         The file is missing or corrupt, or its arrays have unlike numbers of samples.
     """
-    file = check_input(path, (*ENDINGS, *_PACKERS), "data file")
-    ending = file.suffix.lower()
-    if ending == ".npz":
-        known = [name for name in _names_in(file) if name in names]
-        stored: Any = {name: _read_numpy(file, name) for name in known}
-    elif ending == ".safetensors":
-        stored = read_safetensors(file, "data file")
-    elif ending in (".pt", ".pth"):
-        stored = read_torch(file, "data file")
-    else:
-        stored = {}
     found: dict[str, Tensor] = {}
-    for name, value in stored.items() if isinstance(stored, Mapping) else ():
-        if name in names and isinstance(value, Tensor):
-            whole = not value.is_floating_point()
-            rows = value[_rows(len(value), limit, seed)] if value.dim() else value
-            found[str(name)] = rows.long() if whole else rows.float()
+    for name, value in _named(path, names).items():
+        rows = value[_rows(len(value), limit, seed)] if value.dim() else value
+        found[name] = rows.float() if value.is_floating_point() else rows.long()
     sizes = {name: len(value) if value.dim() else 0 for name, value in found.items()}
     if len(set(sizes.values())) > 1 or 0 in sizes.values():
         shown = ", ".join(f"{name} has {size}" for name, size in sizes.items())
@@ -195,6 +183,48 @@ def load_named_samples(
             f"data file {str(path)!r}: every input needs as many samples as the others; {shown}"
         )
     return found
+
+
+def load_graph(path: str | os.PathLike[str]) -> dict[str, Tensor] | None:
+    """Read a graph: all arrays of a file that has an ``edge_index``, as a whole; None for others.
+
+    The file is one of those of :func:`load_named_samples`; whole numbers come in int64, others in
+    float32.
+
+    Raises
+    ------
+    InputError
+        The file is missing or corrupt.
+    """
+    found = _named(path, None)
+    if EDGES not in found:
+        return None
+    return {
+        name: value.float() if value.is_floating_point() else value.long()
+        for name, value in found.items()
+    }
+
+
+def _named(path: str | os.PathLike[str], names: Collection[str] | None) -> dict[str, Tensor]:
+    """Return the tensors of some names in a file that holds several; None for all, of a graph."""
+    file = check_input(path, (*ENDINGS, *_PACKERS), "data file")
+    ending = file.suffix.lower()
+    stored: Any = {}
+    if ending == ".npz":
+        held = _names_in(file)
+        wanted = names if names is not None else held if EDGES in held else ()
+        stored = {name: _read_numpy(file, name) for name in held if name in wanted}
+    elif ending == ".safetensors":
+        stored = read_safetensors(file, "data file")
+    elif ending in (".pt", ".pth"):
+        stored = read_torch(file, "data file")
+    if not isinstance(stored, Mapping):
+        return {}
+    return {
+        str(name): value
+        for name, value in stored.items()
+        if isinstance(value, Tensor) and (names is None or name in names)
+    }
 
 
 def _rows(count: int, limit: int | None, seed: int | None) -> slice | Tensor:

@@ -28,6 +28,11 @@ __all__ = ["Insertion", "insertion"]
 _RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
 _CASTS = frozenset(["to", "_to_copy", "type_as"])
 _ALONG_EDGES = frozenset("scatter_add scatter_reduce index_add index_reduce".split())
+_MIXES_NODES = (
+    "it takes values of other nodes along the edges, so that no weights make it the identity. Only "
+    "a residual layer (x + layer(x)) can be inserted; a result with the fewer layers "
+    "(target='shallower') leaves it out"
+)
 _IDEMPOTENT = frozenset("relu relu6 hardtanh clamp clamp_min abs".split())
 
 
@@ -38,30 +43,28 @@ class Insertion(NamedTuple):
     last_write: tuple[str, ...] = ()
     obstacle: str = ""
     fillings: tuple[tuple[str, float], ...] = ()
+    mixes_nodes: bool = False
 
 
 def insertion(flow: Flow, draft: Draft) -> Insertion:
     """Say whether a layer can be inserted, and how, or what is in the way."""
-    if draft.kind == "chain":
-        obstacle = _mixes_nodes(draft) or _obstacle(flow, draft)
-        return Insertion(None, obstacle=obstacle) if obstacle else Insertion("identity")
     if draft.kind == "residual_block":
         found = _zero_residual(flow, draft)
         if found is not None:
             return found
-        return Insertion(None, obstacle=_mixes_nodes(draft) or _no_residual(draft))
+    if draft.kind != "norm" and _mixes_nodes(draft):
+        return Insertion(None, obstacle=_MIXES_NODES, mixes_nodes=True)
+    if draft.kind == "chain":
+        obstacle = _obstacle(flow, draft)
+        return Insertion(None, obstacle=obstacle) if obstacle else Insertion("identity")
+    if draft.kind == "residual_block":
+        return Insertion(None, obstacle=_no_residual(draft))
     return Insertion(None, obstacle="a norm on its own is never the identity")
 
 
-def _mixes_nodes(draft: Draft) -> str:
-    """Say that a layer of a graph network is no identity, where it reads other nodes; else ""."""
-    if not any(rows_kind(one) and op_name(one) in _ALONG_EDGES for one in draft.nodes):
-        return ""
-    return (
-        "it takes values of other nodes along the edges, so that no weights make it the identity. "
-        "Only a residual layer (x + layer(x)) can be inserted; to leave the deeper network's out, "
-        "bring both to the fewer layers (target='shallower'), or fuse networks of one depth"
-    )
+def _mixes_nodes(draft: Draft) -> bool:
+    """Say whether a layer of a graph network takes values of other nodes along the edges."""
+    return any(rows_kind(one) == "nodes" and op_name(one) in _ALONG_EDGES for one in draft.nodes)
 
 
 def _no_residual(draft: Draft) -> str:

@@ -158,6 +158,9 @@ class Layer:
         model's inputs (``"input 0"``), where the model has several streams.
     rows
         What its output has rows for, in a graph network: ``"nodes"``, ``"edges"`` or ``"graphs"``.
+    mixes_nodes
+        Whether it takes values of other nodes along the edges of a graph, and cannot be inserted. A
+        shallower target leaves it out.
     """
 
     index: int
@@ -181,6 +184,7 @@ class Layer:
     lender: int = -1
     inputs: tuple[int | str, ...] = ()
     rows: str = ""
+    mixes_nodes: bool = False
 
     @property
     def stage(self) -> Stage:

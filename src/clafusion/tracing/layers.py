@@ -141,6 +141,7 @@ def _layer(
         streams.lender(index, nodes),
         streams.inputs(draft, nodes),
         rows_kind(output),
+        found.mixes_nodes,
     )
 
 
