@@ -63,8 +63,9 @@ def registries():
 @pytest.mark.usefixtures("registries")
 def test_the_example_runs(code, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if "distributed" in code:
-        pytest.importorskip("distributed")
+    for library in ("distributed", "torch_geometric"):
+        if library in code:
+            pytest.importorskip(library)
     exec(compile(code, "example", "exec"), {"__name__": "example"})
     assert capsys.readouterr().out
 

@@ -119,7 +119,10 @@ def _parts(
     for batch in batches(data, model.example_inputs, model.keywords, device=model.device):
         for one in streams:
             one.feed(batch)
-        yield from zip(*(one[:left].split(chunk) for one in batch), strict=True)
+        if model.graph is not None:  # which cannot be cut
+            yield batch
+        else:
+            yield from zip(*(one[:left].split(chunk) for one in batch), strict=True)
         left -= len(batch[0])
         if left <= 0:
             return

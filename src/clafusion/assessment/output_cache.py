@@ -117,7 +117,8 @@ class OutputStream:
         self, model: TracedModel, output: int, known: OutputCache, *, held_out: bool
     ) -> None:
         self._model, self._output, self._known = model, output, known
-        self._in_parts = not held_out and model.output_has_rows[output]
+        is_cut = model.graph is None and model.output_has_rows[output]
+        self._in_parts = not held_out and is_cut
         self._waiting: deque[tuple[Tensor, ...]] = deque()
         self._made: list[Tensor] = []
         self._num_inputs = 0  # that the outputs in ``_made`` are of

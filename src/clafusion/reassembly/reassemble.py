@@ -158,6 +158,11 @@ def _traced(
     found: dict[str, TracedModel] = {}
     for name, model in named.items():
         traced = traced_parent(name, model, example_inputs, FusionConfig(verify=False))
+        if traced.graph is not None:
+            raise InputError(
+                f"{label(name)} is a graph network, whose blocks cannot be reassembled: what lies "
+                "between them belongs to nodes, edges or graphs. Fuse them by clafusion.fuse"
+            )
         found[name] = replace(traced, thinning=None)
         if progress is not None:
             progress("trace", len(found))
