@@ -43,6 +43,7 @@ from clafusion.config import (
     LAYER_COSTS,
     MERGES,
     Choices,
+    ReassemblyConfig,
     Settings,
     Strategy,
     choice,
@@ -566,3 +567,10 @@ def test_a_preset_on_the_command_line_and_in_a_file(tmp_path):
         configured({"preset": "best"})
     with pytest.raises(InputError, match=r"settings.preset must be one of"):
         config_of({"preset": "best"}, "settings", tmp_path)
+
+
+def test_a_nested_default_is_the_one_that_is_listed():
+    of_reassembly = {one.path: one.default for one in options_of(ReassemblyConfig)}
+    of_fusion = {one.path: one.default for one in options_of(FusionConfig)}
+    assert of_reassembly["assessment.held_out"] == ReassemblyConfig().assessment.held_out == 0.3
+    assert of_fusion["assessment.held_out"] == FusionConfig().assessment.held_out == 0.1

@@ -693,7 +693,9 @@ class ReassemblyConfig(Settings):
     most_operations: int | None = count(
         None, "how many floating-point operations the result may take for an input"
     )
-    assessment: Assessment = nested(Assessment, Assessment(), "how networks are assessed")
+    assessment: Assessment = nested(
+        Assessment, Assessment(held_out=0.3), "how networks are assessed, to choose one"
+    )
     seed: int = count(0, "seed of every random choice", least=0, most=2**63 - 1)
 
 

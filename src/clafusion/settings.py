@@ -369,15 +369,23 @@ class Option:
 
 
 def options_of(
-    kind: type[Settings], prefix: str = "", needs: str = "", of: tuple[str, ...] = ()
+    kind: type[Settings],
+    prefix: str = "",
+    needs: str = "",
+    of: tuple[str, ...] = (),
+    values: Settings | None = None,
 ) -> list[Option]:
-    """Return all options of some settings, and of those in them, in order."""
+    """Return all options of some settings, and of those in them, in order.
+
+    Defaults are those of ``values``, where they are given.
+    """
     found: list[Option] = []
     for one in fields(kind):
         rule = one.metadata
         path = f"{prefix}{one.name}"
         if rule["kind"] != "nested":
             default = None if one.default is MISSING else one.default
+            default = default if values is None else getattr(values, one.name)
             choices = rule.get("choices", {})
             found.append(
                 Option(path, rule["kind"], default, choices, rule["help"], needs, of, rule)
@@ -385,7 +393,7 @@ def options_of(
             continue
         inner: type[Settings] = rule["settings"]
         if not inner.variants():
-            found += options_of(inner, f"{path}.", needs, of)
+            found += options_of(inner, f"{path}.", needs, of, cast(Settings, one.default))
             continue
         default = cast(Settings, one.default).name
         lines = {name: _summary(variant) for name, variant in inner.variants().items()}
