@@ -200,12 +200,14 @@ def _blocks(
                 "take fewer blocks. A mask that all layers read leaves no such place"
             )
         grams = grams_of(model, inputs, places)
-        cuts = tuple(places[i] for i in chosen_cuts(changes_at(places, grams), config.blocks - 1))
+        outputs = torch.cat([model.output_tensors(one)[0].double().flatten(1) for one in inputs])
+        at_end = outputs @ outputs.T
+        change = changes_at([at_start, *(grams[one.node] for one in places), at_end])
+        cuts = tuple(places[i] for i in chosen_cuts(change, config.blocks - 1))
         blocks += blocks_between(name, model, cuts)
         own = [grams[one.node] for one in cuts]
-        outputs = torch.cat([model.output_tensors(one)[0].double().flatten(1) for one in inputs])
         into += [at_start, *own]
-        out += [*own, outputs @ outputs.T]
+        out += [*own, at_end]
     distances = block_distances(similarity(into, into), similarity(out, out))
     return blocks, grouped(blocks, np.asarray(distances), config.blocks)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -64,17 +64,21 @@ def similarity(one: Sequence[Tensor], other: Sequence[Tensor]) -> NDArray[np.flo
     return found
 
 
-def changes_at(cuts: Sequence[Cut], grams: Mapping[str, Tensor]) -> NDArray[np.float64]:
-    """Return for each cut how much the values change just before and just behind it.
+def changes_at(grams: Sequence[Tensor]) -> NDArray[np.float64]:
+    """Return how much a model's values change around each of its cuts, by CKA.
 
-    That is one minus the CKA with the value at the cut before, and with that at the one behind;
-    where there is none, the other side counts twice.
+    Parameters
+    ----------
+    grams
+        The inner products of the inputs, of the values at the cuts in order, and of the outputs.
+
+    Returns
+    -------
+    ndarray
+        For each cut one minus the CKA with the value before, plus one minus that with the one
+        behind.
     """
-    every = [grams[one.node] for one in cuts]
-    alike = similarity(every, every)
-    steps = [float(1 - alike[i, i + 1]) for i in range(len(every) - 1)]
-    if not steps:
-        return np.zeros(len(every))
-    before, behind = [steps[0], *steps], [*steps, steps[-1]]
-    found: NDArray[np.float64] = np.add(before, behind)
+    alike = similarity(grams, grams)
+    steps = 1 - np.diagonal(alike, 1)
+    found: NDArray[np.float64] = steps[:-1] + steps[1:]
     return found
