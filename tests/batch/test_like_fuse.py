@@ -135,6 +135,7 @@ OTHERS = {
     "matching": "euclidean",
     "merging": {"normalisation": "single"},
     "calibration": "batchnorm",
+    "combine": "probabilities",
     "assessment": {"held_out": 0.3},
     "verify": False,
     "seed": 3,
