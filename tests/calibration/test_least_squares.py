@@ -314,6 +314,7 @@ def _norm_behind(width, seed, unused=0, depthwise=False):
     return model.eval()
 
 
+@pytest.mark.filterwarnings("ignore:.*alone has weight:clafusion.WidthWarning")
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_channels_are_chosen_across_a_norm_behind_the_activation(depthwise):
     """The narrow result keeps exactly those channels of the wide network that count."""
