@@ -20,7 +20,7 @@ from clafusion import (
     summary,
     trace,
 )
-from clafusion.calibration.least_squares import anchored_weights, walks
+from clafusion.calibration.least_squares import anchored_weights
 from clafusion.calibration.least_squares.anchors import ANCHORS
 from clafusion.calibration.least_squares.equations import NormalEquations
 from clafusion.calibration.least_squares.rows import chosen_positions, rows_for
@@ -145,16 +145,6 @@ def test_batches_take_turns_through_all_positions():
     batches = [drawn.of(batch) for batch in range(12)]
     assert all(len(one) == len(one.unique()) == 5 for one in batches)
     assert torch.cat(batches).bincount().tolist() == [5] * 12
-
-
-def test_the_trial_of_anchors_chooses_the_hidden_channels(monkeypatch):
-    chosen = []
-    choose = walks.choose_channels
-    monkeypatch.setattr(
-        walks, "choose_channels", lambda *of, **how: chosen.append(of[1]) or choose(*of, **how)
-    )
-    fuse([chain(16, 12), chain(12, 16, seed=1)], VECTORS, calibration="least_squares")
-    assert len(chosen) == 2 * 2  # layers, anchors
 
 
 def test_auto_takes_what_comes_nearer_to_the_mean():

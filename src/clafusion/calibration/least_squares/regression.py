@@ -15,7 +15,6 @@ from clafusion.calibration.least_squares.anchors import (
     anchored_weights,
     output_distances,
 )
-from clafusion.calibration.least_squares.choice import Choice
 from clafusion.calibration.least_squares.hidden import hidden_channels
 from clafusion.calibration.least_squares.places import Place, regressed_places
 from clafusion.calibration.least_squares.walks import Candidate, Rows, Walks
@@ -93,18 +92,16 @@ def regress_anchored(
     fused = {anchor: _anchored(problem, plain, anchor) for anchor in anchors}
     inputs, owners = _inputs(problem, data, settings, len(fused))
     rows = Rows(seed=seed)
-    choices: Mapping[str, Choice] = {}
     trial = None
     if len(fused) > 1 and not problem.target.takes_whole_batches:
         trial = Trial.of(inputs, min(math.prod(shape[:-1]) for shape, _ in problem.target.outputs))
     if trial is not None:
-        walks = _regressed(problem, fused, trial.regressed, settings.ridge, rows.fewer(), {})
+        walks = _regressed(problem, fused, trial.regressed, settings.ridge, rows.fewer())
         states = [one.state for one in walks.candidates]
         far = output_distances(problem, states, trial.compared)
-        nearest = far.index(min(far))
-        fused = {anchors[nearest]: fused[anchors[nearest]]}
-        choices = walks.candidates[nearest].choices
-    walks = _regressed(problem, fused, inputs, settings.ridge, rows, choices, progress, owners)
+        best = anchors[far.index(min(far))]
+        fused = {best: fused[best]}
+    walks = _regressed(problem, fused, inputs, settings.ridge, rows, progress, owners)
     far = walks.distances() if len(fused) > 1 else [0.0]
     nearest = far.index(min(far))
     return Regression(walks.candidates[nearest].state, list(fused)[nearest], walks.solved)
@@ -162,21 +159,17 @@ def _regressed(
     inputs: Sequence[tuple[Tensor, ...]],
     ridge: float,
     rows: Rows,
-    choices: Mapping[str, Choice],
     progress: Callable[[str, int], None] | None = None,
     owners: Sequence[int] = (),
 ) -> Walks:
-    """Regress the states, given by their anchors, side by side.
-
-    ``choices`` are hidden channels that were chosen before, for all of them.
-    """
+    """Regress the states, given by their anchors, side by side."""
     places = regressed_places(problem, next(iter(fused.values())))
     states = [one.traced.state() for one in problem.parents]
     hidden = {}
     if problem.merged is None:
         hidden = hidden_channels(problem, places, states, problem.target.state())
     candidates = [
-        Candidate(_kept(problem, state), _weights(problem, places, anchor), choices={**choices})
+        Candidate(_kept(problem, state), _weights(problem, places, anchor))
         for anchor, state in fused.items()
     ]
     walks = Walks(problem, candidates, inputs, places, hidden, states, rows, owners)

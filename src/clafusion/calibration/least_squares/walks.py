@@ -84,8 +84,7 @@ class Candidate:
     walks
         Its runs, one for each batch.
     choices
-        The hidden channels that were chosen, by the layer that writes them. Those that are given
-        are taken as they are.
+        The hidden channels that were chosen, by the layer that writes them.
     """
 
     state: MutableMapping[str, Tensor]
@@ -162,8 +161,7 @@ class Walks:
         """Regress one layer of every candidate and put its new weights into the state."""
         hidden = self.hidden.get(place.affine.name)
         if hidden is not None:
-            if any(place.affine.name not in one.choices for one in self.candidates):
-                self._choose(place, hidden)
+            self._choose(place, hidden)
             for one in self.candidates:
                 self._carry(one.state, hidden, one.choices[place.affine.name].kept)
         drawn: Positions | None = None
