@@ -43,6 +43,7 @@ from clafusion.config import (
     LAYER_COSTS,
     MERGES,
     Choices,
+    MergeConfig,
     ReassemblyConfig,
     Settings,
     Strategy,
@@ -54,7 +55,9 @@ from clafusion.config import (
     options_of,
     text,
 )
+from clafusion.one_origin.merge import merge
 from clafusion.presets import PRESETS, preset_of
+from clafusion.reassembly.reassemble import reassemble
 from clafusion.stages import config_from
 
 SOLVERS = (Auto, Assignment, Exact, Sinkhorn, Unbalanced, Zip, Orthogonal)
@@ -300,6 +303,39 @@ def test_an_unknown_option_is_answered_by_the_nearest():
         config_from({"seed": 1}, {})
     with pytest.raises(InputError, match=r"^config has no option 'sed'; did you mean 'seed'\?"):
         FusionConfig.parse({"sed": 1}, "config")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: merge(None, [None], preset="fast"),
+            "'preset' is no option. The options are method",
+        ),
+        (
+            lambda: merge(None, [None], wieghts=[1]),
+            "'wieghts' is no option; did you mean 'weights'?",
+        ),
+        (
+            lambda: merge(None, [None], density=0.1),
+            "'density' is no option of its own; it is method.",
+        ),
+        (lambda: merge(None, [None], config={}), "config must be a MergeConfig; got dict"),
+        (lambda: reassemble([], None, blokcs=3), "'blokcs' is no option; did you mean 'blocks'?"),
+        (
+            lambda: reassemble([], None, progres=print),
+            "'progres' is no option; did you mean 'progress",
+        ),
+        (
+            lambda: MergeConfig.parse({"sede": 1}, ""),
+            "'sede' is no option; did you mean 'seed'? (it ",
+        ),
+    ],
+)
+def test_merges_and_reassemblies_answer_unknown_options_as_fusions_do(call, message):
+    with pytest.raises(InputError) as caught:
+        call()
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -29,6 +29,7 @@ __all__ = [
     "nested",
     "number",
     "options_of",
+    "overridden",
     "text",
 ]
 
@@ -246,11 +247,43 @@ def made(kind: type[S], given: Mapping[str, Any], where: str) -> S:
         close = get_close_matches(unknown[0], known, 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         what = f"it has {', '.join(known)}" if known else "it has none"
-        raise InputError(f"{where} has no option {unknown[0]!r}{hint} ({what})")
+        name = repr(unknown[0])
+        lacks = f"{where} has no option {name}" if where else f"{name} is no option"
+        raise InputError(f"{lacks}{hint} ({what})")
     try:
         return kind(**given)
     except InputError as error:
         raise InputError(f"{where}.{error}" if where else str(error)) from None
+
+
+def overridden(
+    kind: type[S],
+    config: S | None,
+    overrides: Mapping[str, Any],
+    keywords: Sequence[str] = (),
+) -> S:
+    """Return settings with some of their fields given anew; default those of all defaults.
+
+    ``keywords`` are the caller's other arguments, which an error may suggest, too.
+
+    Raises
+    ------
+    InputError
+        ``config`` is of another type, or a field is unknown or out of its range.
+    """
+    if config is not None and not isinstance(config, kind):
+        raise InputError(f"config must be a {kind.__name__}; got {type(config).__name__}")
+    base = config or kind()
+    given = {one.name: getattr(base, one.name) for one in fields(kind)}
+    unknown = [name for name in overrides if name not in given]
+    if unknown:
+        places = [one.path for one in options_of(kind) if one.field == unknown[0]]
+        close = get_close_matches(unknown[0], [*given, *keywords], 1)
+        hint = f" of its own; it is {places[0]}." if places else "."
+        if close and not places:
+            hint = f"; did you mean {close[0]!r}?"
+        raise InputError(f"{unknown[0]!r} is no option{hint} The options are {', '.join(given)}")
+    return made(kind, {**given, **overrides}, "")
 
 
 _WORDS = {int: "a whole number", Module: "a torch.nn.Module"}

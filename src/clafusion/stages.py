@@ -7,8 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
-from difflib import get_close_matches
+from dataclasses import replace
 from numbers import Real
 from typing import Any, TypeAlias
 
@@ -44,7 +43,7 @@ from clafusion.profiling.importance import (
 )
 from clafusion.profiling.profile import ModelProfile, Observer, profile_models
 from clafusion.profiling.thinning import thinned
-from clafusion.settings import made, options_of
+from clafusion.settings import overridden
 from clafusion.tracing.copies import copied
 from clafusion.tracing.known_proofs import KnownProofs
 from clafusion.tracing.model import TracedModel
@@ -181,24 +180,12 @@ def config_from(
     InputError
         A field is unknown or out of its range.
     """
-    if config is not None and not isinstance(config, FusionConfig):
-        raise InputError(f"config must be a FusionConfig; got {type(config).__name__}")
     overrides = dict(overrides)
     if "preset" in overrides:
         if config is not None:
             raise InputError("preset and config are both whole configurations: give one of them")
         config = preset_of(overrides.pop("preset"))
-    base = config or FusionConfig()
-    given = {one.name: getattr(base, one.name) for one in fields(FusionConfig)}
-    unknown = [name for name in overrides if name not in given]
-    if unknown:
-        places = [one.path for one in options_of(FusionConfig) if one.field == unknown[0]]
-        close = get_close_matches(unknown[0], [*given, *keywords, "preset"], 1)
-        hint = f" of its own; it is {places[0]}." if places else "."
-        if close and not places:
-            hint = f"; did you mean {close[0]!r}?"
-        raise InputError(f"{unknown[0]!r} is no option{hint} The options are {', '.join(given)}")
-    return made(FusionConfig, {**given, **overrides}, "")
+    return overridden(FusionConfig, config, overrides, (*keywords, "preset"))
 
 
 def expected_work(count: int, config: FusionConfig, models: int = 2) -> dict[str, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from clafusion.one_origin.networks import Network, check_distances, check_same_e
 from clafusion.one_origin.parameters import merged_state
 from clafusion.one_origin.result import BASE, MergeResult
 from clafusion.profiling.batches import Data, Progress
-from clafusion.settings import made
+from clafusion.settings import overridden
 from clafusion.stages import Clock, ExampleInputs, merge_weights, named_models, placed
 from clafusion.tracing.ties import aliases_of
 from clafusion.weights.factories import Model
@@ -100,7 +100,12 @@ def merge(
     >>> result = clafusion.merge(base, [maths, code], method="ties")  # doctest: +SKIP
     >>> result.save("merged.safetensors")  # doctest: +SKIP
     """
-    config = _config_from(config, overrides)
+    config = overridden(
+        MergeConfig,
+        config,
+        overrides,
+        ("weights", "example_inputs", "device", "memory_limit", "progress"),
+    )
     if data is None and not isinstance(config.calibration, NoCalibration):
         raise InputError(f"calibration={config.calibration.name!r} needs data: give some inputs")
     named = named_models(models, least=1)
@@ -143,15 +148,6 @@ def merge(
         model = storage.model(first.module, state, aliases_of(first.module))
         return replace(result, model=model, timings=clock.seconds, peak_memory=clock.peak_memory)
     return calibrated(result, every, data, example_inputs, state, storage, clock, progress)
-
-
-def _config_from(config: MergeConfig | None, overrides: Mapping[str, Any]) -> MergeConfig:
-    """Return a configuration with some of its fields given anew."""
-    if config is not None and not isinstance(config, MergeConfig):
-        raise InputError(f"config must be a MergeConfig; got {type(config).__name__}")
-    own = config or MergeConfig()
-    given = {one.name: getattr(own, one.name) for one in fields(MergeConfig)}
-    return made(MergeConfig, {**given, **overrides}, "")
 
 
 def _needed_memory(base: Network, count: int) -> NeededMemory:

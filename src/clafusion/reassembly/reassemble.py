@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -31,7 +31,7 @@ from clafusion.reassembly.result import ReassemblyResult, Tried
 from clafusion.reassembly.search import Candidate, Joins, candidates_of, joins_of
 from clafusion.reassembly.stitching import fitted
 from clafusion.reassembly.values import changes_at, cut_values, grams_of, inputs_of, similarity
-from clafusion.settings import made
+from clafusion.settings import overridden
 from clafusion.stages import Clock, ExampleInputs, named_models, placed, traced_parent
 from clafusion.tracing.model import TracedModel
 from clafusion.weights.factories import Model
@@ -99,7 +99,9 @@ def reassemble(
     >>> result = clafusion.reassemble([resnet, vgg, mixer], images)  # doctest: +SKIP
     >>> result.save("stitched.pt2")  # doctest: +SKIP
     """
-    config = _config_from(config, overrides)
+    config = overridden(
+        ReassemblyConfig, config, overrides, ("example_inputs", "device", "progress")
+    )
     named, example_inputs = placed(named_models(models), data, example_inputs, device)
     clock = Clock(None)
     with clock.stage("trace"):
@@ -140,15 +142,6 @@ def _is_beaten(found: FusionAssessment) -> bool:
     """Say whether a model alone is clearly nearer, and of classes agrees more often, too."""
     own = found.result.agreement
     return any(own is None or (found.parents[name].agreement or 0.0) > own for name in found.nearer)
-
-
-def _config_from(config: ReassemblyConfig | None, overrides: Mapping[str, Any]) -> ReassemblyConfig:
-    """Return a configuration with some of its fields given anew."""
-    if config is not None and not isinstance(config, ReassemblyConfig):
-        raise InputError(f"config must be a ReassemblyConfig; got {type(config).__name__}")
-    own = config or ReassemblyConfig()
-    given = {one.name: getattr(own, one.name) for one in fields(ReassemblyConfig)}
-    return made(ReassemblyConfig, {**given, **overrides}, "")
 
 
 def _traced(
