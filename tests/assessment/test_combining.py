@@ -48,6 +48,21 @@ def test_networks_that_agree_combine_logits_and_sure_ones_that_do_not_probabilit
     assert f"together     the parents put out {result.combination}" in clafusion.summary(result)
 
 
+def test_networks_of_one_batch_size_see_whole_batches():
+    """90 batches of 3, of which the 256th input is the first of one."""
+    fixed = [nn.Sequential(*one, InThrees()) for one in PAIR]
+    traced = [clafusion.trace(one, X[:3]) for one in fixed]
+    assert traced[0].static_batch == 3
+    found = chosen_combination(traced, (0.5, 0.5), [*X[:270].split(3)], FusionConfig())
+    assert found.means == "logits"
+    assert "on 258 rows" in found.reason
+
+
+class InThrees(nn.Module):
+    def forward(self, x):
+        return x.reshape(3, -1)
+
+
 def test_many_classes_are_not_refitted():
     wide = [networks.mlp(6, 4, MOST_CLASSES + 1, seed=i) for i in range(2)]
     found = chosen(wide)

@@ -100,9 +100,10 @@ def _logits(
     first = models[0]
     known = OutputCache() if known is None else known
     streams = [OutputStream(one, output, known, held_out=False) for one in models]
-    chunk = max(1, min(MOST_COMPARED, _CHUNK_NUMBERS // max(1, whole_numbers(first, output))))
-    is_whole = any(one.graph is not None or one.static_batch is not None for one in models)
-    for inputs in _parts(data, first, chunk, streams, is_whole=is_whole):
+    chunk = None
+    if not any(one.takes_whole_batches for one in models):
+        chunk = max(1, min(MOST_COMPARED, _CHUNK_NUMBERS // max(1, whole_numbers(first, output))))
+    for inputs in _parts(data, first, chunk, streams):
         found = [one.take(inputs) for one in streams]
         rows = [some_positions(one.movedim(axis, -1), one.size(axis)) for one in found]
         mask = counting_outputs(first, kept_positions(first, inputs), output)
@@ -113,22 +114,17 @@ def _logits(
 
 
 def _parts(
-    data: Data,
-    model: TracedModel,
-    chunk: int,
-    streams: Sequence[OutputStream],
-    *,
-    is_whole: bool,
+    data: Data, model: TracedModel, chunk: int | None, streams: Sequence[OutputStream]
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield the first inputs in chunks; streams are fed whole batches, as a profile is.
 
-    ``is_whole`` says that batches cannot be cut.
+    Without a chunk's size whole batches are yielded, too.
     """
     left = MOST_COMPARED
     for batch in batches(data, model.example_inputs, model.keywords, device=model.device):
         for one in streams:
             one.feed(batch)
-        if is_whole:
+        if chunk is None:
             yield batch
         else:
             yield from zip(*(one[:left].split(chunk) for one in batch), strict=True)
