@@ -265,3 +265,29 @@ def test_a_file_with_a_graph_is_fused_and_evaluated(ending, tmp_path, monkeypatc
     assert main(["fuse", "3.pt", "2.pt", *archs, *data, "--out", "fused.pt"]) == 0
     assert "accuracy" in capsys.readouterr().out
     assert torch.load("fused.pt", weights_only=True)["convs.2.lin.weight"].shape == (8, 8)
+
+
+@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+def test_a_merge_takes_graphs_whole(calibration):
+    base, model = (randomise(Graphs(GCNConv), 0) for _ in range(2))
+    with torch.no_grad():
+        for one in model.parameters():
+            one.mul_(1.05)
+    data = graphs(130)
+    options = {"method": "average", "calibration": calibration}
+    assert_same(clafusion.merge(base, [model], data, **options).model, model)
+    tasks = {"first": data[:100], "second": data[100:]}
+    found = clafusion.merge(base, {"first": model, "second": model}, tasks, **options)
+    assert found.problem.owners == (0, 1, 0)
+    assert_same(found.model, model)
+
+
+def assert_same(model, other):
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_blocks_of_graph_networks_are_refused():
+    models = [randomise(Graphs(GCNConv, width), width) for width in (8, 12)]
+    with pytest.raises(InputError, match="is a graph network, whose blocks cannot be reassembled"):
+        clafusion.reassemble(models, graphs(20))

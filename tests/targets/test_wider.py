@@ -244,7 +244,17 @@ def test_options_that_do_not_go_with_it(settings, told):
     assert FusionConfig(target=Deeper(), **settings)
 
 
-def test_three_networks_are_too_many():
+def test_three_networks_are_too_many_but_one_after_another():
     models = [networks.mlp(12, 9, 5, seed=seed) for seed in range(3)]
+    joined = fuse(
+        models,
+        VECTORS,
+        target=Wider(2.0),
+        merging={"strategy": "iterative"},
+        combine="logits",
+        verify=False,
+    )
+    wanted = mean(models, VECTORS, [1 / 3] * 3)
+    assert distance(joined.model, wanted, VECTORS) < 1e-5
     with pytest.raises(InputError, match="of two networks places of their own; got 3 models"):
         fuse(models, VECTORS, target="wider", verify=False)

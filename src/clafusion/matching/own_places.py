@@ -77,7 +77,8 @@ def match_with_own_places(
     if len(names) != 2:
         raise InputError(
             f"target {config.target.name!r} gives channels of two networks places of their own; "
-            f"got {len(names)} models: fuse two, or take target='deeper'"
+            f"got {len(names)} models: fuse two, let the others join one after another by "
+            "merging.strategy='iterative', or take target='deeper'"
         )
     base = sources.profile.traced
     first = max(sources.reference, 0)

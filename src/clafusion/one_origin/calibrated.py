@@ -150,9 +150,11 @@ def _by_tasks(
             found = list(batches(own, target.example_inputs, target.keywords, device=target.device))
         except InputError as error:
             raise InputError(f"data[{name!r}]: {error}") from error
-        whole = [torch.cat(one) for one in zip(*found, strict=True)]
-        parts = math.ceil(len(whole[0]) / _BATCH)
-        of_tasks.append(list(zip(*(one.tensor_split(parts) for one in whole), strict=True)))
+        if not target.takes_whole_batches:
+            whole = [torch.cat(one) for one in zip(*found, strict=True)]
+            parts = math.ceil(len(whole[0]) / _BATCH)
+            found = list(zip(*(one.tensor_split(parts) for one in whole), strict=True))
+        of_tasks.append(found)
     joined = [
         (batch, owner)
         for turn in zip_longest(*of_tasks)

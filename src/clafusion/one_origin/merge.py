@@ -11,6 +11,7 @@ import torch
 from clafusion.config import MergeConfig, NoCalibration
 from clafusion.errors import InputError
 from clafusion.execution.call import device_of
+from clafusion.interop.inputs import readable
 from clafusion.interop.vocabulary import check_alike
 from clafusion.memory import NeededMemory, bytes_of, check_limit, held_now
 from clafusion.merging.task_vectors import PART
@@ -19,6 +20,7 @@ from clafusion.one_origin.networks import Network, check_distances, check_same_e
 from clafusion.one_origin.parameters import merged_state
 from clafusion.one_origin.result import BASE, MergeResult
 from clafusion.profiling.batches import Data, Progress
+from clafusion.profiling.graphs import is_graph
 from clafusion.settings import overridden
 from clafusion.stages import Clock, ExampleInputs, merge_weights, named_models, placed
 from clafusion.tracing.ties import aliases_of
@@ -115,11 +117,7 @@ def merge(
     every = {BASE: base, **named}
     named_models(every)  # which refuses what is no model
     check_alike(every)
-    if isinstance(data, Mapping) and data.keys() != named.keys():
-        raise InputError(
-            f"data as a mapping must have one entry for each model, {', '.join(named)}; got "
-            f"{', '.join(map(str, data))}"
-        )
+    data = _readable(data, named)
     if data is None:
         example_inputs = ()
     shown = next(iter(data.values())) if isinstance(data, Mapping) else data
@@ -148,6 +146,22 @@ def merge(
         model = storage.model(first.module, state, aliases_of(first.module))
         return replace(result, model=model, timings=clock.seconds, peak_memory=clock.peak_memory)
     return calibrated(result, every, data, example_inputs, state, storage, clock, progress)
+
+
+def _readable(
+    data: Data | Mapping[str, Data] | None, models: Mapping[str, Model]
+) -> Data | Mapping[str, Data] | None:
+    """Return data, or each model's, as stages read them."""
+    if data is None:
+        return None
+    if not isinstance(data, Mapping) or is_graph(data):
+        return readable(data, models)
+    if data.keys() != models.keys():
+        raise InputError(
+            f"data as a mapping must have one entry for each model, {', '.join(models)}; got "
+            f"{', '.join(map(str, data))}"
+        )
+    return {name: readable(one, models) for name, one in data.items()}
 
 
 def _needed_memory(base: Network, count: int) -> NeededMemory:

@@ -20,6 +20,7 @@ from clafusion.config import FusionConfig, ReassemblyConfig
 from clafusion.errors import AssessmentWarning, InputError, warn
 from clafusion.execution.call import call_model
 from clafusion.execution.flops import count_operations
+from clafusion.interop.inputs import readable
 from clafusion.merging.combination import Means
 from clafusion.profiling.batches import Data, Progress
 from clafusion.quality import hash_of
@@ -102,7 +103,9 @@ def reassemble(
     config = overridden(
         ReassemblyConfig, config, overrides, ("example_inputs", "device", "progress")
     )
-    named, example_inputs = placed(named_models(models), data, example_inputs, device)
+    named = named_models(models)
+    data = readable(data, named)
+    named, example_inputs = placed(named, data, example_inputs, device)
     clock = Clock(None)
     with clock.stage("trace"):
         parents = _traced(named, example_inputs, progress)

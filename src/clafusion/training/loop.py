@@ -271,9 +271,7 @@ def _mean_loss(name: str, model: nn.Module, data: Any, loss: Loss, device: torch
     """Return the mean loss on data that is not trained on, in eval mode."""
     model.eval()
     total, count = 0.0, 0
-    for batch in batches_of(
-        "validation", data, _VALIDATION_BATCH_SIZE, device, False, shuffle=False
-    ):
+    for batch in batches_of(name, data, _VALIDATION_BATCH_SIZE, device, False, shuffle=False):
         inputs, named, _ = batch
         size = len(next(iter((*inputs, *named.values()))))
         total += size * float(loss(model, batch, name))
