@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from clafusion.alignment.models import label
 from clafusion.assessment.assess import assess, warn_of
 from clafusion.assessment.evaluation import Evaluation, checked_labels, evaluated, network_of
 from clafusion.assessment.output_cache import OutputCache
@@ -23,7 +24,7 @@ from clafusion.profiling.batches import (
     first_batch,
 )
 from clafusion.results import FusionResult
-from clafusion.stages import Clock
+from clafusion.stages import Clock, merge_weights, named_models
 from clafusion.tracing.model import TracedModel
 
 __all__ = ["assessed", "evaluate", "hash_of"]
@@ -76,10 +77,10 @@ def _evaluation(
 
 
 def evaluate(
-    models: nn.Module | Mapping[str, nn.Module],
+    models: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
     inputs: Data,
     labels: Any,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
     *,
     axis: int = -1,
 ) -> Evaluation:
@@ -88,7 +89,8 @@ def evaluate(
     Parameters
     ----------
     models
-        A network, or several by name. They run in eval mode, and stay as they are.
+        A network, or several: a list, or a mapping with names. They run in eval mode, and stay as
+        they are.
     inputs
         A tensor, a list of batches or a DataLoader that keeps its order. Of a batch that is a tuple
         the first entry counts, of a mapping all but labels. Or graphs, as for ``clafusion.fuse``.
@@ -97,25 +99,40 @@ def evaluate(
         whole numbers for classes, where -100 stands for none, real numbers of the outputs' shape
         for values.
     weights
-        The networks' weights in their mean; default equal.
+        The networks' weights in their mean, not negative; they are divided by their sum. Default:
+        equal.
     axis
         The axis of the classes in the outputs.
 
     Raises
     ------
     InputError
-        The labels do not fit the inputs or the outputs, or there are no inputs.
+        The labels do not fit the inputs or the outputs, the weights do not fit the networks, or
+        there are no inputs.
     """
-    named = {"the network": models} if isinstance(models, nn.Module) else dict(models)
-    if not named:
-        raise InputError("models is empty: give at least one network")
+    named = _networks(models)
+    shares = merge_weights(weights, tuple(named))
     inputs = readable(inputs, named)
     example = first_batch(inputs)
     keywords: tuple[str, ...] = ()
     given: tuple[Any, ...] = example if isinstance(example, tuple) else (example,)
     if isinstance(example, Mapping):
         keywords, given = tuple(example), tuple(example.values())
-    shares = [1 / len(named)] * len(named) if weights is None else list(weights)
     known = checked_labels(labels, inputs)
     networks = {name: network_of(one, keywords) for name, one in named.items()}
     return evaluated(networks, shares, batches(inputs, given, keywords), known, axis=axis)
+
+
+def _networks(models: Any) -> dict[str, nn.Module]:
+    """Return networks by name; refuse what is none."""
+    if isinstance(models, nn.Module):
+        return {"the network": models}
+    found: dict[str, nn.Module] = {}
+    for name, one in named_models(models, least=1).items():
+        if not isinstance(one, nn.Module):
+            raise InputError(
+                f"{label(name)} must be a torch.nn.Module, as clafusion.load returns it; got "
+                f"{type(one).__name__}"
+            )
+        found[name] = one
+    return found

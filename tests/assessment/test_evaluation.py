@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import clafusion
-from clafusion import InputError
+from clafusion import InputError, ModelFile
 from clafusion.cli.app import main
 from tests.support.networks import mlp
 
@@ -108,6 +108,28 @@ def test_positions_without_a_label_do_not_count():
 def test_labels_that_do_not_fit_are_refused(labels, message):
     with pytest.raises(InputError, match=message):
         clafusion.evaluate(MODELS, INPUTS, labels)
+
+
+def test_weights_are_shares_and_networks_may_be_a_list():
+    by_name = clafusion.evaluate(MODELS, INPUTS, LABELS, {"long": 0.75, "brief": 0.25})
+    listed = clafusion.evaluate([*MODELS.values()], INPUTS, LABELS, [3, 1])
+    assert list(listed.scores)[:2] == ["models[0]", "models[1]"]
+    assert [*listed.scores.values()] == [*by_name.scores.values()]
+
+
+@pytest.mark.parametrize(
+    ("models", "weights", "message"),
+    [
+        (MODELS, [1.0], "weights must have one entry for each model, 2; got 1"),
+        (MODELS, [1, -1], r"weights\[1\] must be a number of at least 0"),
+        ({}, None, "models must be networks, at least one; got 0"),
+        (3, None, "models must be a list or a mapping of networks, at least one; got int"),
+        ({"a": ModelFile("nets.py:long", "a.pt")}, None, "must be a torch.nn.Module, as clafusion"),
+    ],
+)
+def test_networks_and_weights_that_do_not_fit_are_refused(models, weights, message):
+    with pytest.raises(InputError, match=message):
+        clafusion.evaluate(models, INPUTS, LABELS, weights)
 
 
 NETS = """
