@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import clafusion
 from clafusion import Merging, fuse
 from clafusion.cli.app import main
+from clafusion.cli.inputs import loaded_files
 from clafusion.weights.state_files import save_model
 from tests.support import networks
 
@@ -612,3 +613,8 @@ def test_shapes_of_which_no_sample_can_be_made_are_refused(capsys, shape, messag
     shown = capsys.readouterr().err
     assert message in shown
     assert shown.count("\n") == 1
+
+
+def test_one_factory_for_all_is_that_of_files_of_weights():
+    found = loaded_files(["stitched.pt2", "a.pt"], ["nets.py:make"])
+    assert [one.factory for one in found.values()] == [None, "nets.py:make"]

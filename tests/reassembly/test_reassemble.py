@@ -154,6 +154,19 @@ def test_unusable_arguments_are_named():
         reassemble(models, IMAGES, blocks=1)
     with pytest.raises(InputError, match="config must be a ReassemblyConfig"):
         reassemble(models, IMAGES, clafusion.FusionConfig())
+    with pytest.raises(InputError, match=r"^ReassemblyConfig has no option 'block'; did you mean"):
+        reassemble(models, IMAGES, block=2)
+    with pytest.raises(InputError, match=r"data has 1 sample\(s\), to which no stitch"):
+        reassemble(models, IMAGES[:1])
+
+
+@torch.no_grad()
+def test_networks_in_half_precision_give_one_in_half_precision():
+    halves = {name: one.bfloat16() for name, one in three().items()}
+    images = IMAGES.bfloat16()
+    model = reassemble(halves, images, candidates=2).model
+    assert {one.dtype for one in model.parameters()} == {torch.bfloat16}
+    assert model(images).dtype == torch.bfloat16
 
 
 def test_blocks_that_cannot_be_joined_are_named():

@@ -50,6 +50,13 @@ def test_a_stitch_is_the_least_squares_map(source, target):
     assert sum(one.numel() for one in stitch.parameters()) == plan.parameters
 
 
+def test_a_stitch_has_the_type_of_what_it_reads():
+    plan = stitch_plan(cut(5), cut(3), "they")
+    x = values(cut(5)).bfloat16()
+    stitch, _ = fitted(plan, [(x, values(cut(3), seed=1))], 1e-4)
+    assert stitch(x).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("source", "target", "features"),
     [

@@ -114,6 +114,8 @@ class LoadedFile:
 def loaded_files(texts: Sequence[str], archs: Sequence[str] | None) -> dict[str, LoadedFile]:
     """Return networks by name: as ``NAME=FILE`` says, or as their files are called.
 
+    One factory for all is that of the files of weights: a directory or .pt2 file is its own.
+
     Raises
     ------
     InputError
@@ -130,7 +132,8 @@ def loaded_files(texts: Sequence[str], archs: Sequence[str] | None) -> dict[str,
         raise InputError(f"give --arch once, or once for each of the {len(found)} files")
     every: Sequence[str | None] = [None] * len(found)
     if archs:
-        every = archs if len(archs) == len(found) else [archs[0]] * len(found)
+        once = [None if holds_itself(file) else archs[0] for file in found.values()]
+        every = archs if len(archs) == len(found) else once
     return {
         name: LoadedFile(file, factory)
         for (name, file), factory in zip(found.items(), every, strict=True)

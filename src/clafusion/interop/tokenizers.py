@@ -115,9 +115,9 @@ def check_same_vocabulary(directories: Mapping[str, Path]) -> None:
         if told:
             raise InputError(
                 f"{label(first)} and {label(name)} have other vocabularies, so that the same text "
-                f"means other tokens: {told}. Fuse networks with one tokenizer, or take "
-                "vocabulary='intersection' (--vocabulary intersection), which moves common entries "
-                "and keeps the first model's others"
+                f"means other tokens: {told}. Take networks with one tokenizer; clafusion.fuse "
+                "with vocabulary='intersection' (clafusion fuse --vocabulary intersection) moves "
+                "common entries and keeps the first model's others"
             )
 
 

@@ -57,8 +57,8 @@ def _check_same_rows(configs: Mapping[str, Mapping[str, Any]]) -> None:
         shown = listed([f"{label(name)} {size}" for name, size in sizes.items()])
         raise InputError(
             f"the tables of tokens have unlike numbers of rows (vocab_size): {shown}. Give all as "
-            f"many by model.resize_token_embeddings({max(sizes.values())}), or take "
-            "vocabulary='intersection'"
+            f"many by model.resize_token_embeddings({max(sizes.values())}), or fuse them by "
+            "clafusion.fuse with vocabulary='intersection'"
         )
 
 

@@ -164,7 +164,7 @@ def fitted(
     squares = torch.zeros(channels, dtype=torch.float64)
     count, like = 0, torch.empty(0)
     for x, goal in pairs:
-        like = goal
+        like = x  # what the block before puts out has the type of its weights
         x = _shaped(x, plan.source.axis, plan.pooled, plan.is_flat)
         rows = _rows(x, 1 if plan.is_flat else plan.source.axis)
         rows = F.pad(rows, (0, 1), value=1.0)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clafusion.alignment.layer_costs import cka
+from clafusion.errors import InputError
 from clafusion.execution.walk import Walk
 from clafusion.profiling.batches import Data, in_chunks
 from clafusion.profiling.gram import gram_matrix
@@ -19,14 +20,26 @@ from clafusion.tracing.model import TracedModel
 __all__ = ["changes_at", "cut_values", "grams_of", "inputs_of", "similarity"]
 
 _CHUNK = 125  # inputs that run at once
+_LEAST_INPUTS = 3  # fewer are always alike by CKA
 
 
 def inputs_of(
     model: TracedModel, data: Data, samples: int, seed: int = 0
 ) -> list[tuple[Tensor, ...]]:
-    """Return at most so many inputs, in batches, spread over all data."""
+    """Return at most so many inputs, in batches, spread over all data.
+
+    Raises
+    ------
+    InputError
+        There are fewer than three.
+    """
     whole = list(in_chunks(data, model, None, _CHUNK, device=model.device))
     count = sum(one[0].size(0) for one in whole)
+    if count < _LEAST_INPUTS:
+        raise InputError(
+            f"data has {count} sample(s), to which no stitch can be fitted: give at least "
+            f"{_LEAST_INPUTS}, better a few hundred"
+        )
     if model.static_batch is not None or count <= samples:
         return whole
     joined = [torch.cat(one) for one in zip(*whole, strict=True)]
