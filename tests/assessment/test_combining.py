@@ -39,7 +39,9 @@ def test_networks_that_agree_combine_logits_and_sure_ones_that_do_not_probabilit
     assert chosen(scaled, (1.0, 0.0)) == Combination(
         "logits", "one parent has all the weight", 0, -1
     )
-    assert chosen(scaled, combine="logits") == Combination("logits", "asked for", 0, -1)
+    assert chosen(scaled, combine="logits") == Combination(
+        "logits", "asked for", 0, -1, is_asked_for=True
+    )
     soft = [nn.Sequential(*one, nn.Softmax(-1)) for one in scaled]
     assert chosen(soft).reason == chosen(scaled).reason
     result = fuse(scaled, X)

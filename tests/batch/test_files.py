@@ -87,7 +87,6 @@ def test_a_result_that_would_not_come_back_fails(nets, data):
     assert not list((nets / "out").glob("*.safetensors"))
 
 
-@pytest.mark.filterwarnings("ignore:.*more than a softmax follows:clafusion.FusionWarning")
 def test_extra_state_is_kept_and_resumed(nets, data):
     models = files(nets, "Extra", _extra_state={"factor": 3.0})
     (written,) = fuse_pairs(models, data, out_dir=nets / "out")

@@ -147,7 +147,6 @@ def test_weights_that_would_not_come_back_are_not_written(files, capsys):
     assert (files / "out.safetensors").read_bytes() == b"the old one"
 
 
-@pytest.mark.filterwarnings("ignore:.*more than a softmax follows:clafusion.FusionWarning")
 def test_extra_state_is_written_where_the_ending_allows_it(capsys):
     for seed in (0, 1):
         state = prefixed(networks.mlp(*WIDTHS, seed=seed).state_dict())

@@ -70,7 +70,7 @@ def chosen_combination(
     output, axis = compared[0], settings.axis
     if config.combine != "auto":
         means: Means = "probabilities" if config.combine == "probabilities" else "logits"
-        return Combination(means, "asked for", output, axis)
+        return Combination(means, "asked for", output, axis, is_asked_for=True)
     classes = models[0].outputs[output][0][axis if axis < 0 else axis - 1]
     if max(weights) >= 1.0:
         reason = "one parent has all the weight"

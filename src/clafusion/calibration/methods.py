@@ -139,7 +139,7 @@ def _least_squares(
     found = regress_anchored(problem, data, settings, seed=seed, progress=progress)
     if problem.combination.means == "probabilities":
         why = refit_output_layer(problem, found.state, data, settings, seed=seed)
-        if why is not None:
+        if why is not None and problem.combination.is_asked_for:
             warn(
                 "the last layer is not refitted to the parents' mean of probabilities, for "
                 f"{why}: it aims at the mean of their logits",

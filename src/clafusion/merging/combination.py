@@ -43,12 +43,15 @@ class Combination:
         Which of the outputs has the classes; None for none.
     axis
         The axis of the classes in it.
+    is_asked_for
+        Whether the caller chose it.
     """
 
     means: Means = "logits"
     reason: str = "nothing else was asked for"
     output: int | None = None
     axis: int = -1
+    is_asked_for: bool = False
 
     def __str__(self) -> str:
         """Return both in words."""

@@ -64,7 +64,7 @@ def bound_operands(node: fx.Node) -> dict[str, Any]:
 
 
 # What these read of an operand is its shape.
-_SHAPED_AS = frozenset("expand_as view_as reshape_as type_as".split())
+_SHAPED_AS = frozenset("expand_as view_as reshape_as".split())
 _MADE = frozenset(
     """new_zeros new_ones new_full new_empty zeros_like ones_like full_like empty_like rand_like
     randn_like""".split()
