@@ -656,6 +656,15 @@ class MergeConfig(Settings):
     verify: bool = flag(True, "prove the analysis of each parent by permuting a copy")
     seed: int = count(0, "seed of every random choice", least=0, most=2**63 - 1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        calibration = self.calibration
+        if isinstance(calibration, LeastSquares) and calibration.anchor not in ("auto", 0.0):
+            raise InputError(
+                f"calibration.anchor={calibration.anchor} is for fusions: a merge leans towards no "
+                "model. Leave it out"
+            )
+
     @property
     def fusion(self) -> FusionConfig:
         """The options of the stages that a merge shares with a fusion."""

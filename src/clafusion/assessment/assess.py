@@ -192,7 +192,8 @@ def warn_of(assessment: FusionAssessment | None, config: FusionConfig) -> None:
     """
     if assessment is None or not assessment.nearer:
         return
-    remedies = ["more data", "a wider target (width='wide')", "training (clafusion.distill)"]
+    wider = "more width" if config.has_own_places else "a wider target (width='wide')"
+    remedies = ["more data", wider, "training (clafusion.distill)"]
     if not isinstance(config.used_calibration, LeastSquares):
         remedies.insert(0, "calibration='least_squares'")
     warn(

@@ -297,7 +297,8 @@ def _value_scores(
         if one.shape != labels.shape and one.numel() != labels.numel():
             raise InputError(
                 f"labels have the shape {tuple(labels.shape)} in a batch, and the outputs "
-                f"{tuple(one.shape)}: values need labels of the outputs' shape"
+                f"{tuple(one.shape)}: values need labels of the outputs' shape, and "
+                "classes labels of whole numbers"
             )
         gaps = (one - labels.reshape(one.shape).double()).square()
         yield name, (float(gaps.sum()), 0, gaps.numel())

@@ -347,7 +347,7 @@ def _where_it_fails(error: Exception) -> str:
     path = line = ""
     cause = error.__cause__
     for frame, number in traceback.walk_tb(None if cause is None else cause.__traceback__):
-        module = frame.f_locals.get("self")
+        module = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))
         if isinstance(module, nn.Module):
             names = names or {id(one): name for name, one in module.named_modules()}
             if not str(frame.f_globals.get("__name__")).startswith("torch."):
