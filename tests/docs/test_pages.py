@@ -35,7 +35,10 @@ def results(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of the libraries that a tutorial uses
-@pytest.mark.parametrize("name", NEEDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=pytest.mark.nightly) if one == "cifar" else one for one in NEEDS],
+)
 def test_the_tutorial_prints_what_it_says(name, run_page, tmp_path):
     for needed in NEEDS[name]:
         pytest.importorskip(needed)
