@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.alignment.models import AlignedModels, align_models, check_models
-from clafusion.assessment.combining import MOST_COMPARED, chosen_combination
+from clafusion.assessment.combining import MOST_COMPARED, chosen_combination, may_compare
 from clafusion.assessment.evaluation import checked_labels
 from clafusion.assessment.output_cache import LARGE_CACHE, OutputCache
 from clafusion.assessment.parts import compared_output, parts_of
@@ -258,7 +258,8 @@ def _aligned(
         parts = parts_of(data, traced, config.assessment)
         kept, observe = parts.kept, None
         compared = compared_output(traced[0], config.assessment)
-        if known_outputs is not None and compared is not None:
+        is_used = not parts.held_out or may_compare(traced[0], config)
+        if known_outputs is not None and compared is not None and is_used:
             observe = known_outputs.observer(compared[0], MOST_COMPARED)
         if limit is not None:
             count = rows_side_by_side(kept, config.profiling.alignment_samples)

@@ -289,6 +289,7 @@ OTHERS = {
     "merging": Merging(layer_weights="sensitivity"),
     "calibration": BatchNorm(),
     "assessment": Assessment(outputs="values"),
+    "combine": "logits",
     "verify": False,
     "seed": 3,
 }

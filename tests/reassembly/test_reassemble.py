@@ -154,7 +154,7 @@ def test_unusable_arguments_are_named():
         reassemble(models, IMAGES, blocks=1)
     with pytest.raises(InputError, match="config must be a ReassemblyConfig"):
         reassemble(models, IMAGES, clafusion.FusionConfig())
-    with pytest.raises(InputError, match=r"^ReassemblyConfig has no option 'block'; did you mean"):
+    with pytest.raises(InputError, match=r"^'block' is no option; did you mean 'blocks'"):
         reassemble(models, IMAGES, block=2)
     with pytest.raises(InputError, match=r"data has 1 sample\(s\), to which no stitch"):
         reassemble(models, IMAGES[:1])

@@ -27,7 +27,7 @@ from clafusion.transport.plan import TransportPlan
 __all__ = ["assess", "compare", "warn_of"]
 
 _CHUNK, _CHUNK_NUMBERS = 256, 1 << 22  # rows, and numbers that are compared, at a time
-_CHUNK_WHOLE = 1 << 25  # numbers that the result puts out at a time
+_CHUNK_WHOLE = 1 << 24  # numbers that the result puts out at a time
 
 
 def assess(

@@ -26,7 +26,13 @@ from clafusion.profiling.masks import counting_outputs, kept_positions
 from clafusion.profiling.thinning import whole_numbers
 from clafusion.tracing.model import TracedModel
 
-__all__ = ["MOST_CLASSES", "MOST_COMPARED", "by_divergence", "chosen_combination"]
+__all__ = [
+    "MOST_CLASSES",
+    "MOST_COMPARED",
+    "by_divergence",
+    "chosen_combination",
+    "may_compare",
+]
 
 MOST_CLASSES = 4096
 """With more "auto" takes logits: refitting the last layer would take longer than all else."""
@@ -35,6 +41,18 @@ MOST_COMPARED = 256
 
 _APART = 0.1  # nats between the two means, from which on probabilities are taken
 _CHUNK_NUMBERS = 1 << 22
+
+
+def may_compare(model: TracedModel, config: FusionConfig) -> bool:
+    """Say whether :func:`chosen_combination` may look at what models put out."""
+    compared = compared_output(model, config.assessment)
+    if config.combine != "auto" or compared is None or compared[1] == "values":
+        return False
+    return _num_classes(model, compared[0], config.assessment.axis) <= MOST_CLASSES
+
+
+def _num_classes(model: TracedModel, output: int, axis: int) -> int:
+    return model.outputs[output][0][axis if axis < 0 else axis - 1]
 
 
 @torch.no_grad()
@@ -71,7 +89,7 @@ def chosen_combination(
     if config.combine != "auto":
         means: Means = "probabilities" if config.combine == "probabilities" else "logits"
         return Combination(means, "asked for", output, axis, is_asked_for=True)
-    classes = models[0].outputs[output][0][axis if axis < 0 else axis - 1]
+    classes = _num_classes(models[0], output, axis)
     if max(weights) >= 1.0:
         reason = "one parent has all the weight"
     elif config.matching.outputs:
