@@ -21,7 +21,9 @@ from clafusion.cli.parameters import (
     Labels,
     Limit,
     MaxLength,
+    MaxShardSize,
     Mean,
+    MemoryLimit,
     NamedFiles,
     Plot,
     Scale,
@@ -83,14 +85,7 @@ def fuse_command(
         ),
     ] = "same",
     device: Device = "cpu",
-    memory_limit: Annotated[
-        str | None,
-        typer.Option(
-            help="Stay within this much memory, as 6GB: weights stay in files, those made in "
-            "temporary ones (see TMPDIR).",
-            metavar="AMOUNT",
-        ),
-    ] = None,
+    memory_limit: MemoryLimit = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -105,10 +100,7 @@ def fuse_command(
             metavar="TYPE",
         ),
     ] = None,
-    max_shard_size: Annotated[
-        str,
-        typer.Option(help="From which size on a directory gets several files.", metavar="SIZE"),
-    ] = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
     plot: Plot = None,
     as_json: AsJson = False,
     *,
@@ -129,6 +121,7 @@ def fuse_command(
         keys_of,
         labels_of,
         load_models,
+        memory_limit_of,
         model_files,
         named_files,
         try_models,
@@ -143,7 +136,7 @@ def fuse_command(
     from clafusion.interop.records import check_companions
     from clafusion.interop.saving import save_result
     from clafusion.interop.vocabulary import VOCABULARIES
-    from clafusion.memory import bytes_of, check_limit
+    from clafusion.memory import check_limit
     from clafusion.profiling.batches import num_rows
     from clafusion.reports import plot as draw
     from clafusion.reports import summary
@@ -164,9 +157,7 @@ def fuse_command(
         check_companions(out, "--out")
     check_plot(plot)
     written_type = None if out_dtype is None else weight_type(out_dtype, "--out-dtype")
-    at_most = None if memory_limit is None else bytes_of(memory_limit, "--memory-limit")
-    if at_most is not None and device != "cpu":
-        raise InputError(f"--memory-limit is for the CPU; --device is {device}: leave one out")
+    at_most = memory_limit_of(memory_limit, device)
     if vocabulary not in VOCABULARIES:
         raise InputError(f"--vocabulary must be same or intersection; got {vocabulary}")
     if vocabulary != "same" and at_most is not None:

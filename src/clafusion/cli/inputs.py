@@ -21,6 +21,7 @@ from clafusion.interop.inputs import readable
 from clafusion.interop.resolver import factory_of, holds_itself, load, model_file
 from clafusion.interop.tokenizers import tokenised
 from clafusion.interop.vocabulary import check_alike
+from clafusion.memory import bytes_of
 from clafusion.profiling.batches import Data, first_batch
 from clafusion.profiling.graphs import is_graph
 from clafusion.profiling.samples import load_graph, load_labels, load_named_samples, load_samples
@@ -39,6 +40,7 @@ __all__ = [
     "labels_of",
     "load_models",
     "loaded_files",
+    "memory_limit_of",
     "model_files",
     "named_files",
     "read_data",
@@ -406,6 +408,20 @@ def labels_of(data: Path, key: str | None, limit: int | None) -> Tensor | None:
         )
     is_whole = not data.is_dir() and load_graph(data) is not None
     return load_labels(data, key, None if is_whole else limit, _SEED)
+
+
+def memory_limit_of(given: str | None, device: str) -> int | None:
+    """Return the bytes of ``--memory-limit``, which is for the CPU.
+
+    Raises
+    ------
+    InputError
+        It is no amount, or the device is another one.
+    """
+    limit = None if given is None else bytes_of(given, "--memory-limit")
+    if limit is not None and device != "cpu":
+        raise InputError(f"--memory-limit is for the CPU; --device is {device}: leave one out")
+    return limit
 
 
 def check_plot(plot: Path | None) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clafusion.cli.options import changed, messages_by_flags
+from clafusion.cli.options import messages_by_flags
 from clafusion.cli.parameters import (
     Archs,
     AsJson,
@@ -18,7 +18,9 @@ from clafusion.cli.parameters import (
     Device,
     Limit,
     MaxLength,
+    MaxShardSize,
     Mean,
+    MemoryLimit,
     Scale,
     Shape,
     Std,
@@ -79,14 +81,7 @@ def merge_command(
     text_column: TextColumn = None,
     max_length: MaxLength = None,
     device: Device = "cpu",
-    memory_limit: Annotated[
-        str | None,
-        typer.Option(
-            help="Stay within this much memory, as 6GB: weights stay in files, those made in "
-            "temporary ones (see TMPDIR).",
-            metavar="AMOUNT",
-        ),
-    ] = None,
+    memory_limit: MemoryLimit = None,
     out_dtype: Annotated[
         str | None,
         typer.Option(
@@ -95,10 +90,7 @@ def merge_command(
             metavar="TYPE",
         ),
     ] = None,
-    max_shard_size: Annotated[
-        str,
-        typer.Option(help="From which size on a directory gets several files.", metavar="SIZE"),
-    ] = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
     as_json: AsJson = False,
     *,
     options: Mapping[str, str | bool],
@@ -109,18 +101,18 @@ def merge_command(
         archs_of,
         data_of,
         keys_of,
+        memory_limit_of,
         model_files,
         named_files,
     )
     from clafusion.cli.parsing import merge_weights_of
-    from clafusion.cli.settings import read_plain_config
+    from clafusion.cli.settings import plain_settings
     from clafusion.config import MergeConfig
     from clafusion.errors import InputError
     from clafusion.execution.call import usable_device
     from clafusion.interop.huggingface import weight_files
     from clafusion.interop.records import check_companions
     from clafusion.interop.saving import check_directory
-    from clafusion.memory import bytes_of
     from clafusion.one_origin.merge import merge
     from clafusion.one_origin.result import BASE
     from clafusion.reports.quality_tables import merge_summary
@@ -134,15 +126,9 @@ def merge_command(
     keys = keys_of(checkpoint_key, list(files))
     given = merge_weights_of("--weights", merge_weights, list(named))
     with messages_by_flags():
-        own = MergeConfig()
-        if config is not None:
-            own = read_plain_config(MergeConfig, config, "--config")
-        settings = changed(own, options)
+        settings = plain_settings(MergeConfig, config, options)
     usable_device(device, "--device")
-    if memory_limit is not None:
-        bytes_of(memory_limit, "--memory-limit")
-        if device != "cpu":
-            raise InputError(f"--memory-limit is for the CPU; --device is {device}: leave one out")
+    at_most = memory_limit_of(memory_limit, device)
     is_file = out.name.lower().endswith(WRITABLE) or not all(one.is_dir() for one in files.values())
     if is_file:
         read = [one for file in files.values() for one in weight_files(file)]
@@ -162,7 +148,7 @@ def merge_command(
             given,
             settings,
             device=None if device == "cpu" else device,
-            memory_limit=memory_limit,
+            memory_limit=at_most,
             progress=report,
         )
     result.save(out, dtype=written_type, max_shard_size=max_shard_size, command=typed_command())

@@ -20,7 +20,9 @@ __all__ = [
     "Labels",
     "Limit",
     "MaxLength",
+    "MaxShardSize",
     "Mean",
+    "MemoryLimit",
     "NamedFiles",
     "Plot",
     "Scale",
@@ -134,6 +136,17 @@ ConfigFile = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        help="Stay within this much memory, as 6GB: weights stay in files, those made in temporary "
+        "ones (see TMPDIR).",
+        metavar="AMOUNT",
+    ),
+]
+MaxShardSize = Annotated[
+    str, typer.Option(help="From which size on a directory gets several files.", metavar="SIZE")
+]
 Plot = Annotated[
     Path | None,
     typer.Option(help="Draw the alignment into this file (.png, .svg, .pdf).", metavar="FILE"),

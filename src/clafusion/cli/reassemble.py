@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clafusion.cli.options import changed, messages_by_flags
+from clafusion.cli.options import messages_by_flags
 from clafusion.cli.parameters import (
     Archs,
     AsJson,
@@ -68,7 +68,7 @@ def reassemble_command(
         named_files,
         try_models,
     )
-    from clafusion.cli.settings import read_plain_config
+    from clafusion.cli.settings import plain_settings
     from clafusion.config import ReassemblyConfig
     from clafusion.execution.call import usable_device
     from clafusion.interop.programs import PROGRAM
@@ -81,10 +81,7 @@ def reassemble_command(
     archs = archs_of(arch, files)
     keys = keys_of(checkpoint_key, list(files))
     with messages_by_flags():
-        own = ReassemblyConfig()
-        if config is not None:
-            own = read_plain_config(ReassemblyConfig, config, "--config")
-        settings = changed(own, options)
+        settings = plain_settings(ReassemblyConfig, config, options)
     usable_device(device, "--device")
     check_output(out, (PROGRAM,), "--out", (*files.values(), data))
     check_plot(plot)

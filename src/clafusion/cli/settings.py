@@ -25,9 +25,9 @@ __all__ = [
     "ENDINGS",
     "config_of",
     "configs_of",
+    "plain_settings",
     "read_config",
     "read_mapping",
-    "read_plain_config",
     "rooted",
 ]
 
@@ -50,18 +50,19 @@ def read_config(path: str | os.PathLike[str], option: str) -> FusionConfig:
         raise InputError(f"{option} {str(path)!r}: {error}") from error
 
 
-def read_plain_config(kind: type[S], path: str | os.PathLike[str], option: str) -> S:
-    """Read settings of a kind from a file; errors name the ``option`` of the file.
+def plain_settings(kind: type[S], file: Path | None, options: Mapping[str, str | bool]) -> S:
+    """Return the settings of a kind that the file of ``--config`` and options say.
 
     Raises
     ------
     InputError
-        As for :func:`read_config`.
+        As for :func:`read_config`, or for :func:`clafusion.cli.options.changed`.
     """
     try:
-        return kind.parse(read_mapping(path, option), "")
+        base = kind() if file is None else kind.parse(read_mapping(file, "--config"), "")
     except InputError as error:
-        raise InputError(f"{option} {str(path)!r}: {error}") from error
+        raise InputError(f"--config {str(file)!r}: {error}") from error
+    return changed(base, options)
 
 
 def config_of(found: Any, where: str, root: Path) -> FusionConfig:
