@@ -16,7 +16,6 @@ from clafusion.errors import InputError
 from clafusion.merging.combination import (
     FAR,
     Combination,
-    Means,
     are_probabilities,
     log_probabilities,
     together,
@@ -87,8 +86,7 @@ def chosen_combination(
         return Combination(reason="the outputs are no classes")
     output, axis = compared[0], settings.axis
     if config.combine != "auto":
-        means: Means = "probabilities" if config.combine == "probabilities" else "logits"
-        return Combination(means, "asked for", output, axis, is_asked_for=True)
+        return Combination.asked_for(config.combine, output, axis)
     classes = _num_classes(models[0], output, axis)
     if max(weights) >= 1.0:
         reason = "one parent has all the weight"

@@ -53,6 +53,12 @@ class Combination:
     axis: int = -1
     is_asked_for: bool = False
 
+    @classmethod
+    def asked_for(cls, means: str, output: int | None = None, axis: int = -1) -> Combination:
+        """Return what the caller chose: ``"logits"`` or ``"probabilities"``."""
+        known: Means = "probabilities" if means == "probabilities" else "logits"
+        return cls(known, "asked for", output, axis, is_asked_for=True)
+
     def __str__(self) -> str:
         """Return both in words."""
         return f"the mean of their {self.means}: {self.reason}"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clafusion.assessment.combining import by_divergence
+from clafusion.assessment.combining import MOST_COMPARED, by_divergence
 from clafusion.config import COMBINATIONS
 from clafusion.errors import InputError
 from clafusion.merging.combination import Combination, Means
@@ -39,8 +39,6 @@ from clafusion.training.settings import (
 )
 
 __all__ = ["distill"]
-
-_INPUTS = 256  # on which what the teachers put out together is chosen
 
 
 def distill(
@@ -200,7 +198,7 @@ def _combination(
     if len(teachers) == 1:
         return Combination(reason="there is one teacher")
     if combine != "auto":
-        return Combination("logits" if combine == "logits" else "probabilities", "asked for")
+        return Combination.asked_for(combine)
     rows: list[list[Tensor]] = []
     seen = 0
     with seeded(settings.seed, 0, device):
@@ -208,7 +206,7 @@ def _combination(
             outputs = _outputs(teachers, batch)
             rows.append([one.movedim(1, -1).flatten(0, -2) for one in outputs])
             seen += len(outputs[0])
-            if seen >= _INPUTS:
+            if seen >= MOST_COMPARED:
                 break
     if not rows:
         raise InputError("data is empty: give at least one batch")
