@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,22 +34,16 @@ def model_card(
     kind = type(result.model).__name__
     tensors = sum(one.numel() for one in result.model.parameters())
     files = sorted(one.name for one in written.glob("*.safetensors"))
-    parts = [
-        _HEAD,
-        f"# {kind}, fused from {', '.join(parents)}",
+    about = [
         f"{kind} with {tensors:,} parameters, fused by clafusion without training. "
         f"Read it by `{kind}.from_pretrained`.",
         "## Parents\n\n" + _parents_table(result, parents),
         f"The hashes are the SHA-256 of the parents' weights as they were fused. Weights are in "
         f"{', '.join(f'`{one}`' for one in files)}, of type {config.dtype}.",
         "## Layers\n\n" + _layers_table(result),
-        "## How good it is\n\n" + _assessment(result),
-        f"## Options\n\n```json\n{json.dumps(result.config.to_dict(), indent=1, default=str)}\n```",
     ]
-    if command is not None:
-        parts.append(f"## Command\n\n```sh\n{command}\n```")
-    parts.append("## Versions\n\n" + ", ".join(f"{k} {v}" for k, v in _versions().items()))
-    return "\n\n".join(parts) + "\n"
+    title = f"{kind}, fused from {', '.join(parents)}"
+    return _card(title, about, _assessment(result), result.config.to_dict(), command)
 
 
 def pair_card(
@@ -74,19 +68,13 @@ def pair_card(
     first, second = facts["first"], facts["second"]
     rows = ["| name | SHA-256 of the directory |", "|---|---|"]
     rows += [f"| {name} | `{digest}` |" for name, digest in digests.items()]
-    found = facts.get("assessment")
-    parts = [
-        _HEAD,
-        f"# {first} and {second}, fused",
+    about = [
         f"Fused by clafusion without training, into the structure of {facts['structure']}, with "
         f"{'equal weights' if weights is None else f'the weights {weights}'}.",
         "## Parents\n\n" + "\n".join(rows),
-        "## How good it is\n\n"
-        + ("It was not assessed." if found is None else _figures(found["verdict"], found)),
-        f"## Options\n\n```json\n{json.dumps(config, indent=1, default=str)}\n```",
-        "## Versions\n\n" + ", ".join(f"{k} {v}" for k, v in _versions().items()),
     ]
-    return "\n\n".join(parts) + "\n"
+    how_good = _told(facts.get("assessment"))
+    return _card(f"{first} and {second}, fused", about, how_good, config)
 
 
 def merge_card(kind: str, facts: Mapping[str, Any], command: str | None) -> str:
@@ -112,22 +100,34 @@ def merge_card(kind: str, facts: Mapping[str, Any], command: str | None) -> str:
             "" if one[name] is None else f"{one[name]:.4g}" for name in ("weight", "distance")
         )
         rows.append(f"| {one['name']} | {weight} | {distance} | {where} | `{one['sha256']}` |")
-    found = facts["assessment"]
-    settings = json.dumps(facts["settings"], indent=1, default=str)
-    parts = [
-        _HEAD,
-        f"# {kind}, merged from {', '.join(one['name'] for one in facts['parents'])}",
+    about = [
         f"{kind}, merged by clafusion without training from models of one base. "
         f"Read it by `{kind}.from_pretrained`.",
         "## Parents\n\n" + "\n".join(rows),
-        "## How good it is\n\n"
-        + ("It was not assessed." if found is None else _figures(found["verdict"], found)),
-        f"## Options\n\n```json\n{settings}\n```",
+    ]
+    title = f"{kind}, merged from {', '.join(one['name'] for one in facts['parents'])}"
+    return _card(title, about, _told(facts["assessment"]), facts["settings"], command)
+
+
+def _card(
+    title: str, about: Sequence[str], how_good: str, options: Any, command: str | None = None
+) -> str:
+    """Return a card of these parts: what the network is comes first, and the versions last."""
+    parts = [
+        _HEAD,
+        f"# {title}",
+        *about,
+        f"## How good it is\n\n{how_good}",
+        f"## Options\n\n```json\n{json.dumps(options, indent=1, default=str)}\n```",
     ]
     if command is not None:
         parts.append(f"## Command\n\n```sh\n{command}\n```")
     parts.append("## Versions\n\n" + ", ".join(f"{k} {v}" for k, v in _versions().items()))
     return "\n\n".join(parts) + "\n"
+
+
+def _told(found: Mapping[str, Any] | None) -> str:
+    return "It was not assessed." if found is None else _figures(found["verdict"], found)
 
 
 def is_model_card(file: Path) -> bool:
