@@ -43,7 +43,8 @@ def model_card(
         "## Layers\n\n" + _layers_table(result),
     ]
     title = f"{kind}, fused from {', '.join(parents)}"
-    return _card(title, about, _assessment(result), result.config.to_dict(), command)
+    found = None if result.assessment is None else result.assessment.to_dict()
+    return _card(title, about, found, result.config.to_dict(), command)
 
 
 def pair_card(
@@ -73,8 +74,7 @@ def pair_card(
         f"{'equal weights' if weights is None else f'the weights {weights}'}.",
         "## Parents\n\n" + "\n".join(rows),
     ]
-    how_good = _told(facts.get("assessment"))
-    return _card(f"{first} and {second}, fused", about, how_good, config)
+    return _card(f"{first} and {second}, fused", about, facts.get("assessment"), config)
 
 
 def merge_card(kind: str, facts: Mapping[str, Any], command: str | None) -> str:
@@ -106,13 +106,21 @@ def merge_card(kind: str, facts: Mapping[str, Any], command: str | None) -> str:
         "## Parents\n\n" + "\n".join(rows),
     ]
     title = f"{kind}, merged from {', '.join(one['name'] for one in facts['parents'])}"
-    return _card(title, about, _told(facts["assessment"]), facts["settings"], command)
+    return _card(title, about, facts["assessment"], facts["settings"], command)
 
 
 def _card(
-    title: str, about: Sequence[str], how_good: str, options: Any, command: str | None = None
+    title: str,
+    about: Sequence[str],
+    assessment: Mapping[str, Any] | None,
+    options: Any,
+    command: str | None = None,
 ) -> str:
     """Return a card of these parts: what the network is comes first, and the versions last."""
+    how_good = "It was not assessed."
+    if assessment is not None:
+        figures = json.dumps(assessment, indent=1)
+        how_good = f"{assessment['verdict']}\n\n```json\n{figures}\n```"
     parts = [
         _HEAD,
         f"# {title}",
@@ -124,10 +132,6 @@ def _card(
         parts.append(f"## Command\n\n```sh\n{command}\n```")
     parts.append("## Versions\n\n" + ", ".join(f"{k} {v}" for k, v in _versions().items()))
     return "\n\n".join(parts) + "\n"
-
-
-def _told(found: Mapping[str, Any] | None) -> str:
-    return "It was not assessed." if found is None else _figures(found["verdict"], found)
 
 
 def is_model_card(file: Path) -> bool:
@@ -159,17 +163,6 @@ def _layers_table(result: FusionResult) -> str:
             cells.append(one.correspondence.source.layers[k].name if k >= 0 else "none")
         rows.append(f"| {layer.name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
-
-
-def _assessment(result: FusionResult) -> str:
-    found = result.assessment
-    if found is None:
-        return "It was not assessed."
-    return _figures(found.verdict, found.to_dict())
-
-
-def _figures(verdict: str, figures: Mapping[str, Any]) -> str:
-    return f"{verdict}\n\n```json\n{json.dumps(figures, indent=1)}\n```"
 
 
 def _versions() -> dict[str, str]:
