@@ -45,6 +45,7 @@ __all__ = [
     "LAYER_WEIGHTS",
     "MERGES",
     "NORMALISATIONS",
+    "OUTPUTS",
     "WIDTHS",
     "Alignment",
     "Assessment",
@@ -145,6 +146,10 @@ COMBINATIONS = Choices(
     auto="probabilities where the two means are far apart on the inputs, else logits",
     logits="the mean of their logits; of outputs that are no classes the mean of the values",
     probabilities="the mean of their probabilities",
+)
+OUTPUTS = Choices(
+    same="they are the same classes or values, and become one",
+    both="they are other classes: one trunk is shared, and each parent's head stays",
 )
 MERGES = Choices(
     least_squares="they are left out, and least squares makes up for them",
@@ -492,6 +497,13 @@ class FusionConfig(Settings):
     combine: str = choice(
         "auto", COMBINATIONS, "what the parents put out together, where outputs are classes"
     )
+    outputs: str = choice("same", OUTPUTS, "what the parents' outputs are to each other")
+    shared: float | str = text(
+        1.0,
+        "of outputs='both' how much of the deeper network is shared: a share of its layers, from 0 "
+        "(side by side) to 1 (all but the heads), or the name of the last layer",
+        also=float,
+    )
     verify: bool = flag(True, "prove the analysis of each parent by permuting a copy")
     seed: int = count(0, "seed of every random choice", least=0, most=2**63 - 1)
 
@@ -534,6 +546,7 @@ class FusionConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_shared()
         if self.has_own_places:
             self._check_own_places()
         if isinstance(self.matching.solver, Zip):
@@ -554,6 +567,45 @@ class FusionConfig(Settings):
                 "matching.outputs needs profiling.layer_values='preactivation'; got "
                 f"{self.profiling.layer_values!r}"
             )
+
+    def _check_shared(self) -> None:
+        shared = self.shared
+        if not isinstance(shared, str) and not 0 <= shared <= 1:  # also not a number
+            raise InputError(
+                "shared must be a share of the layers in [0, 1], or the name of a layer; got "
+                f"{shared!r}"
+            )
+        if self.outputs == "same":
+            if shared != 1.0:
+                raise InputError(
+                    f"shared={shared!r} needs outputs='both': of the same outputs all is shared"
+                )
+            return
+        who = "outputs='both'"
+        if not isinstance(self.merging.strategy, ManyToOne):
+            raise InputError(
+                f"{who} does not go with merging.strategy={self.merging.strategy.name!r}: use "
+                "'many_to_one'"
+            )
+        if isinstance(self.matching.solver, Orthogonal):
+            raise InputError(
+                f"{who} does not go with matching.solver='orthogonal', whose rotations the heads "
+                "cannot follow: use matching.solver='auto'"
+            )
+        if isinstance(self.calibration, BatchNorm):
+            raise InputError(
+                f"{who} does not go with calibration='batchnorm': use calibration='repair', which "
+                "estimates the statistics of every layer again"
+            )
+        _check_needed(
+            who,
+            self,
+            ("target", Deeper(), "trunk and heads have the parents' own widths"),
+            ("matching.outputs", False, "other classes do not match"),
+            ("merging.layer_weights", "uniform", "heads count in full"),
+            ("merging.normalisation", "two", "what leaves and what enters a group differ"),
+            ("combine", "auto", "other classes have no mean"),
+        )
 
     def _check_own_places(self) -> None:
         who = f"target {self.target.name!r}" + (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clafusion.alignment.models import AlignedModels, align_models, check_models
+from clafusion.alignment.models import AlignedModels, align_models, check_models, label
 from clafusion.assessment.combining import MOST_COMPARED, chosen_combination, may_compare
 from clafusion.assessment.evaluation import checked_labels
 from clafusion.assessment.output_cache import LARGE_CACHE, OutputCache
@@ -44,6 +44,8 @@ from clafusion.profiling.spilled import SpilledRows
 from clafusion.profiling.thinning import alike
 from clafusion.quality import assessed, hash_of
 from clafusion.results import FusionResult
+from clafusion.shared_trunk.fuse import fuse_with_branches
+from clafusion.shared_trunk.tasks import check_classes
 from clafusion.stages import (
     Clock,
     ExampleInputs,
@@ -175,6 +177,9 @@ def fuse(
     data = readable(data, named)
     labels = None if labels is None else checked_labels(labels, data)
     limit = None if memory_limit is None else bytes_of(memory_limit, "memory_limit")
+    if config.outputs == "both" and (limit is not None or vocabulary != "same"):
+        what = "memory_limit" if limit is not None else f"vocabulary={vocabulary!r}"
+        raise InputError(f"outputs='both' does not go with {what}: leave one out")
     is_stepwise = isinstance(config.merging.strategy, Iterative) and len(named) > 2
     if vocabulary == "intersection" and (limit is not None or is_stepwise):
         what = "memory_limit" if limit is not None else "merging.strategy='iterative'"
@@ -253,6 +258,8 @@ def _aligned(
             if progress is not None:
                 progress("trace", len(traced))
         traced = completed_models(alike(traced))
+    if config.outputs == "both":
+        check_classes({label(name): one for name, one in zip(named, traced, strict=True)})
     check_models(tuple(named), traced, config)
     with clock.stage("profile"):
         parts = parts_of(data, traced, config.assessment)
@@ -367,6 +374,16 @@ def fuse_aligned(
     data = readable(data, {"": aligned.profiles[0].traced.model})
     given = merge_weights(weights, aligned.names)
     check_strategy(config.merging.strategy, len(aligned.names))
+    if config.outputs == "both":
+        return fuse_with_branches(
+            aligned,
+            data,
+            given,
+            config,
+            data_hash=data_hash,
+            labels=labels,
+            progress=progress,
+        )
     parents = {name: one.traced for name, one in zip(aligned.names, aligned.profiles, strict=True)}
     parts = parts_of(data, tuple(parents.values()), config.assessment)
     result = _fused(

@@ -102,7 +102,7 @@ def flag(default: bool, help: str) -> Any:  # noqa: A002
     return field(default=default, metadata={"kind": "flag", "help": help})
 
 
-def text(default: str, help: str, *, also: type = str) -> Any:  # noqa: A002
+def text(default: float | str, help: str, *, also: type = str) -> Any:  # noqa: A002
     """Return a field whose value is any text (or an object of the type ``also``)."""
     return field(default=default, metadata={"kind": "text", "also": also, "help": help})
 
@@ -286,7 +286,7 @@ def overridden(
     return made(kind, {**given, **overrides}, "")
 
 
-_WORDS = {int: "a whole number", Module: "a torch.nn.Module"}
+_WORDS = {int: "a whole number", float: "a number", Module: "a torch.nn.Module"}
 
 
 def _check(name: str, value: Any, rule: Mapping[str, Any]) -> None:
@@ -301,9 +301,14 @@ def _check(name: str, value: Any, rule: Mapping[str, Any]) -> None:
         _check_count(name, value, rule)
     elif kind == "number":
         _check_number(name, value, rule)
-    elif not isinstance(value, (str, rule["also"])) or isinstance(value, bool):
+    elif not isinstance(value, (str, _kinds(rule["also"]))) or isinstance(value, bool):
         also = "" if rule["also"] is str else f" or {_WORDS[rule['also']]}"
         raise InputError(f"{name} must be text{also}; got {value!r}")
+
+
+def _kinds(also: type) -> type:
+    """Return the type of which a value must be: of a float any real number is one."""
+    return Real if also is float else also
 
 
 def _check_count(name: str, value: Any, rule: Mapping[str, Any]) -> None:

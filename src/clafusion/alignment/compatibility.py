@@ -95,7 +95,8 @@ def check_outputs(names: tuple[str, str], first: TracedModel, second: TracedMode
         ]
         raise StructureError(
             f"the models have different outputs: {names[0]} {shown[0]} and {names[1]} {shown[1]}. "
-            "Only models with the same inputs and outputs can be fused"
+            "Only models with the same inputs and outputs can be fused into one output. Where they "
+            "are classifiers of other classes, outputs='both' gives one trunk with a head for each"
         )
 
 

@@ -204,7 +204,8 @@ def check_models(names: Sequence[str], models: Sequence[TracedModel], config: Fu
         if i != reference:
             deep, shallow = _by_depth(models, reference, i)
             called = label(names[deep]), label(names[shallow])
-            check_outputs((label(names[reference]), label(names[i])), models[reference], model)
+            if config.outputs == "same":
+                check_outputs((label(names[reference]), label(names[i])), models[reference], model)
             try:
                 fit = fit_layers(
                     called,
@@ -245,7 +246,8 @@ def align_models(
             alignments.append(None)
             continue
         deep, shallow = _by_depth(models, reference, i)
-        check_outputs((label(names[reference]), label(names[i])), models[reference], model)
+        if config.outputs == "same":
+            check_outputs((label(names[reference]), label(names[i])), models[reference], model)
         called = label(names[deep]), label(names[shallow])
         costs = layer_costs(
             profiles[deep], profiles[shallow], metric=config.alignment.cost, names=called

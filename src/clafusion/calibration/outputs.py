@@ -51,7 +51,7 @@ def is_exact(problem: FusionProblem, plain: State, data: Data) -> bool:
     counted = [one for one in problem.parents if one.weights.overall > 0]
     if target.types or any(one.output_plan is not None or one.weights.own for one in counted):
         return False  # half precision rounds too much to tell
-    if problem.owners and len(counted) > 1:
+    if (problem.owners and len(counted) > 1) or problem.is_beginning:
         return False  # they need not put out the same together
     inputs = next(iter(in_chunks(data, target, _TRIED, _TRIED, device=target.device)))
     return all(

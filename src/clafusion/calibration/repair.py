@@ -91,7 +91,8 @@ def moment_goals(problem: FusionProblem) -> MomentGoals:
 def _points(problem: FusionProblem) -> list[CalibrationPoint]:
     """Return the calibration points at which the goal is known."""
     origins = [(one.correspondence, one.correspondence.origins) for one in problem.parents]
-    shared = problem.target.shared_parameters  # no one factor serves all that read them
+    # No one factor serves all that read them.
+    shared = problem.target.shared_parameters | problem.frozen
     # What flows past an inserted layer does not always show: then its statistics stay as they are.
     return [
         point

@@ -150,6 +150,8 @@ def _metavar(option: Option) -> str:
         return "X" if word is None else f"X|{word}"
     if option.kind == "count":
         return "N"
+    if option.rule["also"] is float:
+        return "X|TEXT"
     return "MODULE:FACTORY" if _is_module(option.rule) else "TEXT"
 
 
@@ -324,8 +326,8 @@ def _parsed(value: str | bool, rule: Mapping[str, Any]) -> Any:
 
         return build_model(value)
     number: type[int] | type[float] | None = {"number": float, "count": int}.get(rule["kind"])
-    if rule["kind"] == "text" and issubclass(rule["also"], int):
-        number = int
+    if rule["kind"] == "text" and issubclass(rule["also"], (int, float)):
+        number = rule["also"]
     try:
         return value if number is None or value == rule.get("word") else number(value)
     except ValueError:

@@ -181,6 +181,11 @@ class FusionProblem:
         is of, which alone is to be met there. Empty where all parents count on all batches.
     combination
         What the parents put out together, where outputs are classes.
+    is_beginning
+        Whether the target is the beginning of a network: what it puts out are channels, which the
+        plans move, and not what the parents put out together.
+    frozen
+        Parameters and buffers that a calibration leaves as they are.
     """
 
     target: TracedModel
@@ -191,6 +196,8 @@ class FusionProblem:
     merged: State | None = field(default=None, compare=False)
     owners: tuple[int, ...] = ()
     combination: Combination = field(default_factory=Combination)
+    is_beginning: bool = False
+    frozen: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         return f"<FusionProblem of {', '.join(self.names)} into {self.target!r}>"

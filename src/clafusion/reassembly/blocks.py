@@ -14,7 +14,7 @@ from clafusion.execution.call import State
 from clafusion.reassembly.cutting import Cut, batch_sizes
 from clafusion.tracing.model import TracedModel
 
-__all__ = ["Block", "block_module", "blocks_between"]
+__all__ = ["Block", "block_module", "blocks_between", "nodes_between"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def blocks_between(name: str, model: TracedModel, cuts: tuple[Cut, ...]) -> tupl
     ends = [*cuts, None]
     found = []
     for i, (start, end) in enumerate(zip([None, *cuts], ends, strict=True)):
-        nodes = _nodes_between(model, start, end)
+        nodes = nodes_between(model, start, end)
         names = {model.entries[one] for one in nodes if one in model.entries}
         inside = {one.name for one in nodes}
         layers = tuple(
@@ -90,7 +90,7 @@ def _by_name(model: TracedModel) -> dict[str, fx.Node]:
     return {node.name: node for node in model.module.graph.nodes}
 
 
-def _nodes_between(model: TracedModel, start: Cut | None, end: Cut | None) -> list[fx.Node]:
+def nodes_between(model: TracedModel, start: Cut | None, end: Cut | None) -> list[fx.Node]:
     """Return what computes the end's value from the start's, in order, without that."""
     nodes = _by_name(model)
     stop = None if start is None else nodes[start.node]
@@ -127,7 +127,7 @@ def block_module(model: TracedModel, block: Block) -> fx.GraphModule:
         made[nodes[block.start.node]] = value
         for node in batch_sizes(model):
             made[node] = graph.call_function(torch.ops.aten.sym_size.int, (value, 0))
-    for node in _nodes_between(model, block.start, block.end):
+    for node in nodes_between(model, block.start, block.end):
         if node in made or node.op == "output":
             continue
         if node in model.entries:

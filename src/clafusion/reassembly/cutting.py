@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import op_name
 
-__all__ = ["Cut", "batch_sizes", "chosen_cuts", "cuts_of"]
+__all__ = ["Cut", "batch_sizes", "chosen_cuts", "cuts_behind_layers", "cuts_of"]
 
 
 @dataclass(frozen=True)
@@ -50,31 +50,52 @@ def cuts_of(model: TracedModel) -> tuple[Cut, ...]:
     """
     order = list(model.module.graph.nodes)
     flow = _flow(model, order)
-    sizes = batch_sizes(model)
-    last_use: dict[fx.Node, int] = {}
-    for i, node in enumerate(order):
-        for operand in node.all_input_nodes:
-            last_use[operand] = i
+    alone = _passing_alone(model, flow)
     places: list[fx.Node] = []
     weighted: list[bool] = []  # whether a layer with weights lies between a place and the next
     is_after = False
-    alive: set[fx.Node] = set()
-    for i, node in enumerate(order):
-        alive = {one for one in alive if last_use.get(one, -1) > i}
+    for node in order:
         if node not in flow or node.op == "output":
             continue
         is_after |= _has_weight(model, node)
         if places and _has_weight(model, node):
             weighted[-1] = True
-        if last_use.get(node, -1) > i and node not in sizes:
-            alive.add(node)
-        if is_after and alive == {node} and _is_value(model, node):
+        if is_after and node in alone:
             if places and not weighted[-1] and node.name not in model.reshapes:
                 places[-1] = node
             elif not places or weighted[-1]:
                 places.append(node)
                 weighted.append(False)
     return tuple(_cut(model, one) for one, counts in zip(places, weighted, strict=True) if counts)
+
+
+def cuts_behind_layers(model: TracedModel) -> tuple[Cut | None, ...]:
+    """Return for each layer its output as a cut; None where other values pass beside it."""
+    nodes = {node.name: node for node in model.module.graph.nodes}
+    alone = _passing_alone(model, _flow(model, list(model.module.graph.nodes)))
+    outputs = (nodes[layer.output] for layer in model.layers)
+    return tuple(_cut(model, one) if one in alone else None for one in outputs)
+
+
+def _passing_alone(model: TracedModel, flow: frozenset[fx.Node]) -> frozenset[fx.Node]:
+    """Return the values through which alone passes all that a model computes of its inputs."""
+    order = list(model.module.graph.nodes)
+    sizes = batch_sizes(model)
+    last_use: dict[fx.Node, int] = {}
+    for i, node in enumerate(order):
+        for operand in node.all_input_nodes:
+            last_use[operand] = i
+    found: set[fx.Node] = set()
+    alive: set[fx.Node] = set()
+    for i, node in enumerate(order):
+        alive = {one for one in alive if last_use.get(one, -1) > i}
+        if node not in flow or node.op == "output":
+            continue
+        if last_use.get(node, -1) > i and node not in sizes:
+            alive.add(node)
+        if alive == {node} and _is_value(model, node):
+            found.add(node)
+    return frozenset(found)
 
 
 def batch_sizes(model: TracedModel) -> frozenset[fx.Node]:

@@ -88,8 +88,13 @@ class TargetSources:
     reference: int
 
 
-def sources_of(chosen: ChosenTarget, aligned: AlignedModels) -> TargetSources:
+def sources_of(
+    chosen: ChosenTarget, aligned: AlignedModels, *, is_beginning: bool = False
+) -> TargetSources:
     """Map every parent to the target.
+
+    Of the beginning of a network that parents keep their functions in the target's structure is
+    not checked here: their modules are those of the whole networks.
 
     Raises
     ------
@@ -112,10 +117,11 @@ def sources_of(chosen: ChosenTarget, aligned: AlignedModels) -> TargetSources:
         correspondence = one.correspondence
         if i == chosen.owner:
             continue
-        if correspondence.uses_all_layers:
+        if correspondence.uses_all_layers and not is_beginning:
             with naming(aligned.names[i]):
                 check_inserted(correspondence)
-        warn_of_other_operations(correspondence, label(aligned.names[i]))
+        if not is_beginning:
+            warn_of_other_operations(correspondence, label(aligned.names[i]))
         warn_of_counted_channels(correspondence, label(aligned.names[i]))
     return found
 

@@ -90,7 +90,7 @@ def regressed_places(problem: FusionProblem, state: State) -> list[Place]:
         if (place := _place(problem, state, layer, point)) is not None
     ]
     # What is solved for one of several that read a parameter would harm the others.
-    shared = problem.target.shared_parameters
+    shared = problem.target.shared_parameters | problem.frozen
     places = [place for place in places if shared.isdisjoint(place.parameters)]
     return sorted(places, key=lambda place: order[place.affine.name])
 

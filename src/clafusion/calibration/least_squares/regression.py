@@ -79,10 +79,12 @@ def regress_anchored(
         anchors = ANCHORS[:1]
     elif not isinstance(settings.anchor, str):
         anchors = (settings.anchor,)
-    elif max(one.weights.overall for one in problem.parents) >= 1.0:
+    elif (
+        problem.is_beginning or max(one.weights.overall for one in problem.parents) >= 1.0
+    ):  # no output tells which one is the best
         anchors = ANCHORS[:1]
     plain = average(problem)
-    if any(
+    if not problem.frozen and any(
         one.is_identity and one.weights.overall >= 1.0 and not one.weights.own
         for one in problem.parents
     ):

@@ -1,0 +1,122 @@
+"""What a fusion of classifiers of other classes returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from clafusion.assessment.evaluation import Evaluation, network_of
+from clafusion.assessment.nearness import DISTANCES, Nearness
+from clafusion.assessment.output_cache import OutputCache
+from clafusion.results import RESULT, FusionResult, parameter_count
+from clafusion.shared_trunk.split import Split
+from clafusion.shared_trunk.tasks import task_scores
+from clafusion.table import Table
+
+__all__ = ["SharedTrunkResult"]
+
+
+@dataclass(frozen=True)
+class SharedTrunkResult(FusionResult):
+    """One network of a shared trunk and a branch for each parent, and how it came about.
+
+    ``model`` is a :class:`clafusion.shared_trunk.network.SharedTrunk`: it puts out ``(batch,
+    classes)``, the classes of the first parent, then those of the second one, and so on.
+    ``problem`` is that of the trunk; where nothing is shared each network's own.  ``assessment`` is
+    None: the parents' outputs have no mean. Other attributes are those of
+    :class:`clafusion.FusionResult`.
+
+    Attributes
+    ----------
+    sizes
+        How many classes each parent has, in order: ``model(x).split(result.sizes, 1)`` are the
+        tasks' outputs.
+    split
+        Where the trunk ends in each parent.
+    nearness
+        How near the result is to each parent on that one's classes, by name, and (``"the result"``)
+        over the classes of all to the parents side by side; on data that was kept out of the
+        fusion, without labels.
+    is_exact
+        Whether the trunk puts out what each parent's does, so that nothing was calibrated.
+    """
+
+    sizes: tuple[int, ...] = ()
+    split: Split = field(default_factory=lambda: Split((), None, ()))
+    nearness: Mapping[str, Nearness] = field(default_factory=dict)
+    is_exact: bool = False
+
+    def __repr__(self) -> str:
+        facts = [
+            f"{parameter_count(self.model)} parameters",
+            f"{' + '.join(map(str, self.sizes))} classes",
+            self.shared_text,
+        ]
+        if self.evaluation is not None:
+            facts.append(f"accuracy {100 * (self.evaluation.scores[RESULT].accuracy or 0):.1f} %")
+        elif RESULT in self.nearness:
+            facts.append(str(self.nearness[RESULT]).partition(", divergence")[0])
+        return f"<SharedTrunkResult {', '.join(facts)}>"
+
+    @property
+    def shared_text(self) -> str:
+        """Up to which layer the trunk is shared, in words."""
+        if self.split.is_empty:
+            return "nothing shared"
+        place = self.aligned.reference
+        whole = len(self.aligned.profiles[place].traced.layers)
+        return f"{self.split.counts[place]} of {whole} layers shared, to {self.split.layers[place]}"
+
+    @property
+    def table(self) -> Table:
+        """One row for each network: how near the result is to it, and how good it is."""
+        rows: dict[str, dict[str, Any]] = {RESULT: {}}
+        rows |= {name: {"weight": one} for name, one in zip(self.names, self.weights, strict=True)}
+        for name, one in self.nearness.items():
+            rows[name] |= {"agreement": one.agreement, "distance": one.distance}
+        if self.evaluation is not None:
+            for name, score in self.evaluation.scores.items():
+                rows.setdefault(name, {}).update(accuracy=score.accuracy, loss=score.loss)
+        columns = ("weight", "agreement", "distance", "accuracy", "loss")
+        return Table.of(
+            ("network", "weight", "agreement", DISTANCES["classes"], "accuracy", "loss"),
+            [(name, *(of.get(one) for one in columns)) for name, of in rows.items()],
+        )
+
+    def evaluated(
+        self,
+        inputs: Iterable[tuple[Tensor, ...]],
+        labels: Tensor,
+        known_outputs: OutputCache | None = None,
+    ) -> Evaluation:
+        """Do what :meth:`evaluate` does, with inputs in batches of tensors.
+
+        Labels are classes among those of all parents, one parent's behind the other's; see
+        :func:`clafusion.shared_trunk.tasks.task_scores`.
+        """
+        parents = self.parent_models
+        keywords = next(iter(parents.values())).keywords
+        networks = {}
+        for name, one in parents.items():
+            run = network_of(one.model, keywords)
+            networks[name] = run if known_outputs is None else known_outputs.keeping(one.model, run)
+        return task_scores(network_of(self.model, keywords), networks, self.sizes, inputs, labels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what was found and done, as plain data for JSON."""
+        return {
+            **super().to_dict(),
+            "sizes": list(self.sizes),
+            "shared": {
+                "layers": dict(zip(self.names, self.split.layers, strict=True)),
+                "counts": dict(zip(self.names, self.split.counts, strict=True)),
+                "is_exact": self.is_exact,
+            },
+            "nearness": {
+                name: {"agreement": one.agreement, "distance": one.distance}
+                for name, one in self.nearness.items()
+            },
+        }
