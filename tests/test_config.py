@@ -420,6 +420,8 @@ def test_all_options_are_listed_once_with_a_line_of_help():
         "assessment.axis",
         "assessment.held_out",
         "combine",
+        "outputs",
+        "shared",
         "verify",
         "seed",
     ]

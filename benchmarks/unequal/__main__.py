@@ -1,10 +1,11 @@
 """Fuse networks that learnt different things, and compare with what they put out side by side.
 
-    CLAFUSION_DATA=... python -m benchmarks.unequal [--quick] [--mnist2] [--vgg] [...]
+    CLAFUSION_DATA=... python -m benchmarks.unequal [--quick] [--mnist2] [--vgg] [--classes] [...]
 
 Multilayer perceptrons of unlike depth and width on 2, 4 and 8 Dirichlet shares of MNIST; the
 specialist and the generalist of skill transfer; VGG-11 with VGG-13 and ResNet-20 with ResNet-32 on
-two Dirichlet shares of CIFAR-10. Without a flag all of them. The quick form takes minutes on two
+two Dirichlet shares of CIFAR-10; and, with --classes alone, networks of five classes each. Without
+a flag all but these. The quick form takes minutes on two
 cores, with narrow networks, images of half the size and few epochs; the full form wants a GPU.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from benchmarks.datasets import logits, mnist
 from benchmarks.experiments.cifar_pairs import data as cifar
 from benchmarks.experiments.experiment import arguments, run
+from benchmarks.unequal.classes import CLASSES, run_classes
 from benchmarks.unequal.methods import networks
 from benchmarks.unequal.parents import dirichlet_shares, parents_of, specialist_and_generalist
 
@@ -44,7 +46,13 @@ WIDTHS = {
 
 
 def main() -> None:
-    given = arguments(__doc__, seeds=3, **{name: text for name, (_, _, text) in TASKS.items()})
+    flags = {name: text for name, (_, _, text) in TASKS.items()}
+    given = arguments(__doc__, seeds=3, **flags, **CLASSES)
+    for kind in CLASSES:
+        if getattr(given, kind):
+            run_classes(kind.removeprefix("classes_"), given)
+    if any(getattr(given, kind) for kind in CLASSES):
+        return
     for task in [name for name in TASKS if getattr(given, name)] or TASKS:
         run_task(task, given)
 

@@ -93,6 +93,7 @@ if TYPE_CHECKING:
     from clafusion.reassembly.result import ReassemblyResult
     from clafusion.reports import explain, plot, summary
     from clafusion.results import FusionResult
+    from clafusion.shared_trunk.result import SharedTrunkResult
     from clafusion.targets.target import chooses
     from clafusion.tracing.layer import Layer, Stream
     from clafusion.tracing.model import (
@@ -175,6 +176,7 @@ __all__ = [
     "Repair",
     "Score",
     "Shallower",
+    "SharedTrunkResult",
     "Sinkhorn",
     "Solver",
     "Strategy",
@@ -279,6 +281,7 @@ _PLACES = {
     "clafusion.reassembly.result": "ReassemblyResult",
     "clafusion.reports": "explain plot summary",
     "clafusion.results": "FusionResult",
+    "clafusion.shared_trunk.result": "SharedTrunkResult",
     "clafusion.targets.target": "chooses",
     "clafusion.tracing.layer": "Layer Stream",
     "clafusion.tracing.model": "ChannelGroup GroupAxis HeadPartition PinnedChannels TracedModel",

@@ -105,9 +105,11 @@ def estimate(
             "assess": (every + largest) * assessed,
         },
         memory=needed_memory(traced, at_once, config),
-        result_bytes=max(
-            sum(one.numel() * one.element_size() for one in model.module_state().values())
-            for model in traced
+        result_bytes=(max if config.outputs == "same" else sum)(
+            [
+                sum(one.numel() * one.element_size() for one in model.module_state().values())
+                for model in traced
+            ]
         ),
         num_inputs=count,
     )

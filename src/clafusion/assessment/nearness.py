@@ -54,7 +54,8 @@ class FusionAssessment:
     result
         How near the result is to the parents together.
     parents
-        The same of each parent alone, by name.
+        The same of each parent alone, by name. Empty where each has classes of its own, and they
+        are together what they put out side by side.
     between_parents
         How near the parents are to each other: for how many rows all of them choose the same class,
         and the mean distance of every two.
@@ -84,9 +85,11 @@ class FusionAssessment:
     @property
     def verdict(self) -> str:
         """What the figures say, in one sentence."""
-        name = self.nearest_parent
         seen = "kept out of the fusion" if self.held_out else "that the fusion has seen"
         on = f"{self.num_inputs} inputs {seen}"
+        if not self.parents:
+            return f"Beside the parents side by side, on {on}: {self.result}"
+        name = self.nearest_parent
         if self.nearer:
             return (
                 f"{name} alone comes nearer to the parents together than the result, on {on}: "

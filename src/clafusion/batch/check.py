@@ -11,7 +11,7 @@ from clafusion.alignment.models import check_models, label
 from clafusion.batch.results import Pair
 from clafusion.batch.worker import union_refusal
 from clafusion.config import FusionConfig
-from clafusion.errors import ClafusionError
+from clafusion.errors import ClafusionError, InputError
 from clafusion.interop.inputs import example_of, readable
 from clafusion.profiling.batches import Data
 from clafusion.stages import ExampleInputs, traced_parent
@@ -19,7 +19,7 @@ from clafusion.tracing.model import TracedModel
 from clafusion.weights.factories import Model
 from clafusion.weights.messages import one_line
 
-__all__ = ["Cause", "PairsCheck", "check_pairs"]
+__all__ = ["Cause", "PairsCheck", "check_outputs_of_pairs", "check_pairs"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ def check_pairs(
         As for :func:`clafusion.fuse_pairs`, the pairs as a list.
     """
     config = replace(config or FusionConfig(), verify=False)
+    check_outputs_of_pairs(config)
     example = example_inputs
     data = readable(data, models)
     if example is None:
@@ -136,6 +137,21 @@ def check_pairs(
             reasons[pair] = str(error)
     layers = {name: len(one.layers) for name, one in traced.items()}
     return PairsCheck(layers, tuple(fusible), tuple(_causes(reasons, fusible, [*failed])))
+
+
+def check_outputs_of_pairs(config: FusionConfig) -> None:
+    """Refuse pairs of other classes, of which each file would need a program beside it.
+
+    Raises
+    ------
+    InputError
+        ``config.outputs`` is ``"both"``.
+    """
+    if config.outputs == "both":
+        raise InputError(
+            "outputs='both' is for clafusion.fuse and clafusion.sweep, not for many pairs: leave "
+            "it out here, and fuse networks of other classes one pair at a time"
+        )
 
 
 def _causes(

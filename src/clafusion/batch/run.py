@@ -22,6 +22,7 @@ from torch import nn
 
 from clafusion.alignment.models import label
 from clafusion.assessment.evaluation import checked_labels
+from clafusion.batch.check import check_outputs_of_pairs
 from clafusion.batch.processes import block_sigint, worker_processes
 from clafusion.batch.results import Pair, PairResult
 from clafusion.batch.scheduler import Scheduler, split_into_tasks
@@ -141,6 +142,7 @@ def fuse_pairs(
     ...     print(result.first, result.second, result.error or result.alignment.total_cost)
     """
     config = config_from(config, overrides)
+    check_outputs_of_pairs(config)
     if isinstance(config.target, Like):
         raise InputError(
             "fuse_pairs does not take the target 'like', for a pair's result has the structure of "

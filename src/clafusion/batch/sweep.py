@@ -396,6 +396,8 @@ class _Shared:
             raise aligned
         of_plans = key + _matching(config)
         matched, template = self._matched.get(of_plans), None
+        if config.outputs == "both":  # whose plans are those of a trunk
+            matched = None
         if matched is None and isinstance(config.target, Like):
             like = next(iter(self._models.values()))
             template = traced_template(config, like, self._example)
@@ -410,7 +412,8 @@ class _Shared:
             labels=self._labels,
             matched=matched,
         )
-        if not isinstance(config.merging.strategy, Barycentre):  # whose plans depend on the weights
+        # The plans of a barycentre depend on the weights.
+        if config.outputs == "same" and not isinstance(config.merging.strategy, Barycentre):
             self._matched[of_plans] = result.problem
         return result
 
@@ -428,6 +431,7 @@ def _aligning(config: FusionConfig) -> str:
             "alignment": config.alignment.to_dict(),
             "assessment": config.assessment.to_dict(),
             "reference": config.target.reference,
+            "outputs": config.outputs,
             "solver": config.matching.solver.name == "orthogonal",
         },
         sort_keys=True,

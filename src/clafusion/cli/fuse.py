@@ -151,6 +151,11 @@ def fuse_command(
     settings = configured(options, base)
     usable_device(device, "--device")
     folder = _folder(out, files, processor_of)
+    if folder and settings.outputs == "both":
+        raise InputError(
+            "--outputs both makes a network that is none of transformers: give a file as --out, "
+            "such as both.pt2"
+        )
     if not folder:
         read = [one for file in files.values() for one in weight_files(file)]
         check_weights_output(out, "--out", read, (data,), (*WRITABLE, PROGRAM))

@@ -15,7 +15,7 @@ from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
 from clafusion.weights.build import with_state
 
-__all__ = ["naive_average"]
+__all__ = ["naive_average", "unmatched"]
 
 
 def naive_average(problem: FusionProblem, weights: Sequence[float] | None = None) -> nn.Module:
@@ -38,10 +38,14 @@ def naive_average(problem: FusionProblem, weights: Sequence[float] | None = None
     """
     if not isinstance(problem, FusionProblem):
         raise InputError(f"problem must be result.problem; got {type(problem).__name__}")
-    parents = tuple(_unmatched(one) for one in problem.parents)
     given = [one.weights.overall for one in problem.parents] if weights is None else list(weights)
-    state = average(replace(problem, parents=parents), [MergeWeights(weight) for weight in given])
+    state = average(unmatched(problem), [MergeWeights(weight) for weight in given])
     return with_state(problem.target.model, state, problem.target.aliases)
+
+
+def unmatched(problem: FusionProblem) -> FusionProblem:
+    """Return a problem whose parents have their channels, heads and outputs in their own order."""
+    return replace(problem, parents=tuple(_unmatched(one) for one in problem.parents))
 
 
 def _unmatched(parent: Parent) -> Parent:

@@ -8,6 +8,7 @@ from clafusion.one_origin.result import MergeResult
 from clafusion.reassembly.result import ReassemblyResult
 from clafusion.reports.text import fact_lines, plain_table
 from clafusion.results import RESULT, FusionResult
+from clafusion.shared_trunk.result import SharedTrunkResult
 from clafusion.table import Table
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
 def assessment_table(result: FusionResult) -> str:
     """Return a table of how near each network is to the parents together, or ""."""
     found, scores = result.assessment, result.evaluation
+    if isinstance(result, SharedTrunkResult):
+        return f"{result.shared_text}\n\n{_as_text(result.table)}"
     if found is None:
         return "" if scores is None else evaluation_summary(scores)
     shown = {

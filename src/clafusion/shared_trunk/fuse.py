@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from clafusion.alignment.models import AlignedModels, label
 from clafusion.assessment.evaluation import network_of
-from clafusion.assessment.nearness import Nearness
+from clafusion.assessment.nearness import FusionAssessment, Nearness
 from clafusion.assessment.parts import Parts, most_assessed, parts_of
 from clafusion.calibration.methods import Calibrated, calibrate
 from clafusion.calibration.outputs import is_exact
@@ -34,7 +35,7 @@ from clafusion.targets.sources import sources_of
 from clafusion.targets.target import choose_target
 from clafusion.tracing.model import TracedModel
 
-__all__ = ["fuse_with_branches"]
+__all__ = ["Assembled", "assembled", "fuse_with_branches"]
 
 _WHY = Combination(reason="each has classes of its own")
 
@@ -86,7 +87,7 @@ def fuse_with_branches(
         problem = _matched(aligned, split, weights, parts.kept, config, clock)
         if progress is not None:
             progress("match", 1)
-        made = _shared(aligned, split, problem, sizes, parts.kept, config, clock, progress)
+        made = assembled(aligned, split, problem, sizes, parts.kept, config, clock, progress)
     for one in aligned.profiles:
         if isinstance(one.rows, SpilledRows):
             one.rows.close()
@@ -110,8 +111,20 @@ def fuse_with_branches(
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What came of a fusion: the network, the trunk's problem, and what its calibration says."""
+class Assembled:
+    """What came of a fusion.
+
+    Attributes
+    ----------
+    model
+        The network.
+    problem
+        That of the trunk.
+    outcome
+        What the trunk's calibration says.
+    is_exact
+        Whether the averaged trunk leaves every branch what its own network puts out.
+    """
 
     model: SharedTrunk
     problem: FusionProblem
@@ -121,7 +134,7 @@ class _Made:
 
 def _side_by_side(
     aligned: AlignedModels, weights: tuple[float, ...], sizes: tuple[int, ...]
-) -> _Made:
+) -> Assembled:
     """Return the networks themselves, with their outputs one behind the other."""
     models = [one.traced for one in aligned.profiles]
     network = SharedTrunk(None, [part_of(one, None, None) for one in models], sizes)
@@ -138,7 +151,7 @@ def _side_by_side(
     )
     target = models[aligned.reference]
     problem = FusionProblem(target, parents, aligned.reference, combination=_WHY)
-    return _Made(network, problem, Calibrated(network), is_exact=True)
+    return Assembled(network, problem, Calibrated(network), is_exact=True)
 
 
 def _matched(
@@ -162,17 +175,21 @@ def _matched(
     return problem
 
 
-def _shared(
+def assembled(
     aligned: AlignedModels,
     split: Split,
     problem: FusionProblem,
     sizes: tuple[int, ...],
     data: Data,
     config: FusionConfig,
-    clock: Clock,
-    progress: Progress | None,
-) -> _Made:
-    """Return the network of the averaged and calibrated trunk and its branches."""
+    clock: Clock | None = None,
+    progress: Progress | None = None,
+) -> Assembled:
+    """Average and calibrate the trunk of a problem, then each branch behind it.
+
+    Other parameters are those of :func:`fuse_with_branches`.
+    """
+    clock = clock or Clock(problem.target.device)
     assert split.cuts is not None, "something is shared"
     counts, cuts, reference = split.counts, split.cuts, aligned.reference
     like = aligned.profiles[reference].traced
@@ -203,7 +220,7 @@ def _shared(
             made.append(part_of(_with_model(own.target, found.model), one.cut, None))
     trunk = part_of(_with_model(like, outcome.model), None, cuts[reference])
     network = SharedTrunk(trunk, made, sizes).train(like.model.training)
-    return _Made(network, problem, outcome, is_exact=exact)
+    return Assembled(network, problem, outcome, is_exact=exact)
 
 
 def _is_exact(branch: Branch, trunk: State, data: Data) -> bool:
@@ -238,13 +255,15 @@ def _assessed(
         if progress is not None:
             progress("assess", count)
 
-    found: dict[str, Nearness] = {}
     if config.assessment.outputs != "none":
         networks = {name: network_of(one.model, first.keywords) for name, one in parents.items()}
         own = network_of(result.model, first.keywords)
         most = most_assessed(held_out=parts.held_out)
-        found, _ = nearness(own, networks, result.sizes, inputs(), most, seen)
-    result = replace(result, nearness=found)
+        joint, of_tasks, count = nearness(own, networks, result.sizes, inputs(), most, seen)
+        assessment = FusionAssessment(
+            "classes", joint, {}, Nearness(math.inf), count, parts.held_out
+        )
+        result = replace(result, assessment=assessment, nearness=of_tasks)
     if labels is None:
         return result
     if isinstance(parts.assessed, Part):

@@ -25,9 +25,9 @@ class SharedTrunkResult(FusionResult):
 
     ``model`` is a :class:`clafusion.shared_trunk.network.SharedTrunk`: it puts out ``(batch,
     classes)``, the classes of the first parent, then those of the second one, and so on.
-    ``problem`` is that of the trunk; where nothing is shared each network's own.  ``assessment`` is
-    None: the parents' outputs have no mean. Other attributes are those of
-    :class:`clafusion.FusionResult`.
+    ``problem`` is that of the trunk; where nothing is shared each network's own. ``assessment``
+    says how near the result is to the parents side by side, over all classes. Other attributes are
+    those of :class:`clafusion.FusionResult`.
 
     Attributes
     ----------
@@ -37,9 +37,8 @@ class SharedTrunkResult(FusionResult):
     split
         Where the trunk ends in each parent.
     nearness
-        How near the result is to each parent on that one's classes, by name, and (``"the result"``)
-        over the classes of all to the parents side by side; on data that was kept out of the
-        fusion, without labels.
+        How near the result is to each parent on that one's classes, by name; on data that was kept
+        out of the fusion, without labels.
     is_exact
         Whether the trunk puts out what each parent's does, so that nothing was calibrated.
     """
@@ -57,8 +56,8 @@ class SharedTrunkResult(FusionResult):
         ]
         if self.evaluation is not None:
             facts.append(f"accuracy {100 * (self.evaluation.scores[RESULT].accuracy or 0):.1f} %")
-        elif RESULT in self.nearness:
-            facts.append(str(self.nearness[RESULT]).partition(", divergence")[0])
+        elif self.assessment is not None:
+            facts.append(str(self.assessment.result).partition(", divergence")[0])
         return f"<SharedTrunkResult {', '.join(facts)}>"
 
     @property
@@ -72,10 +71,16 @@ class SharedTrunkResult(FusionResult):
 
     @property
     def table(self) -> Table:
-        """One row for each network: how near the result is to it, and how good it is."""
+        """One row for each network: how near the result is to it, and how good it is.
+
+        That of the result says how near it is to all of them side by side.
+        """
         rows: dict[str, dict[str, Any]] = {RESULT: {}}
         rows |= {name: {"weight": one} for name, one in zip(self.names, self.weights, strict=True)}
-        for name, one in self.nearness.items():
+        near = dict(self.nearness)
+        if self.assessment is not None:
+            near[RESULT] = self.assessment.result
+        for name, one in near.items():
             rows[name] |= {"agreement": one.agreement, "distance": one.distance}
         if self.evaluation is not None:
             for name, score in self.evaluation.scores.items():

@@ -68,11 +68,11 @@ def nearness(
     inputs: Iterable[tuple[Tensor, ...]],
     most: int,
     progress: Callable[[int], None] = lambda _: None,
-) -> tuple[dict[str, Nearness], int]:
-    """Return how near a network is to its parents, each on its own classes; no labels are needed.
+) -> tuple[Nearness, dict[str, Nearness], int]:
+    """Return how near a network is to its parents; no labels are needed.
 
-    That of ``RESULT`` is over the classes of all, to the parents side by side. The other number is
-    on how many inputs; at most ``most``.
+    First over the classes of all, to the parents side by side; then by name to each parent, on its
+    own classes; and on how many inputs, at most ``most``.
     """
     sums = {name: Comparison("classes", -1, (1.0,)) for name in (RESULT, *parents)}
     seen = 0
@@ -87,7 +87,8 @@ def nearness(
         progress(seen)
         if seen >= most:
             break
-    return {name: one.assessment(("",), False).result for name, one in sums.items()}, seen
+    found = {name: one.assessment(("",), False).result for name, one in sums.items()}
+    return found.pop(RESULT), found, seen
 
 
 @torch.no_grad()
