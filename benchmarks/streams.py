@@ -16,7 +16,7 @@ import argparse
 import lzma
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from benchmarks.datasets import cifar10, folder
 from benchmarks.orthogonal import text
 from benchmarks.results import write_results
-from clafusion import fuse, naive_average
+from clafusion import LeastSquares, fuse, naive_average
 
 WORDS, SENTENCE = 3000, 32  # BERT: words that have a vector, length of a sentence
 LENGTH, HIDDEN = 24, 0.2  # T5: characters of a line, the share that is hidden
@@ -311,6 +311,7 @@ def measured(task: Task, pair: list[nn.Module], inputs: list[Batch]) -> dict[str
         "matched": averaged.model,
         "matched, REPAIR": fused(calibration="repair").model,
         "matched, least squares": fused(calibration="least_squares").model,
+        "matched, least squares, towards any": fused(calibration=LeastSquares(toward="any")).model,
     }
     found |= {name: task.score(outputs_of(task, one), labels) for name, one in made.items()}
     for i, weights in enumerate(([1.0, 0.0], [0.0, 1.0])):
@@ -318,6 +319,11 @@ def measured(task: Task, pair: list[nn.Module], inputs: list[Batch]) -> dict[str
         largest = of_parents[i].abs().max()
         found[f"weight 1: {task.names[i]}"] = float(gap.abs().max() / largest)
     return found
+
+
+def name_of(kinds: Iterable[str]) -> str:
+    """Return the name of the results: those of some kinds do not take the place of all."""
+    return "streams" if set(kinds) == set(KINDS) else "_".join(["streams", *kinds]).lower()
 
 
 def main() -> None:
@@ -337,7 +343,8 @@ def main() -> None:
         for name, value in found.items():
             figures[kind].setdefault(name, []).append(value)
         print(kind, seed, {name: round(one, 6) for name, one in found.items()}, flush=True)
-        write_results("streams", {**vars(arguments), "scores": figures})  # what is done is kept
+        # What is done is kept.
+        write_results(name_of(tasks), {**vars(arguments), "scores": figures})
     for kind, scores in figures.items():
         for name, values in scores.items():
             print(f"{kind:6s} {name:32s} {statistics.mean(values):.6f}")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from benchmarks.datasets import accuracy, mnist
 from benchmarks.results import write_results
-from clafusion import fuse, naive_average
+from clafusion import LeastSquares, fuse, naive_average
 from clafusion.training import finetune
 
 WIDTH, HEAD, PATCH = 32, 8, 7  # channels of the stream and of a head, pixels
@@ -99,6 +99,9 @@ def main() -> None:
                 "averaged": averaged.model,
                 "REPAIR": fuse(pair, calibration, calibration="repair").model,
                 "least squares": fuse(pair, calibration, calibration="least_squares").model,
+                "least squares, towards any": fuse(
+                    pair, calibration, calibration=LeastSquares(toward="any")
+                ).model,
             }
             for name, model in measured.items():
                 found.setdefault(name, []).append(accuracy(model, *test))

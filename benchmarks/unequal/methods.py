@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from clafusion import FusionResult, Wider, fuse, naive_average
+from clafusion import FusionResult, LeastSquares, Wider, fuse, naive_average
 
 Fused = Callable[[Sequence[nn.Module], Tensor, int], FusionResult]
 
@@ -18,6 +18,7 @@ METHODS: dict[str, Fused] = {
     "matched, REPAIR": _fused(calibration="repair"),
     "least squares, mean of logits": _fused(combine="logits"),
     "least squares": _fused(),
+    "least squares, towards any": _fused(calibration=LeastSquares(toward="any")),
 }
 """For any number of parents, at the width of the deepest one."""
 

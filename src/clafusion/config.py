@@ -43,6 +43,7 @@ __all__ = [
     "LAYER_COSTS",
     "LAYER_VALUES",
     "LAYER_WEIGHTS",
+    "LEANS",
     "MERGES",
     "NORMALISATIONS",
     "OUTPUTS",
@@ -141,6 +142,10 @@ ASSESSED_OUTPUTS = Choices(
     classes="by which class is the largest, and by the Kullback-Leibler divergence",
     values="by the relative squared error",
     none="not at all, and nothing is kept out of the fusion",
+)
+LEANS = Choices(
+    largest="the parent with the largest weight, of equals the one that gives the structure",
+    any="whichever parent brings the outputs nearest; with anchor 'auto' 1 is tried, too",
 )
 COMBINATIONS = Choices(
     auto="probabilities where the two means are far apart on the inputs, else logits",
@@ -298,10 +303,11 @@ class LeastSquares(Calibration, name="least_squares"):
 
     anchor: float | str = number(
         "auto",
-        "how far the interior leans from the weights towards the parent with the largest one",
+        "how far the interior leans from the weights towards one parent",
         high=1.0,
         word="auto",
     )
+    toward: str = choice("largest", LEANS, "towards which parent the interior leans")
     ridge: float = number(
         1e-3, "penalty on changes, relative to the mean square of a layer's inputs", above_low=True
     )

@@ -461,6 +461,7 @@ def _fused(
         config=config,
         weights=weights,
         anchor=outcome.anchor,
+        toward=outcome.toward,
         averaged=outcome.averaged,
         left_out=left_out,
         timings=clock.seconds,

@@ -52,6 +52,8 @@ class FusionResult:
     anchor
         How far the interior leans towards one parent; None but for least squares. For the strategy
         ``"iterative"`` that of the last step; ``steps`` have the others.
+    toward
+        The name of the parent towards which it leans; None where ``anchor`` is None.
     averaged
         The names of the weights (parameters of two or more axes) that the calibration left at the
         average, as it cannot solve for them: see the page Concepts. Empty where it leaves all there
@@ -96,6 +98,7 @@ class FusionResult:
     converged: bool = True
     assessment: FusionAssessment | None = None
     steps: tuple[FusionResult, ...] = ()
+    toward: str | None = None
     averaged: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     data_hash: str | None = None
@@ -213,6 +216,7 @@ class FusionResult:
             **(steps[0] if len(steps) == 1 else {"steps": steps}),
             "weights": list(self.weights),
             "anchor": self.anchor,
+            "toward": self.toward,
             "combination": self.combination.to_dict(),
             "averaged": list(self.averaged),
             "left_out": list(self.left_out),

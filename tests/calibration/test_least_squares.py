@@ -21,7 +21,7 @@ from clafusion import (
     trace,
 )
 from clafusion.calibration.least_squares import anchored_weights
-from clafusion.calibration.least_squares.anchors import ANCHORS
+from clafusion.calibration.least_squares.anchors import ANCHORS, Lean, leans
 from clafusion.calibration.least_squares.equations import NormalEquations
 from clafusion.calibration.least_squares.rows import chosen_positions, rows_for
 from clafusion.merging.mean import weighted_mean
@@ -159,6 +159,40 @@ def test_auto_takes_what_comes_nearer_to_the_mean():
     )
     assert auto == pytest.approx(min(distances), rel=1e-4)
     assert results[0].anchor == ANCHORS[distances.index(min(distances))]
+
+
+def distance_to_mean(result, models):
+    goal = sum(output(one, VECTORS) for one in models) / len(models)
+    return float((output(result.model, VECTORS) - goal).square().sum())
+
+
+def test_the_interior_may_lean_towards_the_parent_that_does_not_give_the_structure():
+    deep, shallow = mlp(8, 12, 10, 4), mlp(8, 12, 4, seed=1)
+    with torch.no_grad():
+        deep[-1].weight *= 0.01  # its outputs say next to nothing
+    models = {"deep": deep, "shallow": shallow}
+    one, any_of_them = (
+        fuse(models, VECTORS, calibration=LeastSquares(anchor=1, toward=toward))
+        for toward in ("largest", "any")
+    )
+    assert (one.anchor, one.toward) == (1.0, "deep")
+    assert (any_of_them.anchor, any_of_them.toward) == (1.0, "shallow")
+    far = distance_to_mean(any_of_them, models.values())
+    assert far < 0.1 * distance_to_mean(one, models.values())
+    assert any_of_them.to_dict()["toward"] == "shallow"
+    assert "towards 'shallow'" in str(summary(any_of_them))
+    assert "towards" not in str(summary(one))
+
+
+def test_auto_tries_more_where_the_interior_may_lean_towards_any():
+    problem = with_weights([MergeWeights(0.25), MergeWeights(0.75), MergeWeights(0.0)])
+    tried = leans(problem, LeastSquares(toward="any"))
+    assert tried[: len(ANCHORS)] == leans(problem, LeastSquares())
+    assert {one.toward for one in tried} == {0, 1}  # who has no weight is no aim
+    assert {one.anchor for one in tried} == {*ANCHORS, 1.0}
+    assert leans(problem, LeastSquares(anchor=0, toward="any")) == (Lean(0, 1),)
+    sure = with_weights([MergeWeights(1.0), MergeWeights(0.0)])
+    assert leans(sure, LeastSquares(toward="any")) == leans(sure, LeastSquares())
 
 
 def with_weights(weights, reference=0):

@@ -37,11 +37,14 @@ class Calibrated:
         See :class:`clafusion.FusionResult`; None for calibrations that have none.
     averaged
         The names of the weights that several parents have and the calibration left at the average.
+    toward
+        The name of the parent towards which the interior leans; None where there is no anchor.
     """
 
     model: nn.Module
     anchor: float | None = None
     averaged: tuple[str, ...] = ()
+    toward: str | None = None
 
 
 Method: TypeAlias = Callable[..., "Calibrated | Mapping[str, Tensor]"]
@@ -145,7 +148,12 @@ def _least_squares(
                 f"{why}: it aims at the mean of their logits",
                 FusionWarning,
             )
-    return Calibrated(_built(problem, found.state), found.anchor, _averaged(problem, found.solved))
+    return Calibrated(
+        _built(problem, found.state),
+        found.anchor,
+        _averaged(problem, found.solved),
+        found.toward,
+    )
 
 
 def _rescaled(problem: FusionProblem, goals: Collection[str]) -> set[str]:

@@ -211,6 +211,8 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
     facts["calibration"] = described(calibration)
     if result.anchor is not None and result.anchor != getattr(calibration, "anchor", None):
         facts["calibration"] += f", anchor {result.anchor:g}"
+    if result.anchor and getattr(calibration, "toward", "largest") == "any":
+        facts["calibration"] += f", towards {result.toward!r}"
     if result.averaged:
         facts["averaged"] = (
             f"{len(result.averaged)} weights that {calibration.name} does not calibrate: "

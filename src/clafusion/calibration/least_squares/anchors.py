@@ -9,27 +9,66 @@ import torch
 from torch import Tensor
 
 from clafusion.calibration.outputs import outputs_and_goals
+from clafusion.config import LeastSquares
 from clafusion.execution.call import State
 from clafusion.merging.problem import FusionProblem, MergeWeights
 from clafusion.profiling.masks import counting_values, kept_positions, zeroed
 
-__all__ = ["ANCHORS", "Trial", "anchored_weights", "output_distances"]
+__all__ = ["ANCHORS", "Lean", "Trial", "anchored_weights", "leaning", "leans", "output_distances"]
 
 ANCHORS = (0.0, 0.9)
 """What ``"auto"`` tries."""
+FULL = 1.0
+"""What it tries as well where the interior may lean towards any parent."""
 
 _PART, _LEAST_PART = 8, 3  # one of so many inputs is regressed, and another one compared
 _ROWS = 32  # of the outputs, that are regressed at the least
 
 
-def anchored_weights(problem: FusionProblem, anchor: float) -> list[MergeWeights]:
+@dataclass(frozen=True)
+class Lean:
+    """How far the interior goes from the parents' own weights, in [0, 1], and to which parent."""
+
+    anchor: float
+    toward: int
+
+
+def leaning(problem: FusionProblem) -> int:
+    """Return the parent with the largest weight; of equals that is the problem's reference."""
+    own = [one.weights.overall for one in problem.parents]
+    return max(range(len(own)), key=lambda i: (own[i], i == problem.reference))
+
+
+def leans(problem: FusionProblem, settings: LeastSquares) -> tuple[Lean, ...]:
+    """Return what is to be tried, as the settings ask for it."""
+    most = leaning(problem)
+    own = [one.weights.overall for one in problem.parents]
+    if problem.merged is not None:  # whose interior leans towards nobody
+        return (Lean(0.0, most),)
+    is_any = settings.toward == "any" and max(own) < 1.0
+    others = [i for i, weight in enumerate(own) if weight > 0 and i != most] if is_any else []
+    if not isinstance(settings.anchor, str):
+        anchor = settings.anchor
+        return tuple(Lean(anchor, i) for i in ([most, *others] if anchor > 0 else [most]))
+    if problem.is_beginning or max(own) >= 1.0:  # no output tells which one is the best
+        return (Lean(0.0, most),)
+    found = [Lean(anchor, most) for anchor in ANCHORS]
+    if is_any:
+        found.append(Lean(FULL, most))
+        found += [Lean(anchor, i) for i in others for anchor in (*ANCHORS[1:], FULL)]
+    return tuple(found)
+
+
+def anchored_weights(
+    problem: FusionProblem, anchor: float, toward: int | None = None
+) -> list[MergeWeights]:
     """Return the parents' weights inside the network.
 
-    ``anchor`` in [0, 1] is how far they go from the parents' own to the parent that has most of the
-    outputs; of equals that is the problem's reference. Those of each layer add up to 1.
+    ``anchor`` in [0, 1] is how far they go from the parents' own to the parent at position
+    ``toward``, by default that of :func:`leaning`. Those of each layer add up to 1.
     """
     own = [one.weights for one in problem.parents]
-    most = max(range(len(own)), key=lambda i: (own[i].overall, i == problem.reference))
+    most = leaning(problem) if toward is None else toward
 
     def anchored(given: Sequence[float]) -> tuple[float, ...]:
         moved = [weight + anchor * (float(i == most) - weight) for i, weight in enumerate(given)]

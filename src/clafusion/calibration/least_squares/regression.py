@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from clafusion.calibration.least_squares.anchors import (
-    ANCHORS,
+    Lean,
     Trial,
     anchored_weights,
+    leans,
     output_distances,
 )
 from clafusion.calibration.least_squares.hidden import hidden_channels
@@ -48,12 +49,15 @@ class Regression:
         Its parameters and buffers.
     anchor
         How far its interior leans towards one parent.
+    toward
+        The name of that parent.
     solved
         The names of those that were solved for, or taken from one parent as they are.
     """
 
     state: MutableMapping[str, Tensor]
     anchor: float
+    toward: str
     solved: frozenset[str]
 
 
@@ -68,55 +72,57 @@ def regress_anchored(
 ) -> Regression:
     """Average and regress, the interior anchored as it should be.
 
-    ``"auto"`` takes that one of ``ANCHORS`` whose outputs come nearest to the parents' weighted
-    mean: regressed on a part of the inputs and compared on another, or where inputs are few, all of
-    them regressed and compared on all inputs.
+    Of several ways to lean (see :func:`leans`) that one is taken whose outputs come nearest to the
+    parents' weighted mean: regressed on a part of the inputs and compared on another, or where
+    inputs are few, all of them regressed and compared on all inputs.
     """
     if problem.merged is None:  # else models of tasks of their own may be equal
         problem = without_copies(problem)
-    anchors: tuple[float, ...] = ANCHORS
-    if problem.merged is not None:  # whose interior leans towards nobody
-        anchors = ANCHORS[:1]
-    elif not isinstance(settings.anchor, str):
-        anchors = (settings.anchor,)
-    elif (
-        problem.is_beginning or max(one.weights.overall for one in problem.parents) >= 1.0
-    ):  # no output tells which one is the best
-        anchors = ANCHORS[:1]
+    tried = leans(problem, settings)
     plain = average(problem)
     if not problem.frozen and any(
         one.is_identity and one.weights.overall >= 1.0 and not one.weights.own
         for one in problem.parents
     ):
-        return Regression(plain, anchors[0], frozenset(plain))  # that parent: nothing is lost
+        return _regression(problem, plain, tried[0], frozenset(plain))  # that parent: as it is
     if is_exact(problem, plain, data):
-        return Regression(plain, anchors[0], frozenset(plain))
-    fused = {anchor: _anchored(problem, plain, anchor) for anchor in anchors}
-    inputs, owners = _inputs(problem, data, settings, len(fused))
+        return _regression(problem, plain, tried[0], frozenset(plain))
+    fused = {lean: _anchored(problem, plain, lean) for lean in tried}
+    in_parts = not problem.target.takes_whole_batches
+    # A trial holds a part of the inputs only, however many are tried.
+    inputs, owners = _inputs(
+        problem, data, settings, min(len(fused), 2 if in_parts else len(fused))
+    )
     rows = Rows(seed=seed)
     trial = None
-    if len(fused) > 1 and not problem.target.takes_whole_batches:
+    if len(fused) > 1 and in_parts:
         trial = Trial.of(inputs, min(math.prod(shape[:-1]) for shape, _ in problem.target.outputs))
     if trial is not None:
         walks = _regressed(problem, fused, trial.regressed, settings.ridge, rows.fewer())
         states = [one.state for one in walks.candidates]
         far = output_distances(problem, states, trial.compared)
-        best = anchors[far.index(min(far))]
+        best = tried[far.index(min(far))]
         fused = {best: fused[best]}
     walks = _regressed(problem, fused, inputs, settings.ridge, rows, progress, owners)
     far = walks.distances() if len(fused) > 1 else [0.0]
     nearest = far.index(min(far))
-    return Regression(walks.candidates[nearest].state, list(fused)[nearest], walks.solved)
+    return _regression(problem, walks.candidates[nearest].state, list(fused)[nearest], walks.solved)
+
+
+def _regression(
+    problem: FusionProblem, state: MutableMapping[str, Tensor], lean: Lean, solved: frozenset[str]
+) -> Regression:
+    return Regression(state, lean.anchor, problem.names[lean.toward], solved)
 
 
 def _anchored(
-    problem: FusionProblem, plain: MutableMapping[str, Tensor], anchor: float
+    problem: FusionProblem, plain: MutableMapping[str, Tensor], lean: Lean
 ) -> MutableMapping[str, Tensor]:
     """Return the average with the interior anchored, given the one by the parents' own weights."""
-    if anchor == 0.0:
+    if lean.anchor == 0.0:
         return plain
     axes = problem.target.axes_by_parameter
-    anchored = average(problem, anchored_weights(problem, anchor))
+    anchored = average(problem, anchored_weights(problem, lean.anchor, lean.toward))
     for name in anchored:
         # Channels leave these in no group: the outputs' parameters, which are not anchored.
         if all(one.direction == "in" for _, one in axes.get(name, ())):
@@ -157,22 +163,22 @@ def _inputs(
 
 def _regressed(
     problem: FusionProblem,
-    fused: Mapping[float, State],
+    fused: Mapping[Lean, State],
     inputs: Sequence[tuple[Tensor, ...]],
     ridge: float,
     rows: Rows,
     progress: Callable[[str, int], None] | None = None,
     owners: Sequence[int] = (),
 ) -> Walks:
-    """Regress the states, given by their anchors, side by side."""
+    """Regress the states, given by how they lean, side by side."""
     places = regressed_places(problem, next(iter(fused.values())))
     states = [one.traced.state() for one in problem.parents]
     hidden = {}
     if problem.merged is None:
         hidden = hidden_channels(problem, places, states, problem.target.state())
     candidates = [
-        Candidate(_kept(problem, state), _weights(problem, places, anchor))
-        for anchor, state in fused.items()
+        Candidate(_kept(problem, state), _weights(problem, places, lean))
+        for lean, state in fused.items()
     ]
     walks = Walks(problem, candidates, inputs, places, hidden, states, rows, owners)
     num_inputs = sum(walks.batch_sizes)
@@ -209,12 +215,10 @@ def _most_inputs(problem: FusionProblem, num_candidates: int) -> int:
     return max(_HELD // (_VALUES * item * sum(sizes)), 1)
 
 
-def _weights(
-    problem: FusionProblem, places: Sequence[Place], anchor: float
-) -> dict[str, list[float]]:
+def _weights(problem: FusionProblem, places: Sequence[Place], lean: Lean) -> dict[str, list[float]]:
     """Return the parents' weights at each layer, by its node."""
     own = [one.weights for one in problem.parents]
-    inside = anchored_weights(problem, anchor)
+    inside = anchored_weights(problem, lean.anchor, lean.toward)
     found = {}
     for place in places:
         is_output = bool((place.point.groups < 0).all())
