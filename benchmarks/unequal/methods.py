@@ -17,8 +17,8 @@ METHODS: dict[str, Fused] = {
     "matched, averaged": _fused(calibration="none"),
     "matched, REPAIR": _fused(calibration="repair"),
     "least squares, mean of logits": _fused(combine="logits"),
+    "least squares, towards the deepest": _fused(calibration=LeastSquares(toward="largest")),
     "least squares": _fused(),
-    "least squares, towards any": _fused(calibration=LeastSquares(toward="any")),
 }
 """For any number of parents, at the width of the deepest one."""
 

@@ -24,6 +24,7 @@ from clafusion.calibration.least_squares import anchored_weights
 from clafusion.calibration.least_squares.anchors import ANCHORS, Lean, leans
 from clafusion.calibration.least_squares.equations import NormalEquations
 from clafusion.calibration.least_squares.rows import chosen_positions, rows_for
+from clafusion.merging.combination import Combination
 from clafusion.merging.mean import weighted_mean
 from tests.support.assertions import assert_same_function
 from tests.support.networks import Block, Matrices, mlp, output, resnet
@@ -191,6 +192,10 @@ def test_auto_tries_more_where_the_interior_may_lean_towards_any():
     assert {one.toward for one in tried} == {0, 1}  # who has no weight is no aim
     assert {one.anchor for one in tried} == {*ANCHORS, 1.0}
     assert leans(problem, LeastSquares(anchor=0, toward="any")) == (Lean(0, 1),)
+    assert leans(problem, LeastSquares()) == leans(problem, LeastSquares(toward="largest"))
+    apart = replace(problem, combination=Combination("probabilities"))
+    assert leans(apart, LeastSquares()) == tried
+    assert leans(apart, LeastSquares(anchor=0.5)) == (Lean(0.5, 1),)
     sure = with_weights([MergeWeights(1.0), MergeWeights(0.0)])
     assert leans(sure, LeastSquares(toward="any")) == leans(sure, LeastSquares())
 

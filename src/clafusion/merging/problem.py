@@ -207,6 +207,12 @@ class FusionProblem:
         """The parents' names."""
         return tuple(one.name for one in self.parents)
 
+    @property
+    def largest(self) -> int:
+        """The position of the parent with the largest weight; of equals ``reference``."""
+        own = [one.weights.overall for one in self.parents]
+        return max(range(len(own)), key=lambda i: (own[i], i == self.reference))
+
 
 def plans_are_at_rest(before: FusionProblem, after: FusionProblem) -> bool:
     """Say whether nothing moves any channel otherwise: no plan, order of heads or rotation."""

@@ -211,7 +211,7 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
     facts["calibration"] = described(calibration)
     if result.anchor is not None and result.anchor != getattr(calibration, "anchor", None):
         facts["calibration"] += f", anchor {result.anchor:g}"
-    if result.anchor and getattr(calibration, "toward", "largest") == "any":
+    if result.anchor and result.toward != result.problem.names[result.problem.largest]:
         facts["calibration"] += f", towards {result.toward!r}"
     if result.averaged:
         facts["averaged"] = (

@@ -14,7 +14,7 @@ from clafusion.execution.call import State
 from clafusion.merging.problem import FusionProblem, MergeWeights
 from clafusion.profiling.masks import counting_values, kept_positions, zeroed
 
-__all__ = ["ANCHORS", "Lean", "Trial", "anchored_weights", "leaning", "leans", "output_distances"]
+__all__ = ["ANCHORS", "Lean", "Trial", "anchored_weights", "leans", "output_distances"]
 
 ANCHORS = (0.0, 0.9)
 """What ``"auto"`` tries."""
@@ -33,19 +33,20 @@ class Lean:
     toward: int
 
 
-def leaning(problem: FusionProblem) -> int:
-    """Return the parent with the largest weight; of equals that is the problem's reference."""
-    own = [one.weights.overall for one in problem.parents]
-    return max(range(len(own)), key=lambda i: (own[i], i == problem.reference))
-
-
 def leans(problem: FusionProblem, settings: LeastSquares) -> tuple[Lean, ...]:
-    """Return what is to be tried, as the settings ask for it."""
-    most = leaning(problem)
+    """Return what is to be tried, as the settings ask for it.
+
+    Parents that put out a mean of probabilities learnt different things. Then the one that gives
+    the structure may know less than another one, and no mean of features is good.
+    """
+    most = problem.largest
     own = [one.weights.overall for one in problem.parents]
     if problem.merged is not None:  # whose interior leans towards nobody
         return (Lean(0.0, most),)
-    is_any = settings.toward == "any" and max(own) < 1.0
+    is_any = settings.toward == "any"
+    if settings.toward == "auto" and isinstance(settings.anchor, str):
+        is_any = problem.combination.means == "probabilities"
+    is_any = is_any and max(own) < 1.0
     others = [i for i, weight in enumerate(own) if weight > 0 and i != most] if is_any else []
     if not isinstance(settings.anchor, str):
         anchor = settings.anchor
@@ -54,8 +55,7 @@ def leans(problem: FusionProblem, settings: LeastSquares) -> tuple[Lean, ...]:
         return (Lean(0.0, most),)
     found = [Lean(anchor, most) for anchor in ANCHORS]
     if is_any:
-        found.append(Lean(FULL, most))
-        found += [Lean(anchor, i) for i in others for anchor in (*ANCHORS[1:], FULL)]
+        found += [Lean(FULL, i) for i in (most, *others)]
     return tuple(found)
 
 
@@ -65,10 +65,10 @@ def anchored_weights(
     """Return the parents' weights inside the network.
 
     ``anchor`` in [0, 1] is how far they go from the parents' own to the parent at position
-    ``toward``, by default that of :func:`leaning`. Those of each layer add up to 1.
+    ``toward``, by default the one with the largest weight. Those of each layer add up to 1.
     """
     own = [one.weights for one in problem.parents]
-    most = leaning(problem) if toward is None else toward
+    most = problem.largest if toward is None else toward
 
     def anchored(given: Sequence[float]) -> tuple[float, ...]:
         moved = [weight + anchor * (float(i == most) - weight) for i, weight in enumerate(given)]
