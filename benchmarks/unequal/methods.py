@@ -17,6 +17,7 @@ METHODS: dict[str, Fused] = {
     "matched, averaged": _fused(calibration="none"),
     "matched, REPAIR": _fused(calibration="repair"),
     "least squares, mean of logits": _fused(combine="logits"),
+    "least squares, anchor 0": _fused(calibration=LeastSquares(anchor=0)),
     "least squares, towards the deepest": _fused(calibration=LeastSquares(toward="largest")),
     "least squares": _fused(),
 }
