@@ -191,6 +191,9 @@ def _limits(what: str, low: float, high: float | None, above: bool = False) -> s
 
 
 def _default(option: Option) -> str:
+    """Return an option's default; of one that has several, each with the value it is for."""
+    if option.defaults:
+        return ", ".join(f"`{name}`: `{one}`" for name, one in option.defaults.items())
     return "" if option.default in (None, "") else f"`{option.default}`"
 
 

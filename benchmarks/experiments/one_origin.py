@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.datasets import accuracy, logits, mnist
 from benchmarks.experiments.experiment import arguments, run, trained
 from benchmarks.mnist_mlp import mlp
-from clafusion import Average, Dare, MergeMethod, TaskArithmetic, Ties, merge
+from clafusion import Average, Dare, MergeMethod, Sensitivity, TaskArithmetic, Ties, merge
 
 CALIBRATIONS = ("repair", "least_squares")
 METHODS: dict[str, MergeMethod] = {
@@ -26,6 +26,7 @@ METHODS: dict[str, MergeMethod] = {
     "TIES": Ties(),
     "DARE": Dare(),
     "DARE, elect": Dare(elect=True, scaling=1.0),
+    "sensitivity": Sensitivity(),
 }
 QUICK: dict[str, Any] = {
     "images": 10_000,
@@ -102,9 +103,11 @@ def main() -> None:
         of_tasks = {name: one[chosen] for name, one in tasks(images).items()}
         mixed = torch.stack([*of_tasks.values()], 1).flatten(0, 1)
         for method, rule in METHODS.items():
-            rows: dict[str, tuple[str, Any]] = {method: ("none", None)}
+            by_task = isinstance(rule, Sensitivity)  # which needs to know whose inputs are whose
+            rows: dict[str, tuple[str, Any]] = {method: ("none", of_tasks if by_task else None)}
             for calibration in CALIBRATIONS:
-                rows[f"{method}, {calibration}"] = calibration, mixed
+                if not by_task:
+                    rows[f"{method}, {calibration}"] = calibration, mixed
                 rows[f"{method}, {calibration}, by task"] = calibration, of_tasks
             for row, (calibration, data) in rows.items():
                 result = merge(base, models, data, method=rule, calibration=calibration, seed=seed)

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         Profiling,
         ReassemblyConfig,
         Repair,
+        Sensitivity,
         Shallower,
         Sinkhorn,
         Solver,
@@ -175,6 +176,7 @@ __all__ = [
     "ReassemblyResult",
     "Repair",
     "Score",
+    "Sensitivity",
     "Shallower",
     "SharedTrunkResult",
     "Sinkhorn",
@@ -256,7 +258,8 @@ _PLACES = {
         Alignment Assessment Assignment Auto AutoCalibration Average Barycentre BatchNorm
         Calibration Dare Deeper Exact FusionConfig Iterative LeastSquares Like ManyToOne Matching
         MergeConfig MergeMethod Merging NoCalibration Orthogonal Profiling ReassemblyConfig Repair
-        Shallower Sinkhorn Solver Strategy Target TaskArithmetic Ties Unbalanced Wider Zip
+        Sensitivity Shallower Sinkhorn Solver Strategy Target TaskArithmetic Ties Unbalanced Wider
+        Zip
     """,
     "clafusion.correspondence.correspondence": "Correspondence correspond",
     "clafusion.correspondence.inserted": "inserted_model",

@@ -76,6 +76,7 @@ __all__ = [
     "Profiling",
     "ReassemblyConfig",
     "Repair",
+    "Sensitivity",
     "Settings",
     "Shallower",
     "Sinkhorn",
@@ -692,6 +693,23 @@ class Dare(MergeMethod, name="dare"):
         0.5, "share of each task vector's entries that is kept", high=1.0, above_low=True
     )
     elect: bool = flag(False, "then elect signs and take the mean, as TIES does, not the sum")
+
+
+@dataclass(frozen=True)
+class Sensitivity(MergeMethod, name="sensitivity"):
+    """Add task vectors, each layer's by which model's outputs are the most sensitive to it.
+
+    In the spirit of Sens-Merging, arXiv 2502.12420: see :mod:`clafusion.merging.sensitivity`. It
+    needs inputs of each model's own task.
+    """
+
+    scaling: float = _scaling(0.4)
+    temperature: float = number(
+        0.1,
+        "temperature of the softmax over the models: the lower, the more one of them counts",
+        above_low=True,
+    )
+    samples: int = count(500, "how many inputs of each task sensitivities are taken on at the most")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -384,6 +384,8 @@ class Option:
         Those values.
     rule
         What the field itself says: limits and the like.
+    defaults
+        The default with each of the values ``of``, where these have several; else empty.
     """
 
     path: str
@@ -394,6 +396,7 @@ class Option:
     needs: str
     of: tuple[str, ...]
     rule: Mapping[str, Any]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def field(self) -> str:
@@ -440,22 +443,22 @@ def options_of(
         for name, variant in inner.variants().items():
             for option in options_of(variant, f"{path}.", path, (name,)):
                 by_path.setdefault(option.path, []).append(option)
-        for same in by_path.values():
-            names = tuple(name for option in same for name in option.of)
-            first = same[0]
-            found.append(
-                Option(
-                    first.path,
-                    first.kind,
-                    first.default,
-                    first.choices,
-                    first.help,
-                    first.needs,
-                    names if first.needs == path else first.of,
-                    first.rule,
-                )
-            )
+        found += [_as_one(same, path) for same in by_path.values()]
     return found
+
+
+def _as_one(same: Sequence[Option], needs: str) -> Option:
+    """Return one option for those of one path that several variants have.
+
+    ``needs`` is the path of the option that chooses the variant.
+    """
+    first = same[0]
+    if first.needs != needs:
+        return first
+    names = tuple(name for option in same for name in option.of)
+    defaults = {name: option.default for option in same for name in option.of}
+    differ = any(one != first.default for one in defaults.values())
+    return replace(first, of=names, defaults=defaults if differ else {})
 
 
 def _summary(kind: type[Settings]) -> str:

@@ -10,12 +10,30 @@ import torch
 from torch import nn
 
 import clafusion
-from clafusion import Dare, InputError, ModelFile, TaskArithmetic, Ties, merge
+from clafusion import (
+    Dare,
+    FusionWarning,
+    InputError,
+    ModelFile,
+    Sensitivity,
+    TaskArithmetic,
+    Ties,
+    merge,
+)
 from clafusion.cli.app import main
+from clafusion.merging.sensitivity import alignments, relative_sensitivities, shares
 from clafusion.weights.checkpoints import load_state
 from tests.support.in_files import IMAGES, TOKENS, VECTORS, in_file
 from tests.support.networks import mlp, resnet
 
+EVERY = [
+    "average",
+    TaskArithmetic(0.7),
+    Ties(density=0.4),
+    Dare(0.7, density=0.6),
+    Dare(density=0.6, elect=True),
+    Sensitivity(0.7),
+]
 METHODS = ["average", TaskArithmetic(1.0), Ties(density=1.0), Dare(1.0, density=1.0)]
 
 
@@ -78,8 +96,37 @@ def test_weights_are_relative():
     state = merge(base, models, weights=[2, 0, 2], method=TaskArithmetic(0.5)).model.state_dict()
     first, _, third = (one.state_dict() for one in models)
     for name, own in base.state_dict().items():
-        wanted = own + 0.5 * 1.5 * ((first[name] - own) + (third[name] - own))
+        wanted = own + 0.5 * ((first[name] - own) + (third[name] - own))
         assert torch.allclose(state[name], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])
+@pytest.mark.parametrize("method", EVERY, ids=str)
+def test_a_model_of_weight_0_is_left_out_exactly(method, calibration):
+    images = calibration == "none"
+    base, models = family(images=images)
+    names = ("a", "b", "c")
+    data = {name: (IMAGES if images else VECTORS) + i for i, name in enumerate(names)}
+    kept = merge(
+        base,
+        {"a": models[0], "c": models[2]},
+        {"a": data["a"], "c": data["c"]},
+        [3, 1],
+        method=method,
+        calibration=calibration,
+    )
+    left = merge(
+        base,
+        dict(zip(names, models, strict=True)),
+        data,
+        [3, 0, 1],
+        method=method,
+        calibration=calibration,
+    )
+    assert same(kept.model, left.model)
+    assert left.weights == (0.75, 0.0, 0.25)
+    assert left.distances.keys() == set(names)
+    assert kept.assessment.result == left.assessment.result
 
 
 @pytest.mark.parametrize("calibration", ["repair", "least_squares"])
@@ -148,6 +195,102 @@ def test_tied_weights_stay_tied():
     assert result.model[1].weight is result.model[0].weight
 
 
+# --- by sensitivity -----------------------------------------------------------------------------
+
+
+def test_sensitivity_does_what_its_equations_say():
+    base = mlp(12, 10, 4)
+    models = {name: changed(base, seed, by=1.0) for name, seed in (("a", 1), ("b", 2), ("c", 3))}
+    generator = torch.Generator().manual_seed(5)
+    data = {name: torch.randn(40, 12, generator=generator) + i for i, name in enumerate(models)}
+    method = Sensitivity(0.7, temperature=0.05)
+    weights = np.array([0.5, 0.3, 0.2])
+    result = merge(base, models, data, [5, 3, 2], method=method)
+    assert result.timings.keys() >= {"trace", "sensitivity", "merge"}
+
+    layers = ["0", "2"]
+    alpha, logits = np.empty((3, 2)), np.empty((3, 3), object)
+    for i, (name, model) in enumerate(models.items()):
+        model.zero_grad()
+        model(data[name]).square().sum().backward()
+        for n, layer in enumerate(layers):
+            own = model.get_submodule(layer)
+            alpha[i, n] = sum(
+                float((one.detach() * one.grad).abs().sum()) for one in own.parameters()
+            )
+        for j, other in enumerate(data.values()):
+            found = model(other).detach().double().numpy()
+            logits[i, j] = found - found.mean(1, keepdims=True)
+    alpha /= np.sqrt((alpha**2).sum(1, keepdims=True))
+    near = np.zeros((3, 3))
+    for i in range(3):
+        for j in {0, 1, 2} - {i}:
+            far = np.linalg.norm(logits[i, j] - logits[j, j]) / np.linalg.norm(logits[j, j])
+            near[i, j] = 1 / (1 + far)
+    tau = near.sum(1) / near.sum()
+    sigma = weights[:, None] * np.exp(alpha * tau[:, None] / 0.05)
+    sigma /= sigma.sum(0)
+    for n, layer in enumerate(layers):
+        for kind in ("weight", "bias"):
+            name = f"{layer}.{kind}"
+            first = base.state_dict()[name].double().numpy()
+            added = sum(
+                sigma[i, n] * (one.state_dict()[name].double().numpy() - first)
+                for i, one in enumerate(models.values())
+            )
+            found = result.model.state_dict()[name].numpy()
+            np.testing.assert_allclose(found, first + 0.7 * 3 * added, atol=1e-6)
+
+
+def test_a_large_temperature_is_task_arithmetic_and_a_small_one_takes_one_model():
+    base, models = family(2)
+    named = {"a": models[0], "b": models[1]}
+    data = {"a": VECTORS, "b": VECTORS + 1}
+    soft = merge(base, named, data, method=Sensitivity(0.5, temperature=1e9)).model
+    plain = merge(base, named, method=TaskArithmetic(0.5)).model
+    for name, one in plain.state_dict().items():
+        assert torch.allclose(soft.state_dict()[name], one, atol=1e-6)
+    hard = merge(base, named, data, method=Sensitivity(0.5, temperature=1e-9)).model
+    for name, one in hard.state_dict().items():
+        assert any(torch.allclose(one, model.state_dict()[name], atol=1e-6) for model in models)
+
+
+def test_sensitivity_needs_inputs_of_each_task_and_gradients():
+    base, models = family(2)
+    with pytest.raises(InputError, match=r"each model's own task: .* got no data"):
+        merge(base, models, method="sensitivity")
+    with pytest.raises(InputError, match="got data of all tasks together"):
+        merge(base, models, VECTORS, method="sensitivity")
+    broken = {"a": VECTORS, "b": torch.full_like(VECTORS, 3e38)}
+    with pytest.raises(InputError, match="not finite"):
+        merge(base, dict(zip("ab", models, strict=True)), broken, method="sensitivity")
+
+    class Chosen(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return self.network(x).argmax(1)
+
+    chosen = {name: Chosen(one) for name, one in zip("ab", models, strict=True)}
+    with pytest.raises(InputError, match="needs a floating output with a gradient"):
+        merge(Chosen(base), chosen, {"a": VECTORS, "b": VECTORS}, method="sensitivity")
+
+
+def test_shares_of_layers_that_say_nothing_are_the_weights():
+    nothing = relative_sensitivities({"a": 0.0, "b": 0.0})
+    assert nothing["a"] == nothing["b"] == pytest.approx(0.5**0.5)
+    even = alignments([[0.0, 0.0], [0.0, 0.0]])
+    assert even == [0.5, 0.5]
+    assert shares([nothing, nothing], even, [0.25, 0.75], 0.1)["a"] == pytest.approx((0.25, 0.75))
+    assert alignments([[0.0]]) == [1.0]
+    with pytest.raises(InputError, match="sensitivity of 'a' is not finite"):
+        relative_sensitivities({"a": float("nan")})
+    with pytest.raises(InputError, match="outputs of the models are not finite"):
+        alignments([[0.0, float("inf")], [1.0, 0.0]])
+
+
 # --- files --------------------------------------------------------------------------------------
 
 
@@ -173,6 +316,37 @@ def test_within_a_limit_of_memory_come_the_same_bytes(method, tmp_path):
     record = json.loads((tmp_path / "merged.pt.json").read_text())
     assert record["settings"]["method"]["name"] == method
     assert [one["name"] for one in record["parents"]] == ["maths", "code"]
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt", "safetensors.index.json", "pt2"])
+@pytest.mark.parametrize("given", ["data", "example"])
+def test_what_plain_modules_make_loads_again(given, ending, tmp_path):
+    base, models = family(images=True)
+    arguments = {"data": IMAGES} if given == "data" else {"example_inputs": IMAGES[:1]}
+    result = merge(base, models, **arguments)
+    result.save(tmp_path / f"merged.{ending}")
+    loaded = clafusion.load(tmp_path / f"merged.{ending}")
+    with torch.no_grad():
+        assert torch.allclose(loaded(IMAGES), result.model.eval()(IMAGES), atol=1e-6)
+    record = json.loads(
+        (tmp_path / f"merged.{ending.removesuffix('.index.json')}.json").read_text()
+    )
+    assert record["architecture"]["kind"] == "program"
+
+
+def test_what_nothing_can_build_again_is_told(tmp_path):
+    base, models = family()
+    result = merge(base, models)
+    with pytest.warns(FusionWarning, match="without data or example_inputs to export it with"):
+        result.save(tmp_path / "merged.safetensors")
+    with pytest.raises(InputError, match=r"holds weights alone: .* example_inputs"):
+        clafusion.load(tmp_path / "merged.safetensors")
+    with pytest.raises(InputError, match="no inputs to export the network with"):
+        result.save(tmp_path / "merged.pt2")
+    with pytest.raises(InputError, match="dtype='float16' is for files of weights"):
+        merge(base, models, VECTORS).save(tmp_path / "merged.pt2", dtype="float16")
+    with pytest.raises(InputError, match="example_inputs must be a tensor"):
+        merge(base, models, example_inputs=3)
 
 
 def test_directories_in_and_out(tmp_path, capsys):
@@ -221,8 +395,13 @@ def test_other_entries_shapes_and_numbers_are_refused():
     counting = [copy.deepcopy(base) for _ in range(3)]
     for i, one in enumerate(counting):
         one.register_buffer("places", torch.arange(3) + i)
-    with pytest.raises(InputError, match=r"'places' holds torch.int64 and differs"):
+    with pytest.raises(InputError, match=r"'places' holds int64 and differs"):
         merge(counting[0], counting[1:])
+    with pytest.raises(InputError, match="same in all models but not in the base"):
+        merge(counting[0], [counting[1], copy.deepcopy(counting[1])])
+    alike = merge(counting[0], [counting[0], copy.deepcopy(counting[0])]).model
+    assert torch.equal(alike.places, torch.arange(3))
+    assert same(merge(counting[0], [counting[0], counting[1]], weights=[1, 0]).model, counting[0])
     broken = copy.deepcopy(base)
     with torch.no_grad():
         broken[0].weight[0, 0] = torch.nan
@@ -233,7 +412,10 @@ def test_other_entries_shapes_and_numbers_are_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "slerp"}, "method must be one of 'average', 'task_arithmetic', 'ties', 'dare'"),
+        (
+            {"method": "slerp"},
+            "method must be one of 'average', 'task_arithmetic', 'ties', 'dare',",
+        ),
         ({"method": {"name": "ties", "density": 0}}, "method.density must be in"),
         ({"calibration": "repair"}, "calibration='repair' needs data"),
         ({"calibration": clafusion.LeastSquares(anchor=0.5)}, "leans towards no model"),
@@ -288,6 +470,28 @@ def test_the_command_does_what_merge_does(place, capsys):
     assert all(torch.equal(found[name], one) for name, one in expected.items())
 
 
+def test_the_help_says_the_default_of_each_method(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["merge", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    scalings = "0.4 with task_arithmetic, 1.0 with ties, 0.4 with dare, 0.4 with sensitivity"
+    assert f"[default: {scalings}]" in shown
+    assert "[default: 0.2 with ties, 0.5 with dare]" in shown
+
+
+def test_the_command_takes_inputs_of_each_task(place, capsys):
+    np.save("more.npy", (VECTORS + 1).numpy())
+    tasks = ["--data=first=data.npy", "--data=b=more.npy", "--method=sensitivity"]
+    assert main([*MERGE, *tasks, "--method-temperature=0.2", "--json"]) == 0
+    method = json.loads(capsys.readouterr().out)["config"]["method"]
+    assert method == {"name": "sensitivity", "scaling": 0.4, "temperature": 0.2, "samples": 500}
+    models = {"first": ModelFile(place.factory, "one.pt"), "b": ModelFile(place.factory, "two.pt")}
+    data = {"first": VECTORS, "b": VECTORS + 1}
+    wanted = merge(place, models, data, method=Sensitivity(temperature=0.2)).model.state_dict()
+    found = load_state("merged.safetensors")
+    assert all(torch.equal(found[name], one) for name, one in wanted.items())
+
+
 @pytest.mark.usefixtures("place")
 def test_settings_come_from_a_file(capsys):
     Path("how.yaml").write_text("method: {name: ties, density: 0.3}\nfurthest: 2\n")
@@ -306,6 +510,9 @@ def test_settings_come_from_a_file(capsys):
         (["--furthest=0.0001"], "does not come from this base"),
         (["--calibration=repair"], "--calibration repair needs data"),
         (["--out=base.safetensors"], "--out"),
+        (["--out=merged.pt2"], "needs inputs to export"),
+        (["--method=sensitivity"], "--method sensitivity needs inputs of each model's own task"),
+        (["--data=first=data.npy"], "give --data once, or once for each model as NAME=FILE"),
         (["--memory-limit=1KB"], "--memory-limit"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ __all__ = [
     "model_files",
     "named_files",
     "read_data",
+    "task_files",
     "try_models",
 ]
 
@@ -84,6 +85,29 @@ def named_files(texts: Sequence[str], least: int = 2) -> dict[str, Path]:
         if name in found:
             raise InputError(f"two models are called {name!r}: name them by NAME=FILE")
         found[name] = file
+    return found
+
+
+def task_files(texts: Sequence[str], names: Iterable[str]) -> dict[str, Path]:
+    """Return the file of each model's own task by the model's name, or one for all by "".
+
+    Raises
+    ------
+    InputError
+        There are several, and not one as ``NAME=FILE`` for each model.
+    """
+    given = [_name_and_file(one) for one in texts]
+    if not given:
+        return {}
+    if len(given) == 1 and given[0][0] is None:
+        return {"": given[0][1]}
+    found = {str(name): file for name, file in given if name is not None}
+    known = list(names)
+    if len(found) < len(given) or found.keys() != set(known):
+        raise InputError(
+            "give --data once, or once for each model as NAME=FILE, with the models' names "
+            f"({', '.join(known)}); got {', '.join(texts)}"
+        )
     return found
 
 

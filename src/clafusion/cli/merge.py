@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,7 +51,8 @@ def merge_command(
         Path,
         typer.Option(
             help="Where to write the merged weights (.safetensors, .pt, .pth; in several files: "
-            ".safetensors.index.json), or of Hugging Face directories a new directory."
+            ".safetensors.index.json), an exported program (.pt2, with --data), or of Hugging Face "
+            "directories a new directory."
         ),
     ],
     arch: Archs = None,
@@ -66,10 +67,12 @@ def merge_command(
     checkpoint_key: CheckpointKeys = None,
     config: ConfigFile = None,
     data: Annotated[
-        Path | None,
+        list[str] | None,
         typer.Option(
             help="Unlabelled inputs of all tasks, to calibrate by and to assess the result; "
-            "without them nothing is run."
+            "without them nothing is run. Or once for each model, as NAME=FILE: inputs of its own "
+            "task.",
+            metavar="[NAME=]FILE",
         ),
     ] = None,
     data_key: DataKey = None,
@@ -104,6 +107,7 @@ def merge_command(
         memory_limit_of,
         model_files,
         named_files,
+        task_files,
     )
     from clafusion.cli.parsing import merge_weights_of
     from clafusion.cli.settings import plain_settings
@@ -111,6 +115,7 @@ def merge_command(
     from clafusion.errors import InputError
     from clafusion.execution.call import usable_device
     from clafusion.interop.huggingface import weight_files
+    from clafusion.interop.programs import PROGRAM
     from clafusion.interop.records import check_companions
     from clafusion.interop.saving import check_directory
     from clafusion.one_origin.merge import merge
@@ -129,17 +134,29 @@ def merge_command(
         settings = plain_settings(MergeConfig, config, options)
     usable_device(device, "--device")
     at_most = memory_limit_of(memory_limit, device)
-    is_file = out.name.lower().endswith(WRITABLE) or not all(one.is_dir() for one in files.values())
+    of_tasks = task_files(data or [], named)
+    data_files = tuple(of_tasks.values())
+    is_file = out.name.lower().endswith((*WRITABLE, PROGRAM)) or not all(
+        one.is_dir() for one in files.values()
+    )
     if is_file:
         read = [one for file in files.values() for one in weight_files(file)]
-        check_weights_output(out, "--out", read, () if data is None else (data,))
+        check_weights_output(out, "--out", read, data_files, (*WRITABLE, PROGRAM))
+        if out.name.lower().endswith(PROGRAM) and not data_files:
+            raise InputError(
+                f"--out {str(out)!r} would be an exported program, which needs inputs to export "
+                f"with: give --data, or a file of weights ({', '.join(WRITABLE)})"
+            )
         check_companions(out, "--out")
     else:
         check_directory(out, "--out")
     written_type = None if out_dtype is None else weight_type(out_dtype, "--out-dtype")
     known = model_files(files, archs, keys)
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
-    samples = None if data is None else data_of(data, limit, reading, files)
+    samples: Any = None
+    if data:
+        read_all = {name: data_of(one, limit, reading, files) for name, one in of_tasks.items()}
+        samples = read_all.get("", read_all)
     with progress({"merge": 1}) as report, messages_by_flags():
         result = merge(
             known[BASE],

@@ -170,12 +170,19 @@ def _sentence(line: str) -> str:
 
 
 def _default(option: Option) -> str:
-    """Return an option's default as it is typed; "" where there is none."""
-    if option.default is None or option.default == "":
+    """Return an option's default, or those with each choice it is for; "" where there is none."""
+    if option.defaults:
+        shown = {name: _typed(one, option.kind) for name, one in option.defaults.items()}
+        return ", ".join(f"{value or 'none'} with {name}" for name, value in shown.items())
+    return _typed(option.default, option.kind)
+
+
+def _typed(default: Any, kind: str) -> str:
+    if default is None or default == "":
         return ""
-    if option.kind == "flag":
-        return "yes" if option.default else "no"
-    return str(option.default)
+    if kind == "flag":
+        return "yes" if default else "no"
+    return str(default)
 
 
 def _needed(option: Option) -> str:

@@ -10,7 +10,8 @@ by task arithmetic (arXiv 2212.04089); with equal weights that is the published 
 2306.01708) keeps of each whole task vector the entries of the largest magnitudes, elects for each
 entry the sign of :math:`\sum_p w_p \tau_p`, and takes the weighted mean of those task vectors that
 have it. DARE (arXiv 2311.03099) drops each entry with probability ``1 - density`` and divides the
-others by ``density``, before either of the two.
+others by ``density``, before either of the two. Merging by sensitivity gives each layer weights of
+its own: see :mod:`clafusion.merging.sensitivity`.
 
 Everything is computed in float64, a part of a tensor at a time.
 """
@@ -18,13 +19,13 @@ Everything is computed in float64, a part of a tensor at a time.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from clafusion.config import Average, Dare, MergeMethod, TaskArithmetic, Ties
+from clafusion.config import Average, Dare, MergeMethod, Sensitivity, TaskArithmetic, Ties
 from clafusion.errors import InputError
 from clafusion.merging.mean import weighted_mean
 
@@ -50,12 +51,15 @@ class TaskVectors:
         :func:`magnitude_threshold`.
     seed
         The seed of what is dropped.
+    own_weights
+        By a parameter's name the models' weights in it, where they are not those of all.
     """
 
     method: MergeMethod
     weights: tuple[float, ...]
     thresholds: tuple[float, ...] = ()
     seed: int = 0
+    own_weights: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def merged(self, name: str, base: Tensor, models: Sequence[Tensor]) -> Tensor:
         """Return a merged parameter, in the type and on the device of the base's.
@@ -71,11 +75,12 @@ class TaskVectors:
         made = torch.empty_like(base, memory_format=torch.contiguous_format)
         flat = [one.to(base.device).reshape(-1) for one in (base, *models)]
         drawing = [self._generator(i, name) for i in range(len(models))]
+        weights = self.own_weights.get(name, self.weights)
         into = made.view(-1)
         for start in range(0, base.numel(), PART):
             part = slice(start, start + PART)
             first, *others = (one[part].double() for one in flat)
-            into[part] = self._merged_part(first, others, drawing)
+            into[part] = self._merged_part(first, others, drawing, weights)
         if not bool(made.isfinite().all()):
             kind = str(made.dtype).removeprefix("torch.")
             raise InputError(
@@ -85,11 +90,15 @@ class TaskVectors:
         return made
 
     def _merged_part(
-        self, base: Tensor, models: Sequence[Tensor], drawing: Sequence[torch.Generator]
+        self,
+        base: Tensor,
+        models: Sequence[Tensor],
+        drawing: Sequence[torch.Generator],
+        weights: Sequence[float],
     ) -> Tensor:
         method = self.method
         if isinstance(method, Average):
-            return weighted_mean(models, self.weights)
+            return weighted_mean(models, weights)
         vectors = own = [one - base for one in models]
         if isinstance(method, Ties):
             vectors = [
@@ -101,35 +110,36 @@ class TaskVectors:
                 torch.where(_draw(one, drawn) < method.density, one / method.density, 0.0)
                 for one, drawn in zip(own, drawing, strict=True)
             ]
-        elif not isinstance(method, TaskArithmetic):
+        elif not isinstance(method, (TaskArithmetic, Sensitivity)):
             raise InputError(
                 f"method={method.name!r} is unknown: methods of your own are not supported"
             )
         elects = isinstance(method, Ties) or (isinstance(method, Dare) and method.elect)
-        added = method.scaling * (self._elected(vectors) if elects else self._sum(vectors))
+        added = method.scaling * (_elected if elects else _sum)(vectors, weights)
         merged = base + added
         for model, one in zip(models, own, strict=True):  # which rounding would miss
             merged = torch.where(added == one, model, merged)
         return merged
 
-    def _sum(self, vectors: Sequence[Tensor]) -> Tensor:
-        total = torch.zeros_like(vectors[0])
-        for weight, one in zip(self.weights, vectors, strict=True):
-            total += len(vectors) * weight * one
-        return total
-
-    def _elected(self, vectors: Sequence[Tensor]) -> Tensor:
-        """Return the mean of the entries that have the sign of the sum; 0 where that is 0."""
-        sign = self._sum(vectors).sign()
-        agreeing = [
-            weight * (one.sign() == sign).double()
-            for weight, one in zip(self.weights, vectors, strict=True)
-        ]
-        return torch.where(sign == 0, 0.0, weighted_mean(vectors, agreeing))
-
     def _generator(self, position: int, name: str) -> torch.Generator:
         digest = hashlib.sha256(f"{self.seed} {position} {name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _sum(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = torch.zeros_like(vectors[0])
+    for weight, one in zip(weights, vectors, strict=True):
+        total += len(vectors) * weight * one
+    return total
+
+
+def _elected(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return the mean of the entries that have the sign of the sum; 0 where that is 0."""
+    sign = _sum(vectors, weights).sign()
+    agreeing = [
+        weight * (one.sign() == sign).double() for weight, one in zip(weights, vectors, strict=True)
+    ]
+    return torch.where(sign == 0, 0.0, weighted_mean(vectors, agreeing))
 
 
 def _draw(like: Tensor, generator: torch.Generator) -> Tensor:

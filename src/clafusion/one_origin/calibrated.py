@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from clafusion.alignment.models import label
 from clafusion.assessment.assess import assess
-from clafusion.assessment.parts import parts_of
+from clafusion.assessment.parts import Parts, parts_of
 from clafusion.calibration.methods import calibrate
+from clafusion.config import MergeConfig
 from clafusion.correspondence.correspondence import Correspondence, correspond, identity_plans
 from clafusion.errors import InputError, StructureError
 from clafusion.execution.call import State
 from clafusion.execution.lazy import LazyState
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
-from clafusion.one_origin.result import MergeResult
+from clafusion.one_origin.result import BASE, MergeResult
 from clafusion.profiling.batches import Data, Progress, batches
 from clafusion.profiling.thinning import alike
 from clafusion.quality import hash_of
@@ -29,16 +30,74 @@ from clafusion.tracing.ties import aliases_of
 from clafusion.weights.factories import Model
 from clafusion.weights.storage import Storage
 
-__all__ = ["calibrated"]
+__all__ = ["Tasks", "calibrated", "prepared"]
 
 _BATCH = 256  # inputs of one task at a time
 
 
-def calibrated(
-    result: MergeResult,
-    every: Mapping[str, Model],
+@dataclass(frozen=True)
+class Tasks:
+    """The base and the models that count, traced, and the data that they run on.
+
+    Attributes
+    ----------
+    target
+        The base.
+    parents
+        The models by name.
+    weights
+        Their weights; they add up to 1.
+    parts
+        The data, parted.
+    owners
+        Where each model has inputs of its own task: for each batch of them the position of the
+        model.
+    data_hash
+        As in a :class:`clafusion.MergeResult`.
+    """
+
+    target: TracedModel
+    parents: Mapping[str, TracedModel]
+    weights: tuple[float, ...]
+    parts: Parts
+    owners: tuple[int, ...]
+    data_hash: str | None
+
+
+def prepared(
+    base: Model,
+    models: Mapping[str, Model],
+    weights: tuple[float, ...],
     data: Data | Mapping[str, Data],
     example_inputs: ExampleInputs,
+    config: MergeConfig,
+) -> Tasks:
+    """Trace a base and the models that count, and bring the data into the form of a calibration.
+
+    Parameters
+    ----------
+    base, models, weights
+        The networks, and the models' weights.
+    data, example_inputs
+        As for :func:`clafusion.merge`.
+    config
+        The options.
+    """
+    every = {BASE: base, **models}
+    target, *parents = alike(
+        [traced_parent(name, one, example_inputs, config.fusion) for name, one in every.items()]
+    )
+    owners: tuple[int, ...] = ()
+    if isinstance(data, Mapping):
+        data, owners = _by_tasks({name: data[name] for name in models}, target)
+    parts = parts_of(data, parents, config.assessment)
+    named = dict(zip(models, parents, strict=True))
+    return Tasks(target, named, weights, parts, owners, hash_of(data))
+
+
+def calibrated(
+    result: MergeResult,
+    tasks: Tasks,
     state: State,
     storage: Storage,
     clock: Clock,
@@ -50,29 +109,21 @@ def calibrated(
     ----------
     result
         The merge so far.
-    every
-        The base and the models, by name.
-    data, example_inputs, progress
-        As for :func:`clafusion.merge`.
+    tasks
+        The traced networks and the data.
     state
         The merged parameters and buffers.
     storage
         Where weights are kept.
     clock
         Measures the stages.
+    progress
+        As for :func:`clafusion.merge`.
     """
-    config, names = result.config.fusion, tuple(result.models)
-    with clock.stage("trace"):
-        traced = alike(
-            [traced_parent(name, one, example_inputs, config) for name, one in every.items()]
-        )
-    target, *parents = traced
-    owners: tuple[int, ...] = ()
-    if isinstance(data, Mapping):
-        data, owners = _by_tasks({name: data[name] for name in names}, target)
-    parts = parts_of(data, parents, config.assessment)
+    config, names = result.config.fusion, tuple(tasks.parents)
+    target, parts = tasks.target, tasks.parts
     with clock.stage("profile"):
-        profiles = profile_traced(parents, parts.kept, config, progress, names)
+        profiles = profile_traced([*tasks.parents.values()], parts.kept, config, progress, names)
     problem = FusionProblem(
         target,
         tuple(
@@ -83,11 +134,11 @@ def calibrated(
                 identity_plans(target),
                 MergeWeights(weight),
             )
-            for name, profile, weight in zip(names, profiles, result.weights, strict=True)
+            for name, profile, weight in zip(names, profiles, tasks.weights, strict=True)
         ),
         storage=storage,
         merged=_by_all_names(state, target),
-        owners=owners,
+        owners=tasks.owners,
     )
     with clock.stage("calibrate"):
         outcome = calibrate(
@@ -101,8 +152,8 @@ def calibrated(
         found = assess(
             outcome.model,
             problem,
-            dict(zip(names, parents, strict=True)),
-            result.weights,
+            tasks.parents,
+            tasks.weights,
             parts,
             config.assessment,
             progress,
@@ -115,7 +166,8 @@ def calibrated(
         averaged=outcome.averaged,
         timings=clock.seconds,
         peak_memory=clock.peak_memory,
-        data_hash=hash_of(data),
+        data_hash=tasks.data_hash,
+        example=(target.example_inputs, target.keywords),
     )
 
 

@@ -30,13 +30,23 @@ def merged_state(
     config: MergeConfig,
     storage: Storage,
     progress: Progress | None,
+    own_weights: Mapping[str, Sequence[float]] | None = None,
 ) -> State:
-    """Return the merged parameters and buffers, kept where ``storage`` says."""
+    """Return the merged parameters and buffers, kept where ``storage`` says.
+
+    The models are those that count, whose weights are above 0; ``own_weights`` are those of
+    :class:`clafusion.merging.task_vectors.TaskVectors`.
+
+    Raises
+    ------
+    InputError
+        The base's type cannot hold a parameter, or what is no floating number differs.
+    """
     method, thresholds = config.method, tuple[float, ...]()
     if isinstance(method, Ties):
         vectors = [partial(task_vectors, base, one) for one in models.values()]
         thresholds = tuple(magnitude_threshold(one, method.density) for one in vectors)
-    rule = TaskVectors(method, weights, thresholds, config.seed)
+    rule = TaskVectors(method, weights, thresholds, config.seed, own_weights or {})
     state, parameters = storage.empty(), frozenset(base.parameters)
     for i, name in enumerate(base.state, 1):
         first = base.state[name]
@@ -55,13 +65,18 @@ def _merged_buffer(
 ) -> Tensor:
     """Return a buffer, or a parameter of whole numbers."""
     first, *rest = (one.to(base.device) for one in others)
-    if all(torch.equal(first, one) for one in rest):
-        return first.to(base, copy=True)
+    alike = all(torch.equal(first, one) for one in rest)
     if base.is_floating_point():
+        if alike:
+            return first.to(base, copy=True)
         return weighted_mean([one.double() for one in (first, *rest)], weights).to(base)
-    if name.rpartition(".")[2] == _COUNTER:
+    if alike and torch.equal(first, base):
         return base.clone()
+    if name.rpartition(".")[2] == _COUNTER:
+        return first.to(base, copy=True) if alike else base.clone()
+    kind = str(base.dtype).removeprefix("torch.")
+    where = "and is the same in all models but not in the base" if alike else "and differs"
     raise InputError(
-        f"{name!r} holds {base.dtype} and differs between the models: whole numbers have no mean. "
-        "Give all models the same"
+        f"{name!r} holds {kind} {where}: there is no mean of it. Only floating numbers are merged, "
+        "and all else is the base's: give the base and all models the same"
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clafusion.assessment.nearness import DISTANCES, FusionAssessment
 from clafusion.config import MergeConfig
@@ -56,6 +56,9 @@ class MergeResult:
         Bytes that were held at the most in each stage.
     data_hash
         The SHA-256 of the data; None for data that is no tensor and no list of batches.
+    example
+        A few inputs that the network takes, and their names where it takes them by keyword; None
+        where neither data nor ``example_inputs`` were given.
     """
 
     model: nn.Module
@@ -70,6 +73,7 @@ class MergeResult:
     timings: Mapping[str, float] = field(default_factory=dict)
     peak_memory: Mapping[str, int] = field(default_factory=dict)
     data_hash: str | None = None
+    example: tuple[tuple[Tensor, ...], tuple[str, ...]] | None = None
 
     def __repr__(self) -> str:
         facts = [
@@ -130,7 +134,11 @@ class MergeResult:
     ) -> None:
         """Write the merged network, so that it loads where the base's weights load.
 
-        A file holds the weights, and beside it lies a record of where they come from. A directory
+        A file holds the weights, and beside it lies a record of where they come from and of what
+        builds the network again, by which :func:`clafusion.load` reads it: the factory of a
+        :class:`clafusion.ModelFile`, the config of a network of transformers, or an exported
+        program, which is written for the merge of a plain module that had ``data`` or
+        ``example_inputs``. A ``.pt2`` file is such a program, with the weights in it. A directory
         is for networks of transformers: weights in safetensors files, config, a model card, and the
         base's tokenizer, processor and generation config. It is read afresh before this returns.
 
@@ -138,7 +146,7 @@ class MergeResult:
         ----------
         path
             A directory that is not there yet or empty; or a file (``.safetensors``, ``.pt``,
-            ``.pth``, ``.safetensors.index.json``).
+            ``.pth``, ``.safetensors.index.json``, ``.pt2``).
         dtype
             The type of the written weights: ``"float32"``, ``"bfloat16"``, ``"float16"``. Default:
             that which they have.
@@ -151,7 +159,15 @@ class MergeResult:
         ------
         InputError
             The ending is unknown, the directory exists and is not empty, the network is none of
-            transformers, what was written does not come back, or the disk is full.
+            transformers, what was written does not come back, or the disk is full; or a ``.pt2``
+            file has a ``dtype``, or nothing to export the network with.
+        UnsupportedOpError
+            A ``.pt2`` file is wanted of a network that cannot be exported.
+
+        Warns
+        -----
+        FusionWarning
+            Nothing builds the network again: the file holds weights alone.
         """
         from clafusion.one_origin.saving import save_merged  # needs transformers for a directory
 

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
+from clafusion.errors import ClafusionError, FusionWarning, InputError, warn
 from clafusion.interop.configs import config_of
 from clafusion.interop.huggingface import is_of_transformers, tokens_directory
 from clafusion.interop.model_card import merge_card
-from clafusion.interop.rebuilding import Architecture
+from clafusion.interop.programs import PROGRAM, save_program
+from clafusion.interop.rebuilding import Architecture, program_path
 from clafusion.interop.records import METADATA, check_companions, parent_facts, write_record
 from clafusion.interop.saving import save_directory
 from clafusion.weights.atomic import check_output
 from clafusion.weights.digests import versions
 from clafusion.weights.factories import origin_of
+from clafusion.weights.messages import one_line
 from clafusion.weights.state_files import WRITABLE, save_model
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def save_merged(
     """Write what :meth:`clafusion.MergeResult.save` says."""
     path = Path(path)
     facts = _facts(result)
-    if not path.name.lower().endswith(WRITABLE):
+    if not path.name.lower().endswith((*WRITABLE, PROGRAM)):
         save_directory(
             result.model,
             path,
@@ -48,12 +50,31 @@ def save_merged(
             max_shard_size=max_shard_size,
         )
         return
-    check_output(path, WRITABLE, "path")
+    check_output(path, (*WRITABLE, PROGRAM), "path")
     check_companions(path, "path")
-    record = {"architecture": _architecture(result.base).to_dict(), **facts}
-    metadata = {METADATA: json.dumps(record, allow_nan=False)}
-    save_model(result.model, path, dtype=dtype, metadata=metadata)
+    if path.name.lower().endswith(PROGRAM):
+        _save_program(result, path, dtype)
+        record = {"architecture": Architecture("program", path.name).to_dict(), **facts}
+    else:
+        record = {"architecture": _architecture(result, path).to_dict(), **facts}
+        metadata = {METADATA: json.dumps(record, allow_nan=False)}
+        save_model(result.model, path, dtype=dtype, metadata=metadata)
     write_record({**record, "command": command, "seconds": dict(result.timings)}, path)
+
+
+def _save_program(result: MergeResult, path: Path, dtype: str | torch.dtype | None) -> None:
+    if dtype is not None:
+        raise InputError(
+            f"dtype={str(dtype)!r} is for files of weights; {str(path)!r} is a program, which "
+            "computes in the network's own type"
+        )
+    if result.example is None:
+        raise InputError(
+            f"{str(path)!r} would be an exported program, and there are no inputs to export the "
+            "network with: give clafusion.merge data or example_inputs, or give a file of weights "
+            f"({', '.join(WRITABLE)})"
+        )
+    save_program(result.model, *result.example, path)
 
 
 def _facts(result: MergeResult) -> dict[str, Any]:
@@ -76,8 +97,9 @@ def _facts(result: MergeResult) -> dict[str, Any]:
     }
 
 
-def _architecture(base: nn.Module) -> Architecture:
-    """Return what builds the base again: its factory, or its config."""
+def _architecture(result: MergeResult, path: Path) -> Architecture:
+    """Return what builds the network again; an exported program is written for a plain module."""
+    base = result.base
     origin = origin_of(base)
     if origin is not None:
         return Architecture("factory", origin.factory)
@@ -86,4 +108,20 @@ def _architecture(base: nn.Module) -> Architecture:
         return Architecture(
             "transformers", type(base).__name__, config={**facts, "_name_or_path": ""}
         )
-    return Architecture("none", "the network was merged as a module, whose code builds it")
+    reason = "the network was merged as a module, without data or example_inputs to export it with"
+    if result.example is not None:
+        program = program_path(path)
+        try:
+            save_program(result.model, *result.example, program)
+        except InputError:
+            raise
+        except ClafusionError as error:
+            reason = f"the network cannot be exported ({one_line(error)})"
+        else:
+            return Architecture("program", program.name)
+    warn(
+        f"{str(path)!r} holds weights alone, which only the code that you merged by can load: "
+        f"{reason}",
+        FusionWarning,
+    )
+    return Architecture("none", reason)

@@ -33,6 +33,10 @@ __all__ = [
     "sensitivities",
 ]
 
+_WITHOUT = (
+    "importance='sensitivity' and layer_weights='sensitivity' need an output with a gradient; this "
+    "model has none: use importance='norm' or 'activation', and layer_weights='uniform'"
+)
 _LEAST = 1e-3  # of the group's mean: every channel keeps some mass, or its row has no direction
 _CHUNK = 64  # inputs whose activations are held for a gradient at once
 
@@ -108,6 +112,7 @@ def sensitivities(
     *,
     max_inputs: int | None = None,
     progress: Callable[[str, int], None] | None = None,
+    without: str = _WITHOUT,
 ) -> dict[str, Tensor]:
     r"""Return :math:`|\theta\, \partial L / \partial \theta|` of each parameter, in its shape.
 
@@ -121,7 +126,7 @@ def sensitivities(
     Raises
     ------
     InputError
-        No output depends on the weights in a way that has a gradient.
+        No output depends on the weights in a way that has a gradient; the message is ``without``.
     """
     state = model.state()
     leaves = {name: one.clone().requires_grad_() for name, one in _parameters(model).items()}
@@ -137,11 +142,7 @@ def sensitivities(
                 if one.requires_grad
             ]
             if not outputs:
-                raise InputError(
-                    "importance='sensitivity' and layer_weights='sensitivity' need an output with "
-                    "a gradient; this model has none: use importance='norm' or 'activation', and "
-                    "layer_weights='uniform'"
-                )
+                raise InputError(without)
             torch.stack([one.square().sum() for one in outputs]).sum().backward()
     return {
         name: (one.detach() * one.grad).abs()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,16 +19,15 @@ from clafusion.errors import (
     warn,
 )
 from clafusion.execution.call import call_model, device_of, rounding_of
-from clafusion.execution.nesting import flattened, is_nested
 from clafusion.execution.transforms import transforms_undone
 from clafusion.execution.walk import HALF_WIDER
 from clafusion.tracing.copies import evaluation_copy
+from clafusion.tracing.examples import graph_of, split_example
 from clafusion.tracing.export import export_model, refuse_changed_inputs
 from clafusion.tracing.functional import without_partial_writes
 from clafusion.tracing.graphs import (
     GraphInputs,
     example_of_graph,
-    graph_inputs,
     mark_rows,
     named_graph,
     with_other_size,
@@ -55,8 +53,6 @@ from clafusion.tracing.verify import (
 )
 
 __all__ = ["trace", "trace_like"]
-
-_EXAMPLE_ROWS = 3  # few, for labels are as large as activations; but 1 is special to torch.export
 
 _cache = TraceCache()
 
@@ -111,7 +107,9 @@ def trace(
     _check_model(model)
     traced = partial(_trace, model, verify=verify, seed=seed, proofs=proofs)
     graph = named_graph(model, example_inputs)
-    return traced(*_example(model, example_inputs)) if graph is None else _of_graph(graph, traced)
+    if graph is not None:
+        return _of_graph(graph, traced)
+    return traced(*split_example(model, example_inputs))
 
 
 def _of_graph(named: Mapping[str, Any], traced: Callable[..., TracedModel]) -> TracedModel:
@@ -119,10 +117,7 @@ def _of_graph(named: Mapping[str, Any], traced: Callable[..., TracedModel]) -> T
 
     ``traced`` is :func:`_trace` but for the inputs.
     """
-    values = {name: _dense(f"example_inputs[{name!r}]", value) for name, value in named.items()}
-    given = graph_inputs(values, "example_inputs, ")
-    assert given is not None
-    whole = [values[name] for name in given.names]
+    given, whole = graph_of(named)
     small = example_of_graph(given, whole)
     found = traced((), dict(zip(given.names, small, strict=True)), given)
     if found.static_batch is None:
@@ -352,84 +347,6 @@ def _check_model(model: nn.Module) -> None:
                 f"parameter {name!r} holds {bad} NaN or infinite values; the model is not usable "
                 "as it is"
             )
-
-
-def _example(
-    model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | Mapping[str, Any]
-) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Return positional and keyword tensors of the first rows of example inputs.
-
-    Where one of them is a list or a mapping of tensors, all are taken by keyword, under the names
-    of :mod:`clafusion.execution.nesting`.
-    """
-    sizes: dict[str, int] = {}
-
-    def rows(name: str, value: Any) -> Tensor:
-        value = _dense(name, value)
-        if value.dim() == 0 or value.size(0) == 0:
-            raise InputError(
-                f"{name} must have a batch of at least one row; got shape {tuple(value.shape)}"
-            )
-        # torch.export would take a batch of one for a fixed batch size.
-        sizes[name] = value.size(0)
-        return torch.cat([value, value]) if value.size(0) == 1 else value[:_EXAMPLE_ROWS]
-
-    arguments: tuple[Tensor, ...] = ()
-    keywords: dict[str, Tensor] = {}
-    if isinstance(example_inputs, Tensor):
-        arguments = (rows("example_inputs", example_inputs),)
-    elif isinstance(example_inputs, Mapping):
-        keywords = {
-            name: rows(f"example_inputs[{name!r}]", value)
-            for key, whole in example_inputs.items()
-            for name, value in flattened(whole, str(key))
-        }
-    elif isinstance(example_inputs, (tuple, list)) and any(map(is_nested, example_inputs)):
-        keywords = {
-            name: rows(f"example_inputs, {name!r}", value)
-            for key, whole in zip(_names(model, len(example_inputs)), example_inputs, strict=True)
-            for name, value in flattened(whole, key)
-        }
-    elif isinstance(example_inputs, (tuple, list)) and example_inputs:
-        arguments = tuple(rows(f"example_inputs[{i}]", v) for i, v in enumerate(example_inputs))
-    else:
-        raise InputError(
-            "example_inputs must be a tensor, a tuple of tensors or a mapping of names to tensors; "
-            f"got {type(example_inputs).__name__}"
-        )
-    if len(set(sizes.values())) > 1:
-        shown = ", ".join(f"{name} has {size}" for name, size in sizes.items())
-        raise InputError(
-            f"the first axis of every input must be the batch, of one size: {shown}. (A list of "
-            "tensors is no batch. Of a graph the edges are an input called 'edge_index')"
-        )
-    return arguments, keywords
-
-
-def _dense(name: str, value: Any) -> Tensor:
-    """Return an example input without its history; refuse what is no ordinary tensor."""
-    if not isinstance(value, Tensor):
-        raise InputError(f"{name} must be a tensor; got {type(value).__name__}")
-    if value.is_meta or value.layout is not torch.strided:
-        kind = "on the meta device" if value.is_meta else f"of layout {value.layout}"
-        raise InputError(f"{name} must be an ordinary (dense) tensor; it is {kind}")
-    return value.detach()
-
-
-def _names(model: nn.Module, count: int) -> list[str]:
-    """Return the names of the first arguments of a model's forward."""
-    by_position = (
-        inspect.Parameter.POSITIONAL_ONLY,
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-    )
-    parameters = inspect.signature(model.forward).parameters.values()
-    names = [one.name for one in parameters if one.kind in by_position]
-    if len(names) < count:
-        raise InputError(
-            f"the model takes {len(names)} inputs by position that have a name, but example_inputs "
-            f"has {count}: give lists and mappings of tensors by name, in a mapping"
-        )
-    return names[:count]
 
 
 def _with_batch_behaviour(
