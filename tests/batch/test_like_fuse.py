@@ -17,8 +17,12 @@ from clafusion import (
     stages,
     trace,
 )
+from clafusion.batch.check import check_pairs
 from clafusion.batch.run import fuse_pairs
 from tests.support import networks
+from tests.support.dense import dense
+from tests.support.mixtures import VECTORS as MIXED
+from tests.support.mixtures import listed
 
 IMAGES = torch.randn(120, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 TOKENS = torch.randn(120, 6, 12, generator=torch.Generator().manual_seed(0))
@@ -108,6 +112,39 @@ class Scores(nn.Module):
     def forward(self, x):
         x = torch.stack([x, x.sin(), x.cos()], 1)
         return self.last((self.queries(x) @ self.keys(x).mT).mean(1))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_dense_blocks_of_other_lengths(turned):
+    models = {"long": dense(3, 2), "short": dense(2, 2, seed=1)}
+    if turned:
+        models = dict(reversed(models.items()))
+    alone = assert_fused_alike(models, IMAGES, calibration="none")
+    (pair,) = fuse_pairs(models, IMAGES, calibration="none")
+    assert (pair.structure, pair.resized) == ("long", False)
+    counts = {name: sum(p.numel() for p in one.parameters()) for name, one in models.items()}
+    assert {name: one.parameters for name, one in pair.models.items()} == counts
+    assert pair.parameters == counts["long"] == sum(p.numel() for p in alone.model.parameters())
+
+
+def test_other_numbers_of_experts_in_a_list():
+    models = {"few": listed(count=3), "many": listed(count=5, hidden=16, seed=1)}
+    assert_fused_alike(models, MIXED, calibration="none")
+    (pair,) = fuse_pairs(models, MIXED, calibration="none")
+    assert pair.structure == "many"
+
+
+def test_dense_blocks_each_longer_somewhere_are_a_union():
+    models = {"first": dense(3, 2), "second": dense(2, 3, seed=1)}
+    (pair,) = fuse_pairs(models, IMAGES, calibration="none")
+    assert "each the deeper one somewhere" in pair.error
+    found = check_pairs(models, IMAGES, [("first", "second")])
+    assert "each the deeper one somewhere" in found.causes[0].reason
+
+
+def test_the_check_knows_of_completed_models():
+    models = {"long": dense(3, 2), "short": dense(2, 2, seed=1)}
+    assert check_pairs(models, IMAGES, [("short", "long")]).fusible == (("short", "long"),)
 
 
 def test_a_warning_is_given_and_kept():

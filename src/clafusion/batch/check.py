@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clafusion.alignment.models import check_models, label
+from clafusion.alignment.models import check_models, label, reference_of
 from clafusion.batch.results import Pair
-from clafusion.batch.worker import union_refusal
+from clafusion.batch.worker import has_code, union_refusal
 from clafusion.config import FusionConfig
 from clafusion.errors import ClafusionError, InputError
 from clafusion.interop.inputs import example_of, readable
 from clafusion.profiling.batches import Data
 from clafusion.stages import ExampleInputs, traced_parent
+from clafusion.targets.completed import completed_models
 from clafusion.tracing.model import TracedModel
 from clafusion.weights.factories import Model
 from clafusion.weights.messages import one_line
@@ -129,7 +130,10 @@ def check_pairs(
             reasons[pair] = failed[broken]
             continue
         try:
-            if check_models(pair, [traced[name] for name in pair], config):
+            own = [traced[name] for name in pair]
+            models = completed_models(own)
+            reference = models[reference_of(models, config)]
+            if check_models(pair, models, config) and has_code(reference, own):
                 fusible.append(pair)
             else:
                 reasons[pair] = union_refusal(pair)

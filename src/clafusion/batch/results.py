@@ -22,6 +22,7 @@ from clafusion.errors import InputError
 from clafusion.interop.huggingface import load_directory
 from clafusion.results import RESULT, FusionResult
 from clafusion.table import Table
+from clafusion.tracing.model import TracedModel
 from clafusion.weights.build import fill
 from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.state_files import stored_content
@@ -285,15 +286,18 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _flat(inner, path if name == "name" else f"{path}.{name}" if path else str(name))
 
 
-def facts_of(result: FusionResult) -> dict[str, Any]:
-    """Return what is kept of a fusion of two models, but for their names and the weights."""
+def facts_of(result: FusionResult, models: Sequence[TracedModel] | None = None) -> dict[str, Any]:
+    """Return what is kept of a fusion of two models, but for their names and the weights.
+
+    ``models`` are the two as their own code builds them, where they were completed for the fusion.
+    """
     aligned = result.aligned
     (pair,) = aligned.pairs
-    name = _structure(result)
-    structure = aligned.profiles[aligned.names.index(name)]
+    built = models or [one.traced for one in aligned.profiles]
+    structure = _structure(result, built)
     return {
         "deep": aligned.names[pair.deep],
-        "structure": name,
+        "structure": aligned.names[structure],
         "deep_layers": aligned.layer_names(pair.deep),
         "shallow_layers": aligned.layer_names(pair.shallow),
         "alignment": _alignment_facts(pair.alignment),
@@ -304,10 +308,10 @@ def facts_of(result: FusionResult) -> dict[str, Any]:
         "peak_memory": dict(result.peak_memory),
         "parameters": _num_parameters(result.model),
         "operations": operations_of(result.problem.target),
-        "resized": _shapes(result.model) != _shapes(structure.traced.model),
+        "resized": _shapes(result.model) != _shapes(built[structure].model),
         "models": {
-            name: {"parameters": _num_parameters(profile.traced.model)}
-            for name, profile in zip(aligned.names, aligned.profiles, strict=True)
+            name: {"parameters": _num_parameters(one.model)}
+            for name, one in zip(aligned.names, built, strict=True)
         },
     }
 
@@ -321,14 +325,16 @@ def _shapes(module: nn.Module) -> dict[str, Any]:
     return {name: getattr(one, "shape", None) for name, one in module.state_dict().items()}
 
 
-def _structure(result: FusionResult) -> str:
-    """Return the name of the model whose architecture the fused model has."""
-    aligned, target = result.aligned, result.problem.target
-    reference = aligned.reference
-    for i in (reference, 1 - reference):
-        if aligned.profiles[i].traced.module is target.module:
-            return aligned.names[i]
-    return aligned.names[reference]  # with other widths
+def _structure(result: FusionResult, built: Sequence[TracedModel]) -> int:
+    """Return the position of the model whose architecture the fused model has."""
+    target = result.problem.target
+    order = result.aligned.reference, 1 - result.aligned.reference
+    for i in order:
+        if built[i].module is target.module:
+            return i
+    # With other widths, or of a completed model: the code of one of the two builds it.
+    names = _shapes(result.model).keys()
+    return next((i for i in order if _shapes(built[i].model).keys() == names), order[0])
 
 
 def result_of(

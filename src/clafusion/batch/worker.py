@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from clafusion.alignment.models import label
+from clafusion.alignment.models import check_models, label
 from clafusion.assessment.output_cache import OutputCache
 from clafusion.assessment.parts import parts_of
 from clafusion.batch.prepared import PreparedModel, prepare
@@ -25,13 +25,15 @@ from clafusion.interop.rebuilding import Architecture, of_factory
 from clafusion.profiling.batches import Data
 from clafusion.results import FusionResult
 from clafusion.stages import Clock, ExampleInputs, profile_traced
+from clafusion.targets.completed import completed_models
 from clafusion.tracing.copies import copied
+from clafusion.tracing.model import TracedModel
 from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.messages import one_line
 from clafusion.weights.round_trip import check_round_trip
 from clafusion.weights.state_files import state_of
 
-__all__ = ["Job", "Outcome", "Worker", "union_refusal"]
+__all__ = ["Job", "Outcome", "Worker", "has_code", "union_refusal"]
 
 Source: TypeAlias = "Callable[[str], Model]"
 """Returns a model by its name."""
@@ -69,6 +71,16 @@ class Outcome:
     facts: dict[str, Any]
     state: dict[str, Any] | None
     categories: tuple[type[Warning], ...] = ()
+
+
+def has_code(model: TracedModel, own: Sequence[TracedModel]) -> bool:
+    """Return whether the code of one of a pair builds the structure of a completed model.
+
+    ``own`` are the two as their code builds them. A model is completed by modules of the other
+    one's, and then has its structure, unless it was the deeper one elsewhere.
+    """
+    names = model.model.state_dict().keys()
+    return any(one.model.state_dict().keys() == names for one in own)
 
 
 def union_refusal(pair: Pair) -> str:
@@ -109,7 +121,8 @@ class Worker:
             try:
                 clock = Clock(None if self._job.device is None else torch.device(self._job.device))
                 result = self._fuse(pair, source, clock)
-                made = facts_of(result)
+                own = [self.prepared[name].profile.traced for name in pair]
+                made = facts_of(result, own)
                 made["peak_memory"] = clock.peak_memory | made["peak_memory"]
                 for name in pair:
                     made["models"][name]["operations"] = self.prepared[name].operations
@@ -138,16 +151,21 @@ class Worker:
             self._prepared(name, (name, name), source)
 
     def _fuse(self, pair: Pair, source: Source, clock: Clock) -> FusionResult:
+        job = self._job
         with clock.stage("prepare"):
             profiles = [self._prepared(name, pair, source).profile for name in pair]
-        job = self._job
-        traced = [one.traced for one in profiles]
-        if len({one.static_batch is None for one in traced}) == 2:
+            own = [one.traced for one in profiles]
+            traced = completed_models(own)
+        is_completed = any(one is not other for one, other in zip(traced, own, strict=True))
+        if is_completed:
+            check_models(pair, traced, job.config)
+        if is_completed or len({one.static_batch is None for one in traced}) == 2:
             # Beside a model of one batch size the other one sees all data, as in clafusion.fuse.
             kept = parts_of(job.data, traced, job.config.assessment).kept
             profiles = profile_traced(traced, kept, job.config, names=pair)
         aligned = align_profiles(pair, profiles, job.config, timings=clock.seconds)
-        if aligned.alignment.unmatched_shallow:
+        reference = traced[aligned.reference]
+        if aligned.alignment.unmatched_shallow or not has_code(reference, own):
             raise StructureError(union_refusal(pair))
         result = fuse_aligned(
             aligned,
