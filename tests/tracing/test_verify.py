@@ -8,6 +8,7 @@ from torch import nn
 
 from clafusion import permute_channels, trace, verify_graph
 from clafusion.errors import GraphVerificationError
+from clafusion.tracing import verify
 from clafusion.tracing.moves import moved, moved_rows, permutation_moves
 from clafusion.tracing.trial_weights import BaseWeights, TrialWeights
 from tests.support.simulated_gpu import FarTensor, simulated_gpu
@@ -148,3 +149,38 @@ def test_kernels_that_round_otherwise_are_no_other_function(dtype):
     model = nn.Sequential(nn.Linear(16, 16), layer, nn.Linear(16, 5)).eval().to(dtype)
     with torch.no_grad():
         assert trace(model, torch.randn(8, 6, 16, dtype=dtype)).groups
+
+
+def test_a_wrong_analysis_is_found_where_random_weights_shut_a_gate():
+    class Shut(Branches):
+        def __init__(self):
+            super().__init__()
+            self.low = nn.Parameter(torch.zeros(8))
+
+        def forward(self, x):
+            both = torch.relu(self.first(x)) + torch.tanh(self.second(x))
+            return self.head(torch.relu(both - 100 * self.low))
+
+    torch.manual_seed(0)
+    traced = trace(Shut().eval(), torch.randn(6, 5))
+    verify_graph(traced, traced.example_inputs)
+    with pytest.raises(GraphVerificationError, match="permuting the channel groups"):
+        verify_graph(without(traced, "second"), traced.example_inputs)
+
+
+def test_own_weights_are_proved_by_one_walk_in_their_own_type(branches, monkeypatch):
+    types = []
+    walk = verify.Walk
+
+    def counted(traced, inputs, state, keep, kinds=None):
+        types.append("wide" if kinds is verify.WIDER else "own")
+        return walk(traced, inputs, state, keep, kinds)
+
+    monkeypatch.setattr(verify, "Walk", counted)
+    verify_graph(branches, branches.example_inputs)
+    assert sorted(types) == ["own", "own", "wide", "wide", "wide"]
+    # Rounding that float32 cannot tell from a mistake is left to float64.
+    types.clear()
+    monkeypatch.setattr(verify, "_OWN_TOLERANCE", -1.0)
+    verify_graph(branches, branches.example_inputs)
+    assert sorted(types) == ["own", "own", *["wide"] * 5]

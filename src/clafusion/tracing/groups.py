@@ -186,9 +186,8 @@ def _groups(
     fingerprints = labels.fingerprints(roots)
     places = _places(labels, roots)
     alike: dict[tuple[tuple[tuple[int, tuple[int, ...]], ...], int], list[int]] = {}
-    for root, signature in _signatures(places):
-        if not pinned[root]:
-            alike.setdefault((signature, int(fingerprints[root])), []).append(root)
+    for root, signature in _signatures(places, ~pinned):
+        alike.setdefault((signature, int(fingerprints[root])), []).append(root)
     drafts = list(labels.uses.values())
     groups: list[ChannelGroup] = []
     for (signature, _), found in sorted(alike.items(), key=lambda item: (item[0][0], min(item[1]))):
@@ -294,18 +293,23 @@ def _orders(
 
 
 def _signatures(
-    places: Sequence[_Place],
+    places: Sequence[_Place], wanted: NDArray[np.bool_]
 ) -> Iterator[tuple[int, tuple[tuple[int, tuple[int, ...]], ...]]]:
-    """Yield each root with the places where it occurs and the orders of its atoms there."""
-    if not places:
+    """Yield each wanted root with the places where it occurs, and its atoms' orders there.
+
+    ``wanted`` says of each atom whether it is one: a vocabulary's entries, which stay, are many.
+    """
+    if not places or not wanted.any():
         return
     roots = np.concatenate([place.roots for place in places])
     which = np.concatenate([np.full(len(one.roots), i) for i, one in enumerate(places)])
     orders = np.concatenate([place.orders for place in places])
+    kept = wanted[roots]
+    roots, which, orders = roots[kept], which[kept], orders[kept]
     by_root = np.argsort(roots, kind="stable")
     found, starts = np.unique(roots[by_root], return_index=True)
     pairs = list(zip(which[by_root].tolist(), orders[by_root].tolist(), strict=True))
-    ends = [*starts[1:].tolist(), len(pairs)]
+    ends = [*starts, len(pairs)][1:]
     for root, start, end in zip(found.tolist(), starts.tolist(), ends, strict=True):
         yield root, tuple((i, places[i].known_orders[one]) for i, one in pairs[start:end])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,11 +35,16 @@ RESHAPES = SAME_VALUES | frozenset(
 
 def op_name(node: fx.Node) -> str:
     """Return the base name of a node's ATen operation: ``relu`` for ``aten.relu_.default``."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        name = node.target._schema.name.split("::")[1]
+    return _name_of(node.target)
+
+
+@lru_cache(4096)
+def _name_of(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.split("::")[1]
         inplace = name.endswith("_") and not name.endswith("__")
         return name[:-1] if inplace else name
-    return getattr(node.target, "__name__", str(node.target))
+    return str(getattr(target, "__name__", target))
 
 
 def module_path(node: fx.Node) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import torch
+from torch import Tensor
 
 from clafusion.tracing.labels.drafts import DraftPin
 from clafusion.tracing.labels.interpreter import LabelPropagation
@@ -35,17 +37,17 @@ def pinned_channels(traced: TracedModel, labels: LabelPropagation) -> tuple[Pinn
             in_heads[traced.groups[index].atoms] = True
             # A module of a list has one channel of its router, which moves with it alone.
             free[traced.groups[index].atoms] |= bool(heads.parameters)
-    written, elements = dict(_written(labels)), dict(_elements(labels))
+    written = _Owners(count, _written(labels))
+    elements = _Owners(count, reversed(list(_elements(labels))))  # of several the last
     found = []
     for draft in labels.lost:
         atoms = labels.roots(draft.atoms).unique()
         atoms = atoms[~(told | (in_heads if draft.as_wholes else free))[atoms]]
         told[atoms] = True
-        by_parameter: dict[str, int] = {}
-        for atom in atoms.tolist():
-            name = written.get(atom) or (elements.get(atom) if draft.with_elements else None)
-            if name is not None:
-                by_parameter[name] = by_parameter.get(name, 0) + 1
+        owners = written.of(atoms)
+        if draft.with_elements:
+            owners = [one or other for one, other in zip(owners, elements.of(atoms), strict=True)]
+        by_parameter = Counter(name for name in owners if name is not None)
         found += [_pinned(draft, name, size) for name, size in by_parameter.items() if size > 1]
     return tuple(found)
 
@@ -73,19 +75,31 @@ def movable_share(traced: TracedModel) -> float:
     return movable / max(sum(sizes.values()), 1)
 
 
-def _elements(labels: LabelPropagation) -> Iterator[tuple[int, str]]:
-    """Yield the roots of all elements of parameters that are no channels of a weight."""
+class _Owners:
+    """For each atom the name of the first parameter that owns it, if any."""
+
+    def __init__(self, count: int, owned: Iterable[tuple[str, Tensor]]) -> None:
+        self._names: list[str | None] = [None]
+        self._numbers = torch.zeros(count, dtype=torch.int64)
+        for name, atoms in owned:
+            self._numbers[atoms[self._numbers[atoms] == 0]] = len(self._names)
+            self._names.append(name)
+
+    def of(self, atoms: Tensor) -> list[str | None]:
+        """Return the names for some atoms."""
+        return [self._names[number] for number in self._numbers[atoms].tolist()]
+
+
+def _elements(labels: LabelPropagation) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter's name with the roots of its elements that are no channels."""
     for name, ids in labels.elements.items():
-        yield from ((root, name) for root in labels.roots(ids).tolist())
+        roots = labels.roots(ids)
+        yield name, roots[roots >= 0]
 
 
-def _written(labels: LabelPropagation) -> Iterator[tuple[int, str]]:
-    """Yield the roots of all channels that a weight writes, with the first such weight."""
-    seen: set[int] = set()
+def _written(labels: LabelPropagation) -> Iterator[tuple[str, Tensor]]:
+    """Yield each weight's name with the roots of the channels that it writes."""
     for use in labels.uses.values():
         for axis, ids in use.axes.items():
-            if use.role == "element" or use.directions[axis] == "in":
-                continue
-            roots = labels.roots(ids[ids >= 0]).unique().tolist()
-            yield from ((root, use.name) for root in roots if root not in seen)
-            seen.update(roots)
+            if use.role != "element" and use.directions[axis] != "in":
+                yield use.name, labels.roots(ids[ids >= 0])
