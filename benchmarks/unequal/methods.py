@@ -17,9 +17,9 @@ METHODS: dict[str, Fused] = {
     "matched, averaged": _fused(calibration="none"),
     "matched, REPAIR": _fused(calibration="repair"),
     "least squares, mean of logits": _fused(combine="logits"),
-    "least squares, anchor 0": _fused(calibration=LeastSquares(anchor=0)),
-    "least squares, towards the deepest": _fused(calibration=LeastSquares(toward="largest")),
     "least squares": _fused(),
+    "least squares, anchor 0.9 at the deepest": _fused(calibration=LeastSquares(anchor=0.9)),
+    "least squares, towards any": _fused(calibration=LeastSquares(toward="any")),
 }
 """For any number of parents, at the width of the deepest one."""
 

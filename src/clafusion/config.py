@@ -145,7 +145,6 @@ ASSESSED_OUTPUTS = Choices(
     none="not at all, and nothing is kept out of the fusion",
 )
 LEANS = Choices(
-    auto="any where the parents put out a mean of probabilities and anchor is 'auto', else largest",
     largest="the parent with the largest weight, of equals the one that gives the structure",
     any="whichever parent brings the outputs nearest; with anchor 'auto' 1 is tried, too",
 )
@@ -309,7 +308,7 @@ class LeastSquares(Calibration, name="least_squares"):
         high=1.0,
         word="auto",
     )
-    toward: str = choice("auto", LEANS, "towards which parent the interior leans")
+    toward: str = choice("largest", LEANS, "towards which parent the interior leans")
     ridge: float = number(
         1e-3, "penalty on changes, relative to the mean square of a layer's inputs", above_low=True
     )

@@ -21,7 +21,7 @@ from clafusion import (
     trace,
 )
 from clafusion.calibration.least_squares import anchored_weights
-from clafusion.calibration.least_squares.anchors import ANCHORS, Lean, leans
+from clafusion.calibration.least_squares.anchors import ANCHORS, Lean, leans, nearest
 from clafusion.calibration.least_squares.equations import NormalEquations
 from clafusion.calibration.least_squares.rows import chosen_positions, rows_for
 from clafusion.merging.combination import Combination
@@ -192,12 +192,24 @@ def test_auto_tries_more_where_the_interior_may_lean_towards_any():
     assert {one.toward for one in tried} == {0, 1}  # who has no weight is no aim
     assert {one.anchor for one in tried} == {*ANCHORS, 1.0}
     assert leans(problem, LeastSquares(anchor=0, toward="any")) == (Lean(0, 1),)
-    assert leans(problem, LeastSquares()) == leans(problem, LeastSquares(toward="largest"))
-    apart = replace(problem, combination=Combination("probabilities"))
-    assert leans(apart, LeastSquares()) == tried
-    assert leans(apart, LeastSquares(anchor=0.5)) == (Lean(0.5, 1),)
     sure = with_weights([MergeWeights(1.0), MergeWeights(0.0)])
     assert leans(sure, LeastSquares(toward="any")) == leans(sure, LeastSquares())
+
+
+def test_a_lean_must_come_clearly_nearer_where_parents_learnt_different_things():
+    problem = with_weights([MergeWeights(0.5), MergeWeights(0.5)])
+    apart = replace(problem, combination=Combination("probabilities"))
+    tried = leans(problem, LeastSquares())
+    for far, taken, where_apart in (
+        ([1.0, 0.9], 0.9, 0.0),
+        ([1.0, 0.7], 0.9, 0.9),
+        ([1.0, 1.1], 0.0, 0.0),
+        ([0.0, 0.0], 0.0, 0.0),
+    ):
+        assert nearest(problem, tried, far).anchor == taken
+        assert nearest(apart, tried, far).anchor == where_apart
+    without_none = leans(apart, LeastSquares(anchor=0.5, toward="any"))
+    assert nearest(apart, without_none, [1.0, 0.9]) == Lean(0.5, 1)
 
 
 def with_weights(weights, reference=0):

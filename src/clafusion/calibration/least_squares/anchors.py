@@ -14,7 +14,7 @@ from clafusion.execution.call import State
 from clafusion.merging.problem import FusionProblem, MergeWeights
 from clafusion.profiling.masks import counting_values, kept_positions, zeroed
 
-__all__ = ["ANCHORS", "Lean", "Trial", "anchored_weights", "leans", "output_distances"]
+__all__ = ["ANCHORS", "Lean", "Trial", "anchored_weights", "leans", "nearest", "output_distances"]
 
 ANCHORS = (0.0, 0.9)
 """What ``"auto"`` tries."""
@@ -22,6 +22,7 @@ FULL = 1.0
 """What it tries as well where the interior may lean towards any parent."""
 
 _PART, _LEAST_PART = 8, 3  # one of so many inputs is regressed, and another one compared
+_CLEARLY = 0.8  # of the squared distance without a lean
 _ROWS = 32  # of the outputs, that are regressed at the least
 
 
@@ -34,19 +35,12 @@ class Lean:
 
 
 def leans(problem: FusionProblem, settings: LeastSquares) -> tuple[Lean, ...]:
-    """Return what is to be tried, as the settings ask for it.
-
-    Parents that put out a mean of probabilities learnt different things. Then the one that gives
-    the structure may know less than another one, and no mean of features is good.
-    """
+    """Return what is to be tried, as the settings ask for it."""
     most = problem.largest
     own = [one.weights.overall for one in problem.parents]
     if problem.merged is not None:  # whose interior leans towards nobody
         return (Lean(0.0, most),)
-    is_any = settings.toward == "any"
-    if settings.toward == "auto" and isinstance(settings.anchor, str):
-        is_any = problem.combination.means == "probabilities"
-    is_any = is_any and max(own) < 1.0
+    is_any = settings.toward == "any" and max(own) < 1.0
     others = [i for i, weight in enumerate(own) if weight > 0 and i != most] if is_any else []
     if not isinstance(settings.anchor, str):
         anchor = settings.anchor
@@ -57,6 +51,21 @@ def leans(problem: FusionProblem, settings: LeastSquares) -> tuple[Lean, ...]:
     if is_any:
         found += [Lean(FULL, i) for i in (most, *others)]
     return tuple(found)
+
+
+def nearest(problem: FusionProblem, tried: Sequence[Lean], far: Sequence[float]) -> Lean:
+    """Return what is to be taken of several, given how far each one's outputs are off, squared.
+
+    Where the parents put out a mean of probabilities they learnt different things, and a lean gives
+    up what one of them knows. On inputs that a parent was trained on that does not show: there its
+    own features tell what it has learnt by heart. So a lean must come clearly nearer than none.
+    """
+    best = far.index(min(far))
+    if problem.combination.means == "probabilities":
+        for i, one in enumerate(tried):
+            if one.anchor == 0.0 and far[best] > _CLEARLY * far[i]:
+                return one
+    return tried[best]
 
 
 def anchored_weights(

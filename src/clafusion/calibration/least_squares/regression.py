@@ -14,6 +14,7 @@ from clafusion.calibration.least_squares.anchors import (
     Trial,
     anchored_weights,
     leans,
+    nearest,
     output_distances,
 )
 from clafusion.calibration.least_squares.hidden import hidden_channels
@@ -101,12 +102,12 @@ def regress_anchored(
         walks = _regressed(problem, fused, trial.regressed, settings.ridge, rows.fewer())
         states = [one.state for one in walks.candidates]
         far = output_distances(problem, states, trial.compared)
-        best = tried[far.index(min(far))]
+        best = nearest(problem, tried, far)
         fused = {best: fused[best]}
     walks = _regressed(problem, fused, inputs, settings.ridge, rows, progress, owners)
-    far = walks.distances() if len(fused) > 1 else [0.0]
-    nearest = far.index(min(far))
-    return _regression(problem, walks.candidates[nearest].state, list(fused)[nearest], walks.solved)
+    tried = tuple(fused)
+    taken = nearest(problem, tried, walks.distances()) if len(tried) > 1 else tried[0]
+    return _regression(problem, walks.candidates[tried.index(taken)].state, taken, walks.solved)
 
 
 def _regression(
