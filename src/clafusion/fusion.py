@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.alignment.models import AlignedModels, align_models, check_models, label
-from clafusion.assessment.combining import MOST_COMPARED, chosen_combination, may_compare
+from clafusion.assessment.combining import chosen_combination, observer_of_outputs
 from clafusion.assessment.evaluation import checked_labels
 from clafusion.assessment.output_cache import LARGE_CACHE, OutputCache
-from clafusion.assessment.parts import compared_output, parts_of
+from clafusion.assessment.parts import parts_of
 from clafusion.calibration.methods import calibrate
+from clafusion.calibration.outputs import KnownOutputs
 from clafusion.config import (
     Barycentre,
     Deeper,
@@ -263,11 +264,7 @@ def _aligned(
     check_models(tuple(named), traced, config)
     with clock.stage("profile"):
         parts = parts_of(data, traced, config.assessment)
-        kept, observe = parts.kept, None
-        compared = compared_output(traced[0], config.assessment)
-        is_used = not parts.held_out or may_compare(traced[0], config)
-        if known_outputs is not None and compared is not None and is_used:
-            observe = known_outputs.observer(compared[0], MOST_COMPARED)
+        kept = parts.kept
         if limit is not None:
             count = rows_side_by_side(kept, config.profiling.alignment_samples)
             check_limit(limit, needed_memory(traced, count, config))
@@ -279,7 +276,7 @@ def _aligned(
             tuple(named),
             spill=spill,
             most_rows=None if limit is None else limit // 8,
-            observe=observe,
+            observe=observer_of_outputs(traced[0], parts, config, known_outputs),
         )
     return align_profiles(tuple(named), profiles, config, clock=clock)
 
@@ -386,7 +383,7 @@ def fuse_aligned(
         )
     parents = {name: one.traced for name, one in zip(aligned.names, aligned.profiles, strict=True)}
     parts = parts_of(data, tuple(parents.values()), config.assessment)
-    result = _fused(
+    result, own_outputs = _fused(
         aligned,
         parts.kept,
         given,
@@ -399,8 +396,9 @@ def fuse_aligned(
     )
     if own_entries is not None:
         keep_own_entries(result.model, result.problem, aligned.names[0], own_entries)
+        own_outputs = ()
     result = replace(result, data_hash=data_hash or hash_of(data))
-    return assessed(result, parents, parts, progress, known_outputs, labels)
+    return assessed(result, parents, parts, progress, known_outputs, labels, own_outputs)
 
 
 def _fused(
@@ -414,8 +412,11 @@ def _fused(
     *,
     matched: FusionProblem | None = None,
     known_outputs: OutputCache | None = None,
-) -> FusionResult:
-    """Do what :func:`fuse_aligned` does on the part of the data that a fusion may see."""
+) -> tuple[FusionResult, KnownOutputs]:
+    """Do what :func:`fuse_aligned` does on the part of the data that a fusion may see.
+
+    Returns the result, and what is known of its outputs.
+    """
     warn_of_pinned_channels(aligned.names, [one.traced for one in aligned.profiles], weights)
     clock = Clock(aligned.profiles[0].traced.device, aligned.timings, aligned.peak_memory)
     rounds, converged = 1, True
@@ -454,7 +455,7 @@ def _fused(
             problem, data, config.used_calibration, seed=config.seed, progress=progress
         )
     _refuse_overflow(outcome.model)
-    return FusionResult(
+    result = FusionResult(
         model=outcome.model,
         aligned=aligned,
         problem=problem,
@@ -469,6 +470,7 @@ def _fused(
         rounds=rounds,
         converged=converged,
     )
+    return result, outcome.outputs
 
 
 def _refuse_overflow(model: nn.Module) -> None:
@@ -511,7 +513,7 @@ def _one_after_another(
         parents.setdefault(names[0], traced[0])
         parents[name] = traced[1]
         kept = parts_of(data, traced, own.assessment).kept
-        step = _fused(aligned, kept, (1.0 - part, part), own, template, limit, progress)
+        step, _ = _fused(aligned, kept, (1.0 - part, part), own, template, limit, progress)
         fused, called = step.model, f"{called}+{name}"
         while called in named:
             called = f"({called})"

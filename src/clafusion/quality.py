@@ -13,6 +13,7 @@ from clafusion.assessment.assess import assess, warn_of
 from clafusion.assessment.evaluation import Evaluation, checked_labels, evaluated, network_of
 from clafusion.assessment.output_cache import OutputCache
 from clafusion.assessment.parts import Parts
+from clafusion.calibration.outputs import KnownOutputs
 from clafusion.errors import InputError
 from clafusion.interop.inputs import readable
 from clafusion.profiling.batches import (
@@ -42,6 +43,7 @@ def assessed(
     progress: Progress | None,
     known_outputs: OutputCache | None = None,
     labels: Tensor | None = None,
+    own_outputs: KnownOutputs = (),
 ) -> FusionResult:
     """Return the result with its assessment and evaluation; warn where the former is bad."""
     config = result.config
@@ -56,6 +58,7 @@ def assessed(
             config.assessment,
             progress,
             known_outputs,
+            own_outputs,
         )
         if labels is not None:
             result = replace(result, evaluation=_evaluation(result, parts, labels, known_outputs))

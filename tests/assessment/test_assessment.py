@@ -17,6 +17,7 @@ from clafusion import (
     fuse,
     fuse_pairs,
 )
+from clafusion.assessment import own_outputs
 from clafusion.assessment.assess import warn_of
 from clafusion.assessment.comparison import Comparison, is_nearer
 from clafusion.assessment.nearness import Nearness
@@ -642,3 +643,27 @@ def test_what_a_profile_puts_out_is_assessed(wrapped, batch, monkeypatch):
     aligned = align(models, data)
     config = FusionConfig(calibration="none")
     assert found == fuse_aligned(aligned, data, config=config).assessment
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_what_repair_puts_out_last_is_assessed_and_the_network_does_not_run_again(
+    batches, monkeypatch
+):
+    models, data = pair(), list(VECTORS[:60].chunk(batches))
+    sizes = []
+    run = own_outputs.call_model
+
+    def counted(model, inputs, keywords):
+        sizes.append(len(inputs[0]))
+        return run(model, inputs, keywords)
+
+    monkeypatch.setattr(own_outputs, "call_model", counted)
+    found = fuse(models, data, calibration="repair")
+    # Of several batches each has statistics of its own, and so other outputs than the result.
+    assert sum(sizes) == (2 if batches == 1 else 60)
+    # What is known and is not true does not count.
+    monkeypatch.setattr(own_outputs, "_NEAR", -1.0)
+    again = fuse(models, data, calibration="repair")
+    assert same_bytes(found.model, again.model)
+    assert found.assessment.result.distance == pytest.approx(again.assessment.result.distance)
+    assert found.assessment.result.agreement == again.assessment.result.agreement

@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from clafusion.assessment.comparison import Comparison
 from clafusion.assessment.nearness import FusionAssessment
 from clafusion.assessment.output_cache import OutputCache, OutputStream
+from clafusion.assessment.own_outputs import OwnOutputs
 from clafusion.assessment.parts import Parts, compared_output, most_assessed
+from clafusion.calibration.outputs import KnownOutputs
 from clafusion.config import Assessment, FusionConfig, LeastSquares
 from clafusion.errors import AssessmentWarning, warn
-from clafusion.execution.call import call_model, in_eval_mode
+from clafusion.execution.call import in_eval_mode
 from clafusion.merging.combination import Means
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Progress, batches
 from clafusion.profiling.masks import counting_outputs, kept_positions
 from clafusion.profiling.moments import inputs_in_cache
-from clafusion.profiling.thinning import as_thinned, whole_numbers
+from clafusion.profiling.thinning import whole_numbers
 from clafusion.tracing.model import TracedModel
 from clafusion.transport.plan import TransportPlan
 
@@ -39,6 +41,7 @@ def assess(
     settings: Assessment,
     progress: Progress | None = None,
     known: OutputCache | None = None,
+    own_outputs: KnownOutputs = (),
 ) -> FusionAssessment | None:
     """Compare the result and each parent with the parents together, in one pass of each.
 
@@ -60,6 +63,8 @@ def assess(
         The options.
     known
         What the parents put out in earlier assessments.
+    own_outputs
+        What the fused network put out when it was calibrated.
 
     Returns
     -------
@@ -81,6 +86,7 @@ def assess(
         known,
         plans=plans,
         means=problem.combination.means,
+        own_outputs=own_outputs,
     )
 
 
@@ -96,11 +102,12 @@ def compare(
     *,
     plans: Sequence[TransportPlan | None] = (),
     means: Means = "logits",
+    own_outputs: KnownOutputs = (),
 ) -> FusionAssessment | None:
     """Do what :func:`assess` does for any network with the parents' inputs and outputs.
 
     ``plans`` are those by which the parents' outputs move; none if empty. ``means`` says of what
-    the parents together are the mean.
+    the parents together are the mean. ``own_outputs`` are what is known of the network's own.
     """
     traced = tuple(parents.values())
     plans = plans or [None] * len(traced)
@@ -118,13 +125,12 @@ def compare(
             one.feed(inputs)
 
     with in_eval_mode(model):
+        fused = OwnOutputs(model, traced[0], output, own_outputs)
         for inputs in _chunks(parts, traced, output, read):
             found = [one.take(inputs) for one in streams]
             outputs = [_moved(one, plan, axis) for one, plan in zip(found, plans, strict=True)]
-            own = call_model(model, inputs, traced[0].keywords)[output]
-            own = as_thinned(traced[0], inputs, own)
             mask = counting_outputs(traced[0], kept_positions(traced[0], inputs), output)
-            sums.add(outputs, own, mask)
+            sums.add(outputs, fused.take(inputs), mask)
             if progress is not None:
                 progress("assess", sums.num_inputs)
     return sums.assessment(tuple(parents), parts.held_out)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clafusion.assessment.comparison import some_positions
 from clafusion.assessment.output_cache import OutputCache, OutputStream
-from clafusion.assessment.parts import compared_output
+from clafusion.assessment.parts import Parts, compared_output
 from clafusion.config import FusionConfig
 from clafusion.errors import InputError
 from clafusion.merging.combination import (
@@ -22,6 +22,7 @@ from clafusion.merging.combination import (
 )
 from clafusion.profiling.batches import Data, batches
 from clafusion.profiling.masks import counting_outputs, kept_positions
+from clafusion.profiling.profile import Observer
 from clafusion.profiling.thinning import whole_numbers
 from clafusion.tracing.model import TracedModel
 
@@ -30,7 +31,7 @@ __all__ = [
     "MOST_COMPARED",
     "by_divergence",
     "chosen_combination",
-    "may_compare",
+    "observer_of_outputs",
 ]
 
 MOST_CLASSES = 4096
@@ -42,8 +43,21 @@ _APART = 0.1  # nats between the two means, from which on probabilities are take
 _CHUNK_NUMBERS = 1 << 22
 
 
-def may_compare(model: TracedModel, config: FusionConfig) -> bool:
-    """Say whether :func:`chosen_combination` may look at what models put out."""
+def observer_of_outputs(
+    model: TracedModel, parts: Parts, config: FusionConfig, known: OutputCache | None
+) -> Observer | None:
+    """Return what keeps in ``known`` what models put out while they are profiled.
+
+    None where neither :func:`chosen_combination` nor the assessment will look at it. ``model`` is
+    one of the models, and ``parts`` says which part of the data they are profiled on.
+    """
+    compared = compared_output(model, config.assessment)
+    if known is None or compared is None or (parts.held_out and not _may_compare(model, config)):
+        return None
+    return known.observer(compared[0], MOST_COMPARED)
+
+
+def _may_compare(model: TracedModel, config: FusionConfig) -> bool:
     compared = compared_output(model, config.assessment)
     if config.combine != "auto" or compared is None or compared[1] == "values":
         return False

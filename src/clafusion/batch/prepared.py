@@ -8,6 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
+from clafusion.assessment.combining import observer_of_outputs
+from clafusion.assessment.output_cache import OutputCache
 from clafusion.assessment.parts import parts_of
 from clafusion.config import FusionConfig
 from clafusion.errors import FusionWarning
@@ -53,6 +55,7 @@ def prepare(
     *,
     data_hash: str,
     cache_dir: Path | None = None,
+    known_outputs: OutputCache | None = None,
 ) -> PreparedModel:
     """Trace and prove a model and profile it, or read the profile of a proved one from the cache.
 
@@ -67,6 +70,9 @@ def prepare(
         :func:`clafusion.profiling.batches.data_digest` of ``data``.
     cache_dir
         The folder of the cache of profiles and of proofs with random weights; None for no cache.
+
+    known_outputs
+        Keeps what the model puts out while it is profiled, where fusions will look at it.
 
     Raises
     ------
@@ -89,8 +95,9 @@ def prepare(
         traced = traced_parent(name, model, example_inputs, config, proofs)
     if before is not None and traced.module is not before.module:  # which did not stand the proof
         key = profile_key(traced, options, data_hash)
-    kept = parts_of(data, [traced], config.assessment).kept
-    (profile,) = profile_traced([traced], kept, config, names=[name])
+    parts = parts_of(data, [traced], config.assessment)
+    observe = observer_of_outputs(traced, parts, config, known_outputs)
+    (profile,) = profile_traced([traced], parts.kept, config, names=[name], observe=observe)
     if cache_dir is not None:
         write_profile(cache_dir, key, profile)
     return PreparedModel(profile, _num_bytes(profile), operations_of(traced), False)

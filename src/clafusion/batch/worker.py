@@ -156,6 +156,7 @@ class Worker:
             profiles = [self._prepared(name, pair, source).profile for name in pair]
             own = [one.traced for one in profiles]
             traced = completed_models(own)
+        known = self._known_outputs
         is_completed = any(one is not other for one, other in zip(traced, own, strict=True))
         if is_completed:
             check_models(pair, traced, job.config)
@@ -163,6 +164,7 @@ class Worker:
             # Beside a model of one batch size the other one sees all data, as in clafusion.fuse.
             kept = parts_of(job.data, traced, job.config.assessment).kept
             profiles = profile_traced(traced, kept, job.config, names=pair)
+            known = OutputCache()  # what one put out on its part alone has other last digits
         aligned = align_profiles(pair, profiles, job.config, timings=clock.seconds)
         reference = traced[aligned.reference]
         if aligned.alignment.unmatched_shallow or not has_code(reference, own):
@@ -172,7 +174,7 @@ class Worker:
             job.data,
             job.weights,
             job.config,
-            known_outputs=self._known_outputs,
+            known_outputs=known,
             data_hash=job.data_hash,
             labels=job.labels,
         )
@@ -251,6 +253,7 @@ class Worker:
             job.config,
             data_hash=job.data_hash,
             cache_dir=None if job.cache_dir is None else Path(job.cache_dir),
+            known_outputs=self._known_outputs,
         )
 
     # --- memory ---

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clafusion.calibration.batchnorm import reset_batchnorm
 from clafusion.calibration.least_squares import regress_anchored
 from clafusion.calibration.output_layer import refit_output_layer
-from clafusion.calibration.outputs import is_exact
+from clafusion.calibration.outputs import KnownOutputs, is_exact
 from clafusion.calibration.repair import moment_goals, repair
 from clafusion.calibration.scales import with_equal_scales
 from clafusion.config import BatchNorm, Calibration, LeastSquares, NoCalibration, Repair
@@ -39,12 +39,19 @@ class Calibrated:
         The names of the weights that several parents have and the calibration left at the average.
     toward
         The name of the parent towards which the interior leans; None where there is no anchor.
+    outputs
+        Inputs on which the network ran as it is now, and what it put out; empty where that is not
+        known.
     """
 
     model: nn.Module
     anchor: float | None = None
     averaged: tuple[str, ...] = ()
     toward: str | None = None
+    outputs: KnownOutputs = ()
+
+
+_MOST_KEPT = 1 << 25  # numbers of outputs
 
 
 Method: TypeAlias = Callable[..., "Calibrated | Mapping[str, Tensor]"]
@@ -124,9 +131,28 @@ def _repair(
     if is_exact(problem, plain, data):  # the mean of outputs varies less than either of them
         return Calibrated(_built(problem, plain))
     goals = moment_goals(problem)
-    state = repair(problem.target, plain, data, goals, progress=progress)
+    outputs: list[tuple[tuple[Tensor, ...], list[Tensor]]] = []
+    kept = 0
+
+    def observe(inputs: tuple[Tensor, ...], found: list[Tensor]) -> None:
+        nonlocal kept
+        kept += sum(one.numel() for one in found)
+        if kept <= _MOST_KEPT:
+            outputs.append((inputs, found))
+
+    is_plain = not problem.target.types  # half precision rounds what is built of the parameters
+    state = repair(
+        problem.target,
+        plain,
+        data,
+        goals,
+        progress=progress,
+        observe=observe if is_plain else None,
+    )
     return Calibrated(
-        _built(problem, state), averaged=_averaged(problem, _rescaled(problem, goals.overall))
+        _built(problem, state),
+        averaged=_averaged(problem, _rescaled(problem, goals.overall)),
+        outputs=tuple(outputs),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -11,7 +12,10 @@ from clafusion.merging.mean import weighted_mean
 from clafusion.merging.problem import FusionProblem
 from clafusion.profiling.batches import Data, in_chunks
 
-__all__ = ["is_exact", "outputs_and_goals"]
+__all__ = ["KnownOutputs", "is_exact", "outputs_and_goals"]
+
+KnownOutputs: TypeAlias = Sequence[tuple[tuple[Tensor, ...], Sequence[Tensor]]]
+"""Inputs, in the order of the data, with what a network puts out for them."""
 
 _TRIED, _EXACT = 16, 2e-5  # inputs, and how far their outputs may be apart, relative to the largest
 _FIRST, _FAR = 2, 100.0  # of these inputs, and how many times as far no others can make good

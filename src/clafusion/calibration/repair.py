@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clafusion import _native
 from clafusion.errors import FusionWarning, InputError, warn
-from clafusion.execution.call import State
+from clafusion.execution.call import State, flatten_tensors
 from clafusion.execution.lazy import LazyState
 from clafusion.execution.walk import Walk
 from clafusion.merging.mean import counted, weighted_mean
@@ -157,6 +157,7 @@ def repair(
     goals: MomentGoals,
     *,
     progress: Callable[[str, int], None] | None = None,
+    observe: Callable[[tuple[Tensor, ...], list[Tensor]], None] | None = None,
 ) -> State:
     r"""Rescale and shift every layer's outputs to the statistics that they should have (REPAIR).
 
@@ -182,6 +183,9 @@ def repair(
         The statistics: see :func:`moment_goals`.
     progress
         Called with a text and the number of inputs done.
+    observe
+        Called with inputs that ran side by side and what the network puts out for them, where the
+        data are one batch: then this is what the repaired parameters give, up to rounding.
 
     Returns
     -------
@@ -203,7 +207,8 @@ def repair(
         for inputs in batches(data, target.example_inputs, target.keywords, device=where):
             if done == len(goals.batches):
                 raise InputError(_other_batches(goals, "more"))
-            _run_repaired(target, state, inputs, points, goals.batches[done], measured)
+            told = observe if len(goals.batches) == 1 else None
+            _run_repaired(target, state, inputs, points, goals.batches[done], measured, told)
             done += 1
             seen += inputs[0].size(0)
             if progress is not None:
@@ -251,6 +256,7 @@ def _run_repaired(
     points: Mapping[str, CalibrationPoint],
     goals: BatchMoments,
     measured: Mapping[str, Moments],
+    observe: Callable[[tuple[Tensor, ...], list[Tensor]], None] | None = None,
 ) -> None:
     """Run a batch, correct every layer's output on the way, and add what was there to measured."""
     in_parts = parts(target, inputs)
@@ -270,6 +276,11 @@ def _run_repaired(
         measured[node].add(inputs[0].size(0), *found)
         scale, shift = _correction(found, goals[node], point.bias is not None)
         before = point, scale, shift
+    if observe is not None:
+        for part, walk in zip(in_parts, walks, strict=True):
+            if before is not None:
+                _correct(walk, *before)
+            observe(part, list(flatten_tensors(list(walk.finish()))))
 
 
 def _correct(walk: Walk, point: CalibrationPoint, scale: Tensor, shift: Tensor) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from clafusion.profiling.profile import ModelProfile
-from clafusion.tracing.heads import base_repeats
 from clafusion.tracing.model import (
     ChannelGroup,
     GroupAxis,
@@ -130,7 +129,7 @@ def _places(model: TracedModel, one: ChannelGroup, names: Mapping[str, str] | No
 def _repeats(group: ChannelGroup, axis: GroupAxis) -> int:
     """Return in how many positions a channel stands on an axis, of each head that shares it."""
     repeats = axis.positions.size(1)
-    is_shared = repeats == group.sharing * base_repeats(group)
+    is_shared = repeats == group.sharing * group.base_repeats
     return repeats // group.sharing if is_shared else repeats
 
 

@@ -23,7 +23,6 @@ from clafusion.profiling.spilled import with_columns
 from clafusion.profiling.statistics import standardised
 from clafusion.tracing.heads import (
     HeadOrders,
-    base_repeats,
     exchange_heads,
     group_sources,
     in_turn,
@@ -192,7 +191,7 @@ def _hooks(
 
 def _places_of_heads(model: TracedModel, group: int, hook: HookPoint) -> list[Tensor]:
     """Return where a group's channels lie in a hook point, for each head that shares them."""
-    size, base = model.groups[group].size, base_repeats(model.groups[group])
+    size, base = model.groups[group].size, model.groups[group].base_repeats
     places = places_of(hook, group)
     count = len(places) // (size * base)
     if count < 1 or len(places) % (size * base):
@@ -233,7 +232,7 @@ def _has_heads_as_positions(model: TracedModel, point: HookPoint, orders: HeadOr
         heads.is_shared
         and len(order) in point.positions
         and int((point.groups == one).sum())
-        == model.groups[one].size * base_repeats(model.groups[one])
+        == model.groups[one].size * model.groups[one].base_repeats
         for heads, order in orders
         for one in heads.members[0]
     )
@@ -278,7 +277,7 @@ def _columns(model: TracedModel, point: HookPoint | CalibrationPoint, orders: He
     for heads, order in last:
         for one in heads.members[0]:
             group, found = model.groups[one], places_of(point, one)
-            if len(found) == group.size * base_repeats(group) * len(order):
+            if len(found) == group.size * group.base_repeats * len(order):
                 of_heads = found.view(group.size, len(order), -1)
                 index[of_heads.flatten()] = index[of_heads[:, list(order)].flatten()]
     return index

@@ -14,7 +14,6 @@ from torch import fx
 
 from clafusion.execution.call import State
 from clafusion.tracing.groups import Channels
-from clafusion.tracing.heads import base_repeats
 from clafusion.tracing.labels.rule import ComputedWeight
 from clafusion.tracing.operations import (
     RESHAPES,
@@ -220,7 +219,7 @@ class Flow:
     def _of_a_head(self, group: int, count: int) -> int:
         """Return in how many places a channel stands, of each head that shares it."""
         sharing = self.channels.groups[group].sharing
-        is_shared = count == sharing * base_repeats(self.channels.groups[group])
+        is_shared = count == sharing * self.channels.groups[group].base_repeats
         return count // sharing if is_shared else count
 
     def settings(self, node: fx.Node) -> tuple[tuple[str, Any], ...]:

@@ -30,7 +30,6 @@ from clafusion.tracing.moves import (
 
 __all__ = [
     "HeadOrders",
-    "base_repeats",
     "channels_of_heads",
     "exchange_heads",
     "exchange_moves",
@@ -175,14 +174,9 @@ def _shared(model: TracedModel, layer: int, groups: set[int]) -> list[HeadPartit
     ]
 
 
-def base_repeats(group: ChannelGroup) -> int:
-    """Return how often each channel of a group stands on the axis where it does so least."""
-    return min(one.positions.size(1) for one in group.axes)
-
-
 def _sharing(group: ChannelGroup) -> int:
     """Return how many heads share a group's channels, if it is of heads at all."""
-    return max(one.positions.size(1) for one in group.axes) // base_repeats(group)
+    return max(one.positions.size(1) for one in group.axes) // group.base_repeats
 
 
 def channels_of_heads(
@@ -379,7 +373,7 @@ def _shared_places(model: TracedModel, orders: HeadOrders) -> Iterator[tuple[Pla
         for index in heads.members[0]:
             group = model.groups[index]
             for axis in group.axes:
-                if axis.positions.size(1) != base_repeats(group) * len(order):
+                if axis.positions.size(1) != group.base_repeats * len(order):
                     continue  # of the keys or values themselves
                 places = axis.positions.unflatten(1, (len(order), -1))
                 yield (axis.use, axis.axis, places), (axis.use, axis.axis, places[:, list(order)])

@@ -141,6 +141,11 @@ class ChannelGroup:
         """The parameter where the group occurs first, as a readable name."""
         return self.axes[0].use.parameter
 
+    @cached_property
+    def base_repeats(self) -> int:
+        """How often each channel stands on the axis where it does so least."""
+        return min(one.positions.size(1) for one in self.axes)
+
     def __repr__(self) -> str:
         return f"<ChannelGroup {self.name} of {self.size} channels>"
 
