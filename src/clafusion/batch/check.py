@@ -131,9 +131,9 @@ def check_pairs(
             continue
         try:
             own = [traced[name] for name in pair]
-            models = completed_models(own)
-            reference = models[reference_of(models, config)]
-            if check_models(pair, models, config) and has_code(reference, own):
+            completed = completed_models(own)
+            reference = completed[reference_of(completed, config)]
+            if check_models(pair, completed, config) and has_code(reference, own):
                 fusible.append(pair)
             else:
                 reasons[pair] = union_refusal(pair)

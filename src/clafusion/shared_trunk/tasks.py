@@ -87,8 +87,8 @@ def nearness(
         progress(seen)
         if seen >= most:
             break
-    found = {name: one.assessment(("",), False).result for name, one in sums.items()}
-    return found.pop(RESULT), found, seen
+    near = {name: one.assessment(("",), False).result for name, one in sums.items()}
+    return near.pop(RESULT), near, seen
 
 
 @torch.no_grad()
