@@ -158,7 +158,7 @@ def test_it_is_exported_and_trained():
     *models, inputs = PAIRS["mlp"]
     result = fuse(models, inputs, outputs="both")
     batch = torch.export.Dim("batch")
-    program = torch.export.export(result.model, (inputs,), dynamic_shapes=({0: batch},))
+    program = torch.export.export(result.model, (inputs,), dynamic_shapes=(({0: batch},),))
     torch.testing.assert_close(program.module()(inputs[:9]), outputs(result.model, inputs[:9]))
     labels = side_by_side(models, inputs).argmax(1)
     before = (outputs(result.model, inputs).argmax(1) == labels).double().mean()
@@ -250,7 +250,7 @@ def test_labels_are_evaluated_over_all_classes_and_wrong_ones_refused():
         ({"target": clafusion.Wider(1.5)}, "outputs='both' needs target"),
         ({"combine": "probabilities"}, "outputs='both' needs combine='auto'"),
         ({"calibration": "batchnorm"}, "outputs='both' does not go with calibration='batchnorm'"),
-        ({"matching": "orthogonal"}, "does not go with matching.solver='orthogonal'"),
+        ({"matching": {"solver": "orthogonal"}}, "does not go with matching.solver='orthogonal'"),
         ({"merging": "iterative"}, "does not go with merging.strategy='iterative'"),
         (
             {

@@ -15,7 +15,7 @@ from clafusion.assessment.parts import Parts, most_assessed, parts_of
 from clafusion.calibration.methods import Calibrated, calibrate
 from clafusion.calibration.outputs import is_exact
 from clafusion.config import Calibration, FusionConfig, NoCalibration
-from clafusion.correspondence.correspondence import identity_correspondence, identity_plans
+from clafusion.correspondence.correspondence import correspond
 from clafusion.execution.call import State
 from clafusion.merging.combination import Combination
 from clafusion.merging.mean import average
@@ -139,17 +139,21 @@ def _side_by_side(
     models = [one.traced for one in aligned.profiles]
     network = SharedTrunk(None, [part_of(one, None, None) for one in models], sizes)
     network.train(models[aligned.reference].model.training)
+    # The trunk has no layer, and no parent has channels in it.
+    bare = [replace(one, layers=(), heads=()) for one in models]
+    target = bare[aligned.reference]
     parents = tuple(
         Parent(
             name,
-            one,
-            identity_correspondence(one.traced),
-            identity_plans(one.traced),
+            replace(profile, traced=source),
+            correspond(target, source, ()),
+            (None,) * len(target.groups),
             MergeWeights(weight),
         )
-        for name, one, weight in zip(aligned.names, aligned.profiles, weights, strict=True)
+        for name, profile, source, weight in zip(
+            aligned.names, aligned.profiles, bare, weights, strict=True
+        )
     )
-    target = models[aligned.reference]
     problem = FusionProblem(target, parents, aligned.reference, combination=_WHY)
     return Assembled(network, problem, Calibrated(network), is_exact=True)
 
