@@ -414,6 +414,7 @@ def test_all_options_are_listed_once_with_a_line_of_help():
         "merging.normalisation",
         "calibration",
         "calibration.anchor",
+        "calibration.toward",
         "calibration.ridge",
         "calibration.samples",
         "assessment.outputs",

@@ -740,6 +740,11 @@ class MergeConfig(Settings):
                 f"calibration.anchor={calibration.anchor} is for fusions: a merge leans towards no "
                 "model. Leave it out"
             )
+        if isinstance(calibration, LeastSquares) and calibration.toward != "largest":
+            raise InputError(
+                f"calibration.toward={calibration.toward!r} is for fusions: a merge leans towards "
+                "no model. Leave it out"
+            )
 
     @property
     def fusion(self) -> FusionConfig:

@@ -419,6 +419,7 @@ def test_other_entries_shapes_and_numbers_are_refused():
         ({"method": {"name": "ties", "density": 0}}, "method.density must be in"),
         ({"calibration": "repair"}, "calibration='repair' needs data"),
         ({"calibration": clafusion.LeastSquares(anchor=0.5)}, "leans towards no model"),
+        ({"calibration": clafusion.LeastSquares(toward="any")}, "leans towards no model"),
         ({"densty": 0.1}, "has no option 'densty'|'densty' is no option"),
         ({"config": clafusion.FusionConfig()}, "config must be a MergeConfig"),
         ({"weights": [1]}, "weights must have one entry for each model"),

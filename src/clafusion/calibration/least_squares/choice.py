@@ -102,7 +102,6 @@ def choose_channels(
     states: Sequence[State],
     weights: Sequence[float],
     *,
-    own: Sequence[float],
     reader_chooses: bool,
 ) -> Choice:
     """Choose among all parents' hidden channels.
@@ -117,13 +116,10 @@ def choose_channels(
         The parents' own weights.
     weights
         The parents' weights at the layer that writes the channels.
-    own
-        The same where the interior leans towards nobody. By these count outputs that only some
-        parents have: however far the others' lean, such places are for what those parents tell.
     reader_chooses
         Whether the channels that the reading layer writes are to be chosen, too.
     """
-    readout, importance = _readouts(problem, hidden, states, weights, own, reader_chooses)
+    readout, importance = _readouts(problem, hidden, states, weights, reader_chooses)
     columns = _columns(hidden)
     with one_thread():
         alive, readout = keep_channels(
@@ -160,7 +156,6 @@ def _readouts(
     hidden: Hidden,
     states: Sequence[State],
     weights: Sequence[float],
-    own: Sequence[float],
     reader_chooses: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return how a layer reads all parents' channels side by side.
@@ -199,7 +194,7 @@ def _readouts(
         importance = readouts[0].new_ones(readouts[0].size(1))
         if any(one is not None for one in masks):  # of a channel that some have, by their weights
             present = [importance if one is None else one.to(importance) for one in masks]
-            importance = weighted_mean(present, [own[part.parent] for part in hidden.parts])
+            importance = weighted_mean(present, given)
     if reader.point.bias is None:
         return torch.cat(readouts), importance
     bias = torch.stack([theirs[-1] for theirs in readouts]).sum(0, keepdim=True)

@@ -308,7 +308,6 @@ class Walks:
                 inverse,
                 self.states,
                 one.weights[name],
-                own=[parent.weights.of(place.point.weight) for parent in self.parents],
                 reader_chooses=hidden.reader.affine.name in self.hidden,
             )
 
