@@ -66,8 +66,21 @@ def test_of_fewer_places_each_is_a_mean():
     assert heads_of(plan, source, target).sum(0).tolist() == [2, 2]
 
 
+def test_keys_in_the_same_weight_have_a_place_of_their_own():
+    source, target = group(2, 2), group(2, 4)
+    keys = plan_of([(0, 1), (1, 0)], source, target)
+    plan = plan_of_places(keys, target, source, keys=True)
+    dense = plan.dense().unflatten(0, (source.size, 3)).unflatten(2, (target.size, 5))
+    assert torch.equal(dense[:, 2, :, 4], keys.dense())
+    assert not dense[:, 2, :, :4].any()
+    assert not dense[:, :2, :, 4].any()
+    queries = plan_of_places(keys, target, source)
+    assert torch.equal(dense[:, :2, :, :4].flatten(2).flatten(0, 1), queries.dense())
+
+
 def test_other_numbers_of_positions_are_no_heads():
     assert share_otherwise(group(1, 4), group(1, 2), 8, 4)
+    assert share_otherwise(group(1, 4), group(1, 2), 10, 6)  # with those of the keys
     assert not share_otherwise(group(1, 4), group(1, 2), 2, 2)
     assert not share_otherwise(group(1, 1), group(1, 1), 9, 4)  # of a pooling
     assert not share_otherwise(group(1, 4), group(1, 2), 9, 4)

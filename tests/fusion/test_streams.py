@@ -153,6 +153,7 @@ def test_streams_that_do_not_correspond_are_drawn_side_by_side():
     assert "wired differently" in lines[0]
     assert all("|" in line for line in lines[1:-1])
     assert "reads source, input 1" in str(refusal.value)
+    assert [line[0] for line in lines[1:-1]] == [" ", " ", ">", ">"]
 
 
 def test_a_summary_names_the_streams():

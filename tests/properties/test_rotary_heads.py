@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import clafusion
-from clafusion import fuse, trace
+from clafusion import Like, fuse, trace
 from tests.support.assertions import assert_same_logits
 from tests.support.data import CALIBRATIONS
 
@@ -17,7 +17,7 @@ SIZE = 8  # of a head
 
 
 def network(kind, groups, heads, layers=2, seed=0):
-    """Build a small Llama or Qwen3: ``groups`` of keys and values, ``heads`` of queries."""
+    """Build a small Llama, Qwen3 or Phi-3: ``groups`` of keys and values, ``heads`` of queries."""
     torch.manual_seed(seed)
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=60,
@@ -29,12 +29,21 @@ def network(kind, groups, heads, layers=2, seed=0):
         head_dim=SIZE,
         max_position_embeddings=64,
         use_cache=False,
+        pad_token_id=0,
     )
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return model
+
+
+def weights_of(attention, groups, heads):
+    """Return the weights that make queries, keys and values, also where one has them all."""
+    if hasattr(attention, "qkv_proj"):
+        sizes = [SIZE * count for count in (heads, groups, groups)]
+        return dict(zip("qkv", attention.qkv_proj.weight.split(sizes), strict=True))
+    return {part: getattr(attention, f"{part}_proj").weight for part in "qkv"}
 
 
 def shuffled(model, groups, heads, order):
@@ -45,7 +54,7 @@ def shuffled(model, groups, heads, order):
         for layer in moved.model.layers:
             attention = layer.self_attn
             for part, size in (("q", each * SIZE), ("k", SIZE), ("v", SIZE)):
-                weight = getattr(attention, f"{part}_proj").weight
+                weight = weights_of(attention, groups, heads)[part]
                 weight.copy_(weight.view(groups, size, -1)[order].reshape(weight.shape))
             weight = attention.o_proj.weight
             weight.copy_(weight.view(len(weight), groups, -1)[:, order].reshape(weight.shape))
@@ -54,7 +63,8 @@ def shuffled(model, groups, heads, order):
 
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
 @pytest.mark.parametrize(
-    ("kind", "groups", "heads"), [("Llama", 4, 4), ("Llama", 2, 4), ("Qwen3", 4, 4)]
+    ("kind", "groups", "heads"),
+    [("Llama", 4, 4), ("Llama", 2, 4), ("Qwen3", 4, 4), ("Phi3", 2, 4)],
 )
 def test_heads_that_stand_in_another_order_are_matched(kind, groups, heads, calibration):
     model = network(kind, groups, heads)
@@ -76,7 +86,7 @@ def with_queries_in_another_order(model, groups, heads):
     )
     with torch.no_grad():
         for layer in moved.model.layers:
-            weight = layer.self_attn.q_proj.weight
+            weight = weights_of(layer.self_attn, groups, heads)["q"]
             weight.copy_(weight.view(heads, SIZE, -1)[order].reshape(weight.shape))
             weight = layer.self_attn.o_proj.weight
             weight.copy_(weight.view(len(weight), heads, -1)[:, order].reshape(weight.shape))
@@ -85,7 +95,8 @@ def with_queries_in_another_order(model, groups, heads):
 
 @pytest.mark.parametrize("calibration", CALIBRATIONS)
 @pytest.mark.parametrize(
-    ("kind", "groups", "heads"), [("Llama", 2, 8), ("Llama", 1, 4), ("Qwen3", 2, 4)]
+    ("kind", "groups", "heads"),
+    [("Llama", 2, 8), ("Llama", 1, 4), ("Qwen3", 2, 4), ("Phi3", 2, 4), ("Phi3", 1, 4)],
 )
 def test_queries_that_share_keys_are_matched_within_their_group(kind, groups, heads, calibration):
     model = network(kind, groups, heads)
@@ -102,6 +113,14 @@ def test_queries_that_share_keys_are_matched_within_their_group(kind, groups, he
         result = fuse([model, both], TOKENS, calibration=calibration)
         assert_same_logits(result.model, model, TOKENS)
         assert_same_logits(clafusion.naive_average(result.problem, [0, 1]), model, TOKENS)
+
+
+def test_other_numbers_of_queries_for_each_of_the_keys_in_one_weight():
+    """Every head of the queries of four has a place of its own among eight."""
+    few, many = network("Phi3", 2, 4), network("Phi3", 2, 8, seed=1)
+    for weights, parent in (([1, 0], few), ([0, 1], many)):
+        fused = fuse([few, many], TOKENS, weights, calibration="none", target=Like(many)).model
+        assert_same_logits(fused, parent, TOKENS)
 
 
 def test_depths_may_differ_beside():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
 
 from clafusion.errors import StructureError
 from clafusion.tracing.layer import Layer, Stream, streams_of
@@ -20,7 +21,7 @@ def check_streams(names: tuple[str, str], ones: Sequence[Layer], others: Sequenc
     Raises
     ------
     StructureError
-        The message draws the streams of both, side by side.
+        The message draws the streams of both, side by side, and marks those that differ.
     """
     of_ones, of_others = streams_of(ones), streams_of(others)
     wired, wired_others = ([stream.inputs for stream in of] for of in (of_ones, of_others))
@@ -36,12 +37,16 @@ def check_streams(names: tuple[str, str], ones: Sequence[Layer], others: Sequenc
     rows = max(map(len, columns))
     left, right = (column + [""] * (rows - len(column)) for column in columns)
     width = max(map(len, left))
+    pairs = zip_longest(wired, wired_others)
+    marks = ["  ", *("  " if one == other else "> " for one, other in pairs)]
     drawn = "\n".join(
-        f"  {one:{width}}  |  {other}".rstrip() for one, other in zip(left, right, strict=True)
+        f"{mark}{one:{width}}  |  {other}".rstrip()
+        for mark, one, other in zip(marks, left, right, strict=True)
     )
     raise StructureError(
         f"the layers of {names[0]} lie on {len(of_ones)} stream(s), those of {names[1]} on "
-        f"{len(of_others)}, and these are wired differently:\n{drawn}\nLayers are matched and "
+        f"{len(of_others)}, and these are wired differently (at > they read other things, or only "
+        f"one network has such a stream):\n{drawn}\nLayers are matched and "
         "inserted within a stream (an encoder, a decoder, a level of a U-Net). Give networks whose "
         "streams read the same, in the same order; clafusion.explain compares all layers"
     )

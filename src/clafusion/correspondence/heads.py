@@ -129,8 +129,13 @@ def _places(model: TracedModel, one: ChannelGroup, names: Mapping[str, str] | No
 def _repeats(group: ChannelGroup, axis: GroupAxis) -> int:
     """Return in how many positions a channel stands on an axis, of each head that shares it."""
     repeats = axis.positions.size(1)
-    is_shared = repeats == group.sharing * group.base_repeats
-    return repeats // group.sharing if is_shared else repeats
+    if group.sharing > 1:
+        base = group.base_repeats
+        if repeats == group.sharing * base:
+            return base
+        if repeats == (group.sharing + 1) * base:  # of queries and keys
+            return 2 * base
+    return repeats
 
 
 def _in_one_use(model: TracedModel, groups: Sequence[int]) -> bool:

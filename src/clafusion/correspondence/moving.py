@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clafusion.correspondence.correspondence import Correspondence
-from clafusion.correspondence.shared_heads import plan_of_places, share_otherwise
+from clafusion.correspondence.shared_heads import has_keys, plan_of_places, share_otherwise
 from clafusion.correspondence.structure import structured_state
 from clafusion.errors import StructureError
 from clafusion.execution.lazy import LazyState
@@ -168,7 +168,8 @@ def move_along(
                     f"in axis {axis} of {name!r} a channel stands for {repeats} positions, in its "
                     f"partner for {positions.size(1)}; the inputs or strides differ"
                 )
-            plan = plan_of_places(plan, group, other)
+            keys = has_keys(group, other, repeats, positions.size(1))
+            plan = plan_of_places(plan, group, other, keys=keys)
             into = into.reshape(plan.shape[1], -1)
             positions = positions.reshape(plan.shape[0], -1)
         leaves = group_axis.direction == "out" or normalisation == "single"
@@ -257,7 +258,8 @@ def move_values(
         if share_otherwise(*groups, turns, turns_of_source):
             by_place = values.new_zeros(*values.shape[:-1], plan.shape[0], turns_of_source)
             by_place[..., source.members[out_of], out_of_turns] = values[..., out_of]
-            of_places = plan_of_places(plan, *groups)
+            keys = has_keys(*groups, turns, turns_of_source)
+            of_places = plan_of_places(plan, *groups, keys=keys)
             by_place = by_place.reshape(*values.shape[:-1], of_places.shape[0], -1)
             moved = of_places.outgoing(by_place, -2)
             moved = moved.reshape(*values.shape[:-1], plan.shape[1], turns)

@@ -17,7 +17,7 @@ import torch
 from clafusion.tracing.model import ChannelGroup
 from clafusion.transport.plan import TransportPlan
 
-__all__ = ["lacks_heads", "plan_of_places", "share_otherwise"]
+__all__ = ["has_keys", "lacks_heads", "plan_of_places", "share_otherwise"]
 
 _Head = tuple[int, int]  # a head of keys, and one of those of queries that share it
 
@@ -26,9 +26,19 @@ def share_otherwise(
     target: ChannelGroup, source: ChannelGroup, places: int, places_of_source: int
 ) -> bool:
     """Return whether other numbers of heads explain other numbers of places on an axis."""
-    return (
-        places != places_of_source and places * source.sharing == places_of_source * target.sharing
+    return places != places_of_source and (
+        places * source.sharing == places_of_source * target.sharing
+        or has_keys(target, source, places, places_of_source)
     )
+
+
+def has_keys(
+    target: ChannelGroup, source: ChannelGroup, places: int, places_of_source: int
+) -> bool:
+    """Return whether the places are of keys, too, behind those of the queries that share them."""
+    return target.sharing != source.sharing and places * (
+        source.sharing + 1
+    ) == places_of_source * (target.sharing + 1)
 
 
 def lacks_heads(target: ChannelGroup, source: ChannelGroup, counts: tuple[int, int]) -> bool:
@@ -42,7 +52,7 @@ def lacks_heads(target: ChannelGroup, source: ChannelGroup, counts: tuple[int, i
 
 
 def plan_of_places(
-    plan: TransportPlan, target: ChannelGroup, source: ChannelGroup
+    plan: TransportPlan, target: ChannelGroup, source: ChannelGroup, *, keys: bool = False
 ) -> TransportPlan:
     """Return the plan of the places of channels that heads of queries share.
 
@@ -52,28 +62,29 @@ def plan_of_places(
         From the source's channels to the target's.
     target, source
         Their groups.
+    keys
+        Whether behind the places in the heads of queries each channel has one of its own.
 
     Returns
     -------
     TransportPlan
         Of ``source.size * source.sharing`` places to ``target.size * target.sharing``: the first
-        channel's in all heads that share it, then the second one's.
+        channel's in all heads that share it, then the second one's. With ``keys`` each channel has
+        one place more.
     """
     rows, columns, masses = plan.entries
     rows, columns = rows.long(), columns.long()
-    keys = rows // (source.size // source.heads), columns // (target.size // target.heads)
-    together = set(zip(*(one.tolist() for one in keys), strict=True))
+    heads = rows // (source.size // source.heads), columns // (target.size // target.heads)
+    together = set(zip(*(one.tolist() for one in heads), strict=True))
+    each = source.sharing + keys, target.sharing + keys  # places of a channel
     found = []
     for (i, s), (j, r) in _together(together, source.sharing, target.sharing):
-        chosen = (keys[0] == i) & (keys[1] == j)
-        found.append(
-            (
-                rows[chosen] * source.sharing + s,
-                columns[chosen] * target.sharing + r,
-                masses[chosen],
-            )
-        )
-    shape = source.size * source.sharing, target.size * target.sharing
+        chosen = (heads[0] == i) & (heads[1] == j)
+        found.append((rows[chosen] * each[0] + s, columns[chosen] * each[1] + r, masses[chosen]))
+    if keys:
+        behind = rows * each[0] + source.sharing, columns * each[1] + target.sharing
+        found.append((*behind, masses))
+    shape = source.size * each[0], target.size * each[1]
     if not found:
         empty = torch.empty(0, dtype=torch.int64)
         return TransportPlan.from_entries(shape, empty, empty, empty.double())

@@ -196,7 +196,9 @@ def _places_of_heads(model: TracedModel, group: int, hook: HookPoint) -> list[Te
     count = len(places) // (size * base)
     if count < 1 or len(places) % (size * base):
         return [places[:size]]
-    return list(places.view(size, count, base)[:, :, 0].unbind(1))
+    # Where queries and keys come from one weight, its last place is that of the keys.
+    kept = model.groups[group].sharing if count == model.groups[group].sharing + 1 > 2 else count
+    return list(places.view(size, count, base)[:, :kept, 0].unbind(1))
 
 
 def _moved(profile: ModelProfile, orders: HeadOrders) -> ModelProfile:
@@ -277,7 +279,9 @@ def _columns(model: TracedModel, point: HookPoint | CalibrationPoint, orders: He
     for heads, order in last:
         for one in heads.members[0]:
             group, found = model.groups[one], places_of(point, one)
-            if len(found) == group.size * group.base_repeats * len(order):
-                of_heads = found.view(group.size, len(order), -1)
-                index[of_heads.flatten()] = index[of_heads[:, list(order)].flatten()]
+            count = len(order) + group.is_fused(len(order))
+            if len(found) == group.size * group.base_repeats * count:
+                of_heads = found.view(group.size, count, -1)
+                moving = [*order, *range(len(order), count)]  # keys stay behind their queries
+                index[of_heads.flatten()] = index[of_heads[:, moving].flatten()]
     return index

@@ -17,6 +17,7 @@ from torch import Tensor
 from clafusion.config import Auto, Solver
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.moving import move_along
+from clafusion.correspondence.shared_heads import has_keys
 from clafusion.errors import ConvergenceWarning, warn
 from clafusion.execution.call import State
 from clafusion.matching.head_plans import HeadPairs, plan_heads
@@ -235,8 +236,10 @@ def _weight_costs(
         b = b.reshape(group.size, -1)
         if a.size(1) != b.size(1):  # other numbers of heads share the channels: by their means
             other = correspondence.source.groups[correspondence.groups[group.index]]
-            a = a.reshape(source_size, other.sharing, -1).mean(1)
-            b = b.reshape(group.size, group.sharing, -1).mean(1)
+            counts = partner.positions.size(1), group_axis.positions.size(1)
+            keys = has_keys(group, other, *counts[::-1])
+            a = _of_one_head(a.reshape(source_size, other.sharing + keys, -1), keys)
+            b = _of_one_head(b.reshape(group.size, group.sharing + keys, -1), keys)
         cross += a @ b.T
         of_source += a.square().sum(1, keepdim=True)
         of_target += b.square().sum(1)
@@ -244,3 +247,10 @@ def _weight_costs(
         lengths = (of_source * of_target).sqrt_().clamp_(min=1e-30)
         return cross.div_(lengths).neg_().add_(1)
     return (of_source + of_target).sub_(cross.mul_(2)).clamp_(min=0)
+
+
+def _of_one_head(places: Tensor, keys: bool) -> Tensor:
+    """Return the mean over the heads that share channels, beside what their keys have, if any."""
+    if not keys:
+        return places.mean(1)
+    return torch.cat([places[:, :-1].mean(1), places[:, -1]], 1)

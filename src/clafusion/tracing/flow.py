@@ -218,9 +218,14 @@ class Flow:
 
     def _of_a_head(self, group: int, count: int) -> int:
         """Return in how many places a channel stands, of each head that shares it."""
-        sharing = self.channels.groups[group].sharing
-        is_shared = count == sharing * self.channels.groups[group].base_repeats
-        return count // sharing if is_shared else count
+        channels = self.channels.groups[group]
+        if channels.sharing > 1:
+            base = channels.base_repeats
+            if count == channels.sharing * base:
+                return base
+            if count == (channels.sharing + 1) * base:  # of queries and keys
+                return 2 * base
+        return count
 
     def settings(self, node: fx.Node) -> tuple[tuple[str, Any], ...]:
         """Return what else than widths two nodes must have in common to do the same, by name.

@@ -167,8 +167,12 @@ def _shared(model: TracedModel, layer: int, groups: set[int]) -> list[HeadPartit
     counts: dict[int, list[int]] = {}
     for index in sorted(groups):
         counts.setdefault(_sharing(model.groups[index]), []).append(index)
+    for index in counts.get(1, ()):  # queries and keys in one weight stand in one place more
+        of = [count for count in counts if count > 1 and model.groups[index].is_fused(count)]
+        if len(of) == 1:
+            counts[of[0]].append(index)
     return [
-        HeadPartition(layer, (tuple(members),) * count, is_shared=True)
+        HeadPartition(layer, (tuple(sorted(members)),) * count, is_shared=True)
         for count, members in counts.items()
         if count > 1 and any(model.groups[index].is_counted for index in members)
     ]
@@ -207,8 +211,13 @@ def channels_of_heads(
         layer = _layer_of(family, layers)
         of_layer = counts.get(layer, set())
         share = _sharing(family[0])
+        of_others = shares.get(layer, set())
         if any(len(family) % count == 0 for count in of_layer) or (
-            share > 1 and family[0].is_counted and share in shares.get(layer, set())
+            family[0].is_counted
+            and (
+                (share > 1 and share in of_others)
+                or any(family[0].is_fused(other) for other in of_others)
+            )
         ):
             found.update(int(one.atoms[0]) for one in family)
     return frozenset(found)
@@ -373,7 +382,10 @@ def _shared_places(model: TracedModel, orders: HeadOrders) -> Iterator[tuple[Pla
         for index in heads.members[0]:
             group = model.groups[index]
             for axis in group.axes:
-                if axis.positions.size(1) != group.base_repeats * len(order):
+                base = group.repeats_of_head(len(order))
+                count = len(order) + group.is_fused(len(order))
+                if axis.positions.size(1) != base * count:
                     continue  # of the keys or values themselves
-                places = axis.positions.unflatten(1, (len(order), -1))
-                yield (axis.use, axis.axis, places), (axis.use, axis.axis, places[:, list(order)])
+                places = axis.positions.unflatten(1, (count, base))
+                moving = [*order, *range(len(order), places.size(1))]  # keys stand behind queries
+                yield (axis.use, axis.axis, places), (axis.use, axis.axis, places[:, moving])

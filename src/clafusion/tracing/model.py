@@ -143,8 +143,24 @@ class ChannelGroup:
 
     @cached_property
     def base_repeats(self) -> int:
-        """How often each channel stands on the axis where it does so least."""
-        return min(one.positions.size(1) for one in self.axes)
+        """In how many positions each channel stands, of one head."""
+        return self.repeats_of_head(self.sharing)
+
+    def repeats_of_head(self, sharing: int) -> int:
+        """Return in how many positions each channel stands, of one of ``sharing`` heads."""
+        least = min(one.positions.size(1) for one in self.axes)
+        return least // (sharing + 1) if self.is_fused(sharing) else least
+
+    def is_fused(self, sharing: int) -> bool:
+        """Return whether one weight makes the keys and all heads of queries that share them.
+
+        Then each channel stands everywhere in the places of ``sharing`` heads and, behind these, in
+        one of the keys.
+        """
+        counts = {one.positions.size(1) for one in self.axes}
+        if sharing == 1 or not self.is_counted or len(counts) > 1:
+            return False
+        return min(counts) % (sharing + 1) == 0
 
     def __repr__(self) -> str:
         return f"<ChannelGroup {self.name} of {self.size} channels>"
