@@ -6,21 +6,24 @@ Each row runs in a process of its own, after a small fusion has loaded what ever
 **F** is one forward pass of each parent and one of the fused network over the same inputs, measured
 in the same process; a row's time is divided by it. Of a row that traces, it is one forward pass.
 With one thread both are seconds of the processor, which other work on the machine disturbs less.
-Memory is the process's peak above what it held before the networks were made. Arguments are parts
-of row names: only those rows run, and the others keep their figures. Rows without a public
-checkpoint have random weights, which cost the same.
+Below each row stands what its stages take, in F: of a trace the export by PyTorch, the analysis on
+labels, and the proof. Memory is the process's peak above what it held before the networks were
+made. Arguments are parts of row names: only those rows run, and the others keep their figures. Rows
+without a public checkpoint have random weights, which cost the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,14 +158,16 @@ def run(row: Row, folder: Path | None) -> dict[str, Any]:
     before = peak()
     models, inputs = row.make()
     weights = sum(one.numel() * one.element_size() for m in models for one in m.parameters())
+    timings: dict[str, float]
     started, began = now(), time.perf_counter()
     if row.calibration is None:
         proofs = None if folder is None else ProofsOnDisk(folder)
-        clafusion.trace(models[0], inputs, proofs=proofs)
         timings, networks = {}, models
+        with timed_stages(timings):
+            clafusion.trace(models[0], inputs, proofs=proofs)
     else:
         result = clafusion.fuse(models, inputs, calibration=row.calibration)
-        timings, networks = result.timings, [*models, result.model]
+        timings, networks = dict(result.timings), [*models, result.model]
     seconds, on_the_clock = now() - started, time.perf_counter() - began
     memory = peak() - before
     passes = forward_passes(networks, inputs)
@@ -178,6 +183,41 @@ def run(row: Row, folder: Path | None) -> dict[str, Any]:
         "peak_bytes": memory,
         "weights_bytes": weights,
     }
+
+
+@contextmanager
+def timed_stages(timings: dict[str, float]) -> Iterator[None]:
+    """Add up the seconds that the stages of a trace take, within the context."""
+    trace = importlib.import_module("clafusion.tracing.trace")
+    stages = {
+        "export_model": "export",
+        "find_channels": "analysis",
+        "find_layers": "analysis",
+        "pinned_channels": "analysis",
+        "with_proved_heads": "proof",
+    }
+    functions = {name: getattr(trace, name) for name in stages}
+
+    def timed(name: str) -> Callable[..., Any]:
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return functions[name](*arguments, **keywords)
+            finally:
+                spent = time.perf_counter() - began
+                timings[stages[name]] = timings.get(stages[name], 0.0) + spent
+
+        return run
+
+    began = time.perf_counter()
+    try:
+        for name in functions:
+            setattr(trace, name, timed(name))
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(trace, name, function)
+        timings["rest"] = time.perf_counter() - began - sum(timings.values())
 
 
 def forward_passes(models: list[nn.Module], inputs: Tensor) -> float:
@@ -235,6 +275,8 @@ def main() -> None:
             f"{found['peak_bytes'] / 1e9:>8.2f} {found['weights_bytes'] / 1e9:>11.2f}",
             flush=True,
         )
+        shown_stages = (f"{name} {value:.2f}" for name, value in found["stages"].items())
+        print("  " + ", ".join(shown_stages), flush=True)
         found["threads"] = threads or clafusion.num_threads()
         write_results("size", {"rows": rows})
 
