@@ -24,17 +24,17 @@ Results = dict[str, dict[str, Any]]
 REASONS = {
     r"for other layers have its weights": "one layer runs again and again: its depth is a count, "
     "not a matter of weights",
-    r"heads or groups that cannot change places": "another number of heads that cannot change "
-    "places, for each has a position of its own",
-    r"how many heads of queries share one of keys": "another number of queries' heads share one of "
-    "the keys' heads",
+    r"heads or groups that cannot change places": "different numbers of heads that cannot change "
+    "places, because each has a position of its own",
+    r"how many heads of queries share one of keys": "different numbers of query heads share one "
+    "key head",
     r"fill_value|mul: other|constant '[^']*': its values|buffer '[^']*': its values": "a constant "
     "of the code depends on the width or on the number of heads: a scale of the embeddings, "
     "slopes, waves as positions",
-    r"its branch must end in weights that can be zero": "a block of one network alone cannot be "
-    "left out of a sum: it puts its channels beside others, or an activation follows that its "
-    "input has not passed",
-    r"experts": "another number of experts",
+    r"its branch must end in weights that can be zero": "a block that only one network has "
+    "cannot be left out of a sum: it puts its channels beside others, or an activation follows "
+    "that its input has not passed",
+    r"experts": "different numbers of experts",
 }
 
 
