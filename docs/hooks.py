@@ -179,9 +179,8 @@ def _values(option: Option) -> str:
     if option.kind == "number":
         limits = _limits("a number", rule["low"], rule["high"], rule["above_low"])
         return limits if rule["word"] is None else f"{limits}, or `{rule['word']}`"
-    return {"int": "text, or a whole number", "Module": "a module"}.get(
-        rule["also"].__name__, "text"
-    )
+    also = {"int": "text, or a whole number", "float": "text, or a number", "Module": "a module"}
+    return also.get(rule["also"].__name__, "text")
 
 
 def _limits(what: str, low: float, high: float | None, above: bool = False) -> str:

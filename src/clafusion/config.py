@@ -604,6 +604,9 @@ class FusionConfig(Settings):
                 f"{who} does not go with calibration='batchnorm': use calibration='repair', which "
                 "estimates the statistics of every layer again"
             )
+        if isinstance(self.calibration, LeastSquares):
+            what = "no output tells towards whom a trunk should lean"
+            _check_needed(who, self, ("calibration.toward", "largest", what))
         _check_needed(
             who,
             self,

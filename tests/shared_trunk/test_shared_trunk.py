@@ -251,6 +251,10 @@ def test_labels_are_evaluated_over_all_classes_and_wrong_ones_refused():
         ({"combine": "probabilities"}, "outputs='both' needs combine='auto'"),
         ({"calibration": "batchnorm"}, "outputs='both' does not go with calibration='batchnorm'"),
         ({"matching": {"solver": "orthogonal"}}, "does not go with matching.solver='orthogonal'"),
+        (
+            {"calibration": clafusion.LeastSquares(toward="any")},
+            "outputs='both' needs calibration.toward='largest'",
+        ),
         ({"merging": "iterative"}, "does not go with merging.strategy='iterative'"),
         (
             {

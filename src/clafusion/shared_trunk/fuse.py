@@ -99,6 +99,7 @@ def fuse_with_branches(
         weights=weights,
         anchor=made.outcome.anchor,
         averaged=made.outcome.averaged,
+        toward=made.outcome.toward,
         timings={},
         sizes=sizes,
         split=split,
