@@ -134,10 +134,15 @@ def load_labels(
     Raises
     ------
     InputError
-        The file is missing or corrupt, or has no such array.
+        The file is missing or corrupt, has no such array, or holds one array, the inputs.
     """
     file = check_input(path, (*ENDINGS, *_PACKERS), "data file")
     packed = file.suffix.lower() in _PACKERS
+    if Path(file.stem if packed else file).suffix.lower() == ".npy":
+        raise InputError(
+            f"data file {str(path)!r} holds one array, the inputs, and no {key!r} beside it: give "
+            "inputs and labels in one file of several arrays (.npz), and the name of the labels"
+        )
     found = _read(file, Path(file.stem if packed else file).suffix.lower(), key)
     if found.dim() == 0:
         raise InputError(f"data file {str(path)!r}: {key!r} is a single number, not labels")
