@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from clafusion import InputError
-from clafusion.profiling.samples import load_named_samples, load_samples
+from clafusion.profiling.samples import load_labels, load_named_samples, load_samples
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 3, 4, 5), dtype=np.uint8)
 REAL = np.random.default_rng(1).normal(size=(7, 6))
@@ -137,3 +137,9 @@ def test_a_broken_archive_of_named_inputs_is_refused(tmp_path):
     (tmp_path / "broken.npz").write_bytes(b"this is no archive")
     with pytest.raises(InputError, match=r"broken.npz' cannot be read"):
         load_named_samples(tmp_path / "broken.npz", ["input_ids"])
+
+
+def test_labels_are_none_of_a_file_of_one_array(tmp_path):
+    np.save(tmp_path / "d.npy", IMAGES)
+    with pytest.raises(InputError, match=r"d\.npy' holds one array, the inputs, and no 'y'"):
+        load_labels(tmp_path / "d.npy", "y")
