@@ -18,6 +18,7 @@ from clafusion.reports.page.details import load_line
 from clafusion.reports.page.measures import measures_of, quality_of
 from clafusion.weights.state_files import save_model
 from tests.support.many_pairs import DATA, FACTORY, SETTINGS, lines, modules
+from tests.support.networks import mlp
 
 LABELS = torch.randint(0, 5, (300,), generator=torch.Generator().manual_seed(4))
 FAST = {**SETTINGS, "calibration": "none"}
@@ -159,6 +160,24 @@ def test_a_pair_of_other_widths_is_loaded_by_its_line(tmp_path, monkeypatch):
     )
     assert again.resumed
     assert load_line(again) == line
+
+
+@pytest.mark.parametrize("width", ["own", "narrow"])
+def test_a_pair_of_modules_is_loaded_by_its_line(tmp_path, width):
+    models = {"a": mlp(12, 9, 5), "b": mlp(12, 20, 8, 5, seed=1)}
+    options = {**FAST, "target": clafusion.Deeper(width=width), "out_dir": tmp_path}
+    (one,) = fuse_pairs(models, DATA, **options)
+    assert one.resized == (width == "narrow")
+    names = {"clafusion": clafusion, "models": models}
+    before = {name: model.state_dict() for name, model in models.items()}
+    exec(load_line(one), names)
+    assert torch.equal(names["model"](DATA), one.model.eval()(DATA))
+    for name, model in models.items():  # a copy was filled
+        assert all(torch.equal(before[name][key], model.state_dict()[key]) for key in before[name])
+    with pytest.raises(InputError, match=r"does not fit the Sequential given.*in one of them only"):
+        clafusion.load(torch.nn.Sequential(torch.nn.Linear(2, 2)), one.path)
+    with pytest.raises(InputError, match=r"takes a file of weights that clafusion wrote"):
+        clafusion.load(models["a"])
 
 
 def test_the_command_line_goes_on_where_python_was(tmp_path, monkeypatch, capsys):

@@ -279,13 +279,13 @@ def test_the_line_to_load_is_one_that_works(tmp_path):
     path = str(tmp_path / "small+wide.safetensors")
     assert load_line(one) == f"model = clafusion.load('nets.py:make()', {path!r})"
     module = dataclasses.replace(one, _architecture=None)
-    assert load_line(module).startswith(
-        f"model.load_state_dict(safetensors.torch.load_file({path!r}))"
-    )
+    assert load_line(module).startswith(f"model = clafusion.load(models['wide'], {path!r})  # ")
     folder = dataclasses.replace(module, path=tmp_path / "v1.0+v1.1")
     assert load_line(folder) == f"model = clafusion.load({str(tmp_path / 'v1.0+v1.1')!r})"
     resized = dataclasses.replace(one, resized=True)
-    assert load_line(resized).startswith("result.model")
+    assert (
+        load_line(resized) == f"model = clafusion.load(clafusion.load('nets.py:make()'), {path!r})"
+    )
     recorded = dataclasses.replace(resized, _has_record=True)
     assert load_line(recorded) == f"model = clafusion.load({path!r}, trust_code=True)"
     assert load_line(dataclasses.replace(one, path=None)).startswith("result.model")

@@ -19,7 +19,7 @@ from clafusion.assessment.evaluation import Evaluation
 from clafusion.assessment.nearness import FusionAssessment
 from clafusion.batch.prepared import operations_of
 from clafusion.errors import InputError
-from clafusion.interop.huggingface import load_directory
+from clafusion.interop.huggingface import ModelDirectory, load_directory
 from clafusion.results import RESULT, FusionResult
 from clafusion.table import Table
 from clafusion.tracing.model import TracedModel
@@ -191,9 +191,20 @@ class PairResult:
         None for modules and Hugging Face directories, for other widths (see :attr:`loads_itself`),
         and without a file.
         """
+        is_factory = type(self._architecture) is ModelFile
+        return self.builder if is_factory and self.path is not None and not self.resized else None
+
+    @property
+    def builder(self) -> str | None:
+        """What ``clafusion.load`` makes a network of the fused one's structure from, if anything.
+
+        A factory or an exported program; its widths may be others. None for modules and for Hugging
+        Face directories.
+        """
         kind = self._architecture
-        is_built = type(kind) is ModelFile and self.path is not None and not self.resized
-        return kind.factory if is_built and isinstance(kind, ModelFile) else None
+        if isinstance(kind, ModelFile) and not isinstance(kind, ModelDirectory):
+            return kind.factory
+        return None
 
     @property
     def loads_itself(self) -> bool:

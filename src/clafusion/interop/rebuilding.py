@@ -18,6 +18,7 @@ from clafusion.errors import ClafusionError, FusionWarning, InputError, warn
 from clafusion.interop.configs import config_of
 from clafusion.interop.huggingface import is_of_transformers, transformers_library
 from clafusion.interop.programs import PROGRAM, load_program, save_program
+from clafusion.tracing.copies import copied
 from clafusion.weights.build import fill
 from clafusion.weights.checkpoints import StoredState
 from clafusion.weights.factories import build_model, model_without_weights, origin_of
@@ -36,6 +37,7 @@ __all__ = [
     "built_again",
     "check_of",
     "example_of_result",
+    "filled_copy",
     "of_factory",
     "program_path",
 ]
@@ -255,7 +257,7 @@ def built_again(path: Path, facts: Mapping[str, Any], *, trust_code: bool) -> nn
         raise InputError(f"{str(path)!r} holds weights alone: {text}")
     state = stored_content(path)
     if facts.get("resized"):
-        _fill_all(model, state, path, text)
+        _fill_all(model, state, path, repr(text))
     else:
         problems = put_state(model, StoredState("", state), repr(str(path)))
         if problems:
@@ -263,12 +265,25 @@ def built_again(path: Path, facts: Mapping[str, Any], *, trust_code: bool) -> nn
     return model.eval()
 
 
-def _fill_all(model: nn.Module, state: Mapping[str, Any], path: Path, text: str) -> None:
+def filled_copy(model: nn.Module, path: Path) -> nn.Module:
+    """Return a copy of a module with the weights in ``path``, in their widths, in eval mode.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, or has weights of other names than the module.
+    """
+    built = copied(model)
+    _fill_all(built, stored_content(path), path, f"the {type(model).__name__} given")
+    return built.eval()
+
+
+def _fill_all(model: nn.Module, state: Mapping[str, Any], path: Path, called: str) -> None:
     own = model.state_dict().keys()
     unlike = [*(one for one in own if one not in state), *(one for one in state if one not in own)]
     if unlike:
         raise InputError(
-            f"{str(path)!r} does not fit {text!r}: {listed(map(repr, unlike))} are in one of them "
+            f"{str(path)!r} does not fit {called}: {listed(map(repr, unlike))} are in one of them "
             "only"
         )
     fill(model, state)

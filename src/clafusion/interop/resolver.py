@@ -12,7 +12,7 @@ from torch import nn
 from clafusion.errors import InputError
 from clafusion.interop.huggingface import ModelDirectory
 from clafusion.interop.programs import PROGRAM, load_program
-from clafusion.interop.rebuilding import built_again
+from clafusion.interop.rebuilding import built_again, filled_copy
 from clafusion.interop.records import read_record
 from clafusion.weights.factories import ModelFile, build_model, load_model
 from clafusion.weights.state_files import file_digest
@@ -65,7 +65,7 @@ def holds_itself(path: str | os.PathLike[str]) -> bool:
 
 
 def load(
-    spec: str | os.PathLike[str],
+    spec: str | os.PathLike[str] | nn.Module,
     weights: str | os.PathLike[str] | None = None,
     *,
     key: str | None = None,
@@ -79,7 +79,8 @@ def load(
         A Hugging Face directory (its ``config.json``, its weights in one or more files, perhaps an
         adapter, which is merged); or a factory ``MODULE:FACTORY``, as ``nets.py:make(depth=20)``;
         or ``timm:NAME`` or ``torchvision:NAME``; or a file that ``torch.export.save`` wrote
-        (``.pt2``), whose batch size must be free; or a file that ``result.save`` wrote.
+        (``.pt2``), whose batch size must be free; or a file that ``result.save`` wrote; or a module
+        whose structure the network has, perhaps in other widths: a copy of it gets the weights.
     weights
         The file of the weights, for all but a directory. Without it a factory of your own gives
         the network its weights.
@@ -100,7 +101,15 @@ def load(
     >>> model = clafusion.load("./bert-6")  # doctest: +SKIP
     >>> model = clafusion.load("fused.safetensors")  # doctest: +SKIP
     >>> model = clafusion.load("nets.py:resnet(depth=20)", "resnet20.safetensors")  # doctest: +SKIP
+    >>> model = clafusion.load(Net(20), "fused/a+b.safetensors")  # doctest: +SKIP
     """
+    if isinstance(spec, nn.Module):
+        if weights is None or key is not None:
+            raise InputError(
+                f"load({type(spec).__name__}, weights) takes a file of weights that clafusion "
+                "wrote, and no key"
+            )
+        return filled_copy(spec, Path(weights))
     if weights is None and Path(spec).is_file() and not holds_itself(spec):
         record = read_record(Path(spec))
         if record is not None:

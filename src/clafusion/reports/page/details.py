@@ -50,7 +50,7 @@ def detail(result: PairResult, place: int, heading: str) -> str:
 
 
 def load_line(result: PairResult) -> str:
-    """Return a line of Python that loads the fused network, or says who can."""
+    """Return a line of Python that loads the fused network; without a file where it is."""
     if result.path is None:
         return "result.model  # of this pair's result: the run had no out_dir"
     path = str(result.path)
@@ -60,14 +60,12 @@ def load_line(result: PairResult) -> str:
         return f"model = clafusion.load({path!r}, trust_code=True)"
     if not result.path.name.endswith((".safetensors", ".pt")):  # a Hugging Face directory
         return f"model = clafusion.load({path!r})"
-    if not result.resized:
-        is_safe = result.path.suffix == ".safetensors"
-        read = "safetensors.torch.load_file" if is_safe else "torch.load"
-        return (
-            f"model.load_state_dict({read}({path!r}))"
-            f"  # into a model of {result.structure}'s architecture"
-        )
-    return "result.model  # of fuse_pairs, called again with the same out_dir: it has other widths"
+    if result.builder is not None:  # of other widths, by an earlier version
+        return f"model = clafusion.load(clafusion.load({result.builder!r}), {path!r})"
+    return (
+        f"model = clafusion.load(models[{result.structure!r}], {path!r})"
+        "  # models: the modules that were fused, or new ones of their classes"
+    )
 
 
 def _line(result: PairResult) -> str:
