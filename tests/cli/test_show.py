@@ -67,7 +67,8 @@ def test_every_stage_has_a_bar_from_the_start_and_ends_full(monkeypatch, clock):
         assert shown[-1][1] == {"completed": 0, "total": 900, "left": "about 45 s left"}
         clock[0] = 20.0
         report("calibrate", 100)
-        assert shown[-1][1]["left"] == "about 1 min 20 s left"
+        # A ninth took 10 seconds in place of 5: the measured rate counts for a ninth so far.
+        assert shown[-1][1]["left"] == "about 44 s left"
         report("calibrate", 900)
     assert [told for _, told in shown[-3:]] == [
         {"completed": 2, "total": 2, "left": ""},
@@ -87,6 +88,39 @@ def test_without_a_terminal_there_is_a_line_a_minute(capsys, clock):
         report("profile", 400)
         told = capsys.readouterr().err
         assert told == "clafusion: profile 300 of 900, about 2 min 0 s left\n"
+
+
+def test_nothing_is_told_of_what_is_left_before_it_is_known(clock):
+    work = show._Work({"profile": 100, "calibrate": 100}, 2.0)
+    clock[0] = 10.0
+    work.report("profile", 9)  # the first inputs bear the start of the stage
+    assert work.left("profile") is None
+    clock[0] = 12.0
+    work.report("profile", 40)
+    assert work.left("profile") == pytest.approx(18.0)
+    clock[0] = 20.0
+    work.report("profile", 100)
+    assert work.left("calibrate") == pytest.approx(40.0)
+    clock[0] = 50.0
+    assert work.left("calibrate") == pytest.approx(10.0)
+    clock[0] = 61.0  # all that was expected has passed
+    assert work.left("calibrate") is None
+    work.report("calibrate", 50)
+    assert work.left("calibrate") == pytest.approx(0.5 * (41 + 0.5 * 40))
+
+
+def test_least_squares_reports_the_trial_of_its_anchors_as_a_part_of_it():
+    told = []
+    fuse(
+        [mlp(8, 9, 7, 4), mlp(8, 6, 4, seed=1)],
+        VECTORS,
+        progress=lambda stage, done: told.append(done) if stage == "calibrate" else None,
+    )
+    assert told == sorted(told)
+    assert len(told) == 2 * 3  # three layers, by the trial and by what it chose
+    # Two parents and two candidates on an eighth of the inputs, then two and one on all.
+    assert told[2] == 900 * 113 * 4 // (113 * 4 + 900 * 3)
+    assert told[-1] == 900
 
 
 def test_a_stage_that_comes_again_adds_to_its_whole(capsys, clock):

@@ -32,6 +32,7 @@ TYPED: ContextVar[tuple[str, ...]] = ContextVar("TYPED", default=())
 QUIET: ContextVar[bool] = ContextVar("QUIET", default=False)
 """Whether only errors, warnings and JSON are printed."""
 _BETWEEN_LINES = 60.0  # seconds
+_LEAST_DONE = 0.1  # of a stage, before its own rate tells what is left
 
 
 def typed_command() -> str | None:
@@ -85,17 +86,32 @@ class _Work:
                 self._started.setdefault(later, now)
 
     def left(self, stage: str) -> float | None:
-        """Return the seconds that a stage still takes; None where nothing tells."""
+        """Return the seconds that a stage still takes; None where nothing tells.
+
+        The first inputs of a stage take longer than the others, because they bear its start.
+        So nothing is told before a tenth is done. Calibrations have a rate known beforehand,
+        which the measured one replaces as the stage goes on: if ``f`` of it is done after ``t``
+        seconds, and a whole was expected to take ``e``, then ``(1 - f) (t + (1 - f) e)`` are left.
+        """
         if stage in self._ended or stage not in self._started:
             return None
-        now, done = time.monotonic(), self.done[stage]
-        if done:
-            return (now - self._started[stage]) * (self.whole[stage] - done) / done
-        if stage == "calibrate" and "profile" in self._ended:
-            profiled = self._ended["profile"] - self._started["profile"]
-            whole = profiled / self.whole["profile"] * self._calibration * self.whole[stage]
-            return max(whole - (now - self._started[stage]), 0.0)
-        return None
+        passed = time.monotonic() - self._started[stage]
+        done = self.done[stage] / self.whole[stage]
+        expected = self._expected(stage)
+        if expected is None:
+            return passed * (1 - done) / done if done >= _LEAST_DONE else None
+        if done < _LEAST_DONE and passed >= expected:
+            return None  # the guess was wrong, and nothing better is known
+        if not done:
+            return expected - passed
+        return (1 - done) * (passed + (1 - done) * expected)
+
+    def _expected(self, stage: str) -> float | None:
+        """Return the seconds that a stage was expected to take; None without a rate."""
+        if stage != "calibrate" or "profile" not in self._ended or not self._calibration:
+            return None
+        profiled = self._ended["profile"] - self._started["profile"]
+        return profiled / self.whole["profile"] * self._calibration * self.whole[stage]
 
     def line(self, stage: str) -> str:
         """Return a stage's progress in words."""

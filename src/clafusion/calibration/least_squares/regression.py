@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ from clafusion.execution.call import State
 from clafusion.merging.copies import without_copies
 from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem
-from clafusion.profiling.batches import Data, batches, in_chunks
+from clafusion.profiling.batches import Data, Progress, batches, in_chunks
 
 __all__ = ["Regression", "regress_anchored"]
 
@@ -69,7 +69,7 @@ def regress_anchored(
     settings: LeastSquares,
     *,
     seed: int = 0,
-    progress: Callable[[str, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Regression:
     """Average and regress, the interior anchored as it should be.
 
@@ -99,7 +99,8 @@ def regress_anchored(
     if len(fused) > 1 and in_parts:
         trial = Trial.of(inputs, min(math.prod(shape[:-1]) for shape, _ in problem.target.outputs))
     if trial is not None:
-        walks = _regressed(problem, fused, trial.regressed, settings.ridge, rows.fewer())
+        report, progress = _shares(problem, progress, inputs, trial, len(fused))
+        walks = _regressed(problem, fused, trial.regressed, settings.ridge, rows.fewer(), report)
         states = [one.state for one in walks.candidates]
         far = output_distances(problem, states, trial.compared)
         best = nearest(problem, tried, far)
@@ -114,6 +115,36 @@ def _regression(
     problem: FusionProblem, state: MutableMapping[str, Tensor], lean: Lean, solved: frozenset[str]
 ) -> Regression:
     return Regression(state, lean.anchor, problem.names[lean.toward], solved)
+
+
+def _shares(
+    problem: FusionProblem,
+    progress: Progress | None,
+    inputs: Sequence[tuple[Tensor, ...]],
+    trial: Trial,
+    candidates: int,
+) -> tuple[Progress | None, Progress | None]:
+    """Share the progress between the trial of all candidates and the regression of the best one.
+
+    An input takes the trial a pass of all parents and of each candidate. Both report inputs of the
+    whole calibration.
+    """
+    if progress is None:
+        return None, None
+    told = progress
+    parents = len(problem.parents)
+    whole = sum(one[0].size(0) for one in inputs)
+    tried = sum(one[0].size(0) for one in trial.regressed)
+    of_trial, of_rest = tried * (parents + candidates), whole * (parents + 1)
+    first = whole * of_trial // (of_trial + of_rest)
+
+    def trying(stage: str, done: int) -> None:
+        told(stage, first * done // tried)
+
+    def solving(stage: str, done: int) -> None:
+        told(stage, first + (whole - first) * done // whole)
+
+    return trying, solving
 
 
 def _anchored(
@@ -168,7 +199,7 @@ def _regressed(
     inputs: Sequence[tuple[Tensor, ...]],
     ridge: float,
     rows: Rows,
-    progress: Callable[[str, int], None] | None = None,
+    progress: Progress | None = None,
     owners: Sequence[int] = (),
 ) -> Walks:
     """Regress the states, given by how they lean, side by side."""
