@@ -22,6 +22,7 @@ from clafusion import (
     Like,
     ManyToOne,
     Matching,
+    MergeMethod,
     Merging,
     NoCalibration,
     Orthogonal,
@@ -606,6 +607,20 @@ def test_a_preset_on_the_command_line_and_in_a_file(tmp_path):
         configured({"preset": "best"})
     with pytest.raises(InputError, match=r"settings.preset must be one of"):
         config_of({"preset": "best"}, "settings", tmp_path)
+
+
+def test_an_option_of_several_variants_has_the_default_of_each():
+    options = {one.path: one for one in options_of(MergeConfig)}
+    for path in ("method.scaling", "method.density", "method.elect"):
+        one = options[path]
+        own = {name: getattr(MergeMethod.variants()[name](), one.field) for name in one.of}
+        if len(set(own.values())) > 1:
+            assert one.defaults == own
+        else:
+            assert not one.defaults
+            assert set(own.values()) == {one.default}
+    assert options["method.scaling"].defaults["ties"] == 1.0
+    assert not any(one.defaults for one in options_of(FusionConfig) if not one.of)
 
 
 def test_a_nested_default_is_the_one_that_is_listed():

@@ -1,10 +1,11 @@
 """Stitch blocks of four networks of different kinds into one, without training.
 
-    CLAFUSION_DATA=... python -m benchmarks.experiments.reassembly [--quick]
+    CLAFUSION_DATA=... python -m benchmarks.experiments.reassembly [--quick] [--federated]
 
 A perceptron, a VGG, a ResNet and a network without poolings on MNIST, and on CIFAR-10 the same with
 a mixer for the perceptron, each trained from a start of its own. Beside the stitched network
-stand its parents, and those of them that can be fused, fused.
+stand its parents, and those of them that can be fused, fused. With ``--federated`` the networks are
+those of clients on unequal shares: see :mod:`benchmarks.experiments.federated`.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.datasets import accuracy, logits, mnist
+from benchmarks.experiments import federated
 from benchmarks.experiments.cifar_pairs import data
 from benchmarks.experiments.experiment import arguments, run, trained
 from clafusion import ClafusionError, fuse, reassemble
@@ -200,8 +202,12 @@ def fusions(
 
 
 def main() -> None:
-    given = arguments(__doc__, seeds=3)
+    text = "clients on unequal shares train, and a server reassembles their networks"
+    given = arguments(__doc__, seeds=3, federated=text)
     settings = QUICK if given.quick else FULL
+    if given.federated:
+        of_clients = federated.QUICK if given.quick else federated.FULL
+        settings = {**settings, **of_clients}
 
     def digits(split: str, count: int | None = None) -> tuple[Tensor, Tensor]:
         images, labels = mnist(split, count)
@@ -221,9 +227,11 @@ def main() -> None:
             ("CIFAR-10", of_cifar, settings["epochs"], 3),
         ):
             models = {}
-            for i, (kind, make) in enumerate(
-                families(colours, train[0].size(-1), settings["width"]).items()
-            ):
+            makers = families(colours, train[0].size(-1), settings["width"])
+            if given.federated:
+                found |= federated.federated(name, makers, train, test, settings, adam, seed)
+                continue
+            for i, (kind, make) in enumerate(makers.items()):
                 torch.manual_seed(seed + 1000 * i)
                 start = make().to(given.device)
                 models[kind] = trained(start, *train, epochs, seed + 1000 * i, optimizer=adam)
@@ -232,7 +240,8 @@ def main() -> None:
             found |= scores(name, models, images, test, settings, seed)
         return found
 
-    run("reassembly", given, settings, one_seed, title="Test accuracy")
+    name = "reassembly_federated" if given.federated else "reassembly"
+    run(name, given, settings, one_seed, title="Test accuracy")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ __all__ = [
     "ASSESSED_OUTPUTS",
     "CHANNEL_COSTS",
     "COMBINATIONS",
+    "GRAPH_ROWS",
     "IMPORTANCES",
     "LAYER_COSTS",
     "LAYER_VALUES",
@@ -47,6 +48,7 @@ __all__ = [
     "MERGES",
     "NORMALISATIONS",
     "OUTPUTS",
+    "REASSEMBLY_COMBINATIONS",
     "WIDTHS",
     "Alignment",
     "Assessment",
@@ -117,7 +119,11 @@ CHANNEL_COSTS = Choices(
     weights="the distance of the channels' weights, as the other channels are matched",
     both="the mean of the costs by correlation and by weights",
     energy="of graph networks: how far the channels' changes along the graph's edges are apart",
+    fused_gromov_wasserstein="of graph networks: how far channels are apart as signals on a graph "
+    "whose nodes may move; slow",
 )
+GRAPH_ROWS = {"energy": "edges", "fused_gromov_wasserstein": "structure"}
+"""What the rows of a profile are, for costs of channels that look at the structure of a graph."""
 IMPORTANCES = Choices(
     uniform="all channels have the same mass",
     norm="by the norm of the weights that make the channel",
@@ -147,6 +153,11 @@ ASSESSED_OUTPUTS = Choices(
 LEANS = Choices(
     largest="the parent with the largest weight, of equals the one that gives the structure",
     any="whichever parent brings the outputs nearest; with anchor 'auto' 1 is tried, too",
+)
+REASSEMBLY_COMBINATIONS = Choices(
+    auto="probabilities where the outputs are classes, else the mean of the values",
+    logits="the mean of their logits; of outputs that are no classes the mean of the values",
+    probabilities="the mean of their probabilities",
 )
 COMBINATIONS = Choices(
     auto="probabilities where the two means are far apart on the inputs, else logits",
@@ -788,6 +799,11 @@ class ReassemblyConfig(Settings):
     )
     assessment: Assessment = nested(
         Assessment, Assessment(held_out=0.3), "how networks are assessed, to choose one"
+    )
+    combine: str = choice(
+        "auto",
+        REASSEMBLY_COMBINATIONS,
+        "what the models put out together, which a network is to meet",
     )
     seed: int = count(0, "seed of every random choice", least=0, most=2**63 - 1)
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from clafusion.alignment.models import label
 from clafusion.assessment.parts import most_assessed, num_kept
 from clafusion.config import (
+    GRAPH_ROWS,
     Barycentre,
     FusionConfig,
     Iterative,
@@ -115,7 +116,7 @@ def profile_traced(
         spill=spill,
         most_rows=most_rows,
         observe=observe,
-        along_edges=config.matching.cost == "energy",
+        graph_rows=GRAPH_ROWS.get(config.matching.cost, ""),
     )
     if config.matching.importance == config.merging.layer_weights == "uniform":
         return profiles
@@ -137,7 +138,7 @@ def profile_options(config: FusionConfig) -> dict[str, Any]:
         "importance": config.matching.importance,
         "layer_weights": config.merging.layer_weights,
         "moments": needs_moments(config),
-        "along_edges": config.matching.cost == "energy",
+        "graph_rows": GRAPH_ROWS.get(config.matching.cost, ""),
         "held_out": 0.0 if config.assessment.outputs == "none" else config.assessment.held_out,
         "seed": config.seed,
         "verify": config.verify,

@@ -18,6 +18,7 @@ from clafusion.cli.app import main  # noqa: E402
 from clafusion.interop.inputs import readable  # noqa: E402
 from clafusion.interop.torch_geometric import OnData  # noqa: E402
 from clafusion.matching.activation_costs import _MEASURES  # noqa: E402
+from clafusion.profiling.few_nodes import few_nodes  # noqa: E402
 from clafusion.weights.state_files import save_model  # noqa: E402
 from tests.support.architectures import randomise  # noqa: E402
 from tests.support.graphs import (  # noqa: E402
@@ -91,6 +92,16 @@ def test_a_plain_layer_is_no_identity_but_can_be_left_out():
     assert len(fused.convs) == 2
 
 
+@pytest.mark.parametrize("jump", ["cat", "max"])
+def test_jumping_knowledge_needs_as_many_layers(jump):
+    deep, shallow = (
+        randomise(Nodes(GCNConv, layers=layers, residual=True, jump=jump), layers)
+        for layers in (3, 2)
+    )
+    with pytest.raises(clafusion.StructureError, match=r"what 3 layers put out together, and .* 2"):
+        fuse([deep, shallow], of(deep, graph()))
+
+
 def test_costs_along_edges():
     model = network("GCN")
     given = of(model, graph())
@@ -109,6 +120,21 @@ def test_costs_along_edges():
     assert torch.allclose(_MEASURES["energy"].at_hook(*changes), expected, atol=1e-5)
     with pytest.raises(InputError, match="along the edges of a graph"):
         fuse([nn.Linear(3, 2), nn.Linear(3, 2)], torch.randn(60, 3), **energy)
+
+
+def test_costs_by_structure():
+    model = network("GCN")
+    given = of(model, graph())
+    settings = {"matching": {"cost": "fused_gromov_wasserstein"}, "calibration": "none"}
+    copy = permuted_copy(model, given)
+    assert far(fuse([model, copy], given, **settings, **SETTINGS).model, model, given) < 1e-5
+    profile = clafusion.profile(model, given, **settings)
+    value = model.convs[0](given["x"], given["edge_index"]).detach()
+    nodes, distances = few_nodes(given["edge_index"], 60)
+    assert torch.equal(profile.structure, distances)
+    assert torch.allclose(profile.rows[0, 0], value[nodes], atol=1e-5)
+    with pytest.raises(InputError, match="'fused_gromov_wasserstein' is measured along the edges"):
+        fuse([nn.Linear(3, 2), nn.Linear(3, 2)], torch.randn(60, 3), **settings)
 
 
 # --- data ---------------------------------------------------------------------------------------

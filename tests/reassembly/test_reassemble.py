@@ -161,6 +161,21 @@ def test_unusable_arguments_are_named():
 
 
 @torch.no_grad()
+def test_it_meets_the_mean_that_is_asked_for():
+    found = {
+        means: reassemble(three(), IMAGES, blocks=2, candidates=3, combine=means).assessment
+        for means in ("auto", "probabilities", "logits")
+    }
+    assert found["auto"].result == found["probabilities"].result
+    assert found["logits"].result != found["auto"].result
+    with pytest.raises(InputError, match="combine='probabilities' needs outputs that are classes"):
+        reassemble(three(), IMAGES, combine="probabilities", assessment={"outputs": "values"})
+    with pytest.raises(InputError, match="combine must be one of 'auto', 'logits'"):
+        reassemble(three(), IMAGES, combine="mean")
+    with pytest.raises(InputError, match=r"memory_limit is for clafusion.fuse and clafusion.merge"):
+        reassemble(three(), IMAGES, memory_limit="4GB")
+
+
 def test_networks_in_half_precision_give_one_in_half_precision():
     halves = {name: one.bfloat16() for name, one in three().items()}
     images = IMAGES.bfloat16()

@@ -1,6 +1,7 @@
 """Digests of what a model is besides its weights."""
 
 import torch
+import torch.fx
 from torch import nn
 
 from clafusion.weights.digests import structure_digest
@@ -23,6 +24,22 @@ def test_equal_models_have_equal_structure_digests():
     assert one != structure_digest(model(times(3)))
     assert one != structure_digest(model(times(2), 2.5))
     assert one != structure_digest(model(torch.relu))
+
+
+def test_graphs_of_fx_have_digests_too():
+    def model(factor):
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(4, 3)
+
+            def forward(self, x):
+                return factor * self.linear(x)
+
+        return structure_digest(torch.fx.symbolic_trace(Net()))
+
+    assert model(2.0) == model(2.0)
+    assert model(2.0) != model(3.0)
 
 
 def test_what_the_state_dict_lacks_and_what_is_tied_enter():

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor, fx
 
 from clafusion.alignment.compatibility import check_outputs, fit_layers, gap_costs, skip_costs
 from clafusion.alignment.dynamic_program import LayerAlignment, align_layers
@@ -21,6 +22,7 @@ from clafusion.table import Table
 from clafusion.tracing.labels.experts import UNREACHED
 from clafusion.tracing.layer import Layer
 from clafusion.tracing.model import TracedModel
+from clafusion.tracing.operations import op_name
 
 __all__ = [
     "AlignedModels",
@@ -215,6 +217,14 @@ def check_models(names: Sequence[str], models: Sequence[TracedModel], config: Fu
                 )
                 has_gaps |= fit.needs_gaps
             except StructureError as error:
+                jumps = [_most_joined(models[one]) for one in (deep, shallow)]
+                if jumps[0] != jumps[1] and min(jumps) > 1:
+                    raise retold(
+                        error,
+                        f"{called[0]} brings what {jumps[0]} layers put out together, and "
+                        f"{called[1]} that of {jumps[1]}, as JumpingKnowledge does: such networks "
+                        "need as many layers each. clafusion.distill is for others",
+                    ) from None
                 lonely = [one for i in (deep, shallow) for one in models[i].pinned]
                 if all(one.why != UNREACHED for one in lonely):
                     raise
@@ -224,6 +234,23 @@ def check_models(names: Sequence[str], models: Sequence[TracedModel], config: Fu
                     "each model: give example_inputs with more of them",
                 ) from None
     return not has_gaps
+
+
+def _most_joined(model: TracedModel) -> int:
+    """Return how many values of nodes a graph network joins at once at the most; 0 for none."""
+    if model.graph is None:
+        return 0
+    found = 0
+    for node in model.module.graph.nodes:
+        name = op_name(node)
+        if name not in ("cat", "stack") or not isinstance(node.args[0], (list, tuple)):
+            continue
+        values = [one.meta.get("val") for one in node.args[0] if isinstance(one, fx.Node)]
+        axis = node.args[1] if len(node.args) > 1 else 0
+        if all(isinstance(one, Tensor) and one.is_floating_point() for one in values):
+            last = values[0].dim() - (name == "cat")
+            found = max(found, len(values) if last > 0 and axis in (-1, last) else 0)
+    return found
 
 
 def align_models(

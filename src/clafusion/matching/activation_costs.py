@@ -17,6 +17,7 @@ from clafusion.config import CHANNEL_COSTS
 from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.hooks import HookPair
 from clafusion.errors import InputError, StructureError
+from clafusion.matching.graph_costs import fused_gromov_wasserstein
 from clafusion.profiling.profile import ModelProfile
 from clafusion.profiling.statistics import channel_statistics, standardised
 
@@ -49,6 +50,13 @@ MAX_CHANNELS = 10_000
 class _Measure(NamedTuple):
     at_hook: ChannelCost
     of_mean: Callable[[Tensor], Tensor]
+    on_structure: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+
+    def costs(self, x: Tensor, y: Tensor, structure: Tensor | None) -> Tensor:
+        """Return the costs at a hook point, whose rows may be nodes of a structure."""
+        if self.on_structure is not None:
+            return self.on_structure(x, y, structure)
+        return self.at_hook(x, y)
 
 
 _MEASURES: dict[str, _Measure] = {}
@@ -152,6 +160,11 @@ def _energies(x: Tensor, y: Tensor) -> Tensor:
     :func:`clafusion.profiling.profile.profile_models`.
     """
     return _squared_distances(x, y)
+
+
+_MEASURES["fused_gromov_wasserstein"] = _Measure(
+    _squared_distances, lambda mean: mean, fused_gromov_wasserstein
+)
 
 
 def measures() -> tuple[str, ...]:
@@ -281,7 +294,7 @@ def _pair_costs(
         x, y = source.rows[of_source_hook], target.rows[of_target_hook]
         if len(x) != len(y):
             return
-        measured = measure.at_hook(x, y)
+        measured = measure.costs(x, y, target.structure)
         for i, pair in hooks[keys]:
             block = _block(measured, pair.source_columns, pair.target_columns)
             total, number = totals.get(i, (None, 0))
@@ -343,7 +356,7 @@ def output_costs(
             )
         views.append(rows)
     measure = _measure(metric)
-    return measure.of_mean(measure.at_hook(views[0], views[1]).double())
+    return measure.of_mean(measure.costs(views[0], views[1], target.structure).double())
 
 
 def flowing(
@@ -373,15 +386,20 @@ def group_views(
 
 
 def view_costs(
-    x: Mapping[tuple[int, int], Tensor], y: Mapping[tuple[int, int], Tensor], metric: str
+    x: Mapping[tuple[int, int], Tensor],
+    y: Mapping[tuple[int, int], Tensor],
+    metric: str,
+    structure: Tensor | None = None,
 ) -> Tensor | None:
     """Return the costs of two networks' channels ``(num_x, num_y)``, by their :func:`group_views`.
 
-    None where no hook point shows them together.
+    ``structure`` is that of their profiles. None where no hook point shows them together.
     """
     measure = _measure(metric)
     common = [key for key in x if key in y and len(x[key]) == len(y[key])]
     if not common:
         return None
-    total = torch.stack([measure.at_hook(x[key], y[key]).double() for key in common]).mean(0)
+    total = torch.stack([measure.costs(x[key], y[key], structure).double() for key in common]).mean(
+        0
+    )
     return measure.of_mean(total)

@@ -217,7 +217,7 @@ def _pairs_in_template(group: ChannelGroup, cost: Tensor) -> int:
 def _costs(pair: Sequence[Source], index: int, metric: str) -> Tensor:
     """Return the costs of two networks' channels; below 0 of copies, which always share."""
     x, y = (group_views(one.correspondence, one.profile, index) for one in pair)
-    costs = view_costs(x, y, metric)
+    costs = view_costs(x, y, metric, pair[1].profile.structure)
     if costs is None:
         sizes = [
             one.correspondence.source.groups[one.correspondence.groups[index]].size for one in pair

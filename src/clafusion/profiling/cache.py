@@ -111,6 +111,8 @@ def _tensors_of(profile: ModelProfile) -> tuple[dict[str, Tensor], list[list[Any
     tensors |= {f"importance.{i}": one for i, one in enumerate(profile.importance)}
     if profile.sensitivity is not None:
         tensors["sensitivity"] = profile.sensitivity
+    if profile.structure is not None:
+        tensors["structure"] = profile.structure
     names: dict[int, str] = {}  # places can share rows
     places = []
     for place, one in profile.rows.items():
@@ -139,6 +141,7 @@ def _profile_of(
         importance=tuple(tensors[f"importance.{i}"] for i in range(facts["importance"])),
         moments=_moments_of(tensors, device) if facts["moments"] else None,
         sensitivity=tensors.get("sensitivity"),
+        structure=tensors.get("structure"),
         batch_sizes=tuple(facts["batch_sizes"]),
     )
 

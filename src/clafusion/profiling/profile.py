@@ -22,10 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clafusion.config import GRAPH_ROWS
 from clafusion.errors import FusionWarning, InputError, StructureError, warn
 from clafusion.execution.call import flatten_tensors
 from clafusion.execution.walk import Walk
 from clafusion.profiling.batches import Data, batches, has_rows, keeps_order
+from clafusion.profiling.few_nodes import few_nodes
 from clafusion.profiling.gram import gram_of_parts
 from clafusion.profiling.masks import (
     counting_values,
@@ -91,6 +93,9 @@ class ModelProfile:
         What :func:`clafusion.profiling.moments.observed_moments` returns, where that was asked for.
     batch_sizes
         How many inputs each batch of ``moments`` has; empty where there are none.
+    structure
+        The distances of a few nodes of a graph ``(num_nodes, num_nodes)``, where these are the rows
+        of all hook points at nodes; else None.
     """
 
     traced: TracedModel
@@ -104,6 +109,7 @@ class ModelProfile:
     moments: tuple[BatchMoments, ...] | None = None
     sensitivity: Tensor | None = None
     batch_sizes: tuple[int, ...] = ()
+    structure: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"<ModelProfile of {self.traced!r} on {self.num_inputs} inputs>"
@@ -124,7 +130,7 @@ def profile_models(
     spill: bool = False,
     most_rows: int | None = None,
     observe: Observer | None = None,
-    along_edges: bool = False,
+    graph_rows: str = "",
 ) -> list[ModelProfile]:
     """Profile several models on the same batches, in one pass over the data.
 
@@ -163,25 +169,26 @@ def profile_models(
     observe
         Called with each model, the inputs that ran side by side, and a function that returns what
         the model puts out for them.
-
-    along_edges
-        Whether the rows are what channels change along each edge of a graph, in place of what they
-        are at its nodes.
+    graph_rows
+        ``"edges"`` for rows that are what channels change along each edge of a graph, in place of
+        what they are at its nodes; ``"structure"`` for rows of a few nodes that lie together, with
+        their :attr:`ModelProfile.structure`.
 
     Raises
     ------
     InputError
         ``data`` is empty or does not fit the model, a number is not positive, the disk is full, or
-        rows along edges are asked of networks that take no graphs.
+        rows that only graphs have are asked of other networks.
     StructureError
         A layer puts out nothing that belongs to one input.
     """
     for name, value in (("alignment_samples", alignment_samples), ("matching_rows", matching_rows)):
         if value < 2:
             raise InputError(f"{name} must be at least 2; got {value}")
-    if along_edges and any(one.graph is None for one in models):
+    if graph_rows and any(one.graph is None for one in models):
+        cost = next(name for name, rows in GRAPH_ROWS.items() if rows == graph_rows)
         raise InputError(
-            "matching.cost='energy' is measured along the edges of a graph, and these networks "
+            f"matching.cost={cost!r} is measured along the edges of a graph, and these networks "
             "take none: take 'correlation' or 'euclidean'"
         )
     at_once = moments and max_inputs is None  # one pass sees all inputs
@@ -202,7 +209,7 @@ def profile_models(
             seed,
             spill,
             observe,
-            along_edges,
+            graph_rows,
         )
         for model, name in zip(models, called or ["the model"] * len(models), strict=True)
     ]
@@ -289,10 +296,12 @@ class _Recorder:
         seed: int,
         spill: bool,
         observe: Observer | None,
-        along_edges: bool,
+        graph_rows: str,
     ) -> None:
         self.model = model
-        self.along_edges = along_edges
+        self.graph_rows = graph_rows
+        self.structure: Tensor | None = None
+        self.few: Tensor | None = None  # the nodes of the structure
         self.called = called
         self.observe = observe
         self.state = model.state()
@@ -469,7 +478,16 @@ class _Recorder:
         graph = self.model.graph
         assert graph is not None
         of_parts = [one.movedim((point.batch or 0, point.axis), (0, -1)) for one in values]
-        if self.along_edges and self.kinds[node] == "nodes":
+        of_nodes = self.kinds[node] == "nodes"
+        if self.graph_rows == "structure" and of_nodes:
+            if node in self.rows:
+                return self.rows[node]
+            if self.few is None:
+                first = self.at_hand[0]
+                self.few, self.structure = few_nodes(graph.edges(first), first[0].size(0))
+            few = of_parts[0][self.few]
+            return few.reshape(len(few), -1, few.size(-1)).mean(1).float()
+        if self.graph_rows == "edges" and of_nodes:
             edges = [graph.edges(inputs) for inputs in self.at_hand]
             of_parts = [one[a] - one[b] for one, (a, b) in zip(of_parts, edges, strict=True)]
         last = torch.cat([one.contiguous() for one in of_parts])
@@ -540,6 +558,7 @@ class _Recorder:
             num_inputs,
             key,
             moments=None if self.moments is None else tuple(self.moments),
+            structure=self.structure,
         )
 
     def _without_rows(self, name: str, value: Tensor, count: int) -> StructureError:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clafusion.alignment.models import label
 from clafusion.assessment.assess import compare
-from clafusion.assessment.nearness import FusionAssessment
+from clafusion.assessment.nearness import FusionAssessment, Kind
 from clafusion.assessment.output_cache import OutputCache
 from clafusion.assessment.parts import Parts, compared_output, parts_of
 from clafusion.config import FusionConfig, ReassemblyConfig
@@ -100,6 +100,11 @@ def reassemble(
     >>> result = clafusion.reassemble([resnet, vgg, mixer], images)  # doctest: +SKIP
     >>> result.save("stitched.pt2")  # doctest: +SKIP
     """
+    if "memory_limit" in overrides:
+        raise InputError(
+            "memory_limit is for clafusion.fuse and clafusion.merge: a reassembly holds all models "
+            "and what their blocks put out. Fewer samples take less"
+        )
     config = overridden(
         ReassemblyConfig, config, overrides, ("example_inputs", "device", "progress")
     )
@@ -251,7 +256,7 @@ def _best(
     if compared is None:
         raise InputError("networks are chosen by their outputs: assessment must not be 'none'")
     equal = (1.0 / len(parents),) * len(parents)
-    means: Means = "probabilities" if compared[1] == "classes" else "logits"
+    means = _means(config.combine, compared[1], first)
     known = OutputCache()
     found: list[tuple[float, float, int, Reassembled, Tried]] = []
     least = None
@@ -285,6 +290,19 @@ def _best(
         )
     found.sort(key=lambda one: one[:3])
     return found[0][3], tuple(one[4] for one in found)
+
+
+def _means(combine: str, kind: Kind, model: TracedModel) -> Means:
+    """Return of what the models' mean is taken, as ``combine`` asks for."""
+    if kind == "classes":
+        return "logits" if combine == "logits" else "probabilities"
+    if combine == "probabilities":
+        raise InputError(
+            f"combine='probabilities' needs outputs that are classes; the models put out "
+            f"{_shown(model)}. Take 'logits', or say what they are: assessment.outputs='classes' "
+            "and assessment.axis"
+        )
+    return "logits"
 
 
 @torch.no_grad()

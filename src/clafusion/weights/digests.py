@@ -83,14 +83,19 @@ def structure_digest(model: nn.Module) -> str:
                     for name, value in (*parameters.items(), *buffers.items())
                 ],
                 [[name, _as_json(buffers.get(name), seen, 0)] for name in sorted(hidden)],
-                [
-                    # The keys of hooks are numbers that count all hooks of the process.
-                    [name, _as_json(list(value.values()) if "hooks" in name else value, seen, 0)]
-                    for name, value in own.items()
-                ],
+                [[name, _as_json(_unnumbered(name, one), seen, 0)] for name, one in own.items()],
             ]
         )
     return digest_of(entries)
+
+
+def _unnumbered(name: str, value: Any) -> Any:
+    """Return an attribute; of hooks without the numbers, which count all hooks of the process.
+
+    A module of torch.fx has lists of hooks besides.
+    """
+    is_hooks = "hooks" in name and isinstance(value, Mapping)
+    return list(value.values()) if is_hooks else value
 
 
 def _as_json(value: Any, seen: dict[int, int], depth: int) -> Any:
