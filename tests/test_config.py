@@ -492,6 +492,8 @@ def test_every_option_that_is_listed_can_be_set_by_its_path():
             holder[family] = {"name": option.of[-1], last: value}
         if option.path == "matching.outputs":
             given["profiling"] = {"layer_values": "preactivation"}
+        if option.path == "shared":
+            given["outputs"] = "both"
         made = FusionConfig(**given).to_dict()
         for name in path:
             made = made[name]
