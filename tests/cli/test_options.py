@@ -74,6 +74,8 @@ def value_at(config, path):
 def other_values(option):
     if option.choices:
         return [one for one in option.choices if one != option.default]
+    if option.field == "shared":
+        return [0.25, "layer2"]
     number = 1.75 if option.field == "factor" else 0.25
     return {"number": [number], "count": [7], "flag": [not option.default], "text": ["narrow"]}[
         option.kind
@@ -90,6 +92,7 @@ CASES = [
 GIVEN_ALONG = (
     ("matching.outputs", "profiling.layer_values"),
     ("target.own_places", "target.template"),
+    ("shared", "outputs"),
 )
 
 
@@ -101,6 +104,8 @@ def test_every_option_reaches_the_settings(typed, path, value):
         more = [option.flag if value else f"--no-{option.flag[2:]}"]
     if path == "matching.outputs":
         more.append("--profiling-layer-values=preactivation")
+    if path == "shared":
+        more.append("--outputs=both")
     if path == "target.own_places" or (path == "target" and value == "like"):
         more.append("--target-template=torch.nn:Identity")
     config = typed(*needed(option), *more)
