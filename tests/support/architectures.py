@@ -2557,5 +2557,8 @@ def table() -> str:
 
 
 if __name__ == "__main__":
+    from tests.support import architectures, graph_architectures
+
+    assert graph_architectures.SOURCE  # whose import enters its networks
     logging.getLogger("torch").setLevel(logging.ERROR)
-    print(table())
+    print(architectures.table())
