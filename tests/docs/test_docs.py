@@ -18,13 +18,10 @@ from clafusion.tracing.labels import interpreter
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
-EXAMPLES = [
-    pytest.param(code, id=f"{page.name}-{i}")
+EXAMPLES = {
+    page.name: re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     for page in PAGES
-    for i, code in enumerate(
-        re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    )
-]
+}
 
 
 def read(page):
@@ -58,16 +55,18 @@ def registries():
         one.update(entries)
 
 
-@pytest.mark.parametrize("code", EXAMPLES)
+@pytest.mark.parametrize("page", [page for page, codes in EXAMPLES.items() if codes])
 @pytest.mark.filterwarnings("default")  # of Dask and its event loop
 @pytest.mark.usefixtures("registries")
-def test_the_example_runs(code, capsys, tmp_path, monkeypatch):
+def test_the_examples_of_a_page_run_one_after_another(page, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for library in ("distributed", "torch_geometric"):
-        if library in code:
-            pytest.importorskip(library)
-    exec(compile(code, "example", "exec"), {"__name__": "example"})
-    assert capsys.readouterr().out
+    names = {"__name__": "example"}
+    for code in EXAMPLES[page]:
+        for library in ("distributed", "torch_geometric"):
+            if library in code:
+                pytest.importorskip(library)
+        exec(compile(code, "example", "exec"), names)
+        assert capsys.readouterr().out
 
 
 # --- nothing is left out ------------------------------------------------------------------------

@@ -337,7 +337,7 @@ def test_what_plain_modules_make_loads_again(given, ending, tmp_path):
 def test_what_nothing_can_build_again_is_told(tmp_path):
     base, models = family()
     result = merge(base, models)
-    with pytest.warns(FusionWarning, match="without data or example_inputs to export it with"):
+    with pytest.warns(FusionWarning, match="without inputs to export it with"):
         result.save(tmp_path / "merged.safetensors")
     with pytest.raises(InputError, match=r"holds weights alone: .* example_inputs"):
         clafusion.load(tmp_path / "merged.safetensors")

@@ -108,7 +108,7 @@ def _architecture(result: MergeResult, path: Path) -> Architecture:
         return Architecture(
             "transformers", type(base).__name__, config={**facts, "_name_or_path": ""}
         )
-    reason = "the network was merged as a module, without data or example_inputs to export it with"
+    reason = "the network was merged as a module, without inputs to export it with"
     if result.example is not None:
         program = program_path(path)
         try:

@@ -102,7 +102,7 @@ def reassemble(
     """
     if "memory_limit" in overrides:
         raise InputError(
-            "memory_limit is for clafusion.fuse and clafusion.merge: a reassembly holds all models "
+            "memory_limit is for fusions and merges: a reassembly holds all models "
             "and what their blocks put out. Fewer samples take less"
         )
     config = overridden(
