@@ -22,7 +22,7 @@ from benchmarks.datasets import folder
 from benchmarks.experiments.experiment import arguments, run
 from clafusion import fuse, naive_average
 
-COSTS = ("correlation", "euclidean", "energy")
+COSTS = ("correlation", "euclidean", "energy", "fused_gromov_wasserstein")
 KINDS = ("GCN", "GIN", "GAT")
 QUICK: dict[str, Any] = {
     "width": 32,
