@@ -164,7 +164,8 @@ def test_a_union_is_refused_by_name():
     assert "StructureError: models['a'] and models['b'] are each the deeper one" in result.error
 
 
-# For each option a value with which something else comes out than with the default.
+# For each option a value with which something else comes out than with the default. Many pairs are
+# not fused to networks of other classes: outputs and shared are refused by name.
 OTHERS = {
     "profiling": {"matching_rows": 12},
     "alignment": {"mode": "random"},
@@ -179,7 +180,11 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", [one.name for one in fields(FusionConfig)])
+def test_all_options_are_tried():
+    assert {one.name for one in fields(FusionConfig)} == {*OTHERS, "outputs", "shared"}
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_every_option_is_a_keyword(name, monkeypatch):
     models = {
         "deep": networks.mlp(6, 9, 8, 7, 8, 4, seed=0),

@@ -48,7 +48,7 @@ def test_every_pair_is_measured_and_all_weight_gives_a_parent():
         inputs = streams.in_batches(of.draw(40, torch.Generator().manual_seed(2)), 20)
         found = measured(of, pair, inputs)
         assert list(found)[:3] == ["deep", "shallow", "both side by side"], kind
-        assert len(found) == 9, kind
+        assert len(found) == 10, kind
         assert all(found[f"weight 1: {name}"] < 6e-5 for name in of.names), kind
         parts = [streams.outputs_of(of, one) for one in pair]
         assert found["both side by side"] == of.score(sum(parts) / 2, of.test[0]["labels"]), kind
