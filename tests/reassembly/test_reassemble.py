@@ -172,7 +172,7 @@ def test_it_meets_the_mean_that_is_asked_for():
         reassemble(three(), IMAGES, combine="probabilities", assessment={"outputs": "values"})
     with pytest.raises(InputError, match="combine must be one of 'auto', 'logits'"):
         reassemble(three(), IMAGES, combine="mean")
-    with pytest.raises(InputError, match=r"memory_limit is for clafusion.fuse and clafusion.merge"):
+    with pytest.raises(InputError, match=r"memory_limit is for fusions and merges"):
         reassemble(three(), IMAGES, memory_limit="4GB")
 
 
