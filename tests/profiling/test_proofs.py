@@ -31,13 +31,20 @@ class Scaled(nn.Module):
 def moved(monkeypatch):
     """Which sorts of weights were moved: True for random ones."""
     found = []
-    plain = verify._Trial._gaps
+    in_float64, in_float32 = verify._Trial._gaps, verify._Trial._own_stay
 
     def gaps(self, redrawn, several):
         found.append((redrawn, len(several)))
-        return plain(self, redrawn, several)
+        return in_float64(self, redrawn, several)
+
+    def own_stay(self, several):
+        stay = in_float32(self, several)
+        if stay:  # else they are moved in float64
+            found.append((False, len(several)))
+        return stay
 
     monkeypatch.setattr(verify._Trial, "_gaps", gaps)
+    monkeypatch.setattr(verify._Trial, "_own_stay", own_stay)
     return found
 
 
