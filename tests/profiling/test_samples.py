@@ -99,6 +99,7 @@ REFUSED = {
     "std 0": ("d.npy", REAL, {"std": [0.0]}, "std must be positive"),
     "another ending": ("d.csv", REAL, {}, "unknown ending"),
     "another packed ending": ("d.pt.xz", REAL, {}, "only .npy and .npz files may be packed"),
+    "a key of one array": ("d.npy", REAL, {"key": "x"}, r"one array, and key='x' \(--data-key\)"),
     "no packed file": ("d.npz.xz", REAL, {}, "cannot be read"),
 }
 
@@ -141,5 +142,9 @@ def test_a_broken_archive_of_named_inputs_is_refused(tmp_path):
 
 def test_labels_are_none_of_a_file_of_one_array(tmp_path):
     np.save(tmp_path / "d.npy", IMAGES)
-    with pytest.raises(InputError, match=r"d\.npy' holds one array, the inputs, and no 'y'"):
-        load_labels(tmp_path / "d.npy", "y")
+    torch.save(torch.from_numpy(IMAGES), tmp_path / "d.pt")
+    for name in ("d.npy", "d.pt"):
+        with pytest.raises(InputError, match=rf"{name}' holds one array, the inputs, and no 'y'"):
+            load_labels(tmp_path / name, "y")
+    with pytest.raises(InputError, match=r"d\.pt' holds one array, and key='x'"):
+        load_samples(tmp_path / "d.pt", key="x")

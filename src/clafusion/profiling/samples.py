@@ -71,8 +71,8 @@ def load_samples(
     Raises
     ------
     InputError
-        The file is missing, corrupt or of another kind, a setting does not fit it, or it holds
-        bytes and no setting says how they were scaled in training.
+        The file is missing, corrupt or of another kind, a setting does not fit it, as a key does
+        not fit one array, or it holds bytes and no setting says how they were scaled in training.
     """
     if limit is not None and (isinstance(limit, bool) or limit < 1):
         raise InputError(f"limit must be at least 1; got {limit}")
@@ -88,7 +88,8 @@ def load_samples(
     inner = Path(file.stem).suffix.lower() if packed else file.suffix.lower()
     if packed and inner not in (".npy", ".npz"):
         raise InputError(f"data file {str(path)!r}: only .npy and .npz files may be packed")
-    samples = _read(file, inner, key)
+    alone = f"one array, and key={key!r} (--data-key) chooses one of several: leave it out"
+    samples = _read(file, inner, key, alone)
     if samples.dim() == 0 or samples.size(0) == 0:
         raise InputError(f"data file {str(path)!r} holds no samples")
     samples = samples[_rows(samples.size(0), limit, seed)].clone()
@@ -138,12 +139,11 @@ def load_labels(
     """
     file = check_input(path, (*ENDINGS, *_PACKERS), "data file")
     packed = file.suffix.lower() in _PACKERS
-    if Path(file.stem if packed else file).suffix.lower() == ".npy":
-        raise InputError(
-            f"data file {str(path)!r} holds one array, the inputs, and no {key!r} beside it: give "
-            "inputs and labels in one file of several arrays (.npz), and the name of the labels"
-        )
-    found = _read(file, Path(file.stem if packed else file).suffix.lower(), key)
+    alone = (
+        f"one array, the inputs, and no {key!r} beside it: give inputs and labels in one file of "
+        "several arrays (.npz), and the name of the labels"
+    )
+    found = _read(file, Path(file.stem if packed else file).suffix.lower(), key, alone)
     if found.dim() == 0:
         raise InputError(f"data file {str(path)!r}: {key!r} is a single number, not labels")
     found = found[_rows(len(found), limit, seed)]
@@ -257,14 +257,19 @@ def _by_channel(name: str, values: Sequence[float], samples: Tensor) -> Tensor:
     return tensor.view(-1, *[1] * (samples.dim() - 2))
 
 
-def _read(path: Path, ending: str, key: str | None) -> Tensor:
-    """Return the tensor ``key`` of a file whose ending, unpacked, is ``ending``."""
+def _read(path: Path, ending: str, key: str | None, alone: str) -> Tensor:
+    """Return the tensor ``key`` of a file whose ending, unpacked, is ``ending``.
+
+    ``alone`` is what an error says that the file holds, where it has a single array and no names.
+    """
     what = "data file"
     if ending in (".npy", ".npz"):
-        return _read_numpy(path, key)
+        return _read_numpy(path, key, alone)
     stored = read_safetensors(path, what) if ending == ".safetensors" else read_torch(path, what)
     if isinstance(stored, Mapping):
         stored = stored[_chosen(path, [str(name) for name in stored], key)]
+    elif isinstance(stored, Tensor) and key is not None:
+        raise InputError(f"{what} {str(path)!r} holds {alone}")
     if not isinstance(stored, Tensor):
         raise InputError(
             f"{what} {str(path)!r} holds a {type(stored).__name__}; a tensor, or tensors by name, "
@@ -282,7 +287,7 @@ def _names_in(path: Path) -> list[str]:
         raise InputError(f"data file {str(path)!r} cannot be read: {one_line(error)}") from error
 
 
-def _read_numpy(path: Path, key: str | None) -> Tensor:
+def _read_numpy(path: Path, key: str | None, alone: str = "") -> Tensor:
     opened = _PACKERS.get(path.suffix.lower(), open)
     try:
         with opened(path, "rb") as file:
@@ -292,6 +297,8 @@ def _read_numpy(path: Path, key: str | None) -> Tensor:
             stored = np.load(whole, allow_pickle=False)
             if isinstance(stored, np.lib.npyio.NpzFile):
                 stored = stored[_chosen(path, stored.files, key)]
+            elif key is not None:
+                raise InputError(f"data file {str(path)!r} holds {alone}")
     except InputError:
         raise
     except Exception as error:
