@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -351,6 +352,12 @@ BAD = {
     "unfitting weights": (replaced("--arch", "models.py:deep", 1), "does not fit"),
     "no data": (replaced("--data", "none.npy"), "none.npy"),
     "no directory": (replaced("--out", "none/fused.safetensors"), "does not exist"),
+    "no files there": (
+        replaced("--out", "/proc/fused.pt"),
+        "--out '/proc/fused.pt': nothing can be written to '/proc'"
+        if os.path.isdir("/proc") and os.access("/proc", os.W_OK)
+        else "--out '/proc/fused.pt': ",
+    ),
     "unknown ending": (replaced("--out", "fused.weights"), "must end with one of"),
     "unknown picture": ([*FUSE, "--plot=a.gif"], "must end with one of"),
     "one weight": (
@@ -444,9 +451,26 @@ def test_a_full_disk_leaves_the_old_output_whole(files, capsys, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     assert main(FUSE) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    assert (
+        "cannot write --out 'fused.safetensors': No space left on device" in capsys.readouterr().err
+    )
     assert (files / "fused.safetensors").read_bytes() == b"the old one"
     assert not [one for one in files.iterdir() if one.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("lost", ["fused.safetensors", "fused.safetensors.json"])
+def test_neither_weights_nor_their_record_are_there_without_the_other(files, monkeypatch, lost):
+    before = {*files.iterdir()}
+    write = os.open
+
+    def full(path, *more):
+        if re.fullmatch(rf"\.{re.escape(lost)}\.[0-9a-f]+\.tmp", Path(path).name):
+            raise OSError(28, "No space left on device")
+        return write(path, *more)
+
+    monkeypatch.setattr(os, "open", full)
+    assert main(FUSE) == 2
+    assert {one for one in files.iterdir() if one.name != "__pycache__"} <= before
 
 
 SLOW_SAVE = textwrap.dedent(

@@ -10,10 +10,11 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from clafusion import InputError
+from clafusion.weights.atomic import removed_on_error
 from clafusion.weights.checkpoints import load_state
 from clafusion.weights.factories import build_model, load_model
 from clafusion.weights.state_files import save_model, save_state
@@ -110,7 +111,16 @@ UNREADABLE = {
     "another ending": ("weights.zip", b"PK", "unknown ending"),
     "empty": ("weights.pt", b"", "is empty"),
     "a broken archive": ("weights.pt", b"PK\x03\x04broken", "corrupt"),
-    "text": ("weights.th", b"some text", "corrupt"),
+    "text": (
+        "weights.th",
+        b"e some text",
+        "is corrupt or not what its ending says: it does not begin as a file of torch.save. Copy",
+    ),
+    "another format": (
+        "weights.pt",
+        save({"a": torch.ones(2)}),
+        "begins as a file of safetensors, not of torch.save: give it the ending of that",
+    ),
     "a pointer": (
         "weights.safetensors",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
@@ -463,3 +473,17 @@ def test_a_full_disk_is_named(tmp_path, ending):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_made_on_the_way_goes_after_an_error_unless_it_was_there(tmp_path):
+    def fail(path):
+        with removed_on_error(path):
+            path.write_bytes(b"made")
+            raise ValueError("late")
+
+    old, new = tmp_path / "old.pt2", tmp_path / "new.pt2"
+    old.write_bytes(b"old")
+    for path in (old, new):
+        with pytest.raises(ValueError, match="late"):
+            fail(path)
+    assert [*tmp_path.iterdir()] == [old]

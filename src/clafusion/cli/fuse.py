@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from clafusion.cli.options import configured, messages_by_flags
+from clafusion.cli.options import configured, messages_by_flags, output_by_flag
 from clafusion.cli.parameters import (
     Archs,
     AsJson,
@@ -207,14 +207,15 @@ def fuse_command(
                 vocabulary=vocabulary,
                 progress=report,
             )
-    built_by = save_result(
-        result,
-        out,
-        processor_of=processor_of,
-        dtype=written_type,
-        max_shard_size=max_shard_size,
-        command=typed_command(),
-    )
+    with output_by_flag("--out"):
+        built_by = save_result(
+            result,
+            out,
+            processor_of=processor_of,
+            dtype=written_type,
+            max_shard_size=max_shard_size,
+            command=typed_command(),
+        )
     if plot is not None:
         draw(result, plot)
     if as_json:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from clafusion.cli.options import messages_by_flags
+from clafusion.cli.options import messages_by_flags, output_by_flag
 from clafusion.cli.parameters import (
     Archs,
     AsJson,
@@ -168,7 +168,8 @@ def merge_command(
             memory_limit=at_most,
             progress=report,
         )
-    result.save(out, dtype=written_type, max_shard_size=max_shard_size, command=typed_command())
+    with output_by_flag("--out"):
+        result.save(out, dtype=written_type, max_shard_size=max_shard_size, command=typed_command())
     if as_json:
         print_json({"out": str(out), **result.to_dict()})
         return

@@ -37,6 +37,7 @@ __all__ = [
     "changed",
     "configured",
     "messages_by_flags",
+    "output_by_flag",
     "setting_at",
     "warnings_by_entries",
     "with_options",
@@ -396,6 +397,18 @@ def messages_by_flags() -> Iterator[None]:
             if told == str(error):
                 raise
             raise retold(error, told) from None
+
+
+@contextmanager
+def output_by_flag(flag: str) -> Iterator[None]:
+    """Let errors call a file that cannot be written by the flag that names it."""
+    try:
+        yield
+    except ClafusionError as error:
+        told = str(error).replace("cannot write path ", f"cannot write {flag} ", 1)
+        if told == str(error):
+            raise
+        raise retold(error, told) from None
 
 
 @contextmanager

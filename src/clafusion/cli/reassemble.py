@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from clafusion.cli.options import messages_by_flags
+from clafusion.cli.options import messages_by_flags, output_by_flag
 from clafusion.cli.parameters import (
     Archs,
     AsJson,
@@ -92,7 +92,8 @@ def reassemble_command(
     work = {"trace": len(models), "stitch": settings.candidates}
     with progress(work) as report, messages_by_flags():
         result = reassemble(models, samples, settings, device=device, progress=report)
-    result.save(out)
+    with output_by_flag("--out"):
+        result.save(out)
     if plot is not None:
         draw(result, plot)
     if as_json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clafusion.cli.options import configured, messages_by_flags
+from clafusion.cli.options import configured, messages_by_flags, output_by_flag
 from clafusion.cli.parameters import (
     Archs,
     AsJson,
@@ -133,7 +133,8 @@ def sweep_command(
             progress=report,
         )
     if out is not None:
-        found.to_csv(out)
+        with output_by_flag("--out"):
+            found.to_csv(out)
     if plot is not None:
         draw(found, plot)
     if as_json:

@@ -7,7 +7,8 @@ the seconds: the same fusion gives the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ __all__ = [
     "record_of",
     "record_of_pair",
     "record_path",
-    "write_record",
+    "recording",
 ]
 
 METADATA = "clafusion"
@@ -99,11 +100,22 @@ def record_of_pair(
     }
 
 
-def write_record(record: Mapping[str, Any], path: Path) -> None:
-    """Write a record beside a file of weights."""
+@contextmanager
+def recording(record: Mapping[str, Any], path: Path) -> Iterator[None]:
+    """Write a record beside a file of weights, which is written in the block.
+
+    The record gets its name after that. So there is neither one without the other: on a full disk
+    the record cannot fail once the weights are written, and without the weights it is gone.
+
+    Raises
+    ------
+    InputError
+        Writing failed.
+    """
     text = json.dumps(record, indent=1, allow_nan=False)
     with replacing(record_path(path), "path") as temporary:
         temporary.write_text(f"{text}\n", encoding="utf-8")
+        yield
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

@@ -26,11 +26,22 @@ from clafusion.interop.huggingface import (
 )
 from clafusion.interop.model_card import is_model_card, model_card
 from clafusion.interop.programs import PROGRAM, save_program
-from clafusion.interop.rebuilding import Architecture, architecture_of, check_of, example_of_result
-from clafusion.interop.records import METADATA, check_companions, record_of, write_record
+from clafusion.interop.rebuilding import (
+    Architecture,
+    architecture_of,
+    check_of,
+    example_of_result,
+    program_path,
+)
+from clafusion.interop.records import METADATA, check_companions, record_of, recording
 from clafusion.interop.tokenizers import check_same_labels, check_same_vocabulary
 from clafusion.tracing.copies import copied
-from clafusion.weights.atomic import check_output, check_parent, making_directory
+from clafusion.weights.atomic import (
+    check_output,
+    check_parent,
+    making_directory,
+    removed_on_error,
+)
 from clafusion.weights.build import fill
 from clafusion.weights.messages import listed, one_line
 from clafusion.weights.round_trip import compare_models
@@ -120,20 +131,22 @@ def _save_file(
             f"dtype={str(dtype)!r} is for files of weights; {str(path)!r} is a program, which "
             "computes in the network's own type"
         )
+    made = {"command": command, "seconds": dict(result.timings)}
     if is_program:
         traced = result.problem.target
-        save_program(result.model, traced.example_inputs, traced.keywords, path)
         architecture = Architecture("program", path.name)
-    else:
-        if dtype is not None:
-            result = _rounded(result, weight_type(dtype, "dtype"))
+        with recording(record_of(result, architecture) | made, path):
+            save_program(result.model, traced.example_inputs, traced.keywords, path)
+        return str(architecture)
+    if dtype is not None:
+        result = _rounded(result, weight_type(dtype, "dtype"))
+    with removed_on_error(program_path(path)):
         architecture = architecture_of(result, state_of(result.model), path)
-    record = record_of(result, architecture)
-    if not is_program:
+        record = record_of(result, architecture)
         check = check_of(result, architecture)
         metadata = {METADATA: json.dumps(record, allow_nan=False)}
-        save_model(result.model, path, check, dtype=dtype, metadata=metadata)
-    write_record({**record, "command": command, "seconds": dict(result.timings)}, path)
+        with recording(record | made, path):
+            save_model(result.model, path, check, dtype=dtype, metadata=metadata)
     return str(architecture)
 
 

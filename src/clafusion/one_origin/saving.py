@@ -15,9 +15,9 @@ from clafusion.interop.huggingface import is_of_transformers, tokens_directory
 from clafusion.interop.model_card import merge_card
 from clafusion.interop.programs import PROGRAM, save_program
 from clafusion.interop.rebuilding import Architecture, program_path
-from clafusion.interop.records import METADATA, check_companions, parent_facts, write_record
+from clafusion.interop.records import METADATA, check_companions, parent_facts, recording
 from clafusion.interop.saving import save_directory
-from clafusion.weights.atomic import check_output
+from clafusion.weights.atomic import check_output, removed_on_error
 from clafusion.weights.digests import versions
 from clafusion.weights.factories import origin_of
 from clafusion.weights.messages import one_line
@@ -52,14 +52,17 @@ def save_merged(
         return
     check_output(path, (*WRITABLE, PROGRAM), "path")
     check_companions(path, "path")
+    made = {"command": command, "seconds": dict(result.timings)}
     if path.name.lower().endswith(PROGRAM):
-        _save_program(result, path, dtype)
         record = {"architecture": Architecture("program", path.name).to_dict(), **facts}
-    else:
+        with recording(record | made, path):
+            _save_program(result, path, dtype)
+        return
+    with removed_on_error(program_path(path)):
         record = {"architecture": _architecture(result, path).to_dict(), **facts}
         metadata = {METADATA: json.dumps(record, allow_nan=False)}
-        save_model(result.model, path, dtype=dtype, metadata=metadata)
-    write_record({**record, "command": command, "seconds": dict(result.timings)}, path)
+        with recording(record | made, path):
+            save_model(result.model, path, dtype=dtype, metadata=metadata)
 
 
 def _save_program(result: MergeResult, path: Path, dtype: str | torch.dtype | None) -> None:

@@ -7,12 +7,13 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clafusion.errors import InputError
 
-__all__ = ["check_output", "check_parent", "making_directory", "replacing"]
+__all__ = ["check_output", "check_parent", "making_directory", "removed_on_error", "replacing"]
 
 
 def check_output(
@@ -47,7 +48,10 @@ def check_output(
 
 
 def check_parent(path: Path, argument: str) -> None:
-    """Refuse a path beside which nothing can be made; the message calls it ``argument``."""
+    """Refuse a path beside which nothing can be written; the message calls it ``argument``.
+
+    Permissions alone do not tell: those of ``/proc`` admit everything, and a disk may be full.
+    """
     directory = path.resolve().parent
     if not directory.is_dir():
         raise InputError(
@@ -55,6 +59,14 @@ def check_parent(path: Path, argument: str) -> None:
         )
     if not os.access(directory, os.W_OK | os.X_OK):
         raise InputError(f"{argument} {str(path)!r}: no permission to write to {str(directory)!r}")
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise InputError(
+            f"{argument} {str(path)!r}: nothing can be written to {str(directory)!r}: "
+            f"{error.strerror or error}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -93,6 +105,18 @@ def replacing(path: str | os.PathLike[str], argument: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def removed_on_error(path: Path) -> Iterator[None]:
+    """Remove a file after an error in the block, unless it was there before."""
+    is_new = not path.exists()
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            path.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
 def making_directory(path: Path) -> Iterator[Path]:
     """Yield a directory beside ``path``, which gets that name; after an error it is gone.
 
@@ -111,7 +135,7 @@ def making_directory(path: Path) -> Iterator[Path]:
         os.replace(made, target)
     except OSError as error:
         raise InputError(
-            f"cannot write {str(path)!r}: {error.strerror or error}; nothing is left behind"
+            f"cannot write path {str(path)!r}: {error.strerror or error}; nothing is left behind"
         ) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)

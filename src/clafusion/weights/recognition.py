@@ -11,7 +11,7 @@ import torch
 
 from clafusion.weights.messages import listed
 
-__all__ = ["is_cut_short", "is_shard", "stands_for_another", "unreadable_content"]
+__all__ = ["is_cut_short", "is_shard", "stands_for_another", "unreadable_content", "writer_of"]
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)(?P<ending>\.\w+)")
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
@@ -63,6 +63,15 @@ def is_shard(path: Path) -> str | None:
         else f"fetch its index {index.name!r} and all parts into one folder, and give the index"
     )
     return f"is part {int(matched['number'])} of {int(matched['count'])} of a checkpoint: {told}"
+
+
+def writer_of(path: Path) -> str | None:
+    """Return what a file begins as: one of ``torch.save`` or of ``safetensors``; else None."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return "torch.save"
+    return "safetensors" if head[8:] == b"{" else None  # after the length of the header
 
 
 def is_cut_short(path: Path, error: BaseException) -> bool:

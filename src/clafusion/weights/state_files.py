@@ -27,6 +27,7 @@ from clafusion.weights.recognition import (
     is_shard,
     stands_for_another,
     unreadable_content,
+    writer_of,
 )
 from clafusion.weights.shards import (
     INDEX,
@@ -386,10 +387,10 @@ def read_torch(path: Path, what: str, *, mapped: bool = False) -> Any:
                 f"{what} {str(path)!r} is a TorchScript archive; in the program that made it, save "
                 "the state dict alone: torch.save(model.state_dict(), 'weights.pt')"
             ) from error
+        told: BaseException = error
         if isinstance(error, pickle.UnpicklingError) and error.__context__ is not None:
-            # torch's own message is advice to load the file without a check.
-            raise InputError(_corrupt(what, path, error.__context__)) from error
-        raise InputError(_corrupt(what, path, error)) from error
+            told = error.__context__  # torch's message is advice to load the file without a check
+        raise InputError(_corrupt(what, path, told, "torch.save")) from error
 
 
 def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
@@ -403,7 +404,7 @@ def read_safetensors(path: Path, what: str) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except Exception as error:
-        raise InputError(_corrupt(what, path, error)) from error
+        raise InputError(_corrupt(what, path, error, "safetensors")) from error
     return tensors
 
 
@@ -466,5 +467,14 @@ def _sharded(path: Path, what: str, *, mapped: bool) -> dict[str, Any]:
     return state
 
 
-def _corrupt(what: str, path: Path, error: BaseException) -> str:
-    return f"{what} {str(path)!r} is corrupt or not what its ending says: {one_line(error)}"
+def _corrupt(what: str, path: Path, error: BaseException, wanted: str) -> str:
+    """Return what to say of a file that ``wanted`` should have written."""
+    writer = writer_of(path)
+    if writer == wanted:
+        return (
+            f"{what} {str(path)!r} is corrupt: {one_line(error)}. Copy, download or save it again"
+        )
+    begins = f"it does not begin as a file of {wanted}. Copy, download or save it again"
+    if writer is not None:
+        begins = f"it begins as a file of {writer}, not of {wanted}: give it the ending of that"
+    return f"{what} {str(path)!r} is corrupt or not what its ending says: {begins}"
