@@ -39,6 +39,8 @@ __all__ = [
     "example_of_result",
     "filled_copy",
     "of_factory",
+    "of_transformers",
+    "program_beside",
     "program_path",
 ]
 
@@ -111,23 +113,69 @@ def architecture_of(result: FusionResult, state: Mapping[str, Any], path: Path) 
         found = of_factory(result, factory, state)
         if found is not None:
             return found
-    if is_of_transformers(result.model):
-        config = _config_facts(result.model)
-        if config is not None:
-            return Architecture("transformers", type(result.model).__name__, config=config)
-    program = program_path(path)
+    found = of_transformers(result.model)
+    return found or program_beside(path, result.model, example_of_result(result), "fused")
+
+
+def of_transformers(model: nn.Module) -> Architecture | None:
+    """Return the architecture of a network of transformers, which is its config; else None."""
+    if not is_of_transformers(model):
+        return None
     try:
-        save_program(result.model, *example_of_result(result), program)
-    except InputError:
-        raise
-    except ClafusionError as error:
-        warn(
-            f"{str(path)!r} holds weights alone, which only the code that you fused by can load: "
-            f"the network cannot be exported ({one_line(error)})",
-            FusionWarning,
-        )
-        return Architecture("none", one_line(error))
-    return Architecture("program", program.name)
+        config = config_of(model)
+    except InputError:  # no config describes it
+        return None
+    facts = json.loads(config.to_json_string(use_diff=False))
+    facts["_name_or_path"] = ""
+    return Architecture("transformers", type(model).__name__, config=facts)
+
+
+def program_beside(
+    path: Path,
+    model: nn.Module,
+    example: tuple[tuple[Tensor, ...], tuple[str, ...]] | None,
+    made: str,
+) -> Architecture:
+    """Write an exported program beside a file of weights, and return it as the architecture.
+
+    Parameters
+    ----------
+    path
+        The file of weights.
+    model
+        The network.
+    example
+        Inputs that it takes, and their names where it takes them by keyword; None for none.
+    made
+        What was done to get it: "fused" or "merged".
+
+    Raises
+    ------
+    InputError
+        The program cannot be written.
+
+    Warns
+    -----
+    FusionWarning
+        Nothing builds the network again.
+    """
+    reason = f"the network was {made} as a module, without inputs to export it with"
+    if example is not None:
+        program = program_path(path)
+        try:
+            save_program(model, *example, program)
+        except InputError:
+            raise
+        except ClafusionError as error:
+            reason = f"the network cannot be exported ({one_line(error)})"
+        else:
+            return Architecture("program", program.name)
+    warn(
+        f"{str(path)!r} holds weights alone, which only the code that you {made} by can load: "
+        f"{reason}",
+        FusionWarning,
+    )
+    return Architecture("none", reason)
 
 
 def program_path(path: Path) -> Path:
@@ -202,16 +250,6 @@ def example_of_result(result: FusionResult) -> tuple[tuple[Tensor, ...], tuple[s
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: getattr(one, "shape", None) for name, one in state.items()}
-
-
-def _config_facts(model: nn.Module) -> dict[str, Any] | None:
-    try:
-        config = config_of(model)
-    except InputError:
-        return None
-    facts: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    facts["_name_or_path"] = ""
-    return facts
 
 
 # --- of a file ----------------------------------------------------------------------------------

@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clafusion.errors import ClafusionError, FusionWarning, InputError, warn
-from clafusion.interop.configs import config_of
-from clafusion.interop.huggingface import is_of_transformers, tokens_directory
+from clafusion.errors import InputError
+from clafusion.interop.huggingface import tokens_directory
 from clafusion.interop.model_card import merge_card
 from clafusion.interop.programs import PROGRAM, save_program
-from clafusion.interop.rebuilding import Architecture, program_path
+from clafusion.interop.rebuilding import (
+    Architecture,
+    of_transformers,
+    program_beside,
+    program_path,
+)
 from clafusion.interop.records import METADATA, check_companions, parent_facts, recording
 from clafusion.interop.saving import save_directory
 from clafusion.weights.atomic import check_output, removed_on_error
 from clafusion.weights.digests import versions
 from clafusion.weights.factories import origin_of
-from clafusion.weights.messages import one_line
 from clafusion.weights.state_files import WRITABLE, save_model
 
 if TYPE_CHECKING:
@@ -106,25 +109,5 @@ def _architecture(result: MergeResult, path: Path) -> Architecture:
     origin = origin_of(base)
     if origin is not None:
         return Architecture("factory", origin.factory)
-    if is_of_transformers(base):
-        facts = json.loads(config_of(base).to_json_string(use_diff=False))
-        return Architecture(
-            "transformers", type(base).__name__, config={**facts, "_name_or_path": ""}
-        )
-    reason = "the network was merged as a module, without inputs to export it with"
-    if result.example is not None:
-        program = program_path(path)
-        try:
-            save_program(result.model, *result.example, program)
-        except InputError:
-            raise
-        except ClafusionError as error:
-            reason = f"the network cannot be exported ({one_line(error)})"
-        else:
-            return Architecture("program", program.name)
-    warn(
-        f"{str(path)!r} holds weights alone, which only the code that you merged by can load: "
-        f"{reason}",
-        FusionWarning,
-    )
-    return Architecture("none", reason)
+    found = of_transformers(base)
+    return found or program_beside(path, result.model, result.example, "merged")
