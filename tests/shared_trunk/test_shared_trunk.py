@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import clafusion
-from clafusion import FusionConfig, InputError, StructureError, fuse
+from clafusion import FusionConfig, FusionWarning, InputError, StructureError, fuse
 from clafusion.shared_trunk.network import SharedTrunk
 from clafusion.shared_trunk.result import SharedTrunkResult
 from clafusion.shared_trunk.tasks import SIDE_BY_SIDE, task_scores
@@ -136,6 +136,14 @@ def test_the_trunk_ends_where_it_is_asked_to():
     assert len(set(names)) == 2
     with pytest.raises(InputError, match=r"shared='conv9' is the name of no layer.*'0'"):
         fuse(models, inputs, outputs="both", shared="conv9")
+
+
+def test_it_is_told_where_nothing_can_be_shared():
+    models = [mlp(12, 5), mlp(12, 4, seed=1)]
+    with pytest.warns(FusionWarning, match=r"nothing is shared, though shared=1\.0"):
+        result = fuse(models, VECTORS, outputs="both")
+    assert result.split.is_empty
+    assert torch.equal(outputs(result.model, VECTORS), side_by_side(models, VECTORS))
 
 
 # --- files, export, training --------------------------------------------------------------------

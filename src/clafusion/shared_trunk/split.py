@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from clafusion.alignment.models import AlignedModels, PairAlignment, label
-from clafusion.errors import InputError, StructureError
+from clafusion.errors import FusionWarning, InputError, StructureError, warn
 from clafusion.reassembly.blocks import nodes_between
 from clafusion.reassembly.cutting import Cut, cuts_behind_layers
 from clafusion.tracing.model import TracedModel
@@ -56,12 +56,24 @@ def chosen_split(aligned: AlignedModels, shared: float | str) -> Split:
     ------
     InputError
         There is no such layer, or the networks cannot be cut behind it.
+
+    Warns
+    -----
+    FusionWarning
+        A share is asked for, and there is no place where all networks can be cut.
     """
     none = Split((0,) * len(aligned.names), None, ("",) * len(aligned.names))
     if shared == 0:
         return none
     found = possible_splits(aligned)
     if not isinstance(shared, str):
+        if not found:
+            warn(
+                f"nothing is shared, though shared={shared!r}: there is no layer behind which "
+                "all networks can be cut. The result is the networks side by side; "
+                "clafusion.explain compares their layers",
+                FusionWarning,
+            )
         most = found[-1].counts[aligned.reference] if found else 0
         every = [none, *found]
         return min(every, key=lambda one: abs(one.counts[aligned.reference] - shared * most))
@@ -178,7 +190,8 @@ def _beginning_of(pair: PairAlignment, counts: Sequence[int]) -> PairAlignment:
     if whole.unmatched_shallow:
         raise StructureError(
             "outputs='both' shares a trunk of networks of which one is everywhere at least as deep "
-            "as the others; of these each is the deeper one somewhere. Take shared=0 or train"
+            "as the others; of these each is the deeper one somewhere. Take shared=0, which puts "
+            "them side by side, or train one network on all classes"
         )
     part = replace(
         whole,
