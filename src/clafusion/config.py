@@ -588,7 +588,7 @@ class FusionConfig(Settings):
 
     def _check_shared(self) -> None:
         shared = self.shared
-        if not isinstance(shared, str) and not 0 <= shared <= 1:  # also not a number
+        if not isinstance(shared, str) and not 0 <= shared <= 1:  # NaN fails it, too
             raise InputError(
                 "shared must be a share of the layers in [0, 1], or the name of a layer; got "
                 f"{shared!r}"

@@ -396,8 +396,6 @@ class _Shared:
             raise aligned
         of_plans = key + _matching(config)
         matched, template = self._matched.get(of_plans), None
-        if config.outputs == "both":  # whose plans are those of a trunk
-            matched = None
         if matched is None and isinstance(config.target, Like):
             like = next(iter(self._models.values()))
             template = traced_template(config, like, self._example)
@@ -412,7 +410,7 @@ class _Shared:
             labels=self._labels,
             matched=matched,
         )
-        # The plans of a barycentre depend on the weights.
+        # The plans of a barycentre depend on the weights; those of a trunk are no whole network's.
         if config.outputs == "same" and not isinstance(config.merging.strategy, Barycentre):
             self._matched[of_plans] = result.problem
         return result

@@ -151,11 +151,6 @@ def fuse_command(
     settings = configured(options, base)
     usable_device(device, "--device")
     folder = _folder(out, files, processor_of)
-    if folder and settings.outputs == "both":
-        raise InputError(
-            "--outputs both makes a network that is none of transformers: give a file as --out, "
-            "such as both.pt2"
-        )
     if not folder:
         read = [one for file in files.values() for one in weight_files(file)]
         check_weights_output(out, "--out", read, (data,), (*WRITABLE, PROGRAM))
@@ -165,6 +160,8 @@ def fuse_command(
     at_most = memory_limit_of(memory_limit, device)
     if vocabulary not in VOCABULARIES:
         raise InputError(f"--vocabulary must be same or intersection; got {vocabulary}")
+    if settings.outputs == "both":
+        _check_both(folder=folder, has_limit=at_most is not None, vocabulary=vocabulary)
     if vocabulary != "same" and at_most is not None:
         raise InputError("--vocabulary intersection does not go with --memory-limit")
     known = model_files(files, archs, keys, vocabulary)
@@ -225,6 +222,18 @@ def fuse_command(
     print_text(summary(result))
     print_line("written", out if folder else f"{out}, weights of {built_by}")
     print_line("picture", plot)
+
+
+def _check_both(*, folder: bool, has_limit: bool, vocabulary: str) -> None:
+    """Refuse what ``--outputs both`` does not go with."""
+    if folder:
+        raise InputError(
+            "--outputs both makes a network that is none of transformers: give a file as --out, "
+            "such as both.pt2"
+        )
+    if has_limit or vocabulary != "same":
+        other = "--memory-limit" if has_limit else f"--vocabulary {vocabulary}"
+        raise InputError(f"--outputs both does not go with {other}: leave one out")
 
 
 def _folder(out: Path, files: Mapping[str, Path], processor_of: str | None) -> bool:

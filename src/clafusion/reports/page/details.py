@@ -50,7 +50,7 @@ def detail(result: PairResult, place: int, heading: str) -> str:
 
 
 def load_line(result: PairResult) -> str:
-    """Return a line of Python that loads the fused network; without a file where it is."""
+    """Return a line of Python that loads the fused network, or says where one without a file is."""
     if result.path is None:
         return "result.model  # of this pair's result: the run had no out_dir"
     path = str(result.path)
