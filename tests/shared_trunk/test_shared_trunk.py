@@ -140,7 +140,7 @@ def test_the_trunk_ends_where_it_is_asked_to():
 
 def test_it_is_told_where_nothing_can_be_shared():
     models = [mlp(12, 5), mlp(12, 4, seed=1)]
-    with pytest.warns(FusionWarning, match=r"nothing is shared, though shared=1\.0"):
+    with pytest.warns(FusionWarning, match=r"nothing is shared, where 1\.0 of the layers"):
         result = fuse(models, VECTORS, outputs="both")
     assert result.split.is_empty
     assert torch.equal(outputs(result.model, VECTORS), side_by_side(models, VECTORS))

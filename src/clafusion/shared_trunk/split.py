@@ -69,9 +69,9 @@ def chosen_split(aligned: AlignedModels, shared: float | str) -> Split:
     if not isinstance(shared, str):
         if not found:
             warn(
-                f"nothing is shared, though shared={shared!r}: there is no layer behind which "
-                "all networks can be cut. The result is the networks side by side; "
-                "clafusion.explain compares their layers",
+                f"nothing is shared, where {shared} of the layers were asked for: there is no "
+                "layer behind which all networks can be cut. The result is the networks side by "
+                "side",
                 FusionWarning,
             )
         most = found[-1].counts[aligned.reference] if found else 0
