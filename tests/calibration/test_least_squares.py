@@ -23,7 +23,7 @@ from clafusion import (
 from clafusion.calibration.least_squares import anchored_weights
 from clafusion.calibration.least_squares.anchors import ANCHORS, Lean, leans, nearest
 from clafusion.calibration.least_squares.equations import NormalEquations
-from clafusion.calibration.least_squares.rows import chosen_positions, rows_for
+from clafusion.calibration.least_squares.rows import by_position, chosen_positions, rows_for
 from clafusion.merging.combination import Combination
 from clafusion.merging.mean import weighted_mean
 from tests.support.assertions import assert_same_function
@@ -629,3 +629,26 @@ def test_rows_grow_with_the_columns_and_the_penalty_where_they_are_few():
     assert rows_for(100, 64, 10_000) == 10_000
     assert rows_for(1000, 64, 10_000) == 64_000
     assert rows_for(100_000, 64, 10_000) == 400_000
+
+
+def test_positions_that_come_before_inputs_are_those_of_each_input():
+    by_input = torch.arange(5 * 4 * 3.0).view(5, 4, 3)  # inputs, positions, channels
+    for value in (by_input, by_input.transpose(0, 1), by_input.flatten(0, 1)):
+        assert torch.equal(by_position(value, (), 5), by_input)
+    assert by_position(by_input, (), 0).shape == (5, 4, 3)  # of a graph: rows stand alone
+
+
+def test_attention_is_solved_on_batches_of_unlike_size():
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+        models.append(nn.Sequential(nn.Linear(3, 8), layer, nn.Flatten(), nn.Linear(32, 4)).eval())
+    inputs = torch.randn(101, 4, 3)
+    gaps = []
+    for calibration in ("none", "least_squares"):
+        made = fuse(models, list(inputs.split([60, 41])), calibration=calibration).model
+        with torch.no_grad():
+            wanted = (models[0](inputs) + models[1](inputs)) / 2
+            gaps.append((made(inputs) - wanted).square().mean())
+    assert gaps[1] < 0.7 * gaps[0]

@@ -75,10 +75,13 @@ def rows_for(num_columns: int, a_column: int, least: int) -> int:
 def by_position(value: Tensor, kernel: Sequence[int], num_inputs: int) -> Tensor:
     """Return ``(num_inputs, num_positions, num_channels)`` of a value, channels last.
 
-    What a layer that is no convolution computes may hold an input's positions as rows of their own.
+    What a layer that is no convolution computes may hold an input's positions as rows of their own,
+    or its positions before its inputs, as ``nn.MultiheadAttention`` has them.
     With 0 inputs, as of a graph, each row stands alone: it is of a node, an edge or a graph.
     """
     is_folded = not kernel and num_inputs > 0 and value.size(0) % num_inputs == 0
+    if not kernel and not is_folded and value.dim() > 2 and value.size(1) == num_inputs:
+        value, is_folded = value.transpose(0, 1), True
     return value.reshape(num_inputs if is_folded else value.size(0), -1, value.size(-1))
 
 
