@@ -120,6 +120,54 @@ def test_three_parents_of_unlike_classes():
     assert (outputs(result.model, VECTORS) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
+class Encoder(nn.Module):
+    """Transformer layers over the twelve entries of a vector, three at a time."""
+
+    def __init__(self, layers: int, classes: int, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Linear(3, 8)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x.unflatten(1, (4, 3)))
+        for one in self.layers:
+            x = one(x)
+        return self.head(x.mean(1))
+
+
+def test_heads_of_attention_change_places_within_a_trunk():
+    model = Encoder(2, 5).eval()
+    models = [model, with_classes(permuted_copy(model, VECTORS), 3)]
+    result = fuse(models, VECTORS, outputs="both")
+    wanted = side_by_side(models, VECTORS)
+    assert result.is_exact
+    assert (outputs(result.model, VECTORS) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_transformers_of_unlike_depth_share_a_trunk_on_batches_of_unlike_size():
+    models = [Encoder(2, 5).eval(), Encoder(1, 3, seed=1).eval()]
+    wanted = side_by_side(models, VECTORS)
+    gaps = []
+    for calibration in ("none", "least_squares"):
+        data = list(VECTORS.split([70, 50]))
+        result = fuse(models, data, outputs="both", shared=1.0, calibration=calibration)
+        gaps.append((outputs(result.model, VECTORS) - wanted).square().mean())
+    assert gaps[1] < 0.5 * gaps[0]
+
+
+def test_a_trunk_has_no_mean_of_unmatched_channels():
+    *models, inputs = PAIRS["mlp"]
+    for shared in (0, 1.0):
+        result = fuse(models, inputs, outputs="both", shared=shared)
+        with pytest.raises(InputError, match="other classes have no mean"):
+            clafusion.naive_average(result.problem)
+
+
 # --- where the trunk ends -----------------------------------------------------------------------
 
 

@@ -34,10 +34,15 @@ def naive_average(problem: FusionProblem, weights: Sequence[float] | None = None
     Raises
     ------
     InputError
-        ``problem`` is something else.
+        ``problem`` is something else, or that of a trunk alone (``outputs="both"``).
     """
     if not isinstance(problem, FusionProblem):
         raise InputError(f"problem must be result.problem; got {type(problem).__name__}")
+    if problem.is_beginning:
+        raise InputError(
+            "problem is that of a shared trunk, of outputs='both', and networks of other classes "
+            "have no mean: compare with the same fusion with calibration='none'"
+        )
     given = [one.weights.overall for one in problem.parents] if weights is None else list(weights)
     state = average(unmatched(problem), [MergeWeights(weight) for weight in given])
     return with_state(problem.target.model, state, problem.target.aliases)

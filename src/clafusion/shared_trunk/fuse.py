@@ -155,7 +155,7 @@ def _side_by_side(
             aligned.names, aligned.profiles, bare, weights, strict=True
         )
     )
-    problem = FusionProblem(target, parents, aligned.reference, combination=_WHY)
+    problem = FusionProblem(target, parents, aligned.reference, combination=_WHY, is_beginning=True)
     return Assembled(network, problem, Calibrated(network), is_exact=True)
 
 

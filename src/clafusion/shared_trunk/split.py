@@ -9,6 +9,8 @@ from torch import fx
 
 from clafusion.alignment.models import AlignedModels, PairAlignment, label
 from clafusion.errors import FusionWarning, InputError, StructureError, warn
+from clafusion.profiling.profile import ModelProfile
+from clafusion.profiling.spilled import with_columns
 from clafusion.reassembly.blocks import nodes_between
 from clafusion.reassembly.cutting import Cut, cuts_behind_layers
 from clafusion.tracing.model import TracedModel
@@ -177,11 +179,22 @@ def aligned_beginnings(aligned: AlignedModels, split: Split) -> AlignedModels:
     assert split.cuts is not None, "something is shared"
     profiles = []
     for one, count, cut in zip(aligned.profiles, split.counts, split.cuts, strict=True):
-        profiles.append(replace(one, traced=beginning(one.traced, count, cut)))
+        profiles.append(_profile_of(one, beginning(one.traced, count, cut)))
     alignments = [
         None if pair is None else _beginning_of(pair, split.counts) for pair in aligned.alignments
     ]
     return replace(aligned, profiles=tuple(profiles), alignments=tuple(alignments))
+
+
+def _profile_of(whole: ModelProfile, traced: TracedModel) -> ModelProfile:
+    """Return the profile of a network's beginning: only what lies in that was seen."""
+    nodes = {node.name for node in traced.module.graph.nodes}
+    moments = whole.moments
+    if moments is not None:
+        moments = tuple({k: one for k, one in of.items() if k in nodes} for of in moments)
+    kept = [key for key in whole.rows if key[0] < len(traced.layers)]
+    rows = with_columns(whole.rows, dict.fromkeys(kept))
+    return replace(whole, traced=traced, rows=rows, moments=moments)
 
 
 def _beginning_of(pair: PairAlignment, counts: Sequence[int]) -> PairAlignment:
