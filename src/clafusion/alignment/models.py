@@ -223,7 +223,8 @@ def check_models(names: Sequence[str], models: Sequence[TracedModel], config: Fu
                         error,
                         f"{called[0]} brings what {jumps[0]} layers put out together, and "
                         f"{called[1]} that of {jumps[1]}, as JumpingKnowledge does: such networks "
-                        f"need as many layers each. clafusion.distill is for others. In detail: {error}",
+                        "need as many layers each. clafusion.distill is for others. In detail: "
+                        f"{error}",
                     ) from None
                 lonely = [one for i in (deep, shallow) for one in models[i].pinned]
                 if all(one.why != UNREACHED for one in lonely):
