@@ -180,3 +180,10 @@ def test_a_graph_of_torch_fx_is_evaluated_in_eval_mode():
     assert model.training
     expected = F.cross_entropy(model.eval()(inputs).double(), labels)
     assert found.loss == pytest.approx(expected.item())
+
+
+def test_networks_of_other_outputs_have_no_common_labels():
+    models = {"low": nn.Linear(4, 2), "all": nn.Linear(4, 6)}
+    message = r"'low' \(9, 2\) and 'all' \(9, 6\).*one by one"
+    with pytest.raises(InputError, match=message):
+        clafusion.evaluate(models, torch.randn(9, 4), torch.zeros(9, dtype=torch.int64))

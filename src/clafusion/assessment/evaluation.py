@@ -206,6 +206,13 @@ def evaluated(
     for batch in inputs:
         outputs = {name: run(batch).double().cpu() for name, run in networks.items()}
         rows = next(iter(outputs.values()))  # of graphs, where others have one for each input
+        for name, one in outputs.items():
+            if one.shape != rows.shape:
+                raise InputError(
+                    f"models put out other shapes: {next(iter(outputs))!r} {tuple(rows.shape)} and "
+                    f"{name!r} {tuple(one.shape)} in a batch. Only networks of the same outputs "
+                    "can be compared by the same labels: evaluate them one by one"
+                )
         size = len(rows) if rows.dim() else len(batch[0])
         wanted = labels[seen : seen + size]
         seen += size
