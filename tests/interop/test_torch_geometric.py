@@ -12,17 +12,22 @@ geometric = pytest.importorskip("torch_geometric")
 
 from torch_geometric.data import Batch, Data  # noqa: E402
 from torch_geometric.loader import DataLoader  # noqa: E402
-from torch_geometric.nn import GCNConv, GINConv  # noqa: E402
+from torch_geometric.nn import GCNConv, GINConv, GINEConv, SAGEConv  # noqa: E402
 
+from clafusion.calibration.least_squares.places import regressed_places  # noqa: E402
 from clafusion.cli.app import main  # noqa: E402
 from clafusion.interop.inputs import readable  # noqa: E402
 from clafusion.interop.torch_geometric import OnData  # noqa: E402
 from clafusion.matching.activation_costs import _MEASURES  # noqa: E402
+from clafusion.merging.mean import average  # noqa: E402
 from clafusion.profiling.few_nodes import few_nodes  # noqa: E402
 from clafusion.weights.state_files import save_model  # noqa: E402
 from tests.support.architectures import randomise  # noqa: E402
 from tests.support.graphs import (  # noqa: E402
+    CLASSES,
+    FEATURES,
     LAYERS,
+    OF_EDGES,
     RESIDUAL,
     Graphs,
     Nodes,
@@ -80,6 +85,46 @@ def test_other_depth_and_width_give_finite_outputs(calibration):
     assert bool(result.model(**given).isfinite().all())
     assert result.assessment is not None
     assert not result.assessment.held_out  # of one graph nothing can be held out
+
+
+class SumsInside(nn.Module):
+    """Residual blocks with a sum inside: of a node and its neighbours, or of a node and an edge."""
+
+    def __init__(self, kind, layers, width):
+        super().__init__()
+        self.enter, self.head = nn.Linear(FEATURES, width), nn.Linear(width, CLASSES)
+        make = {
+            "GraphSAGE": lambda: SAGEConv(width, width),
+            "GINE": lambda: GINEConv(mlp(width, width), edge_dim=OF_EDGES),
+        }[kind]
+        self.has_edges = kind == "GINE"
+        self.convs = nn.ModuleList(make() for _ in range(layers))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(layers))
+        self.leave = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+
+    def forward(self, x, edge_index, edge_attr):
+        x = self.enter(x).relu()
+        given = (edge_index, edge_attr) if self.has_edges else (edge_index,)
+        for conv, norm, leave in zip(self.convs, self.norms, self.leave, strict=True):
+            x = x + leave(norm(conv(x, *given)).relu())
+        return self.head(x)
+
+
+@pytest.mark.parametrize("kind", ["GraphSAGE", "GINE"])
+def test_sums_inside_a_block_that_a_parent_lacks_are_no_sums_with_its_stream(kind):
+    deep, shallow = (randomise(SumsInside(kind, *size), size[1]) for size in ((2, 8), (1, 12)))
+    given = of(deep, graph())
+    result = fuse([deep, shallow], given, **SETTINGS)
+    assert bool(result.model(**given).isfinite().all())
+    problem = result.problem
+    (lacked,) = problem.parents[1].correspondence.passing
+    block = problem.target.layers[lacked]
+    shown = {
+        place.point.weight
+        for place in regressed_places(problem, average(problem))
+        if place.point in block.calibration_points and place.views[1] is not None
+    }
+    assert shown == {name for name in block.last_write if name.endswith("weight")}
 
 
 def test_a_plain_layer_is_no_identity_but_can_be_left_out():

@@ -148,13 +148,23 @@ def _place(
 def _has_sum(correspondence: Correspondence, layer: Layer, point: CalibrationPoint) -> bool:
     """Say whether a parent shows the sum of a residual addition, or what flows past it."""
     other = correspondence.points.get(point.node)
-    return layer.index in correspondence.passing or (other is not None and other.join is not None)
+    if _passes(correspondence, layer, point):
+        return True
+    return other is not None and other.join is not None
+
+
+def _passes(correspondence: Correspondence, layer: Layer, point: CalibrationPoint) -> bool:
+    """Say whether a parent lacks the block whose last write this is, and shows what flows past it.
+
+    A block may have sums inside, as that of a node's own features and its neighbours' in GraphSAGE.
+    """
+    return layer.index in correspondence.passing and point.weight in layer.last_write
 
 
 def _view(
     correspondence: Correspondence, layer: Layer, point: CalibrationPoint, is_sum: bool
 ) -> View | None:
-    if is_sum and layer.index in correspondence.passing:
+    if is_sum and _passes(correspondence, layer, point):
         passing = correspondence.passing[layer.index]
         return View(passing, passing.node)
     other = correspondence.points.get(point.node)
