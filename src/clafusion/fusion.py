@@ -41,7 +41,7 @@ from clafusion.problems import (
 )
 from clafusion.profiling.batches import Data, Progress, rows_side_by_side
 from clafusion.profiling.profile import ModelProfile
-from clafusion.profiling.spilled import SpilledRows
+from clafusion.profiling.spilled import close_rows
 from clafusion.profiling.thinning import alike
 from clafusion.quality import assessed, hash_of
 from clafusion.results import FusionResult
@@ -439,9 +439,7 @@ def _fused(
     left_out = left_out_parameters(problem)
     warn_of_left_out(problem, left_out)
     warn_of_uneven_widths(problem)
-    for one in aligned.profiles:
-        if isinstance(one.rows, SpilledRows):
-            one.rows.close()
+    close_rows(one.rows for one in aligned.profiles)
     with clock.stage("merge"):
         if config.merging.layer_weights == "sensitivity":
             problem = weigh_layers(problem)

@@ -28,7 +28,7 @@ from clafusion.results import FusionResult
 from clafusion.stages import Clock, merge_weights, named_models
 from clafusion.tracing.model import TracedModel
 
-__all__ = ["assessed", "evaluate", "hash_of"]
+__all__ = ["assessed", "evaluate", "evaluation_of", "hash_of"]
 
 
 def hash_of(data: Data) -> str | None:
@@ -61,17 +61,17 @@ def assessed(
             own_outputs,
         )
         if labels is not None:
-            result = replace(result, evaluation=_evaluation(result, parts, labels, known_outputs))
+            result = replace(result, evaluation=evaluation_of(result, parts, labels, known_outputs))
     if found is None and labels is None:
         return result
     warn_of(found, config)
     return replace(result, assessment=found, timings=clock.seconds, peak_memory=clock.peak_memory)
 
 
-def _evaluation(
-    result: FusionResult, parts: Parts, labels: Tensor, known_outputs: OutputCache | None
+def evaluation_of(
+    result: FusionResult, parts: Parts, labels: Tensor, known_outputs: OutputCache | None = None
 ) -> Evaluation:
-    """Compare with the labels of what was held out, or of all data."""
+    """Compare a result with the labels of what was held out, or of all data."""
     first = next(iter(result.parent_models.values()))
     if isinstance(parts.assessed, Part):
         labels = labels[parts.assessed.places(len(labels))]

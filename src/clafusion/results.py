@@ -14,8 +14,14 @@ from torch import Tensor, nn
 
 from clafusion.alignment.dynamic_program import LayerAlignment
 from clafusion.alignment.models import AlignedModels
-from clafusion.assessment.evaluation import Evaluation, checked_labels, evaluated, network_of
-from clafusion.assessment.nearness import DISTANCES, FusionAssessment
+from clafusion.assessment.evaluation import (
+    Evaluation,
+    Network,
+    checked_labels,
+    evaluated,
+    network_of,
+)
+from clafusion.assessment.nearness import DISTANCES, FusionAssessment, Nearness
 from clafusion.assessment.output_cache import OutputCache
 from clafusion.assessment.parts import compared_output
 from clafusion.config import Assessment, FusionConfig
@@ -126,15 +132,18 @@ class FusionResult:
     @property
     def table(self) -> Table:
         """One row for each network: how near it is to the parents together, and how good."""
+        found = self.assessment
+        if found is None:
+            return self._table({}, "distance")
+        return self._table({RESULT: found.result, **found.parents}, DISTANCES[found.kind])
+
+    def _table(self, near: Mapping[str, Nearness], distance: str) -> Table:
+        """Return the table of networks that are so near by name; ``distance`` is its heading."""
         shares = dict(zip(self.names, self.weights, strict=True))
         rows: dict[str, dict[str, Any]] = {RESULT: {}}
         rows |= {name: {"weight": share} for name, share in shares.items()}
-        found = self.assessment
-        distance = "distance"
-        if found is not None:
-            distance = DISTANCES[found.kind]
-            for name, one in {RESULT: found.result, **found.parents}.items():
-                rows[name] |= {"agreement": one.agreement, "distance": one.distance}
+        for name, one in near.items():
+            rows[name] |= {"agreement": one.agreement, "distance": one.distance}
         if self.evaluation is not None:
             for name, score in self.evaluation.scores.items():
                 rows.setdefault(name, {}).update(accuracy=score.accuracy, loss=score.loss)
@@ -165,24 +174,32 @@ class FusionResult:
 
         What the parents put out is kept in ``known_outputs`` for further results.
         """
-        parents = self.parent_models
-        first = next(iter(parents.values()))
+        first = next(iter(self.parent_models.values()))
         settings = Assessment(axis=self.config.assessment.axis)
         compared = compared_output(first, settings)
         if compared is None:
             raise InputError("labels need a floating output, which the models do not have")
-        networks = {RESULT: network_of(self.model, first.keywords, compared[0])}
-        for name, one in parents.items():
-            run = network_of(one.model, first.keywords, compared[0])
-            networks[name] = run if known_outputs is None else known_outputs.keeping(one.model, run)
+        own = network_of(self.model, first.keywords, compared[0])
         return evaluated(
-            networks,
+            {RESULT: own, **self._parent_networks(known_outputs, compared[0])},
             self.weights,
             inputs,
             labels,
             axis=settings.axis,
             apart=(RESULT,),
         )
+
+    def _parent_networks(
+        self, known_outputs: OutputCache | None, output: int = 0
+    ) -> dict[str, Network]:
+        """Return what runs each parent, by name; what they put out is kept in ``known_outputs``."""
+        parents = self.parent_models
+        keywords = next(iter(parents.values())).keywords
+        found = {}
+        for name, one in parents.items():
+            run = network_of(one.model, keywords, output)
+            found[name] = run if known_outputs is None else known_outputs.keeping(one.model, run)
+        return found
 
     @property
     def combination(self) -> Combination:

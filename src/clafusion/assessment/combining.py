@@ -48,20 +48,20 @@ def observer_of_outputs(
 ) -> Observer | None:
     """Return what keeps in ``known`` what models put out while they are profiled.
 
-    None where neither :func:`chosen_combination` nor the assessment will look at it. ``model`` is
-    one of the models, and ``parts`` says which part of the data they are profiled on.
+    None where neither :func:`chosen_combination` nor the assessment will look at it, as of models
+    of other classes. ``model`` is one of the models, and ``parts`` says which part of the data they
+    are profiled on.
     """
     compared = compared_output(model, config.assessment)
-    if known is None or compared is None or (parts.held_out and not _may_compare(model, config)):
+    if known is None or compared is None or config.outputs == "both":
         return None
-    return known.observer(compared[0], MOST_COMPARED)
-
-
-def _may_compare(model: TracedModel, config: FusionConfig) -> bool:
-    compared = compared_output(model, config.assessment)
-    if config.combine != "auto" or compared is None or compared[1] == "values":
-        return False
-    return _num_classes(model, compared[0], config.assessment.axis) <= MOST_CLASSES
+    output, kind = compared
+    may_compare = (
+        config.combine == "auto"
+        and kind != "values"
+        and _num_classes(model, output, config.assessment.axis) <= MOST_CLASSES
+    )
+    return known.observer(output, MOST_COMPARED) if may_compare or not parts.held_out else None
 
 
 def _num_classes(model: TracedModel, output: int, axis: int) -> int:

@@ -16,7 +16,6 @@ import torch
 from clafusion.profiling.profile import ModelProfile
 from clafusion.tracing.model import (
     ChannelGroup,
-    GroupAxis,
     HeadPartition,
     TracedModel,
     UnitedHeads,
@@ -120,22 +119,9 @@ def _places(model: TracedModel, one: ChannelGroup, names: Mapping[str, str] | No
         uses = [use.index for use in model.uses_by_parameter[name]]
         shown = name if names is None else names.get(name)
         place = uses.index(group_axis.use.index)
-        found.append(
-            (shown, place, group_axis.axis, group_axis.direction, _repeats(one, group_axis))
-        )
+        repeats = one.places_of_a_head(group_axis.positions.size(1))
+        found.append((shown, place, group_axis.axis, group_axis.direction, repeats))
     return tuple(found)
-
-
-def _repeats(group: ChannelGroup, axis: GroupAxis) -> int:
-    """Return in how many positions a channel stands on an axis, of each head that shares it."""
-    repeats = axis.positions.size(1)
-    if group.sharing > 1:
-        base = group.base_repeats
-        if repeats == group.sharing * base:
-            return base
-        if repeats == (group.sharing + 1) * base:  # of queries and keys
-            return 2 * base
-    return repeats
 
 
 def _in_one_use(model: TracedModel, groups: Sequence[int]) -> bool:

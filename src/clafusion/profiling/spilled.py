@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 import torch
@@ -13,7 +13,7 @@ from clafusion.errors import StructureError
 from clafusion.execution.lazy import LazyState
 from clafusion.weights.storage import Spill
 
-__all__ = ["RowKey", "SpilledRows", "with_columns"]
+__all__ = ["RowKey", "SpilledRows", "close_rows", "with_columns"]
 
 RowKey: TypeAlias = tuple[int, int]
 """A hook point: its layer and its index in that layer."""
@@ -75,6 +75,13 @@ class SpilledRows(Mapping[RowKey, Tensor]):
         """Let go of the file: whoever reads rows from now on gets an error."""
         self._rows = None
         self._last.clear()
+
+
+def close_rows(every: Iterable[Mapping[RowKey, Tensor]]) -> None:
+    """Let go of the files of those rows that lie in one."""
+    for rows in every:
+        if isinstance(rows, SpilledRows):
+            rows.close()
 
 
 def with_columns(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -22,9 +21,9 @@ from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
 from clafusion.merging.widths import warn_of_uneven_widths
 from clafusion.problems import prepared_sources, problem_of
-from clafusion.profiling.batches import Data, Part, Progress, batches
-from clafusion.profiling.spilled import SpilledRows
-from clafusion.quality import hash_of
+from clafusion.profiling.batches import Data, Progress, batches
+from clafusion.profiling.spilled import close_rows
+from clafusion.quality import evaluation_of, hash_of
 from clafusion.shared_trunk.branches import Branch, branch_of, part_of
 from clafusion.shared_trunk.network import SharedTrunk
 from clafusion.shared_trunk.result import SharedTrunkResult
@@ -88,9 +87,7 @@ def fuse_with_branches(
         if progress is not None:
             progress("match", 1)
         made = assembled(aligned, split, problem, sizes, parts.kept, config, clock, progress)
-    for one in aligned.profiles:
-        if isinstance(one.rows, SpilledRows):
-            one.rows.close()
+    close_rows(one.rows for one in aligned.profiles)
     result = SharedTrunkResult(
         model=made.model,
         aligned=aligned,
@@ -253,9 +250,6 @@ def _assessed(
     parents = result.parent_models
     first = next(iter(parents.values()))
 
-    def inputs() -> Iterator[tuple[Tensor, ...]]:
-        return batches(parts.assessed, first.example_inputs, first.keywords, device=first.device)
-
     def seen(count: int) -> None:
         if progress is not None:
             progress("assess", count)
@@ -263,14 +257,13 @@ def _assessed(
     if config.assessment.outputs != "none":
         networks = {name: network_of(one.model, first.keywords) for name, one in parents.items()}
         own = network_of(result.model, first.keywords)
+        inputs = batches(parts.assessed, first.example_inputs, first.keywords, device=first.device)
         most = most_assessed(held_out=parts.held_out)
-        joint, of_tasks, count = nearness(own, networks, result.sizes, inputs(), most, seen)
+        joint, of_tasks, count = nearness(own, networks, result.sizes, inputs, most, seen)
         assessment = FusionAssessment(
             "classes", joint, {}, Nearness(math.inf), count, parts.held_out
         )
         result = replace(result, assessment=assessment, nearness=of_tasks)
     if labels is None:
         return result
-    if isinstance(parts.assessed, Part):
-        labels = labels[parts.assessed.places(len(labels))]
-    return replace(result, evaluation=result.evaluated(inputs(), labels))
+    return replace(result, evaluation=evaluation_of(result, parts, labels))

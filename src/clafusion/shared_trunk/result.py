@@ -75,21 +75,10 @@ class SharedTrunkResult(FusionResult):
 
         That of the result says how near it is to all of them side by side.
         """
-        rows: dict[str, dict[str, Any]] = {RESULT: {}}
-        rows |= {name: {"weight": one} for name, one in zip(self.names, self.weights, strict=True)}
         near = dict(self.nearness)
         if self.assessment is not None:
             near[RESULT] = self.assessment.result
-        for name, one in near.items():
-            rows[name] |= {"agreement": one.agreement, "distance": one.distance}
-        if self.evaluation is not None:
-            for name, score in self.evaluation.scores.items():
-                rows.setdefault(name, {}).update(accuracy=score.accuracy, loss=score.loss)
-        columns = ("weight", "agreement", "distance", "accuracy", "loss")
-        return Table.of(
-            ("network", "weight", "agreement", DISTANCES["classes"], "accuracy", "loss"),
-            [(name, *(of.get(one) for one in columns)) for name, of in rows.items()],
-        )
+        return self._table(near, DISTANCES["classes"])
 
     def evaluated(
         self,
@@ -102,13 +91,9 @@ class SharedTrunkResult(FusionResult):
         Labels are classes among those of all parents, one parent's behind the other's; see
         :func:`clafusion.shared_trunk.tasks.task_scores`.
         """
-        parents = self.parent_models
-        keywords = next(iter(parents.values())).keywords
-        networks = {}
-        for name, one in parents.items():
-            run = network_of(one.model, keywords)
-            networks[name] = run if known_outputs is None else known_outputs.keeping(one.model, run)
-        return task_scores(network_of(self.model, keywords), networks, self.sizes, inputs, labels)
+        own = network_of(self.model, next(iter(self.parent_models.values())).keywords)
+        parents = self._parent_networks(known_outputs)
+        return task_scores(own, parents, self.sizes, inputs, labels)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was found and done, as plain data for JSON."""

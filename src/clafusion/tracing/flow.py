@@ -211,21 +211,10 @@ class Flow:
         places = torch.stack([result.groups, result.members])[:, result.groups >= 0]
         channels, counts = places.unique(dim=1, return_counts=True)
         turns = {
-            self._of_a_head(group, count)
+            self.channels.groups[group].places_of_a_head(count)
             for group, count in set(zip(channels[0].tolist(), counts.tolist(), strict=True))
         }
         return (*(one.free for one in involved), tuple(sorted(turns)))
-
-    def _of_a_head(self, group: int, count: int) -> int:
-        """Return in how many places a channel stands, of each head that shares it."""
-        channels = self.channels.groups[group]
-        if channels.sharing > 1:
-            base = channels.base_repeats
-            if count == channels.sharing * base:
-                return base
-            if count == (channels.sharing + 1) * base:  # of queries and keys
-                return 2 * base
-        return count
 
     def settings(self, node: fx.Node) -> tuple[tuple[str, Any], ...]:
         """Return what else than widths two nodes must have in common to do the same, by name.

@@ -162,6 +162,16 @@ class ChannelGroup:
             return False
         return min(counts) % (sharing + 1) == 0
 
+    def places_of_a_head(self, count: int) -> int:
+        """Return in how many of ``count`` places a channel stands, of each head that shares it."""
+        if self.sharing > 1:
+            base = self.base_repeats
+            if count == self.sharing * base:
+                return base
+            if count == (self.sharing + 1) * base:  # of queries and keys
+                return 2 * base
+        return count
+
     def __repr__(self) -> str:
         return f"<ChannelGroup {self.name} of {self.size} channels>"
 
