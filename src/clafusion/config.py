@@ -151,6 +151,7 @@ ASSESSED_OUTPUTS = Choices(
     none="not at all, and nothing is kept out of the fusion",
 )
 LEANS = Choices(
+    auto="as 'largest'; with anchor 'auto' also one parent alone, where that comes clearly nearer",
     largest="the parent with the largest weight, of equals the one that gives the structure",
     any="whichever parent brings the outputs nearest; with anchor 'auto' 1 is tried, too",
 )
@@ -319,7 +320,7 @@ class LeastSquares(Calibration, name="least_squares"):
         high=1.0,
         word="auto",
     )
-    toward: str = choice("largest", LEANS, "towards which parent the interior leans")
+    toward: str = choice("auto", LEANS, "towards which parent the interior leans")
     ridge: float = number(
         1e-3, "penalty on changes, relative to the mean square of a layer's inputs", above_low=True
     )
@@ -615,9 +616,9 @@ class FusionConfig(Settings):
                 f"{who} does not go with calibration='batchnorm': use calibration='repair', which "
                 "estimates the statistics of every layer again"
             )
-        if isinstance(self.calibration, LeastSquares):
+        if isinstance(self.calibration, LeastSquares) and self.calibration.toward == "any":
             what = "no output tells towards whom a trunk should lean"
-            _check_needed(who, self, ("calibration.toward", "largest", what))
+            _check_needed(who, self, ("calibration.toward", "auto", what))
         _check_needed(
             who,
             self,
@@ -754,7 +755,7 @@ class MergeConfig(Settings):
                 f"calibration.anchor={calibration.anchor} is for fusions: a merge leans towards no "
                 "model. Leave it out"
             )
-        if isinstance(calibration, LeastSquares) and calibration.toward != "largest":
+        if isinstance(calibration, LeastSquares) and calibration.toward == "any":
             raise InputError(
                 f"calibration.toward={calibration.toward!r} is for fusions: a merge leans towards "
                 "no model. Leave it out"

@@ -185,10 +185,36 @@ def test_the_interior_may_lean_towards_the_parent_that_does_not_give_the_structu
     assert "towards" not in str(summary(one))
 
 
+def test_one_parents_interior_alone_is_taken_where_it_comes_clearly_nearer():
+    deep, shallow = mlp(8, 12, 10, 4), mlp(8, 12, 4, seed=1)
+    with torch.no_grad():
+        deep[-1].weight *= 0.01  # its outputs say next to nothing
+    models = {"deep": deep, "shallow": shallow}
+    largest, auto, anywhere = (
+        fuse(models, VECTORS, calibration=LeastSquares(toward=toward))
+        for toward in ("largest", "auto", "any")
+    )
+    assert largest.toward == "deep"
+    assert (auto.anchor, auto.toward) == (anywhere.anchor, anywhere.toward) == (1.0, "shallow")
+    far = distance_to_mean(auto, models.values())
+    assert far < 0.2 * distance_to_mean(largest, models.values())
+    assert "anchor 1, towards 'shallow'" in str(summary(auto))
+
+
+def test_where_inputs_are_few_no_parents_interior_is_tried_alone():
+    deep, shallow = mlp(8, 12, 10, 4), mlp(8, 12, 4, seed=1)
+    with torch.no_grad():
+        deep[-1].weight *= 0.01
+    few = VECTORS[:60]
+    found = fuse([deep, shallow], few, calibration=LeastSquares(), assessment="none")
+    assert found.anchor in ANCHORS
+
+
 def test_auto_tries_more_where_the_interior_may_lean_towards_any():
     problem = with_weights([MergeWeights(0.25), MergeWeights(0.75), MergeWeights(0.0)])
-    tried = leans(problem, LeastSquares(toward="any"))
-    assert tried[: len(ANCHORS)] == leans(problem, LeastSquares())
+    tried = leans(problem, LeastSquares())
+    assert tried == leans(problem, LeastSquares(toward="any"))
+    assert tried[: len(ANCHORS)] == leans(problem, LeastSquares(toward="largest"))
     assert {one.toward for one in tried} == {0, 1}  # who has no weight is no aim
     assert {one.anchor for one in tried} == {*ANCHORS, 1.0}
     assert leans(problem, LeastSquares(anchor=0, toward="any")) == (Lean(0, 1),)
@@ -199,17 +225,30 @@ def test_auto_tries_more_where_the_interior_may_lean_towards_any():
 def test_a_lean_must_come_clearly_nearer_where_parents_learnt_different_things():
     problem = with_weights([MergeWeights(0.5), MergeWeights(0.5)])
     apart = replace(problem, combination=Combination("probabilities"))
-    tried = leans(problem, LeastSquares())
+    tried = leans(problem, LeastSquares(toward="largest"))
     for far, taken, where_apart in (
         ([1.0, 0.9], 0.9, 0.0),
         ([1.0, 0.7], 0.9, 0.9),
         ([1.0, 1.1], 0.0, 0.0),
         ([0.0, 0.0], 0.0, 0.0),
     ):
-        assert nearest(problem, tried, far).anchor == taken
-        assert nearest(apart, tried, far).anchor == where_apart
+        assert nearest(problem, "auto", tried, far).anchor == taken
+        assert nearest(apart, "auto", tried, far).anchor == where_apart
     without_none = leans(apart, LeastSquares(anchor=0.5, toward="any"))
-    assert nearest(apart, without_none, [1.0, 0.9]) == Lean(0.5, 1)
+    assert nearest(apart, "any", without_none, [1.0, 0.9]) == Lean(0.5, 1)
+
+
+def test_one_parent_alone_must_come_clearly_nearer_unless_asked_for():
+    problem = with_weights([MergeWeights(0.5), MergeWeights(0.5)])
+    tried = leans(problem, LeastSquares())
+    assert [(one.anchor, one.toward) for one in tried] == [(0, 0), (0.9, 0), (1, 0), (1, 1)]
+    for far, asked, taken in (
+        ([1.0, 0.9, 0.8, 0.75], "auto", Lean(0.9, 0)),  # 0.75 is above 0.8 of 0.9
+        ([1.0, 0.9, 0.8, 0.75], "any", Lean(1.0, 1)),
+        ([1.0, 0.9, 0.8, 0.7], "auto", Lean(1.0, 1)),
+        ([0.9, 1.0, 0.6, 0.7], "auto", Lean(1.0, 0)),
+    ):
+        assert nearest(problem, asked, tried, far) == taken
 
 
 def with_weights(weights, reference=0):

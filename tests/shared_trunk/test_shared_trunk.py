@@ -309,7 +309,7 @@ def test_labels_are_evaluated_over_all_classes_and_wrong_ones_refused():
         ({"matching": {"solver": "orthogonal"}}, "does not go with matching.solver='orthogonal'"),
         (
             {"calibration": clafusion.LeastSquares(toward="any")},
-            "outputs='both' needs calibration.toward='largest'",
+            "outputs='both' needs calibration.toward='auto'",
         ),
         ({"merging": "iterative"}, "does not go with merging.strategy='iterative'"),
         (

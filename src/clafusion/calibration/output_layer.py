@@ -83,7 +83,9 @@ def refit_output_layer(
     """
     if any(one.output_plan is not None for one in problem.parents):
         return "the outputs are matched"
-    last = [one for one in regressed_places(problem, state)[-1:] if _is_output(one)]
+    last = [
+        one for one in regressed_places(problem, state)[-1:] if one.is_output and one.norm is None
+    ]
     if not last:
         return "it is no layer that can be regressed"
     place = last[0]
@@ -99,10 +101,6 @@ def refit_output_layer(
     if float((found - logs.exp()).abs().max()) > _EXACT:
         store_solution(place, state, refitted_weights(inputs, logs, start, settings.ridge))
     return None
-
-
-def _is_output(place: Place) -> bool:
-    return bool((place.point.groups < 0).all()) and place.norm is None
 
 
 def _rows(

@@ -19,10 +19,10 @@ __all__ = ["ANCHORS", "Lean", "Trial", "anchored_weights", "leans", "nearest", "
 ANCHORS = (0.0, 0.9)
 """What ``"auto"`` tries."""
 FULL = 1.0
-"""What it tries as well where the interior may lean towards any parent."""
+"""What it tries as well, of each parent: its interior alone, with the outputs of all."""
 
 _PART, _LEAST_PART = 8, 3  # one of so many inputs is regressed, and another one compared
-_CLEARLY = 0.8  # of the squared distance without a lean
+_CLEARLY = 0.8  # of the squared distance of what gives up less of the parents
 _ROWS = 32  # of the outputs, that are regressed at the least
 
 
@@ -40,27 +40,38 @@ def leans(problem: FusionProblem, settings: LeastSquares) -> tuple[Lean, ...]:
     own = [one.weights.overall for one in problem.parents]
     if problem.merged is not None:  # whose interior leans towards nobody
         return (Lean(0.0, most),)
-    is_any = settings.toward == "any" and max(own) < 1.0
-    others = [i for i, weight in enumerate(own) if weight > 0 and i != most] if is_any else []
+    others = [i for i, weight in enumerate(own) if weight > 0 and i != most]
+    if max(own) >= 1.0 or settings.toward == "largest":
+        others = []
     if not isinstance(settings.anchor, str):
         anchor = settings.anchor
-        return tuple(Lean(anchor, i) for i in ([most, *others] if anchor > 0 else [most]))
+        aims = [most, *others] if anchor > 0 and settings.toward == "any" else [most]
+        return tuple(Lean(anchor, i) for i in aims)
     if problem.is_beginning or max(own) >= 1.0:  # no output tells which one is the best
         return (Lean(0.0, most),)
     found = [Lean(anchor, most) for anchor in ANCHORS]
-    if is_any:
+    if others:
         found += [Lean(FULL, i) for i in (most, *others)]
     return tuple(found)
 
 
-def nearest(problem: FusionProblem, tried: Sequence[Lean], far: Sequence[float]) -> Lean:
+def nearest(
+    problem: FusionProblem, toward: str, tried: Sequence[Lean], far: Sequence[float]
+) -> Lean:
     """Return what is to be taken of several, given how far each one's outputs are off, squared.
 
-    Where the parents put out a mean of probabilities they learnt different things, and a lean gives
-    up what one of them knows. On inputs that a parent was trained on that does not show: there its
-    own features tell what it has learnt by heart. So a lean must come clearly nearer than none.
+    A lean gives up what a parent knows. On inputs that another one was trained on that does not
+    show: there its own features tell what it has learnt by heart. So what gives up more must come
+    clearly nearer: one parent's interior alone than any other way, unless the settings ask for
+    ``toward`` any; and where the parents put out a mean of probabilities, as they learnt different
+    things, any lean than none.
     """
-    best = far.index(min(far))
+    order = sorted(range(len(tried)), key=lambda i: far[i])
+    best = order[0]
+    if toward == "auto" and tried[best].anchor == FULL:
+        parts = [i for i in order if tried[i].anchor < FULL]
+        if parts and far[best] > _CLEARLY * far[parts[0]]:
+            best = parts[0]
     if problem.combination.means == "probabilities":
         for i, one in enumerate(tried):
             if one.anchor == 0.0 and far[best] > _CLEARLY * far[i]:

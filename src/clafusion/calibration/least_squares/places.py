@@ -75,6 +75,11 @@ class Place:
         names = [self.kernel, self.kernel_bias, *(self.norm or {}).values()]
         return [name for name in names if name is not None]
 
+    @property
+    def is_output(self) -> bool:
+        """Whether what it puts out are the network's outputs, which are in no group."""
+        return bool((self.point.groups < 0).all())
+
     def num_features(self, kernel: Tensor) -> int:
         """Return how many numbers the layer multiplies for each output, given its weight."""
         return kernel.numel() // kernel.size(1 if self.is_transposed else 0)

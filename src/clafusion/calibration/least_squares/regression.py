@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clafusion.calibration.least_squares.anchors import (
+    FULL,
     Lean,
     Trial,
     anchored_weights,
@@ -75,7 +76,8 @@ def regress_anchored(
 
     Of several ways to lean (see :func:`leans`) that one is taken whose outputs come nearest to the
     parents' weighted mean: regressed on a part of the inputs and compared on another, or where
-    inputs are few, all of them regressed and compared on all inputs.
+    inputs are few, all of them regressed and compared on all inputs. Of one parent's interior alone
+    the trial regresses the outputs only, for the rest is that parent's already.
     """
     if problem.merged is None:  # else models of tasks of their own may be equal
         problem = without_copies(problem)
@@ -88,26 +90,34 @@ def regress_anchored(
         return _regression(problem, plain, tried[0], frozenset(plain))  # that parent: as it is
     if is_exact(problem, plain, data):
         return _regression(problem, plain, tried[0], frozenset(plain))
-    fused = {lean: _anchored(problem, plain, lean) for lean in tried}
     in_parts = not problem.target.takes_whole_batches
     # A trial holds a part of the inputs only, however many are tried.
     inputs, owners = _inputs(
-        problem, data, settings, min(len(fused), 2 if in_parts else len(fused))
+        problem, data, settings, min(len(tried), 2 if in_parts else len(tried))
     )
     rows = Rows(seed=seed)
     trial = None
-    if len(fused) > 1 and in_parts:
+    if len(tried) > 1 and in_parts:
         trial = Trial.of(inputs, min(math.prod(shape[:-1]) for shape, _ in problem.target.outputs))
+        if trial is None and settings.toward == "auto":  # so few any parent's features fit
+            tried = tuple(
+                one for one in tried if one.anchor < FULL or one.anchor == settings.anchor
+            )
+    fused = {lean: _anchored(problem, plain, lean) for lean in tried}
     if trial is not None:
         report, progress = _shares(problem, progress, inputs, trial, len(fused))
-        walks = _regressed(problem, fused, trial.regressed, settings.ridge, rows.fewer(), report)
+        walks = _regressed(
+            problem, fused, trial.regressed, settings.ridge, rows.fewer(), report, is_trial=True
+        )
         states = [one.state for one in walks.candidates]
         far = output_distances(problem, states, trial.compared)
-        best = nearest(problem, tried, far)
+        best = nearest(problem, settings.toward, tried, far)
         fused = {best: fused[best]}
     walks = _regressed(problem, fused, inputs, settings.ridge, rows, progress, owners)
     tried = tuple(fused)
-    taken = nearest(problem, tried, walks.distances()) if len(tried) > 1 else tried[0]
+    taken = tried[0]
+    if len(tried) > 1:
+        taken = nearest(problem, settings.toward, tried, walks.distances())
     return _regression(problem, walks.candidates[tried.index(taken)].state, taken, walks.solved)
 
 
@@ -201,15 +211,24 @@ def _regressed(
     rows: Rows,
     progress: Progress | None = None,
     owners: Sequence[int] = (),
+    *,
+    is_trial: bool = False,
 ) -> Walks:
-    """Regress the states, given by how they lean, side by side."""
+    """Regress the states, given by how they lean, side by side.
+
+    In a trial one parent's interior stays as it is.
+    """
     places = regressed_places(problem, next(iter(fused.values())))
     states = [one.traced.state() for one in problem.parents]
     hidden = {}
     if problem.merged is None:
         hidden = hidden_channels(problem, places, states, problem.target.state())
     candidates = [
-        Candidate(_kept(problem, state), _weights(problem, places, lean))
+        Candidate(
+            _kept(problem, state),
+            _weights(problem, places, lean),
+            keeps_interior=is_trial and lean.anchor == FULL,
+        )
         for lean, state in fused.items()
     ]
     walks = Walks(problem, candidates, inputs, places, hidden, states, rows, owners)
@@ -253,8 +272,7 @@ def _weights(problem: FusionProblem, places: Sequence[Place], lean: Lean) -> dic
     inside = anchored_weights(problem, lean.anchor, lean.toward)
     found = {}
     for place in places:
-        is_output = bool((place.point.groups < 0).all())
-        given = own if is_output else inside
+        given = own if place.is_output else inside
         # The sums on a stream are the work of all its layers: no layer's own weight is theirs.
         is_sum = place.shortcut is not None
         found[place.affine.name] = [

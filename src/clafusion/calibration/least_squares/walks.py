@@ -81,6 +81,8 @@ class Candidate:
         Its weights; each layer's are replaced in turn.
     weights
         The parents' weights at each layer, by the name of its node.
+    keeps_interior
+        Whether only the layers that put out the outputs are regressed.
     walks
         Its runs, one for each batch.
     choices
@@ -89,8 +91,13 @@ class Candidate:
 
     state: MutableMapping[str, Tensor]
     weights: Mapping[str, Sequence[float]]
+    keeps_interior: bool = False
     walks: list[Walk] = field(default_factory=list)
     choices: dict[str, Choice] = field(default_factory=dict)
+
+    def solves(self, place: Place) -> bool:
+        """Whether a layer of it is regressed."""
+        return place.is_output or not self.keeps_interior
 
 
 class Walks:
@@ -159,13 +166,20 @@ class Walks:
 
     def solve(self, place: Place, ridge: float) -> None:
         """Regress one layer of every candidate and put its new weights into the state."""
+        candidates = [one for one in self.candidates if one.solves(place)]
+        if candidates:
+            self._solve(place, candidates, ridge)
+        for key in self._reached(place):
+            self._release(key)
+
+    def _solve(self, place: Place, candidates: Sequence[Candidate], ridge: float) -> None:
         hidden = self.hidden.get(place.affine.name)
         if hidden is not None:
-            self._choose(place, hidden)
-            for one in self.candidates:
+            self._choose(place, hidden, candidates)
+            for one in candidates:
                 self._carry(one.state, hidden, one.choices[place.affine.name].kept)
         drawn: Positions | None = None
-        starts = [self._start(place, hidden, one) for one in self.candidates]
+        starts = [self._start(place, hidden, one) for one in candidates]
         equations: list[Equations] = []
         size, channels = starts[0].shape
         first, view = next((i, one) for i, one in enumerate(place.views) if one is not None)
@@ -191,7 +205,7 @@ class Walks:
             values.clear()
             self._drop_outputs(place, walks)
             moved = self._moved(place, rows) if hidden is None else []
-            for one, sums in zip(self.candidates, equations, strict=True):
+            for one, sums in zip(candidates, equations, strict=True):
                 if hidden is not None:
                     shown = [own for part in hidden.parts if (own := rows[part.parent]) is not None]
                     goal = of_kept(hidden, one.choices[place.affine.name].kept, shown)
@@ -215,12 +229,10 @@ class Walks:
                 )
                 sums.add(sides if kept is None else sides[:, kept], goal, active, shortcut)
         with one_thread():
-            for one, sums in zip(self.candidates, equations, strict=True):
+            for one, sums in zip(candidates, equations, strict=True):
                 solved = sums.solved(ridge)
                 if not is_stored(place, one.state, solved):
                     store_solution(place, one.state, solved, sums)
-        for key in self._reached(place):
-            self._release(key)
 
     def _rows_in_all(self, values: Sequence[Tensor | None]) -> int:
         """Return how many rows a position has in all batches, about, given the first one's."""
@@ -279,8 +291,8 @@ class Walks:
         rows = chosen_rows(by_input, chosen)[:, 0]
         return None if bool(rows.all()) else rows.nonzero().squeeze(1)
 
-    def _choose(self, place: Place, hidden: Hidden) -> None:
-        """Choose the hidden channels that a layer writes."""
+    def _choose(self, place: Place, hidden: Hidden, candidates: Sequence[Candidate]) -> None:
+        """Choose the hidden channels that a layer of some candidates writes."""
         gram: Tensor | None = None
         drawn: Positions | None = None
         kernel, first = hidden.reader.kernel_size, hidden.parts[0]
@@ -301,7 +313,7 @@ class Walks:
         assert gram is not None
         inverse = hidden_inverse(self.problem, hidden, gram)
         name = place.affine.name
-        for one in self.candidates:
+        for one in candidates:
             one.choices[name] = choose_channels(
                 self.problem,
                 hidden,
@@ -315,7 +327,7 @@ class Walks:
         """Return the weights from which a layer starts: those that choosing channels gave it."""
         name = place.affine.name
         kept = () if hidden is None else candidate.choices[name].kept
-        if name in self.writers:
+        if name in self.writers and self.writers[name] in candidate.choices:
             readout = candidate.choices[self.writers[name]].readout
             if hidden is None:
                 return readout
