@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,6 @@ from clafusion.calibration.least_squares.walks import Candidate, Rows, Walks
 from clafusion.calibration.outputs import is_exact
 from clafusion.config import LeastSquares
 from clafusion.errors import FusionWarning, warn
-from clafusion.execution.call import State
 from clafusion.merging.copies import without_copies
 from clafusion.merging.mean import average
 from clafusion.merging.problem import FusionProblem
@@ -90,35 +89,97 @@ def regress_anchored(
         return _regression(problem, plain, tried[0], frozenset(plain))  # that parent: as it is
     if is_exact(problem, plain, data):
         return _regression(problem, plain, tried[0], frozenset(plain))
+    averages = _Averages(problem, plain)
+    del plain
     in_parts = not problem.target.takes_whole_batches
     # A trial holds a part of the inputs only, however many are tried.
     inputs, owners = _inputs(
         problem, data, settings, min(len(tried), 2 if in_parts else len(tried))
     )
     rows = Rows(seed=seed)
-    trial = None
     if len(tried) > 1 and in_parts:
         trial = Trial.of(inputs, min(math.prod(shape[:-1]) for shape, _ in problem.target.outputs))
-        if trial is None and settings.toward == "auto":  # so few any parent's features fit
-            tried = tuple(
-                one for one in tried if one.anchor < FULL or one.anchor == settings.anchor
-            )
-    fused = {lean: _anchored(problem, plain, lean) for lean in tried}
-    if trial is not None:
-        report, progress = _shares(problem, progress, inputs, trial, len(fused))
-        walks = _regressed(
-            problem, fused, trial.regressed, settings.ridge, rows.fewer(), report, is_trial=True
-        )
-        states = [one.state for one in walks.candidates]
-        far = output_distances(problem, states, trial.compared)
-        best = nearest(problem, settings.toward, tried, far)
-        fused = {best: fused[best]}
-    walks = _regressed(problem, fused, inputs, settings.ridge, rows, progress, owners)
-    tried = tuple(fused)
+        if trial is not None:
+            report, progress = _shares(problem, progress, inputs, trial, len(tried))
+            far = _tried(problem, averages, tried, trial, settings.ridge, rows.fewer(), report)
+            tried = (nearest(problem, settings.toward, tried, far),)
+        elif settings.toward == "auto":  # to so few any parent's features fit
+            tried = tuple(one for one in tried if one.anchor < FULL)
+    walks = _regressed(problem, averages, tried, inputs, settings.ridge, rows, progress, owners)
     taken = tried[0]
     if len(tried) > 1:
         taken = nearest(problem, settings.toward, tried, walks.distances())
     return _regression(problem, walks.candidates[tried.index(taken)].state, taken, walks.solved)
+
+
+def _tried(
+    problem: FusionProblem,
+    averages: _Averages,
+    tried: Sequence[Lean],
+    trial: Trial,
+    ridge: float,
+    rows: Rows,
+    progress: Progress | None,
+) -> list[float]:
+    """Return how far the outputs are off with each lean, squared, given a part of the inputs.
+
+    One parent's interior alone stays as it is, so that only the outputs are regressed. These leans
+    are tried after the others: no more of the states are held at a time.
+    """
+    found: dict[Lean, float] = {}
+    for keeps_interior in (False, True):
+        group = [one for one in tried if (one.anchor == FULL) == keeps_interior]
+        if not group:
+            continue
+        first, count = len(found), len(group)
+        whole = sum(one[0].size(0) for one in trial.regressed)
+
+        def report(
+            stage: str, done: int, first: int = first, count: int = count, whole: int = whole
+        ) -> None:
+            assert progress is not None
+            progress(stage, (first * whole + count * done) // len(tried))
+
+        walks = _regressed(
+            problem,
+            averages,
+            group,
+            trial.regressed,
+            ridge,
+            rows,
+            None if progress is None else report,
+            keeps_interior=keeps_interior,
+        )
+        states = [one.state for one in walks.candidates]
+        far = output_distances(problem, states, trial.compared)
+        found |= zip(group, far, strict=True)
+    return [found[one] for one in tried]
+
+
+class _Averages:
+    """The parents' averages by lean, each made when it is asked for: they are large."""
+
+    def __init__(self, problem: FusionProblem, plain: MutableMapping[str, Tensor]) -> None:
+        axes = problem.target.axes_by_parameter
+        self.problem = problem
+        self.plain: MutableMapping[str, Tensor] | None = plain
+        # Channels leave these in no group: the outputs' parameters, which are not anchored.
+        self.of_outputs = {
+            name: plain[name]
+            for name in plain
+            if all(one.direction == "in" for _, one in axes.get(name, ()))
+        }
+
+    def take(self, lean: Lean) -> MutableMapping[str, Tensor]:
+        """Return an average of its own, with the interior anchored."""
+        if lean.anchor == 0.0:
+            plain, self.plain = self.plain, None
+            return average(self.problem) if plain is None else plain
+        self.plain = None
+        made = average(self.problem, anchored_weights(self.problem, lean.anchor, lean.toward))
+        for name, tensor in self.of_outputs.items():
+            made[name] = tensor
+        return made
 
 
 def _regression(
@@ -157,21 +218,6 @@ def _shares(
     return trying, solving
 
 
-def _anchored(
-    problem: FusionProblem, plain: MutableMapping[str, Tensor], lean: Lean
-) -> MutableMapping[str, Tensor]:
-    """Return the average with the interior anchored, given the one by the parents' own weights."""
-    if lean.anchor == 0.0:
-        return plain
-    axes = problem.target.axes_by_parameter
-    anchored = average(problem, anchored_weights(problem, lean.anchor, lean.toward))
-    for name in anchored:
-        # Channels leave these in no group: the outputs' parameters, which are not anchored.
-        if all(one.direction == "in" for _, one in axes.get(name, ())):
-            anchored[name] = plain[name]
-    return anchored
-
-
 def _inputs(
     problem: FusionProblem, data: Data, settings: LeastSquares, num_candidates: int
 ) -> tuple[list[tuple[Tensor, ...]], list[int]]:
@@ -205,32 +251,28 @@ def _inputs(
 
 def _regressed(
     problem: FusionProblem,
-    fused: Mapping[Lean, State],
+    averages: _Averages,
+    tried: Sequence[Lean],
     inputs: Sequence[tuple[Tensor, ...]],
     ridge: float,
     rows: Rows,
     progress: Progress | None = None,
     owners: Sequence[int] = (),
     *,
-    is_trial: bool = False,
+    keeps_interior: bool = False,
 ) -> Walks:
-    """Regress the states, given by how they lean, side by side.
-
-    In a trial one parent's interior stays as it is.
-    """
-    places = regressed_places(problem, next(iter(fused.values())))
+    """Regress the averages of several leans side by side."""
+    fused = [averages.take(one) for one in tried]
+    places = regressed_places(problem, fused[0])
     states = [one.traced.state() for one in problem.parents]
     hidden = {}
     if problem.merged is None:
         hidden = hidden_channels(problem, places, states, problem.target.state())
     candidates = [
-        Candidate(
-            _kept(problem, state),
-            _weights(problem, places, lean),
-            keeps_interior=is_trial and lean.anchor == FULL,
-        )
-        for lean, state in fused.items()
+        Candidate(_contiguous(state), _weights(problem, places, lean), keeps_interior)
+        for lean, state in zip(tried, fused, strict=True)
     ]
+    del fused
     walks = Walks(problem, candidates, inputs, places, hidden, states, rows, owners)
     num_inputs = sum(walks.batch_sizes)
     for done, place in enumerate(places):
@@ -240,12 +282,13 @@ def _regressed(
     return walks
 
 
-def _kept(problem: FusionProblem, state: State) -> MutableMapping[str, Tensor]:
-    """Return a copy of a state, where the problem keeps what it makes."""
-    kept = problem.storage.empty()
-    for name, tensor in state.items():
-        kept[name] = tensor.clone(memory_format=torch.contiguous_format)
-    return kept
+def _contiguous(state: MutableMapping[str, Tensor]) -> MutableMapping[str, Tensor]:
+    """Lay out a state's tensors as in a file, in place."""
+    for name in state:
+        tensor = state[name]
+        if not tensor.is_contiguous():
+            state[name] = tensor.contiguous()
+    return state
 
 
 def _most_inputs(problem: FusionProblem, num_candidates: int) -> int:
