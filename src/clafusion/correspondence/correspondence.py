@@ -16,7 +16,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from clafusion.correspondence.hooks import HookPair, hook_pairs, source_hook
+from clafusion.correspondence.hooks import HookPair, SharedHooks, source_hook
 from clafusion.correspondence.shared_heads import lacks_heads, share_otherwise
 from clafusion.errors import StructureError, WidthWarning, warn
 from clafusion.tracing.layer import CalibrationPoint, HookPoint, Layer
@@ -90,6 +90,11 @@ class Correspondence:
         return {index: (of.count, to.count) for to, of in pairs for index in to.groups}
 
     @cached_property
+    def shared_hooks(self) -> SharedHooks:
+        """Which hook points show the same value in both networks."""
+        return SharedHooks(self.target, self.source, self.layer_map)
+
+    @cached_property
     def target_points(self) -> Mapping[str, CalibrationPoint]:
         """The target's calibration points by node."""
         return {one.node: one for layer in self.target.layers for one in layer.calibration_points}
@@ -158,10 +163,8 @@ def correspond(
     for name in target.state():
         origins.setdefault(name, "target_only")
     groups = _match_groups(target, source, names, layer_map)
-    hooks = tuple(
-        tuple(hook_pairs(target, source, layer_map, one.index, groups[one.index]))
-        for one in target.groups
-    )
+    shared = SharedHooks(target, source, layer_map)
+    hooks = tuple(tuple(shared.pairs(one.index, groups[one.index])) for one in target.groups)
     return Correspondence(
         target, source, layer_map, origins, names, groups, hooks, points, passing, products or {}
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from clafusion.tracing.layer import HookPoint, Layer
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.points import places_of
 
-__all__ = ["HookPair", "hook_pairs", "source_hook"]
+__all__ = ["HookPair", "SharedHooks", "source_hook"]
 
 
 @dataclass(frozen=True)
@@ -29,36 +29,42 @@ class HookPair:
     source_columns: Tensor
 
 
-def hook_pairs(
-    target: TracedModel,
-    source: TracedModel,
-    layer_map: tuple[int, ...],
-    target_group: int,
-    source_group: int,
-) -> Iterable[HookPair]:
-    """Yield the hook points that show a group of the target and one of the source."""
-    if source_group < 0:
-        return
-    seen: set[tuple[str, str]] = set()
-    for layer in target.layers:
-        for i, hook in enumerate(layer.hook_points):
-            key = source_hook(source, layer_map, layer, i)
-            if key is None or not bool((hook.groups == target_group).any()):
-                continue
-            other = source.layers[key[0]].hook_points[key[1]]
+class SharedHooks:
+    """The hook points of two networks that show the same value, under a layer map."""
+
+    def __init__(
+        self, target: TracedModel, source: TracedModel, layer_map: tuple[int, ...]
+    ) -> None:
+        self.target, self.source = target, source
+        self.by_group: dict[int, list[tuple[tuple[int, int], tuple[int, int]]]] = {}
+        for layer in target.layers:
+            for i, hook in enumerate(layer.hook_points):
+                key = source_hook(source, layer_map, layer, i)
+                if key is not None:
+                    for group in hook.groups.unique().tolist():
+                        self.by_group.setdefault(group, []).append(((layer.index, i), key))
+
+    def pairs(self, target_group: int, source_group: int) -> Iterator[HookPair]:
+        """Yield the hook points that show a group of the target and one of the source."""
+        if source_group < 0:
+            return
+        seen: set[tuple[str, str]] = set()
+        for of_target, of_source in self.by_group.get(target_group, ()):
+            hook = self.target.layers[of_target[0]].hook_points[of_target[1]]
+            other = self.source.layers[of_source[0]].hook_points[of_source[1]]
             nodes = (hook.post, other.post)
             # Where one shows queries and keys and the other keys alone, they show not the same.
             turns = [
                 int((one.groups == index).sum()) / model.groups[index].size
                 for model, one, index in (
-                    (target, hook, target_group),
-                    (source, other, source_group),
+                    (self.target, hook, target_group),
+                    (self.source, other, source_group),
                 )
             ]
             if turns[0] == turns[1] and nodes not in seen:
                 seen.add(nodes)
                 columns = _columns(hook, target_group), _columns(other, source_group)
-                yield HookPair((layer.index, i), key, *columns)
+                yield HookPair(of_target, of_source, *columns)
 
 
 def source_hook(

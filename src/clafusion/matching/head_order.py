@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clafusion.correspondence.correspondence import Correspondence
-from clafusion.correspondence.hooks import HookPair, hook_pairs
+from clafusion.correspondence.hooks import HookPair
 from clafusion.matching.activation_costs import pair_costs
 from clafusion.profiling.moments import BatchMoments
 from clafusion.profiling.profile import ModelProfile
@@ -156,7 +156,7 @@ def _hooks(
     most alike in how large their values are, which does not depend on the channels' order.
     """
     models = correspondence.target, correspondence.source
-    for pair in hook_pairs(*models, correspondence.layer_map, *groups):
+    for pair in correspondence.shared_hooks.pairs(*groups):
         places = [
             _places_of_heads(model, index, model.layers[layer].hook_points[hook])
             for model, index, (layer, hook) in zip(
