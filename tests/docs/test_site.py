@@ -127,13 +127,13 @@ def roles():
 def test_roles_become_links_and_formulas(roles):
     module, package = roles
     found = package["fusion.fuse"]
-    shown = {"clafusion.fusion.fuse", "clafusion.config.FusionConfig"}
+    shown = {"clafusion.fusion.fuse", "clafusion.config.fusion.FusionConfig"}
 
     def made(text):
         return module.markdown(text, found, shown)
 
     assert made("see :func:`clafusion.fuse`.") == "see [`clafusion.fuse`][clafusion.fusion.fuse]."
-    assert made(":class:`FusionConfig`") == "[`FusionConfig`][clafusion.config.FusionConfig]"
+    assert made(":class:`FusionConfig`") == "[`FusionConfig`][clafusion.config.fusion.FusionConfig]"
     assert made(":func:`clafusion.trace`") == "`clafusion.trace`"  # not among what is shown
     assert made(r"with :math:`S_{gg}`") == "with $S_{gg}$"
     block = "so\n\n    .. math:: a +\n              b\n\n    behind"

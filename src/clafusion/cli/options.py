@@ -1,6 +1,6 @@
 """The options of :class:`clafusion.FusionConfig`, and of a merge, on the command line.
 
-Parameters of commands are made from what ``config.py`` says of each option, and what is typed is
+Parameters of commands are made from what ``config`` says of each option, and what is typed is
 put back into a configuration. An option that is added there is one here, with nothing to do.
 """
 
@@ -55,7 +55,7 @@ def _every_option() -> list[Option]:
     return [one for kind in _CONFIGS for one in options_of(kind) if found.pop(one.path, None)]
 
 
-# --- from config.py to parameters ---------------------------------------------------------------
+# --- from config to parameters ------------------------------------------------------------------
 
 
 def with_options(
