@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +33,14 @@ from clafusion.cli.parameters import (
 )
 from clafusion.cli.show import print_json, print_line, print_text, progress, typed_command
 from clafusion.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from clafusion.config import FusionConfig
+    from clafusion.profiling.batches import Data
+    from clafusion.results import FusionResult
+    from clafusion.weights.factories import Model, ModelFile
 
 __all__ = ["fuse_command"]
 
@@ -120,90 +128,43 @@ def fuse_command(
         data_of,
         keys_of,
         labels_of,
-        load_models,
         memory_limit_of,
         model_files,
         named_files,
-        try_models,
     )
+    from clafusion.cli.outputs import check_network_output, check_processor_of
     from clafusion.cli.parsing import merge_weights_of
     from clafusion.cli.settings import read_config
-    from clafusion.estimates import calibration_cost, estimate
     from clafusion.execution.call import usable_device
-    from clafusion.fusion import fuse
-    from clafusion.interop.huggingface import weight_files
-    from clafusion.interop.programs import PROGRAM
-    from clafusion.interop.records import check_companions
     from clafusion.interop.saving import save_result
-    from clafusion.interop.vocabulary import VOCABULARIES
-    from clafusion.memory import check_limit
-    from clafusion.profiling.batches import num_rows
     from clafusion.reports import plot as draw
-    from clafusion.reports import summary
-    from clafusion.stages import expected_work
-    from clafusion.weights.state_files import WRITABLE, check_weights_output, weight_type
+    from clafusion.weights.state_files import weight_type
 
     files = named_files(weights)
     archs = archs_of(arch, files)
     keys = keys_of(checkpoint_key, list(files))
     given = merge_weights_of("--weights", merge_weights, list(files))
-    base = None if config is None else read_config(config, "--config")
-    settings = configured(options, base)
+    settings = configured(options, None if config is None else read_config(config, "--config"))
     usable_device(device, "--device")
-    folder = _folder(out, files, processor_of)
-    if not folder:
-        read = [one for file in files.values() for one in weight_files(file)]
-        check_weights_output(out, "--out", read, (data,), (*WRITABLE, PROGRAM))
-        check_companions(out, "--out")
+    folder = check_network_output(out, files, (data,))
+    check_processor_of(processor_of, files, out, folder=folder)
     check_plot(plot)
     written_type = None if out_dtype is None else weight_type(out_dtype, "--out-dtype")
     at_most = memory_limit_of(memory_limit, device)
-    if vocabulary not in VOCABULARIES:
-        raise InputError(f"--vocabulary must be same or intersection; got {vocabulary}")
+    _check_vocabulary(vocabulary, has_limit=at_most is not None)
     if settings.outputs == "both":
         _check_both(folder=folder, has_limit=at_most is not None, vocabulary=vocabulary)
-    if vocabulary != "same" and at_most is not None:
-        raise InputError("--vocabulary intersection does not go with --memory-limit")
     known = model_files(files, archs, keys, vocabulary)
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
     samples = data_of(data, limit, reading, files)
-    known_labels = labels_of(data, labels, limit)
-    if known_labels is not None:
-        known_labels = checked_labels(known_labels, samples)
+    of_samples = labels_of(data, labels, limit)
+    if of_samples is not None:
+        of_samples = checked_labels(of_samples, samples)
     if dry_run:
-        with messages_by_flags():
-            found = estimate(known, samples, settings)
-            if at_most is not None:
-                check_limit(at_most, found.memory)
-        print_json(asdict(found)) if as_json else print_text(str(found))
+        _show_estimate(known, samples, settings, at_most, as_json=as_json)
         return
-    work = expected_work(num_rows(samples), settings, len(files))
-    cost = calibration_cost(settings, 1.0, 1.0 / len(files))
-    with progress(work, cost) as report, messages_by_flags():
-        if at_most is not None:
-            result = fuse(
-                known,
-                samples,
-                given,
-                settings,
-                memory_limit=at_most,
-                labels=known_labels,
-                progress=report,
-            )
-        else:
-            models = load_models(known)
-            if vocabulary == "same":  # else the data are of the first model's tokens
-                try_models(models, samples)
-            result = fuse(
-                models,
-                samples,
-                given,
-                settings,
-                device=device,
-                labels=known_labels,
-                vocabulary=vocabulary,
-                progress=report,
-            )
+    where = {"device": device} if at_most is None else {"memory_limit": at_most}
+    result = _fused(known, samples, given, settings, of_samples, vocabulary, where)
     with output_by_flag("--out"):
         built_by = save_result(
             result,
@@ -215,6 +176,75 @@ def fuse_command(
         )
     if plot is not None:
         draw(result, plot)
+    _show(result, out, plot, built_by, folder=folder, as_json=as_json)
+
+
+def _fused(
+    known: Mapping[str, ModelFile],
+    samples: Data,
+    weights: Sequence[float] | None,
+    settings: FusionConfig,
+    labels: Tensor | None,
+    vocabulary: str,
+    where: Mapping[str, Any],
+) -> FusionResult:
+    """Fuse, and show how far it is. With a limit of memory the models are not loaded as wholes."""
+    from clafusion.cli.inputs import load_models, try_models
+    from clafusion.estimates import calibration_cost
+    from clafusion.fusion import fuse
+    from clafusion.profiling.batches import num_rows
+    from clafusion.stages import expected_work
+
+    work = expected_work(num_rows(samples), settings, len(known))
+    cost = calibration_cost(settings, 1.0, 1.0 / len(known))
+    with progress(work, cost) as report, messages_by_flags():
+        models: Mapping[str, Model] = known
+        if "memory_limit" not in where:
+            models = loaded = load_models(known)
+            if vocabulary == "same":  # else the data are of the first model's tokens
+                try_models(loaded, samples)
+        return fuse(
+            models,
+            samples,
+            weights,
+            settings,
+            labels=labels,
+            vocabulary=vocabulary,
+            progress=report,
+            **where,
+        )
+
+
+def _show_estimate(
+    known: Mapping[str, ModelFile],
+    samples: Data,
+    settings: FusionConfig,
+    at_most: int | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Say what a fusion would take; refuse one that needs more memory than it may have."""
+    from clafusion.estimates import estimate
+    from clafusion.memory import check_limit
+
+    with messages_by_flags():
+        found = estimate(known, samples, settings)
+        if at_most is not None:
+            check_limit(at_most, found.memory)
+    print_json(asdict(found)) if as_json else print_text(str(found))
+
+
+def _show(
+    result: FusionResult,
+    out: Path,
+    plot: Path | None,
+    built_by: str,
+    *,
+    folder: bool,
+    as_json: bool,
+) -> None:
+    from clafusion.reports import summary
+
     if as_json:
         shown = {"out": str(out), "plot": plot and str(plot), "architecture": built_by}
         print_json({**shown, **result.to_dict()})
@@ -222,6 +252,16 @@ def fuse_command(
     print_text(summary(result))
     print_line("written", out if folder else f"{out}, weights of {built_by}")
     print_line("picture", plot)
+
+
+def _check_vocabulary(vocabulary: str, *, has_limit: bool) -> None:
+    """Refuse a word that ``--vocabulary`` does not have, or that goes with no limit of memory."""
+    from clafusion.interop.vocabulary import VOCABULARIES
+
+    if vocabulary not in VOCABULARIES:
+        raise InputError(f"--vocabulary must be same or intersection; got {vocabulary}")
+    if vocabulary != "same" and has_limit:
+        raise InputError("--vocabulary intersection does not go with --memory-limit")
 
 
 def _check_both(*, folder: bool, has_limit: bool, vocabulary: str) -> None:
@@ -234,23 +274,3 @@ def _check_both(*, folder: bool, has_limit: bool, vocabulary: str) -> None:
     if has_limit or vocabulary != "same":
         other = "--memory-limit" if has_limit else f"--vocabulary {vocabulary}"
         raise InputError(f"--outputs both does not go with {other}: leave one out")
-
-
-def _folder(out: Path, files: Mapping[str, Path], processor_of: str | None) -> bool:
-    """Say whether the result becomes a Hugging Face directory; refuse one that cannot be made."""
-    from clafusion.interop.programs import PROGRAM
-    from clafusion.interop.saving import check_directory
-    from clafusion.weights.state_files import WRITABLE
-
-    is_folder = all(one.is_dir() for one in files.values()) and not out.name.lower().endswith(
-        (*WRITABLE, PROGRAM)
-    )
-    if is_folder:
-        check_directory(out, "--out")
-    if processor_of is None:
-        return is_folder
-    if not is_folder:
-        raise InputError(f"--processor-of is for a directory as --out; {str(out)!r} is a file")
-    if processor_of not in files:
-        raise InputError(f"--processor-of {processor_of} is none of the models, {', '.join(files)}")
-    return True

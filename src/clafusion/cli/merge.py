@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,6 +27,7 @@ from clafusion.cli.parameters import (
     TextColumn,
 )
 from clafusion.cli.show import print_json, print_line, print_text, progress, typed_command
+from clafusion.errors import InputError
 
 __all__ = ["merge_command"]
 
@@ -109,23 +110,18 @@ def merge_command(
         named_files,
         task_files,
     )
+    from clafusion.cli.outputs import check_network_output
     from clafusion.cli.parsing import merge_weights_of
     from clafusion.cli.settings import plain_settings
     from clafusion.config import MergeConfig
-    from clafusion.errors import InputError
     from clafusion.execution.call import usable_device
-    from clafusion.interop.huggingface import weight_files
-    from clafusion.interop.programs import PROGRAM
-    from clafusion.interop.records import check_companions
-    from clafusion.interop.saving import check_directory
     from clafusion.one_origin.merge import merge
     from clafusion.one_origin.result import BASE
     from clafusion.reports.quality_tables import merge_summary
-    from clafusion.weights.state_files import WRITABLE, check_weights_output, weight_type
+    from clafusion.weights.state_files import weight_type
 
     named = named_files(models, least=1)
-    if BASE in named:
-        raise InputError(f"no model can be called {BASE!r}, as the base is: name it by NAME=FILE")
+    _check_names(named)
     files = {BASE: Path(base), **named}
     archs = archs_of(arch, files)
     keys = keys_of(checkpoint_key, list(files))
@@ -136,32 +132,18 @@ def merge_command(
     at_most = memory_limit_of(memory_limit, device)
     of_tasks = task_files(data or [], named)
     data_files = tuple(of_tasks.values())
-    is_file = out.name.lower().endswith((*WRITABLE, PROGRAM)) or not all(
-        one.is_dir() for one in files.values()
-    )
-    if is_file:
-        read = [one for file in files.values() for one in weight_files(file)]
-        check_weights_output(out, "--out", read, data_files, (*WRITABLE, PROGRAM))
-        if out.name.lower().endswith(PROGRAM) and not data_files:
-            raise InputError(
-                f"--out {str(out)!r} would be an exported program, which needs inputs to export "
-                f"with: give --data, or a file of weights ({', '.join(WRITABLE)})"
-            )
-        check_companions(out, "--out")
-    else:
-        check_directory(out, "--out")
+    check_network_output(out, files, data_files)
+    if not data_files:
+        _check_no_program(out)
     written_type = None if out_dtype is None else weight_type(out_dtype, "--out-dtype")
     known = model_files(files, archs, keys)
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
-    samples: Any = None
-    if data:
-        read_all = {name: data_of(one, limit, reading, files) for name, one in of_tasks.items()}
-        samples = read_all.get("", read_all)
+    samples = {name: data_of(one, limit, reading, files) for name, one in of_tasks.items()}
     with progress({"merge": 1}) as report, messages_by_flags():
         result = merge(
             known[BASE],
             {name: known[name] for name in named},
-            samples,
+            samples.get("", samples or None),
             given,
             settings,
             device=None if device == "cpu" else device,
@@ -175,3 +157,23 @@ def merge_command(
         return
     print_text(merge_summary(result))
     print_line("written", out)
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Refuse a model that is called as the base is."""
+    from clafusion.one_origin.result import BASE
+
+    if BASE in names:
+        raise InputError(f"no model can be called {BASE!r}, as the base is: name it by NAME=FILE")
+
+
+def _check_no_program(out: Path) -> None:
+    """Refuse a program as ``--out``, which cannot be exported without inputs."""
+    from clafusion.interop.programs import PROGRAM
+    from clafusion.weights.state_files import WRITABLE
+
+    if out.name.lower().endswith(PROGRAM):
+        raise InputError(
+            f"--out {str(out)!r} would be an exported program, which needs inputs to export with: "
+            f"give --data, or a file of weights ({', '.join(WRITABLE)})"
+        )
