@@ -1,11 +1,20 @@
 """Where warnings point, and errors that are told again."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from clafusion import AlignmentError, ConvergenceWarning, Merging, fuse, sinkhorn
+import clafusion
+from clafusion import (
+    AlignmentError,
+    ConvergenceWarning,
+    InputError,
+    Merging,
+    fuse,
+    sinkhorn,
+)
 from clafusion.config import Barycentre
 from clafusion.errors import retold
 from tests.support import networks
@@ -36,3 +45,25 @@ def test_an_error_that_is_told_again_keeps_what_it_knows():
     assert again is error
     assert str(again) == "model 'a': no way"
     assert (again.reached_deep, again.reached_shallow) == (3, 2)
+
+
+RESULT = SimpleNamespace(model=networks.mlp(12, 5))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: clafusion.finetune(RESULT, (VECTORS, VECTORS), epochs=1),
+        lambda: clafusion.distill(networks.mlp(12, 5), [RESULT], VECTORS, alpha=1, epochs=1),
+        lambda: clafusion.distill(networks.mlp(12, 5), RESULT, VECTORS, alpha=1, epochs=1),
+        lambda: clafusion.fuse([RESULT, RESULT], VECTORS),
+        lambda: list(clafusion.fuse_pairs({"a": RESULT, "b": RESULT}, VECTORS)),
+        lambda: clafusion.evaluate(RESULT, VECTORS, torch.zeros(len(VECTORS))),
+        lambda: clafusion.trace(RESULT, VECTORS),
+        lambda: clafusion.save_model(RESULT, "result.pt"),
+        lambda: clafusion.load(RESULT),
+    ],
+)
+def test_a_result_in_a_networks_place_is_told_where_its_network_is(call):
+    with pytest.raises(InputError, match=r"got SimpleNamespace: give its \.model"):
+        call()

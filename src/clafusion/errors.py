@@ -19,6 +19,7 @@ __all__ = [
     "StructureError",
     "UnsupportedOpError",
     "WidthWarning",
+    "kind_of",
     "retold",
     "warn",
 ]
@@ -57,6 +58,17 @@ class AlignmentError(ClafusionError, ValueError):
         super().__init__(message)
         self.reached_deep = reached_deep
         self.reached_shallow = reached_shallow
+
+
+def kind_of(value: object) -> str:
+    """Return what an error calls something that is no network, and where the network in it is.
+
+    What clafusion returns has its network as ``model``.
+    """
+    kind = type(value).__name__
+    inner = getattr(value, "model", None)
+    holds_one = hasattr(inner, "state_dict") and not hasattr(value, "state_dict")
+    return f"{kind}: give its .model" if holds_one else kind
 
 
 def retold(error: ClafusionError, message: str) -> ClafusionError:

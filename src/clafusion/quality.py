@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from clafusion.alignment.models import label
 from clafusion.assessment.assess import assess, warn_of
-from clafusion.assessment.evaluation import Evaluation, checked_labels, evaluated, network_of
+from clafusion.assessment.evaluation import Evaluation, evaluated, labelled, network_of
 from clafusion.assessment.output_cache import OutputCache
 from clafusion.assessment.parts import Parts
 from clafusion.calibration.outputs import KnownOutputs
-from clafusion.errors import InputError
+from clafusion.errors import InputError, kind_of
 from clafusion.interop.inputs import readable
 from clafusion.profiling.batches import (
     Data,
@@ -82,7 +82,7 @@ def evaluation_of(
 def evaluate(
     models: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
     inputs: Data,
-    labels: Any,
+    labels: Any = None,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     *,
     axis: int = -1,
@@ -97,10 +97,12 @@ def evaluate(
     inputs
         A tensor, a list of batches or a DataLoader that keeps its order. Of a batch that is a tuple
         the first entry counts, of a mapping all but labels. Or graphs, as for ``clafusion.fuse``.
+        Without ``labels`` a pair of tensors ``(inputs, labels)``, or batches with labels: tuples
+        of which the last entry is the labels, or mappings with ``"labels"``.
     labels
         One for each input (of graphs for each node or each graph), or for each of its positions:
         whole numbers for classes, where -100 stands for none, real numbers of the outputs' shape
-        for values.
+        for values. Default: those in ``inputs``.
     weights
         The networks' weights in their mean, not negative; they are divided by their sum. Default:
         equal.
@@ -115,13 +117,12 @@ def evaluate(
     """
     named = _networks(models)
     shares = merge_weights(weights, tuple(named))
-    inputs = readable(inputs, named)
+    inputs, known = labelled(readable(inputs, named), labels)
     example = first_batch(inputs)
     keywords: tuple[str, ...] = ()
     given: tuple[Any, ...] = example if isinstance(example, tuple) else (example,)
     if isinstance(example, Mapping):
         keywords, given = tuple(example), tuple(example.values())
-    known = checked_labels(labels, inputs)
     networks = {name: network_of(one, keywords) for name, one in named.items()}
     return evaluated(networks, shares, batches(inputs, given, keywords), known, axis=axis)
 
@@ -135,7 +136,7 @@ def _networks(models: Any) -> dict[str, nn.Module]:
         if not isinstance(one, nn.Module):
             raise InputError(
                 f"{label(name)} must be a torch.nn.Module, as clafusion.load returns it; got "
-                f"{type(one).__name__}"
+                f"{kind_of(one)}"
             )
         found[name] = one
     return found

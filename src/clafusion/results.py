@@ -17,8 +17,8 @@ from clafusion.alignment.models import AlignedModels
 from clafusion.assessment.evaluation import (
     Evaluation,
     Network,
-    checked_labels,
     evaluated,
+    labelled,
     network_of,
 )
 from clafusion.assessment.nearness import DISTANCES, FusionAssessment, Nearness
@@ -153,12 +153,12 @@ class FusionResult:
             [(name, *(row.get(one) for one in columns)) for name, row in rows.items()],
         )
 
-    def evaluate(self, inputs: Data, labels: Any) -> Evaluation:
+    def evaluate(self, inputs: Data, labels: Any = None) -> Evaluation:
         """Say how good the result is on inputs with labels, beside its parents and their means.
 
         Parameters and errors are those of :func:`clafusion.evaluate`.
         """
-        known = checked_labels(labels, inputs)
+        inputs, known = labelled(inputs, labels)
         first = next(iter(self.parent_models.values()))
         return self.evaluated(
             batches(inputs, first.example_inputs, first.keywords, device=first.device), known

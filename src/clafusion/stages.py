@@ -30,7 +30,15 @@ from clafusion.config import (
     Orthogonal,
     Strategy,
 )
-from clafusion.errors import ClafusionError, InputError, PinnedWarning, StructureError, retold, warn
+from clafusion.errors import (
+    ClafusionError,
+    InputError,
+    PinnedWarning,
+    StructureError,
+    kind_of,
+    retold,
+    warn,
+)
 from clafusion.execution.call import usable_device
 from clafusion.interop.inputs import example_of
 from clafusion.matching.activation_costs import MAX_CHANNELS
@@ -218,9 +226,7 @@ def named_models(models: Sequence[Model] | Mapping[str, Model], least: int = 2) 
     """Return the models, ``least`` or more, by what errors and tables call them."""
     wanted = "at least two networks" if least > 1 else "networks, at least one"
     if isinstance(models, nn.Module) or not isinstance(models, (Sequence, Mapping)):
-        raise InputError(
-            f"models must be a list or a mapping of {wanted}; got {type(models).__name__}"
-        )
+        raise InputError(f"models must be a list or a mapping of {wanted}; got {kind_of(models)}")
     if isinstance(models, Mapping):
         for name in models:
             if not isinstance(name, str) or not name.strip() or not name.isprintable():
@@ -234,7 +240,7 @@ def named_models(models: Sequence[Model] | Mapping[str, Model], least: int = 2) 
             hint = ": read it by clafusion.load" if is_path else ""
             raise InputError(
                 f"{label(name)} must be a torch.nn.Module or a clafusion.ModelFile; got "
-                f"{type(model).__name__}{hint}"
+                f"{kind_of(model)}{hint}"
             )
     if len(named) < least:
         raise InputError(f"models must be {wanted}; got {len(named)}")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import clafusion
 from clafusion import InputError, ModelFile
@@ -187,3 +188,50 @@ def test_networks_of_other_outputs_have_no_common_labels():
     message = r"'low' \(9, 2\) and 'all' \(9, 6\).*one by one"
     with pytest.raises(InputError, match=message):
         clafusion.evaluate(models, torch.randn(9, 4), torch.zeros(9, dtype=torch.int64))
+
+
+def test_labels_may_come_with_the_inputs():
+    wanted = clafusion.evaluate(MODELS, INPUTS, LABELS)
+    loader = DataLoader(TensorDataset(INPUTS, LABELS), batch_size=100)
+    pairs = [(INPUTS[:250], LABELS[:250]), [INPUTS[250:], LABELS[250:]]]
+    for data in (loader, pairs, (INPUTS, LABELS)):
+        found = clafusion.evaluate(MODELS, data)
+        assert [one.accuracy for one in found.scores.values()] == [
+            one.accuracy for one in wanted.scores.values()
+        ]
+
+
+def test_a_result_takes_labels_with_the_inputs(result):
+    wanted = result.evaluate(INPUTS, LABELS).scores["the result"]
+    found = result.evaluate(DataLoader(TensorDataset(INPUTS, LABELS), batch_size=256))
+    assert found.scores["the result"] == wanted
+
+
+def test_labels_in_mappings_have_their_names():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = MODELS["brief"]
+
+        def forward(self, values):
+            return self.network(values)
+
+    wanted = clafusion.evaluate(MODELS["brief"], INPUTS, LABELS).scores["the network"].accuracy
+    for name in ("labels", "label"):
+        found = clafusion.evaluate(Named(), [{"values": INPUTS, name: LABELS}])
+        assert found.scores["the network"].accuracy == wanted
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (INPUTS, "data is a tensor of inputs, without labels: give labels"),
+        ([INPUTS], "data, batch 0, without labels"),
+        ([(INPUTS, LABELS), (INPUTS,)], "data, batch 1, without labels"),
+        ([{"values": INPUTS}], "data, batch 0, without labels"),
+        (DataLoader(TensorDataset(INPUTS, LABELS), shuffle=True), "read it with shuffle=False"),
+    ],
+)
+def test_inputs_without_labels_or_an_order_are_refused(data, message):
+    with pytest.raises(InputError, match=message):
+        clafusion.evaluate(MODELS, data)

@@ -134,6 +134,8 @@ def test_different_inputs_and_outputs_are_refused():
         fuse([networks.mlp(12, 9, 5), networks.mlp(13, 9, 5)], VECTORS)
     with pytest.raises(StructureError, match=r"different outputs: models\[0\] \('batch', 5\)"):
         fuse([networks.mlp(12, 9, 5), networks.mlp(12, 9, 6)], VECTORS)
+    with pytest.raises(StructureError, match=r"into one output$"):  # nothing about classes
+        fuse([networks.mlp(12, 9, 1), networks.mlp(12, 9, 6)], VECTORS)
 
 
 def test_different_structures_are_refused_by_layer():

@@ -123,8 +123,9 @@ def test_refuses_what_cannot_hold_all():
             fuse(models, IMAGES, target=Like(vgg(2, 2)))
     chains = [mlp(20, 16, 16, 5), mlp(20, 16, 5)]
     message = r"different outputs: target.template \('batch', 6\) .* and models\[0\] \('batch', 5\)"
-    with pytest.raises(StructureError, match=message):
+    with pytest.raises(StructureError, match=message) as refused:
         fuse(chains, DIGITS, target=Like(mlp(20, 16, 16, 16, 6)))
+    assert "outputs='both'" not in str(refused.value)  # a template has no classes of its own
     message = r"target\.template: the model does not run on the example inputs"
     with pytest.raises(InputError, match=message):
         fuse(chains, DIGITS, target=Like(vgg(3, 3)))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from clafusion import InputError
-from clafusion.weights.atomic import removed_on_error
+from clafusion.weights.atomic import making_directory, removed_on_error
 from clafusion.weights.checkpoints import load_state
 from clafusion.weights.factories import build_model, load_model
 from clafusion.weights.state_files import save_model, save_state
@@ -472,6 +472,15 @@ def test_a_full_disk_is_named(tmp_path, ending):
             save_state({"weight": torch.zeros(100, 100)}, tmp_path / f"weights{ending}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_cannot_be_written_has_the_name_of_its_argument(tmp_path):
+    with (
+        pytest.raises(InputError, match=r"cannot write out_dir .*nothing is left behind"),
+        making_directory(tmp_path / "made", "out_dir") as made,
+    ):
+        (made / "no folder" / "file").write_text("")
     assert not list(tmp_path.iterdir())
 
 

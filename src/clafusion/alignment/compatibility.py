@@ -80,8 +80,16 @@ def gap_costs(
     )
 
 
-def check_outputs(names: tuple[str, str], first: TracedModel, second: TracedModel) -> None:
+def check_outputs(
+    names: tuple[str, str],
+    first: TracedModel,
+    second: TracedModel,
+    *,
+    both_are_parents: bool = True,
+) -> None:
     """Refuse two networks that put out different things.
+
+    Of two parents that are classifiers the message names what fuses those of other classes.
 
     Raises
     ------
@@ -95,9 +103,22 @@ def check_outputs(names: tuple[str, str], first: TracedModel, second: TracedMode
         ]
         raise StructureError(
             f"the models have different outputs: {names[0]} {shown[0]} and {names[1]} {shown[1]}. "
-            "Only models with the same inputs and outputs can be fused into one output. Where they "
-            "are classifiers of other classes, outputs='both' gives one trunk with a head for each"
+            "Only models with the same inputs and outputs can be fused into one output"
+            + both_are_parents
+            * _advice(first, second)
         )
+
+
+def _advice(*models: TracedModel) -> str:
+    """Return the end of a message: what fuses classifiers of other classes; "" for other models."""
+    for one in models:
+        shapes = [shape for shape, dtype in one.outputs if dtype.is_floating_point]
+        if len(one.outputs) != 1 or len(shapes) != 1 or len(shapes[0]) != 1 or shapes[0][0] < 2:
+            return ""
+    return (
+        ". Where they are classifiers of other classes, clafusion.fuse with outputs='both' gives "
+        "one trunk with a head for each"
+    )
 
 
 def fit_layers(

@@ -21,6 +21,7 @@ from clafusion.merging.combination import are_probabilities
 from clafusion.profiling.batches import (
     Data,
     keeps_order,
+    labels_in,
     num_graphs,
     num_rows,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "Score",
     "checked_labels",
     "evaluated",
+    "labelled",
     "network_of",
 ]
 
@@ -126,6 +128,29 @@ class Evaluation:
         return cls(facts["kind"], scores, facts["num_inputs"])
 
 
+def labelled(inputs: Data, labels: Any) -> tuple[Data, Tensor]:
+    """Return inputs and their labels: those given, or where there are none those in the inputs.
+
+    Parameters
+    ----------
+    inputs
+        As for :func:`clafusion.evaluate`.
+    labels
+        What was given for them, or None.
+
+    Raises
+    ------
+    InputError
+        As for :func:`checked_labels`; or none were given, and the inputs have none.
+    """
+    if labels is None:
+        if isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], Tensor):
+            inputs, labels = inputs
+        else:
+            labels = labels_in(inputs)
+    return inputs, checked_labels(labels, inputs)
+
+
 def checked_labels(labels: Any, inputs: Data) -> Tensor:
     """Return labels as a tensor; refuse those that cannot be the inputs'.
 
@@ -149,7 +174,10 @@ def checked_labels(labels: Any, inputs: Data) -> Tensor:
         shown = " or ".join(f"{what}, {count}" for count, what in counts.items())
         raise InputError(f"labels must have one entry for each {shown}; got {size}")
     if not keeps_order(inputs):
-        raise InputError("labels need inputs in one order: this data comes in another each time")
+        raise InputError(
+            "labels need inputs in one order, and this data comes in another each time: read it "
+            "with shuffle=False"
+        )
     return found if found.is_floating_point() else found.long()
 
 

@@ -36,7 +36,7 @@ from clafusion.batch.tasks import (
 )
 from clafusion.batch.worker import Job, Outcome, Worker
 from clafusion.config import FusionConfig, Like
-from clafusion.errors import ClafusionError, InputError, warn
+from clafusion.errors import ClafusionError, InputError, kind_of, warn
 from clafusion.interop.inputs import example_of, readable
 from clafusion.profiling.batches import Data, data_digest
 from clafusion.profiling.graphs import GraphBatches
@@ -198,7 +198,7 @@ def _checked_models(models: Mapping[str, Model]) -> dict[str, Model]:
         if not isinstance(model, (nn.Module, ModelFile)):
             raise InputError(
                 f"models[{name!r}] must be a torch.nn.Module or a clafusion.ModelFile; got "
-                f"{type(model).__name__}"
+                f"{kind_of(model)}"
             )
     return dict(models)
 

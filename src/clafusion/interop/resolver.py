@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from clafusion.errors import InputError
+from clafusion.errors import InputError, kind_of
 from clafusion.interop.huggingface import ModelDirectory
 from clafusion.interop.programs import PROGRAM, load_program
 from clafusion.interop.rebuilding import built_again, filled_copy
@@ -110,6 +110,11 @@ def load(
                 "wrote, and no key"
             )
         return filled_copy(spec, Path(weights))
+    if not isinstance(spec, (str, os.PathLike)):
+        raise InputError(
+            "load takes a directory, a file, a factory MODULE:FACTORY or a module; got "
+            f"{kind_of(spec)}"
+        )
     if weights is None and Path(spec).is_file() and not holds_itself(spec):
         record = read_record(Path(spec))
         if record is not None:

@@ -109,7 +109,7 @@ def save_result(
     check_same_labels({name: config_as_stored(one) for name, one in of_library.items()})
     model = _typed(result.model, dtype)
     config = config_of(model)
-    with making_directory(path) as made:
+    with making_directory(path, "path") as made:
         _write(model, config, made, max_shard_size)
         if source is not None:
             _copy_processor(source, made)
@@ -188,7 +188,7 @@ def save_pair(state: Mapping[str, Any], kind: ModelDirectory, path: Path, card: 
     fill(model, state)
     types = (one.dtype for one in state.values() if isinstance(one, Tensor))
     model = model.to(next((one for one in types if one.is_floating_point), torch.float32))
-    _write_checked(model, path, Path(kind.path), card, _SHARD)
+    _write_checked(model, path, "out_dir", Path(kind.path), card, _SHARD)
 
 
 def save_directory(
@@ -223,15 +223,23 @@ def save_directory(
     if not is_of_transformers(model):
         raise _no_directory(model, path)
     check_directory(path, "path")
-    _write_checked(_typed(model, dtype), path, source, card, max_shard_size)
+    _write_checked(_typed(model, dtype), path, "path", source, card, max_shard_size)
 
 
 def _write_checked(
-    model: nn.Module, path: Path, source: Path | None, card: str, max_shard_size: str | int
+    model: nn.Module,
+    path: Path,
+    argument: str,
+    source: Path | None,
+    card: str,
+    max_shard_size: str | int,
 ) -> None:
-    """Write a directory with all that belongs into it; refuse one that loses weights."""
+    """Write a directory with all that belongs into it; refuse one that loses weights.
+
+    Errors call the path ``argument``.
+    """
     config = config_of(model)
-    with making_directory(path) as made:
+    with making_directory(path, argument) as made:
         _write(model, config, made, max_shard_size)
         if source is not None:
             _copy_processor(source, made)

@@ -31,6 +31,7 @@ __all__ = [
     "has_rows",
     "in_chunks",
     "keeps_order",
+    "labels_in",
     "num_graphs",
     "num_rows",
     "rows_side_by_side",
@@ -292,6 +293,36 @@ def first_batch(data: Data) -> Tensor | tuple[Tensor, ...] | Mapping[str, Tensor
             f"names to tensors; got {type(batch).__name__}"
         )
     raise InputError("data is empty: give at least one batch")
+
+
+def labels_in(data: Data) -> Tensor:
+    """Return the labels in batches of inputs and labels, one batch behind the other.
+
+    They are the last entry of a batch that is a tuple, ``"labels"`` or ``"label"`` of a mapping.
+
+    Raises
+    ------
+    InputError
+        A batch has no labels.
+    """
+    _check_kind(data)
+    found: list[Tensor] = []
+    for i, batch in enumerate(data if isinstance(data, Tensor) else _raw(data)):
+        labels = None
+        if isinstance(batch, Mapping):
+            labels = next((batch[one] for one in ("labels", "label") if one in batch), None)
+        elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+            labels = batch[-1]
+        if not isinstance(labels, Tensor) or labels.dim() == 0:
+            where = "data is a tensor of inputs" if isinstance(data, Tensor) else f"data, batch {i}"
+            raise InputError(
+                f"{where}, without labels: give labels, one for each input, or batches of inputs "
+                "and labels"
+            )
+        found.append(labels)
+    if not found:
+        raise InputError("data is empty: give at least one batch")
+    return torch.cat(found)
 
 
 def batches(

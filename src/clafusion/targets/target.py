@@ -123,7 +123,8 @@ def _like(
     if template is None:
         raise InputError("target 'like' needs a template, a module of the wanted structure")
     first = aligned.profiles[0].traced
-    check_outputs(("target.template", label(aligned.names[0])), template, first)
+    names = "target.template", label(aligned.names[0])
+    check_outputs(names, template, first, both_are_parents=False)
     places = union_places(aligned, config) if _has_gaps(aligned) else places_of(aligned)
     placed = place_in_template(template, aligned.profiles, places)
     return _chosen(template, None, placed, name="target.template")

@@ -16,6 +16,7 @@ from clafusion.errors import (
     InputError,
     PinnedWarning,
     UnsupportedOpError,
+    kind_of,
     warn,
 )
 from clafusion.execution.call import call_model, device_of, rounding_of
@@ -309,7 +310,7 @@ def _sources(
 def _check_model(model: nn.Module) -> None:
     """Raise InputError where a model is no usable module or holds unusable weights."""
     if not isinstance(model, nn.Module):
-        raise InputError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+        raise InputError(f"model must be a torch.nn.Module; got {kind_of(model)}")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise InputError(f"model is wrapped in {type(model).__name__}: give its .module")
     if isinstance(model, torch.jit.ScriptModule):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from clafusion.assessment.combining import MOST_COMPARED, by_divergence
 from clafusion.config import COMBINATIONS
-from clafusion.errors import InputError
+from clafusion.errors import InputError, kind_of
 from clafusion.merging.combination import Combination, Means
 from clafusion.profiling.batches import Progress
 from clafusion.training.checkpoint import model_digest
@@ -180,8 +180,11 @@ def _listed_teachers(teachers: Any) -> list[nn.Module]:
     models: list[Any] = [teachers]
     if not is_module:
         models = list(teachers) if isinstance(teachers, Iterable) else []
-    if not models or not all(isinstance(model, nn.Module) for model in models):
-        raise InputError("teachers must be a torch.nn.Module or a list of at least one")
+    wrong = [one for one in models or [teachers] if not isinstance(one, nn.Module)]
+    if wrong:
+        raise InputError(
+            f"teachers must be a torch.nn.Module or a list of at least one; got {kind_of(wrong[0])}"
+        )
     return models
 
 

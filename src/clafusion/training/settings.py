@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from clafusion.errors import InputError
+from clafusion.errors import InputError, kind_of
 
 __all__ = [
     "Norms",
@@ -138,7 +138,7 @@ def check_number(
 def check_model(name: str, model: Any) -> None:
     """Raise InputError unless a model, called ``name``, can be trained here and now."""
     if not isinstance(model, nn.Module):
-        raise InputError(f"{name} must be a torch.nn.Module; got {type(model).__name__}")
+        raise InputError(f"{name} must be a torch.nn.Module; got {kind_of(model)}")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError(
             f"{name} has no parameter that can be trained: set requires_grad of those that should"

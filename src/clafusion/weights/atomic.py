@@ -117,13 +117,13 @@ def removed_on_error(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def making_directory(path: Path) -> Iterator[Path]:
+def making_directory(path: Path, argument: str) -> Iterator[Path]:
     """Yield a directory beside ``path``, which gets that name; after an error it is gone.
 
     Raises
     ------
     InputError
-        Writing failed, for example on a full disk.
+        Writing failed, for example on a full disk. The message calls the path ``argument``.
     """
     target = path.resolve()
     made = _temporary(target)
@@ -135,7 +135,8 @@ def making_directory(path: Path) -> Iterator[Path]:
         os.replace(made, target)
     except OSError as error:
         raise InputError(
-            f"cannot write path {str(path)!r}: {error.strerror or error}; nothing is left behind"
+            f"cannot write {argument} {str(path)!r}: {error.strerror or error}; nothing is left "
+            "behind"
         ) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clafusion.errors import InputError
+from clafusion.errors import InputError, kind_of
 from clafusion.execution.lazy import LazyState
 from clafusion.weights.atomic import check_output, replacing
 from clafusion.weights.messages import listed, one_line
@@ -106,10 +106,12 @@ def save_model(
     Raises
     ------
     InputError
-        The ending or the type is unknown, a weight is too large for the type, the file cannot be
-        written, for example on a full disk, or a module's ``get_extra_state`` returns what such a
-        file cannot hold.
+        The model is no module, the ending or the type is unknown, a weight is too large for the
+        type, the file cannot be written, for example on a full disk, or a module's
+        ``get_extra_state`` returns what such a file cannot hold.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module; got {kind_of(model)}")
     state: Mapping[str, Any] = state_of(model)
     if dtype is not None:
         state = in_type(state, weight_type(dtype, "dtype"))
