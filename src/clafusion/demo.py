@@ -17,7 +17,7 @@ from clafusion.errors import AssessmentWarning, InputError
 from clafusion.fusion import fuse
 from clafusion.merging.naive import naive_average
 from clafusion.reports import plot
-from clafusion.reports.tables import alignment_summary
+from clafusion.reports.alignment_tables import alignment_summary
 from clafusion.reports.text import fact_lines, plain_table
 from clafusion.results import FusionResult
 from clafusion.threads import one_thread

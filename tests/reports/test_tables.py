@@ -7,7 +7,8 @@ from torch import nn
 import clafusion
 from clafusion import InputError, Iterative, LeastSquares, Matching, Merging, Sinkhorn
 from clafusion.reports import summary
-from clafusion.reports.tables import alignment_summary, fusion_summary, model_summary
+from clafusion.reports.alignment_tables import alignment_summary
+from clafusion.reports.tables import fusion_summary, model_summary
 from clafusion.reports.text import plain_table
 from clafusion.settings import described
 from tests.support import networks

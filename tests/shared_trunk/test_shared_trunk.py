@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import clafusion
 from clafusion import FusionConfig, FusionWarning, InputError, StructureError, fuse
+from clafusion.assessment.nearness import FusionAssessment
 from clafusion.shared_trunk.network import SharedTrunk
 from clafusion.shared_trunk.result import SharedTrunkResult
 from clafusion.shared_trunk.tasks import SIDE_BY_SIDE, task_scores
@@ -186,6 +188,43 @@ def test_the_trunk_ends_where_it_is_asked_to():
         fuse(models, inputs, outputs="both", shared="conv9")
 
 
+def test_the_summary_says_what_is_shared_and_what_stays_each_parents_own():
+    models = {"brief": mlp(12, 10, 8, 5), "long": mlp(12, 10, 10, 10, 10, 4, seed=1)}
+
+    def told(shared):
+        result = fuse(models, VECTORS, outputs="both", shared=shared, calibration="none")
+        text = clafusion.summary(result)
+        lines = text.split("\n\n")[-1].splitlines()
+        facts = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in lines)
+        return result, text, facts
+
+    result, text, facts = told(1.0)
+    rows = text.partition("\n\n")[0].splitlines()[2:-1]
+    assert [row.split()[0] for row in rows] == [one.name for one in result.problem.target.layers]
+    inserted = text.count("(inserted)")
+    assert f"inserted     {inserted} into brief" in text
+    assert inserted == result.split.counts[1] - result.split.counts[0] > 0
+    of_brief, of_long = (k - one for k, one in zip((3, 5), result.split.counts, strict=True))
+    shown = f"branch: {of_brief} layer of brief, {of_long} layer"
+    assert facts["target"].startswith(f"a trunk of {result.split.counts[1]} layers, and for each")
+    assert shown in facts["target"]
+    assert result.assessment.between_parents is None
+    assert result.to_dict()["assessment"]["between_parents"] is None
+    again = FusionAssessment.from_dict(json.loads(json.dumps(result.assessment.to_dict())))
+    assert again == result.assessment
+
+    result, text, facts = told("0")
+    assert result.split.counts == (1, 1)
+    assert "inserted" not in text
+    assert facts["target"].startswith("a trunk of 1 layer, and for each parent a branch: 2 layers")
+
+    _, text, facts = told(0)
+    assert facts["target"] == "the parents side by side"
+    assert text.startswith("layers ")  # no table
+    assert "inserted" not in text
+    assert facts["calibration"].endswith("all outputs are the parents' own already")
+
+
 def test_it_is_told_where_nothing_can_be_shared():
     models = [mlp(12, 5), mlp(12, 4, seed=1)]
     with pytest.warns(FusionWarning, match=r"nothing is shared, where 1\.0 of the layers"):
@@ -335,5 +374,5 @@ def test_unusable_networks_are_refused_by_name():
         fuse([first, mlp(12, 8, 1)], VECTORS, outputs="both")
     with pytest.raises(InputError, match="does not go with memory_limit"):
         fuse([first, mlp(12, 8, 4)], VECTORS, outputs="both", memory_limit="4GB")
-    with pytest.raises(StructureError, match="outputs='both' gives one trunk"):
+    with pytest.raises(StructureError, match=r"clafusion\.fuse with outputs='both' gives one"):
         fuse([first, mlp(12, 8, 4)], VECTORS)

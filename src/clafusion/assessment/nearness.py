@@ -58,7 +58,7 @@ class FusionAssessment:
         are together what they put out side by side.
     between_parents
         How near the parents are to each other: for how many rows all of them choose the same class,
-        and the mean distance of every two.
+        and the mean distance of every two. None where each has classes of its own.
     num_inputs
         How many inputs were looked at.
     held_out
@@ -72,7 +72,7 @@ class FusionAssessment:
     kind: Kind
     result: Nearness
     parents: Mapping[str, Nearness]
-    between_parents: Nearness
+    between_parents: Nearness | None
     num_inputs: int
     held_out: bool
     nearer: tuple[str, ...] = ()
@@ -114,7 +114,7 @@ class FusionAssessment:
             "kind": self.kind,
             "result": _plain(self.result),
             "parents": {name: _plain(one) for name, one in self.parents.items()},
-            "between_parents": _plain(self.between_parents),
+            "between_parents": self.between_parents and _plain(self.between_parents),
             "num_inputs": self.num_inputs,
             "held_out": self.held_out,
             "nearer": list(self.nearer),
@@ -128,7 +128,7 @@ class FusionAssessment:
             facts["kind"],
             _read(facts["result"]),
             {name: _read(one) for name, one in facts["parents"].items()},
-            _read(facts["between_parents"]),
+            facts["between_parents"] and _read(facts["between_parents"]),
             facts["num_inputs"],
             facts["held_out"],
             tuple(facts["nearer"]),

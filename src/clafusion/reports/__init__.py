@@ -11,6 +11,7 @@ from clafusion.assessment.evaluation import Evaluation
 from clafusion.errors import InputError
 from clafusion.one_origin.result import MergeResult
 from clafusion.reassembly.result import ReassemblyResult
+from clafusion.reports.alignment_tables import alignment_summary
 from clafusion.reports.explanation import explain
 from clafusion.reports.quality_tables import (
     evaluation_summary,
@@ -18,7 +19,6 @@ from clafusion.reports.quality_tables import (
     reassembly_summary,
 )
 from clafusion.reports.tables import (
-    alignment_summary,
     fusion_summary,
     model_summary,
     pairs_summary,

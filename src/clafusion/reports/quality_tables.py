@@ -31,8 +31,9 @@ def assessment_table(result: FusionResult) -> str:
     shown = {
         RESULT: found.result,
         **{f"{name} alone": one for name, one in found.parents.items()},
-        "one parent and another": found.between_parents,
     }
+    if found.between_parents is not None:
+        shown["one parent and another"] = found.between_parents
     is_classes = found.kind == "classes"
     titles = [
         "to the parents together",
@@ -105,7 +106,18 @@ def reassembly_summary(result: ReassemblyResult) -> str:
 
 def _as_text(table: Table) -> str:
     rows = [
-        [cell if isinstance(cell, str) else "" if cell is None else f"{cell:.6g}" for cell in row]
+        [_cell(title, one) for title, one in zip(table.columns, row, strict=True)]
         for row in table.rows
     ]
     return plain_table(table.columns, rows, range(1, len(table.columns)))
+
+
+def _cell(title: str, value: str | float | None) -> str:
+    """Return a figure as all tables show it: shares in percent, counts to six digits."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if title in ("agreement", "accuracy"):
+        return f"{100 * value:.1f} %"
+    if title == "weight":
+        return f"{value:.2f}"
+    return f"{value:.6g}" if title in ("parameters", "operations") else f"{value:.3g}"

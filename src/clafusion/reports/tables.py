@@ -6,14 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from clafusion.alignment.models import AlignedModels, PairAlignment
 from clafusion.assessment.evaluation import MEANS
 from clafusion.config import ManyToOne
 from clafusion.merging.problem import Parent
+from clafusion.reports.alignment_tables import alignment_summary
 from clafusion.reports.quality_tables import agreement_text, assessment_table, distance_text
-from clafusion.reports.text import fact_lines, plain_table, seconds_text, shortened
+from clafusion.reports.text import counted_layers, fact_lines, plain_table, seconds_text, shortened
 from clafusion.results import RESULT, FusionResult
 from clafusion.settings import described
+from clafusion.shared_trunk.result import SharedTrunkResult
 from clafusion.tracing.layer import Stream
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.pinned import movable_share
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ASSESSED",
-    "alignment_summary",
     "assessed_cells",
     "cost_text",
     "fusion_summary",
@@ -34,118 +34,8 @@ __all__ = [
     "total_seconds",
 ]
 
-INSERTED = "(inserted)"
-MERGED = "(merged)"
 ASSESSED = ("agreement", "distance", "parent's")
 """The columns of many pairs: the result's agreement and distance, and the nearest parent's."""
-
-_FORCED = "forced: the structures admit one alignment only, so the costs did not matter"
-_FREE = "free: the least costly of several alignments that the structures admit"
-
-
-# --- alignments ---------------------------------------------------------------------------------
-
-
-def alignment_summary(aligned: AlignedModels) -> str:
-    """Return a table of the matched layers, and below it what the alignment was free to choose.
-
-    Each row has a layer of the reference, and what every other model has there and at which cost.
-    A layer that a model lacks there is ``(inserted)`` into it; ``(merged)`` where the reference is
-    the shallower one and the other's layer goes.
-    """
-    reference, names = aligned.reference, aligned.names
-    others = [i for i in range(len(names)) if i != reference]
-    titles = [names[reference]]
-    for i in others:
-        titles += [names[i], "cost"]
-    rows = _layer_rows(aligned, others)
-    numeric = range(2, 2 * len(others) + 1, 2)
-    return f"{plain_table(titles, rows, numeric)}\n\n{fact_lines(_alignment_facts(aligned))}"
-
-
-def _layer_rows(aligned: AlignedModels, others: Sequence[int]) -> list[list[str]]:
-    layers = aligned.layer_names(aligned.reference)
-    # What the other models have at each of the reference's layers, and what comes before it.
-    cells = {i: [[INSERTED, ""] for _ in layers] for i in others}
-    before: list[list[list[str]]] = [[] for _ in range(len(layers) + 1)]
-    totals = []
-    for column, i in enumerate(others):
-        pair, names = _pair(aligned, i), aligned.layer_names(i)
-        missing = MERGED if _is_shallow(pair, aligned.reference) else INSERTED
-        place = 0
-        for own, other in _steps(pair, aligned.reference):
-            if own < 0:
-                row = [missing, *[""] * (2 * len(others))]
-                row[1 + 2 * column] = names[other]
-                before[place].append(row)
-                continue
-            place = own + 1
-            if other >= 0:
-                cells[i][own] = [names[other], f"{_cost(pair, own, other, aligned.reference):.4f}"]
-        totals += ["", f"{pair.alignment.matched_cost:.4f}"]
-    rows = []
-    for own, name in enumerate(layers):
-        rows += [*before[own], [name, *(cell for i in others for cell in cells[i][own])]]
-    return [*rows, *before[-1], ["total", *totals]]
-
-
-def _alignment_facts(aligned: AlignedModels) -> dict[str, str]:
-    names, reference = aligned.names, aligned.reference
-    others = {name: _pair(aligned, i) for i, name in enumerate(names) if i != reference}
-    counts = [
-        f"{name} {len(one.traced.layers)}"
-        for name, one in zip(names, aligned.profiles, strict=True)
-    ]
-    facts = {"layers": f"{', '.join(counts)}; aligned with {names[reference]}"}
-    inserted, merged = [], []
-    for name, pair in others.items():
-        unmatched, gaps = pair.alignment.unmatched, pair.alignment.unmatched_shallow
-        if _is_shallow(pair, reference):
-            merged += [f"{len(unmatched)} of {name}"] if unmatched else []
-            inserted += [f"{len(gaps)} into {name}"] if gaps else []
-        else:
-            inserted += [f"{len(unmatched)} into {name}"] if unmatched else []
-            whose = f" for {name}" if len(others) > 1 else ""
-            inserted += [f"{len(gaps)} into {names[reference]}{whose}"] if gaps else []
-    if inserted:
-        facts["inserted"] = ", ".join(inserted)
-    if merged:
-        facts["merged away"] = ", ".join(merged)
-    facts["alignment"] = f"by {next(iter(others.values())).alignment.mode}; {_choice(others)}"
-    profile = aligned.profiles[reference]
-    facts["samples"] = f"{profile.num_samples} compared, {profile.num_inputs} seen"
-    return facts
-
-
-def _choice(others: dict[str, PairAlignment]) -> str:
-    """Say whether the costs mattered."""
-    forced = [name for name, pair in others.items() if pair.alignment.forced]
-    if len(forced) in (0, len(others)):
-        return _FORCED if forced else _FREE
-    free = [name for name in others if name not in forced]
-    return f"{', '.join(free)} {_FREE}; {', '.join(forced)} {_FORCED}"
-
-
-def _pair(aligned: AlignedModels, position: int) -> PairAlignment:
-    pair = aligned.alignments[position]
-    assert pair is not None, "it is not the reference"
-    return pair
-
-
-def _is_shallow(pair: PairAlignment, reference: int) -> bool:
-    return pair.deep != reference
-
-
-def _steps(pair: PairAlignment, reference: int) -> list[tuple[int, int]]:
-    """Return the layers in order: ``(reference's, other's)``, -1 where one has no partner."""
-    if _is_shallow(pair, reference):
-        return [(shallow, deep) for deep, shallow in pair.alignment.steps]
-    return list(pair.alignment.steps)
-
-
-def _cost(pair: PairAlignment, own: int, other: int, reference: int) -> float:
-    place = (other, own) if _is_shallow(pair, reference) else (own, other)
-    return float(pair.alignment.cost[place])
 
 
 # --- fusions ------------------------------------------------------------------------------------
@@ -160,7 +50,8 @@ def fusion_summary(result: FusionResult) -> str:
     for i, step in enumerate(result.steps, 1):
         parts.append(f"Step {i}: {' and '.join(step.aligned.names)}")
         parts.append(alignment_summary(step.aligned))
-    parts = parts or [alignment_summary(result.aligned)]
+    split = result.split if isinstance(result, SharedTrunkResult) else None
+    parts = parts or [alignment_summary(result.aligned, split)]
     steps = result.steps or (result,)
     parts += [table for step in steps if (table := _weights_table(step))]
     parts += [table] if (table := assessment_table(result)) else []
@@ -191,7 +82,7 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
     facts = {
         "weights": ", ".join(f"{name} {weight:.2f}" for name, weight in shown)
         + ("" if by_layer == "uniform" else f", of each matched layer by {by_layer}"),
-        "target": f"{described(config.target)}, {len(result.problem.target.layers)} layers",
+        "target": _target(result),
         "channels": _channels(result),
     }
     heads = _heads(result)
@@ -209,6 +100,8 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
         facts["together"] = f"the parents put out {result.combination}"
     calibration = config.used_calibration
     facts["calibration"] = described(calibration)
+    if isinstance(result, SharedTrunkResult) and result.is_exact:
+        facts["calibration"] += ", which changes nothing: all outputs are the parents' own already"
     if result.anchor is not None and result.anchor != getattr(calibration, "anchor", None):
         facts["calibration"] += f", anchor {result.anchor:g}"
     if result.anchor and result.toward != result.problem.names[result.problem.largest]:
@@ -236,6 +129,21 @@ def _fusion_facts(result: FusionResult) -> dict[str, str]:
         where = "GPU memory" if result.problem.target.device.type == "cuda" else "memory"
         facts[where] = f"{result.peak_memory[stage] / 1e6:.1f} MB at the most ({stage})"
     return facts
+
+
+def _target(result: FusionResult) -> str:
+    """Say which structure the result has."""
+    depth = counted_layers(len(result.problem.target.layers))
+    if not isinstance(result, SharedTrunkResult):
+        return f"{described(result.config.target)}, {depth}"
+    if result.split.is_empty:
+        return "the parents side by side"
+    whole = [len(one.traced.layers) for one in result.aligned.profiles]
+    own = [
+        f"{counted_layers(size - count)} of {name}"
+        for name, size, count in zip(result.names, whole, result.split.counts, strict=True)
+    ]
+    return f"a trunk of {depth}, and for each parent a branch: {', '.join(own)}"
 
 
 def _channels(result: FusionResult) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-__all__ = ["fact_lines", "plain_table", "seconds_text", "shortened"]
+__all__ = ["counted_layers", "fact_lines", "plain_table", "seconds_text", "shortened"]
 
 
 def plain_table(
@@ -22,6 +22,11 @@ def plain_table(
         return "  ".join(placed).rstrip()
 
     return "\n".join([line(titles), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def counted_layers(count: int) -> str:
+    """Return a number of layers in words."""
+    return f"{count} layer" + "s" * (count != 1)
 
 
 def fact_lines(facts: Mapping[str, str]) -> str:

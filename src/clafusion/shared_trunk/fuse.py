@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
 from clafusion.alignment.models import AlignedModels, label
 from clafusion.assessment.evaluation import network_of
-from clafusion.assessment.nearness import FusionAssessment, Nearness
+from clafusion.assessment.nearness import FusionAssessment
 from clafusion.assessment.parts import Parts, most_assessed, parts_of
 from clafusion.calibration.methods import Calibrated, calibrate
 from clafusion.calibration.outputs import is_exact
@@ -260,9 +259,7 @@ def _assessed(
         inputs = batches(parts.assessed, first.example_inputs, first.keywords, device=first.device)
         most = most_assessed(held_out=parts.held_out)
         joint, of_tasks, count = nearness(own, networks, result.sizes, inputs, most, seen)
-        assessment = FusionAssessment(
-            "classes", joint, {}, Nearness(math.inf), count, parts.held_out
-        )
+        assessment = FusionAssessment("classes", joint, {}, None, count, parts.held_out)
         result = replace(result, assessment=assessment, nearness=of_tasks)
     if labels is None:
         return result

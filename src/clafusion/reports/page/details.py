@@ -79,7 +79,8 @@ def _facts(result: PairResult) -> list[tuple[str, str]]:
     if assessment is not None:
         found.append(("the result", str(assessment.result)))
         found += [(f"{name} alone", str(near)) for name, near in assessment.parents.items()]
-        found.append(("one model and the other", str(assessment.between_parents)))
+        if assessment.between_parents is not None:
+            found.append(("one model and the other", str(assessment.between_parents)))
         seen = "kept out of the fusion" if assessment.held_out else "that the fusion has seen"
         found.append(("compared on", f"{assessment.num_inputs} inputs {seen}"))
         if assessment.nearer:
