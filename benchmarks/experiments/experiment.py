@@ -3,6 +3,7 @@
 import argparse
 import json
 import statistics
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,9 @@ def _plot(table: dict[str, dict[str, float]], title: str, path: Path) -> None:
         color="#4477aa",
     )
     axes.invert_yaxis()
-    axes.set_xlabel(f"{title} (%)")
+    axes.margins(y=0.01)
+    axes.set_xlim(0, None)
+    figure.supxlabel(textwrap.fill(f"{title} (%)", 90), fontsize="medium")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
