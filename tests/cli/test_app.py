@@ -379,6 +379,7 @@ BAD = {
     ),
     "device": ([*FUSE, "--device=nowhere"], "--device 'nowhere'"),
     "no number": ([*FUSE, "--limit=many"], "--limit"),
+    "no samples": ([*FUSE, "--limit=0"], "--limit must be at least 1; got 0"),
     "no seed": ([*FUSE, "--seed=many"], "--seed must be a whole number"),
     "unknown option": ([*FUSE, "--colour=red"], "--colour"),
     "short option": ([*FUSE, "--epsilon=1"], "Did you mean --matching-solver-epsilon?"),

@@ -380,6 +380,8 @@ def read_data(
         As ``load_samples`` and ``read_texts``; or there is no tokenizer, or a setting is for data
         of another kind.
     """
+    if limit is not None and limit < 1:
+        raise InputError(f"{called('limit')} must be at least 1; got {limit}")
     is_text = data.suffix.lower() in TEXT_ENDINGS and not data.is_dir()
     of_texts = {"text_column": text_column, "max_length": max_length}
     unfitting = {**numbers, **of_texts} if data.is_dir() else numbers if is_text else of_texts
