@@ -29,6 +29,7 @@ REASSEMBLY_MARK = "<!-- table of the options of a reassembly -->"
 PRESETS_MARK = "<!-- table of all presets -->"
 FIGURES = "benchmarks/results/"  # pictures that pages show from there
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>', re.DOTALL)
+FLAG = re.compile(r"<code>(?=--?[a-z][\w-]*</code>)")
 # Page -> the file at the root that it shows. Links in it lead to docs/ where they can.
 PAGES_OF_THE_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 
@@ -65,8 +66,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Put MathML, which browsers draw without a script, in place of every formula."""
-    return FORMULA.sub(_mathml, content)
+    """Put MathML, which browsers draw without a script, in place of every formula.
+
+    Flags get a class, by which they are not broken at their hyphens.
+    """
+    return FLAG.sub('<code class="flag">', FORMULA.sub(_mathml, content))
 
 
 def _mathml(match: re.Match[str]) -> str:

@@ -153,6 +153,12 @@ def test_the_gallery_shows_title_text_picture_and_code(hooks, tmp_path):
     assert "Helpers" not in page
 
 
+def test_flags_are_not_broken_at_their_hyphens(hooks):
+    made = hooks.on_page_content("<p><code>--quiet</code> <code>-h</code> <code>a - b</code></p>")
+    assert made.count('<code class="flag">') == 2
+    assert "<code>a - b</code>" in made
+
+
 def test_pages_of_the_root_link_to_the_other_pages(hooks):
     page = hooks.page_of_root("CONTRIBUTING.md")
     assert "](architecture.md)" in page
