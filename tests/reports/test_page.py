@@ -192,6 +192,11 @@ def test_failures_are_told_once_for_each_cause(tmp_path):
     }
     (cause,) = causes_of(pair_results(NAMES, failed=unlike))
     assert cause.shared == ("deep",)
+    depths = {
+        (name, "tanh"): f"StructureError: {name} ({i} layers)" for i, name in enumerate(NAMES)
+    }
+    (cause,) = causes_of(pair_results([*NAMES, "tanh"], failed=depths))
+    assert (len(cause.pairs), cause.shared) == (len(NAMES), ("tanh",))
     page = written(tmp_path, results)
     assert page.count("is corrupt") == 1
     assert "3 pairs with other" in page

@@ -48,6 +48,15 @@ def test_every_pair_that_may_match_shows_its_cost_and_every_inserted_layer_is_ma
     assert title.startswith("long (5 layers) and brief (3 layers): chosen by cost, total cost ")
 
 
+def test_a_line_shows_where_a_shared_trunk_ends(pair):
+    ends = pair.alignment.deep_to_shallow
+    inserted = [i for i, k in enumerate(ends) if k < 0]
+    for end, said in ((0, "nothing is shared"), (inserted[0] + 1, "the trunk ends")):
+        shown = texts(aligned_figure(pair, counts=(end, end)))
+        assert shown.count(said) == 1
+        assert shown.count("inserted") == sum(i < end for i in inserted)
+
+
 def test_the_path_goes_through_the_matched_pairs(pair):
     (path,) = aligned_figure(pair).axes[0].lines
     drawn = [(int(row), int(column)) for column, row in path.get_xydata()]

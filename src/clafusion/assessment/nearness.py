@@ -77,6 +77,9 @@ class FusionAssessment:
     held_out: bool
     nearer: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<FusionAssessment: {self.verdict}>"
+
     @property
     def nearest_parent(self) -> str:
         """The name of the parent that alone is the nearest to all together."""

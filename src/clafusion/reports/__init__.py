@@ -24,6 +24,7 @@ from clafusion.reports.tables import (
     pairs_summary,
 )
 from clafusion.results import FusionResult
+from clafusion.shared_trunk.result import SharedTrunkResult
 from clafusion.tracing.model import TracedModel
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def plot(
 
     if isinstance(thing, FusionResult):
         parts = [one.aligned for one in thing.steps] or [thing.aligned]
-        return drawn(lambda: aligned_figure(*parts), path)
+        counts = thing.split.counts if isinstance(thing, SharedTrunkResult) else None
+        return drawn(lambda: aligned_figure(*parts, counts=counts), path)
     if isinstance(thing, AlignedModels):
         return drawn(lambda: aligned_figure(thing), path)
     if isinstance(thing, TracedModel):

@@ -36,8 +36,11 @@ _LETTER = 0.07  # at the size of the names
 _BAR, _GAP, _TOP = 0.95, 0.35, 0.95
 
 
-def aligned_figure(*aligned: AlignedModels) -> Figure:
-    """Draw one panel for each model that is aligned with its reference, one below the other."""
+def aligned_figure(*aligned: AlignedModels, counts: Sequence[int] | None = None) -> Figure:
+    """Draw one panel for each model that is aligned with its reference, one below the other.
+
+    With ``counts``, how many of each model's layers are in a shared trunk, a line shows its end.
+    """
     panels = [
         _Panel(
             one.layer_names(pair.deep),
@@ -45,6 +48,7 @@ def aligned_figure(*aligned: AlignedModels) -> Figure:
             pair.alignment,
             (one.names[pair.deep], one.names[pair.shallow]),
             merged=pair.shallow == one.reference,
+            end=None if counts is None else counts[pair.deep],
         )
         for one in aligned
         for pair in one.pairs
@@ -61,6 +65,7 @@ class _Panel:
     alignment: LayerAlignment
     names: tuple[str, str]
     merged: bool
+    end: int | None
 
     @property
     def deep(self) -> list[str]:
@@ -219,6 +224,21 @@ def _name_axes(axes: Axes, panel: _Panel) -> None:
     axes.set_title("Cost of matching two layers", fontsize=10, pad=8)
 
 
+def _draw_end(axes: Axes, row: int) -> None:
+    """Draw where the shared trunk ends: before a row."""
+    axes.axhline(row - 0.5, color=_PATH, linewidth=1, linestyle="--")
+    axes.text(
+        0.5,
+        row - 0.5,
+        "the trunk ends" if row else "nothing is shared",
+        ha="center",
+        va="center",
+        fontsize=7,
+        color=_PATH,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+    )
+
+
 def _draw_layers(axes: Axes, panel: _Panel, box: float) -> None:
     """Draw both networks from top to bottom, each layer beside its partner."""
     alignment, norm = panel.alignment, panel.norm
@@ -231,6 +251,10 @@ def _draw_layers(axes: Axes, panel: _Panel, box: float) -> None:
     for row, (one, k) in enumerate(alignment.steps):
         own = panel.deep[one] if one >= 0 else "inserted"
         layer_box(axes, 0.0, row, box, own, size=size, dashed=one < 0)
+        if one == panel.end:
+            _draw_end(axes, row)
+        if k < 0 and panel.end is not None and one >= panel.end:
+            continue  # a branch's own
         if one < 0 or k < 0:
             other = panel.shallow[k] if k >= 0 else "merged" if panel.merged else "inserted"
             layer_box(axes, 1 - box, row, box, other, size=size, dashed=k < 0)

@@ -54,20 +54,49 @@ class Cause:
 def causes_of(results: Sequence[PairResult]) -> list[Cause]:
     """Return why pairs failed, the most frequent cause first.
 
-    Errors are the same cause where they differ by the names of the pair's models only.
+    A model whose structure fits that of no other is one cause. Other errors are the same cause
+    where they differ by the names of the pair's models only.
     """
+    failed = [one for one in results if one.error is not None]
+    groups = _by_structure(failed, {name for one in results for name in _fused(one)})
     found: dict[str, list[PairResult]] = {}
-    for one in results:
-        if one.error is not None:
+    for one in failed:
+        if not any(one is other for those in groups for other in those):
             found.setdefault(_without_names(one), []).append(one)
     causes = []
-    for those in found.values():
+    for those in [*groups, *found.values()]:
         message = those[0].error or ""
         remedy = next((how for what, how in _REMEDIES if re.search(what, message)), _UNKNOWN)
         pairs = tuple((one.first, one.second) for one in those)
         shared = tuple(name for name in pairs[0] if all(name in pair for pair in pairs))
         causes.append(Cause(message, remedy, pairs, shared))
     return sorted(causes, key=lambda one: -len(one.pairs))
+
+
+def _fused(result: PairResult) -> tuple[str, ...]:
+    """Return the models of a pair that was fused; none of one that failed."""
+    return () if result.error is not None else (result.first, result.second)
+
+
+def _by_structure(failed: Sequence[PairResult], fused: set[str]) -> list[list[PairResult]]:
+    """Return the pairs of each model that is in several of unlike structure, and was never fused.
+
+    Their errors differ, for each compares it with another model.
+    """
+    left = [one for one in failed if (one.error or "").startswith("StructureError")]
+    groups: list[list[PairResult]] = []
+    while left:
+        of_model: dict[str, list[PairResult]] = {}
+        for one in left:
+            for name in (one.first, one.second):
+                if name not in fused:
+                    of_model.setdefault(name, []).append(one)
+        most = max(of_model.values(), key=len, default=[])
+        if len(most) < 2:
+            return groups
+        groups.append(most)
+        left = [one for one in left if not any(one is other for other in most)]
+    return groups
 
 
 def _without_names(result: PairResult) -> str:
