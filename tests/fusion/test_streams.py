@@ -7,7 +7,7 @@ import torch
 
 from clafusion import PinnedWarning, StructureError, WidthWarning, fuse, trace
 from clafusion.reports.tables import model_summary
-from tests.support import families, networks
+from tests.support import families, networks, vision
 
 FAMILIES = {
     "T5": (lambda: families.t5(3, 3), lambda: families.t5(2, 2, seed=1), families.TEXTS),
@@ -58,6 +58,14 @@ FAMILIES = {
         lambda: families.detector(3, 3),
         lambda: families.detector(2, 2, seed=1),
         families.IMAGES,
+    ),
+    "LeViT": (lambda: vision.hybrid(2), lambda: vision.hybrid(1, seed=1), vision.IMAGES),
+    "BiT": (lambda: vision.standardised(3), lambda: vision.standardised(1, seed=1), vision.IMAGES),
+    "NF-ResNet": (lambda: vision.norm_free(3), lambda: vision.norm_free(1, seed=1), vision.IMAGES),
+    "NF-ResNet, grouped convolutions": (
+        lambda: vision.norm_free(2, groups=2),
+        lambda: vision.norm_free(1, seed=1, groups=2),
+        vision.IMAGES,
     ),
     "U-Net": (
         lambda: families.unet((2, 1), 2, (1, 2), residual=False),
@@ -176,6 +184,18 @@ class _Encoders(torch.nn.Module):
     def forward(self, source, target):
         first, second = self.first(self.source(source)), self.second(self.target(target))
         return self.out(second + first.mean(1, keepdim=True))
+
+
+def test_biases_that_a_network_keeps_from_call_to_call_are_not_the_results():
+    models = [vision.hybrid(1), vision.hybrid(1, seed=1)]
+    for model in models:
+        run(model, vision.IMAGES)
+    result = fused(models, vision.IMAGES)
+    fresh = vision.hybrid(1, seed=2)
+    fresh.load_state_dict(result.state_dict())
+    assert_same(result, fresh, vision.IMAGES)
+    run(models[1], vision.IMAGES)  # whose state is copied below, with what it keeps
+    assert_same(fused(models, vision.IMAGES, [0, 1]), models[1], vision.IMAGES)
 
 
 def test_layers_that_share_weights_are_a_count():

@@ -391,6 +391,13 @@ def weight_standardised() -> nn.Module:
     return Forward(forward, first=nn.Conv2d(3, 8, 3), second=nn.Conv2d(8, 10, 3), head=Head(10))
 
 
+@architecture("Scaled weight standardisation, grouped convolutions (NFNet-like)", RGB)
+def scaled_standardisation() -> nn.Module:
+    from tests.support import vision
+
+    return vision.norm_free(2, groups=2)
+
+
 # --- residual networks --------------------------------------------------------------------------
 
 
@@ -2035,6 +2042,13 @@ def encoder_layer() -> nn.Module:
         nn.TransformerEncoderLayer(16, 4, 20, batch_first=True, norm_first=True),
         nn.Linear(16, CLASSES),
     )
+
+
+@architecture("Attention that keeps its biases in eval mode, rows normalised (LeViT-like)", RGB)
+def kept_biases() -> nn.Module:
+    from tests.support import vision
+
+    return vision.hybrid(1)
 
 
 @architecture("Cross-attention", lambda: (SEQUENCE, images(5, 10)), channels=(8, 12, 6))

@@ -1,9 +1,12 @@
 """Which weights make a block write zero, and that the network then computes what it did."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from clafusion import fuse, trace
 from tests.support.architectures import randomise
@@ -117,3 +120,63 @@ def test_a_block_that_no_weights_silence_is_not_inserted(name):
     (model,) = networks_of(*NONE[name], 1)
     layers = trace(model, INPUTS, verify=False).layers
     assert not any(one.insertable == "zero" for one in layers)
+
+
+class Computed(nn.Module):
+    """A residual block that ends in a layer whose weight is computed."""
+
+    def __init__(self, compute: Callable[[nn.Linear], nn.Module]) -> None:
+        super().__init__()
+        self.norm, self.end = nn.LayerNorm(WIDTH), compute(nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.end(self.norm(x).relu())
+
+
+class Standard(nn.Linear):
+    """A layer whose weight has mean 0 and variance 1 in each row."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(self.weight, 1, keepdim=True)
+        return F.linear(x, (self.weight - mean) * (variance + 1e-5).rsqrt(), self.bias)
+
+
+class LowRank(nn.Linear):
+    """A layer whose weight is changed by a product of two."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features)
+        self.left = nn.Parameter(torch.ones(WIDTH, 2))
+        self.right = nn.Parameter(torch.ones(2, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + self.left @ self.right, self.bias)
+
+
+NORM = {"norm.weight", "norm.bias"}
+COMPUTED = {
+    "a length": (parametrizations.weight_norm, {"end.parametrizations.weight.original0"}),
+    "a spectral norm, which is of no zero weight": (parametrizations.spectral_norm, NORM),
+    "a mean and a variance, which no factor changes": (Standard, NORM),
+    "a product beside it": (LowRank, NORM),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_layer_with_a_computed_weight_writes_zero(name):
+    compute, expected = COMPUTED[name]
+
+    def net(depth: int) -> nn.Module:
+        blocks = [Computed(compute) for _ in range(depth)]
+        return randomise(nn.Sequential(nn.Linear(4, WIDTH), *blocks, nn.Linear(WIDTH, 3)), depth)
+
+    deep, shallow = net(3), net(1)
+    for layer in trace(shallow, INPUTS).layers[1:-1]:
+        assert {one.removeprefix("1.") for one in layer.last_write} == expected | {"end.bias"}
+    for weights, model in (([1, 0], deep), ([0, 1], shallow)):
+        result = fuse([deep, shallow], INPUTS, weights, calibration="none").model
+        with torch.no_grad():
+            torch.testing.assert_close(result(INPUTS), model(INPUTS), rtol=0, atol=1e-5)

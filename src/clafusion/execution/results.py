@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
-__all__ = ["kept_results"]
+__all__ = ["forget_results", "kept_results"]
 
 
 def kept_results(model: nn.Module) -> dict[int, Tensor]:
@@ -24,3 +26,28 @@ def kept_results(model: nn.Module) -> dict[int, Tensor]:
         for value in vars(module).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
+
+
+def forget_results(model: nn.Module) -> None:
+    """Let modules drop what they keep of their parameters from call to call, in place.
+
+    As LeViT's attentions do, which keep their biases in eval mode and drop them in ``train``. Other
+    weights would not change what such a module computes.
+    """
+    for module in model.modules():
+        if type(module).train is nn.Module.train or not any(map(_keeps, vars(module).values())):
+            continue
+        modes = {one: one.training for one in module.modules()}
+        module.train(True)
+        module.train(False)
+        for one, mode in modes.items():
+            one.training = mode
+
+
+def _keeps(value: object) -> bool:
+    """Say whether an attribute is a dictionary of results, by whatever keys."""
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(type(one) is Tensor for one in value.values())
+    )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from clafusion.execution.lazy import LazyState
-from clafusion.merging.problem import Parent
+from clafusion.merging.problem import MergeWeights, Parent
 from clafusion.tracing.model import TracedModel
 
 __all__ = ["complete", "gauged"]
@@ -38,7 +38,7 @@ def complete(
     fused: MutableMapping[str, Tensor],
     target: TracedModel,
     states: Sequence[Mapping[str, Tensor]],
-    weights: Sequence[float],
+    weights: Sequence[MergeWeights],
 ) -> None:
     """Give averaged weights the lengths and vectors that leave them as they are.
 
@@ -57,6 +57,24 @@ def complete(
     for one in target.normalised:
         having = [i for i, state in enumerate(states) if all(name in state for name in one.others)]
         if having:
-            first = states[max(having, key=lambda i: weights[i])]
+            first = states[max(having, key=lambda i: weights[i].overall)]
+            share = (
+                1.0 if one.kind == "spectral" else _share(one.parameter, states, weights, having)
+            )
             for name, value in one.completed(fused, first).items():
-                fused[name] = value.to(fused[name])
+                fused[name] = (share * value).to(fused[name])
+
+
+def _share(
+    parameter: str,
+    states: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[MergeWeights],
+    having: Sequence[int],
+) -> float:
+    """Return the weight of the parents that have a parameter, of those that have its lengths.
+
+    The lengths, or gains, of a layer that a parent lacks are zero, whatever the parameter is.
+    """
+    given = [weights[i].of(parameter) for i in having]
+    own = [weight for i, weight in zip(having, given, strict=True) if parameter in states[i]]
+    return sum(own) / sum(given) if sum(given) else 1.0

@@ -112,7 +112,7 @@ def average(
         else:
             fused[name] = values[0].to(tensor, copy=True)
     if is_gauged:
-        complete(fused, problem.target, states, [one.overall for one in weights])
+        complete(fused, problem.target, states, weights)
     return fused
 
 

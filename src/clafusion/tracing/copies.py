@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clafusion.errors import InputError, UnsupportedOpError
-from clafusion.execution.results import kept_results
+from clafusion.execution.results import forget_results, kept_results
 
 __all__ = ["copied", "evaluation_copy", "parameters_protected"]
 
@@ -39,7 +39,9 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     InputError
         As for :func:`copied`.
     """
-    return _copied(model, {id(one): one for one in model.parameters()}).eval()
+    made = _copied(model, {id(one): one for one in model.parameters()}).eval()
+    forget_results(made)
+    return made
 
 
 def _copied(model: nn.Module, shared: dict[int, Any]) -> nn.Module:

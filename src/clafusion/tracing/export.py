@@ -16,10 +16,12 @@ from torch.utils import _pytree as pytree
 from clafusion.errors import InputError, UnsupportedOpError
 from clafusion.execution.call import without_caches
 from clafusion.execution.nesting import nested
+from clafusion.execution.results import forget_results
 from clafusion.execution.writes import written_inputs
 from clafusion.tracing.copies import parameters_protected
 from clafusion.tracing.graphs import EDGES, counts_traced
 from clafusion.tracing.operations import module_path, op_name
+from clafusion.tracing.shapes import with_plain_shapes
 
 __all__ = ["export_model", "first_line", "refuse_changed_inputs"]
 
@@ -62,6 +64,7 @@ def export_model(
             {name: value.clone() for name, value in keywords.items()},
         )
     _inline_subgraphs(program.graph_module)
+    with_plain_shapes(program.graph_module)
     return program
 
 
@@ -161,6 +164,7 @@ def _export(
             f"{types or 'no type'}: {cause}{advice}"
         ) from cause
     _refuse_strange_outputs(outputs)
+    forget_results(model)
     try:
         traced_counts = counts_traced(model) if EDGES in keywords else nullcontext()
         with _keywords_spelled_out(model, named), traced_counts:

@@ -169,6 +169,12 @@ class Flow:
         return frozenset(found)
 
     @cached_property
+    def _gains(self) -> frozenset[str]:
+        """The gains of standardised weights."""
+        known = self.channels.labels.normalised.values()
+        return frozenset(name for one in known if one.kind == "standard" for name in one.others)
+
+    @cached_property
     def _has_free_batch(self) -> bool:
         sizes = [size for one in self.inputs for size in getattr(one.meta.get("val"), "shape", ())]
         return any(not isinstance(size, int) for size in sizes)
@@ -229,14 +235,16 @@ class Flow:
             return (("item", node.args[1]),)
         bound = bound_operands(node)
         if name in CONVOLUTIONS:
-            weight = self.state[self.parameters(node)[0]]
+            weight = bound["weight"].meta["val"].shape
             groups = bound["groups"]
-            depthwise = groups > 1 and weight.size(1) == 1
+            depthwise = groups > 1 and weight[1] == 1
             return (
-                ("kernel", tuple(weight.shape[2:])),
+                ("kernel", tuple(weight[2:])),
                 *((key, _frozen(bound[key])) for key in ("stride", "padding", "dilation")),
                 ("groups", "depthwise" if depthwise else groups),
             )
+        if node in self.channels.labels.computing and self._gains.issuperset(self.parameters(node)):
+            return ()  # of what multiplies a gain, the gain can take the place
         found = []
         for key, value in bound.items():
             if key not in _NO_SETTINGS:

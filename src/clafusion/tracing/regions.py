@@ -223,19 +223,37 @@ def _chains(region: _Region) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
         following = region.next.get(node)
         if node in chain and following is not None:
             joined.setdefault(following, []).append(node)
+    of_inputs = _of_inputs(region, chain)
     before = {}
     for node, several in joined.items():
-        going_on = _going_on(region, node, several)
+        going_on = _going_on(region, node, several, of_inputs)
         if going_on is not None:
             before[node] = going_on
     return chain, before
 
 
-def _going_on(region: _Region, node: fx.Node, joined: Sequence[fx.Node]) -> fx.Node | None:
+def _of_inputs(region: _Region, chain: Container[fx.Node]) -> set[fx.Node]:
+    """Return the nodes of chains that begin with what depends on the model's inputs.
+
+    Others begin with a table of positions, as that of an attention's biases.
+    """
+    found: set[fx.Node] = set()
+    for source in region.sources():
+        node: fx.Node | None = source
+        is_of_inputs = source is region.entry or not region.flow.is_same_for_all(source)
+        while is_of_inputs and node is not None and node in chain and node not in found:
+            found.add(node)
+            node = region.next[node]
+    return found
+
+
+def _going_on(
+    region: _Region, node: fx.Node, joined: Sequence[fx.Node], of_inputs: Container[fx.Node]
+) -> fx.Node | None:
     """Return which of the chains that meet at a node goes on there; None where all end.
 
     It is the one that a residual addition takes as it is, or else the one whose values come last of
-    all.
+    all those ``of_inputs``.
     """
     is_sum = op_name(node) == "add" and bound_operands(node).get("alpha", 1) == 1
     added = [one for one in joined if is_sum and one in node.all_input_nodes]
@@ -243,6 +261,7 @@ def _going_on(region: _Region, node: fx.Node, joined: Sequence[fx.Node]) -> fx.N
         others = [other for other in node.all_input_nodes if other is not one]
         if any(region.enters(one, other) for other in others):
             return one
+    joined = [one for one in joined if one in of_inputs] or joined
     last = [one for one in joined if not any(region.enters(one, other) for other in joined)]
     if len(last) > 1:
         last = [one for one in last if one in added]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from clafusion.tracing.flow import NORMS, Flow
-from clafusion.tracing.operations import RESHAPES, bound_operands, op_name
+from clafusion.tracing.operations import RESHAPES, affine_operands, bound_operands, op_name
 
 __all__ = ["parameters_for_zero", "summands"]
 
@@ -64,7 +64,9 @@ def parameters_for_zero(
     if len(parts) > 1 or (name in _JOINS and operands == node.all_input_nodes):
         return _all_zero(flow, parts if len(parts) > 1 else operands, block)
     if parameters and (flow.is_weighted(node) or name in _OF_EXPERTS):
-        return None if flow.has_computed_weight(node) else dict.fromkeys(parameters, 0.0)
+        if flow.has_computed_weight(node):
+            return _zero_of_computed(flow, node, block)
+        return dict.fromkeys(parameters, 0.0)
     if parameters and name in NORMS:
         bound = bound_operands(node)
         affine = (bound.get(role) for role in ("weight", "bias"))
@@ -123,22 +125,92 @@ def _zero_factor(flow: Flow, node: fx.Node, parameters: list[str]) -> dict[str, 
         for operand in node.all_input_nodes:
             if operand in flow:
                 continue
-            factor = _evaluated(flow, operand, value)
+            factor = _evaluated(flow, operand, _all_are(flow, value))
             if isinstance(factor, Tensor) and not bool(factor.any()):
                 return dict.fromkeys(parameters, value)
     return None
 
 
-def _evaluated(flow: Flow, node: fx.Node, value: float) -> Any:
-    """Return what a node computes of parameters that all have one value; None where it needs more.
+def _zero_of_computed(
+    flow: Flow, node: fx.Node, block: Collection[fx.Node]
+) -> dict[str, float] | None:
+    """Return the parameters by which a layer writes zero whose weight is computed from several.
 
-    A table that is no trained parameter would have that value, too: the caller checks what it gets.
+    Where the weight follows one of them in proportion, as the gain of a normalised weight, that one
+    is zero. Else the layer's input is, and if none of the block's parameters make that, all
+    parameters that make the weight.
+    """
+    bound = affine_operands(node)
+    if bound.get("weight") is None:
+        return None
+    bias = _zero_of_operand(flow, bound["bias"]) if "bias" in bound else {}
+    if bias is None:
+        return None
+    weight = _zero_of_operand(flow, bound["weight"], in_proportion=True)
+    if weight is None and "input" in bound:
+        weight = parameters_for_zero(flow, bound["input"], block)
+    if weight is None:
+        weight = _zero_of_operand(flow, bound["weight"])
+    return None if weight is None else {**weight, **bias}
+
+
+def _zero_of_operand(
+    flow: Flow, operand: fx.Node, *, in_proportion: bool = False
+) -> dict[str, float] | None:
+    """Return the parameters by which what is computed from parameters is zero.
+
+    The smallest one that is enough; or with ``in_proportion`` of those that the result follows in
+    proportion; or all.
+    """
+    names = _entries(flow, operand)
+    trained = [name for name in names if name not in flow.channels.labels.buffers]
+    single = sorted(trained, key=lambda name: flow.state[name].numel())
+    for zeroed in [[one] for one in single] + ([] if in_proportion else [trained]):
+        if _is_zero(flow, operand, zeroed) and not (
+            in_proportion and not _is_proportional(flow, operand, zeroed)
+        ):
+            return dict.fromkeys(zeroed, 0.0)
+    return None
+
+
+def _entries(flow: Flow, node: fx.Node) -> list[str]:
+    """Return the state entries from which a node's value is computed."""
+    if node in flow.sources:
+        return [flow.sources[node]]
+    found = [name for one in node.all_input_nodes for name in _entries(flow, one)]
+    return list(dict.fromkeys(found))
+
+
+def _is_zero(flow: Flow, node: fx.Node, zeroed: Collection[str]) -> bool:
+    """Say whether a value is zero where some parameters are."""
+    value = _evaluated(flow, node, _scaled(flow, zeroed, 0.0))
+    return isinstance(value, Tensor) and not bool(value.any())  # NaN is not zero
+
+
+def _is_proportional(flow: Flow, node: fx.Node, names: Collection[str]) -> bool:
+    """Say whether half the parameters give half the value."""
+    whole, half = (_evaluated(flow, node, _scaled(flow, names, one)) for one in (1.0, 0.5))
+    return torch.allclose(2 * half, whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max()))
+
+
+def _all_are(flow: Flow, value: float) -> Callable[[str], Tensor]:
+    return lambda name: torch.full_like(flow.state[name], value)
+
+
+def _scaled(flow: Flow, names: Collection[str], factor: float) -> Callable[[str], Tensor]:
+    return lambda name: flow.state[name] * factor if name in names else flow.state[name]
+
+
+def _evaluated(flow: Flow, node: fx.Node, state: Callable[[str], Tensor]) -> Any:
+    """Return what a node computes of state entries; None where it needs more.
+
+    A table that is no trained parameter may be changed, too: the caller checks what it gets.
     """
     if node in flow.sources:
-        return torch.full_like(flow.state[flow.sources[node]], value)
+        return state(flow.sources[node])
     if node.op != "call_function":
         return None
-    known = {one: _evaluated(flow, one, value) for one in node.all_input_nodes}
+    known = {one: _evaluated(flow, one, state) for one in node.all_input_nodes}
     if any(one is None for one in known.values()):
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clafusion.execution.call import State
 from clafusion.execution.layouts import axes_in_memory, laid_out
 from clafusion.execution.lazy import LazyState, overlaid
-from clafusion.execution.results import kept_results
+from clafusion.execution.results import forget_results, kept_results
 from clafusion.tracing.model import TracedModel
 from clafusion.weights.state_files import EXTRA_STATE
 
@@ -104,6 +104,7 @@ def fill(module: nn.Module, state: Mapping[str, Any]) -> None:
         name = f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
         if name in state:
             submodule.set_extra_state(state[name])
+    forget_results(module)
 
 
 def _set_widths(module: nn.Module) -> None:

@@ -63,8 +63,10 @@ _FILLING = frozenset("constant_pad_nd pad tril triu".split())
 
 def weight_computations(
     module: fx.GraphModule, placeholders: Sequence[str | None], buffers: frozenset[str]
-) -> dict[fx.Node, bool]:
-    """Return the nodes that compute weights from parameters; whether for a convolution.
+) -> dict[fx.Node, int]:
+    """Return the nodes that compute weights from parameters.
+
+    And for a convolution in how many groups it reads them; 0 for other operations.
 
     Parameters are those of :func:`clafusion.tracing.groups.find_channels`.
     """
@@ -77,7 +79,7 @@ def weight_computations(
                 free[node] = name not in buffers
         elif node.op == "call_function" and all(one in free for one in node.all_input_nodes):
             free[node] = any(free[one] for one in node.all_input_nodes)
-    found: dict[fx.Node, bool] = {}
+    found: dict[fx.Node, int] = {}
     for node in module.graph.nodes:
         bound = bound_operands(node)
         for role in _WEIGHTS.get(op_name(node), ()) if node.op == "call_function" else ():
@@ -90,8 +92,9 @@ def weight_computations(
             is_matrix = role == "weight" or weight.meta["val"].dim() == 2
             is_computed = any(not _is_view(one) for one in closure)
             if is_matrix and is_computed and not any(op_name(one) in _READERS for one in closure):
+                groups = int(bound["groups"]) if op_name(node) in _CONVOLUTIONS else 0
                 for one in closure:
-                    found[one] = found.get(one, False) or op_name(node) in _CONVOLUTIONS
+                    found[one] = max(found.get(one, 0), groups)
     return found
 
 
@@ -115,8 +118,10 @@ def _closure(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def computed_label(propagation: LabelPropagation, call: Call, for_convolution: bool) -> Label:
+def computed_label(propagation: LabelPropagation, call: Call, groups: int) -> Label:
     """Return the label of an operation that computes a weight, or a part of one.
+
+    ``groups`` is what :func:`weight_computations` found.
 
     Raises
     ------
@@ -133,7 +138,7 @@ def computed_label(propagation: LabelPropagation, call: Call, for_convolution: b
         return None
 
     def computed(label: Label) -> ComputedWeight | None:
-        return _computed(propagation, label, for_convolution)
+        return _computed(propagation, label, groups)
 
     if call.name in ("mv", "dot", "vdot", "mm", "matmul"):
         factors = [_factor(propagation, computed, label, value) for _, label, value in operands]
@@ -182,25 +187,37 @@ def _viewed(call: Call, node: fx.Node, label: ParameterView, *, alone: bool) -> 
     return views if isinstance(moved, (tuple, list)) else views[0]
 
 
-def _computed(
-    propagation: LabelPropagation, label: Label, for_convolution: bool
-) -> ComputedWeight | None:
-    """Return a label as a computed weight; None for a constant."""
+def _computed(propagation: LabelPropagation, label: Label, groups: int) -> ComputedWeight | None:
+    """Return a label as a computed weight; None for a constant.
+
+    Of a convolution with ``groups`` each group's rows read channels of their own.
+    """
     if isinstance(label, ComputedWeight):
         return label
     if not propagation.is_parameter(label):
         return None
     shape = label.tensor.shape
     axes = [i for i, size in enumerate(shape) if size > 1]
-    if for_convolution and len(shape) > 2:
+    if groups and len(shape) > 2:
         axes = [i for i in axes if i < 2]  # the others are the kernel's
     if len(axes) < 2 and label.tensor.numel() == max([*shape, 1]):
         layers = [propagation.element_ids(label)] if axes else []
         use = propagation.uses[label.name, "elements"] if axes else None
         return ComputedWeight(label.name, label.tensor, tuple(layers), (use,) if use else ())
-    found = propagation.weigh(label, "weight", {i: propagation.fresh(shape[i]) for i in axes})
+    parts = label.tensor.chunk(groups if axes == [0, 1] and groups else 1, 0)
+    of_parts = []
+    for part in parts:
+        view = ParameterView(label.name, part)
+        sizes = {i: propagation.fresh(part.size(i)) for i in axes}
+        of_parts.append(propagation.weigh(view, "weight", sizes))
     layers = [
-        found[i].view([-1 if j == i else 1 for j in range(len(shape))]).expand(shape) for i in axes
+        torch.cat(
+            [
+                found[i].view([-1 if j == i else 1 for j in range(len(shape))]).expand(part.shape)
+                for found, part in zip(of_parts, parts, strict=True)
+            ]
+        )
+        for i in axes
     ]
     uses = tuple(use for use in propagation.uses.values() if use.name == label.name)
     return ComputedWeight(label.name, label.tensor, tuple(layers), uses)
@@ -262,12 +279,15 @@ def _normalised(
     propagation: LabelPropagation, call: Call, weights: Sequence[ComputedWeight], sources: Any
 ) -> Label:
     """Follow reductions and normalisations over some axes, of which the order does not matter."""
-    if len(weights) > 1 and call.name != "_weight_norm":
-        raise NotFollowed("its operands are computed, too")
-    if call.name == "_weight_norm":
-        _note_lengths(propagation, call)
-    layers = _united(propagation, weights, weights[0].tensor.shape)
     shape = weights[0].tensor.shape
+    if call.name == "batch_norm":
+        weights = [weights[0], *(_along_rows(one, shape) for one in weights[1:])]
+        _note_gains(propagation, call)
+    elif call.name == "_weight_norm":
+        _note_lengths(propagation, call)
+    elif len(weights) > 1:
+        raise NotFollowed("its operands are computed, too")
+    layers = _united(propagation, weights, shape)
     axes = _reduced_axes(call, len(shape))
     outputs = call.output if isinstance(call.output, tuple) else (call.output,)
     kept = []
@@ -281,7 +301,7 @@ def _normalised(
             for axis in axes:
                 layer = layer.narrow(axis, 0, 1)
             kept.append(layer.reshape(outputs[0].shape))
-        elif not along <= axes:
+        elif not along <= axes and not _is_in_blocks(propagation, layer, along - axes):
             raise NotFollowed("its channels lie along a part of the axes that it reduces")
     labels = tuple(ComputedWeight(call.node.name, one, tuple(kept), sources) for one in outputs)
     return labels if isinstance(call.output, tuple) else labels[0]
@@ -299,6 +319,51 @@ def _note_lengths(propagation: LabelPropagation, call: Call) -> None:
         axis = call.value("dim")
         found = NormalisedWeight("length", whole[0], (whole[1],), axis)
         propagation.normalised[whole[0]] = found
+
+
+def _along_rows(vector: ComputedWeight, shape: Sequence[int]) -> ComputedWeight:
+    """Return a batch norm's gains or biases as factors of a weight ``(1, num_rows, ...)``."""
+    view = [1, -1, *[1] * (len(shape) - 2)]
+    return vector.changed(lambda one: one.reshape(view).expand(tuple(shape)))
+
+
+def _note_gains(propagation: LabelPropagation, call: Call) -> None:
+    """Note the parameters of a scaled weight standardisation, if both are whole ones.
+
+    That is a batch norm of the weight as one input ``(1, num_rows, ...)``.
+    """
+    found = [_multiplied(call.bound.get(role)) for role in ("input", "weight")]
+    labels = [None if one is None else call.label_of(one[0]) for one in found]
+    if call.bound.get("bias") is not None or any(one is None for one in found):
+        return
+    (_, unscaled), (_, scale) = ((None, 0.0) if one is None else one for one in found)
+    names = [
+        one.name
+        for one in labels
+        if isinstance(one, ParameterView)
+        and one.tensor.numel() == propagation.state[one.name].numel()
+    ]
+    if len(names) == 2 and unscaled == 1.0 and scale:
+        eps = call.value("eps")
+        propagation.normalised[names[0]] = NormalisedWeight(
+            "standard", names[0], (names[1],), 0, eps, scale
+        )
+
+
+def _multiplied(node: Any) -> tuple[fx.Node, float] | None:
+    """Return the parameter of which a node is a multiple in another shape, and how much it is."""
+    factor = 1.0
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        name, operands = op_name(node), node.all_input_nodes
+        if name in ("mul", "div") and len(operands) == 1:
+            number = node.args[1] if node.args[0] is operands[0] else node.args[0]
+            if not isinstance(number, (int, float)):
+                return None
+            factor = factor * number if name == "mul" else factor / number
+        elif name not in ("view", "reshape", "flatten", "squeeze", "unsqueeze"):
+            return None
+        node = operands[0]
+    return (node, factor) if isinstance(node, fx.Node) else None
 
 
 def _note_vectors(propagation: LabelPropagation, call: Call, left: Label) -> None:
@@ -332,8 +397,8 @@ def _axis_of(use: DraftUse, place: int, tensor: Tensor) -> int:
 def _reduced_axes(call: Call, dims: int) -> set[int]:
     """Return the axes over which an operation sums up or normalises."""
     if call.name == "batch_norm":
-        if not call.value("training") or any(call.bound.get(n) for n in ("weight", "bias")):
-            raise NotFollowed("it normalises weights by parameters or statistics")
+        if not call.value("training"):
+            raise NotFollowed("it normalises weights by statistics")
         return set(range(dims)) - {1}
     if call.name == "layer_norm":
         if any(call.bound.get(n) is not None for n in ("weight", "bias")):
@@ -414,10 +479,21 @@ def _join(propagation: LabelPropagation, layers: list[Tensor], layer: Tensor) ->
             propagation.unite(other, layer)
             layers[i] = torch.where(other >= 0, other, layer)
             return
-        if axes & others:
+        both = axes & others
+        larger, smaller = (layer, others) if axes > others else (other, axes)
+        if both and not (both == smaller and _is_in_blocks(propagation, larger, both)):
             raise NotFollowed("its operands have channels along several axes")
     if axes:
         layers.append(layer)
+
+
+def _is_in_blocks(propagation: LabelPropagation, layer: Tensor, axes: set[int]) -> bool:
+    """Say whether a layer is the same for several neighbours along an axis, as in a group."""
+    if len(axes) != 1:
+        return False
+    rows = propagation.roots(layer.movedim(next(iter(axes)), 0)).flatten(1)
+    _, counts = rows.unique_consecutive(dim=0, return_counts=True)
+    return len(counts.unique()) == 1 and int(counts[0]) > 1
 
 
 def _axes(propagation: LabelPropagation, layer: Tensor) -> tuple[int, ...]:

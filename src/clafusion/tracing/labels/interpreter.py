@@ -76,7 +76,7 @@ class LabelPropagation(Atoms):
         Operations with a matrix for each of several experts: the matrices, and to which of them an
         example input comes.
     computing
-        The nodes that compute weights from parameters; whether for a convolution.
+        The nodes that compute weights from parameters; for a convolution of how many groups.
     normalised
         Weights that are divided by a norm of their own, by the parameter's name.
     """
@@ -107,7 +107,7 @@ class LabelPropagation(Atoms):
         self.experts: list[
             tuple[fx.Node, Sequence[ParameterView | ComputedWeight], list[bool]]
         ] = []
-        self.computing: dict[fx.Node, bool] = {}
+        self.computing: dict[fx.Node, int] = {}
 
     def run(
         self,
