@@ -67,6 +67,16 @@ FAMILIES = {
         lambda: vision.norm_free(1, seed=1, groups=2),
         vision.IMAGES,
     ),
+    "HRNet": (
+        lambda: vision.resolutions((2, 1), (1, 3)),
+        lambda: vision.resolutions((1, 1), (1, 1), seed=1),
+        vision.IMAGES,
+    ),
+    "HRNet, each deeper somewhere": (
+        lambda: vision.resolutions((3, 1), (1, 2)),
+        lambda: vision.resolutions((1, 2), (2, 1), seed=1),
+        vision.IMAGES,
+    ),
     "U-Net": (
         lambda: families.unet((2, 1), 2, (1, 2), residual=False),
         lambda: families.unet((1, 1), 1, (1, 1), seed=1, residual=False),
@@ -168,6 +178,13 @@ def test_a_summary_names_the_streams():
     text = model_summary(trace(families.unet(), families.IMAGES, verify=False))
     assert "(down.0.0 to down.0.1) reads input 0; " in text
     assert "(down.1.0 to down.1.1) reads down.0; " in text
+
+
+def test_stretches_between_exchanges_are_streams():
+    traced = trace(vision.resolutions((2, 1), (1, 3)), vision.IMAGES, verify=False)
+    layers = [[traced.layers[i] for i in one.layers] for one in traced.streams]
+    blocks = [sum(layer.insertable == "zero" for layer in of) for of in layers]
+    assert [count for count in blocks if count] == [1, 2, 1, 3]
 
 
 class _Encoders(torch.nn.Module):

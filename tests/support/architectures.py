@@ -914,6 +914,15 @@ def transposed_other() -> nn.Module:
 
 
 # A channel after the shuffle is four channels before it: eight blocks of four move.
+@architecture(
+    "Two resolutions that exchange values (HRNet-like)", RGB, channels=(6, 6, 6, 12, 12, 12)
+)
+def two_resolutions() -> nn.Module:
+    from tests.support import vision
+
+    return vision.resolutions((1, 1), (1, 1))
+
+
 @architecture("Pixel shuffle", RGB, channels=(6, 8))
 def pixel_shuffle() -> nn.Module:
     return nn.Sequential(

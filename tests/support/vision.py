@@ -157,3 +157,53 @@ def norm_free(depth: int, width: int = 8, seed: int = 0, groups: int = 1) -> nn.
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES)
     stem = Standardised(3, width, 3, gain=True), nn.AvgPool2d(2)
     return randomise(nn.Sequential(*stem, *blocks, *head), seed)
+
+
+class Basic(nn.Module):
+    """Two convolutions and an identity shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.layers
+        return (x + second(first(x).relu())).relu()
+
+
+class Exchange(nn.Module):
+    """Two resolutions side by side, of any depths, that exchange their values (HRNet-like)."""
+
+    def __init__(self, depths: tuple[int, int], width: int) -> None:
+        super().__init__()
+        self.fine, self.coarse = (
+            nn.Sequential(*[Basic((i + 1) * width) for _ in range(depth)])
+            for i, depth in enumerate(depths)
+        )
+        self.up = nn.Conv2d(2 * width, width, 1)
+        self.down = nn.Conv2d(width, 2 * width, 3, 2, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = self.fine(x), self.coarse(y)
+        up = F.interpolate(self.up(y), scale_factor=2.0)
+        return (x + up).relu(), (self.down(x) + y).relu()
+
+
+class Resolutions(nn.Module):
+    def __init__(self, depths: tuple[tuple[int, int], ...], width: int) -> None:
+        super().__init__()
+        self.stem, self.shrink = nn.Conv2d(3, width, 4, 4), nn.Conv2d(width, 2 * width, 3, 2, 1)
+        self.stages = nn.ModuleList(Exchange(one, width) for one in depths)
+        self.join, self.head = nn.Conv2d(width, 2 * width, 3, 2, 1), nn.Linear(2 * width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        y = self.shrink(x).relu()
+        for stage in self.stages:
+            x, y = stage(x, y)
+        return self.head((self.join(x) + y).mean((2, 3)))
+
+
+def resolutions(*depths: tuple[int, int], width: int = 6, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return randomise(Resolutions(depths, width), seed)

@@ -6,7 +6,7 @@ between run chains of single layers. Such a network has one stream, its trunk.
 
 Where layers lie *within* a region between two cuts (in an encoder whose states all blocks of a
 decoder read, on a level of a U-Net), the region has streams of its own: see
-:mod:`clafusion.tracing.regions`.
+:mod:`clafusion.tracing.regions`, and where they exchange values :mod:`clafusion.tracing.branches`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import fx
 
+from clafusion.tracing.branches import branches_of
 from clafusion.tracing.drafts import Draft, drafts_of
 from clafusion.tracing.flow import Flow
 from clafusion.tracing.insertion import insertion
@@ -27,15 +28,40 @@ __all__ = ["cut_into_drafts", "side_nodes"]
 
 
 def cut_into_drafts(flow: Flow) -> list[Draft]:
-    """Return the drafts of all layers: stream after stream, each behind those that it reads."""
-    runs = _with_inner_runs(flow, Run(_segments(flow), None))
+    """Return the drafts of all layers: stream after stream, each behind those that it reads.
+
+    Of two ways to divide regions into streams it is that by which more residual blocks can be
+    inserted.
+    """
+    runs = _runs(flow, exchange=False)
+    found = _drafts(flow, runs)
+    others = _runs(flow, exchange=True)
+    if [run.nodes for run in others] != [run.nodes for run in runs]:
+        drafts = _drafts(flow, others)
+        if _count_blocks(flow, drafts) > _count_blocks(flow, found):
+            return drafts
+    return found
+
+
+def _runs(flow: Flow, *, exchange: bool) -> list[Run]:
+    """Return the runs of a graph; the trunk alone where streams read each other in turns."""
+    runs = _with_inner_runs(flow, Run(_segments(flow), None), exchange)
     if len(runs) > 1 or any(one.is_head for one in runs[0].segments):
-        runs = divided(flow, runs) or [Run(_segments(flow), None)]
+        return divided(flow, runs) or [Run(_segments(flow), None)]
+    return runs
+
+
+def _drafts(flow: Flow, runs: Sequence[Run]) -> list[Draft]:
     drafts = []
     for i, run in enumerate(runs):
         stream = i if len(runs) == 1 else i + 1
         drafts += with_norms_before(flow, drafts_of(flow, run.segments, run.entry, stream))
     return drafts
+
+
+def _count_blocks(flow: Flow, drafts: Sequence[Draft]) -> int:
+    """Return how many residual blocks can be inserted."""
+    return sum(insertion(flow, one).insertable == "zero" for one in drafts)
 
 
 def _segments(flow: Flow) -> list[Segment]:
@@ -54,10 +80,11 @@ def _segments(flow: Flow) -> list[Segment]:
     return segments
 
 
-def _with_inner_runs(flow: Flow, run: Run) -> list[Run]:
+def _with_inner_runs(flow: Flow, run: Run, exchange: bool) -> list[Run]:
     """Return a run with the regions in which layers lie taken apart, and the runs within those.
 
-    The last continues the run to its end.
+    The last continues the run to its end. With ``exchange`` streams are those whose values enter
+    others and come back, where there are such.
     """
     found: list[Run] = []
     segments: list[Segment] = []
@@ -66,13 +93,15 @@ def _with_inner_runs(flow: Flow, run: Run) -> list[Run]:
         inner = None
         if one.interior:
             nodes = [*one.interior, one.node]
-            inner = runs_of(
-                flow, nodes, before, not one.is_open, _holds_layers(flow, before, one.node)
-            )
+            holds = _holds_layers(flow, before, one.node)
+            inner = None
+            if not one.is_open and exchange and not _is_insertable(flow, nodes, before):
+                inner = branches_of(flow, nodes, before, holds)
+            inner = inner or runs_of(flow, nodes, before, not one.is_open, holds)
         if inner is None:
             segments.append(one)
         else:
-            inner = [part for each in inner for part in _with_inner_runs(flow, each)]
+            inner = [part for each in inner for part in _with_inner_runs(flow, each, exchange)]
             *beside, main = inner
             found += beside
             if main.entry is not before or main.segments[0].is_head:
@@ -82,6 +111,12 @@ def _with_inner_runs(flow: Flow, run: Run) -> list[Run]:
             segments += main.segments
         before = one.node
     return [*found, Run(segments, begin)]
+
+
+def _is_insertable(flow: Flow, nodes: Sequence[fx.Node], entry: fx.Node | None) -> bool:
+    """Say whether a region as a whole is a layer that can be inserted."""
+    draft = Draft("residual_block", list(nodes), entry)
+    return insertion(flow, draft).insertable is not None
 
 
 def _holds_layers(

@@ -16,7 +16,7 @@ from torch import fx
 from clafusion.tracing.flow import Flow
 from clafusion.tracing.operations import SAME_VALUES, bound_operands, op_name
 
-__all__ = ["Run", "Segment", "divided", "runs_of"]
+__all__ = ["Region", "Run", "Segment", "divided", "runs_of"]
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Run:
         return [node for one in self.segments for node in (*one.interior, one.node)]
 
 
-class _Region:
+class Region:
     """The part of a graph between two values, as a graph of its own.
 
     Parameters
@@ -193,7 +193,7 @@ def runs_of(
         Says of each of the runs whether layers can be inserted into it. One that has none is a part
         of the layer that reads it.
     """
-    region = _Region(flow, nodes, entry, has_exit)
+    region = Region(flow, nodes, entry, has_exit)
     chain, before = _chains(region)
     left = _leave_blocks(region, chain, before)
     runs = _runs(region, chain, before)
@@ -210,7 +210,7 @@ def runs_of(
     return runs if any(holds_layers(runs)) else None
 
 
-def _chains(region: _Region) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
+def _chains(region: Region) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
     """Return the nodes of all chains of post-dominators, and which goes on in which."""
     chain: set[fx.Node] = set()
     for source in region.sources():
@@ -232,7 +232,7 @@ def _chains(region: _Region) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
     return chain, before
 
 
-def _of_inputs(region: _Region, chain: Container[fx.Node]) -> set[fx.Node]:
+def _of_inputs(region: Region, chain: Container[fx.Node]) -> set[fx.Node]:
     """Return the nodes of chains that begin with what depends on the model's inputs.
 
     Others begin with a table of positions, as that of an attention's biases.
@@ -248,12 +248,12 @@ def _of_inputs(region: _Region, chain: Container[fx.Node]) -> set[fx.Node]:
 
 
 def _going_on(
-    region: _Region, node: fx.Node, joined: Sequence[fx.Node], of_inputs: Container[fx.Node]
+    region: Region, node: fx.Node, joined: Sequence[fx.Node], of_inputs: Container[fx.Node]
 ) -> fx.Node | None:
     """Return which of the chains that meet at a node goes on there; None where all end.
 
     It is the one that a residual addition takes as it is, or else the one whose values come last of
-    all those ``of_inputs``.
+    all; where nothing is added up, of all those ``of_inputs``.
     """
     is_sum = op_name(node) == "add" and bound_operands(node).get("alpha", 1) == 1
     added = [one for one in joined if is_sum and one in node.all_input_nodes]
@@ -261,7 +261,8 @@ def _going_on(
         others = [other for other in node.all_input_nodes if other is not one]
         if any(region.enters(one, other) for other in others):
             return one
-    joined = [one for one in joined if one in of_inputs] or joined
+    if not is_sum:
+        joined = [one for one in joined if one in of_inputs] or joined
     last = [one for one in joined if not any(region.enters(one, other) for other in joined)]
     if len(last) > 1:
         last = [one for one in last if one in added]
@@ -269,7 +270,7 @@ def _going_on(
 
 
 def _leave_blocks(
-    region: _Region, chain: set[fx.Node], before: dict[fx.Node, fx.Node]
+    region: Region, chain: set[fx.Node], before: dict[fx.Node, fx.Node]
 ) -> set[fx.Node]:
     """Take out of a chain what lies within a block of another one, and return where it ends then.
 
@@ -296,7 +297,7 @@ def _leave_blocks(
     return left
 
 
-def _runs(region: _Region, chain: set[fx.Node], before: dict[fx.Node, fx.Node]) -> list[Run] | None:
+def _runs(region: Region, chain: set[fx.Node], before: dict[fx.Node, fx.Node]) -> list[Run] | None:
     """Return every chain with the nodes that belong to it; None where some belong to none."""
     interior: dict[fx.Node, list[fx.Node]] = {}
     for node in region.nodes:
@@ -322,7 +323,7 @@ def _runs(region: _Region, chain: set[fx.Node], before: dict[fx.Node, fx.Node]) 
     return runs
 
 
-def _reader(region: _Region, chain: Container[fx.Node], node: fx.Node) -> fx.Node | None:
+def _reader(region: Region, chain: Container[fx.Node], node: fx.Node) -> fx.Node | None:
     """Return the node of a chain for which a node is computed."""
     following = region.next[node]
     while following is not None and following not in chain:
@@ -331,7 +332,7 @@ def _reader(region: _Region, chain: Container[fx.Node], node: fx.Node) -> fx.Nod
 
 
 def _without_parts(
-    region: _Region,
+    region: Region,
     runs: Sequence[Run],
     before: dict[fx.Node, fx.Node],
     left: Container[fx.Node],
@@ -368,7 +369,7 @@ def _without_parts(
 
 
 def _put_into(
-    region: _Region, owner: dict[fx.Node, Segment], nodes: Sequence[fx.Node], reader: Segment
+    region: Region, owner: dict[fx.Node, Segment], nodes: Sequence[fx.Node], reader: Segment
 ) -> None:
     """Put nodes into the first segment that reads them."""
     inside = set(nodes)
@@ -379,9 +380,7 @@ def _put_into(
     owner.update(dict.fromkeys(nodes, into))
 
 
-def _inside(
-    region: _Region, run: Run, previous: fx.Node, block: Sequence[fx.Node]
-) -> list[Segment]:
+def _inside(region: Region, run: Run, previous: fx.Node, block: Sequence[fx.Node]) -> list[Segment]:
     """Return a run's last segments that belong to the block of another stream that reads it.
 
     Where a block makes keys and values at once of the run's value, the layer that does is of that
