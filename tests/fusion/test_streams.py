@@ -128,6 +128,21 @@ def test_all_weight_on_one_network_of_another_depth_gives_it(name):
     assert_same(fused(models, inputs, [0, 1]), models[1], inputs)
 
 
+WIDTHS = {
+    "LeViT, whose heads another layer reads": vision.hybrid,
+    "NF-ResNet": vision.norm_free,
+    "HRNet": lambda depth, **arguments: vision.resolutions((depth, 1), (1, depth), **arguments),
+}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_all_weight_on_one_network_of_another_width_gives_it(name):
+    make = WIDTHS[name]
+    models = [make(1, width=16), make(1, width=8, seed=1)]
+    assert_same(fused(models, vision.IMAGES, [1, 0]), models[0], vision.IMAGES)
+    assert_same(fused(models, vision.IMAGES, [0, 1]), models[1], vision.IMAGES)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_permuted_copy_gives_the_network(name):
     _, shallow, inputs = FAMILIES[name]

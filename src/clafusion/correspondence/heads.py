@@ -51,12 +51,20 @@ def _unequal(
     target: TracedModel, source: TracedModel, layer_map: Sequence[int]
 ) -> Iterator[tuple[HeadPartition, HeadPartition]]:
     """Yield heads of matched layers that correspond, where their numbers differ."""
-    for layer, k in zip(target.layers, layer_map, strict=True):
-        if k < 0 or len(layer.parameters) != len(source.layers[k].parameters):
-            continue
-        names = dict(zip(layer.parameters, source.layers[k].parameters, strict=True))
+    matched = [
+        (layer, k)
+        for layer, k in zip(target.layers, layer_map, strict=True)
+        if k >= 0 and len(layer.parameters) == len(source.layers[k].parameters)
+    ]
+    # What reads the values of heads may be the layer behind theirs.
+    names = {
+        name: other
+        for layer, k in matched
+        for name, other in zip(layer.parameters, source.layers[k].parameters, strict=True)
+    }
+    back = {other: name for name, other in names.items()}
+    for layer, k in matched:
         yield from _counterparts(target, source, layer.index, k, names)
-        back = {other: name for name, other in names.items()}
         for of_source, of_target in _counterparts(source, target, k, layer.index, back):
             if len(of_target.members) == 1:  # which is no head among several
                 yield of_target, of_source
