@@ -113,7 +113,8 @@ def test_every_option_of_the_command_line_is_told(hooks):
 
 
 def test_every_entry_of_a_manifest_is_told():
-    from clafusion.cli.manifest import DATA_KEYS, KEYS
+    from clafusion.cli.entries import DATA_KEYS
+    from clafusion.cli.manifest import KEYS
 
     page = read("docs/many-pairs.md")
     for entry in (*KEYS, *DATA_KEYS):

@@ -1,10 +1,10 @@
-"""``clafusion check``: which pairs of a manifest can be fused."""
+"""``clafusion check``: what of a manifest can be done."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,23 +20,46 @@ def check_command(
     manifest: Annotated[Path, typer.Argument(help="A manifest of fuse-pairs, YAML or JSON.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say in seconds which pairs of a manifest can be fused, and why others cannot.
+    """Say in seconds what of a manifest can be done, and why the rest cannot.
 
-    The exit code is 1 if some cannot.
+    The exit code is 1 if something cannot.
     """
     from clafusion.batch.check import check_pairs
+    from clafusion.batch.named_tasks import task_cause
     from clafusion.cli.manifest import read_manifest
-    from clafusion.cli.pairs import data_of_manifest
+    from clafusion.cli.manifest_data import DataReader, data_of_manifest, models_of_pairs
 
     given = read_manifest(manifest)
-    samples = data_of_manifest(given, most=_ROWS)
-    pairs = given.pairs
-    if isinstance(pairs, str):
-        pairs = list(itertools.combinations(given.models, 2))
-    found = check_pairs(given.models, samples, pairs, given.configs[0])
+    facts: dict[str, Any] = {}
+    shown: list[str] = []
+    is_bad = False
+    if given.pairs:
+        pairs = given.pairs
+        if isinstance(pairs, str):
+            pairs = list(itertools.combinations(given.models, 2))
+        samples = data_of_manifest(models_of_pairs(given), given.data, _ROWS)
+        found = check_pairs(given.models, samples, pairs, given.configs[0])
+        facts, is_bad = found.to_dict(), bool(found.causes)
+        shown.append(str(found))
+    read = DataReader(given.models, _ROWS)
+    causes = {
+        (task.kind, task.name): task_cause(read.filled(task), given.models) for task in given.tasks
+    }
+    if given.tasks:
+        facts["tasks"] = [
+            {"kind": kind, "name": name, "reason": cause} for (kind, name), cause in causes.items()
+        ]
+        good = sum(one is None for one in causes.values())
+        shown.append(f"can be done  {good} of {len(causes)} merges and reassemblies")
+        shown += [
+            f"cannot       {kind} {name}: {cause}"
+            for (kind, name), cause in causes.items()
+            if cause is not None
+        ]
+        is_bad |= good < len(causes)
     if as_json:
-        print_json(found.to_dict())
+        print_json(facts)
     else:
-        print_text(str(found))
-    if found.causes:
+        print_text("\n".join(shown))
+    if is_bad:
         raise typer.Exit(1)

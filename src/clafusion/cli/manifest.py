@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from clafusion.batch.named_tasks import NamedTask
+from clafusion.cli.entries import data_entry, entries_of
+from clafusion.cli.manifest_tasks import tasks_of
 from clafusion.cli.settings import configs_of, read_mapping, rooted
 from clafusion.config import FusionConfig
 from clafusion.errors import InputError
@@ -17,20 +19,18 @@ from clafusion.interop.resolver import factory_of, holds_itself, model_file
 from clafusion.stages import merge_weights
 from clafusion.weights.factories import ModelFile
 
-__all__ = ["DATA_KEYS", "KEYS", "Manifest", "read_manifest"]
+__all__ = ["KEYS", "Manifest", "read_manifest"]
 
-KEYS = ("models", "factory", "pairs", "data", "weights", "settings", "out")
-DATA_KEYS = (
-    "file",
-    "key",
-    "limit",
-    "shape",
-    "scale",
-    "mean",
-    "std",
-    "text_column",
-    "max_length",
-    "labels",
+KEYS = (
+    "models",
+    "factory",
+    "pairs",
+    "merges",
+    "reassemblies",
+    "data",
+    "weights",
+    "settings",
+    "out",
 )
 
 
@@ -43,15 +43,19 @@ class Manifest:
     models
         Name -> model.
     pairs
-        Pairs of names, or ``"all"``.
+        Pairs of names, or ``"all"``; an empty list where there are merges or reassemblies only.
     data
-        Arguments of :func:`clafusion.profiling.samples.load_samples`, and how texts are read.
+        Arguments of :func:`clafusion.profiling.samples.load_samples`, and how texts are read;
+        empty where nothing needs data.
     weights
         Weights of the first and the second model of each pair, or None for equal ones.
     configs
         The options, see :class:`clafusion.FusionConfig`; several where entries are lists.
     out
         Directory for the results, or None.
+    tasks
+        The merges and reassemblies, one for each combination of settings. Their data are
+        :class:`clafusion.cli.entries.DataEntry`, which are not read yet.
     """
 
     models: Mapping[str, ModelFile]
@@ -60,6 +64,7 @@ class Manifest:
     weights: tuple[float, float] | None
     configs: tuple[FusionConfig, ...]
     out: Path | None
+    tasks: tuple[NamedTask, ...] = ()
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -67,8 +72,12 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
     Its entries: ``models`` maps names to ``{factory: MODULE:FACTORY, weights: FILE, key: KEY}``,
     the key only for a file of several state dicts, or to ``FILE`` alone where ``factory`` gives the
-    factory of all, or to a Hugging Face directory; ``pairs`` is ``all`` (the default), a list of
-    pairs of names, or ``{base: NAME}`` for every model with that one first; ``data`` is a file or
+    factory of all, or to a Hugging Face directory; ``pairs`` is ``all`` (the default where there
+    are no merges and reassemblies), a list of pairs of names, or ``{base: NAME}`` for every model
+    with that one first; ``merges`` maps names of results to ``{base: NAME, models: [..], weights:
+    [..], data: .., settings: {..}, memory_limit: SIZE}``, with settings of
+    :class:`clafusion.MergeConfig`; ``reassemblies`` to ``{models: [..], data: .., settings: {..}}``
+    with those of :class:`clafusion.ReassemblyConfig`; ``data`` is a file or
     ``{file: FILE, limit: N, shape: [..], scale: X, mean: [..], std: [..], key: NAME}``,
     of texts with ``text_column: NAME, max_length: N``, and with ``labels: NAME`` for the array of
     that file that holds labels;
@@ -90,7 +99,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 
 def _manifest(found: Any, root: Path) -> Manifest:
-    entries = _entries(found, "it", KEYS)
+    entries = entries_of(found, "it", KEYS)
     if not isinstance(entries.get("models"), Mapping) or not entries["models"]:
         raise InputError("models must map names to weights")
     common = entries.get("factory")
@@ -98,45 +107,34 @@ def _manifest(found: Any, root: Path) -> Manifest:
         name: _model(f"models, {name}", one, common, root)
         for name, one in entries["models"].items()
     }
-    data = _data(entries.get("data"), root)
+    given = None if entries.get("data") is None else data_entry(entries["data"], root)
+    tasks = tasks_of(entries.get("merges"), entries.get("reassemblies"), models, given, root)
+    pairs = _pairs(entries.get("pairs", [] if tasks else "all"), models)
+    if (not pairs and not tasks) or (pairs == "all" and len(models) < 2):
+        raise InputError("pairs has no pair: name two models at least")
+    if pairs and given is None:
+        raise InputError("data must name a file of inputs")
+    for name in ("settings", "weights"):
+        if not pairs and entries.get(name) is not None:
+            raise InputError(
+                f"{name} are those of pairs, and there is no pair: merges and reassemblies have "
+                f"their own, as merges: {{NAME: {{{name}: ..}}}}"
+            )
     weights = _weights(entries.get("weights"))
     settings = entries.get("settings")
     configs = configs_of({} if settings is None else settings, "settings", root)
     out = entries.get("out")
     if out is not None and not isinstance(out, str):
         raise InputError(f"out must be a directory; got {out!r}")
-    pairs = _pairs(entries.get("pairs", "all"), models)
-    if not pairs or (pairs == "all" and len(models) < 2):
-        raise InputError("pairs has no pair: name two models at least")
-    return Manifest(models, pairs, data, weights, configs, None if out is None else root / out)
-
-
-def _data(found: Any, root: Path) -> dict[str, Any]:
-    """Return the arguments of ``load_samples``."""
-    data: dict[str, Any]
-    data = {"file": found} if isinstance(found, str) else _entries(found, "data", DATA_KEYS)
-    if not isinstance(data.get("file"), str):
-        raise InputError("data must name a file of inputs")
-    for key in ("mean", "std", "shape"):
-        value = data.get(key)
-        if value is None:
-            continue
-        values = value if isinstance(value, list) or key == "shape" else [value]
-        is_right = _is_whole if key == "shape" else _is_number
-        if not (isinstance(values, list) and values and all(map(is_right, values))):
-            raise InputError(f"data, {key} must be a list of finite numbers; got {value!r}")
-        data[key] = values
-    for key, is_right in (
-        ("limit", _is_whole),
-        ("scale", _is_number),
-        ("key", _is_text),
-        ("labels", _is_text),
-        ("text_column", _is_text),
-        ("max_length", _is_whole),
-    ):
-        if data.get(key) is not None and not is_right(data[key]):
-            raise InputError(f"data, {key} is not possible as {data[key]!r}")
-    return {**data, "file": root / data["file"]}
+    return Manifest(
+        models,
+        pairs,
+        {} if given is None else given.settings,
+        weights,
+        configs,
+        None if out is None else root / out,
+        tasks,
+    )
 
 
 def _weights(found: Any) -> tuple[float, float] | None:
@@ -151,22 +149,13 @@ def _weights(found: Any) -> tuple[float, float] | None:
     return float(found[0]), float(found[1])
 
 
-def _entries(found: Any, where: str, known: Sequence[str]) -> dict[str, Any]:
-    if not isinstance(found, Mapping):
-        raise InputError(f"{where} must be a mapping of {', '.join(known)}; got {found!r}")
-    unknown = [str(key) for key in found if key not in known]
-    if unknown:
-        raise InputError(f"{where} has an unknown entry {unknown[0]!r}; known: {', '.join(known)}")
-    return dict(found)
-
-
 def _model(where: str, found: Any, common: Any, root: Path) -> ModelFile:
     if isinstance(found, str) and holds_itself(root / found):
         whole = model_file(root / found)
         assert whole is not None, "it holds itself"
         return _checked(where, whole)
     one = {"weights": found} if isinstance(found, str) else found
-    one = _entries(one, where, ("factory", "weights", "key"))
+    one = entries_of(one, where, ("factory", "weights", "key"))
     factory = one.get("factory", common)
     if factory is None:
         raise InputError(f"{where}: factory is missing; write MODULE:FACTORY")
@@ -192,7 +181,7 @@ def _pairs(found: Any, models: Mapping[str, ModelFile]) -> list[tuple[str, str]]
     if found == "all":
         return "all"
     if isinstance(found, Mapping):
-        base = _entries(found, "pairs", ("base",)).get("base")
+        base = entries_of(found, "pairs", ("base",)).get("base")
         if not isinstance(base, str) or base not in models:
             raise InputError(f"pairs, base names {base!r}, which models does not have")
         return [(base, name) for name in models if name != base]
@@ -202,15 +191,3 @@ def _pairs(found: Any, models: Mapping[str, ModelFile]) -> list[tuple[str, str]]
         if not isinstance(name, str):
             raise InputError(f"pairs has {name!r}, which is no name: put it in quotes")
     return [(first, second) for first, second in found]
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)

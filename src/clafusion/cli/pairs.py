@@ -21,12 +21,11 @@ from clafusion.cli.show import pair_progress, print_json, print_line, print_text
 from clafusion.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from clafusion.batch.named_tasks import NamedResult, TaskStore
     from clafusion.batch.results import PairResult
     from clafusion.cli.manifest import Manifest
 
-__all__ = ["data_of_manifest", "pairs_command"]
+__all__ = ["pairs_command"]
 
 _PATIENCE = 20  # seconds that a scheduler has to answer
 
@@ -35,8 +34,8 @@ def pairs_command(
     manifest: Annotated[
         Path,
         typer.Argument(
-            help="YAML or JSON: models, factory, pairs, data, weights, settings, out. Files in it "
-            "are relative to it."
+            help="YAML or JSON: models, factory, pairs, merges, reassemblies, data, weights, "
+            "settings, out. Files in it are relative to it."
         ),
     ],
     out: Annotated[
@@ -90,15 +89,23 @@ def pairs_command(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Fuse many pairs of models. If some fail, the others are done, and the exit code is 1."""
+    """Fuse many pairs of models, and do the merges and reassemblies that the manifest lists.
+
+    If some fail, the others are done, and the exit code is 1.
+    """
+    from clafusion.batch.named_tasks import TaskStore
     from clafusion.batch.results import pairs_table
     from clafusion.cli.manifest import read_manifest
     from clafusion.execution.call import usable_device
     from clafusion.memory import bytes_of
-    from clafusion.reports.tables import pairs_summary
+    from clafusion.reports.tables import pairs_summary, tasks_summary
     from clafusion.weights.atomic import check_output
 
     given = read_manifest(manifest)
+    of_pairs = {"--report": report, "--csv": csv, "--labels": labels, "--chosen": chosen}
+    unused = next((flag for flag, value in of_pairs.items() if value is not None), None)
+    if not given.pairs and unused is not None:
+        raise InputError(f"{unused} is for pairs, and {str(manifest)!r} has none")
     if labels is not None:
         given = replace(given, data={**given.data, "labels": labels})
     folder = out or given.out
@@ -116,20 +123,34 @@ def pairs_command(
     pair = None if chosen is None else _chosen(chosen, given)
     _make(folder)
     how = _How(folder, limit, resume, device, cache_dir)
-    with _executor(jobs, dask) as executor:
-        results = _fused(given, how, page, executor)
+    store = TaskStore(
+        folder, given.models, device=None if device == "cpu" else device, resume=resume
+    )
+    results: list[PairResult] = []
+    if given.pairs:
+        with _executor(jobs, dask) as executor:
+            results = _fused(given, how, page, executor)
     if csv is not None:
         pairs_table(results).to_csv(csv)
-    if not as_json:
+    if given.pairs and not as_json:
         print_text(pairs_summary(results))
-    _write_reports(results, page, pair, _run_facts(given))
+    if given.pairs:
+        _write_reports(results, page, pair, _run_facts(given))
+    tasks = _done(given, store)
+    shown_page = page if given.pairs else None
     if as_json:
-        print_json({"out": str(folder), "report": str(page), **_facts(results)})
+        facts = {"out": str(folder), "report": shown_page and str(shown_page), **_facts(results)}
+        if given.tasks:
+            facts["tasks"] = [one.to_dict() for one in tasks]
+        print_json(facts)
     else:
+        if tasks:
+            print_text(("\n" if given.pairs else "") + tasks_summary(tasks))
         print_line("written", folder)
         print_line("table", csv)
-        print_line("report", page)
-    if any(one.error is not None for one in results):
+        print_line("report", shown_page)
+    errors = [*(one.error for one in results), *(one.error for one in tasks)]
+    if any(one is not None for one in errors):
         raise typer.Exit(1)
 
 
@@ -196,9 +217,10 @@ def _fused(
 ) -> list[PairResult]:
     from clafusion.batch.run import fuse_pairs
     from clafusion.cli.inputs import labels_of
+    from clafusion.cli.manifest_data import data_of_manifest, models_of_pairs
     from clafusion.weights.atomic import check_output
 
-    samples = data_of_manifest(given)
+    samples = data_of_manifest(models_of_pairs(given), given.data)
     data = given.data
     labels = labels_of(data["file"], data.get("labels"), data.get("limit"))
     results: list[PairResult] = []
@@ -224,34 +246,18 @@ def _fused(
     return results
 
 
-def data_of_manifest(given: Manifest, most: int | None = None) -> Tensor | list[dict[str, Tensor]]:
-    """Read the data of a manifest, at most so many samples.
+def _done(given: Manifest, store: TaskStore) -> list[NamedResult]:
+    """Do the merges and reassemblies, one after another in this process."""
+    from clafusion.cli.manifest_data import DataReader
 
-    Raises
-    ------
-    InputError
-        The data cannot be read, or Hugging Face directories have other tokens or labels.
-    """
-    from clafusion.cli.inputs import read_data
-    from clafusion.interop.huggingface import ModelDirectory
-    from clafusion.interop.vocabulary import check_alike
-
-    folders = {
-        name: Path(one.path)
-        for name, one in given.models.items()
-        if isinstance(one, ModelDirectory)
-    }
-    check_alike(given.models)
-    known = ("limit", "text_column", "max_length")
-    if most is not None:
-        given = replace(given, data={**given.data, "limit": most})
-    return read_data(
-        given.data["file"],
-        next(iter(folders.values()), None),
-        {name: given.data.get(name) for name in ("key", "shape", "scale", "mean", "std")},
-        **{name: given.data[name] for name in known if name in given.data},
-        called=lambda name: f"data, {name}",
-    )
+    results: list[NamedResult] = []
+    read = DataReader(given.models)
+    with pair_progress("results") as report, warnings_by_entries():
+        for i, task in enumerate(given.tasks):
+            if report is not None:
+                report(i, len(given.tasks))
+            results.append(store.run(read.filled(task)))
+    return results
 
 
 def _write_reports(

@@ -25,7 +25,7 @@ from clafusion.merging.combination import Means
 from clafusion.profiling.batches import Data, Progress
 from clafusion.quality import hash_of
 from clafusion.reassembly.blocks import Block, block_module, blocks_between
-from clafusion.reassembly.cutting import chosen_cuts, cuts_of
+from clafusion.reassembly.cutting import Cut, chosen_cuts, cuts_of
 from clafusion.reassembly.grouping import block_distances, grouped
 from clafusion.reassembly.network import Reassembled
 from clafusion.reassembly.result import ReassemblyResult, Tried
@@ -37,7 +37,7 @@ from clafusion.stages import Clock, ExampleInputs, named_models, placed, traced_
 from clafusion.tracing.model import TracedModel
 from clafusion.weights.factories import Model
 
-__all__ = ["reassemble"]
+__all__ = ["check_cuts", "reassemble"]
 
 _COMPARED = 400  # inputs by which values are compared, and joins ranked
 
@@ -177,6 +177,32 @@ def _traced(
     return found
 
 
+def check_cuts(
+    models: Mapping[str, Model], example_inputs: ExampleInputs, config: ReassemblyConfig
+) -> None:
+    """Refuse models that cannot be cut into so many blocks, or put out different things.
+
+    Raises
+    ------
+    ClafusionError
+        As for :func:`reassemble`.
+    """
+    for name, model in _traced(models, example_inputs, None).items():
+        _places(name, model, config.blocks)
+
+
+def _places(name: str, model: TracedModel, blocks: int) -> tuple[Cut, ...]:
+    """Return where a model can be cut."""
+    places = cuts_of(model)
+    if len(places) < blocks - 1:
+        raise InputError(
+            f"{label(name)} has {len(places)} places at which one value alone passes between "
+            f"two layers with weights, and {blocks} blocks need {blocks - 1}: "
+            "take fewer blocks. A mask that all layers read leaves no such place"
+        )
+    return places
+
+
 def _shown(model: TracedModel) -> str:
     return ", ".join(f"{('batch', *shape)} {kind}" for shape, kind in model.outputs)
 
@@ -193,13 +219,7 @@ def _blocks(
     flat = torch.cat([one[0].double().flatten(1) for one in inputs])
     at_start = flat @ flat.T
     for name, model in parents.items():
-        places = cuts_of(model)
-        if len(places) < config.blocks - 1:
-            raise InputError(
-                f"{label(name)} has {len(places)} places at which one value alone passes between "
-                f"two layers with weights, and {config.blocks} blocks need {config.blocks - 1}: "
-                "take fewer blocks. A mask that all layers read leaves no such place"
-            )
+        places = _places(name, model, config.blocks)
         grams = grams_of(model, inputs, places)
         outputs = torch.cat([model.output_tensors(one)[0].double().flatten(1) for one in inputs])
         at_end = outputs @ outputs.T

@@ -21,6 +21,7 @@ from clafusion.tracing.pinned import movable_share
 from clafusion.tracing.rotations import find_rotatable
 
 if TYPE_CHECKING:
+    from clafusion.batch.named_tasks import NamedResult
     from clafusion.batch.results import PairResult
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "model_summary",
     "operations_text",
     "pairs_summary",
+    "tasks_summary",
     "total_seconds",
 ]
 
@@ -247,6 +249,22 @@ def pairs_summary(results: Sequence[PairResult]) -> str:
     titles += ["seconds", "outcome"]
     numeric = range(3 + len(several), len(titles) - 1)
     return f"{plain_table(titles, rows, numeric)}\n\n{fact_lines(facts)}"
+
+
+def tasks_summary(results: Sequence[NamedResult]) -> str:
+    """Return a table of merges and reassemblies, and below it why some failed."""
+    rows = []
+    for one in results:
+        near = None if one.assessment is None else one.assessment.result
+        outcome = "failed" if one.error is not None else "done before" if one.resumed else "done"
+        made_of = one.made_of or ", ".join(one.models)
+        file = "" if one.path is None else one.path.name
+        cells = agreement_text(near), distance_text(near), f"{one.seconds:.2f}"
+        rows.append([one.name, one.kind, made_of, *cells, outcome, file])
+    titles = ["name", "kind", "made of", "agreement", "distance", "seconds", "outcome", "file"]
+    errors = {one.name: one.error for one in results if one.error is not None}
+    table = plain_table(titles, rows, range(3, 6))
+    return f"{table}\n\n{fact_lines(errors)}" if errors else table
 
 
 def assessed_cells(result: PairResult) -> list[str]:
