@@ -12,15 +12,15 @@ geometric = pytest.importorskip("torch_geometric")
 
 from torch_geometric.data import Batch, Data  # noqa: E402
 from torch_geometric.loader import DataLoader  # noqa: E402
-from torch_geometric.nn import GCNConv, GINConv, GINEConv, SAGEConv  # noqa: E402
+from torch_geometric.nn import GCNConv, GINConv, GINEConv, SAGEConv, global_mean_pool  # noqa: E402
 
 from clafusion.calibration.least_squares.places import regressed_places  # noqa: E402
 from clafusion.cli.app import main  # noqa: E402
 from clafusion.interop.inputs import readable  # noqa: E402
 from clafusion.interop.torch_geometric import OnData  # noqa: E402
-from clafusion.matching.activation_costs import _MEASURES  # noqa: E402
+from clafusion.matching.activation_costs import _MEASURES, activation_costs  # noqa: E402
 from clafusion.merging.mean import average  # noqa: E402
-from clafusion.profiling.few_nodes import few_nodes  # noqa: E402
+from clafusion.profiling.few_nodes import MOST_NODES, few_nodes  # noqa: E402
 from clafusion.weights.state_files import save_model  # noqa: E402
 from tests.support.architectures import randomise  # noqa: E402
 from tests.support.graphs import (  # noqa: E402
@@ -180,6 +180,43 @@ def test_costs_by_structure():
     assert torch.allclose(profile.rows[0, 0], value[nodes], atol=1e-5)
     with pytest.raises(InputError, match="'fused_gromov_wasserstein' is measured along the edges"):
         fuse([nn.Linear(3, 2), nn.Linear(3, 2)], torch.randn(60, 3), **settings)
+
+
+class Pooled(nn.Module):
+    """A layer along edges, and a hidden one on whole graphs."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv, self.hidden, self.head = GCNConv(8, 10), nn.Linear(10, 12), nn.Linear(12, 3)
+
+    def forward(self, x, edge_index, batch):
+        pooled = global_mean_pool(self.conv(x, edge_index).relu(), batch)
+        return self.head(self.hidden(pooled).relu())
+
+
+def test_as_many_graphs_as_nodes_of_the_structure_are_no_nodes():
+    draw = torch.Generator().manual_seed(0)
+    graphs = [
+        Data(x=torch.randn(5, 8, generator=draw), edge_index=torch.randint(0, 5, (2, 9)))
+        for _ in range(MOST_NODES)
+    ]
+    settings = {"matching": {"cost": "fused_gromov_wasserstein"}, "calibration": "none"}
+    result = fuse([Pooled(0), Pooled(1)], [Batch.from_data_list(graphs)], **settings)
+    target, source = (one.profile for one in result.parents)
+    (group,) = (one.index for one in target.traced.groups if one.size == 12)
+    costs = activation_costs(
+        result.parents[1].correspondence, target, source, metric="fused_gromov_wasserstein"
+    )
+    places = [place for place, one in target.rows.items() if one.size(1) == 12]
+    assert {place: target.structure_at(place) for place in places} == dict.fromkeys(places)
+    assert target.of_structure
+    assert all(target.rows[place].size(1) == 10 for place in target.of_structure)
+    x, y = (one.rows[places[0]].double() for one in (source, target))
+    assert len(x) == MOST_NODES
+    scale = torch.cat([x, y], 1).square().mean(0).amax()
+    wanted = (x[:, :, None] - y[:, None]).square().mean(0) / (2 * scale)
+    assert torch.allclose(costs[group], wanted, atol=1e-6)
 
 
 # --- data ---------------------------------------------------------------------------------------

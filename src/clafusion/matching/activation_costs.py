@@ -29,6 +29,7 @@ __all__ = [
     "correlations",
     "flowing",
     "group_costs",
+    "group_structures",
     "group_views",
     "measures",
     "output_costs",
@@ -294,7 +295,7 @@ def _pair_costs(
         x, y = source.rows[of_source_hook], target.rows[of_target_hook]
         if len(x) != len(y):
             return
-        measured = measure.costs(x, y, target.structure)
+        measured = measure.costs(x, y, target.structure_at(of_target_hook))
         for i, pair in hooks[keys]:
             block = _block(measured, pair.source_columns, pair.target_columns)
             total, number = totals.get(i, (None, 0))
@@ -348,7 +349,8 @@ def output_costs(
     views = []
     for profile in (source, target):
         last = profile.traced.layers[-1]
-        rows = profile.rows.get((last.index, len(last.hook_points)))
+        place = last.index, len(last.hook_points)
+        rows = profile.rows.get(place)
         if rows is None:
             raise StructureError(
                 "matching.outputs needs models that end with their classifier, and "
@@ -356,7 +358,8 @@ def output_costs(
             )
         views.append(rows)
     measure = _measure(metric)
-    return measure.of_mean(measure.costs(views[0], views[1], target.structure).double())
+    costs = measure.costs(views[0], views[1], target.structure_at(place))
+    return measure.of_mean(costs.double())
 
 
 def flowing(
@@ -385,21 +388,30 @@ def group_views(
     return views
 
 
+def group_structures(
+    correspondence: Correspondence, source: ModelProfile, index: int
+) -> Mapping[tuple[int, int], Tensor | None]:
+    """Return the structures of the nodes that :func:`group_views` are of, by the same points."""
+    return {
+        pair.target: source.structure_at(flowing(correspondence, source, pair))
+        for pair in correspondence.hooks[index]
+    }
+
+
 def view_costs(
     x: Mapping[tuple[int, int], Tensor],
     y: Mapping[tuple[int, int], Tensor],
     metric: str,
-    structure: Tensor | None = None,
+    structures: Mapping[tuple[int, int], Tensor | None] | None = None,
 ) -> Tensor | None:
     """Return the costs of two networks' channels ``(num_x, num_y)``, by their :func:`group_views`.
 
-    ``structure`` is that of their profiles. None where no hook point shows them together.
+    ``structures`` are their :func:`group_structures`. None where no hook point shows them together.
     """
     measure = _measure(metric)
     common = [key for key in x if key in y and len(x[key]) == len(y[key])]
     if not common:
         return None
-    total = torch.stack([measure.costs(x[key], y[key], structure).double() for key in common]).mean(
-        0
-    )
-    return measure.of_mean(total)
+    known = structures or {}
+    found = [measure.costs(x[key], y[key], known.get(key)).double() for key in common]
+    return measure.of_mean(torch.stack(found).mean(0))

@@ -42,14 +42,14 @@ def fused_gromov_wasserstein(x: Tensor, y: Tensor, structure: Tensor | None) -> 
     x, y
         The channels' values ``(num_nodes, num_channels)``.
     structure
-        The distances of the nodes ``(num_nodes, num_nodes)``; None, or of other nodes, where values
-        belong to no nodes. These cost half the mean of ``(x - y)^2``.
+        The distances of the nodes ``(num_nodes, num_nodes)``; None where values belong to graphs or
+        edges. These cost half the mean of ``(x - y)^2``.
     """
     device = x.device
     x, y = (one.detach().double().cpu() for one in (x, y))
     scale = torch.cat([x, y], 1).square().mean(0).amax().sqrt().clamp(min=1e-30)
     x, y = x / scale, y / scale
-    if structure is None or len(structure) != len(x):
+    if structure is None:
         squares = x.square().mean(0)[:, None] + y.square().mean(0) - 2 * (x.T @ y) / len(x)
         return (1 - _ALPHA) * squares.clamp(min=0).to(device)
     import ot  # here, for with all that it imports it takes as long as torch

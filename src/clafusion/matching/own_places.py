@@ -23,7 +23,7 @@ from clafusion.correspondence.correspondence import Correspondence, correspond
 from clafusion.correspondence.moving import move_state
 from clafusion.errors import InputError, StructureError, WidthWarning, warn
 from clafusion.execution.lazy import overlaid
-from clafusion.matching.activation_costs import group_views, view_costs
+from clafusion.matching.activation_costs import group_structures, group_views, view_costs
 from clafusion.matching.plans import Matched, channel_plans, with_heads_in_order
 from clafusion.targets.resizing import resizing_plan
 from clafusion.targets.sources import Source, TargetSources
@@ -217,7 +217,8 @@ def _pairs_in_template(group: ChannelGroup, cost: Tensor) -> int:
 def _costs(pair: Sequence[Source], index: int, metric: str) -> Tensor:
     """Return the costs of two networks' channels; below 0 of copies, which always share."""
     x, y = (group_views(one.correspondence, one.profile, index) for one in pair)
-    costs = view_costs(x, y, metric, pair[1].profile.structure)
+    structures = group_structures(pair[1].correspondence, pair[1].profile, index)
+    costs = view_costs(x, y, metric, structures)
     if costs is None:
         sizes = [
             one.correspondence.source.groups[one.correspondence.groups[index]].size for one in pair

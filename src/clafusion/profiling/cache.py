@@ -70,6 +70,7 @@ def write_profile(folder: Path, key: str, profile: ModelProfile) -> None:
         "importance": len(profile.importance),
         "moments": profile.moments is not None,
         "batch_sizes": list(profile.batch_sizes),
+        "of_structure": sorted(map(list, profile.of_structure)),
     }
     facts["digest"] = digest_of([facts, tensors_digest(tensors)])
     try:
@@ -142,6 +143,7 @@ def _profile_of(
         moments=_moments_of(tensors, device) if facts["moments"] else None,
         sensitivity=tensors.get("sensitivity"),
         structure=tensors.get("structure"),
+        of_structure=frozenset((layer, i) for layer, i in facts["of_structure"]),
         batch_sizes=tuple(facts["batch_sizes"]),
     )
 

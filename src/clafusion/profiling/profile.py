@@ -96,6 +96,8 @@ class ModelProfile:
     structure
         The distances of a few nodes of a graph ``(num_nodes, num_nodes)``, where these are the rows
         of all hook points at nodes; else None.
+    of_structure
+        The places whose rows are of these nodes, and not of graphs or edges, which may be as many.
     """
 
     traced: TracedModel
@@ -110,6 +112,11 @@ class ModelProfile:
     sensitivity: Tensor | None = None
     batch_sizes: tuple[int, ...] = ()
     structure: Tensor | None = None
+    of_structure: frozenset[tuple[int, int]] = frozenset()
+
+    def structure_at(self, place: tuple[int, int]) -> Tensor | None:
+        """Return the structure of the nodes that a place's rows are of; None where it has none."""
+        return self.structure if place in self.of_structure else None
 
     def __repr__(self) -> str:
         return f"<ModelProfile of {self.traced!r} on {self.num_inputs} inputs>"
@@ -559,6 +566,11 @@ class _Recorder:
             key,
             moments=None if self.moments is None else tuple(self.moments),
             structure=self.structure,
+            of_structure=frozenset(
+                place
+                for place, node in of_places.items()
+                if self.structure is not None and self.kinds[node] == "nodes"
+            ),
         )
 
     def _without_rows(self, name: str, value: Tensor, count: int) -> StructureError:

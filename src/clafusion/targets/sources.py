@@ -255,17 +255,25 @@ def _composed(
     """Return what the target's channels do, from what the parents' do."""
     first = drafts[order[0]].profile
     rows: dict[tuple[int, int], Tensor] = {}
+    of_structure = set[tuple[int, int]]()
     for layer in target.layers:
         for index in range(len(layer.hook_points)):
             for i in order:
                 moved = _moved_rows(layer, index, drafts[i], plans[i])
                 if moved is not None:
                     rows[layer.index, index] = moved
+                    if (
+                        _shown(drafts[i].correspondence, layer, index)
+                        in drafts[i].profile.of_structure
+                    ):
+                        of_structure.add((layer.index, index))
                     break
     last, of_first = target.layers[-1], first.traced.layers[-1]
     outputs = first.rows.get((of_first.index, len(of_first.hook_points)))
     if outputs is not None:
         rows[last.index, len(last.hook_points)] = outputs
+        if (of_first.index, len(of_first.hook_points)) in first.of_structure:
+            of_structure.add((last.index, len(last.hook_points)))
     return replace(
         first,
         traced=target,
@@ -275,6 +283,7 @@ def _composed(
         importance=_composed_importance(target, drafts, plans, givers),
         moments=None,
         sensitivity=None,
+        of_structure=frozenset(of_structure),
     )
 
 
