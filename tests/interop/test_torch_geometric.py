@@ -188,7 +188,11 @@ class Pooled(nn.Module):
     def __init__(self, seed):
         super().__init__()
         torch.manual_seed(seed)
-        self.conv, self.hidden, self.head = GCNConv(8, 10), nn.Linear(10, 12), nn.Linear(12, 3)
+        self.conv, self.hidden, self.head = (
+            GCNConv(FEATURES, 10),
+            nn.Linear(10, 12),
+            nn.Linear(12, 3),
+        )
 
     def forward(self, x, edge_index, batch):
         pooled = global_mean_pool(self.conv(x, edge_index).relu(), batch)
@@ -198,7 +202,7 @@ class Pooled(nn.Module):
 def test_as_many_graphs_as_nodes_of_the_structure_are_no_nodes():
     draw = torch.Generator().manual_seed(0)
     graphs = [
-        Data(x=torch.randn(5, 8, generator=draw), edge_index=torch.randint(0, 5, (2, 9)))
+        Data(x=torch.randn(5, FEATURES, generator=draw), edge_index=torch.randint(0, 5, (2, 9)))
         for _ in range(MOST_NODES)
     ]
     settings = {"matching": {"cost": "fused_gromov_wasserstein"}, "calibration": "none"}
@@ -287,7 +291,47 @@ def test_a_network_that_takes_a_data_object():
         fuse([one.network for one in models], given)
 
 
+def test_objects_of_the_library_are_traced_and_explained():
+    models = [network("GCN"), network("GCN", 1)]
+    data = graphs(3)
+    traced = clafusion.trace(models[0], data[0])
+    assert traced.keywords == ("x", "edge_index")
+    assert clafusion.trace(models[0], Batch.from_data_list(data)).graph is not None
+    assert "can match" in clafusion.explain(models, data)
+
+
+def test_a_written_network_takes_its_inputs_by_place_in_the_order_of_its_forward(tmp_path):
+    class Turned(Nodes):
+        def forward(self, edge_index, x):
+            return self.head(self.run(x, edge_index))
+
+    models = [randomise(Turned(GCNConv), seed) for seed in (0, 1)]
+    given = of(models[0], graph())
+    result = fuse(models, given, calibration="none", **SETTINGS)
+    result.save(tmp_path / "fused.safetensors")
+    found = clafusion.load(tmp_path / "fused.safetensors")
+    wanted = result.model(**given)
+    assert torch.equal(found(**given), wanted)
+    assert torch.equal(found(given["edge_index"], given["x"]), wanted)
+    assert torch.equal(found(given["edge_index"], x=given["x"]), wanted)
+    assert torch.equal(found(x=given["x"], edge_index=given["edge_index"]), wanted)
+
+
 # --- bad input ----------------------------------------------------------------------------------
+
+
+def test_a_network_of_whole_graphs_needs_several():
+    models = [Pooled(0), Pooled(1)]
+    with pytest.raises(InputError, match="compared on many graphs: give several"):
+        fuse(models, graphs(1)[0])
+    empty = [Data(x=torch.randn(2, FEATURES), edge_index=torch.zeros(2, 0, dtype=torch.long))] * 64
+    fused = fuse(models, [*empty, *graphs(60)], calibration="none", **SETTINGS).model
+    assert fused is not None  # traced along the edges of the second batch
+
+
+def test_no_trunk_of_graph_networks_ends_anywhere():
+    with pytest.raises(InputError, match="outputs='both' is not for graph networks"):
+        fuse([Pooled(0), Pooled(1)], graphs(60), outputs="both")
 
 
 def changed(**inputs):

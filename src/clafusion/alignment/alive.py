@@ -18,7 +18,12 @@ def check_alive(name: str, profile: ModelProfile) -> None:
         total = float(products.trace())
         spread = total - float(products.sum()) / len(products)
         if not spread > 1e-12 * total:
+            graphs = (
+                ""
+                if profile.traced.graph is None
+                else ". What is put out for whole graphs is compared on many graphs: give several"
+            )
             raise InputError(
                 f"layer {layer.name!r} of {name} puts out the same for all inputs, so it "
-                "cannot be compared; check the model and the scale of the data"
+                f"cannot be compared; check the model and the scale of the data{graphs}"
             )

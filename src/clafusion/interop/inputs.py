@@ -14,6 +14,8 @@ from clafusion.errors import InputError
 from clafusion.interop.huggingface import ModelDirectory, input_names, is_of_transformers
 from clafusion.interop.torch_geometric import graph_batches
 from clafusion.profiling.batches import Data, first_batch
+from clafusion.profiling.graphs import is_graph
+from clafusion.tracing.graphs import EDGES
 from clafusion.weights.factories import Model
 
 __all__ = ["example_of", "readable"]
@@ -30,9 +32,12 @@ def readable(data: Data, models: Mapping[str, Any]) -> Data:
 def example_of(data: Data, model: Model | nn.Module) -> Any:
     """Return inputs to trace a model with: the first batch, of a mapping what the model takes.
 
-    So what a table has beside the inputs, as the rows' numbers, is left out by its name.
+    What a table has beside the inputs, as the rows' numbers, is so left out by its name. Of graphs
+    it is the first batch with edges, along which a graph network is traced.
     """
     found = first_batch(data)
+    if isinstance(found, Mapping) and is_graph(found) and not _has_edges(found):
+        found = next((one for one in data if _has_edges(one)), found)
     is_known = isinstance(model, ModelDirectory) or (
         isinstance(model, nn.Module) and is_of_transformers(model)
     )
@@ -50,6 +55,10 @@ def example_of(data: Data, model: Model | nn.Module) -> Any:
     if is_known:
         _refuse_misspelt(found, names)
     return {name: one for name, one in found.items() if name in names} or found
+
+
+def _has_edges(batch: Any) -> bool:
+    return is_graph(batch) and bool(batch[EDGES].numel())
 
 
 def _refuse_masks_by_place(data: Data) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -57,6 +59,9 @@ def save_program(
         The file cannot be written.
     """
     named = dict(zip(keywords, inputs, strict=True)) if keywords else {}
+    order = list(inspect.signature(model.forward).parameters)
+    in_order = [name for name in order if name in named]
+    named = {name: named[name] for name in dict.fromkeys([*in_order, *named])}
     program = export_model(evaluation_copy(model), () if keywords else inputs, named)
     with replacing(path, "path") as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -67,6 +72,9 @@ def save_program(
 
 def load_program(path: str | os.PathLike[str]) -> nn.Module:
     """Return the module of an exported program. It computes as in eval mode.
+
+    One that was exported with inputs by name takes them by place, too, in the order in which the
+    network's forward had them.
 
     Raises
     ------
@@ -90,7 +98,8 @@ def load_program(path: str | os.PathLike[str]) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded: nn.Module = torch.export.load(path).module()
+            program = torch.export.load(path)
+            loaded: nn.Module = program.module()
     except Exception as error:
         raise InputError(
             f"{os.fspath(path)!r} is no program that torch.export.save wrote, or of another "
@@ -99,7 +108,29 @@ def load_program(path: str | os.PathLike[str]) -> nn.Module:
     # They refuse to be called: a program has one mode, and it stays as it is.
     for name in ("train", "eval"):
         vars(loaded).pop(name, None)
+    names = _keywords(program)
+    if names:
+        loaded.register_forward_pre_hook(partial(_named, names), with_kwargs=True, prepend=True)
     return loaded
+
+
+def _keywords(program: torch.export.ExportedProgram) -> tuple[str, ...]:
+    """Return the names of a program's inputs where it takes all of them by name."""
+    signature = program.module_call_graph[0].signature
+    if signature is None:
+        return ()
+    spec = signature.in_spec
+    places, names = spec.children() if hasattr(spec, "children") else spec.children_specs
+    return () if places.num_children else tuple(names.context)
+
+
+def _named(
+    names: tuple[str, ...], _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return inputs by their names."""
+    if len(given) > len(names):
+        return given, named  # which the program refuses
+    return (), {**dict(zip(names, given, strict=False)), **named}
 
 
 def _unsafe(path: Path) -> Iterator[str]:

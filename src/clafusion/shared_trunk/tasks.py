@@ -40,10 +40,17 @@ def check_classes(models: Mapping[str, TracedModel]) -> tuple[int, ...]:
     Raises
     ------
     InputError
-        A network puts out something else than one score for each of two classes or more.
+        A network puts out something else than one score for each of two classes or more, or is a
+        graph network.
     """
     sizes = []
     for called, model in models.items():
+        if model.graph is not None:
+            raise InputError(
+                f"outputs='both' is not for graph networks, as {called} is one: edges pass beside "
+                "every layer, so that no trunk ends anywhere. Give them the same classes and fuse "
+                "them, or train one network on all classes (clafusion.distill)"
+            )
         shapes = [shape for shape, dtype in model.outputs if dtype.is_floating_point]
         if len(model.outputs) != 1 or len(shapes) != 1 or len(shapes[0]) != 1 or shapes[0][0] < 2:
             shown = ", ".join(f"{('batch', *shape)} {dtype}" for shape, dtype in model.outputs)

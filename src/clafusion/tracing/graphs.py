@@ -156,13 +156,33 @@ class GraphInputs:
 def named_graph(model: nn.Module, inputs: Any) -> dict[str, Any] | None:
     """Return inputs by the names in a network's forward, where they are a graph; else None.
 
-    They come by name, or by position. What is None is left out.
+    They come by name, or by position, or as ``Data`` of torch_geometric, also several. What is None
+    is left out.
     """
+    inputs = _of_library(model, inputs)
     if isinstance(inputs, (tuple, list)):
         inputs = dict(zip(inspect.signature(model.forward).parameters, inputs, strict=False))
     if not isinstance(inputs, Mapping) or EDGES not in inputs:
         return None
     return {name: one for name, one in inputs.items() if one is not None}
+
+
+def _of_library(model: nn.Module, inputs: Any) -> Any:
+    """Return ``Data`` of torch_geometric, or a list of it, as the inputs that a forward names."""
+    library = sys.modules.get("torch_geometric.data")
+    if library is None:
+        return inputs
+    if isinstance(inputs, (tuple, list)) and inputs:
+        if not all(isinstance(one, library.Data) for one in inputs):
+            return inputs
+        inputs = inputs[0] if len(inputs) == 1 else library.Batch.from_data_list(list(inputs))
+    if not isinstance(inputs, library.Data):
+        return inputs
+    found = {name: one for name, one in inputs.to_dict().items() if isinstance(one, Tensor)}
+    if BATCH not in found and EDGES in found:
+        found[BATCH] = found[EDGES].new_zeros(inputs.num_nodes)
+    known = getattr(model, "__signature__", None) or inspect.signature(model.forward)
+    return {name: one for name, one in found.items() if name in known.parameters}
 
 
 def graph_inputs(inputs: Mapping[str, Tensor], where: str = "") -> GraphInputs | None:
