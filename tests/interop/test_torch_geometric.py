@@ -417,6 +417,12 @@ def test_a_file_with_a_graph_is_fused_and_evaluated(ending, tmp_path, monkeypatc
     assert main(["fuse", "3.pt", "2.pt", *archs, *data, "--out", "fused.pt"]) == 0
     assert "accuracy" in capsys.readouterr().out
     assert torch.load("fused.pt", weights_only=True)["convs.2.lin.weight"].shape == (8, 8)
+    capsys.readouterr()
+    assert main(["inspect", "3.pt", *archs[:2], *data[:2]]) == 0
+    assert main(["explain", "3.pt", "2.pt", *archs, *data[:2]]) == 0
+    assert "cannot be analysed" not in capsys.readouterr().out
+    assert main(["fuse", "3.pt", "2.pt", *archs, *data[:2], "--scale=2", "--out=f.pt"]) == 2
+    assert "--scale does not fit the data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("calibration", ["none", "repair", "least_squares"])

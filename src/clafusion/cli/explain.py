@@ -54,7 +54,7 @@ def explain_command(
         named_files,
         try_models,
     )
-    from clafusion.profiling.batches import first_batch
+    from clafusion.interop.inputs import example_of, readable
     from clafusion.reports import explain
 
     files = named_files(weights)
@@ -65,4 +65,5 @@ def explain_command(
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
     samples = data_of(data, _ROWS, reading, files)
     try_models(models, samples)
-    print_text(explain(models, first_batch(samples), verify=settings.verify))
+    example = example_of(readable(samples, models), next(iter(models.values())))
+    print_text(explain(models, example, verify=settings.verify))

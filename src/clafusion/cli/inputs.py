@@ -405,10 +405,15 @@ def read_data(
         if max_length is not None and max_length < 1:
             raise InputError(f"{called('max_length')} must be at least 1; got {max_length}")
         return tokenised(read_texts(data, text_column, limit), folder, max_length)
-    if all(one is None for one in numbers.values()):
-        graph = load_graph(data)
-        if graph is not None:
-            return [graph]
+    graph = load_graph(data)
+    if graph is not None:
+        wrong = next((name for name, value in numbers.items() if value is not None), None)
+        if wrong is not None:
+            raise InputError(
+                f"{called(wrong)} does not fit the data {str(data)!r}, which holds a graph: its "
+                "arrays are taken as they are"
+            )
+        return [graph]
     if folder is not None and all(one is None for one in numbers.values()):
         named = load_named_samples(data, input_names(folder), limit, _SEED)
         if named:

@@ -73,7 +73,7 @@ def inspect_command(
     """Show a model's layers and the channels that can be matched."""
     from clafusion.cli.facts import model_facts
     from clafusion.cli.inputs import DataOptions, check_plot, data_of, try_models
-    from clafusion.profiling.batches import first_batch
+    from clafusion.interop.inputs import example_of, readable
     from clafusion.reports import plot as draw
     from clafusion.reports import summary
     from clafusion.tracing.trace import trace
@@ -92,7 +92,8 @@ def inspect_command(
         samples = _random_samples(input_shape or "", settings.seed)
     try_models({"": model}, samples)
     with messages_by_flags():
-        traced = trace(model, first_batch(samples), verify=settings.verify, seed=settings.seed)
+        example = example_of(readable(samples, {"": model}), model)
+        traced = trace(model, example, verify=settings.verify, seed=settings.seed)
     if plot is not None:
         draw(traced, plot)
     if as_json:
