@@ -402,11 +402,28 @@ def test_other_entries_shapes_and_numbers_are_refused():
     alike = merge(counting[0], [counting[0], copy.deepcopy(counting[0])]).model
     assert torch.equal(alike.places, torch.arange(3))
     assert same(merge(counting[0], [counting[0], counting[1]], weights=[1, 0]).model, counting[0])
+
+
+def test_what_is_not_finite_is_refused_by_name_biases_and_buffers_too():
+    base, (model,) = family(1)
+    for name in ("0.weight", "0.bias"):
+        broken = copy.deepcopy(model)
+        broken.get_parameter(name).data.view(-1)[0] = torch.nan
+        with pytest.raises(InputError, match=rf"'{name}' of models\[0\] holds NaN or infinite"):
+            merge(base, [broken])
     broken = copy.deepcopy(base)
-    with torch.no_grad():
-        broken[0].weight[0, 0] = torch.nan
-    with pytest.raises(InputError, match=r"'0.weight' of models\[0\] or of the base is not finite"):
-        merge(base, [broken])
+    broken[0].bias.data[0] = torch.inf
+    with pytest.raises(InputError, match=r"'0.bias' of the base holds NaN or infinite"):
+        merge(broken, [model])
+    base, (model,) = family(1, images=True)
+    name = next(name for name, _ in model.named_buffers() if name.endswith("running_var"))
+    model.get_buffer(name)[0] = torch.nan
+    with pytest.raises(InputError, match=rf"'{name}' of models\[0\] holds NaN or infinite"):
+        merge(base, [model])
+    base, (model,) = family(1)
+    for one in (base, model):
+        one.register_buffer("mask", torch.full((3,), -torch.inf))
+    assert torch.equal(merge(base, [model]).model.mask, base.mask)
 
 
 @pytest.mark.parametrize(

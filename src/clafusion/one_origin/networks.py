@@ -129,18 +129,22 @@ def check_distances(
     Raises
     ------
     InputError
-        A model is further than ``furthest``, or has weights that are not finite.
+        A model is further than ``furthest``, or weights or buffers are not finite.
     """
     counted = [name for name in base.parameters if base.state[name].dim() > 1]
+    measured, trained = frozenset(counted or base.parameters), frozenset(base.parameters)
+    floating = [name for name, one in base.state.items() if one.is_floating_point()]
     found = {}
     for called, model in models.items():
         far = norm = 0.0
-        for name in counted or base.parameters:
+        for name in floating:
             for first, own in _parts(base, model, name):
-                far += float((own - first).square().sum())
-                norm += float(own.square().sum())
-            if not math.isfinite(far + norm):
-                raise InputError(f"{name!r} of {label(called)} or of the base is not finite")
+                if name in measured:
+                    far += float((own - first).square().sum())
+                    norm += float(own.square().sum())
+                    if math.isfinite(far + norm):
+                        continue
+                _check_finite(first, own, name, called, is_trained=name in trained)
         distance = found[called] = math.sqrt(far / norm) if norm else float(far > 0)
         if distance > furthest:
             raise InputError(
@@ -149,3 +153,12 @@ def check_distances(
                 f"furthest={furthest:g}. Networks of other origins are fused by clafusion.fuse"
             )
     return found
+
+
+def _check_finite(first: Tensor, own: Tensor, name: str, called: str, *, is_trained: bool) -> None:
+    """Refuse NaN and infinite weights; a buffer that is the same everywhere may be infinite."""
+    if not is_trained and torch.equal(first, own):
+        return
+    for one, whose in ((own, label(called)), (first, "the base")):
+        if not bool(one.isfinite().all()):
+            raise InputError(f"{name!r} of {whose} holds NaN or infinite values")
