@@ -14,7 +14,16 @@ from clafusion.execution.call import State
 from clafusion.merging.problem import FusionProblem, MergeWeights
 from clafusion.profiling.masks import counting_values, kept_positions, zeroed
 
-__all__ = ["ANCHORS", "Lean", "Trial", "anchored_weights", "leans", "nearest", "output_distances"]
+__all__ = [
+    "ANCHORS",
+    "FULL",
+    "Lean",
+    "Trial",
+    "anchored_weights",
+    "leans",
+    "nearest",
+    "output_distances",
+]
 
 ANCHORS = (0.0, 0.9)
 """What ``"auto"`` tries."""
