@@ -412,9 +412,10 @@ class TracedModel:
             if node.op == "output" or node in needed or _is_in_place(node):
                 needed.update((node, *node.all_input_nodes))
         read = {name for node, name in self.entries.items() if node in needed}
+        written = self.model.state_dict().keys()
         kept = [
             *dict(self.model.named_parameters()),
-            *(name for name, _ in self.model.named_buffers() if name in self.model.state_dict()),
+            *(name for name, _ in self.model.named_buffers() if name in written),
         ]
         state = self.state()
         found = {self.aliases.get(name, name): None for name in kept}
