@@ -3,18 +3,20 @@
 Docstrings have the roles of Sphinx, which editors show well: ``:func:`fuse```, ``:math:`x^2``` and
 ``.. math::``. An extension of griffe makes Markdown of them, for the pages only: a link where the
 reference shows what is named, else its name as code, and ``$x^2$``, of which ``hooks.py`` makes
-MathML.
+MathML. Settings say what their fields are by what the fields themselves say.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import griffe
 
-__all__ = ["Roles", "documented", "markdown", "objects", "resolved"]
+__all__ = ["Roles", "documented", "fields_of", "markdown", "objects", "resolved"]
 
 DOCS = Path(__file__).parent
 ROLE = re.compile(r":(?:func|class|meth|mod|attr|data|exc|obj):`([^`]+)`")
@@ -28,9 +30,29 @@ class Roles(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Make Markdown of every docstring's roles."""
         shown = documented(pkg)
+        for found in objects(pkg["config"]):
+            if found.is_class and found.docstring is not None:
+                found.docstring.value += fields_of(found)
         for found in objects(pkg):
             if found.docstring is not None:
                 found.docstring.value = markdown(found.docstring.value, found, shown)
+
+
+def fields_of(settings: griffe.Object) -> str:
+    """Return what a class of settings has as a section of its docstring; "" for no options."""
+    kind = getattr(import_module(settings.module.path), settings.name)
+    own = [one for one in fields(kind) if "help" in one.metadata] if is_dataclass(kind) else []
+    if not own:
+        return ""
+    lines = ["", "", "Attributes", "----------"]
+    for one in own:
+        told = one.metadata["help"]
+        default = getattr(one.default, "name", one.default)
+        if one.metadata["kind"] == "nested" and not default:
+            default = None  # settings of one kind only
+        shown = "" if default in (None, "") else f" Default ``{default!r}``."
+        lines += [one.name, f"    {told[:1].upper()}{told[1:]}.{shown}"]
+    return "\n".join(lines)
 
 
 def markdown(text: str, found: griffe.Object, shown: set[str]) -> str:

@@ -1,5 +1,6 @@
 """The site builds without a warning, shows no raw markup, and every link leads somewhere."""
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -10,6 +11,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+
+import clafusion
 
 ROOT = Path(__file__).parents[2]
 ROLE = re.compile(r":(?:func|class|meth|mod|attr|data|exc|obj|math):`")
@@ -139,6 +142,20 @@ def test_roles_become_links_and_formulas(roles):
     block = "so\n\n    .. math:: a +\n              b\n\n    behind"
     assert made(block) == "so\n\n    $$\n    a + b\n    $$\n\n    behind"
     assert made(".. math::\n\n    a\n    + b,\n\nbehind") == "$$\na + b,\n$$\n\nbehind"
+
+
+def test_settings_have_their_fields(roles):
+    module, package = roles
+    section = module.fields_of(package["config.calibration.LeastSquares"])
+    assert (
+        "\ntoward\n    Towards which parent the interior leans. Default ``'largest'``." in section
+    )
+    section = module.fields_of(package["config.fusion.FusionConfig"])
+    assert "\ntarget\n    Which structure the result gets. Default ``'deeper'``." in section
+    assert "\nprofiling\n    What is recorded of the parents.\n" in section
+    assert module.fields_of(package["config.calibration.Repair"]) == ""
+    names = re.findall(r"^(\w+)$", section, re.MULTILINE)[1:]
+    assert names == [one.name for one in dataclasses.fields(clafusion.FusionConfig)]
 
 
 def test_every_role_names_something(roles):
