@@ -184,6 +184,25 @@ def mixtral(layers: int, seed: int = 0) -> nn.Module:
     return _built(transformers.MixtralForCausalLM, config, ("input_ids",), seed)
 
 
+def stacked(kind: str, experts: int, chosen: int, seed: int = 0) -> nn.Module:
+    """Return a language model of one layer with experts in one tensor, of which some take part."""
+    import transformers
+
+    counts = {
+        "Mixtral": {"num_local_experts": experts},
+        "Qwen3Moe": {"num_experts": experts, "moe_intermediate_size": 12, "head_dim": 4},
+    }
+    config = getattr(transformers, f"{kind}Config")(
+        **_text_config(1),
+        **counts[kind],
+        num_key_value_heads=2,
+        num_experts_per_tok=chosen,
+        use_cache=False,
+        **_SPECIAL,
+    )
+    return _built(getattr(transformers, f"{kind}ForCausalLM"), config, ("input_ids",), seed)
+
+
 def mamba(layers: int, seed: int = 0) -> nn.Module:
     import transformers
 

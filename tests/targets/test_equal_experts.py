@@ -5,7 +5,7 @@ import torch
 
 from clafusion import StructureError, explain, fuse, trace
 from clafusion.targets.equal_experts import with_equal_experts
-from tests.support import networks
+from tests.support import families, networks
 from tests.support.mixtures import VECTORS, listed
 
 
@@ -53,6 +53,24 @@ def test_calibrated_results_are_finite(pair, calibration):
 
 def test_explain_knows_of_it(pair):
     assert explain(pair, VECTORS[:4], verify=False).endswith("they can be fused")
+
+
+def test_where_a_router_chooses_twice_as_many_of_twice_as_many_experts_copies_change_nothing():
+    pair = listed(count=6, chosen=4), listed(count=3, chosen=2, seed=1)
+    _, completed = with_equal_experts([trace(one, VECTORS[:4], verify=False) for one in pair])
+    assert (len(completed.model.experts), completed.model.chosen) == (6, 4)
+    assert (len(pair[1].experts), pair[1].chosen) == (3, 2)
+    for weights, model in (([1, 0], pair[0]), ([0, 1], pair[1])):
+        assert gap(fuse(pair, VECTORS, weights, calibration="none").model, model) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_experts_in_one_tensor_may_be_other_multiples(kind):
+    pair = families.stacked(kind, 6, 4), families.stacked(kind, 3, 2, seed=1)
+    fused = fuse(pair, [families.TEXT], [0, 1], calibration="none", example_inputs=families.TEXT)
+    with torch.no_grad():
+        found, wanted = fused.model(*families.TEXT), pair[1](*families.TEXT)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_where_few_are_chosen_nothing_is_added():

@@ -29,6 +29,7 @@ def with_more_children(
     model: TracedModel,
     additions: Mapping[str, Mapping[str, str]],
     state: Mapping[str, Tensor],
+    numbers: Mapping[tuple[str, str], int] | None = None,
 ) -> TracedModel | None:
     """Return a network with copies of children behind the others of their containers.
 
@@ -40,6 +41,8 @@ def with_more_children(
         Path of a container -> for each new child the one whose copy it is, by their names.
     state
         All parameters and buffers, those of the new children included.
+    numbers
+        Path of a module and name of an attribute -> the number that it is to be.
 
     Returns
     -------
@@ -51,6 +54,8 @@ def with_more_children(
         container = module.get_submodule(path) if path else module
         for key, original in children.items():
             container._modules[key] = copy.deepcopy(container._modules[original])
+    for (path, name), number in (numbers or {}).items():
+        setattr(module.get_submodule(path), name, number)
     try:
         built = trace_like(with_state(module, state, model.aliases), model)
         with torch.no_grad():
