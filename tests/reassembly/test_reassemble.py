@@ -228,3 +228,17 @@ def test_the_command_does_what_reassemble_does(tmp_path, monkeypatch, capsys):
     assert main([*command, "--blocks=9"]) == 2
     assert "take fewer blocks" in capsys.readouterr().err
     assert main([*command[:-2], "--out=x.pt"]) == 2
+
+
+def test_values_that_are_the_same_for_all_inputs_are_named():
+    models = three()
+    with pytest.raises(InputError, match="data is the same for all inputs"):
+        reassemble(models, torch.ones(50, 1, 8, 8))
+    dead = models["mlp"]
+    with torch.no_grad():
+        dead[1][2].weight.zero_()
+        dead[1][2].bias.fill_(-1.0)
+    with pytest.raises(
+        InputError, match=r"models\['mlp'\]: what .* in '1.\d' puts out is the same"
+    ):
+        reassemble(models, IMAGES)

@@ -31,10 +31,18 @@ from clafusion.reassembly.network import Reassembled
 from clafusion.reassembly.result import ReassemblyResult, Tried
 from clafusion.reassembly.search import Candidate, Joins, candidates_of, joins_of
 from clafusion.reassembly.stitching import fitted
-from clafusion.reassembly.values import changes_at, cut_values, grams_of, inputs_of, similarity
+from clafusion.reassembly.values import (
+    changes_at,
+    check_varied,
+    cut_values,
+    grams_of,
+    inputs_of,
+    similarity,
+)
 from clafusion.settings import overridden
 from clafusion.stages import Clock, ExampleInputs, named_models, placed, traced_parent
 from clafusion.tracing.model import TracedModel
+from clafusion.tracing.operations import module_path
 from clafusion.weights.factories import Model
 
 __all__ = ["check_cuts", "reassemble"]
@@ -218,11 +226,17 @@ def _blocks(
     out: list[Tensor] = []
     flat = torch.cat([one[0].double().flatten(1) for one in inputs])
     at_start = flat @ flat.T
+    check_varied(at_start, "data is")
     for name, model in parents.items():
         places = _places(name, model, config.blocks)
         grams = grams_of(model, inputs, places)
         outputs = torch.cat([model.output_tensors(one)[0].double().flatten(1) for one in inputs])
         at_end = outputs @ outputs.T
+        for node, gram in grams.items():
+            where = next(module_path(one) for one in model.module.graph.nodes if one.name == node)
+            called = f"operation {node!r} in {where or 'the top level'!r}"
+            check_varied(gram, f"{label(name)}: what {called} puts out is")
+        check_varied(at_end, f"{label(name)}: what it puts out is")
         change = changes_at([at_start, *(grams[one.node] for one in places), at_end])
         cuts = tuple(places[i] for i in chosen_cuts(change, config.blocks - 1))
         blocks += blocks_between(name, model, cuts)

@@ -17,9 +17,10 @@ from clafusion.profiling.gram import gram_matrix
 from clafusion.reassembly.cutting import Cut
 from clafusion.tracing.model import TracedModel
 
-__all__ = ["changes_at", "cut_values", "grams_of", "inputs_of", "similarity"]
+__all__ = ["changes_at", "check_varied", "cut_values", "grams_of", "inputs_of", "similarity"]
 
 _CHUNK = 125  # inputs that run at once
+_CONSTANT = 1e-12  # of the squared length: less is rounding
 _LEAST_INPUTS = 3  # fewer are always alike by CKA
 
 
@@ -69,6 +70,29 @@ def grams_of(
         for name, value in values.items():
             parts[name].append(value.flatten(1))
     return {name: gram_matrix(torch.cat(of)) for name, of in parts.items()}
+
+
+def check_varied(gram: Tensor, what: str) -> None:
+    """Refuse values that are the same for all inputs, of which no similarity can be said.
+
+    Parameters
+    ----------
+    gram
+        Their inner products.
+    what
+        What the values are, for the message.
+
+    Raises
+    ------
+    InputError
+        They do not differ.
+    """
+    total = float(gram.trace())
+    if not total - float(gram.sum()) / len(gram) > _CONSTANT * total:
+        raise InputError(
+            f"{what} the same for all inputs, so that nothing can be compared there: check the "
+            "model and the scale of the data"
+        )
 
 
 def similarity(one: Sequence[Tensor], other: Sequence[Tensor]) -> NDArray[np.float64]:
