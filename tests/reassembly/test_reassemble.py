@@ -44,7 +44,24 @@ def three():
 
 @pytest.fixture(scope="module")
 def result():
-    return reassemble(three(), IMAGES, candidates=6)
+    return reassemble(three(), IMAGES, blocks=3, candidates=6)
+
+
+def test_without_a_number_of_blocks_the_nearest_of_several_numbers_is_returned():
+    models = {name: one for name, one in three().items() if name != "other"}
+    found = reassemble(models, IMAGES, candidates=2)
+    of_each = [reassemble(models, IMAGES, candidates=2, blocks=count) for count in (2, 3, 4)]
+    assert found.config.blocks is None
+    assert len(found.tried) == sum(len(one.tried) for one in of_each)
+    order = [(-one.assessment.result.agreement, one.assessment.result.distance) for one in of_each]
+    best = of_each[order.index(min(order))]
+    assert found.tried[0].text == best.tried[0].text
+    assert torch.equal(found.model(IMAGES), best.model(IMAGES))
+    assert found.groups == best.groups
+    assert set(found.timings) == set(best.timings)
+    shallow = nn.Sequential(nn.Flatten(), mlp(64, 12, 4, seed=1)).eval()
+    small = reassemble([shallow, perceptron()], IMAGES, candidates=2)
+    assert {len(one.blocks) for one in small.tried} == {2}  # it can be cut at one place
 
 
 @pytest.mark.parametrize("blocks", [2, 3, 4])

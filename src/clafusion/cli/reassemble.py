@@ -89,7 +89,8 @@ def reassemble_command(
     samples = data_of(data, limit, reading, files)
     models = load_models(model_files(files, archs, keys))
     try_models(models, samples)
-    work = {"trace": len(models), "stitch": settings.candidates}
+    tried = settings.candidates * (1 if settings.blocks else 3)  # at the most
+    work = {"trace": len(models), "stitch": tried}
     with progress(work) as report, messages_by_flags():
         result = reassemble(models, samples, settings, device=device, progress=report)
     with output_by_flag("--out"):

@@ -26,8 +26,15 @@ class ReassemblyConfig(Settings):
         An option is out of its range; the message names it.
     """
 
-    blocks: int = count(3, "into how many blocks each model is cut", least=2, most=16)
-    candidates: int = count(16, "how many networks are stitched, and assessed")
+    blocks: int | None = count(
+        None,
+        "into how many blocks each model is cut; by default 2, 3 and 4 are tried",
+        least=2,
+        most=16,
+    )
+    candidates: int = count(
+        16, "how many networks are stitched, and assessed, of each number of blocks"
+    )
     samples: int = count(1000, "how many inputs stitches are fitted to at the most", least=2)
     ridge: float = number(
         1e-4,

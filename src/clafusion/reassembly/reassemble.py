@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -48,6 +48,7 @@ from clafusion.weights.factories import Model
 __all__ = ["check_cuts", "reassemble"]
 
 _COMPARED = 400  # inputs by which values are compared, and joins ranked
+_TRIED_BLOCKS = (2, 3, 4)
 
 
 def reassemble(
@@ -66,7 +67,8 @@ def reassemble(
     and put out alike values form groups (pFedHR, arXiv 2308.08643). Networks that take one block of
     each group, in order and from several models, are stitched, which needs neither labels nor
     gradients, and assessed: the one is returned that comes nearest to what the models put out
-    together. See :mod:`clafusion.reassembly`. No model is modified.
+    together, of 2, 3 and 4 blocks where ``config.blocks`` is None. See
+    :mod:`clafusion.reassembly`. No model is modified.
 
     Parameters
     ----------
@@ -126,19 +128,27 @@ def reassemble(
     parts = parts_of(data, tuple(parents.values()), config.assessment)
     inputs = inputs_of(first, parts.kept, config.samples, config.seed)
     few = inputs_of(first, parts.kept, min(_COMPARED, config.samples), config.seed)
-    with clock.stage("cut"):
-        blocks, groups = _blocks(parents, few, config)
-    with clock.stage("search"):
-        joins = joins_of(blocks, groups)
-        residuals = _residuals(blocks, joins, parents, few, config.ridge)
-        found = candidates_of(blocks, groups, joins, residuals, config.most_parameters)
-    with clock.stage("stitch"):
-        modules = [block_module(parents[one.model], one) for one in blocks]
-        best, tried = _best(blocks, modules, joins, found, parents, inputs, parts, config, progress)
+    whole = _Whole(parents, inputs, few, parts, config)
+    found = list[_Assessed]()
+    refused = list[InputError]()
+    for count in _counts(parents, config):
+        own = Clock(None)
+        try:
+            found += _assessed(whole, count, own, len(found), progress)
+        except InputError as error:  # another number of blocks may do
+            refused.append(error)
+        for stage, seconds in own.seconds.items():
+            clock.seconds[stage] = clock.seconds.get(stage, 0.0) + seconds
+            most = clock.peak_memory.get(stage, 0), own.peak_memory[stage]
+            clock.peak_memory[stage] = max(most)
+    if not found:
+        raise refused[0]
+    best = min(found, key=lambda one: one.order)
+    ordered = sorted(found, key=lambda one: one.order)
     result = ReassemblyResult(
-        model=best,
-        tried=tried,
-        groups=tuple(tuple(blocks[i] for i in group) for group in groups),
+        model=best.model,
+        tried=tuple(one.tried for one in ordered),
+        groups=best.groups,
         parents=parents,
         config=config,
         timings=clock.seconds,
@@ -195,8 +205,14 @@ def check_cuts(
     ClafusionError
         As for :func:`reassemble`.
     """
-    for name, model in _traced(models, example_inputs, None).items():
-        _places(name, model, config.blocks)
+    _counts(_traced(models, example_inputs, None), config)
+
+
+def _counts(models: Mapping[str, TracedModel], config: ReassemblyConfig) -> list[int]:
+    """Return the numbers of blocks to try: into so many all models can be cut."""
+    least = config.blocks or _TRIED_BLOCKS[0]
+    most = min(len(_places(name, one, least)) for name, one in models.items()) + 1
+    return [config.blocks] if config.blocks else [one for one in _TRIED_BLOCKS if one <= most]
 
 
 def _places(name: str, model: TracedModel, blocks: int) -> tuple[Cut, ...]:
@@ -218,9 +234,9 @@ def _shown(model: TracedModel) -> str:
 def _blocks(
     parents: Mapping[str, TracedModel],
     inputs: Sequence[tuple[Tensor, ...]],
-    config: ReassemblyConfig,
+    count: int,
 ) -> tuple[list[Block], tuple[tuple[int, ...], ...]]:
-    """Cut all models, and group their blocks."""
+    """Cut all models into so many blocks, and group these."""
     blocks: list[Block] = []
     into: list[Tensor] = []
     out: list[Tensor] = []
@@ -228,7 +244,7 @@ def _blocks(
     at_start = flat @ flat.T
     check_varied(at_start, "data is")
     for name, model in parents.items():
-        places = _places(name, model, config.blocks)
+        places = _places(name, model, count)
         grams = grams_of(model, inputs, places)
         outputs = torch.cat([model.output_tensors(one)[0].double().flatten(1) for one in inputs])
         at_end = outputs @ outputs.T
@@ -238,13 +254,13 @@ def _blocks(
             check_varied(gram, f"{label(name)}: what {called} puts out is")
         check_varied(at_end, f"{label(name)}: what it puts out is")
         change = changes_at([at_start, *(grams[one.node] for one in places), at_end])
-        cuts = tuple(places[i] for i in chosen_cuts(change, config.blocks - 1))
+        cuts = tuple(places[i] for i in chosen_cuts(change, count - 1))
         blocks += blocks_between(name, model, cuts)
         own = [grams[one.node] for one in cuts]
         into += [at_start, *own]
         out += [*own, at_end]
     distances = block_distances(similarity(into, into), similarity(out, out))
-    return blocks, grouped(blocks, np.asarray(distances), config.blocks)
+    return blocks, grouped(blocks, np.asarray(distances), count)
 
 
 def _residuals(
@@ -273,57 +289,91 @@ def _residuals(
     return found
 
 
-def _best(
-    blocks: Sequence[Block],
-    modules: Sequence[torch.nn.Module],
-    joins: Joins,
-    candidates: Sequence[Candidate],
-    parents: Mapping[str, TracedModel],
-    inputs: Sequence[tuple[Tensor, ...]],
-    parts: Parts,
-    config: ReassemblyConfig,
-    progress: Progress | None,
-) -> tuple[Reassembled, tuple[Tried, ...]]:
-    """Stitch the candidates, and return the nearest one and all, the nearest first."""
-    first = next(iter(parents.values()))
-    compared = compared_output(first, config.assessment)
-    if compared is None:
-        raise InputError("networks are chosen by their outputs: assessment must not be 'none'")
-    equal = (1.0 / len(parents),) * len(parents)
-    means = _means(config.combine, compared[1], first)
-    known = OutputCache()
-    found: list[tuple[float, float, int, Reassembled, Tried]] = []
-    least = None
-    for one in candidates:
-        if len(found) == config.candidates:
-            break
-        model, residuals = _stitched(one, blocks, modules, joins, parents, inputs, config.ridge)
-        operations = _operations(model, first)
-        least = operations if least is None else min(least, operations)
-        if config.most_operations is not None and operations > config.most_operations:
-            continue
-        assessment = compare(
-            model, parents, equal, parts, config.assessment, known=known, means=means
-        )
-        assert assessment is not None
-        tried = Tried(
-            tuple(blocks[i] for i in one.blocks),
-            residuals,
-            one.parameters,
-            operations,
-            assessment,
-        )
-        near = assessment.result  # of classes the agreement tells more than the divergence
-        found.append((-(near.agreement or 0.0), near.distance, len(found), model, tried))
-        if progress is not None:
-            progress("stitch", len(found))
+@dataclass(frozen=True)
+class _Whole:
+    """What all numbers of blocks share."""
+
+    parents: Mapping[str, TracedModel]
+    inputs: Sequence[tuple[Tensor, ...]]
+    few: Sequence[tuple[Tensor, ...]]
+    parts: Parts
+    config: ReassemblyConfig
+    known: OutputCache = field(default_factory=OutputCache)
+
+
+@dataclass(frozen=True)
+class _Assessed:
+    """A network that was stitched: the less its order, the nearer it is."""
+
+    order: tuple[float, float, int]
+    model: Reassembled
+    tried: Tried
+    groups: tuple[tuple[Block, ...], ...]
+
+
+def _assessed(
+    whole: _Whole, count: int, clock: Clock, done: int, progress: Progress | None
+) -> list[_Assessed]:
+    """Cut all models into so many blocks, and stitch and assess the candidates.
+
+    ``done`` are those that were stitched of other numbers.
+    """
+    parents, config = whole.parents, whole.config
+    with clock.stage("cut"):
+        blocks, groups = _blocks(parents, whole.few, count)
+    with clock.stage("search"):
+        joins = joins_of(blocks, groups)
+        residuals = _residuals(blocks, joins, parents, whole.few, config.ridge)
+        candidates = candidates_of(blocks, groups, joins, residuals, config.most_parameters)
+    with clock.stage("stitch"):
+        modules = [block_module(parents[one.model], one) for one in blocks]
+        named = tuple(tuple(blocks[i] for i in group) for group in groups)
+        first = next(iter(parents.values()))
+        compared = compared_output(first, config.assessment)
+        if compared is None:
+            raise InputError("networks are chosen by their outputs: assessment must not be 'none'")
+        equal = (1.0 / len(parents),) * len(parents)
+        means = _means(config.combine, compared[1], first)
+        found = list[_Assessed]()
+        least = None
+        for one in candidates:
+            if len(found) == config.candidates:
+                break
+            model, left = _stitched(
+                one, blocks, modules, joins, parents, whole.inputs, config.ridge
+            )
+            operations = _operations(model, first)
+            least = operations if least is None else min(least, operations)
+            if config.most_operations is not None and operations > config.most_operations:
+                continue
+            assessment = compare(
+                model,
+                parents,
+                equal,
+                whole.parts,
+                config.assessment,
+                known=whole.known,
+                means=means,
+            )
+            assert assessment is not None
+            own = tuple(blocks[i] for i in one.blocks)
+            near = assessment.result  # of classes the agreement tells more than the divergence
+            found.append(
+                _Assessed(
+                    (-(near.agreement or 0.0), near.distance, done + len(found)),
+                    model,
+                    Tried(own, left, one.parameters, operations, assessment),
+                    named,
+                )
+            )
+            if progress is not None:
+                progress("stitch", done + len(found))
     if not found:
         raise InputError(
             f"most_operations={config.most_operations}: the smallest network of these blocks takes "
             f"{least} for an input"
         )
-    found.sort(key=lambda one: one[:3])
-    return found[0][3], tuple(one[4] for one in found)
+    return found
 
 
 def _means(combine: str, kind: Kind, model: TracedModel) -> Means:
