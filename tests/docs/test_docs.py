@@ -130,6 +130,14 @@ def test_the_packages_are_told_in_the_order_of_the_import_contract():
     assert [name for cell in first for name in re.findall(r"`(\w+)`", cell)] == known
 
 
+def test_all_pages_count_the_same_architectures():
+    suite = re.search(r"(\d+) architectures are verified, (\d+) are", read("docs/architectures.md"))
+    verified, refused = map(int, suite.groups())
+    assert f"silently wrong | {verified}, {refused}, 0 |" in read("docs/architecture.md")
+    told = " ".join(read("README.md").split())
+    assert f"{refused} of the {verified + refused} architectures" in told
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_of_the_root_lead_to_files(page):
     prose = re.sub(r"```.*?```", "", read(page), flags=re.DOTALL)
