@@ -97,28 +97,16 @@ def check_outputs(
         The message shows both outputs.
     """
     if first.outputs != second.outputs:
-        shown = [
-            ", ".join(f"{('batch', *shape)} {dtype}" for shape, dtype in one.outputs)
-            for one in (first, second)
-        ]
-        raise StructureError(
-            f"the models have different outputs: {names[0]} {shown[0]} and {names[1]} {shown[1]}. "
-            "Only models with the same inputs and outputs can be fused into one output"
-            + both_are_parents
-            * _advice(first, second)
+        both_classify = first.num_classes is not None and second.num_classes is not None
+        advice = (
+            ". Where they are classifiers of other classes, clafusion.fuse with outputs='both' "
+            "gives one trunk with a head for each"
         )
-
-
-def _advice(*models: TracedModel) -> str:
-    """Return the end of a message: what fuses classifiers of other classes; "" for other models."""
-    for one in models:
-        shapes = [shape for shape, dtype in one.outputs if dtype.is_floating_point]
-        if len(one.outputs) != 1 or len(shapes) != 1 or len(shapes[0]) != 1 or shapes[0][0] < 2:
-            return ""
-    return (
-        ". Where they are classifiers of other classes, clafusion.fuse with outputs='both' gives "
-        "one trunk with a head for each"
-    )
+        raise StructureError(
+            f"the models have different outputs: {names[0]} {first.outputs_text} and {names[1]} "
+            f"{second.outputs_text}. Only models with the same inputs and outputs can be fused "
+            f"into one output{advice if both_are_parents and both_classify else ''}"
+        )
 
 
 def fit_layers(

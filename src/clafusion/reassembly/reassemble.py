@@ -189,8 +189,8 @@ def _traced(
     for name, one in others:
         if one.outputs != own.outputs or one.keywords != own.keywords:
             raise InputError(
-                f"{label(name)} puts out {_shown(one)}, and {label(first)} {_shown(own)}: blocks "
-                "come from networks with the same inputs and outputs"
+                f"{label(name)} puts out {one.outputs_text}, and {label(first)} "
+                f"{own.outputs_text}: blocks come from networks with the same inputs and outputs"
             )
     return found
 
@@ -225,10 +225,6 @@ def _places(name: str, model: TracedModel, blocks: int) -> tuple[Cut, ...]:
             "take fewer blocks. A mask that all layers read leaves no such place"
         )
     return places
-
-
-def _shown(model: TracedModel) -> str:
-    return ", ".join(f"{('batch', *shape)} {kind}" for shape, kind in model.outputs)
 
 
 def _blocks(
@@ -383,8 +379,8 @@ def _means(combine: str, kind: Kind, model: TracedModel) -> Means:
     if combine == "probabilities":
         raise InputError(
             f"combine='probabilities' needs outputs that are classes; the models put out "
-            f"{_shown(model)}. Take 'logits', or say what they are: assessment.outputs='classes' "
-            "and assessment.axis"
+            f"{model.outputs_text}. Take 'logits', or say what they are: "
+            "assessment.outputs='classes' and assessment.axis"
         )
     return "logits"
 

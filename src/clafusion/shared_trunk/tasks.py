@@ -51,14 +51,12 @@ def check_classes(models: Mapping[str, TracedModel]) -> tuple[int, ...]:
                 "every layer, so that no trunk ends anywhere. Give them the same classes and fuse "
                 "them, or train one network on all classes (clafusion.distill)"
             )
-        shapes = [shape for shape, dtype in model.outputs if dtype.is_floating_point]
-        if len(model.outputs) != 1 or len(shapes) != 1 or len(shapes[0]) != 1 or shapes[0][0] < 2:
-            shown = ", ".join(f"{('batch', *shape)} {dtype}" for shape, dtype in model.outputs)
+        if model.num_classes is None:
             raise InputError(
                 "outputs='both' is for classifiers, which put out (batch, classes) scores and "
-                f"nothing else; {called} puts out {shown}"
+                f"nothing else; {called} puts out {model.outputs_text}"
             )
-        sizes.append(shapes[0][0])
+        sizes.append(model.num_classes)
     return tuple(sizes)
 
 

@@ -461,6 +461,20 @@ class TracedModel:
             values = self.output_tensors(self.example_inputs)
             return tuple((tuple(value.shape[1:]), value.dtype) for value in values)
 
+    @property
+    def outputs_text(self) -> str:
+        """The outputs as an error shows them: ``('batch', 10) torch.float32``."""
+        return ", ".join(f"{('batch', *shape)} {dtype}" for shape, dtype in self.outputs)
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes it scores, as ``(batch, classes)`` and nothing else; else None."""
+        if len(self.outputs) != 1:
+            return None
+        ((shape, dtype),) = self.outputs
+        is_scores = dtype.is_floating_point and len(shape) == 1 and shape[0] > 1
+        return shape[0] if is_scores else None
+
     @cached_property
     def computed_outputs(self) -> tuple[bool, ...]:
         """For each output tensor whether both an input and a trained parameter enter it."""
