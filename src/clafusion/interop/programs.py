@@ -59,9 +59,9 @@ def save_program(
         The file cannot be written.
     """
     named = dict(zip(keywords, inputs, strict=True)) if keywords else {}
-    order = list(inspect.signature(model.forward).parameters)
-    in_order = [name for name in order if name in named]
-    named = {name: named[name] for name in dict.fromkeys([*in_order, *named])}
+    # A loaded program takes inputs by place in the order in which it was exported with them.
+    order = [*inspect.signature(model.forward).parameters, *named]
+    named = {name: named[name] for name in dict.fromkeys(order) if name in named}
     program = export_model(evaluation_copy(model), () if keywords else inputs, named)
     with replacing(path, "path") as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -119,8 +119,7 @@ def _keywords(program: torch.export.ExportedProgram) -> tuple[str, ...]:
     signature = program.module_call_graph[0].signature
     if signature is None:
         return ()
-    spec = signature.in_spec
-    places, names = spec.children() if hasattr(spec, "children") else spec.children_specs
+    places, names = signature.in_spec.children()
     return () if places.num_children else tuple(names.context)
 
 
