@@ -112,50 +112,6 @@ def regress_anchored(
     return _regression(problem, walks.candidates[tried.index(taken)].state, taken, walks.solved)
 
 
-def _tried(
-    problem: FusionProblem,
-    averages: _Averages,
-    tried: Sequence[Lean],
-    trial: Trial,
-    ridge: float,
-    rows: Rows,
-    progress: Progress | None,
-) -> list[float]:
-    """Return how far the outputs are off with each lean, squared, given a part of the inputs.
-
-    One parent's interior alone stays as it is, so that only the outputs are regressed. These leans
-    are tried after the others: no more of the states are held at a time.
-    """
-    found: dict[Lean, float] = {}
-    for keeps_interior in (False, True):
-        group = [one for one in tried if (one.anchor == FULL) == keeps_interior]
-        if not group:
-            continue
-        first, count = len(found), len(group)
-        whole = sum(one[0].size(0) for one in trial.regressed)
-
-        def report(
-            stage: str, done: int, first: int = first, count: int = count, whole: int = whole
-        ) -> None:
-            assert progress is not None
-            progress(stage, (first * whole + count * done) // len(tried))
-
-        walks = _regressed(
-            problem,
-            averages,
-            group,
-            trial.regressed,
-            ridge,
-            rows,
-            None if progress is None else report,
-            keeps_interior=keeps_interior,
-        )
-        states = [one.state for one in walks.candidates]
-        far = output_distances(problem, states, trial.compared)
-        found |= zip(group, far, strict=True)
-    return [found[one] for one in tried]
-
-
 class _Averages:
     """The parents' averages by lean, each made when it is asked for: they are large."""
 
@@ -182,6 +138,45 @@ class _Averages:
         return made
 
 
+def _tried(
+    problem: FusionProblem,
+    averages: _Averages,
+    tried: Sequence[Lean],
+    trial: Trial,
+    ridge: float,
+    rows: Rows,
+    progress: Progress | None,
+) -> list[float]:
+    """Return how far the outputs are off with each lean, squared, given a part of the inputs.
+
+    One parent's interior alone stays as it is, so that only the outputs are regressed. These leans
+    are tried after the others: no more of the states are held at a time.
+    """
+    found: dict[Lean, float] = {}
+    whole = _count(trial.regressed)
+    for keeps_interior in (False, True):
+        group = [one for one in tried if (one.anchor == FULL) == keeps_interior]
+        if not group:
+            continue
+        first, last = (
+            whole * count // len(tried) for count in (len(found), len(found) + len(group))
+        )
+        walks = _regressed(
+            problem,
+            averages,
+            group,
+            trial.regressed,
+            ridge,
+            rows,
+            _part_of(progress, whole, first, last),
+            keeps_interior=keeps_interior,
+        )
+        states = [one.state for one in walks.candidates]
+        far = output_distances(problem, states, trial.compared)
+        found |= zip(group, far, strict=True)
+    return [found[one] for one in tried]
+
+
 def _regression(
     problem: FusionProblem, state: MutableMapping[str, Tensor], lean: Lean, solved: frozenset[str]
 ) -> Regression:
@@ -200,22 +195,27 @@ def _shares(
     An input takes the trial a pass of all parents and of each candidate. Both report inputs of the
     whole calibration.
     """
-    if progress is None:
-        return None, None
-    told = progress
     parents = len(problem.parents)
-    whole = sum(one[0].size(0) for one in inputs)
-    tried = sum(one[0].size(0) for one in trial.regressed)
+    whole, tried = _count(inputs), _count(trial.regressed)
     of_trial, of_rest = tried * (parents + candidates), whole * (parents + 1)
     first = whole * of_trial // (of_trial + of_rest)
+    return _part_of(progress, tried, 0, first), _part_of(progress, whole, first, whole)
 
-    def trying(stage: str, done: int) -> None:
-        told(stage, first * done // tried)
 
-    def solving(stage: str, done: int) -> None:
-        told(stage, first + (whole - first) * done // whole)
+def _part_of(progress: Progress | None, count: int, first: int, last: int) -> Progress | None:
+    """Return what reports ``count`` inputs of a part as those from ``first`` to ``last`` of all."""
+    if progress is None:
+        return None
+    told = progress
 
-    return trying, solving
+    def report(stage: str, done: int) -> None:
+        told(stage, first + (last - first) * done // count)
+
+    return report
+
+
+def _count(inputs: Sequence[tuple[Tensor, ...]]) -> int:
+    return sum(one[0].size(0) for one in inputs)
 
 
 def _inputs(
@@ -232,13 +232,13 @@ def _inputs(
     if problem.owners:
         of_data = batches(data, problem.target.example_inputs, problem.target.keywords)
         for batch, owner in zip(of_data, problem.owners, strict=True):
-            left = samples - sum(one[0].size(0) for one in inputs)
+            left = samples - _count(inputs)
             if left > 0:
                 inputs += in_chunks([batch], problem.target, left, chunk, device=where)
                 owners += [owner] * (len(inputs) - len(owners))
     else:
         inputs += in_chunks(data, problem.target, samples, chunk, device=where)
-    num_inputs = sum(one[0].size(0) for one in inputs)
+    num_inputs = _count(inputs)
     if num_inputs < _WANTED:
         warn(
             f"least squares has {num_inputs} inputs to learn from; with fewer than {_WANTED} it "
