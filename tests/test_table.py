@@ -12,7 +12,7 @@ def test_a_csv_file_is_quoted_and_keeps_every_digit(tmp_path):
     path = tmp_path / "a.csv"
     assert TABLE.to_csv(path) == 'name,value,note\n"a, b",0.123456,\n"""c""",2,\n'
     assert path.read_text() == TABLE.to_csv()
-    with pytest.raises(InputError, match=r"must end with one of \.csv"):
+    with pytest.raises(InputError, match=r"must end with \.csv$"):
         TABLE.to_csv(tmp_path / "a.txt")
 
 

@@ -237,7 +237,7 @@ def test_the_same_results_give_the_same_bytes_and_errors_leave_the_old_page(tmp_
     ):
         with pytest.raises(InputError, match="the report has no fused pair"):
             write_report(results, tmp_path / "page.html", **wrong)
-    with pytest.raises(InputError, match=r"must end with one of \.html"):
+    with pytest.raises(InputError, match=r"must end with \.html$"):
         write_report(results, tmp_path / "page.pdf")
     assert (tmp_path / "page.html").read_text() == page
     Reader(written(tmp_path, []))

@@ -33,9 +33,9 @@ def check_output(
     """
     path = Path(path)
     if not path.name.lower().endswith(tuple(endings)):
+        wanted = f"one of {', '.join(endings)}: the ending chooses the format"
         raise InputError(
-            f"{argument} {str(path)!r} must end with one of {', '.join(endings)}: the ending "
-            "chooses the format"
+            f"{argument} {str(path)!r} must end with {endings[0] if len(endings) == 1 else wanted}"
         )
     if path.exists() and not path.is_file():
         raise InputError(f"{argument} {str(path)!r} exists and is no file: choose another name")
