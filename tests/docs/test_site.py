@@ -147,9 +147,8 @@ def test_roles_become_links_and_formulas(roles):
 def test_settings_have_their_fields(roles):
     module, package = roles
     section = module.fields_of(package["config.calibration.LeastSquares"])
-    assert (
-        "\ntoward\n    Towards which parent the interior leans. Default ``'largest'``." in section
-    )
+    assert "\nsamples\n    How many inputs are used; " in section
+    assert "more than 4 GB. Default ``2000``." in section
     section = module.fields_of(package["config.fusion.FusionConfig"])
     assert "\ntarget\n    Which structure the result gets. Default ``'deeper'``." in section
     assert "\nprofiling\n    What is recorded of the parents.\n" in section
