@@ -30,6 +30,7 @@ PRESETS_MARK = "<!-- table of all presets -->"
 FIGURES = "benchmarks/results/"  # pictures that pages show from there
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\([(\[])(.*?)\\[)\]]\s*</\1>', re.DOTALL)
 FLAG = re.compile(r"<code>(?=--?[a-z][\w-]*</code>)")
+FIGURE = re.compile(r"(<td>|<td [^>]*>)(\d[\d.,]*(?: ?%)?(?: ± [\d.]+)?(?: ?%)?)(?=</td>)")
 # Page -> the file at the root that it shows. Links in it lead to docs/ where they can.
 PAGES_OF_THE_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 
@@ -68,9 +69,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def on_page_content(content: str, **_: Any) -> str:
     """Put MathML, which browsers draw without a script, in place of every formula.
 
-    Flags get a class, by which they are not broken at their hyphens.
+    Flags get a class, by which they are not broken at their hyphens, and figures in tables stay on
+    one line with what belongs to them.
     """
-    return FLAG.sub('<code class="flag">', FORMULA.sub(_mathml, content))
+    content = FLAG.sub('<code class="flag">', FORMULA.sub(_mathml, content))
+    return FIGURE.sub(lambda cell: f"{cell[1]}{cell[2].replace(' ', '&nbsp;')}", content)
 
 
 def _mathml(match: re.Match[str]) -> str:

@@ -168,6 +168,14 @@ def test_flags_are_not_broken_at_their_hyphens(hooks):
     assert "<code>a - b</code>" in made
 
 
+def test_figures_in_tables_stay_on_one_line(hooks):
+    cells = "<td>92.3 % ± 0.9</td><td style='x'>81.8 ± 5.3 %</td><td>9 of 10 %</td>"
+    made = hooks.on_page_content(cells)
+    assert "<td>92.3&nbsp;%&nbsp;±&nbsp;0.9</td>" in made
+    assert ">81.8&nbsp;±&nbsp;5.3&nbsp;%<" in made
+    assert "<td>9 of 10 %</td>" in made
+
+
 def test_pages_of_the_root_link_to_the_other_pages(hooks):
     page = hooks.page_of_root("CONTRIBUTING.md")
     assert "](architecture.md)" in page
