@@ -185,6 +185,11 @@ _NETWORKS: dict[str, tuple[str, _Settings, Callable[[], Named]]] = {
         lambda d, w: {**_llama(d, w), "num_local_experts": 3, "num_experts_per_tok": 2},
         _text,
     ),
+    "Mixtral, other numbers of experts": (
+        "MixtralForCausalLM",
+        lambda d, w: {**_llama(d, w), "num_local_experts": 3 * w, "num_experts_per_tok": 2 * w},
+        _text,
+    ),
     "Mamba": (
         "MambaForCausalLM",
         lambda d, w: {

@@ -1,6 +1,6 @@
-"""The table of families on the page docs/architectures.md, from benchmarks/results/.
+"""The tables of families on the pages docs/architectures.md and docs/results.md.
 
-``python -m benchmarks.families.table`` prints it.
+They are made from benchmarks/results/; ``python -m benchmarks.families.table`` prints them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.families.family import EXACT, PAIRS
 
-__all__ = ["LIBRARIES", "REASONS", "counts", "reason_of", "results_of", "table"]
+__all__ = ["LIBRARIES", "REASONS", "counts", "reason_of", "results_of", "summary", "table"]
 
 LIBRARIES = ("transformers", "timm", "torchvision")
 
@@ -71,12 +71,11 @@ def table() -> str:
     numbers: dict[str, int] = {}
 
     def cell(row: dict[str, Any]) -> str:
-        if row["outcome"] == "refused":
+        outcome = _outcome(row)
+        if outcome == "no":
             reason = reason_of(row["message"]) or row["message"]
             return f"no ({numbers.setdefault(reason, len(numbers) + 1)})"
-        if row["outcome"] == "fused":
-            return "yes" if max(row["first"], row["second"]) <= EXACT else "partly"
-        return str(row["outcome"])
+        return outcome
 
     lines = [
         "| Library | Family | Free channels | Other depth | Other width | Both |",
@@ -90,8 +89,33 @@ def table() -> str:
     return "\n".join([*lines, "", *reasons])
 
 
+def summary() -> str:
+    """Return a table in Markdown of how many pairs come out how, of each library and difference."""
+    lines = [
+        "| Library | Differs in | Pairs | Both parents' functions come back | One does not, and is told "
+        "| Refused |",
+        "|---|---|---|---|---|---|",
+    ]
+    for library in LIBRARIES:
+        for kind in PAIRS:
+            found = Counter(_outcome(one[kind]) for one in results_of(library).values())
+            cells = (found.total(), *(found[name] for name in ("yes", "partly", "no")))
+            lines.append(f"| {library} | {kind} | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    """Return "yes", "partly" or "no" for a pair, or what else has become of it."""
+    if row["outcome"] == "refused":
+        return "no"
+    if row["outcome"] != "fused":
+        return str(row["outcome"])
+    return "yes" if max(row["first"], row["second"]) <= EXACT else "partly"
+
+
 def main() -> None:
     print(table())
+    print(summary())
     for outcome, count in counts().most_common():
         print(f"{count:4d} {outcome}")
 

@@ -195,6 +195,16 @@ def test_a_summary_names_the_streams():
     assert "(down.1.0 to down.1.1) reads down.0; " in text
 
 
+def test_levels_whose_features_are_all_put_out_may_have_other_depths():
+    models = [vision.pyramid(2, 3), vision.pyramid(1, 1, seed=1)]
+    for weights, model in (([1, 0], models[0]), ([0, 1], models[1])):
+        found = run(fused(models, vision.IMAGES, weights), vision.IMAGES)
+        torch.testing.assert_close(found, run(model, vision.IMAGES), rtol=0, atol=1e-5)
+    copy = networks.permuted_copy(models[1], vision.IMAGES)
+    found = run(fused([models[1], copy], vision.IMAGES), vision.IMAGES)
+    torch.testing.assert_close(found, run(models[1], vision.IMAGES), rtol=0, atol=1e-5)
+
+
 def test_stretches_between_exchanges_are_streams():
     traced = trace(vision.resolutions((2, 1), (1, 3)), vision.IMAGES, verify=False)
     layers = [[traced.layers[i] for i in one.layers] for one in traced.streams]

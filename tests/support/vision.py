@@ -207,3 +207,26 @@ class Resolutions(nn.Module):
 def resolutions(*depths: tuple[int, int], width: int = 6, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return randomise(Resolutions(depths, width), seed)
+
+
+class Pyramid(nn.Module):
+    """Two levels of residual blocks, of any depths, and the features of both."""
+
+    def __init__(self, depths: tuple[int, int], width: int) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, width, 4, 4), nn.Conv2d(width, 2 * width, 3, 2, 1)
+        self.levels = nn.ModuleList(
+            nn.Sequential(*[Basic((i + 1) * width) for _ in range(depth)])
+            for i, depth in enumerate(depths)
+        )
+        self.sides = nn.ModuleList(nn.Conv2d((i + 1) * width, CLASSES, 1) for i in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        fine = self.levels[0](self.stem(x).relu())
+        coarse = self.sides[1](self.levels[1](self.down(fine).relu()))
+        return self.sides[0](fine) + F.interpolate(coarse, scale_factor=2.0), coarse
+
+
+def pyramid(*depths: int, width: int = 6, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return randomise(Pyramid(depths, width), seed)

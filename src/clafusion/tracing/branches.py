@@ -35,16 +35,17 @@ def branches_of(
     flow: Flow,
     nodes: Sequence[fx.Node],
     entry: fx.Node | None,
+    has_exit: bool,
     holds_layers: Callable[[Sequence[Run]], list[bool]],
 ) -> list[Run] | None:
-    """Return the stretches of a region, and last the run that ends at its exit.
+    """Return the stretches of a region, and last the run that ends at its last node.
 
     Parameters are those of :func:`clafusion.tracing.regions.runs_of`; None where no stretch holds
     layers.
     """
     if entry is None:
         return None
-    region = Region(flow, nodes, entry, True)
+    region = Region(flow, nodes, entry, has_exit)
     runs = _stretches(region)
     kept = [run for run, holds in zip(runs, holds_layers(runs), strict=True) if holds]
     if not kept:
@@ -52,15 +53,14 @@ def branches_of(
     owner = {
         node: one for run in kept for one in run.segments for node in (*one.interior, one.node)
     }
-    main = Segment(region.nodes[-1])
-    owner.setdefault(main.node, main)
-    if owner[main.node] is not main:
+    main = Segment(region.nodes[-1], is_open=not has_exit)
+    if owner.setdefault(main.node, main) is not main:
         return None
     others: list[Run] = []
     for node in reversed(region.nodes):
         if node in owner:
             continue
-        readers = {id(owner[user]): owner[user] for user in node.users if user in owner}
+        readers = {id(one): one for one in (owner.get(user, main) for user in node.users)}
         if len(readers) == 1:
             (into,) = readers.values()
             into.interior.insert(0, node)

@@ -95,8 +95,8 @@ def _with_inner_runs(flow: Flow, run: Run, exchange: bool) -> list[Run]:
             nodes = [*one.interior, one.node]
             holds = _holds_layers(flow, before, one.node)
             inner = None
-            if not one.is_open and exchange and not _is_insertable(flow, nodes, before):
-                inner = branches_of(flow, nodes, before, holds)
+            if exchange and not _is_insertable(flow, nodes, before):
+                inner = branches_of(flow, nodes, before, not one.is_open, holds)
             inner = inner or runs_of(flow, nodes, before, not one.is_open, holds)
         if inner is None:
             segments.append(one)
