@@ -92,8 +92,7 @@ def table() -> str:
 def summary() -> str:
     """Return a table in Markdown of how many pairs come out how, of each library and difference."""
     lines = [
-        "| Library | Differs in | Pairs | Both parents' functions come back | One does not, and is told "
-        "| Refused |",
+        "| Library | Differs in | Pairs | Both parents come back | One does not, as told | Refused |",
         "|---|---|---|---|---|---|",
     ]
     for library in LIBRARIES:
