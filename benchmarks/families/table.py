@@ -35,6 +35,8 @@ REASONS = {
     "cannot be left out of a sum: it puts its channels beside others, or an activation follows "
     "that its input has not passed",
     r"experts": "different numbers of experts",
+    r"wired differently": "the streams differ: a level of one network has no block that can be "
+    "inserted",
 }
 
 
@@ -90,9 +92,9 @@ def table() -> str:
 
 
 def summary() -> str:
-    """Return a table in Markdown of how many pairs come out how, of each library and difference."""
+    """Return in Markdown how many pairs of each library and difference come out how."""
     lines = [
-        "| Library | Differs in | Pairs | Both parents come back | One does not, as told | Refused |",
+        "| Library | Differs in | Pairs | Both parents come back | Not both, as told | Refused |",
         "|---|---|---|---|---|---|",
     ]
     for library in LIBRARIES:

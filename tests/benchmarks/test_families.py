@@ -9,10 +9,12 @@ from torch import nn
 
 from benchmarks.families import pairs
 from benchmarks.families.family import PAIRS, Family, values
-from benchmarks.families.table import LIBRARIES, counts, reason_of, results_of, table
+from benchmarks.families.table import LIBRARIES, counts, reason_of, results_of, summary, table
 from tests.support import networks
 
-PAGE = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = (DOCS / "architectures.md").read_text(encoding="utf-8")
+RESULTS = (DOCS / "results.md").read_text(encoding="utf-8")
 
 
 def perceptrons(depth, width):
@@ -86,8 +88,9 @@ def test_every_pair_is_fused_or_refused_for_a_documented_reason(library):
             assert outcome == "fused" or reason_of(family[kind]["message"]), (name, kind)
 
 
-def test_the_page_has_the_table_and_its_counts():
+def test_the_pages_have_the_tables_and_their_counts():
     assert table() in PAGE
+    assert summary() in RESULTS
     found = counts()
     fused, total = found["fused"], sum(found.values())
     assert re.search(rf"\b{fused} of {total} pairs are fused", PAGE)
