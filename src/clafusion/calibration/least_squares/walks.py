@@ -96,7 +96,7 @@ class Candidate:
     choices: dict[str, Choice] = field(default_factory=dict)
 
     def solves(self, place: Place) -> bool:
-        """Whether a layer of it is regressed."""
+        """Say whether a layer of it is regressed."""
         return place.is_output or not self.keeps_interior
 
 
@@ -173,6 +173,7 @@ class Walks:
             self._release(key)
 
     def _solve(self, place: Place, candidates: Sequence[Candidate], ridge: float) -> None:
+        """Regress one layer of the candidates that solve it, all by the same rows."""
         hidden = self.hidden.get(place.affine.name)
         if hidden is not None:
             self._choose(place, hidden, candidates)
@@ -206,13 +207,11 @@ class Walks:
             self._drop_outputs(place, walks)
             moved = self._moved(place, rows) if hidden is None else []
             for one, sums in zip(candidates, equations, strict=True):
-                if hidden is not None:
-                    shown = [own for part in hidden.parts if (own := rows[part.parent]) is not None]
-                    goal = of_kept(hidden, one.choices[place.affine.name].kept, shown)
-                    active = goal.relu() if place.rectified else None
-                else:
+                if hidden is None:
                     weights = self._weights(batch, one.weights[place.affine.name])
                     goal, active = self._goal(place, moved, weights)
+                else:
+                    goal, active = self._hidden_goal(place, hidden, one, rows)
                 walk = one.walks[batch]
                 shortcut: Tensor | None = None
                 if place.shortcut is not None:
@@ -421,6 +420,14 @@ class Walks:
                 given.append(weight)
                 masks.append(parent.covers(node))
         return weighted_mean(values, counted(given, masks)), active
+
+    def _hidden_goal(
+        self, place: Place, hidden: Hidden, candidate: Candidate, rows: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what :meth:`_goal` does, of a layer whose channels are chosen of all parents."""
+        shown = [own for part in hidden.parts if (own := rows[part.parent]) is not None]
+        goal = of_kept(hidden, candidate.choices[place.affine.name].kept, shown)
+        return goal, goal.relu() if place.rectified else None
 
     def _release(self, key: tuple[int, str]) -> None:
         self.uses[key] -= 1
