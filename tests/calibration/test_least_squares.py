@@ -258,10 +258,15 @@ def with_weights(weights, reference=0):
     return replace(problem, parents=tuple(parents), reference=reference)
 
 
+def anchored(problem, anchor):
+    (lean,) = leans(problem, LeastSquares(anchor=anchor))
+    return anchored_weights(problem, lean)
+
+
 def test_the_interior_is_anchored_at_the_largest_weight():
     def inside(weights, anchor):
         problem = with_weights([*map(MergeWeights, weights)], reference=len(weights) - 1)
-        return tuple(one.overall for one in anchored_weights(problem, anchor))
+        return tuple(one.overall for one in anchored(problem, anchor))
 
     assert inside((0.5, 0.5), 0.0) == (0.5, 0.5)
     assert inside((0.5, 0.5), 1.0) == (0.0, 1.0)  # of equals to the reference
@@ -280,13 +285,13 @@ def test_the_interior_is_anchored_at_the_largest_weight():
 def test_of_equals_the_reference_is_the_anchor_wherever_it_stands():
     for reference in range(3):
         problem = with_weights([MergeWeights(1 / 3)] * 3, reference)
-        found = [one.overall for one in anchored_weights(problem, 1.0)]
+        found = [one.overall for one in anchored(problem, 1.0)]
         assert found == pytest.approx([float(i == reference) for i in range(3)], abs=1e-15)
 
 
 def test_a_layers_own_weights_are_anchored_at_the_same_network_as_the_outputs():
     own = MergeWeights(0.6, {"a": 0.25, "b": 1.0}), MergeWeights(0.4, {"a": 0.75, "b": 0.0})
-    first, second = anchored_weights(with_weights(own), 0.5)
+    first, second = anchored(with_weights(own), 0.5)
     assert (first.overall, first.of("a"), first.of("b")) == (0.8, 0.625, 1.0)
     assert (second.overall, second.of("a"), second.of("b")) == pytest.approx((0.2, 0.375, 0.0))
 

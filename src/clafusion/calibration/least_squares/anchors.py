@@ -26,9 +26,9 @@ __all__ = [
 ]
 
 ANCHORS = (0.0, 0.9)
-"""What ``"auto"`` tries."""
+"""The anchors that ``"auto"`` tries towards the parent with the largest weight."""
 FULL = 1.0
-"""What it tries as well, of each parent: its interior alone, with the outputs of all."""
+"""The one that it tries as well towards each parent: its interior alone, with all their outputs."""
 
 _PART, _LEAST_PART = 8, 3  # one of so many inputs is regressed, and another one compared
 _CLEARLY = 0.8  # of the squared distance of what gives up less of the parents
@@ -88,19 +88,18 @@ def nearest(
     return tried[best]
 
 
-def anchored_weights(
-    problem: FusionProblem, anchor: float, toward: int | None = None
-) -> list[MergeWeights]:
-    """Return the parents' weights inside the network.
+def anchored_weights(problem: FusionProblem, lean: Lean) -> list[MergeWeights]:
+    """Return the parents' weights inside the network: ``w + anchor * ([i = toward] - w)``.
 
-    ``anchor`` in [0, 1] is how far they go from the parents' own to the parent at position
-    ``toward``, by default the one with the largest weight. Those of each layer add up to 1.
+    Those of each layer add up to 1.
     """
     own = [one.weights for one in problem.parents]
-    most = problem.largest if toward is None else toward
 
     def anchored(given: Sequence[float]) -> tuple[float, ...]:
-        moved = [weight + anchor * (float(i == most) - weight) for i, weight in enumerate(given)]
+        moved = [
+            weight + lean.anchor * (float(i == lean.toward) - weight)
+            for i, weight in enumerate(given)
+        ]
         return (max(1.0 - sum(moved[1:]), 0.0), *moved[1:])
 
     overall = anchored([one.overall for one in own])

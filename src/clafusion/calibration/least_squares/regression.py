@@ -132,7 +132,7 @@ class _Averages:
             plain, self.plain = self.plain, None
             return average(self.problem) if plain is None else plain
         self.plain = None
-        made = average(self.problem, anchored_weights(self.problem, lean.anchor, lean.toward))
+        made = average(self.problem, anchored_weights(self.problem, lean))
         for name, tensor in self.of_outputs.items():
             made[name] = tensor
         return made
@@ -312,7 +312,7 @@ def _most_inputs(problem: FusionProblem, num_candidates: int) -> int:
 def _weights(problem: FusionProblem, places: Sequence[Place], lean: Lean) -> dict[str, list[float]]:
     """Return the parents' weights at each layer, by its node."""
     own = [one.weights for one in problem.parents]
-    inside = anchored_weights(problem, lean.anchor, lean.toward)
+    inside = anchored_weights(problem, lean)
     found = {}
     for place in places:
         given = own if place.is_output else inside
