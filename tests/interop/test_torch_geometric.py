@@ -329,6 +329,17 @@ def test_a_network_of_whole_graphs_needs_several():
     assert fused is not None  # traced along the edges of the second batch
 
 
+def test_graphs_are_trained_on_by_name():
+    student, teacher = network("GCN"), network("GCN", 1)
+    given = of(student, graph())
+    batch = {**given, "labels": torch.arange(60) % 3}
+    result = clafusion.distill(student, teacher, [batch], epochs=1)
+    assert result.model(**given).shape == (60, 3)
+    for data in (Data(**given), [Data(**given)], DataLoader([Data(**given)])):
+        with pytest.raises(InputError, match="is a graph of torch_geometric: for training give"):
+            clafusion.distill(student, teacher, data, epochs=1)
+
+
 def test_no_trunk_of_graph_networks_ends_anywhere():
     with pytest.raises(InputError, match="outputs='both' is not for graph networks"):
         fuse([Pooled(0), Pooled(1)], graphs(60), outputs="both")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -51,6 +52,7 @@ def check_data(name: str, data: Any, labelled: bool) -> None:
             f"{name} can be read only once, but is needed in each epoch: give tensors, a list of "
             "batches or a DataLoader instead of an iterator"
         )
+    _refuse_graph(name, data)
     if isinstance(data, (Tensor, str, bytes, Mapping)) or not isinstance(data, Iterable):
         raise InputError(
             f"{name} must be a pair of tensors (inputs, labels) or a DataLoader; "
@@ -162,6 +164,9 @@ def _generators(loader: Any) -> list[torch.Generator]:
 
 def _unpacked(name: str, batch: Any, index: int, device: torch.device, labelled: bool) -> Batch:
     """Return a batch's inputs and labels, on the device."""
+    _refuse_graph(f"{name}, batch {index}", batch)
+    if isinstance(batch, list) and batch:
+        _refuse_graph(f"{name}, batch {index}", batch[0])
     if isinstance(batch, Mapping):
         named = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
         labels = named.pop("labels", None)
@@ -180,6 +185,16 @@ def _unpacked(name: str, batch: Any, index: int, device: torch.device, labelled:
         else "a tensor or a tuple"
     )
     raise InputError(f"{name}, batch {index}, must be {wanted}; got {_kind(batch)}")
+
+
+def _refuse_graph(called: str, value: Any) -> None:
+    """Refuse an object of torch_geometric, which does not say what is input and what is label."""
+    library = sys.modules.get("torch_geometric.data")
+    if library is not None and isinstance(value, library.Data):
+        raise InputError(
+            f"{called}, is a graph of torch_geometric: for training give its inputs and labels by "
+            "name, as [{'x': data.x, 'edge_index': data.edge_index, 'labels': data.y}]"
+        )
 
 
 def _kind(batch: Any) -> str:
