@@ -40,8 +40,8 @@ def branches_of(
 ) -> list[Run] | None:
     """Return the stretches of a region, and last the run that ends at its last node.
 
-    Parameters are those of :func:`clafusion.tracing.regions.runs_of`; None where no stretch holds
-    layers.
+    Parameters are those of :func:`clafusion.tracing.regions.runs_of`. None where no stretch holds
+    layers, or where the region ends within one.
     """
     if entry is None:
         return None

@@ -30,8 +30,8 @@ __all__ = ["cut_into_drafts", "side_nodes"]
 def cut_into_drafts(flow: Flow) -> list[Draft]:
     """Return the drafts of all layers: stream after stream, each behind those that it reads.
 
-    Of two ways to divide regions into streams it is that by which more residual blocks can be
-    inserted.
+    Regions are divided into streams with and without exchanges between them, and the way is taken
+    by which more residual blocks can be inserted.
     """
     runs = _runs(flow, exchange=False)
     found = _drafts(flow, runs)
@@ -45,13 +45,14 @@ def cut_into_drafts(flow: Flow) -> list[Draft]:
 
 def _runs(flow: Flow, *, exchange: bool) -> list[Run]:
     """Return the runs of a graph; the trunk alone where streams read each other in turns."""
-    runs = _with_inner_runs(flow, Run(_segments(flow), None), exchange)
+    runs = _with_inner_runs(flow, Run(_segments(flow), None), exchange=exchange)
     if len(runs) > 1 or any(one.is_head for one in runs[0].segments):
         return divided(flow, runs) or [Run(_segments(flow), None)]
     return runs
 
 
 def _drafts(flow: Flow, runs: Sequence[Run]) -> list[Draft]:
+    """Return the drafts of all runs. Streams count from 1; a trunk alone is stream 0."""
     drafts = []
     for i, run in enumerate(runs):
         stream = i if len(runs) == 1 else i + 1
@@ -80,11 +81,11 @@ def _segments(flow: Flow) -> list[Segment]:
     return segments
 
 
-def _with_inner_runs(flow: Flow, run: Run, exchange: bool) -> list[Run]:
+def _with_inner_runs(flow: Flow, run: Run, *, exchange: bool) -> list[Run]:
     """Return a run with the regions in which layers lie taken apart, and the runs within those.
 
-    The last continues the run to its end. With ``exchange`` streams are those whose values enter
-    others and come back, where there are such.
+    The last continues the run to its end. With ``exchange`` a region that is no layer as a whole is
+    divided by :func:`clafusion.tracing.branches.branches_of`, where that finds streams.
     """
     found: list[Run] = []
     segments: list[Segment] = []
@@ -94,14 +95,15 @@ def _with_inner_runs(flow: Flow, run: Run, exchange: bool) -> list[Run]:
         if one.interior:
             nodes = [*one.interior, one.node]
             holds = _holds_layers(flow, before, one.node)
-            inner = None
             if exchange and not _is_insertable(flow, nodes, before):
                 inner = branches_of(flow, nodes, before, not one.is_open, holds)
             inner = inner or runs_of(flow, nodes, before, not one.is_open, holds)
         if inner is None:
             segments.append(one)
         else:
-            inner = [part for each in inner for part in _with_inner_runs(flow, each, exchange)]
+            inner = [
+                part for each in inner for part in _with_inner_runs(flow, each, exchange=exchange)
+            ]
             *beside, main = inner
             found += beside
             if main.entry is not before or main.segments[0].is_head:
