@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from clafusion.errors import InputError
+from clafusion.profiling.gram import is_constant
 from clafusion.profiling.profile import ModelProfile
 
 __all__ = ["check_alive"]
@@ -13,11 +14,7 @@ def check_alive(name: str, profile: ModelProfile) -> None:
     for layer, products, is_entered in zip(
         profile.traced.layers, profile.grams, profile.traced.entered_layers, strict=True
     ):
-        if not is_entered:
-            continue
-        total = float(products.trace())
-        spread = total - float(products.sum()) / len(products)
-        if not spread > 1e-12 * total:
+        if is_entered and is_constant(products):
             graphs = (
                 ""
                 if profile.traced.graph is None

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from clafusion import _native
 
-__all__ = ["add_products", "gram_matrix", "gram_of_parts"]
+__all__ = ["add_products", "gram_matrix", "gram_of_parts", "is_constant"]
 
 _BLOCK_FEATURES = 4096
+_CONSTANT = 1e-12  # of the squared length: less is rounding
 _WIDE = 1 << 24  # numbers of a layer's outputs that are copied at once
 
 
@@ -57,3 +58,10 @@ def gram_of_parts(flat: Sequence[Tensor]) -> Tensor:
         block = torch.cat([one[:, start : start + width] for one in flat])
         total = _native.gram(block, out=total)
     return torch.from_numpy(total)
+
+
+def is_constant(products: Tensor) -> bool:
+    """Say whether values are the same for all inputs, given their inner products, or are NaN."""
+    total = float(products.trace())
+    spread = total - float(products.sum()) / len(products)
+    return not spread > _CONSTANT * total

@@ -13,14 +13,13 @@ from clafusion.alignment.layer_costs import cka
 from clafusion.errors import InputError
 from clafusion.execution.walk import Walk
 from clafusion.profiling.batches import Data, in_chunks
-from clafusion.profiling.gram import gram_matrix
+from clafusion.profiling.gram import gram_matrix, is_constant
 from clafusion.reassembly.cutting import Cut
 from clafusion.tracing.model import TracedModel
 
 __all__ = ["changes_at", "check_varied", "cut_values", "grams_of", "inputs_of", "similarity"]
 
 _CHUNK = 125  # inputs that run at once
-_CONSTANT = 1e-12  # of the squared length: less is rounding
 _LEAST_INPUTS = 3  # fewer are always alike by CKA
 
 
@@ -87,8 +86,7 @@ def check_varied(gram: Tensor, what: str) -> None:
     InputError
         They do not differ.
     """
-    total = float(gram.trace())
-    if not total - float(gram.sum()) / len(gram) > _CONSTANT * total:
+    if is_constant(gram):
         raise InputError(
             f"{what} the same for all inputs, so that nothing can be compared there: check the "
             "model and the scale of the data"
