@@ -526,3 +526,10 @@ class Clock:
         if self._gpu is None:
             now, most_since = held_by_process()
             self.peak_memory[name] = max(before, now, most_since if most_since > most else 0)
+
+    def add(self, other: Clock) -> None:
+        """Add what another clock measured: the seconds of each stage, and the more memory."""
+        for name, seconds in other.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            most = self.peak_memory.get(name, 0), other.peak_memory[name]
+            self.peak_memory[name] = max(most)

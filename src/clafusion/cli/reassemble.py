@@ -72,7 +72,7 @@ def reassemble_command(
     from clafusion.config import ReassemblyConfig
     from clafusion.execution.call import usable_device
     from clafusion.interop.programs import PROGRAM
-    from clafusion.reassembly.reassemble import reassemble
+    from clafusion.reassembly.reassemble import TRIED_BLOCKS, reassemble
     from clafusion.reports import plot as draw
     from clafusion.reports import summary
     from clafusion.weights.atomic import check_output
@@ -89,8 +89,8 @@ def reassemble_command(
     samples = data_of(data, limit, reading, files)
     models = load_models(model_files(files, archs, keys))
     try_models(models, samples)
-    tried = settings.candidates * (1 if settings.blocks else 3)  # at the most
-    work = {"trace": len(models), "stitch": tried}
+    counts = 1 if settings.blocks else len(TRIED_BLOCKS)  # at the most
+    work = {"trace": len(models), "stitch": counts * settings.candidates}
     with progress(work) as report, messages_by_flags():
         result = reassemble(models, samples, settings, device=device, progress=report)
     with output_by_flag("--out"):

@@ -45,10 +45,11 @@ from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import module_path
 from clafusion.weights.factories import Model
 
-__all__ = ["check_cuts", "reassemble"]
+__all__ = ["TRIED_BLOCKS", "check_cuts", "reassemble"]
 
 _COMPARED = 400  # inputs by which values are compared, and joins ranked
-_TRIED_BLOCKS = (2, 3, 4)
+TRIED_BLOCKS = (2, 3, 4)
+"""The numbers of blocks that are tried where none is asked for."""
 
 
 def reassemble(
@@ -137,18 +138,14 @@ def reassemble(
             found += _assessed(whole, count, own, len(found), progress)
         except InputError as error:  # another number of blocks may do
             refused.append(error)
-        for stage, seconds in own.seconds.items():
-            clock.seconds[stage] = clock.seconds.get(stage, 0.0) + seconds
-            most = clock.peak_memory.get(stage, 0), own.peak_memory[stage]
-            clock.peak_memory[stage] = max(most)
+        clock.add(own)
     if not found:
         raise refused[0]
-    best = min(found, key=lambda one: one.order)
-    ordered = sorted(found, key=lambda one: one.order)
+    found.sort(key=lambda one: one.order)
     result = ReassemblyResult(
-        model=best.model,
-        tried=tuple(one.tried for one in ordered),
-        groups=best.groups,
+        model=found[0].model,
+        tried=tuple(one.tried for one in found),
+        groups=found[0].groups,
         parents=parents,
         config=config,
         timings=clock.seconds,
@@ -210,9 +207,9 @@ def check_cuts(
 
 def _counts(models: Mapping[str, TracedModel], config: ReassemblyConfig) -> list[int]:
     """Return the numbers of blocks to try: into so many all models can be cut."""
-    least = config.blocks or _TRIED_BLOCKS[0]
+    least = config.blocks or TRIED_BLOCKS[0]
     most = min(len(_places(name, one, least)) for name, one in models.items()) + 1
-    return [config.blocks] if config.blocks else [one for one in _TRIED_BLOCKS if one <= most]
+    return [config.blocks] if config.blocks else [one for one in TRIED_BLOCKS if one <= most]
 
 
 def _places(name: str, model: TracedModel, blocks: int) -> tuple[Cut, ...]:
