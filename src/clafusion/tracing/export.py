@@ -21,7 +21,7 @@ from clafusion.execution.writes import written_inputs
 from clafusion.tracing.copies import parameters_protected
 from clafusion.tracing.graphs import EDGES, counts_traced
 from clafusion.tracing.operations import module_path, op_name
-from clafusion.tracing.shapes import with_plain_shapes
+from clafusion.tracing.shapes import inline_shapes
 
 __all__ = ["export_model", "first_line", "refuse_changed_inputs"]
 
@@ -64,7 +64,7 @@ def export_model(
             {name: value.clone() for name, value in keywords.items()},
         )
     _inline_subgraphs(program.graph_module)
-    with_plain_shapes(program.graph_module)
+    inline_shapes(program.graph_module)
     return program
 
 

@@ -11,13 +11,14 @@ from torch import fx
 
 from clafusion.tracing.operations import op_name
 
-__all__ = ["with_plain_shapes"]
+__all__ = ["inline_shapes"]
 
 
-def with_plain_shapes(module: fx.GraphModule) -> None:
+def inline_shapes(module: fx.GraphModule) -> None:
     """Let no reshape of an exported graph read the value whose shape it takes, in place.
 
-    Sizes that are free come from the model's inputs. Where one cannot, a reshape stays as it is.
+    Sizes that are free come from the model's inputs. Where one does not, a reshape stays as it is,
+    and so does one by the shape of an input or a parameter, around which nothing flows.
     """
     sizes = _Sizes(module.graph)
     changed = False
@@ -25,8 +26,10 @@ def with_plain_shapes(module: fx.GraphModule) -> None:
         if op_name(node) not in ("reshape_as", "view_as") or len(node.all_input_nodes) != 2:
             continue
         value, like = node.args
+        if like.op != "call_function":
+            continue
         shape = [sizes.of(one) for one in like.meta["val"].shape]
-        if like.op != "call_function" or any(one is None for one in shape):
+        if any(one is None for one in shape):
             continue
         with module.graph.inserting_before(node):
             made = module.graph.call_function(torch.ops.aten.reshape.default, (value, shape))
