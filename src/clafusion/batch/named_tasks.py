@@ -74,6 +74,11 @@ class NamedTask:
         """``merge`` or ``reassembly``."""
         raise NotImplementedError
 
+    @property
+    def all_models(self) -> tuple[str, ...]:
+        """The names of all models that it reads; of a merge the base comes first."""
+        return self.models
+
     def facts(self) -> dict[str, Any]:
         """Return the settings as plain data."""
         raise NotImplementedError
@@ -112,6 +117,11 @@ class MergeTask(NamedTask):
     def kind(self) -> str:
         """``merge``."""
         return "merge"
+
+    @property
+    def all_models(self) -> tuple[str, ...]:
+        """The names of the base and the models."""
+        return (self.base, *self.models)
 
     def facts(self) -> dict[str, Any]:
         """Return the settings as plain data."""
@@ -245,7 +255,7 @@ class TaskStore:
         facts: dict[str, Any] = {
             "name": task.name,
             "kind": task.kind,
-            "models": self._names_of(task),
+            "models": list(task.all_models),
             **task.facts(),
             "key": key,
             "settings_key": settings_key,
@@ -371,7 +381,7 @@ class TaskStore:
 
     def _free_name(self, task: NamedTask, settings_key: str) -> str:
         """Return the plain name of a task's file, unless other settings' result has it."""
-        every = [self._models[name] for name in self._names_of(task)]
+        every = [self._models[name] for name in task.all_models]
         ending = ".pt2"
         if isinstance(task, MergeTask):
             is_directory = all(isinstance(one, ModelDirectory) for one in every)
@@ -384,29 +394,18 @@ class TaskStore:
         }
         return f"{task.name}.{settings_key}{ending}" if plain in taken else plain
 
-    def _names_of(self, task: NamedTask) -> list[str]:
-        return [*([task.base] if isinstance(task, MergeTask) else []), *task.models]
-
     def _settings_key(self, task: NamedTask) -> str:
         """Return the hash of what is made of which models, in short."""
-        return digest_of([task.kind, self._names_of(task), task.facts()])[:_KEY]
+        return digest_of([task.kind, list(task.all_models), task.facts()])[:_KEY]
 
     def _key(self, task: NamedTask) -> str:
         """Return the hash of all that a task's result depends on."""
-        data = task.data
-        digests = (
-            {str(name): data_digest(one) for name, one in data.items()}
-            if isinstance(data, Mapping)
-            else None
-            if data is None
-            else data_digest(data)
-        )
         return digest_of(
             {
                 **versions(),
                 "task": self._settings_key(task),
-                "models": [self._digest(name) for name in self._names_of(task)],
-                "data": digests,
+                "models": [self._digest(name) for name in task.all_models],
+                "data": None if task.data is None else _data_digests(task.data),
                 "device": None if self._device is None else torch.device(self._device).type,
             }
         )
@@ -422,6 +421,13 @@ class TaskStore:
 
 def _is_same(path: Path, other: Path) -> bool:
     return path.resolve() == other.resolve()
+
+
+def _data_digests(data: Any) -> str | dict[str, str]:
+    """Return the hash of a task's data, or of each model's own."""
+    if isinstance(data, Mapping):
+        return {str(name): data_digest(one) for name, one in data.items()}
+    return data_digest(data)
 
 
 def _digest_of(path: Path) -> str:
