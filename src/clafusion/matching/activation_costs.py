@@ -402,7 +402,7 @@ def view_costs(
     x: Mapping[tuple[int, int], Tensor],
     y: Mapping[tuple[int, int], Tensor],
     metric: str,
-    structures: Mapping[tuple[int, int], Tensor | None] | None = None,
+    structures: Mapping[tuple[int, int], Tensor | None],
 ) -> Tensor | None:
     """Return the costs of two networks' channels ``(num_x, num_y)``, by their :func:`group_views`.
 
@@ -412,6 +412,5 @@ def view_costs(
     common = [key for key in x if key in y and len(x[key]) == len(y[key])]
     if not common:
         return None
-    known = structures or {}
-    found = [measure.costs(x[key], y[key], known.get(key)).double() for key in common]
+    found = [measure.costs(x[key], y[key], structures[key]).double() for key in common]
     return measure.of_mean(torch.stack(found).mean(0))
