@@ -30,7 +30,11 @@ class HookPair:
 
 
 class SharedHooks:
-    """The hook points of two networks that show the same value, under a layer map."""
+    """The hook points of two networks that show the same value, under a layer map.
+
+    ``by_group`` has for each channel group of the target the hook points that show it, and the
+    source's counterpart of each: ``(layer, place in its hook points)``.
+    """
 
     def __init__(
         self, target: TracedModel, source: TracedModel, layer_map: tuple[int, ...]

@@ -32,8 +32,8 @@ def readable(data: Data, models: Mapping[str, Any]) -> Data:
 def example_of(data: Data, model: Model | nn.Module) -> Any:
     """Return inputs to trace a model with: the first batch, of a mapping what the model takes.
 
-    What a table has beside the inputs, as the rows' numbers, is so left out by its name. Of graphs
-    it is the first batch with edges, along which a graph network is traced.
+    What a table has beside the inputs, such as the rows' numbers, is left out by its name. Of
+    graphs it is the first batch with edges, along which a graph network is traced.
     """
     found = first_batch(data)
     if isinstance(found, Mapping) and is_graph(found) and not _has_edges(found):

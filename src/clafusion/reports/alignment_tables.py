@@ -24,8 +24,10 @@ def alignment_summary(aligned: AlignedModels, split: Split | None = None) -> str
     the shallower one and the other's layer goes. Of networks that share a trunk the table ends with
     it, for what lies behind the ``split`` stays each network's own.
     """
-    ends = [len(one.traced.layers) for one in aligned.profiles]
-    facts = fact_lines(_alignment_facts(aligned, ends if split is None else split.counts))
+    ends: Sequence[int] = [len(one.traced.layers) for one in aligned.profiles]
+    if split is not None:
+        ends = split.counts
+    facts = fact_lines(_alignment_facts(aligned, ends))
     if split is not None and split.is_empty:
         return facts
     reference, names = aligned.reference, aligned.names
@@ -33,7 +35,7 @@ def alignment_summary(aligned: AlignedModels, split: Split | None = None) -> str
     titles = [names[reference]]
     for i in others:
         titles += [names[i], "cost"]
-    rows = _layer_rows(aligned, others, ends if split is None else split.counts)
+    rows = _layer_rows(aligned, others, ends)
     numeric = range(2, 2 * len(others) + 1, 2)
     return f"{plain_table(titles, rows, numeric)}\n\n{facts}"
 

@@ -66,7 +66,7 @@ def weight_computations(
 ) -> dict[fx.Node, int]:
     """Return the nodes that compute weights from parameters.
 
-    And for a convolution in how many groups it reads them; 0 for other operations.
+    With each stands in how many groups a convolution reads the weight; 0 for other operations.
 
     Parameters are those of :func:`clafusion.tracing.groups.find_channels`.
     """

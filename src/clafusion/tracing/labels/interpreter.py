@@ -76,7 +76,8 @@ class LabelPropagation(Atoms):
         Operations with a matrix for each of several experts: the matrices, and to which of them an
         example input comes.
     computing
-        The nodes that compute weights from parameters; for a convolution of how many groups.
+        The nodes that compute weights from parameters, as
+        :func:`clafusion.tracing.labels.computed.weight_computations` returns them.
     normalised
         Weights that are divided by a norm of their own, by the parameter's name.
     """
