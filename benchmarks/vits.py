@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.datasets import accuracy, mnist
+from benchmarks.datasets import accuracy, logits, mnist
 from benchmarks.results import write_results
 from clafusion import LeastSquares, fuse, naive_average
 from clafusion.training import finetune
@@ -70,6 +70,7 @@ def trained(
         epochs=epochs,
         optimizer=adamw,
         batch_size=100,
+        held_out=0,
         seed=seed // 10,
     )
     return result.model.eval()
@@ -103,6 +104,10 @@ def main() -> None:
                     pair, calibration, calibration=LeastSquares(toward="any")
                 ).model,
             }
+            both = sum(logits(one, test[0]) for one in pair)
+            found.setdefault("side by side", []).append(
+                float((both.argmax(1) == test[1]).double().mean())
+            )
             for name, model in measured.items():
                 found.setdefault(name, []).append(accuracy(model, *test))
             print(seed, heads, {name: round(values[-1], 4) for name, values in found.items()})
