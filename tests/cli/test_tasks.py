@@ -146,6 +146,12 @@ def test_lists_of_settings_are_results_each(folder, capsys):
     assert capsys.readouterr().out.count("done before") == 2
 
 
+def test_of_several_settings_one_that_cannot_be_done_is_told(folder, capsys):
+    both = {**MANIFEST["merges"]["both"], "settings": {"furthest": [1e-6, 0.5]}}
+    assert main(["check", manifest(folder, merges={"both": both}, reassemblies=None)]) == 1
+    assert "can be done  0 of 1 merges" in capsys.readouterr().out
+
+
 def test_what_fails_leaves_the_others(folder, capsys):
     merges = {
         "bad": {"base": "base", "models": ["stranger"], "data": None},

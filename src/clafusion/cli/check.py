@@ -42,9 +42,10 @@ def check_command(
         facts, is_bad = found.to_dict(), bool(found.causes)
         shown.append(str(found))
     read = DataReader(given.models, _ROWS)
-    causes = {
-        (task.kind, task.name): task_cause(read.filled(task), given.models) for task in given.tasks
-    }
+    causes: dict[tuple[str, str], str | None] = {}
+    for task in given.tasks:  # of several settings the first that cannot be done is told
+        key = task.kind, task.name
+        causes[key] = causes.get(key) or task_cause(read.filled(task), given.models)
     if given.tasks:
         facts["tasks"] = [
             {"kind": kind, "name": name, "reason": cause} for (kind, name), cause in causes.items()
