@@ -35,6 +35,7 @@ __all__ = [
     "facts_of",
     "pairs_table",
     "result_of",
+    "settings_of",
 ]
 
 Pair: TypeAlias = "tuple[str, str]"
@@ -258,7 +259,7 @@ class PairResult:
 
 def pairs_table(results: Sequence[PairResult]) -> Table:
     """Return one row for each pair, with the settings where results have several."""
-    settings = differing_settings(results)
+    settings = settings_of(results)
     rows = [
         (
             one.first,
@@ -280,9 +281,14 @@ def pairs_table(results: Sequence[PairResult]) -> Table:
     return Table.of((*columns, "accuracy", "loss", "seconds", "file", "error"), rows)
 
 
-def differing_settings(results: Sequence[PairResult]) -> list[str]:
-    """Return for each result those of its options that are not the same in all results."""
-    flat = [dict(_flat({**one.settings, "weights": list(one.weights)})) for one in results]
+def settings_of(results: Sequence[PairResult]) -> list[str]:
+    """Return for each result what of its options and weights is not the same in all results."""
+    return differing_settings([{**one.settings, "weights": list(one.weights)} for one in results])
+
+
+def differing_settings(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return of each of several settings, as plain data, what is not the same in all of them."""
+    flat = [dict(_flat(one)) for one in settings]
     paths = dict.fromkeys(path for one in flat for path in one)
     varying = [path for path in paths if len({repr(one.get(path)) for one in flat}) > 1]
     return [", ".join(f"{path} {one[path]}" for path in varying if path in one) for one in flat]

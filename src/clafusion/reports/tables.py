@@ -217,9 +217,9 @@ def _pinned(result: FusionResult) -> str:
 
 def pairs_summary(results: Sequence[PairResult]) -> str:
     """Return a table of all pairs, and below it why some failed and how long all took."""
-    from clafusion.batch.results import differing_settings
+    from clafusion.batch.results import settings_of
 
-    settings = differing_settings(results)
+    settings = settings_of(results)
     has_several = len(set(settings)) > 1
     labelled = _labelled_titles(results)
     rows = [
@@ -253,17 +253,36 @@ def pairs_summary(results: Sequence[PairResult]) -> str:
 
 def tasks_summary(results: Sequence[NamedResult]) -> str:
     """Return a table of merges and reassemblies, and below it why some failed."""
-    rows = []
+    from clafusion.batch.results import differing_settings
+
+    by_name: dict[str, list[NamedResult]] = {}
     for one in results:
-        near = None if one.assessment is None else one.assessment.result
-        outcome = "failed" if one.error is not None else "done before" if one.resumed else "done"
-        made_of = one.made_of or ", ".join(one.models)
-        file = "" if one.path is None else one.path.name
-        cells = agreement_text(near), distance_text(near), f"{one.seconds:.2f}"
-        rows.append([one.name, one.kind, made_of, *cells, outcome, file])
-    titles = ["name", "kind", "made of", "agreement", "distance", "seconds", "outcome", "file"]
-    errors = {one.name: one.error for one in results if one.error is not None}
-    table = plain_table(titles, rows, range(3, 6))
+        by_name.setdefault(one.name, []).append(one)
+    several = ["settings"] if any(len(same) > 1 for same in by_name.values()) else []
+    rows, errors = [], {}
+    for name, same in by_name.items():
+        settings = differing_settings([one.settings for one in same])
+        for one, chosen in zip(same, settings, strict=True):
+            near = None if one.assessment is None else one.assessment.result
+            resumed = "done before" if one.resumed else "done"
+            rows.append(
+                [
+                    name,
+                    one.kind,
+                    *([chosen] if several else []),
+                    one.made_of or ", ".join(one.models),
+                    agreement_text(near),
+                    distance_text(near),
+                    f"{one.seconds:.2f}",
+                    resumed if one.error is None else "failed",
+                    "" if one.path is None else one.path.name,
+                ]
+            )
+            if one.error is not None:
+                errors[f"{name}, {chosen}" if chosen else name] = one.error
+    titles = ["name", "kind", *several, "made of", "agreement", "distance", "seconds"]
+    numeric = range(len(titles) - 3, len(titles))
+    table = plain_table([*titles, "outcome", "file"], rows, numeric)
     return f"{table}\n\n{fact_lines(errors)}" if errors else table
 
 
