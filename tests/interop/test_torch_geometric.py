@@ -185,13 +185,13 @@ def test_costs_by_structure():
 class Pooled(nn.Module):
     """A layer along edges, and a hidden one on whole graphs."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, classes=3):
         super().__init__()
         torch.manual_seed(seed)
         self.conv, self.hidden, self.head = (
             GCNConv(FEATURES, 10),
             nn.Linear(10, 12),
-            nn.Linear(12, 3),
+            nn.Linear(12, classes),
         )
 
     def forward(self, x, edge_index, batch):
@@ -343,6 +343,8 @@ def test_graphs_are_trained_on_by_name():
 def test_no_trunk_of_graph_networks_ends_anywhere():
     with pytest.raises(InputError, match="outputs='both' is not for graph networks"):
         fuse([Pooled(0), Pooled(1)], graphs(60), outputs="both")
+    with pytest.raises(clafusion.StructureError, match=r"into one output$"):  # so no word of it
+        fuse([Pooled(0), Pooled(1, classes=4)], graphs(60))
 
 
 def changed(**inputs):

@@ -97,7 +97,8 @@ def check_outputs(
         The message shows both outputs.
     """
     if first.outputs != second.outputs:
-        both_classify = first.num_classes is not None and second.num_classes is not None
+        # The trunk of a graph network ends nowhere.
+        can_share = all(one.num_classes and one.graph is None for one in (first, second))
         advice = (
             ". Where they are classifiers of other classes, clafusion.fuse with outputs='both' "
             "gives one trunk with a head for each"
@@ -105,7 +106,7 @@ def check_outputs(
         raise StructureError(
             f"the models have different outputs: {names[0]} {first.outputs_text} and {names[1]} "
             f"{second.outputs_text}. Only models with the same inputs and outputs can be fused "
-            f"into one output{advice if both_are_parents and both_classify else ''}"
+            f"into one output{advice if both_are_parents and can_share else ''}"
         )
 
 
