@@ -26,6 +26,7 @@ from clafusion.tracing.operations import bound_operands, op_name
 
 __all__ = ["with_equal_experts"]
 
+# In the names of attributes. What is found so is tried, and kept if the network computes the same.
 _OF_EXPERTS = re.compile(r"expert")
 _OF_CHOSEN = re.compile(r"top_?k|per_tok|chosen|selected|active|^k$")
 
