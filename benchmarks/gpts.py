@@ -1,10 +1,10 @@
-"""Fuse two character models of different depth, and count bits for a character.
+"""Fuse two character models of different depth, and count bits per character.
 
     CLAFUSION_DATA=... python -m benchmarks.gpts [--seeds 3] [--steps 500] [--layers 6 4]
 
 Causal pre-norm transformers of six and of four layers, trained briefly on tinyshakespeare from
 other starts and on other windows, and fused with equal weights on windows without labels. Figures
-are bits for a character of the last tenth, which nobody was trained on: less is better. Seeds that
+are bits per character on the last tenth, which nobody was trained on: less is better. Seeds that
 are done, with the same settings, are kept.
 """
 
