@@ -329,6 +329,18 @@ def test_a_network_of_whole_graphs_needs_several():
     assert fused is not None  # traced along the edges of the second batch
 
 
+def test_layers_that_keep_the_edges_of_the_graph_they_ran_on_are_traced_without_them():
+    def conv(before, after):
+        return GCNConv(before, after, cached=True)
+
+    models = [randomise(Nodes(conv), seed) for seed in (0, 1)]
+    given = of(models[0], graph(nodes=160, edges=500))
+    wanted = [model(**given) for model in models]  # which fills the caches
+    result = fuse(models, given, [1, 0], calibration="none", **SETTINGS)
+    assert torch.allclose(result.model(**given), wanted[0], atol=1e-5)
+    assert models[0].convs[0]._cached_edge_index is not None
+
+
 def test_graphs_are_trained_on_by_name():
     student, teacher = network("GCN"), network("GCN", 1)
     given = of(student, graph())

@@ -16,6 +16,9 @@ from clafusion.execution.results import forget_results, kept_results
 
 __all__ = ["copied", "evaluation_copy", "parameters_protected"]
 
+_CACHES = ("_cached_edge_index", "_cached_adj_t", "_cached_x")
+"""What layers of torch_geometric keep of the graph that they last ran on."""
+
 
 def copied(model: nn.Module) -> nn.Module:
     """Return a deep copy of a module.
@@ -46,13 +49,18 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
 
 def _copied(model: nn.Module, shared: dict[int, Any]) -> nn.Module:
     try:
-        return copy.deepcopy(model, shared | kept_results(model))
+        made = copy.deepcopy(model, shared | kept_results(model))
     except Exception as error:
         shown = next(iter(str(error).strip().splitlines()), repr(error))
         raise InputError(
             f"{type(model).__name__} cannot be copied ({shown}). Take off what no copy can be made "
             "of, such as compiled functions, locks, or lists with results of forward"
         ) from error
+    for one in made.modules():  # as of GCNConv(cached=True): edges of the last graph, not of this
+        for name in _CACHES:
+            if getattr(one, name, None) is not None:
+                setattr(one, name, None)
+    return made
 
 
 def parameters_protected(model: nn.Module) -> AbstractContextManager[Any]:
