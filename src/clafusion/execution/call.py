@@ -20,11 +20,17 @@ __all__ = [
     "in_eval_mode",
     "rounding_of",
     "usable_device",
+    "without_by_products",
     "without_caches",
 ]
 
 State: TypeAlias = Mapping[str, Tensor]
 """Parameters and buffers by name, as in ``Module.state_dict()``."""
+
+_BY_PRODUCTS = frozenset(
+    "attentions cross_attentions decoder_attentions decoder_hidden_states encoder_attentions "
+    "encoder_hidden_states encoder_last_hidden_state hidden_states".split()
+)
 
 
 def call_model(
@@ -35,6 +41,8 @@ def call_model(
     state: State | None = None,
 ) -> list[Tensor]:
     """Run a module itself and return its output tensors, in order.
+
+    What counts is said by :func:`without_by_products`.
 
     Parameters
     ----------
@@ -52,11 +60,24 @@ def call_model(
     named = nested(keywords, inputs) if keywords else {}
     with without_caches(model):
         if state is None:
-            return list(flatten_tensors(model(*arguments, **named)))
+            return list(flatten_tensors(without_by_products(model(*arguments, **named))))
         outputs = torch.func.functional_call(
             model, dict(state), arguments, named, strict=False, tie_weights=True
         )
-    return list(flatten_tensors(outputs))
+    return list(flatten_tensors(without_by_products(outputs)))
+
+
+def without_by_products(outputs: Any) -> Any:
+    """Return a model's outputs without the inner values that transformers puts beside them.
+
+    An encoder's states beside a decoder's logits are no answer of the model: who reads them is the
+    decoder, whose weights go along with any order of their channels. Where nothing else is put out
+    they stay.
+    """
+    if not isinstance(outputs, Mapping) or _BY_PRODUCTS.isdisjoint(outputs):
+        return outputs
+    kept = {name: one for name, one in outputs.items() if name not in _BY_PRODUCTS}
+    return kept if any(True for _ in flatten_tensors(kept)) else outputs
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from clafusion.errors import InputError, UnsupportedOpError
-from clafusion.execution.call import without_caches
+from clafusion.execution.call import without_by_products, without_caches
 from clafusion.execution.nesting import nested
 from clafusion.execution.results import forget_results
 from clafusion.execution.writes import written_inputs
@@ -163,7 +164,10 @@ def _export(
             f"the model does not run on the example inputs {shown}, with parameters of "
             f"{types or 'no type'}: {cause}{advice}"
         ) from cause
-    _refuse_strange_outputs(outputs)
+    answers = without_by_products(outputs)
+    _refuse_strange_outputs(answers)
+    if answers is not outputs:
+        model.forward = _answering(model.forward)
     forget_results(model)
     try:
         traced_counts = counts_traced(model) if EDGES in keywords else nullcontext()
@@ -174,6 +178,16 @@ def _export(
             f"torch.export cannot export {type(model).__name__}: {first_line(failure)}. Rewrite "
             "data-dependent control flow, or fuse the part of the model that can be exported"
         ) from failure
+
+
+def _answering(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that leaves by-products out."""
+
+    @wraps(forward)
+    def answer(*arguments: Any, **keywords: Any) -> Any:
+        return without_by_products(forward(*arguments, **keywords))
+
+    return answer
 
 
 @contextmanager
