@@ -523,8 +523,12 @@ def _one_after_another(
             timings[stage] = timings.get(stage, 0.0) + seconds
         for stage, held in step.peak_memory.items():
             peak_memory[stage] = max(peak_memory.get(stage, 0), held)
+    parts = parts_of(data, tuple(parents.values()), config.assessment)
+    # That of the last step is about what came of the others, and this result is of all of them.
+    combination = chosen_combination(list(parents.values()), weights, parts.kept, config)
     result = replace(
         steps[-1],
+        problem=replace(steps[-1].problem, combination=combination),
         config=config,
         weights=weights,
         rounds=len(steps),
@@ -534,7 +538,6 @@ def _one_after_another(
         peak_memory=peak_memory,
         data_hash=hash_of(data),
     )
-    parts = parts_of(data, tuple(parents.values()), config.assessment)
     return assessed(result, parents, parts, progress, None, labels)
 
 

@@ -327,3 +327,19 @@ def test_a_barycentre_that_is_not_at_rest_says_so():
     with pytest.warns(ConvergenceWarning, match="not at rest after 1 round"):
         result = fuse(models, VECTORS, merging={"strategy": Barycentre(max_rounds=1)})
     assert not result.converged
+
+
+def test_all_parents_together_are_the_measure_however_they_are_averaged():
+    def sure_of(seed, *classes):
+        model = mlp(12, 16, 4, seed=seed)
+        with torch.no_grad():
+            model[-1].bias[list(classes)] += 6
+        return model
+
+    models = [sure_of(0, 0, 1), sure_of(1, 2, 3), mlp(12, 16, 4, seed=2)]
+    found = [fuse(models, VECTORS, merging=strategy, calibration="none") for strategy in STRATEGIES]
+    assert found[0].steps[-1].combination.means == "logits"
+    for one in found:
+        assert one.combination == found[1].combination
+        assert one.combination.means == "probabilities"
+        assert one.assessment.parents == found[1].assessment.parents
