@@ -538,3 +538,26 @@ def test_refusals_name_the_flags(more, message, capsys):
     assert main([*MERGE, *more]) == 2
     assert message in capsys.readouterr().err
     assert not Path("merged.safetensors").exists()
+
+
+def test_other_values_outside_of_the_state_are_refused():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+            self.kept = None
+
+        def forward(self, x):
+            if self.kept is None:
+                self.kept = self.layer.weight.detach() * 2
+            return x @ self.kept.T
+
+    base = nn.Sequential(Keeps())
+    model = changed(base, 1)
+    fresh = merge(base, [model], method="average").model
+    assert fresh[0].kept is None
+    inputs = torch.randn(4, 5)
+    assert torch.equal(fresh(inputs), model(inputs))
+    base(inputs)
+    with pytest.raises(InputError, match=r"models\[0\] and the base hold other values in '0.kept'"):
+        merge(base, [model], method="average")

@@ -608,3 +608,48 @@ def test_norms_that_have_statistics_keep_them(norms, is_new, moves):
     found = finetune(model, DATA, epochs=1, batch_size=16, norms=norms, held_out=0).model
     assert torch.equal(found[1].running_mean, model[1].running_mean) != moves
     assert not torch.equal(found[1].weight, model[1].weight)
+
+
+class Keeps(nn.Module):
+    """Keeps a product of its weights in eval mode, as an attention of LeViT does."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first, self.last, self.kind = nn.Linear(6, 16), nn.Linear(16, 3), kind
+        self.kept = kind()
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode:
+            self.kept = self.kind()
+        return self
+
+    def forward(self, values):
+        weight = self.last.weight * 2
+        if not self.training:
+            if not self.kept:
+                self.kept = self.kind([weight])
+            (weight,) = self.kept
+        return self.first(values).relu() @ weight.T
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_what_a_model_keeps_of_its_weights_is_that_of_the_result(kind):
+    model = Keeps(kind).eval()
+    model(X)  # which leaves a result with a history behind
+    result = finetune(model, DATA, epochs=2, learning_rate=30)
+    assert result.kept == 0  # so that the weights are not those that were looked at last
+    fresh = Keeps(kind).eval()
+    fresh.load_state_dict(result.model.state_dict())
+    assert torch.equal(result.model(X), fresh(X))
+
+
+def test_teachers_may_have_names():
+    teachers = {"a": classifier(1), "b": classifier(2)}
+    settings = {"alpha": 1, "epochs": 1}
+    named, listed = (
+        distill(classifier(), one, X, **settings) for one in (teachers, [*teachers.values()])
+    )
+    assert named.losses == listed.losses
+    with pytest.raises(InputError, match="a list or a mapping of at least one"):
+        distill(classifier(), {}, X, **settings)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["forget_results", "kept_results"]
+__all__ = ["forget_results", "held_tensors", "kept_results"]
 
 
 def kept_results(model: nn.Module) -> dict[int, Tensor]:
@@ -23,16 +24,36 @@ def kept_results(model: nn.Module) -> dict[int, Tensor]:
     return {
         id(value): value.detach()
         for module in model.modules()
-        for value in vars(module).values()
+        for attribute in vars(module).values()
+        for value in _values(attribute)
         if isinstance(value, Tensor) and not value.is_leaf
     }
+
+
+def held_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what modules hold as plain attributes, by names, as ``"block.table"``.
+
+    Without what :func:`forget_results` makes them drop. No state dict has these tensors.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        if type(module).train is not nn.Module.train:
+            continue
+        for name, attribute in vars(module).items():
+            if name in ("_parameters", "_buffers"):
+                continue
+            for i, value in enumerate(_values(attribute)):
+                if type(value) is Tensor:
+                    place = name if value is attribute else f"{name}[{i}]"
+                    found[f"{path}.{place}" if path else place] = value
+    return found
 
 
 def forget_results(model: nn.Module) -> None:
     """Let modules drop what they keep of their parameters from call to call, in place.
 
     As LeViT's attentions do, which keep their biases in eval mode and drop them in ``train``. Other
-    weights would not change what such a module computes.
+    weights would not change what such a module computes. What a module never drops stays.
     """
     for module in model.modules():
         if type(module).train is nn.Module.train or not any(map(_keeps, vars(module).values())):
@@ -44,10 +65,17 @@ def forget_results(model: nn.Module) -> None:
             one.training = mode
 
 
-def _keeps(value: object) -> bool:
-    """Say whether an attribute is a dictionary of results, by whatever keys."""
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(type(one) is Tensor for one in value.values())
-    )
+def _values(attribute: Any) -> Iterator[Any]:
+    """Yield an attribute itself, or what a dictionary, list or tuple holds."""
+    if isinstance(attribute, Mapping):
+        yield from attribute.values()
+    elif isinstance(attribute, (list, tuple)):
+        yield from attribute
+    else:
+        yield attribute
+
+
+def _keeps(attribute: Any) -> bool:
+    """Say whether an attribute is a result, or holds nothing but results, by whatever keys."""
+    held = list(_values(attribute))
+    return bool(held) and all(type(one) is Tensor for one in held)

@@ -16,7 +16,13 @@ from clafusion.interop.vocabulary import check_alike
 from clafusion.memory import NeededMemory, bytes_of, check_limit, held_now
 from clafusion.merging.task_vectors import PART
 from clafusion.one_origin.calibrated import calibrated, prepared
-from clafusion.one_origin.networks import Network, check_distances, check_same_entries, opened
+from clafusion.one_origin.networks import (
+    Network,
+    check_distances,
+    check_same_constants,
+    check_same_entries,
+    opened,
+)
 from clafusion.one_origin.parameters import merged_state
 from clafusion.one_origin.result import BASE, MergeResult
 from clafusion.one_origin.sensitivity import check_tasks, weights_in_layers
@@ -135,6 +141,7 @@ def merge(
     networks = {name: opened(name, one) for name, one in every.items()}
     first, others = networks[BASE], {name: networks[name] for name in named}
     check_same_entries(first, others)
+    check_same_constants(first, others)
     storage: Storage = InMemory()
     if memory_limit is not None:
         check_limit(

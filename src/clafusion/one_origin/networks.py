@@ -12,13 +12,21 @@ from torch import Tensor, nn
 from clafusion.alignment.models import label
 from clafusion.errors import ClafusionError, InputError, retold
 from clafusion.execution.call import State
+from clafusion.execution.results import held_tensors
 from clafusion.merging.task_vectors import PART
 from clafusion.tracing.ties import aliases_of
 from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.mapped import FileWeights
 from clafusion.weights.messages import listed
 
-__all__ = ["Network", "check_distances", "check_same_entries", "opened", "task_vectors"]
+__all__ = [
+    "Network",
+    "check_distances",
+    "check_same_constants",
+    "check_same_entries",
+    "opened",
+    "task_vectors",
+]
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,32 @@ def check_same_entries(base: Network, models: Mapping[str, Network]) -> None:
                     f"{label(called)} has {name!r} in the shape {own[name]}, and the base in "
                     f"{shape}{hint}: models of one origin have the same shapes. Networks of other "
                     "widths are fused by clafusion.fuse"
+                )
+
+
+def check_same_constants(base: Network, models: Mapping[str, Network]) -> None:
+    """Refuse models that hold other tensors than the base outside their parameters and buffers.
+
+    The result has the base's. Where they differ they most often come from the weights, as a product
+    that a module keeps from call to call: the merged weights would not change it.
+
+    Raises
+    ------
+    InputError
+        The message names the model and the attribute.
+    """
+    own = held_tensors(base.module)
+    for called, model in models.items():
+        for name, one in held_tensors(model.module).items():
+            first = own.get(name)
+            if first is None or first.is_meta or one.is_meta or first.shape != one.shape:
+                continue
+            if not torch.equal(first.to(one.device), one):
+                raise InputError(
+                    f"{label(called)} and the base hold other values in {name!r}, an attribute "
+                    "that is neither parameter nor buffer and would not be merged. If a call "
+                    "leaves it behind, give models that were not called yet, or let their train() "
+                    "drop it; else register it as a buffer"
                 )
 
 

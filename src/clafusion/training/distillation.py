@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from clafusion.config import COMBINATIONS
 from clafusion.errors import InputError, kind_of
 from clafusion.merging.combination import Combination, Means
 from clafusion.profiling.batches import Progress
+from clafusion.tracing.copies import copied
 from clafusion.training.checkpoint import model_digest
 from clafusion.training.data import (
     Batch,
@@ -43,7 +43,7 @@ __all__ = ["distill"]
 
 def distill(
     student: nn.Module,
-    teachers: nn.Module | Sequence[nn.Module],
+    teachers: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module],
     data: LabelledData | Tensor,
     *,
     temperature: float = 4.0,
@@ -85,8 +85,8 @@ def distill(
     student
         The model to train; it is not modified.
     teachers
-        A model or a list of models with the student's inputs and classes; they are not modified,
-        and run in eval mode.
+        A model, or a list or a mapping of models, with the student's inputs and classes; they are
+        not modified, and run in eval mode.
     data
         As for :func:`finetune`. With ``alpha=1`` the loss uses no labels, and ``data`` may be a
         tensor of inputs or batches without labels. The last entry of a batch that is a tuple of
@@ -155,7 +155,7 @@ def distill(
     )
     check_model("student", student)
     target = training_device(device, student)
-    frozen = [copy.deepcopy(teacher).to(target).eval() for teacher in originals]
+    frozen = [copied(teacher).to(target).eval() for teacher in originals]
     given = (data, None) if isinstance(data, Tensor) else data
     check_data("data", given, alpha < 1.0)
     combination = _combination(combine, frozen, given, settings, target, alpha < 1.0)
@@ -176,6 +176,8 @@ def distill(
 
 def _listed_teachers(teachers: Any) -> list[nn.Module]:
     """Return the teachers as a list; raise InputError where there is none."""
+    if isinstance(teachers, Mapping):
+        teachers = list(teachers.values())
     is_module = isinstance(teachers, nn.Module) and not isinstance(teachers, nn.ModuleList)
     models: list[Any] = [teachers]
     if not is_module:
@@ -183,7 +185,8 @@ def _listed_teachers(teachers: Any) -> list[nn.Module]:
     wrong = [one for one in models or [teachers] if not isinstance(one, nn.Module)]
     if wrong:
         raise InputError(
-            f"teachers must be a torch.nn.Module or a list of at least one; got {kind_of(wrong[0])}"
+            "teachers must be a torch.nn.Module, or a list or a mapping of at least one; got "
+            f"{kind_of(wrong[0])}"
         )
     return models
 

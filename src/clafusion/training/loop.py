@@ -8,7 +8,6 @@ threads, a resumed run ends with the same bytes as an uninterrupted run.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import os
 import random
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.errors import DivergenceError, InputError
+from clafusion.execution.results import forget_results
 from clafusion.merging.combination import Combination
 from clafusion.profiling.batches import Progress
+from clafusion.tracing.copies import copied
 from clafusion.training.checkpoint import Run, resume_run, run_key, save_run
 from clafusion.training.data import (
     Batch,
@@ -143,7 +144,7 @@ def train(
         data, watched = parted(data, settings.held_out)
     total = _num_steps(data, settings)
 
-    trained = copy.deepcopy(model).to(target)
+    trained = copied(model).to(target)
     solver = _optimizer(optimizer, trained, settings)
     rates = [group["lr"] for group in solver.param_groups]
     frozen = _frozen_norms(trained, settings.norms)
@@ -177,6 +178,7 @@ def train(
 
     if run.best is not None:
         trained.load_state_dict(run.best, strict=False)
+    forget_results(trained)  # those of the weights that were looked at last
     for module, original in zip(trained.modules(), model.modules(), strict=True):
         module.training = original.training
     for parameter in trained.parameters():
