@@ -112,10 +112,11 @@ def evaluate(
     Raises
     ------
     InputError
-        The labels do not fit the inputs or the outputs, the weights do not fit the networks, or
-        there are no inputs.
+        The labels or the axis do not fit the inputs or the outputs, labels are NaN or infinite, the
+        weights do not fit the networks, a network does not run on the inputs, or there are none.
     """
     named = _networks(models)
+    single = isinstance(models, nn.Module)
     shares = merge_weights(weights, tuple(named))
     inputs, known = labelled(readable(inputs, named), labels)
     example = first_batch(inputs)
@@ -123,7 +124,10 @@ def evaluate(
     given: tuple[Any, ...] = example if isinstance(example, tuple) else (example,)
     if isinstance(example, Mapping):
         keywords, given = tuple(example), tuple(example.values())
-    networks = {name: network_of(one, keywords) for name, one in named.items()}
+    networks = {
+        name: network_of(one, keywords, who=name if single else label(name))
+        for name, one in named.items()
+    }
     return evaluated(networks, shares, batches(inputs, given, keywords), known, axis=axis)
 
 

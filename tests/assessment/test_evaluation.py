@@ -235,3 +235,31 @@ def test_labels_in_mappings_have_their_names():
 def test_inputs_without_labels_or_an_order_are_refused(data, message):
     with pytest.raises(InputError, match=message):
         clafusion.evaluate(MODELS, data)
+
+
+@pytest.mark.parametrize("axis", [2, -3, "1", True])
+def test_an_axis_that_the_outputs_lack_is_refused(axis):
+    with pytest.raises(InputError, match=r"axis, .* from -2 to 1 for outputs of shape \(256, 3\)"):
+        clafusion.evaluate(MODELS, INPUTS, LABELS, axis=axis)
+
+
+def test_a_network_that_does_not_run_on_the_data_is_named():
+    with pytest.raises(InputError, match=r"models\['long'\] does not run on a batch .* \(256, 4\)"):
+        clafusion.evaluate(MODELS, INPUTS[:, :4], LABELS)
+    with pytest.raises(InputError, match="the network does not run on a batch of data"):
+        clafusion.evaluate(MODELS["long"], INPUTS[:, :4], LABELS)
+
+
+def test_labels_that_are_not_finite_are_refused():
+    labels = torch.zeros(600, 3)
+    labels[5, 1] = float("nan")
+    with pytest.raises(InputError, match="labels hold 1 NaN or infinite"):
+        clafusion.evaluate(MODELS, INPUTS, labels)
+
+
+def test_outputs_that_are_no_numbers_choose_no_class():
+    broken = mlp(6, 7, 3)
+    broken[0].weight.data.fill_(float("nan"))
+    found = clafusion.evaluate({"broken": broken, **MODELS}, INPUTS, LABELS * 0).scores
+    assert found["broken"].accuracy == found["mean of outputs"].accuracy == 0
+    assert found["long"].accuracy == accuracy(MODELS["long"](INPUTS), LABELS * 0)

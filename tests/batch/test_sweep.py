@@ -216,3 +216,23 @@ def test_a_warning_of_a_bad_result_says_of_which_fusion(monkeypatch):
     monkeypatch.setattr(sweep_module, "fuse_aligned", warning)
     with pytest.warns(clafusion.AssessmentWarning, match=r"^weight 0.5: long alone comes nearer"):
         clafusion.sweep(MODELS, INPUTS, weight=[0.5], calibration="none")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weight": 0.5}, "weight must be a list of numbers from 0 to 1"),
+        ({"weights": 2}, "weights must be a list with the weights of all models"),
+        ({"weights": [2, 1]}, r"weights\[0\] must be a list of numbers; got 2"),
+        ({"weights": [["a", 1]]}, r"weights\[0\] must be a list of numbers"),
+        ({"seeds": 1.5}, "seeds must be a list or a whole number; got 1.5"),
+        ({"seeds": True}, "seeds must be a list or a whole number; got True"),
+    ],
+)
+def test_what_is_no_list_is_refused_by_name(given, message):
+    with pytest.raises(InputError, match=message):
+        clafusion.sweep(MODELS, INPUTS, **given)
+
+
+def test_a_sweep_over_nothing_says_so():
+    assert repr(clafusion.sweep(MODELS, INPUTS, calibration="none")) == "<SweepResult of 1 fusions>"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.assessment.nearness import Kind
-from clafusion.errors import InputError
+from clafusion.errors import ClafusionError, InputError
 from clafusion.execution.call import call_model, device_of, in_eval_mode
 from clafusion.merging.combination import are_probabilities
 from clafusion.profiling.batches import (
@@ -26,6 +26,7 @@ from clafusion.profiling.batches import (
     num_rows,
 )
 from clafusion.table import Table
+from clafusion.weights.messages import one_line
 
 __all__ = [
     "MEANS",
@@ -166,6 +167,9 @@ def checked_labels(labels: Any, inputs: Data) -> Tensor:
         raise InputError(f"labels must be numbers; got {type(labels).__name__}") from error
     if found.dtype == torch.bool or found.is_complex():
         raise InputError(f"labels must be whole or real numbers; got {found.dtype}")
+    if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+        count = int((~torch.isfinite(found)).sum())
+        raise InputError(f"labels hold {count} NaN or infinite values: leave those inputs out")
     counts = {num_rows(inputs): "input"}
     if graphs := num_graphs(inputs):
         counts = {num_rows(inputs): "node", graphs: "graph"}
@@ -181,7 +185,12 @@ def checked_labels(labels: Any, inputs: Data) -> Tensor:
     return found if found.is_floating_point() else found.long()
 
 
-def network_of(model: nn.Module, keywords: tuple[str, ...] = (), output: int = 0) -> Network:
+def network_of(
+    model: nn.Module,
+    keywords: tuple[str, ...] = (),
+    output: int = 0,
+    who: str = "the network",
+) -> Network:
     """Return a module as :func:`evaluated` takes it: in eval mode, on its own device.
 
     Parameters
@@ -192,13 +201,33 @@ def network_of(model: nn.Module, keywords: tuple[str, ...] = (), output: int = 0
         The names of its inputs, or none.
     output
         Which of its outputs counts.
+    who
+        How errors call it.
+
+    Returns
+    -------
+    Network
+        It raises InputError where the module does not run on the inputs, or puts out no tensor.
     """
 
     def run(inputs: tuple[Tensor, ...]) -> Tensor:
         device = device_of(model)
         given = tuple(one if device is None else one.to(device) for one in inputs)
         with in_eval_mode(model):
-            return call_model(model, given, keywords)[output]
+            try:
+                outputs = call_model(model, given, keywords)
+            except (ClafusionError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                shown = "; ".join(f"{one.dtype} of shape {tuple(one.shape)}" for one in given)
+                raise InputError(
+                    f"{who} does not run on a batch of data ({shown}): {one_line(error)}"
+                ) from error
+        if output >= len(outputs):
+            raise InputError(
+                f"{who} puts out {len(outputs)} tensors, and the one at position {output} counts"
+            )
+        return outputs[output]
 
     return run
 
@@ -282,6 +311,7 @@ def _class_scores(
     labels: Tensor,
     axis: int,
 ) -> Iterator[tuple[str, tuple[float, int, int]]]:
+    _check_axis(axis, next(iter(outputs.values())))
     moved = {name: one.movedim(axis, -1) for name, one in outputs.items()}
     parts = [one.movedim(axis, -1) for one in parts]
     shape = next(iter(moved.values())).shape
@@ -308,8 +338,18 @@ def _class_scores(
     chosen = labels.clamp(min=0)
     for name, log in logs.items():
         losses = -log.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-        right = (log.argmax(-1) == labels) & counts
+        # What is not a number chooses nothing; argmax would say that it chooses the first class.
+        right = (log.argmax(-1) == labels) & counts & ~log.isnan().any(-1)
         yield name, (float(losses[counts].sum()), int(right.sum()), int(counts.sum()))
+
+
+def _check_axis(axis: int, outputs: Tensor) -> None:
+    dims = outputs.dim()
+    if isinstance(axis, bool) or not isinstance(axis, int) or not -dims <= axis < dims:
+        raise InputError(
+            f"axis, that of the classes, must be a whole number from {-dims} to {dims - 1} for "
+            f"outputs of shape {tuple(outputs.shape)}; got {axis!r}"
+        )
 
 
 def _logs(outputs: Tensor) -> Tensor:

@@ -104,7 +104,8 @@ class SweepResult:
     def __repr__(self) -> str:
         failed = sum(one.error is not None for one in self.points)
         told = f", {failed} failed" if failed else ""
-        return f"<SweepResult of {len(self.points)} fusions over {', '.join(self.axes)}{told}>"
+        over = f" over {', '.join(self.axes)}" if self.axes else ""
+        return f"<SweepResult of {len(self.points)} fusions{over}{told}>"
 
     def _repr_html_(self) -> str:
         return self.summary._repr_html_()
@@ -293,6 +294,7 @@ def _weights(
     if weight is not None:
         if len(names) != 2:
             raise InputError(f"weight is for two models; these are {len(names)}: give weights")
+        _check_several("weight", weight, "of numbers from 0 to 1, as [0, 0.5, 1]")
         for one in weight:
             if not (isinstance(one, Real) and 0 <= one <= 1):
                 raise InputError(f"weight must be numbers from 0 to 1; got {one!r}")
@@ -301,8 +303,15 @@ def _weights(
         return [({"weight": float(one)}, (float(one), 1 - float(one))) for one in weight]
     if weights is None:
         return [({}, merge_weights(None, names))]
+    _check_several(
+        "weights", weights, "with the weights of all models for each point, as [[2, 1], [1, 1]]"
+    )
     if not len(weights):
         raise InputError("weights is empty: give at least one list")
+    for i, given in enumerate(weights):
+        _check_several(f"weights[{i}]", given, "of numbers")
+        if not all(isinstance(one, Real) for one in given):
+            raise InputError(f"weights[{i}] must be a list of numbers; got {given!r}")
     shown = [":".join(f"{one:g}" for one in given) for given in weights]
     return [
         ({"weights": text}, merge_weights(given, names))
@@ -310,9 +319,17 @@ def _weights(
     ]
 
 
+def _check_several(name: str, given: Any, what: str) -> None:
+    """Refuse what is no list or another run of values, by its name."""
+    if isinstance(given, (str, Mapping)) or not hasattr(given, "__len__"):
+        raise InputError(f"{name} must be a list {what}; got {given!r}")
+
+
 def _seeds(seeds: int | Sequence[int] | None) -> list[int | None]:
     if seeds is None:
         return [None]
+    if isinstance(seeds, bool) or not isinstance(seeds, int):
+        _check_several("seeds", seeds, "or a whole number")
     found = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not found:
         raise InputError(f"seeds must be at least 1, or a list of seeds; got {seeds!r}")
