@@ -30,17 +30,29 @@ def weighted_mean(values: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor
 
     A weight is a number, or a tensor that broadcasts to the values. Where no weight is above 0, the
     last value counts. Equal values give exactly that value, and a weight of 1 beside zeros exactly
-    the value that it belongs to.
+    the value that it belongs to, infinite ones, too: masks of attention hold them.
     """
     mean, total = values[0], weights[0]
     for value, weight in zip(values[1:], weights[1:], strict=True):
         total = total + weight
         if isinstance(total, Tensor):
             part = torch.where(total > 0, weight / torch.where(total > 0, total, 1.0), 1.0)
-            mean = torch.lerp(mean, value, part.to(mean))
+            mean = _between(mean, value, part.to(mean))
         else:
-            mean = torch.lerp(mean, value, float(weight / total) if total > 0 else 1.0)
+            mean = _between(mean, value, float(weight / total) if total > 0 else 1.0)
     return mean
+
+
+def _between(first: Tensor, second: Tensor, part: float | Tensor) -> Tensor:
+    """Return ``first + part * (second - first)``, also where that difference is none of numbers."""
+    found = torch.lerp(first, second, part)
+    lost = found.isnan()
+    if not bool(lost.any()):
+        return found
+    given = torch.as_tensor(part, dtype=first.dtype, device=first.device)
+    mixed = (1 - given) * first + given * second
+    mixed = torch.where(given == 0, first, torch.where(given == 1, second, mixed))
+    return torch.where(lost, mixed, found)
 
 
 def counted(weights: Sequence[float], masks: Sequence[Tensor | None]) -> list[Weight]:
