@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from torch import nn
 
+import clafusion
 from clafusion import InputError
 from clafusion.weights.atomic import making_directory, removed_on_error
 from clafusion.weights.checkpoints import load_state
@@ -496,3 +497,16 @@ def test_a_file_made_on_the_way_goes_after_an_error_unless_it_was_there(tmp_path
         with pytest.raises(ValueError, match="late"):
             fail(path)
     assert [*tmp_path.iterdir()] == [old]
+
+
+@pytest.mark.parametrize("path", [None, 3])
+def test_what_is_no_path_is_refused_by_its_argument(path):
+    model = networks.mlp(4, 5, 3)
+    results = [
+        clafusion.fuse([model, networks.mlp(4, 5, 3)], torch.randn(60, 4), calibration="none"),
+        clafusion.merge(model, [model]),
+    ]
+    writers = [one.save for one in results]
+    for write in (*writers, lambda one: save_model(model, one)):
+        with pytest.raises(InputError, match="path must be a path, as text"):
+            write(path)

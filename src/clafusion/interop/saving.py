@@ -40,6 +40,7 @@ from clafusion.weights.atomic import (
     check_output,
     check_parent,
     making_directory,
+    path_of,
     removed_on_error,
 )
 from clafusion.weights.build import fill
@@ -89,7 +90,7 @@ def save_result(
     command: str | None = None,
 ) -> str:
     """Write what :meth:`clafusion.FusionResult.save` says; return what builds the network."""
-    path = Path(path)
+    path = path_of(path, "path")
     is_file = path.name.lower().endswith((*WRITABLE, PROGRAM))
     if is_file:
         if processor_of is not None:

@@ -21,7 +21,7 @@ from clafusion.interop.rebuilding import (
 )
 from clafusion.interop.records import METADATA, check_companions, parent_facts, recording
 from clafusion.interop.saving import save_directory
-from clafusion.weights.atomic import check_output, removed_on_error
+from clafusion.weights.atomic import check_output, path_of, removed_on_error
 from clafusion.weights.digests import versions
 from clafusion.weights.factories import origin_of
 from clafusion.weights.state_files import WRITABLE, save_model
@@ -41,7 +41,7 @@ def save_merged(
     command: str | None = None,
 ) -> None:
     """Write what :meth:`clafusion.MergeResult.save` says."""
-    path = Path(path)
+    path = path_of(path, "path")
     facts = _facts(result)
     if not path.name.lower().endswith((*WRITABLE, PROGRAM)):
         save_directory(

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,7 +19,7 @@ from clafusion.reassembly.network import Reassembled
 from clafusion.results import RESULT, parameter_count
 from clafusion.table import Table
 from clafusion.tracing.model import TracedModel
-from clafusion.weights.atomic import check_output
+from clafusion.weights.atomic import check_output, path_of
 
 __all__ = ["ReassemblyResult", "Tried"]
 
@@ -173,7 +172,7 @@ class ReassemblyResult:
         UnsupportedOpError
             The network cannot be exported.
         """
-        path = Path(path)
+        path = path_of(path, "path")
         if path.suffix.lower() != PROGRAM:
             raise InputError(
                 f"{str(path)!r}: a network of several models' blocks has no architecture of its "

@@ -10,10 +10,25 @@ import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from clafusion.errors import InputError
+from clafusion.errors import InputError, kind_of
 
-__all__ = ["check_output", "check_parent", "making_directory", "removed_on_error", "replacing"]
+__all__ = [
+    "check_output",
+    "check_parent",
+    "making_directory",
+    "path_of",
+    "removed_on_error",
+    "replacing",
+]
+
+
+def path_of(path: Any, argument: str) -> Path:
+    """Return a path; refuse what is none, by the name of its argument."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"{argument} must be a path, as text or pathlib.Path; got {kind_of(path)}")
+    return Path(path)
 
 
 def check_output(
@@ -31,7 +46,7 @@ def check_output(
         one of ``inputs``, or something other than a file is there. The message calls the path
         ``argument``.
     """
-    path = Path(path)
+    path = path_of(path, argument)
     if not path.name.lower().endswith(tuple(endings)):
         wanted = f"one of {', '.join(endings)}: the ending chooses the format"
         raise InputError(
