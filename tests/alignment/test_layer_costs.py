@@ -162,6 +162,7 @@ def stand_in(layers, key=1, samples=20):
         traced=SimpleNamespace(
             layers=[SimpleNamespace(output_shape=(3,)) for _ in layers],
             entered_layers=[True for _ in layers],
+            graph=None,
         ),
     )
 
