@@ -105,19 +105,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
             upper.plot(x, [100 * row[name] for row in rows], marker="o", label=name)
     levels = {"better parent": max(found["parents"])}
     levels |= {name: level for name, level in found.items() if name.startswith("side by side")}
-    for i, (name, level) in enumerate(sorted(levels.items(), key=lambda one: one[1])):
-        upper.axhline(100 * level, color="#888888", linewidth=0.8, linestyle="--")
-        # The lowest stands below its line, for the next one may be close.
-        upper.annotate(
-            name,
-            (x[0], 100 * level),
-            (0, -2 if i == 0 else 2),
-            textcoords="offset points",
-            fontsize=8,
-            color="#666666",
-            va="bottom" if i else "top",
-        )
-    upper.set_ylim(top=100 * max(levels.values()) + 3)  # room for the highest name
+    for style, (name, level) in zip(("-.", "--", ":"), levels.items(), strict=True):
+        upper.axhline(100 * level, color="#666666", linewidth=1, linestyle=style, label=name)
     upper.set_ylabel("test accuracy, %")
     upper.legend(frameon=False)
     for name in ("parameters", "operations"):
