@@ -117,9 +117,10 @@ def test_least_squares_reports_the_trial_of_its_anchors_as_a_part_of_it():
         progress=lambda stage, done: told.append(done) if stage == "calibrate" else None,
     )
     assert told == sorted(told)
-    assert len(told) == 2 * 3  # three layers, by the trial and by what it chose
-    # Two parents and two candidates on an eighth of the inputs, then two and one on all.
-    assert told[2] == 900 * 113 * 4 // (113 * 4 + 900 * 3)
+    # Three layers, by two anchors, by each parent's interior alone and by what was chosen.
+    assert len(told) == 3 * 3
+    # Two parents and four candidates on an eighth of the inputs, then two and one on all.
+    assert told[5] == 900 * 113 * 6 // (113 * 6 + 900 * 3)
     assert told[-1] == 900
 
 

@@ -243,7 +243,8 @@ class Flow:
                 *((key, _frozen(bound[key])) for key in ("stride", "padding", "dilation")),
                 ("groups", "depthwise" if depthwise else groups),
             )
-        if node in self.channels.labels.computing and self._gains.issuperset(self.parameters(node)):
+        names = self.parameters(node)
+        if node in self.channels.labels.computing and names and self._gains.issuperset(names):
             return ()  # of what multiplies a gain, the gain can take the place
         found = []
         for key, value in bound.items():
