@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,12 @@ def _merges(
     limit = one.get("memory_limit")
     if limit is not None:
         bytes_of(str(limit), f"{where}, memory_limit")
-    for config in _configs(MergeConfig, one.get("settings"), f"{where}, settings"):
-        try:
-            yield MergeTask(name, own, inputs, base, weights, config, limit)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
+    return _with_settings(
+        lambda config: MergeTask(name, own, inputs, base, weights, config, limit),
+        MergeConfig,
+        one.get("settings"),
+        where,
+    )
 
 
 def _reassemblies(
@@ -110,9 +111,21 @@ def _reassemblies(
     one = entries_of(found, where, _REASSEMBLY_KEYS)
     own = names_of(one.get("models", list(models)), f"{where}, models", models)
     inputs = _file(one["data"], root, f"{where}, data") if one.get("data") is not None else data
-    for config in _configs(ReassemblyConfig, one.get("settings"), f"{where}, settings"):
+    return _with_settings(
+        lambda config: ReassemblyTask(name, own, inputs, config),
+        ReassemblyConfig,
+        one.get("settings"),
+        where,
+    )
+
+
+def _with_settings(
+    make: Callable[[Any], NamedTask], kind: type[Settings], found: Any, where: str
+) -> Iterator[NamedTask]:
+    """Yield a task for every combination of its settings; errors say where it stands."""
+    for config in _configs(kind, found, f"{where}, settings"):
         try:
-            yield ReassemblyTask(name, own, inputs, config)
+            yield make(config)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
 

@@ -60,10 +60,11 @@ def call_model(
     named = nested(keywords, inputs) if keywords else {}
     with without_caches(model):
         if state is None:
-            return list(flatten_tensors(without_by_products(model(*arguments, **named))))
-        outputs = torch.func.functional_call(
-            model, dict(state), arguments, named, strict=False, tie_weights=True
-        )
+            outputs = model(*arguments, **named)
+        else:
+            outputs = torch.func.functional_call(
+                model, dict(state), arguments, named, strict=False, tie_weights=True
+            )
     return list(flatten_tensors(without_by_products(outputs)))
 
 

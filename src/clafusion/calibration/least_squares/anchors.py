@@ -49,9 +49,9 @@ def leans(problem: FusionProblem, settings: LeastSquares) -> tuple[Lean, ...]:
     own = [one.weights.overall for one in problem.parents]
     if problem.merged is not None:  # whose interior leans towards nobody
         return (Lean(0.0, most),)
-    others = [i for i, weight in enumerate(own) if weight > 0 and i != most]
-    if max(own) >= 1.0 or settings.toward == "largest":
-        others = []
+    others: list[int] = []
+    if max(own) < 1.0 and settings.toward != "largest":
+        others = [i for i, weight in enumerate(own) if weight > 0 and i != most]
     if not isinstance(settings.anchor, str):
         anchor = settings.anchor
         aims = [most, *others] if anchor > 0 and settings.toward == "any" else [most]
