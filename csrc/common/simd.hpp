@@ -28,6 +28,18 @@
 #define CLAFUSION_INLINE inline
 #endif
 
+// Put before a loop each of whose iterations reads and writes its own places only, even where what
+// it reads and what it writes are the same memory.
+#if defined(__clang__)
+#define CLAFUSION_IVDEP _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define CLAFUSION_IVDEP _Pragma("GCC ivdep")
+#elif defined(_MSC_VER)
+#define CLAFUSION_IVDEP __pragma(loop(ivdep))
+#else
+#define CLAFUSION_IVDEP
+#endif
+
 namespace clafusion::simd {
 
 // The instruction set that CLAFUSION_MULTIVERSION picks: "avx512", "avx2" or "baseline".

@@ -118,23 +118,38 @@ void moments_of_columns(const float* x, std::int64_t rows, std::int64_t channels
   }
 }
 
+CLAFUSION_INLINE float clamped(float value, float low, float high) {
+  const float raised = value < low ? low : value;
+  return raised > high ? high : raised;
+}
+
 CLAFUSION_MULTIVERSION
-void scale_rows(float* x, std::int64_t channels, std::int64_t inner, std::int64_t begin,
-                std::int64_t end, const float* scale, const float* shift) {
+void scale_rows(const float* x, std::int64_t channels, std::int64_t inner, std::int64_t begin,
+                std::int64_t end, const Rescaling& how, float* out) {
+  const auto [scale, shift, other, low, high] = how;
   for (std::int64_t row = begin; row < end; ++row) {
-    float* values = x + row * inner;
     const float factor = scale[row % channels];
     const float offset = shift[row % channels];
-    for (std::int64_t i = 0; i < inner; ++i) values[i] = values[i] * factor + offset;
+    const std::int64_t start = row * inner;
+    CLAFUSION_IVDEP
+    for (std::int64_t i = start; i < start + inner; ++i) {
+      const float added = other == nullptr ? 0.0f : other[i];
+      out[i] = clamped(x[i] * factor + offset + added, low, high);
+    }
   }
 }
 
 CLAFUSION_MULTIVERSION
-void scale_columns(float* x, std::int64_t channels, std::int64_t begin, std::int64_t end,
-                   const float* scale, const float* shift) {
+void scale_columns(const float* x, std::int64_t channels, std::int64_t begin, std::int64_t end,
+                   const Rescaling& how, float* out) {
+  const auto [scale, shift, other, low, high] = how;
   for (std::int64_t row = begin; row < end; ++row) {
-    float* values = x + row * channels;
-    for (std::int64_t c = 0; c < channels; ++c) values[c] = values[c] * scale[c] + shift[c];
+    const std::int64_t start = row * channels;
+    CLAFUSION_IVDEP
+    for (std::int64_t c = 0; c < channels; ++c) {
+      const float added = other == nullptr ? 0.0f : other[start + c];
+      out[start + c] = clamped(x[start + c] * scale[c] + shift[c] + added, low, high);
+    }
   }
 }
 
@@ -217,21 +232,21 @@ void channel_moments(const float* x, ChannelLayout layout, double* mean, double*
   join(by_place, spread_by_place, each, channels, mean, variance);
 }
 
-void scale_channels(float* x, ChannelLayout layout, const float* scale, const float* shift) {
+void scale_channels(const float* x, ChannelLayout layout, const Rescaling& how, float* out) {
   check(layout);
   const auto [outer, channels, inner] = layout;
   if (outer * channels * inner == 0) return;
   if (inner == 1) {
     const std::int64_t grain = std::max<std::int64_t>(1, kGrain / channels);
     parallel_for(outer, grain, [&, channels = channels](std::int64_t begin, std::int64_t end) {
-      scale_columns(x, channels, begin, end, scale, shift);
+      scale_columns(x, channels, begin, end, how, out);
     });
     return;
   }
   const std::int64_t grain = std::max<std::int64_t>(1, kGrain / inner);
   parallel_for(outer * channels, grain,
                [&, channels = channels, inner = inner](std::int64_t begin, std::int64_t end) {
-                 scale_rows(x, channels, inner, begin, end, scale, shift);
+                 scale_rows(x, channels, inner, begin, end, how, out);
                });
 }
 

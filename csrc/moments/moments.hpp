@@ -1,4 +1,5 @@
-// The mean and the variance of channels, and their rescaling, in one pass over memory each.
+// The mean and the variance of channels, and their rescaling with what follows it, in one pass over
+// memory each.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +24,19 @@ struct ChannelLayout {
 // Throws std::invalid_argument when a size is negative or there are no values.
 void channel_moments(const float* x, ChannelLayout layout, double* mean, double* variance);
 
-// Replaces each value by value * scale[channel] + shift[channel].
-void scale_channels(float* x, ChannelLayout layout, const float* scale, const float* shift);
+// What is done to a value of a channel: out = clamp(x * scale[channel] + shift[channel] + other).
+//
+// `other` lies as x does; null adds nothing. A value below `low` becomes `low`, above `high`
+// `high`, and NaN stays.
+struct Rescaling {
+  const float* scale;
+  const float* shift;
+  const float* other;
+  float low;
+  float high;
+};
+
+// Writes each rescaled value to `out`, which is `x` itself or memory that neither x nor other has.
+void scale_channels(const float* x, ChannelLayout layout, const Rescaling& how, float* out);
 
 }  // namespace clafusion

@@ -18,7 +18,13 @@ def channel_moments(
     x: NDArray[float32], mean: NDArray[float64], variance: NDArray[float64]
 ) -> None: ...
 def scale_channels(
-    x: NDArray[float32], scale: NDArray[float32], shift: NDArray[float32]
+    x: NDArray[float32],
+    scale: NDArray[float32],
+    shift: NDArray[float32],
+    other: NDArray[float32] | None,
+    low: float,
+    high: float,
+    out: NDArray[float32],
 ) -> None: ...
 def add_gram(x: NDArray[float32], result: NDArray[float64], level: int = 0) -> None: ...
 def keep_lower(matrix: NDArray[float64], kept: NDArray[int64]) -> None: ...

@@ -54,6 +54,40 @@ def test_channels_are_scaled_in_place(shape, axis):
     torch.testing.assert_close(x.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("other", [True, False])
+@pytest.mark.parametrize("bounds", [{}, {"low": 0.0}, {"low": -0.5, "high": 0.75}])
+@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+def test_what_follows_is_done_in_the_same_pass(shape, axis, bounds, other):
+    x, added, out = (values(shape, seed=seed) for seed in (0, 3, 4))
+    scale, shift = (values((shape[axis],), seed=i) for i in (1, 2))
+    view = [1] * len(shape)
+    view[axis] = -1
+    wanted = x.double() * scale.view(view) + shift.view(view) + (added.double() if other else 0.0)
+    wanted = wanted.clamp(bounds.get("low", -np.inf), bounds.get("high", np.inf))
+    before = x.clone()
+    given = {"other": added if other else None, **bounds}
+    assert _native.scale_channels(x, axis, scale, shift, out=out, **given) is out
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert torch.equal(x, before)
+    _native.scale_channels(x, axis, scale, shift, **given)
+    assert torch.equal(x, out)  # in place, the same bytes
+
+
+def test_clamping_keeps_nan():
+    x = values((3, 4, 5))
+    x[1, 2, 3] = torch.nan
+    found = _native.scale_channels(x, 1, torch.ones(4), torch.zeros(4), low=0.0, high=1.0)
+    assert found.isnan().sum() == 1
+    assert bool(found[1, 2, 3].isnan())
+
+
+@pytest.mark.parametrize("name", ["other", "out"])
+def test_other_sizes_are_refused(name):
+    x, small = values((3, 4, 5)), values((3, 4, 4))
+    with pytest.raises(ValueError, match="as many numbers as x"):
+        _native.scale_channels(x, 1, torch.ones(4), torch.zeros(4), **{name: small})
+
+
 @given(
     st.lists(st.integers(1, 70), min_size=1, max_size=4), st.integers(0, 3), st.integers(0, 2**31)
 )

@@ -37,13 +37,48 @@ def channel_moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(mean), torch.from_numpy(variance)
 
 
-def scale_channels(x: Tensor, axis: int, scale: Tensor, shift: Tensor) -> None:
-    """Multiply each channel by its scale and add its shift, in place.
+def scale_channels(
+    x: Tensor,
+    axis: int,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    other: Tensor | None = None,
+    low: float = -math.inf,
+    high: float = math.inf,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""Rescale and shift each channel, add another tensor and clamp, in one pass over memory.
 
-    ``x`` and ``axis`` are those of :func:`channel_moments`.
+    .. math:: y_{ic} = \min(\max(s_c\, x_{ic} + t_c + o_{ic},\ \text{low}),\ \text{high})
+
+    NaN stays NaN.
+
+    Parameters
+    ----------
+    x, axis
+        As for :func:`channel_moments`.
+    scale, shift
+        The factor and the shift of each channel, ``(num_channels,)``.
+    other
+        What is added, contiguous float32 of the shape of ``x``; None for nothing.
+    low, high
+        The bounds.
+    out
+        Where the result is written: ``x`` itself (the default), or a contiguous float32 tensor of
+        its shape that shares no memory with ``x`` and ``other``.
+
+    Returns
+    -------
+    Tensor
+        ``out``, or ``x``.
     """
-    factors = (one.detach().float().numpy() for one in (scale, shift))
-    _core.scale_channels(_by_channels(x, axis), *factors)
+    out = x if out is None else out
+    factor, offset = (one.detach().float().numpy() for one in (scale, shift))
+    values, results = _by_channels(x, axis), _by_channels(out, axis)
+    added = None if other is None else _by_channels(other, axis)
+    _core.scale_channels(values, factor, offset, added, low, high, results)
+    return out
 
 
 def _by_channels(x: Tensor, axis: int) -> NDArray[np.float32]:
