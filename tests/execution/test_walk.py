@@ -153,3 +153,18 @@ def test_a_forward_that_changes_a_parameter_is_refused_before_it_does(model, inp
 def test_a_plain_state_is_no_row_state():
     assert not isinstance({}, walk_module.RowState)
     assert isinstance(SimpleNamespace(shape=len, rows=len), walk_module.RowState)
+
+
+def test_a_supplied_value_stands_for_the_nodes_that_lead_to_it():
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    traced = trace(model, x)
+    linear, relu, last = (one.name for one in traced.module.graph.nodes if one.op[:4] == "call")
+    ran = []
+    walk = Walk(traced, (x,), traced.state(), {linear}, replace=lambda n, v: (ran.append(n), v)[1])
+    value = walk.reach(linear)
+    walk.supply(relu, value.clamp(-1.0, 1.0), [relu])
+    walk.release(linear)
+    (found,) = walk.finish()
+    assert [one.name for one in ran] == [linear, last]
+    torch.testing.assert_close(found, model[2](model[0](x).clamp(-1.0, 1.0)))

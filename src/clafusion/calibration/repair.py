@@ -13,7 +13,7 @@ from functools import partial, reduce
 import torch
 from torch import Tensor
 
-from clafusion import _native
+from clafusion.calibration.epilogues import Epilogue, epilogues
 from clafusion.errors import FusionWarning, InputError, warn
 from clafusion.execution.call import State, flatten_tensors
 from clafusion.execution.lazy import LazyState
@@ -27,7 +27,13 @@ from clafusion.profiling.masks import (
     masks_of_parts,
     without_masked,
 )
-from clafusion.profiling.moments import BatchMoments, Moments, channel_moments, is_plain, parts
+from clafusion.profiling.moments import (
+    SIDE_BY_SIDE,
+    BatchMoments,
+    Moments,
+    channel_moments,
+    parts,
+)
 from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.model import TracedModel
 
@@ -67,25 +73,19 @@ def moment_goals(problem: FusionProblem) -> MomentGoals:
                 f"the profile of {one.name!r} has no moments, which REPAIR needs: profile the "
                 "model with moments=True"
             )
-    of_parents = [one.profile.moments or () for one in problem.parents]
-    weights = [one.weights for one in problem.parents]
     sizes = problem.parents[0].profile.batch_sizes
     if any(one.profile.batch_sizes != sizes for one in problem.parents):
         raise InputError("the parents' profiles are of different batches of data")
     points = _points(problem)
-    of_batches = list(zip(*of_parents, strict=True))
+    known = [_moved(one, points, sizes) for one in problem.parents]
+    goals = _goals(problem, points, known, [one.weights for one in problem.parents])
     if problem.owners:
-        alone = [
-            [MergeWeights(float(i == owner)) for i in range(len(weights))]
-            for owner in problem.owners
-        ]
-        goals = tuple(
-            _goals(problem, points, one, of) for one, of in zip(of_batches, alone, strict=True)
-        )
-        return MomentGoals(goals, _overall(goals, sizes))
-    goals = tuple(_goals(problem, points, one, weights) for one in of_batches)
-    overall = _goals(problem, points, [_overall(one, sizes) for one in of_parents], weights)
-    return MomentGoals(goals, overall)
+        goals = _of_owners(problem, points, known, sizes)
+    rows = [
+        {node: (value[row, 0], value[row, 1]) for node, value in goals.items()}
+        for row in range(len(sizes) + 1)
+    ]
+    return MomentGoals(tuple(rows[:-1]), rows[-1])
 
 
 def _points(problem: FusionProblem) -> list[CalibrationPoint]:
@@ -110,44 +110,69 @@ def _points(problem: FusionProblem) -> list[CalibrationPoint]:
     ]
 
 
-def _overall(moments: Sequence[BatchMoments], sizes: Sequence[int]) -> BatchMoments:
-    total: dict[str, Moments] = {}
-    for batch, size in zip(moments, sizes, strict=True):
-        for node, (mean, deviation) in batch.items():
-            total.setdefault(node, Moments()).add(size, mean, deviation)
-    return {node: one.result() for node, one in total.items()}
+def _moved(
+    parent: Parent, points: Sequence[CalibrationPoint], sizes: Sequence[int]
+) -> dict[str, Tensor]:
+    """Return a parent's means and deviations in the target's channels, where it has any.
+
+    ``(num_batches + 1, 2, num_channels)`` for each point: of each batch, and last of all inputs.
+    """
+    correspondence, moments = parent.correspondence, parent.profile.moments or ()
+    found = {}
+    for point in points:
+        other = correspondence.points.get(point.node)
+        if correspondence.origins[point.weight] == "zero_residual":
+            like = next(iter(moments[0].values()))[0]
+            found[point.node] = like.new_zeros(len(sizes) + 1, 2, len(point.groups))
+        elif other is not None:
+            of_batches = torch.stack([torch.stack(one[other.node]) for one in moments])
+            values = _with_overall(of_batches, sizes)
+            found[point.node] = parent.moved(values, point.node, other)
+    return found
+
+
+def _with_overall(moments: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Add the moments of all inputs to those of batches, ``(num_batches, 2, num_channels)``."""
+    means, deviations = moments.unbind(1)
+    shares = (means.new_tensor(sizes) / sum(sizes)).unsqueeze(1)
+    mean = (shares * means).sum(0)
+    variance = (shares * (deviations.square() + (means - mean).square())).sum(0)
+    return torch.cat([moments, torch.stack([mean, variance.sqrt()])[None]])
 
 
 def _goals(
     problem: FusionProblem,
     points: Sequence[CalibrationPoint],
-    moments: Sequence[BatchMoments],
-    given: Sequence[MergeWeights],
-) -> BatchMoments:
+    known: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[MergeWeights],
+) -> dict[str, Tensor]:
+    """Return the parents' weighted mean of what :func:`_moved` returns."""
     goals = {}
     for point in points:
-        values, weights, masks = [], [], []
-        for parent, known, own in zip(problem.parents, moments, given, strict=True):
-            value = _moved(parent, point, known)
-            if value is not None:
-                values.append(value)
-                weights.append(own.of(point.weight))
-                masks.append(parent.covers(point.node))
-        mean, deviation = weighted_mean(values, counted(weights, masks))
-        goals[point.node] = mean, deviation
+        own = [i for i, one in enumerate(known) if point.node in one]
+        masks = [problem.parents[i].covers(point.node) for i in own]
+        of_parents = counted([weights[i].of(point.weight) for i in own], masks)
+        goals[point.node] = weighted_mean([known[i][point.node] for i in own], of_parents)
     return goals
 
 
-def _moved(parent: Parent, point: CalibrationPoint, known: BatchMoments) -> Tensor | None:
-    """Return a parent's statistics ``(2, num_channels)`` in the target's channels, or None."""
-    correspondence = parent.correspondence
-    if correspondence.origins[point.weight] == "zero_residual":
-        like = next(iter(known.values()))[0]
-        return like.new_zeros(2, len(point.groups))
-    other = correspondence.points.get(point.node)
-    if other is None:
-        return None
-    return parent.moved(torch.stack(known[other.node]), point.node, other)
+def _of_owners(
+    problem: FusionProblem,
+    points: Sequence[CalibrationPoint],
+    known: Sequence[Mapping[str, Tensor]],
+    sizes: Sequence[int],
+) -> dict[str, Tensor]:
+    """Return the goals where each batch has those of one parent alone."""
+    count = len(problem.parents)
+    alone = [
+        _goals(problem, points, known, [MergeWeights(float(i == owner)) for i in range(count)])
+        for owner in range(count)
+    ]
+    goals = {}
+    for node in alone[0]:
+        of_batches = [alone[owner][node][batch] for batch, owner in enumerate(problem.owners)]
+        goals[node] = _with_overall(torch.stack(of_batches), sizes)
+    return goals
 
 
 def repair(
@@ -200,6 +225,7 @@ def repair(
     by_node = {one.node: one for layer in target.layers for one in layer.calibration_points}
     order = [one.name for one in target.module.graph.nodes]  # as they are computed
     points = {node: by_node[node] for node in order if node in by_node and node in goals.overall}
+    steps = epilogues(target, state, points.values())
     measured = {node: Moments() for node in points}
     where = target.device
     seen = done = 0
@@ -208,7 +234,7 @@ def repair(
             if done == len(goals.batches):
                 raise InputError(_other_batches(goals, "more"))
             told = observe if len(goals.batches) == 1 else None
-            _run_repaired(target, state, inputs, points, goals.batches[done], measured, told)
+            _run_repaired(target, state, inputs, steps, goals.batches[done], measured, told)
             done += 1
             seen += inputs[0].size(0)
             if progress is not None:
@@ -253,46 +279,35 @@ def _run_repaired(
     target: TracedModel,
     state: State,
     inputs: tuple[Tensor, ...],
-    points: Mapping[str, CalibrationPoint],
+    steps: Mapping[str, Epilogue],
     goals: BatchMoments,
     measured: Mapping[str, Moments],
     observe: Callable[[tuple[Tensor, ...], list[Tensor]], None] | None = None,
 ) -> None:
     """Run a batch, correct every layer's output on the way, and add what was there to measured."""
-    in_parts = parts(target, inputs)
-    walks = [Walk(target, part, state, set(points)) for part in in_parts]
+    in_parts = parts(target, inputs, most=SIDE_BY_SIDE)
+    sources = {one.source for one in steps.values()}
+    walks = [Walk(target, part, state, set(sources)) for part in in_parts]
     masks = masks_of_parts(kept_positions(target, inputs), in_parts)
-    before: tuple[CalibrationPoint, Tensor, Tensor] | None = None
-    for node, point in points.items():
+    before: Callable[[Walk], None] | None = None
+    for node, step in steps.items():
         over_parts = Moments()
         for walk, mask in zip(walks, masks, strict=True):
             if before is not None:
-                _correct(walk, *before)
-            value = walk.reach(node)
+                before(walk)  # now, for the next layer reads what this writes
+            value = walk.reach(step.source)
             counting = counting_values(target, node, value, mask)
-            kept, axis = without_masked(value, point.axis, counting)
+            kept, axis = without_masked(value, step.point.axis, counting)
             over_parts.add(kept.numel(), *channel_moments(kept, axis))
-        found = over_parts.result()
+        found = step.moments(over_parts.result())
         measured[node].add(inputs[0].size(0), *found)
-        scale, shift = _correction(found, goals[node], point.bias is not None)
-        before = point, scale, shift
+        scale, shift = _correction(found, goals[node], step.point.bias is not None)
+        before = partial(step.run, scale=scale, shift=shift)
     if observe is not None:
         for part, walk in zip(in_parts, walks, strict=True):
             if before is not None:
-                _correct(walk, *before)
+                before(walk)
             observe(part, list(flatten_tensors(list(walk.finish()))))
-
-
-def _correct(walk: Walk, point: CalibrationPoint, scale: Tensor, shift: Tensor) -> None:
-    # In place: the output is the layer's own, and new memory takes longer to get than to fill.
-    value = walk.reach(point.node)
-    if is_plain(value):
-        _native.scale_channels(value, point.axis, scale, shift)
-    else:
-        shape = [1] * value.dim()
-        shape[point.axis] = -1
-        value.mul_(scale.to(value).view(shape)).add_(shift.to(value).view(shape))
-    walk.release(point.node)
 
 
 def _correction(

@@ -192,6 +192,7 @@ class Walk:
         self._layouts = graph.layouts
         self._values: dict[fx.Node, Any] = {}
         self._spared: dict[str, Tensor] = {}
+        self._skipped: set[fx.Node] = set()
         self._parameters: dict[fx.Node, str] = {}
         self._by_name: dict[str, fx.Node] = {}
         nodes = list(graph.module.graph.nodes)
@@ -320,6 +321,11 @@ class Walk:
         self._spared.pop(name, None)
         self._drop(self._by_name[name])
 
+    def supply(self, name: str, value: Any, instead_of: Collection[str]) -> None:
+        """Give a node's value. The nodes ``instead_of``, ``name`` among them, do not run."""
+        self._values[self._by_name[name]] = value
+        self._skipped.update(self._by_name[one] for one in instead_of)
+
     def forget(self, name: str) -> None:
         """Drop a node's value although later nodes read it, which cannot run then."""
         self._keep.discard(name)
@@ -335,6 +341,13 @@ class Walk:
         return value.gather(1, index[..., None].expand(-1, -1, value.size(-1)))
 
     def _step(self, node: fx.Node) -> None:
+        if node not in self._skipped:
+            self._compute(node)
+        for operand in node.all_input_nodes:
+            self._pending[operand] -= 1
+            self._drop(operand)
+
+    def _compute(self, node: fx.Node) -> None:
         if node.op == "get_attr":
             value = getattr(self._module, str(node.target))
             self._values[node] = self._computed(value) if isinstance(value, Tensor) else value
@@ -351,9 +364,6 @@ class Walk:
                 arguments, keywords = pytree.tree_map(self._retyped, (arguments, keywords))
             value = target(*arguments, **keywords)
         self._values[node] = value if self._replace is None else self._replace(node, value)
-        for operand in node.all_input_nodes:
-            self._pending[operand] -= 1
-            self._drop(operand)
 
     def _weight(self, name: str) -> Tensor:
         """Return a weight in the type to compute in, laid out as the model's own."""
