@@ -303,15 +303,25 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from _flat(inner, path if name == "name" else f"{path}.{name}" if path else str(name))
 
 
-def facts_of(result: FusionResult, models: Sequence[TracedModel] | None = None) -> dict[str, Any]:
+def facts_of(
+    result: FusionResult,
+    models: Sequence[TracedModel] | None = None,
+    operations: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """Return what is kept of a fusion of two models, but for their names and the weights.
 
-    ``models`` are the two as their own code builds them, where they were completed for the fusion.
+    ``models`` are the two as their own code builds them, where they were completed for the fusion;
+    ``operations`` what :func:`operations_of` gives for them, where that is known.
     """
     aligned = result.aligned
     (pair,) = aligned.pairs
     built = models or [one.traced for one in aligned.profiles]
     structure = _structure(result, built)
+    resized = _shapes(result.model) != _shapes(built[structure].model)
+    if operations is None or resized:
+        of_result = operations_of(result.problem.target)
+    else:  # the same layers of the same widths
+        of_result = operations[structure]
     return {
         "deep": aligned.names[pair.deep],
         "structure": aligned.names[structure],
@@ -324,8 +334,8 @@ def facts_of(result: FusionResult, models: Sequence[TracedModel] | None = None) 
         "seconds": dict(result.timings),
         "peak_memory": dict(result.peak_memory),
         "parameters": _num_parameters(result.model),
-        "operations": operations_of(result.problem.target),
-        "resized": _shapes(result.model) != _shapes(built[structure].model),
+        "operations": of_result,
+        "resized": resized,
         "models": {
             name: {"parameters": _num_parameters(one.model)}
             for name, one in zip(aligned.names, built, strict=True)

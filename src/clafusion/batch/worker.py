@@ -121,11 +121,12 @@ class Worker:
             try:
                 clock = Clock(None if self._job.device is None else torch.device(self._job.device))
                 result = self._fuse(pair, source, clock)
-                own = [self.prepared[name].profile.traced for name in pair]
-                made = facts_of(result, own)
+                prepared = [self.prepared[name] for name in pair]
+                operations = [one.operations for one in prepared]
+                made = facts_of(result, [one.profile.traced for one in prepared], operations)
                 made["peak_memory"] = clock.peak_memory | made["peak_memory"]
-                for name in pair:
-                    made["models"][name]["operations"] = self.prepared[name].operations
+                for name, count in zip(pair, operations, strict=True):
+                    made["models"][name]["operations"] = count
                 kept = state_of(result.model)
                 self._check(result, made["structure"], kept)
                 made["architecture"] = self._architecture(result, made, kept)

@@ -74,6 +74,9 @@ def _counterparts(
     model: TracedModel, other: TracedModel, layer: int, other_layer: int, names: Mapping[str, str]
 ) -> Iterator[tuple[HeadPartition, HeadPartition]]:
     """Yield a layer's heads with those of the other network, of which it has another number."""
+    of_layer = [one for one in model.heads if one.layer == layer and not one.is_shared]
+    if not of_layer:
+        return
     by_places: dict[Any, list[ChannelGroup]] = {}
     for one in other.groups:
         by_places.setdefault(_places(other, one, None), []).append(one)
@@ -83,9 +86,7 @@ def _counterparts(
         if heads.layer == other_layer and not heads.is_shared
         for places, columns in _columns(other, heads, None).items()
     }
-    for heads in model.heads:
-        if heads.layer != layer or heads.is_shared:
-            continue
+    for heads in of_layer:
         found: dict[int, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
         for places, columns in _columns(model, heads, names).items():
             alike = by_places.get(places, [])

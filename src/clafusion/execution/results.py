@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["forget_results", "held_tensors", "kept_results"]
+__all__ = ["copy_memo", "forget_results", "held_tensors"]
+
+_CONTAINERS = (dict, list, set, OrderedDict)
 
 
-def kept_results(model: nn.Module) -> dict[int, Tensor]:
-    """Return what a deep copy takes for results of operations: the same values, without a history.
+def copy_memo(model: nn.Module) -> dict[int, Any]:
+    """Return what :func:`copy.deepcopy` need not copy of a module, by ids: the memo to give it.
 
-    A hook such as that of the old weight norm computes a weight before each call and leaves it
-    behind. PyTorch copies no such tensor; the next call makes it anew.
-
-    Returns
-    -------
-    dict
-        By the tensors' ids: a memo for :func:`copy.deepcopy`.
+    Of what the module takes for results of operations the same values, without a history: a hook
+    such as that of the old weight norm computes a weight before each call and leaves it behind.
+    PyTorch copies no such tensor; the next call makes it anew. And new empty containers for empty
+    ones: every module has a dozen, for hooks, and they take most of a small copy's time.
     """
-    return {
-        id(value): value.detach()
-        for module in model.modules()
-        for attribute in vars(module).values()
-        for value in _values(attribute)
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for attribute in vars(module).values():
+            if type(attribute) in _CONTAINERS and not attribute:
+                memo[id(attribute)] = type(attribute)()
+            for value in _values(attribute):
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    memo[id(value)] = value.detach()
+    return memo
 
 
 def held_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clafusion.errors import InputError, UnsupportedOpError
-from clafusion.execution.results import forget_results, kept_results
+from clafusion.execution.results import copy_memo, forget_results
 
 __all__ = ["copied", "evaluation_copy", "parameters_protected"]
 
@@ -49,7 +49,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
 
 def _copied(model: nn.Module, shared: dict[int, Any]) -> nn.Module:
     try:
-        made = copy.deepcopy(model, shared | kept_results(model))
+        made = copy.deepcopy(model, shared | copy_memo(model))
     except Exception as error:
         shown = next(iter(str(error).strip().splitlines()), repr(error))
         raise InputError(

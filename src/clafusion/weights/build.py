@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clafusion.execution.call import State
 from clafusion.execution.layouts import axes_in_memory, laid_out
 from clafusion.execution.lazy import LazyState, overlaid
-from clafusion.execution.results import forget_results, kept_results
+from clafusion.execution.results import copy_memo, forget_results
 from clafusion.tracing.model import TracedModel
 from clafusion.weights.state_files import EXTRA_STATE
 
@@ -55,7 +55,7 @@ def with_tensors(
             id(own[name]): nn.Parameter(parameters[name], own[name].requires_grad) for name in names
         }
         left = [name for name in (*state, *aliases) if id(own.get(name)) not in given]
-        given |= kept_results(module)
+        given |= copy_memo(module)
         built = copy.deepcopy(module, given)  # which adds to ``given``
         fill(built, LazyState(left, lambda name: state[aliases.get(name, name)]))
     return built
@@ -82,7 +82,7 @@ def _without(module: nn.Module, names: Collection[str]) -> nn.Module:
         for name, one in module.named_parameters()
         if name in names and type(one) is nn.Parameter and not vars(one)
     }
-    return copy.deepcopy(module, empty | kept_results(module))
+    return copy.deepcopy(module, empty | copy_memo(module))
 
 
 def fill(module: nn.Module, state: Mapping[str, Any]) -> None:
