@@ -3,8 +3,10 @@
 Each message names what was found, where, and what to do about it.
 """
 
+import inspect
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 
 __all__ = [
     "AlignmentError",
@@ -19,6 +21,9 @@ __all__ = [
     "StructureError",
     "UnsupportedOpError",
     "WidthWarning",
+    "check_callable",
+    "check_listed",
+    "check_type",
     "kind_of",
     "retold",
     "warn",
@@ -69,6 +74,55 @@ def kind_of(value: object) -> str:
     inner = getattr(value, "model", None)
     holds_one = hasattr(inner, "state_dict") and not hasattr(value, "state_dict")
     return f"{kind}: give its .model" if holds_one else kind
+
+
+def check_callable(value: object, argument: str, given: Sequence[str]) -> None:
+    """Refuse what cannot be called with the arguments ``given``; None stands for no function.
+
+    Raises
+    ------
+    InputError
+        The message calls the value ``argument``, and names the arguments that it has to take.
+    """
+    if value is None:
+        return
+    wanted = f"{argument} must be None or a function of ({', '.join(given)})"
+    if not callable(value):
+        raise InputError(f"{wanted}; got {kind_of(value)}")
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # code that is not Python's own may have none
+        return
+    try:
+        signature.bind(*given)
+    except TypeError as error:
+        called = getattr(value, "__qualname__", type(value).__name__)
+        raise InputError(f"{wanted}; {called} takes {signature}") from error
+
+
+def check_listed(value: object, argument: str, wanted: str) -> None:
+    """Refuse what holds no values in order; the message says which list is wanted.
+
+    Raises
+    ------
+    InputError
+        It is no list, tuple, array or tensor.
+    """
+    is_list = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    if not is_list or isinstance(value, (str, bytes, Mapping, type)):
+        raise InputError(f"{argument} must be {wanted}; got {kind_of(value)}")
+
+
+def check_type(value: object, kind: type | tuple[type, ...], argument: str, wanted: str) -> None:
+    """Refuse what is of another type; the message calls it ``argument``, and says what is wanted.
+
+    Raises
+    ------
+    InputError
+        It is of another type.
+    """
+    if not isinstance(value, kind):
+        raise InputError(f"{argument} must be {wanted}; got {kind_of(value)}")
 
 
 def retold(error: ClafusionError, message: str) -> ClafusionError:

@@ -24,7 +24,7 @@ from clafusion.config import (
     Like,
     Shallower,
 )
-from clafusion.errors import InputError
+from clafusion.errors import InputError, check_callable
 from clafusion.execution.call import device_of, usable_device
 from clafusion.interop.inputs import example_of, readable
 from clafusion.interop.vocabulary import keep_own_entries, with_one_vocabulary
@@ -39,7 +39,7 @@ from clafusion.problems import (
     problem_of,
     with_merge_weights,
 )
-from clafusion.profiling.batches import Data, Progress, rows_side_by_side
+from clafusion.profiling.batches import PROGRESS, Data, Progress, rows_side_by_side
 from clafusion.profiling.profile import ModelProfile
 from clafusion.profiling.spilled import close_rows
 from clafusion.profiling.thinning import alike
@@ -173,6 +173,7 @@ def fuse(
     config = config_from(
         config, overrides, ("weights", "example_inputs", "device", "labels", "progress")
     )
+    check_callable(progress, "progress", PROGRESS)
     named = named_models(models)
     given = merge_weights(weights, tuple(named))
     data = readable(data, named)
@@ -227,6 +228,7 @@ def align(
     Parameters and errors are those of :func:`fuse`.
     """
     config = config_from(config, overrides)
+    check_callable(progress, "progress", PROGRESS)
     named = named_models(models)
     data = readable(data, named)
     named, example_inputs = placed(named, data, example_inputs, device)
@@ -321,6 +323,7 @@ def profile(
     those of :func:`clafusion.profiling.profile.profile_models`.
     """
     config = config_from(config, overrides)
+    check_callable(progress, "progress", PROGRESS)
     data = readable(data, {"": model.model if isinstance(model, TracedModel) else model})
     if not isinstance(model, TracedModel):
         if device is not None:

@@ -60,6 +60,8 @@ class Choices(Mapping[str, str]):
         self._values[name] = help
 
     def __getitem__(self, name: str) -> str:
+        if not isinstance(name, str):  # what cannot be a key at all is no value either
+            raise KeyError(name)
         return self._values[name]
 
     def __iter__(self) -> Iterator[str]:

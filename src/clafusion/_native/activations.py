@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clafusion import _core
-from clafusion.errors import InputError
+from clafusion.errors import InputError, check_type
 
 __all__ = ["channel_moments", "gram", "hsic_all_pairs", "scale_channels"]
 
@@ -120,6 +120,11 @@ def gram(
         products exceed float32, ``leading`` is negative or exceeds their number, or ``out`` is not
         a contiguous float64 matrix of that shape.
     """
+    check_type(x, Tensor, "x", "a tensor (num_samples, num_features)")
+    if leading is not None:
+        check_type(leading, int, "leading", "a whole number")
+    if out is not None:
+        check_type(out, np.ndarray, "out", "a NumPy array")
     if x.ndim != 2 or not x.is_floating_point():
         raise InputError(
             "x must be a floating-point matrix (num_samples, num_features); "

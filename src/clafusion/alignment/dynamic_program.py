@@ -18,7 +18,7 @@ from clafusion.alignment.layer_alignment import (
     LayerAlignment,
     LayerAlignmentBatch,
 )
-from clafusion.errors import AlignmentError, InputError
+from clafusion.errors import AlignmentError, InputError, check_listed
 
 __all__ = [
     "AlignmentMode",
@@ -116,6 +116,9 @@ def align_layers_batch(
     """
     if mode not in MODES:
         raise InputError(f"mode must be one of {MODES}; got {mode!r}")
+    for name, given in (("costs", costs), ("skips", skips), ("skips_shallow", skips_shallow)):
+        if given is not None or name == "costs":
+            check_listed(given, name, "a list with an array per problem")
     if skips is not None and len(skips) != len(costs):
         raise InputError(f"skips must have one entry per problem: {len(costs)}, got {len(skips)}")
     if skips_shallow is not None:

@@ -15,7 +15,7 @@ from clafusion import _native
 from clafusion._native import gram
 from clafusion.alignment.alive import check_alive
 from clafusion.config import LAYER_COSTS
-from clafusion.errors import InputError
+from clafusion.errors import InputError, check_listed, check_type
 from clafusion.profiling.gram import gram_matrix
 from clafusion.profiling.profile import ModelProfile
 from clafusion.profiling.statistics import standardised
@@ -79,6 +79,8 @@ def layer_costs(
     """
     if metric not in LAYER_COSTS:
         raise InputError(f"metric must be one of {tuple(LAYER_COSTS)}; got {metric!r}")
+    for called, one in (("deep", deep), ("shallow", shallow)):
+        check_type(one, ModelProfile, called, "a profile, as clafusion.profile returns it")
     if metric == "index":
         depths = [
             np.arange(len(profile.grams)) / max(len(profile.grams), 1)
@@ -261,6 +263,7 @@ def _checked_layers(
     checked: list[list[Tensor]] = []
     samples: int | None = None
     for name, layers in (("layers_a", layers_a), ("layers_b", layers_b)):
+        check_listed(layers, name, "a list of tensors")
         if isinstance(layers, Tensor) or len(layers) == 0:
             raise InputError(f"{name} must be a list with at least one tensor")
         for i, layer in enumerate(layers):
@@ -438,6 +441,8 @@ def _checked_grams(
     grams_a: Sequence[ArrayLike | Tensor], grams_b: Sequence[ArrayLike | Tensor], *, least: int
 ) -> tuple[list[_Gram], list[_Gram]]:
     """Return all matrices in float64, on the GPU if all are there, else as NumPy's arrays."""
+    check_listed(grams_a, "grams_a", "a list of Gram matrices")
+    check_listed(grams_b, "grams_b", "a list of Gram matrices")
     every = [*grams_a, *grams_b]
     devices = {matrix.device if isinstance(matrix, Tensor) else None for matrix in every}
     on_gpu = len(devices) == 1 and all(

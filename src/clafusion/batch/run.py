@@ -36,18 +36,22 @@ from clafusion.batch.tasks import (
 )
 from clafusion.batch.worker import Job, Outcome, Worker
 from clafusion.config import FusionConfig, Like
-from clafusion.errors import ClafusionError, InputError, kind_of, warn
+from clafusion.errors import ClafusionError, InputError, check_callable, kind_of, warn
 from clafusion.interop.inputs import example_of, readable
 from clafusion.profiling.batches import Data, data_digest
 from clafusion.profiling.graphs import GraphBatches
 from clafusion.stages import ExampleInputs, config_from, merge_weights
+from clafusion.weights.atomic import path_of
 from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.messages import one_line
 
-__all__ = ["fuse_pairs"]
+__all__ = ["PAIR_PROGRESS", "PairProgress", "fuse_pairs"]
 
 PairProgress: TypeAlias = Callable[[int, int], None]
 """Called with the numbers of pairs that are done and of all pairs."""
+
+PAIR_PROGRESS = ("done", "all")
+"""What these arguments are called in errors."""
 
 _NAME = re.compile(r"[\w.,=@-]+")  # what is safe in a file's name
 
@@ -152,6 +156,7 @@ def fuse_pairs(
     wanted = _checked_pairs(pairs, models)
     if not isinstance(resume, bool):
         raise InputError(f"resume must be True or False; got {resume!r}")
+    check_callable(progress, "progress", PAIR_PROGRESS)
     _check_executor(executor)
     _check_memory_limit(memory_limit)
     given = _checked_weights(weights)
@@ -189,6 +194,8 @@ def _checked_models(models: Mapping[str, Model]) -> dict[str, Model]:
         raise InputError(
             f"models must be a mapping of names to models; got {type(models).__name__}"
         )
+    if not models:
+        raise InputError("models is empty: give at least two")
     for name, model in models.items():
         if not (isinstance(name, str) and _NAME.fullmatch(name)):
             raise InputError(
@@ -250,15 +257,16 @@ def _check_memory_limit(limit: int | None) -> None:
 
 
 def _made(path: str | os.PathLike[str], argument: str) -> Path:
+    found = path_of(path, argument)
     if not os.fspath(path):
         raise InputError(f"{argument} must be a directory; got {path!r}")
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        found.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
             f"{argument} {str(path)!r} cannot be made a directory: {error.strerror or error}"
         ) from error
-    return Path(path)
+    return found
 
 
 # --- the run ------------------------------------------------------------------------------------

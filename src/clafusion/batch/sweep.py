@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -18,8 +18,15 @@ from clafusion.assessment.evaluation import Evaluation, checked_labels
 from clafusion.assessment.nearness import FusionAssessment
 from clafusion.assessment.output_cache import OutputCache
 from clafusion.batch.grid import GridPoint, grid_of
+from clafusion.batch.run import PAIR_PROGRESS, PairProgress
 from clafusion.config import Barycentre, FusionConfig, Iterative, Like
-from clafusion.errors import AssessmentWarning, ClafusionError, InputError, warn
+from clafusion.errors import (
+    AssessmentWarning,
+    ClafusionError,
+    InputError,
+    check_callable,
+    warn,
+)
 from clafusion.fusion import align, fuse, fuse_aligned
 from clafusion.interop.inputs import readable
 from clafusion.interop.vocabulary import check_alike
@@ -189,7 +196,7 @@ def sweep(
     labels: Any = None,
     example_inputs: ExampleInputs | None = None,
     device: str | torch.device | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: PairProgress | None = None,
     **settings: Any,
 ) -> SweepResult:
     """Fuse the same models by every combination of settings.
@@ -251,9 +258,10 @@ def sweep_grid(
     labels: Any = None,
     example_inputs: ExampleInputs | None = None,
     device: str | torch.device | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: PairProgress | None = None,
 ) -> SweepResult:
     """Do what :func:`sweep` does, for a grid of settings."""
+    check_callable(progress, "progress", PAIR_PROGRESS)
     named = named_models(models)
     by_name = _weights(weight, weights, tuple(named))
     count = _seeds(seeds)

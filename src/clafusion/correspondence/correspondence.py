@@ -9,16 +9,17 @@ out, or multiplied into the next one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from numbers import Integral
+from typing import Any, Literal
 
 from torch import Tensor
 
 from clafusion.correspondence.hooks import HookPair, SharedHooks, source_hook
 from clafusion.correspondence.shared_heads import lacks_heads, share_otherwise
-from clafusion.errors import StructureError, WidthWarning, warn
+from clafusion.errors import InputError, StructureError, WidthWarning, check_type, warn
 from clafusion.tracing.layer import CalibrationPoint, HookPoint, Layer
 from clafusion.tracing.model import TracedModel
 from clafusion.transport.plan import TransportPlan
@@ -131,10 +132,13 @@ def correspond(
 
     Raises
     ------
+    InputError
+        A model is not traced, or the layer map is of other networks.
     StructureError
         Matched layers differ in more than widths, or one channel group of the target would
         correspond to two of the source.
     """
+    _check_arguments(target, source, layer_map)
     origins: dict[str, Origin] = {}
     names: dict[str, str] = {}
     points: dict[str, CalibrationPoint] = {}
@@ -168,6 +172,20 @@ def correspond(
     return Correspondence(
         target, source, layer_map, origins, names, groups, hooks, points, passing, products or {}
     )
+
+
+def _check_arguments(target: Any, source: Any, layer_map: Any) -> None:
+    for name, model in (("target", target), ("source", source)):
+        check_type(model, TracedModel, name, "a traced model, as clafusion.trace returns it")
+    count, most = len(target.layers), len(source.layers) - 1
+    is_whole = isinstance(layer_map, Sequence) and all(
+        isinstance(k, Integral) and k <= most for k in layer_map
+    )
+    if not is_whole or len(layer_map) != count:
+        raise InputError(
+            f"layer_map must be {count} whole numbers, one for each layer of the target: which of "
+            f"the source's layers matches it, up to {most}, or -1 for none; got {layer_map!r}"
+        )
 
 
 def _check_counts(

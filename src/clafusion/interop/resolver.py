@@ -14,6 +14,7 @@ from clafusion.interop.huggingface import ModelDirectory
 from clafusion.interop.programs import PROGRAM, load_program
 from clafusion.interop.rebuilding import built_again, filled_copy
 from clafusion.interop.records import read_record
+from clafusion.weights.atomic import path_of
 from clafusion.weights.factories import ModelFile, build_model, load_model
 from clafusion.weights.state_files import file_digest
 
@@ -109,7 +110,9 @@ def load(
                 f"load({type(spec).__name__}, weights) takes a file of weights that clafusion "
                 "wrote, and no key"
             )
-        return filled_copy(spec, Path(weights))
+        return filled_copy(spec, path_of(weights, "weights"))
+    if weights is not None:
+        path_of(weights, "weights")
     if not isinstance(spec, (str, os.PathLike)):
         raise InputError(
             "load takes a directory, a file, a factory MODULE:FACTORY or a module; got "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clafusion.errors import InputError
+from clafusion.errors import InputError, check_type
 from clafusion.execution.lazy import LazyState
 from clafusion.interop.configs import config_of
 from clafusion.interop.huggingface import (
@@ -91,6 +91,7 @@ def save_result(
 ) -> str:
     """Write what :meth:`clafusion.FusionResult.save` says; return what builds the network."""
     path = path_of(path, "path")
+    check_type(command, (str, type(None)), "command", "text")
     is_file = path.name.lower().endswith((*WRITABLE, PROGRAM))
     if is_file:
         if processor_of is not None:

@@ -14,6 +14,7 @@ from collections.abc import MutableMapping, Sequence
 import torch
 from torch import Tensor
 
+from clafusion.errors import InputError, check_type
 from clafusion.merging.gauges import complete, gauged
 from clafusion.merging.problem import FusionProblem, MergeWeights, Parent
 from clafusion.tracing.model import TracedModel
@@ -97,9 +98,21 @@ def average(
 
     Raises
     ------
+    InputError
+        The problem is none, or the weights are not those of its parents.
     StructureError
         Matched parameters differ in an axis that is no channel axis.
     """
+    check_type(problem, FusionProblem, "problem", "a clafusion.FusionProblem")
+    if weights is not None:
+        of_kind = isinstance(weights, Sequence) and all(
+            isinstance(one, MergeWeights) for one in weights
+        )
+        if not of_kind or len(weights) != len(problem.parents):
+            raise InputError(
+                f"weights must be {len(problem.parents)} clafusion.MergeWeights, one for each "
+                f"parent; got {weights!r}"
+            )
     if problem.merged is not None:
         merged = problem.storage.empty()
         for name, tensor in problem.target.state().items():

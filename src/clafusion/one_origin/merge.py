@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from clafusion.config import MergeConfig, MergeMethod, NoCalibration, Sensitivity
-from clafusion.errors import InputError
+from clafusion.errors import InputError, check_callable
 from clafusion.execution.call import device_of
 from clafusion.interop.inputs import readable
 from clafusion.interop.vocabulary import check_alike
@@ -26,7 +26,7 @@ from clafusion.one_origin.networks import (
 from clafusion.one_origin.parameters import merged_state
 from clafusion.one_origin.result import BASE, MergeResult
 from clafusion.one_origin.sensitivity import check_tasks, weights_in_layers
-from clafusion.profiling.batches import Data, Progress
+from clafusion.profiling.batches import PROGRESS, Data, Progress
 from clafusion.profiling.graphs import is_graph
 from clafusion.settings import overridden
 from clafusion.stages import Clock, ExampleInputs, merge_weights, named_models, placed
@@ -119,6 +119,7 @@ def merge(
         overrides,
         ("weights", "example_inputs", "device", "memory_limit", "progress"),
     )
+    check_callable(progress, "progress", PROGRESS)
     if data is None and not isinstance(config.calibration, NoCalibration):
         raise InputError(f"calibration={config.calibration.name!r} needs data: give some inputs")
     named = named_models(models, least=1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clafusion.errors import InputError
+from clafusion.errors import InputError, check_type
 from clafusion.interop.huggingface import tokens_directory
 from clafusion.interop.model_card import merge_card
 from clafusion.interop.programs import PROGRAM, save_program
@@ -42,6 +42,7 @@ def save_merged(
 ) -> None:
     """Write what :meth:`clafusion.MergeResult.save` says."""
     path = path_of(path, "path")
+    check_type(command, (str, type(None)), "command", "text")
     facts = _facts(result)
     if not path.name.lower().endswith((*WRITABLE, PROGRAM)):
         save_directory(

@@ -22,6 +22,7 @@ from clafusion.weights.digests import add_tensor
 
 __all__ = [
     "LABELS",
+    "PROGRESS",
     "Data",
     "Part",
     "Progress",
@@ -48,6 +49,9 @@ batches of its columns that hold numbers, each row of one shape.
 
 Progress: TypeAlias = Callable[[str, int], None]
 """Called with the stage's name and how many of its inputs are done."""
+
+PROGRESS = ("stage", "count")
+"""What these arguments are called in errors."""
 
 LABELS = (
     "label",

@@ -17,12 +17,12 @@ from clafusion.assessment.nearness import FusionAssessment, Kind
 from clafusion.assessment.output_cache import OutputCache
 from clafusion.assessment.parts import Parts, compared_output, parts_of
 from clafusion.config import FusionConfig, ReassemblyConfig
-from clafusion.errors import AssessmentWarning, InputError, warn
+from clafusion.errors import AssessmentWarning, InputError, check_callable, warn
 from clafusion.execution.call import call_model
 from clafusion.execution.flops import count_operations
 from clafusion.interop.inputs import readable
 from clafusion.merging.combination import Means
-from clafusion.profiling.batches import Data, Progress
+from clafusion.profiling.batches import PROGRESS, Data, Progress
 from clafusion.quality import hash_of
 from clafusion.reassembly.blocks import Block, block_module, blocks_between
 from clafusion.reassembly.cutting import Cut, chosen_cuts, cuts_of
@@ -119,6 +119,7 @@ def reassemble(
     config = overridden(
         ReassemblyConfig, config, overrides, ("example_inputs", "device", "progress")
     )
+    check_callable(progress, "progress", PROGRESS)
     named = named_models(models)
     data = readable(data, named)
     named, example_inputs = placed(named, data, example_inputs, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from clafusion.errors import (
     InputError,
     PinnedWarning,
     UnsupportedOpError,
+    check_type,
     kind_of,
     warn,
 )
@@ -106,6 +108,9 @@ def trace(
         A permutation changed the output.
     """
     _check_model(model)
+    check_type(verify, bool, "verify", "True or False")
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise InputError(f"seed must be a whole number; got {seed!r}")
     traced = partial(_trace, model, verify=verify, seed=seed, proofs=proofs)
     graph = named_graph(model, example_inputs)
     if graph is not None:

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from clafusion.assessment.combining import MOST_COMPARED, by_divergence
 from clafusion.config import COMBINATIONS
-from clafusion.errors import InputError, kind_of
+from clafusion.errors import InputError, check_callable, kind_of
 from clafusion.merging.combination import Combination, Means
-from clafusion.profiling.batches import Progress
+from clafusion.profiling.batches import PROGRESS, Progress
 from clafusion.tracing.copies import copied
 from clafusion.training.checkpoint import model_digest
 from clafusion.training.data import (
@@ -117,6 +117,7 @@ def distill(
     DivergenceError
         The loss is no longer finite.
     """
+    check_callable(progress, "progress", PROGRESS)
     check_number("temperature", temperature, above=0.0)
     check_number("alpha", alpha, least=0.0, most=1.0)
     if combine not in COMBINATIONS:

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clafusion.errors import DivergenceError, InputError
+from clafusion.errors import DivergenceError, InputError, check_callable
 from clafusion.execution.results import forget_results
 from clafusion.merging.combination import Combination
-from clafusion.profiling.batches import Progress
+from clafusion.profiling.batches import PROGRESS, Progress
 from clafusion.tracing.copies import copied
 from clafusion.training.checkpoint import Run, resume_run, run_key, save_run
 from clafusion.training.data import (
@@ -129,6 +129,7 @@ def train(
     InputError, DivergenceError
         As for :func:`clafusion.finetune`.
     """
+    check_callable(progress, "progress", PROGRESS)
     check_model("student" if settings.stage == "distill" else "model", model)
     if settings.patience is not None and validation is None:
         raise InputError("patience needs validation, on which a better epoch shows")
@@ -356,6 +357,7 @@ def _optimizer(
     )
     if not callable(make):
         raise InputError(f"{wanted}; got {type(make).__name__}")
+    check_callable(make, "optimizer", ("parameters",))
     made = make(parameters)
     if not isinstance(made, torch.optim.Optimizer):
         raise InputError(f"{wanted}; it returned {type(made).__name__}")

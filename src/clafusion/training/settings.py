@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from clafusion.errors import InputError, kind_of
+from clafusion.errors import InputError, check_type, kind_of
 
 __all__ = [
     "Norms",
@@ -68,7 +68,7 @@ class Settings:
             object.__setattr__(self, name, plain_number(value))
         object.__setattr__(self, "milestones", tuple(map(plain_number, self.milestones)))
         for name in ("epochs", "steps", "batch_size", "patience"):
-            if getattr(self, name) is not None:
+            if name == "batch_size" or getattr(self, name) is not None:
                 _check_count(name, getattr(self, name), 1)
         _check_count("seed", self.seed, 0)
         check_number("learning_rate", self.learning_rate, above=0.0)
@@ -76,6 +76,7 @@ class Settings:
         check_number("weight_decay", self.weight_decay, least=0.0)
         check_number("decay", self.decay, above=0.0)
         check_number("held_out", self.held_out, least=0.0, most=0.9)
+        check_type(self.mixed_precision, bool, "mixed_precision", "True or False")
         for name, words in (("schedule", get_args(Schedule)), ("norms", get_args(Norms))):
             if getattr(self, name) not in words:
                 raise InputError(

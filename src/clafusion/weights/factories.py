@@ -21,7 +21,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from clafusion.errors import InputError
+from clafusion.errors import InputError, check_type
+from clafusion.weights.atomic import path_of
 from clafusion.weights.fitting import model_with
 from clafusion.weights.mapped import file_backed, parameters_on_meta
 from clafusion.weights.messages import listed, one_line
@@ -179,11 +180,20 @@ class ModelFile:
         :func:`clafusion.weights.checkpoints.load_state`: ``"model_ema"``, or with a prefix of its
         names ``"state_dict.teacher"``. Default: the one that fits the model; of several the one in
         a known place, with a warning.
+
+    Raises
+    ------
+    InputError
+        The factory is no text, or the path no path.
     """
 
     factory: str
     path: str | os.PathLike[str]
     key: str | None = None
+
+    def __post_init__(self) -> None:
+        check_type(self.factory, str, "factory", "text, as 'nets.py:make'")
+        path_of(self.path, "path")
 
     def load(self) -> nn.Module:
         """Return the model with its weights, in eval mode; errors are :func:`load_model`'s."""

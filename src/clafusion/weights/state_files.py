@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clafusion.errors import InputError, kind_of
+from clafusion.errors import InputError, check_callable, check_type, kind_of
 from clafusion.execution.lazy import LazyState
 from clafusion.weights.atomic import check_output, replacing
 from clafusion.weights.messages import listed, one_line
@@ -112,10 +112,20 @@ def save_model(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be a torch.nn.Module; got {kind_of(model)}")
+    check_callable(check, "check", ("state",))
+    if metadata is not None:
+        _check_metadata(metadata)
     state: Mapping[str, Any] = state_of(model)
     if dtype is not None:
         state = in_type(state, weight_type(dtype, "dtype"))
     save_state(state, path, check, metadata)
+
+
+def _check_metadata(metadata: Any) -> None:
+    check_type(metadata, Mapping, "metadata", "a mapping of names to texts")
+    for name, value in metadata.items():
+        check_type(name, str, f"metadata: the name {name!r}", "text")
+        check_type(value, str, f"metadata[{name!r}]", "text")
 
 
 def weight_type(given: str | torch.dtype, what: str) -> torch.dtype:

@@ -12,9 +12,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from string import Template
+from typing import Any
 
 from clafusion.batch.results import Pair, PairResult
-from clafusion.errors import InputError
+from clafusion.errors import InputError, check_type
 from clafusion.reports.page.details import detail, page_data
 from clafusion.reports.page.failures import failures
 from clafusion.reports.page.heatmaps import heatmaps
@@ -71,10 +72,11 @@ def write_report(
     Raises
     ------
     InputError
-        ``chosen`` or a pair in ``accuracies`` or ``values`` is none of the results or was not
-        fused, or the file cannot be written.
+        An argument is of another kind, ``chosen`` or a pair in ``accuracies`` or ``values`` is none
+        of the results or was not fused, or the file cannot be written.
     """
     path = check_output(path, (".html",), "report")
+    _check_kinds(results, accuracies, values, run)
     _check_pairs(results, chosen, accuracies, values or {})
     measures = measures_of(results, accuracies, values)
     quality = quality_of(measures)
@@ -92,6 +94,20 @@ def write_report(
         temporary.write_bytes(page.encode("utf-8", "replace"))
 
 
+def _check_kinds(results: Any, accuracies: Any, values: Any, run: Any) -> None:
+    """Refuse arguments of another kind, by their names."""
+    check_type(results, Sequence, "results", "a list of results of clafusion.fuse_pairs")
+    for i, one in enumerate(results):
+        check_type(one, PairResult, f"results[{i}]", "a result of clafusion.fuse_pairs")
+    if accuracies is not None:
+        check_type(accuracies, Accuracies, "accuracies", "an Accuracies")
+    for name, given in (("values", values), ("run", run)):
+        if given is not None:
+            check_type(given, Mapping, name, "a mapping")
+    for name, numbers in (values or {}).items():
+        check_type(numbers, Mapping, f"values[{name!r}]", "a mapping of pairs to numbers")
+
+
 def _check_pairs(
     results: Sequence[PairResult],
     chosen: Pair | None,
@@ -105,7 +121,7 @@ def _check_pairs(
     for numbers in values.values():
         given += numbers
     for pair in given:
-        if tuple(pair) not in fused:
+        if not isinstance(pair, Sequence) or tuple(pair) not in fused:
             raise InputError(f"the report has no fused pair {pair!r}; check the names' order")
 
 
