@@ -13,6 +13,7 @@ __all__ = [
     "AssessmentWarning",
     "ClafusionError",
     "ConvergenceWarning",
+    "DataError",
     "DivergenceError",
     "FusionWarning",
     "GraphVerificationError",
@@ -36,6 +37,10 @@ class ClafusionError(Exception):
 
 class InputError(ClafusionError, ValueError):
     """An argument, a file or a batch of data is not what the function needs."""
+
+
+class DataError(InputError):
+    """A batch of data is not what the models take, whatever the options are."""
 
 
 class UnsupportedOpError(ClafusionError, NotImplementedError):

@@ -32,6 +32,7 @@ from clafusion.config import (
 )
 from clafusion.errors import (
     ClafusionError,
+    DataError,
     InputError,
     PinnedWarning,
     StructureError,
@@ -452,6 +453,8 @@ def traced_template(
         module.train(like.training)
         traced = trace(module, example_inputs, verify=config.verify, seed=config.seed)
         return prepared(traced, config)
+    except DataError as error:  # the models take the data: the fault is the template's
+        raise InputError(f"target.template: {error}") from error.__cause__
     except ClafusionError as error:
         raise retold(error, f"target.template: {error}") from error.__cause__
 

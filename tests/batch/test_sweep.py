@@ -118,6 +118,44 @@ def test_lists_at_any_depth_are_a_grid():
         grid_of(None, {"matching": {"cost": []}})
 
 
+def _with_nan(row: int) -> torch.Tensor:
+    found = INPUTS.clone()
+    found[row, 0] = torch.nan
+    return found
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (_with_nan(0), "batch 0 holds 1 NaN"),
+        (_with_nan(599), "batch 2 holds 1 NaN"),
+        (torch.utils.data.DataLoader(_with_nan(300), batch_size=50), "batch 6 holds 1 NaN"),
+        ([INPUTS, INPUTS[:, :5]], "batch 1 has shape"),
+        ([INPUTS, INPUTS.double()], "batch 1 has dtype"),
+        (INPUTS[:, :5], "does not run on the example inputs"),
+        ([(INPUTS, INPUTS), (_with_nan(3), INPUTS)], "batch 1 holds 1 NaN"),
+    ],
+)
+def test_data_that_no_settings_make_usable_end_a_sweep_at_its_first_point(data, message):
+    done = []
+    with pytest.raises(InputError, match=message):
+        clafusion.sweep(
+            MODELS,
+            data,
+            weight=[0.25, 0.75],
+            calibration=["none", "repair"],
+            progress=lambda count, _: done.append(count),
+        )
+    assert done == [0]
+
+
+def test_a_template_that_does_not_take_the_data_is_the_fault_of_its_point_alone():
+    unlike = Like(mlp(7, 9, 8, 3))
+    found = clafusion.sweep(MODELS, INPUTS, target=[unlike, "deeper"], calibration="none")
+    assert found.points[0].error.startswith("target.template: the model does not run on")
+    assert found.points[1].error is None
+
+
 def test_a_point_that_fails_says_why_and_the_others_go_on():
     found = clafusion.sweep(
         MODELS, INPUTS, target=["deeper", {"name": "deeper", "width": "nobody"}], calibration="none"

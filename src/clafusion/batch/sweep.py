@@ -23,6 +23,7 @@ from clafusion.config import Barycentre, FusionConfig, Iterative, Like
 from clafusion.errors import (
     AssessmentWarning,
     ClafusionError,
+    DataError,
     InputError,
     check_callable,
     warn,
@@ -204,7 +205,7 @@ def sweep(
     Tracing, profiles, alignments and plans are shared where the settings allow: fusions that differ
     in weights and calibration only are aligned and matched once for each seed. Each point gives
     what :func:`clafusion.fuse` gives with its settings. A point that fails says why, and the others
-    go on.
+    go on; data that no settings could make usable end the sweep at its first point.
 
     Parameters
     ----------
@@ -226,7 +227,7 @@ def sweep(
     Raises
     ------
     InputError
-        An argument is unusable. Raised before anything is fused.
+        An argument is unusable; or a batch of data is, as one with NaN.
 
     Examples
     --------
@@ -381,6 +382,8 @@ class _Shared:
                     warn(f"{_shown(chosen)}: {one.message}", one.category)
                 else:
                     warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        except DataError:  # all other points would fail alike
+            raise
         except ClafusionError as error:
             return SweepPoint(chosen, config, weights, None, None, 0.0, str(error))
         finally:

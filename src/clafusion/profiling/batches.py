@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from clafusion.errors import InputError
+from clafusion.errors import DataError, InputError
 from clafusion.execution.nesting import flattened, part
 from clafusion.profiling.graphs import GraphBatches, graphs_in, is_graph, taken_graphs
 from clafusion.tracing.graphs import BATCH, EDGES, graph_inputs
@@ -349,11 +349,26 @@ def batches(
 
     Raises
     ------
-    InputError
+    DataError
         ``data`` is empty or can be read only once, or a batch has another number of inputs,
         shape or dtype than the example inputs, or NaN or infinite values. Of a :class:`Part` the
         other part's rows are checked, too.
     """
+    try:
+        yield from _batches(data, example_inputs, keywords, device)
+    except DataError:
+        raise
+    except InputError as error:
+        raise DataError(str(error)) from error.__cause__
+
+
+def _batches(
+    data: Data,
+    example_inputs: tuple[Tensor, ...],
+    keywords: tuple[str, ...],
+    device: torch.device | None,
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield what :func:`batches` does."""
     taken = data if isinstance(data, Part) else None
     data = data if taken is None else taken.data
     _check_kind(data)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from clafusion.errors import InputError, UnsupportedOpError
+from clafusion.errors import DataError, UnsupportedOpError
 from clafusion.execution.call import without_by_products, without_caches
 from clafusion.execution.nesting import nested
 from clafusion.execution.results import forget_results
@@ -132,7 +132,7 @@ def _export(
             if len(arguments) > 1 and len(signature.parameters) == 1
             else ""
         )
-        raise InputError(
+        raise DataError(
             f"the model's forward{signature} does not take these inputs: {error}{of_list}"
         ) from error
     for name, value in bound.arguments.items():
@@ -160,7 +160,7 @@ def _export(
         )
         advice = _OUT_OF_TABLE if isinstance(cause, IndexError) else _advice(model, inputs)
         types = ", ".join(sorted({str(value.dtype) for value in model.parameters()}))
-        raise InputError(
+        raise DataError(
             f"the model does not run on the example inputs {shown}, with parameters of "
             f"{types or 'no type'}: {cause}{advice}"
         ) from cause
