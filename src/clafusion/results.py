@@ -24,7 +24,7 @@ from clafusion.assessment.evaluation import (
 from clafusion.assessment.nearness import DISTANCES, FusionAssessment, Nearness
 from clafusion.assessment.output_cache import OutputCache
 from clafusion.assessment.parts import compared_output
-from clafusion.config import Assessment, FusionConfig
+from clafusion.config import Assessment, FusionConfig, Iterative, ManyToOne
 from clafusion.errors import InputError
 from clafusion.merging.combination import Combination
 from clafusion.merging.problem import FusionProblem, Parent
@@ -210,6 +210,31 @@ class FusionResult:
         return self.problem.combination
 
     @property
+    def taken(self) -> dict[str, Any]:
+        """What was taken where the options leave a choice, as plain data for JSON.
+
+        That is ``calibration`` and ``strategy`` by name; ``anchor`` and ``toward``, how far the
+        interior leans towards whom; ``combination``, what the parents put out together and why;
+        ``rounds`` and ``converged``. For the strategy ``"iterative"`` also ``leans``, anchor and
+        toward of each step.
+        """
+        strategy = self.config.merging.strategy
+        if isinstance(strategy, Iterative) and not self.steps:  # of two models they are the same
+            strategy = ManyToOne()
+        found: dict[str, Any] = {
+            "calibration": self.config.used_calibration.name,
+            "anchor": self.anchor,
+            "toward": self.toward,
+            "combination": self.combination.to_dict(),
+            "strategy": strategy.name,
+            "rounds": self.rounds,
+            "converged": self.converged,
+        }
+        if self.steps:
+            found["leans"] = [{"anchor": one.anchor, "toward": one.toward} for one in self.steps]
+        return found
+
+    @property
     def parent_models(self) -> dict[str, TracedModel]:
         """All parents by name; of fusions one after another not what came between."""
         found: dict[str, TracedModel] = {}
@@ -232,13 +257,9 @@ class FusionResult:
         return {
             **(steps[0] if len(steps) == 1 else {"steps": steps}),
             "weights": list(self.weights),
-            "anchor": self.anchor,
-            "toward": self.toward,
-            "combination": self.combination.to_dict(),
+            **self.taken,
             "averaged": list(self.averaged),
             "left_out": list(self.left_out),
-            "rounds": self.rounds,
-            "converged": self.converged,
             "assessment": None if self.assessment is None else self.assessment.to_dict(),
             "evaluation": None if self.evaluation is None else self.evaluation.to_dict(),
             "config": self.config.to_dict(),

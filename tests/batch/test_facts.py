@@ -8,11 +8,12 @@ import torch
 import clafusion
 from clafusion import Deeper, FusionConfig
 from clafusion.batch.run import fuse_pairs
+from clafusion.interop.records import read_record
 from clafusion.weights.state_files import file_digest
 from tests.support.many_pairs import DATA, SETTINGS, WIDTHS, lines, modules
 
 PAIRS = [("a", "c")]
-NEW = ("peak_memory", "parameters", "operations", "resized", "models", "settings")
+NEW = ("peak_memory", "parameters", "operations", "resized", "models", "settings", "taken")
 
 
 def products(widths):
@@ -40,12 +41,15 @@ def test_sizes_hashes_and_settings_are_kept(files, tmp_path):
     assert not one.resized
     assert one.peak_memory.keys() == one.seconds.keys()
     assert min(one.peak_memory.values()) > 1e7
+    alone = clafusion.fuse([files["a"], files["c"]], DATA, **SETTINGS)
+    assert one.taken == json.loads(json.dumps(alone.taken)) | {"toward": one.taken["toward"]}
+    assert read_record(one.path)["taken"] == one.taken
     loaded = clafusion.load(one.factory, one.path)
     assert torch.equal(loaded(DATA), one.model(DATA))
     (again,) = fuse_pairs(files, DATA, PAIRS, out_dir=out, **SETTINGS)
     assert again.resumed
     assert facts(again) == facts(one)
-    assert again.peak_memory == one.peak_memory
+    assert (again.peak_memory, again.taken) == (one.peak_memory, one.taken)
 
 
 def test_of_modules_and_of_other_widths(tmp_path):
@@ -81,4 +85,5 @@ def test_lines_of_earlier_versions_are_taken_over(files, tmp_path):
     (again,) = fuse_pairs(files, DATA, PAIRS, out_dir=tmp_path / "out", **SETTINGS)
     assert again.resumed
     assert facts(again) == (None, None, False, {}, {}, one.factory)
+    assert again.taken == {}
     assert again.assessment == one.assessment

@@ -341,6 +341,33 @@ def test_align_and_inspect(capsys):
     ]
 
 
+@pytest.mark.usefixtures("files")
+def test_inspect_tells_how_a_result_was_made(capsys):
+    assert main([*FUSE, "--calibration=least_squares"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "fused.safetensors"]) == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert told["first"].startswith("weight 0.5, models.py:deep, deep.safetensors, SHA-256 ")
+    assert told["options"] == "calibration least_squares"
+    assert told["calibration"].startswith("least_squares, anchor ")
+    assert told["together"].startswith("the parents put out the mean of their ")
+    assert told["strategy"] == "many_to_one, rounds 1"
+    assert "clafusion" in told["versions"]
+    assert main(["inspect", "fused.safetensors", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)["record"]
+    assert record == json.loads(Path("fused.safetensors.json").read_text())
+    of_model = ["--arch=models.py:deep", "--data=data.npy"]
+    assert main(["inspect", "fused.safetensors", *of_model, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["layers"]
+    assert facts["record"] == record
+    assert main(["inspect", "fused.safetensors", "--plot=layers.png"]) == 2
+    assert "--plot needs inputs to run the model with: give --data" in capsys.readouterr().err
+    Path("fused.safetensors.json").write_text('{"architecture": {}, "taken": 3}')
+    assert main(["inspect", "fused.safetensors"]) == 2
+    assert "the record says nothing that this version knows" in capsys.readouterr().err
+
+
 BAD = {
     "no weights": (["fuse", "none.pt", *FUSE[2:]], "'none.pt' does not exist"),
     "no named weights": (["fuse", "a=none.pt", *FUSE[2:]], "'none.pt' does not exist"),

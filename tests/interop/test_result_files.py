@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import clafusion
 from clafusion import Deeper, InputError, Like
+from clafusion.interop.records import read_record
+from clafusion.reports.records import taken_facts
 from tests.support.networks import mlp, randomise, vgg
 
 INPUTS = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
@@ -116,6 +118,7 @@ def test_the_record_says_where_a_result_comes_from(files, tmp_path):
     assert len(record["parents"][0]["sha256"]) == 64
     assert record["data"] == result.data_hash
     assert record["settings"] == result.config.to_dict()
+    assert record["taken"] == result.taken
     assert record["assessment"] == result.assessment.to_dict()
     assert record["command"] == "clafusion fuse ..."
     assert record["seconds"].keys() == result.timings.keys()
@@ -123,6 +126,33 @@ def test_the_record_says_where_a_result_comes_from(files, tmp_path):
         own = json.loads(file.metadata()["clafusion"])
     assert own == {name: record[name] for name in own}
     assert "seconds" not in own
+
+
+def test_the_record_says_what_was_taken_where_options_leave_a_choice(tmp_path):
+    models = [mlp(6, 9, 8, 3), mlp(6, 7, 3, seed=1), mlp(6, 5, 3, seed=2)]
+    inputs = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
+    strategy = {"strategy": "iterative"}
+    result = clafusion.fuse(models, inputs, merging=strategy)
+    result.save(tmp_path / "fused.pt2")
+    taken = read_record(tmp_path / "fused.pt2")["taken"]
+    assert taken["calibration"] == "least_squares"
+    assert taken["strategy"] == "iterative"
+    assert taken["combination"] == result.combination.to_dict()
+    assert taken["leans"] == [{"anchor": one.anchor, "toward": one.toward} for one in result.steps]
+    shown = taken_facts(taken)
+    assert shown["calibration"].startswith("least_squares; step 1, anchor ")
+    assert shown["together"] == f"the parents put out {result.combination}"
+    of_two = clafusion.fuse(models[:2], inputs, merging=strategy, matching={"solver": "zip"})
+    assert (of_two.taken["calibration"], of_two.taken["strategy"]) == ("repair", "many_to_one")
+    assert of_two.to_dict().items() >= of_two.taken.items()
+    merged = clafusion.merge(models[0], models[:1], inputs, calibration="auto")
+    merged.save(tmp_path / "merged.pt2")
+    taken = read_record(tmp_path / "merged.pt2")["taken"]
+    assert taken == {"calibration": "least_squares", "by_task": False}
+    both = clafusion.fuse(models[:2], inputs, outputs="both", calibration="none")
+    both.save(tmp_path / "both.pt2")
+    assert read_record(tmp_path / "both.pt2")["taken"] == both.taken
+    assert taken_facts(both.taken)["shared"].startswith("up to models[0] ")
 
 
 def test_a_file_alone_has_its_record_and_the_same_bytes_each_time(files, tmp_path):

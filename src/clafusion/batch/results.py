@@ -89,6 +89,8 @@ class PairResult:
     layer_weights
         For each layer of the fused model the weights of the first and the second model; None where
         a model has no such layer. As in ``FusionResult.layer_weights``.
+    taken
+        What was taken where the options leave a choice, as in ``FusionResult.taken``.
     assessment
         How near the result comes to what both models put out together, and each model alone; as in
         ``FusionResult.assessment``.
@@ -134,6 +136,7 @@ class PairResult:
     shallow_layers: tuple[str, ...]
     alignment: LayerAlignment | None
     layer_weights: tuple[tuple[float | None, ...], ...]
+    taken: Mapping[str, Any]
     assessment: FusionAssessment | None
     evaluation: Evaluation | None
     seconds: Mapping[str, float]
@@ -329,6 +332,7 @@ def facts_of(
         "shallow_layers": aligned.layer_names(pair.shallow),
         "alignment": _alignment_facts(pair.alignment),
         "layer_weights": [list(one) for one in result.layer_weights],
+        "taken": result.taken,
         "assessment": None if result.assessment is None else result.assessment.to_dict(),
         "evaluation": None if result.evaluation is None else result.evaluation.to_dict(),
         "seconds": dict(result.timings),
@@ -401,6 +405,7 @@ def result_of(
         shallow_layers=tuple(facts.get("shallow_layers", ())),
         alignment=_alignment_of(facts["alignment"]) if is_fused else None,
         layer_weights=tuple(tuple(one) for one in facts.get("layer_weights", ())),
+        taken=facts.get("taken", {}),
         assessment=None if assessment is None else FusionAssessment.from_dict(assessment),
         evaluation=None if evaluation is None else Evaluation.from_dict(evaluation),
         seconds={stage: float(one) for stage, one in facts.get("seconds", {}).items()},

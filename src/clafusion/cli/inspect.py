@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -70,15 +70,25 @@ def inspect_command(
     *,
     options: dict[str, str | bool],
 ) -> None:
-    """Show a model's layers and the channels that can be matched."""
+    """Show a model's layers and the channels that can be matched; of a result how it was made.
+
+    What clafusion wrote tells how it was made without inputs, too.
+    """
     from clafusion.cli.facts import model_facts
     from clafusion.cli.inputs import DataOptions, check_plot, data_of, try_models
     from clafusion.interop.inputs import example_of, readable
     from clafusion.reports import plot as draw
     from clafusion.reports import summary
+    from clafusion.reports.records import record_summary
     from clafusion.tracing.trace import trace
 
     settings = configured(options)
+    has_inputs = data is not None or input_shape is not None
+    record = None if weights is None else _record(weights, is_all=not has_inputs)
+    if record is not None and not has_inputs:
+        _check_unused(arch, checkpoint_key, plot)
+        print_json({"record": record}) if as_json else print_text(record_summary(record))
+        return
     if (data is None) == (input_shape is None):
         raise InputError("give either --data FILE or --input-shape N,N,...: inputs to trace with")
     check_plot(plot)
@@ -97,10 +107,36 @@ def inspect_command(
     if plot is not None:
         draw(traced, plot)
     if as_json:
-        print_json({**model_facts(traced), "plot": None if plot is None else str(plot)})
+        facts = {**model_facts(traced), "plot": None if plot is None else str(plot)}
+        print_json(facts if record is None else {**facts, "record": record})
         return
     print_text(summary(traced))
+    if record is not None:
+        print_text(f"\n{record_summary(record)}")
     print_line("picture", plot)
+
+
+def _record(weights: Path, *, is_all: bool) -> dict[str, Any] | None:
+    """Return the record of a file; one that cannot be read is an error where it is all there is."""
+    from clafusion.interop.records import read_record
+
+    try:
+        return read_record(weights) if weights.is_file() else None
+    except InputError:
+        if is_all:
+            raise
+        return None
+
+
+def _check_unused(arch: str | None, key: str | None, plot: Path | None) -> None:
+    """Refuse what needs inputs, where none are given."""
+    given = {"--arch": arch, "--checkpoint-key": key, "--plot": plot}
+    unused = next((flag for flag, value in given.items() if value is not None), None)
+    if unused is not None:
+        raise InputError(
+            f"{unused} needs inputs to run the model with: give --data FILE or --input-shape "
+            "N,N,..."
+        )
 
 
 def _model(arch: str | None, weights: Path | None, key: str | None) -> nn.Module:

@@ -44,7 +44,7 @@ def model_card(
     ]
     title = f"{kind}, fused from {', '.join(parents)}"
     found = None if result.assessment is None else result.assessment.to_dict()
-    return _card(title, about, found, result.config.to_dict(), command)
+    return _card(title, about, found, result.config.to_dict(), result.taken, command)
 
 
 def pair_card(
@@ -74,7 +74,8 @@ def pair_card(
         f"{'equal weights' if weights is None else f'the weights {weights}'}.",
         "## Parents\n\n" + "\n".join(rows),
     ]
-    return _card(f"{first} and {second}, fused", about, facts.get("assessment"), config)
+    title = f"{first} and {second}, fused"
+    return _card(title, about, facts.get("assessment"), config, facts["taken"])
 
 
 def merge_card(kind: str, facts: Mapping[str, Any], command: str | None) -> str:
@@ -106,7 +107,7 @@ def merge_card(kind: str, facts: Mapping[str, Any], command: str | None) -> str:
         "## Parents\n\n" + "\n".join(rows),
     ]
     title = f"{kind}, merged from {', '.join(one['name'] for one in facts['parents'])}"
-    return _card(title, about, facts["assessment"], facts["settings"], command)
+    return _card(title, about, facts["assessment"], facts["settings"], facts["taken"], command)
 
 
 def _card(
@@ -114,6 +115,7 @@ def _card(
     about: Sequence[str],
     assessment: Mapping[str, Any] | None,
     options: Any,
+    taken: Mapping[str, Any],
     command: str | None = None,
 ) -> str:
     """Return a card of these parts: what the network is comes first, and the versions last."""
@@ -127,6 +129,7 @@ def _card(
         *about,
         f"## How good it is\n\n{how_good}",
         f"## Options\n\n```json\n{json.dumps(options, indent=1, default=str)}\n```",
+        f"What was taken where they leave a choice:\n\n```json\n{json.dumps(taken, indent=1)}\n```",
     ]
     if command is not None:
         parts.append(f"## Command\n\n```sh\n{command}\n```")

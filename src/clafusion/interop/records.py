@@ -60,7 +60,11 @@ def check_companions(path: Path, argument: str) -> None:
 
 
 def record_of(result: FusionResult, architecture: Architecture) -> dict[str, Any]:
-    """Return what depends on the fusion alone: parents with hashes, settings, data, assessment."""
+    """Return what depends on the fusion alone.
+
+    That is parents with hashes, settings, what was taken where these leave a choice, data,
+    assessment.
+    """
     return {
         "architecture": architecture.to_dict(),
         "parents": [
@@ -70,6 +74,7 @@ def record_of(result: FusionResult, architecture: Architecture) -> dict[str, Any
             )
         ],
         "settings": result.config.to_dict(),
+        "taken": result.taken,
         "data": result.data_hash,
         "versions": versions(),
         "assessment": None if result.assessment is None else result.assessment.to_dict(),
@@ -93,6 +98,7 @@ def record_of_pair(
         "architecture": facts["architecture"],
         "parents": parents,
         "settings": facts["settings"],
+        "taken": facts["taken"],
         "data": data_hash,
         "versions": versions(),
         "assessment": facts["assessment"],

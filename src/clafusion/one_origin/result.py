@@ -104,6 +104,17 @@ class MergeResult:
         columns = ("network", "weight", "distance from the base", "agreement", kind)
         return Table.of(columns, rows)
 
+    @property
+    def taken(self) -> dict[str, Any]:
+        """What was taken where the options leave a choice, as plain data for JSON.
+
+        That is the ``calibration`` by name, None without data, and ``by_task``: whether it aimed at
+        each model on data of its own task, else at the models' mean.
+        """
+        problem = self.problem
+        used = None if problem is None else self.config.fusion.used_calibration.name
+        return {"calibration": used, "by_task": problem is not None and bool(problem.owners)}
+
     def to_frame(self) -> Any:
         """Return :attr:`table` as a ``pandas.DataFrame``; errors are those of ``Table``."""
         return self.table.to_frame()
@@ -114,6 +125,7 @@ class MergeResult:
             "models": list(self.models),
             "weights": list(self.weights),
             "distances": dict(self.distances),
+            **self.taken,
             "averaged": list(self.averaged),
             "assessment": None if self.assessment is None else self.assessment.to_dict(),
             "config": self.config.to_dict(),

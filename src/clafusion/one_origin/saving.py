@@ -98,6 +98,7 @@ def _facts(result: MergeResult) -> dict[str, Any]:
             for (name, model), weight in zip(result.models.items(), result.weights, strict=True)
         ],
         "settings": result.config.to_dict(),
+        "taken": result.taken,
         "data": result.data_hash,
         "versions": versions(),
         "assessment": None if result.assessment is None else result.assessment.to_dict(),

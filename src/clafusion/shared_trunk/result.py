@@ -95,16 +95,22 @@ class SharedTrunkResult(FusionResult):
         parents = self._parent_networks(known_outputs)
         return task_scores(own, parents, self.sizes, inputs, labels)
 
+    @property
+    def taken(self) -> dict[str, Any]:
+        """What was taken where options leave a choice; also ``shared``, where the trunk ends."""
+        found = super().taken
+        found["shared"] = {
+            "layers": dict(zip(self.names, self.split.layers, strict=True)),
+            "counts": dict(zip(self.names, self.split.counts, strict=True)),
+            "is_exact": self.is_exact,
+        }
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Return what was found and done, as plain data for JSON."""
         return {
             **super().to_dict(),
             "sizes": list(self.sizes),
-            "shared": {
-                "layers": dict(zip(self.names, self.split.layers, strict=True)),
-                "counts": dict(zip(self.names, self.split.counts, strict=True)),
-                "is_exact": self.is_exact,
-            },
             "nearness": {
                 name: {"agreement": one.agreement, "distance": one.distance}
                 for name, one in self.nearness.items()

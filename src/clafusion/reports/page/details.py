@@ -12,6 +12,7 @@ import numpy as np
 from clafusion.alignment.layer_alignment import LayerAlignment
 from clafusion.batch.results import PairResult
 from clafusion.reports.page.markup import compact, definitions, element, scrollable, text
+from clafusion.reports.records import taken_facts
 from clafusion.reports.text import seconds_text
 
 __all__ = ["detail", "load_line", "page_data"]
@@ -95,6 +96,7 @@ def _facts(result: PairResult) -> list[tuple[str, str]]:
         ("architecture", f"{result.structure}'s" + (", in other widths" * result.resized)),
         ("alignment", f"{how}, total cost {alignment.total_cost:.4f}"),
         ("weights", _weights(result)),
+        *taken_facts(result.taken).items(),
     ]
     if result.parameters is not None:
         found.append(("parameters", f"{result.parameters:,}"))

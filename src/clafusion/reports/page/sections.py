@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from clafusion.batch.results import PairResult
-from clafusion.config import FusionConfig
-from clafusion.errors import ClafusionError
+from clafusion.reports.options import changed_options, flat_options
 from clafusion.reports.page.details import load_line
 from clafusion.reports.page.markup import compact, definitions, element, scrollable, text
 from clafusion.reports.page.measures import Measure
@@ -44,16 +42,14 @@ def settings(results: Sequence[PairResult]) -> str:
     parts = []
     for i, packed in enumerate(found):
         given = json.loads(packed)
-        options, usual = _flat(given), _usual(given)
-        changed = {path: one for path, one in options.items() if usual.get(path) != one}
-        shown = ", ".join(f"{path} {one}" for path, one in changed.items())
+        shown = ", ".join(f"{path} {one}" for path, one in changed_options(given).items())
         told = shown or "all as they are by default"
         name = f"Settings {i + 1}" if len(found) > 1 else "Settings"
         parts.append(
             element(
                 "details",
                 element("summary", element("strong", f"{name}: "), text(told)),
-                definitions(options),
+                definitions(flat_options(given)),
                 class_="settings",
             )
         )
@@ -63,34 +59,6 @@ def settings(results: Sequence[PairResult]) -> str:
 def _distinct_settings(results: Sequence[PairResult]) -> list[str]:
     """Return the settings of all pairs as JSON, each once, in the order of the pairs."""
     return list(dict.fromkeys(json.dumps(one.settings) for one in results if one.settings))
-
-
-def _usual(given: Mapping[str, Any]) -> dict[str, str]:
-    """Return the options' defaults, as :func:`_flat` does; those of the variants that are given."""
-    usual = _flat(FusionConfig().to_dict())
-    try:
-        of_variants = _flat(FusionConfig.parse(_variants(given), "settings").to_dict())
-    except ClafusionError:  # a variant that is registered elsewhere only
-        return usual
-    return of_variants | usual
-
-
-def _variants(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested settings with nothing but the variants' names."""
-    nested = {name: _variants(one) for name, one in given.items() if isinstance(one, Mapping)}
-    return nested | ({"name": given["name"]} if "name" in given else {})
-
-
-def _flat(found: Mapping[str, Any], path: str = "") -> dict[str, str]:
-    """Return nested settings as ``path.of.option`` -> value; a variant's name is its family's."""
-    flat: dict[str, str] = {}
-    for name, value in found.items():
-        here = path if name == "name" and path else f"{path}.{name}".lstrip(".")
-        if isinstance(value, Mapping):
-            flat |= _flat(value, here)
-        else:
-            flat[here] = f"{value:g}" if isinstance(value, float) else str(value)
-    return flat
 
 
 # --- tables ---------------------------------------------------------------------------------------
