@@ -491,10 +491,10 @@ def test_neither_weights_nor_their_record_are_there_without_the_other(files, mon
     before = {*files.iterdir()}
     write = os.open
 
-    def full(path, *more):
+    def full(path, *more, **others):
         if re.fullmatch(rf"\.{re.escape(lost)}\.[0-9a-f]+\.tmp", Path(path).name):
             raise OSError(28, "No space left on device")
-        return write(path, *more)
+        return write(path, *more, **others)
 
     monkeypatch.setattr(os, "open", full)
     assert main(FUSE) == 2

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clafusion.errors import InputError
-from clafusion.weights.atomic import replacing
+from clafusion.weights.atomic import remove_left_behind, replacing
 from clafusion.weights.digests import add_tensor
 from clafusion.weights.messages import listed, one_line
 
@@ -181,7 +181,8 @@ def _shard_pattern(index: Path) -> str:
 def _remove_others(index: Path, kept: set[Path]) -> None:
     """Remove what earlier indices of this name had, and what killed runs have left."""
     shard = _shard_pattern(index)
-    ours = re.compile(rf"{shard}|\.({shard}|{re.escape(index.name)})\.\w+\.tmp")
+    remove_left_behind(index, shard)
+    ours = re.compile(shard)
     for path in index.parent.iterdir():
         if ours.fullmatch(path.name) and path not in kept:
             with contextlib.suppress(OSError):
