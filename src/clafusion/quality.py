@@ -12,10 +12,11 @@ from clafusion.alignment.models import label
 from clafusion.assessment.assess import assess, warn_of
 from clafusion.assessment.evaluation import Evaluation, evaluated, labelled, network_of
 from clafusion.assessment.output_cache import OutputCache
-from clafusion.assessment.parts import Parts
+from clafusion.assessment.parts import Parts, compared_output
 from clafusion.calibration.outputs import KnownOutputs
+from clafusion.config import Assessment
 from clafusion.errors import InputError, kind_of
-from clafusion.interop.inputs import readable
+from clafusion.interop.inputs import example_of, readable
 from clafusion.profiling.batches import (
     Data,
     Part,
@@ -24,11 +25,12 @@ from clafusion.profiling.batches import (
     data_digest,
     first_batch,
 )
-from clafusion.results import FusionResult
+from clafusion.results import RESULT, FusionResult
 from clafusion.stages import Clock, merge_weights, named_models
+from clafusion.tracing.examples import example_tensors
 from clafusion.tracing.model import TracedModel
 
-__all__ = ["assessed", "evaluate", "evaluation_of", "hash_of"]
+__all__ = ["assessed", "evaluate", "evaluated_beside", "evaluation_of", "hash_of"]
 
 
 def hash_of(data: Data) -> str | None:
@@ -129,6 +131,61 @@ def evaluate(
         for name, one in named.items()
     }
     return evaluated(networks, shares, batches(inputs, given, keywords), known, axis=axis)
+
+
+def evaluated_beside(
+    result: nn.Module,
+    parents: Mapping[str, nn.Module],
+    weights: Sequence[float],
+    inputs: Data,
+    labels: Any,
+    settings: Assessment,
+    traced: TracedModel | None = None,
+) -> Evaluation:
+    """Say how good a result is on inputs with labels, beside its parents and their means.
+
+    Parameters
+    ----------
+    result
+        The network.
+    parents, weights
+        What it came of, by name, and what each counts in the means.
+    inputs, labels
+        As for :func:`evaluate`.
+    settings
+        Say which axis has the classes.
+    traced
+        A traced network of the same inputs and outputs, which says which output counts; without it
+        the first one does.
+
+    Raises
+    ------
+    InputError
+        As for :func:`evaluate`; or the networks put out nothing that labels could be of.
+    """
+    first = next(iter(parents.values()))
+    inputs, known = labelled(readable(inputs, {"": first}), labels)
+    output = 0
+    if traced is None:
+        example, keywords = example_tensors(first, example_of(inputs, first))
+    else:
+        example, keywords = traced.example_inputs, traced.keywords
+        compared = compared_output(traced, Assessment(axis=settings.axis))
+        if compared is None:
+            raise InputError("labels need a floating output, which the models do not have")
+        output = compared[0]
+    networks = {
+        name: network_of(one, keywords, output, name if name == RESULT else label(name))
+        for name, one in {RESULT: result, **parents}.items()
+    }
+    return evaluated(
+        networks,
+        weights,
+        batches(inputs, example, keywords),
+        known,
+        axis=settings.axis,
+        apart=(RESULT,),
+    )
 
 
 def _networks(models: Any) -> dict[str, nn.Module]:

@@ -561,3 +561,36 @@ def test_other_values_outside_of_the_state_are_refused():
     base(inputs)
     with pytest.raises(InputError, match=r"models\[0\] and the base hold other values in '0.kept'"):
         merge(base, [model], method="average")
+
+
+def test_a_merge_is_evaluated_beside_its_models_as_a_fusion_is(tmp_path):
+    base, models = family()
+    labels = torch.arange(len(VECTORS)) % 4
+    named = dict(zip("abc", models, strict=True))
+    merged = merge(base, named, weights=[2, 1, 1], method="average")
+    found = merged.evaluate(VECTORS, labels)
+    alone = clafusion.evaluate(named, VECTORS, labels, weights=[2, 1, 1])
+    assert list(found.scores) == ["the result", *alone.scores]
+    for name, score in alone.scores.items():
+        assert found.scores[name].loss == pytest.approx(score.loss)
+        assert found.scores[name].accuracy == score.accuracy
+    own = clafusion.evaluate(merged.model, VECTORS, labels).scores["the network"]
+    assert found.scores["the result"].loss == pytest.approx(own.loss)
+    fused = clafusion.fuse(named, VECTORS, [2, 1, 1], calibration="none")
+    assert list(fused.evaluate(VECTORS, labels).scores) == list(found.scores)
+    batches = [(VECTORS, labels)]
+    assert merged.evaluate(batches) == found
+    with_data = merge(base, named, VECTORS, [2, 1, 1], method="average", calibration="none")
+    assert with_data.evaluate(VECTORS, labels) == found
+    files = {}
+    for name, one in named.items():
+        clafusion.save_model(one, tmp_path / f"{name}.safetensors")
+        files[name] = ModelFile(
+            "tests.support.networks:mlp(12, 20, 16, 4)", tmp_path / f"{name}.safetensors"
+        )
+    of_files = merge(base, files, weights=[2, 1, 1], method="average")
+    assert of_files.evaluate(VECTORS, labels) == found
+    with pytest.raises(InputError, match="labels must have one entry for each input"):
+        merged.evaluate(VECTORS, labels[:3])
+    with pytest.raises(InputError, match="the result does not run on a batch of data"):
+        merged.evaluate(VECTORS[:, :5], labels)

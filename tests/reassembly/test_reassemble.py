@@ -259,3 +259,15 @@ def test_values_that_are_the_same_for_all_inputs_are_named():
         InputError, match=r"models\['mlp'\]: what .* in '1.\d' puts out is the same"
     ):
         reassemble(models, IMAGES)
+
+
+def test_a_reassembly_is_evaluated_beside_its_models(result):
+    labels = torch.arange(len(IMAGES)) % 4
+    found = result.evaluate(IMAGES, labels)
+    alone = clafusion.evaluate(result.parent_models, IMAGES, labels)
+    assert list(found.scores) == ["the result", *alone.scores]
+    assert found.scores["cnn"].accuracy == alone.scores["cnn"].accuracy
+    own = clafusion.evaluate(result.model, IMAGES, labels).scores["the network"]
+    assert found.scores["the result"].loss == pytest.approx(own.loss)
+    with pytest.raises(InputError, match="labels must have one entry for each input"):
+        result.evaluate(IMAGES, labels[:3])

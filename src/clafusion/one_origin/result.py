@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clafusion.assessment.evaluation import Evaluation
 from clafusion.assessment.nearness import DISTANCES, FusionAssessment
 from clafusion.config import MergeConfig
 from clafusion.merging.problem import FusionProblem
+from clafusion.profiling.batches import Data
+from clafusion.quality import evaluated_beside
 from clafusion.results import RESULT, parameter_count
 from clafusion.settings import described
 from clafusion.table import Table
@@ -103,6 +106,21 @@ class MergeResult:
         kind = "distance" if found is None else DISTANCES[found.kind]
         columns = ("network", "weight", "distance from the base", "agreement", kind)
         return Table.of(columns, rows)
+
+    def evaluate(self, inputs: Data, labels: Any = None) -> Evaluation:
+        """Say how good the result is on inputs with labels, beside the models and their means.
+
+        Parameters and errors are those of :func:`clafusion.evaluate`.
+        """
+        return evaluated_beside(
+            self.model,
+            self.models,
+            self.weights,
+            inputs,
+            labels,
+            self.config.assessment,
+            None if self.problem is None else self.problem.target,
+        )
 
     @property
     def taken(self) -> dict[str, Any]:

@@ -10,10 +10,13 @@ from typing import Any
 
 from torch import nn
 
+from clafusion.assessment.evaluation import Evaluation
 from clafusion.assessment.nearness import DISTANCES, FusionAssessment
 from clafusion.config import ReassemblyConfig
 from clafusion.errors import InputError
 from clafusion.interop.programs import PROGRAM, save_program
+from clafusion.profiling.batches import Data
+from clafusion.quality import evaluated_beside
 from clafusion.reassembly.blocks import Block
 from clafusion.reassembly.network import Reassembled
 from clafusion.results import RESULT, parameter_count
@@ -109,6 +112,23 @@ class ReassemblyResult:
     def parent_models(self) -> dict[str, nn.Module]:
         """The models by name, as they were given."""
         return {name: one.model for name, one in self.parents.items()}
+
+    def evaluate(self, inputs: Data, labels: Any = None) -> Evaluation:
+        """Say how good the network is on inputs with labels, beside the models and their means.
+
+        Parameters and errors are those of :func:`clafusion.evaluate`. In the means all models count
+        the same.
+        """
+        parents = self.parent_models
+        return evaluated_beside(
+            self.model,
+            parents,
+            (1 / len(parents),) * len(parents),
+            inputs,
+            labels,
+            self.config.assessment,
+            next(iter(self.parents.values())),
+        )
 
     @property
     def table(self) -> Table:
