@@ -109,14 +109,17 @@ def test_merges_and_reassemblies_of_a_manifest(folder, capsys):
     )
     assert torch.allclose(stitched(inputs), again.model(inputs), atol=1e-6)
     assert [one["assessment"] is None for one in lines(folder)] == [True, False, False]
-    assert not (folder / "results/report.html").exists()
+    page = (folder / "results/report.html").read_text()
+    assert "<h1>2 merges and 1 reassembly of 4 models</h1>" in page
+    assert page.count("<td>done</td>") == 3
 
 
 def test_what_is_done_is_kept_and_what_is_stale_is_done_again(folder, capsys):
     path = manifest(folder)
     assert main(["fuse-pairs", path, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["pairs"], facts["report"]) == (0, None)
+    assert facts["pairs"] == 0
+    assert facts["report"] == str(folder / "results/report.html")
     assert [one["resumed"] for one in facts["tasks"]] == [False] * 3
     save_model(changed(9), folder / "code.safetensors")
     (folder / "results/stitched.pt2").write_bytes(b"cut short")
@@ -142,7 +145,9 @@ def test_lists_of_settings_are_results_each(folder, capsys):
     for method in ("average", "ties"):
         assert f"both  merge  method {method}" in shown
     assert len(list(folder.glob("results/both*.safetensors"))) == 2
-    assert (folder / "results/report.html").exists()
+    page = (folder / "results/report.html").read_text()
+    assert "<h1>1 pair, 2 merges of 4 models</h1>" in page
+    assert page.count(">method average</td>") == 1
     assert main(["fuse-pairs", path]) == 0
     assert capsys.readouterr().out.count("done before") == 2
 
@@ -236,7 +241,7 @@ def test_bad_entries_are_told_before_anything_runs(folder, capsys, changes, told
 
 
 def test_flags_of_pairs_are_refused_without_pairs(folder, capsys):
-    for flag in ("--csv=a.csv", "--report=a.html", "--labels=y", "--chosen=base,other"):
+    for flag in ("--csv=a.csv", "--labels=y", "--chosen=base,other"):
         assert main(["fuse-pairs", manifest(folder), flag]) == 2
         assert "is for pairs" in capsys.readouterr().err
 

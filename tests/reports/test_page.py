@@ -1,6 +1,7 @@
 """The page about many pairs: what stands in it, escaped, the same bytes each time, small."""
 
 import dataclasses
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -18,7 +19,7 @@ from clafusion.reports.page.markup import compact
 from clafusion.reports.page.measures import measures_of, quality_of
 from clafusion.reports.page.scatter import rank_correlation
 from clafusion.reports.page.sections import settings
-from tests.support.pair_results import FAILED, accuracies_of, pair_results
+from tests.support.pair_results import FAILED, accuracies_of, pair_results, task_results
 
 NAMES = ["small", "wide", "deep", "other"]
 RUN = {"date": "today", "command": "clafusion fuse-pairs <zoo>.yaml", "data": "images.npy"}
@@ -333,3 +334,61 @@ def test_settings_are_told_by_what_is_not_the_default():
     page = settings([dataclasses.replace(results[0], settings=unknown)])
     assert "calibration of another program" in page
     assert settings([dataclasses.replace(results[0], settings={})]) == ""
+
+
+def tables_of(page, first):
+    """Return the rows of the tables of which the first heading is ``first``, by their headings."""
+    rows, found = Reader(page).rows, []
+    for i, head in enumerate(rows):
+        if head[0] == first:
+            same = itertools.takewhile(lambda row: row[0] != first, rows[i + 1 :])
+            found.append([dict(zip(head, row, strict=True)) for row in same])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["classes", "values"])
+def test_merges_and_reassemblies_are_tables(tmp_path, kind):
+    tasks = task_results(kind)
+    page = written(tmp_path, [], tasks=tasks)
+    assert page == written(tmp_path, [], tasks=tasks)
+    merges, reassemblies = tables_of(page, "name")
+    assert [one["name"] for one in merges] == ["both <b>", "no data", "lost"]
+    both, without, lost = merges
+    assert both["base"] == "base"
+    assert both["models and weights"] == "maths & more 0.75, code 0.25"
+    assert both["options"] == "method.density 0.5"
+    near = tasks[0].assessment.result
+    assert both["distance"] == f"{near.distance:.3g}"
+    assert ("agreement, %" in both) == (kind == "classes")
+    if kind == "classes":
+        assert both["agreement, %"] == f"{100 * near.agreement:.1f}"
+    nearest = tasks[0].assessment.nearest_parent
+    assert both["nearest model"] == nearest
+    alone = tasks[0].assessment.parents[nearest]
+    if kind == "classes":
+        assert both["its agreement, %"] == f"{100 * alone.agreement:.1f}"
+    else:
+        assert both["its distance"] == f"{alone.distance:.3g}"
+    assert (both["outcome"], both["file"], both["seconds"]) == ("done", "both.safetensors", "1.50")
+    assert (without["outcome"], without["distance"], without["options"]) == ("done before", "", "")
+    assert (lost["outcome"], lost["file"]) == ("failed", "")
+    assert lost["models and weights"] == "maths & more, code"
+    (one,) = reassemblies
+    assert (one["blocks"], one["options"]) == ("code 0 | maths & more 1", "blocks 2")
+    words = "".join(Reader(page).words)
+    assert "3 merges and 1 reassembly of 3 models" in words
+    assert "lost was not done" in words
+    assert "InputError: <no> file" in words
+    assert "Look & see." in words
+    assert "<b>" not in page.replace("<b>2 of 3</b>", "").replace("<b>1 of 1</b>", "")
+
+
+def test_with_pairs_merges_have_their_sections_behind_them(tmp_path):
+    results = pair_results(NAMES)
+    page = written(tmp_path, results, run=RUN, tasks=task_results())
+    alone = written(tmp_path, results, run=RUN)
+    ids = [one for one in Reader(page).ids if one not in Reader(alone).ids]
+    assert ids == ["merges", "merges-title", "reassemblies", "reassemblies-title"]
+    assert "6 pairs, 3 merges and 1 reassembly of 7 models" in page
+    with pytest.raises(InputError, match=r"tasks\[0\] must be what became of a merge"):
+        write_report(results, tmp_path / "page.html", tasks=[3])

@@ -8,7 +8,7 @@ from PIL import Image
 
 from clafusion.reports.page import write_report
 from tests.support.browser import Browser, find_chromium
-from tests.support.pair_results import FAILED, accuracies_of, pair_results
+from tests.support.pair_results import FAILED, accuracies_of, pair_results, task_results
 
 pytestmark = pytest.mark.skipif(
     find_chromium() is None, reason="no Chromium (Debian's package chromium) on PATH"
@@ -61,7 +61,7 @@ def page(tmp_path_factory):
     failed = {("small", "mlp"): FAILED["unlike"].format("small", "mlp")}
     results = pair_results(NAMES, failed=failed)
     run = {"command": "clafusion fuse-pairs zoo.yaml --jobs 2", "data": "images.npy"}
-    write_report(results, path, run=run, accuracies=accuracies_of(results))
+    write_report(results, path, run=run, accuracies=accuracies_of(results), tasks=task_results())
     return path
 
 
@@ -147,3 +147,16 @@ def test_a_switch_shows_another_map_and_the_page_needs_no_code(browser, page, tm
     assert not browser.run("document.documentElement.classList.contains('scripted')")
     assert browser.run("document.querySelectorAll('.drawing svg').length") == 0
     assert len(rows(browser)) == 9
+
+
+def test_a_page_of_merges_alone_is_whole_and_sorted(browser, tmp_path):
+    write_report([], tmp_path / "tasks.html", tasks=task_results())
+    for width in (1280, 390):
+        browser.show(tmp_path / "tasks.html", width)
+        assert browser.run(FAULTS) == []
+    column = "document.querySelectorAll('#merges thead th')[0]"
+    browser.run(f"{column}.querySelector('button').click()")
+    assert browser.run(
+        "[...document.querySelectorAll('#merges tbody th')].map((one) => one.textContent)"
+    ) == ["both <b>", "lost", "no data"]
+    assert browser.problems == []

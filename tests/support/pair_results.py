@@ -7,8 +7,10 @@ import numpy as np
 
 from clafusion import ModelFile
 from clafusion.alignment.dynamic_program import align_layers
+from clafusion.assessment.nearness import FusionAssessment
+from clafusion.batch.named_tasks import NamedResult
 from clafusion.batch.results import result_of
-from clafusion.config import FusionConfig
+from clafusion.config import FusionConfig, MergeConfig, ReassemblyConfig
 from clafusion.reports.page.measures import Accuracies
 
 STAGES = ("prepare", "align", "match", "merge", "calibrate", "assess")
@@ -95,3 +97,33 @@ def accuracies_of(results):
         {name: random.uniform(0.8, 0.95) for name in sorted(names)},
         {pair: random.uniform(0.9, 0.97) for pair in fused},
     )
+
+
+def task_results(kind="classes"):
+    """Return what became of three merges, one of which failed, and of a reassembly."""
+    random = np.random.default_rng(1)
+    near = [_near(kind, *random.uniform(0.7, 1, 2)) for _ in range(4)]
+    found = FusionAssessment.from_dict(
+        {
+            "kind": kind,
+            "result": near[0],
+            "parents": {"maths & more": near[1], "code": near[2]},
+            "between_parents": near[3],
+            "nearer": [],
+            "num_inputs": 60,
+            "held_out": True,
+        }
+    )
+    merges = ("base", "maths & more", "code")
+    of_ties = MergeConfig(method={"name": "ties", "density": 0.5}).to_dict()
+    options = ReassemblyConfig(blocks=2).to_dict()
+    return [
+        NamedResult("both <b>", "merge", merges, None, of_ties, "maths & more 0.75, code 0.25",
+                    found, 1.5, ("Look & see.",), Path("fused/both.safetensors"), False),
+        NamedResult("no data", "merge", merges, None, MergeConfig().to_dict(), "code 1", None,
+                    0.25, (), Path("fused/no.safetensors"), True),
+        NamedResult("lost", "merge", merges, "InputError: <no> file", MergeConfig().to_dict(), "",
+                    None, 0.0, (), None, False),
+        NamedResult("stitched", "reassembly", merges[1:], None, options, "code 0 | maths & more 1",
+                    found, 3.25, (), Path("fused/stitched.pt2"), False),
+    ]  # fmt: skip

@@ -102,7 +102,7 @@ def pairs_command(
     from clafusion.weights.atomic import check_output
 
     given = read_manifest(manifest)
-    of_pairs = {"--report": report, "--csv": csv, "--labels": labels, "--chosen": chosen}
+    of_pairs = {"--csv": csv, "--labels": labels, "--chosen": chosen}
     unused = next((flag for flag, value in of_pairs.items() if value is not None), None)
     if not given.pairs and unused is not None:
         raise InputError(f"{unused} is for pairs, and {str(manifest)!r} has none")
@@ -122,6 +122,7 @@ def pairs_command(
     page = _page(report, folder)
     pair = None if chosen is None else _chosen(chosen, given)
     _make(folder)
+    check_output(page, (".html",), "--report")
     how = _How(folder, limit, resume, device, cache_dir)
     store = TaskStore(
         folder, given.models, device=None if device == "cpu" else device, resume=resume
@@ -129,15 +130,18 @@ def pairs_command(
     results: list[PairResult] = []
     if given.pairs:
         with _executor(jobs, dask) as executor:
-            results = _fused(given, how, page, executor)
+            results = _fused(given, how, executor)
     if csv is not None:
         pairs_table(results).to_csv(csv)
     if given.pairs and not as_json:
         print_text(pairs_summary(results))
-    if given.pairs:
-        _write_reports(results, page, pair, _run_facts(given))
+    run = _run_facts(given)
+    if results:
+        _write_reports(results, page, pair, run)
     tasks = _done(given, store)
-    shown_page = page if given.pairs else None
+    if tasks:
+        _write_reports(results, page, pair, run, tasks)
+    shown_page = page if results or tasks else None
     if as_json:
         facts = {"out": str(folder), "report": shown_page and str(shown_page), **_facts(results)}
         if given.tasks:
@@ -212,13 +216,10 @@ def _executor(jobs: int, dask: str | None) -> Iterator[Executor | int | None]:
         yield client.get_executor(pure=False)
 
 
-def _fused(
-    given: Manifest, how: _How, page: Path, executor: Executor | int | None
-) -> list[PairResult]:
+def _fused(given: Manifest, how: _How, executor: Executor | int | None) -> list[PairResult]:
     from clafusion.batch.run import fuse_pairs
     from clafusion.cli.inputs import labels_of
     from clafusion.cli.manifest_data import data_of_manifest, models_of_pairs
-    from clafusion.weights.atomic import check_output
 
     samples = data_of_manifest(models_of_pairs(given), given.data)
     data = given.data
@@ -241,7 +242,6 @@ def _fused(
                 labels=labels,
                 progress=report,
             )
-            check_output(page, (".html",), "--report")  # now that the folder is there
             results += run
     return results
 
@@ -265,28 +265,34 @@ def _write_reports(
     page: Path,
     chosen: tuple[str, str] | None,
     run: Mapping[str, str],
+    tasks: Sequence[NamedResult] = (),
 ) -> None:
-    """Write a page; of several settings one each, whose names have numbers."""
+    """Write a page; of several settings one each, whose names have numbers.
+
+    Merges and reassemblies stand in the first.
+    """
     by_settings: dict[str, list[PairResult]] = {}
     for one in results:
         by_settings.setdefault(json.dumps(one.settings, sort_keys=True), []).append(one)
-    for i, same in enumerate(by_settings.values()):
+    for i, same in enumerate(by_settings.values() or ([],)):
         own = page if i == 0 else page.with_name(f"{page.stem}-{i + 1}{page.suffix}")
-        _write_report(same, own, chosen, run)
+        _write_report(same, own, chosen, run, tasks if i == 0 else ())
 
 
 def _run_facts(given: Manifest) -> dict[str, str]:
     """Return what the report says of the run."""
     from clafusion.weights.state_files import file_digest
 
-    file = Path(given.data["file"])
-    others = [f"{name} {value}" for name, value in given.data.items() if name != "file"]
-    digest = [f"SHA-256 {file_digest(file)}"] if file.is_file() else []
-    return {
+    told = {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "command": typed_command() or "",
-        "data": ", ".join([str(file), *others, *digest]),
     }
+    if given.data:
+        file = Path(given.data["file"])
+        others = [f"{name} {value}" for name, value in given.data.items() if name != "file"]
+        digest = [f"SHA-256 {file_digest(file)}"] if file.is_file() else []
+        told["data"] = ", ".join([str(file), *others, *digest])
+    return told
 
 
 def _write_report(
@@ -294,6 +300,7 @@ def _write_report(
     page: Path,
     chosen: tuple[str, str] | None,
     run: Mapping[str, str],
+    tasks: Sequence[NamedResult],
 ) -> None:
     from clafusion.reports.page import write_report
 
@@ -305,7 +312,7 @@ def _write_report(
             file=sys.stderr,
         )
         chosen = None
-    write_report(results, page, chosen=chosen, run=run)
+    write_report(results, page, chosen=chosen, run=run, tasks=tasks)
 
 
 def _chosen(text: str, manifest: Manifest) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
+from clafusion.batch.named_tasks import NamedResult
 from clafusion.batch.results import Pair, PairResult
 from clafusion.errors import InputError, check_type
 from clafusion.reports.page.details import detail, page_data
@@ -31,6 +32,7 @@ from clafusion.reports.page.sections import (
     settings,
     stages,
 )
+from clafusion.reports.page.tasks import counted_tasks, task_tiles, tasks_sections
 from clafusion.weights.atomic import check_output, replacing
 
 __all__ = ["Accuracies", "write_report"]
@@ -44,12 +46,14 @@ def write_report(
     accuracies: Accuracies | None = None,
     values: Mapping[str, Mapping[Pair, float]] | None = None,
     run: Mapping[str, str] | None = None,
+    tasks: Sequence[NamedResult] = (),
 ) -> None:
     """Write a page about many pairs: one HTML file, for any browser, without a network.
 
     It has a table of all pairs that can be sorted and filtered, heat maps, the alignment costs
     against the quality, pairs in detail, failures by cause, the models, and time and memory by
-    stage. The same arguments give the same bytes.
+    stage; and a table of merges and one of reassemblies, where there are any. The same arguments
+    give the same bytes.
 
     Parameters
     ----------
@@ -68,6 +72,8 @@ def write_report(
         More numbers of pairs, by what they are called: each gets a heat map and a column.
     run
         What the page says of the run, for example its ``"command"``, ``"date"`` and ``"data"``.
+    tasks
+        What became of merges and reassemblies: see :mod:`clafusion.batch.named_tasks`.
 
     Raises
     ------
@@ -77,17 +83,19 @@ def write_report(
     """
     path = check_output(path, (".html",), "report")
     _check_kinds(results, accuracies, values, run)
+    for i, one in enumerate(tasks):
+        check_type(one, NamedResult, f"tasks[{i}]", "what became of a merge or a reassembly")
     _check_pairs(results, chosen, accuracies, values or {})
     measures = measures_of(results, accuracies, values)
     quality = quality_of(measures)
     order = ranked(results, quality)
     shown = _shown_in_detail(results, order, chosen)
     page = Template(_file("page.html")).substitute(
-        title=f"clafusion: {len(results)} pairs",
+        title=f"clafusion: {text(_counted(results, tasks))}",
         style=_file("page.css"),
         code=_file("page.js"),
-        header=_header(results, quality, run or {}),
-        sections="\n".join(_sections(results, measures, quality, shown)),
+        header=_header(results, quality, run or {}, tasks),
+        sections="\n".join([*_sections(results, measures, quality, shown), *tasks_sections(tasks)]),
         data=page_data(results, [*shown, *order]),
     )
     with replacing(path, "report") as temporary:
@@ -146,24 +154,30 @@ def _shown_in_detail(
 # --- the page's parts -----------------------------------------------------------------------------
 
 
-def _header(results: Sequence[PairResult], quality: Measure | None, run: Mapping[str, str]) -> str:
+def _counted(results: Sequence[PairResult], tasks: Sequence[NamedResult]) -> str:
+    """Return what the page is about: how many pairs, merges and reassemblies."""
+    several = "" if len(results) == 1 else "s"
+    pairs = [f"{len(results)} pair{several}"] if results or not tasks else []
+    return ", ".join([*pairs, *([counted_tasks(tasks)] if tasks else [])])
+
+
+def _header(
+    results: Sequence[PairResult],
+    quality: Measure | None,
+    run: Mapping[str, str],
+    tasks: Sequence[NamedResult],
+) -> str:
     names = {name for one in results for name in (one.first, one.second)}
+    names |= {name for one in tasks for name in one.models}
+    tiles = _tiles(results, quality) if results or not tasks else {}
     failed = sum(one.error is not None for one in results)
     resumed = sum(one.resumed for one in results)
     told = f"{len(results) - failed} fused, {failed} failed"
     told += f", {resumed} taken over from an earlier run." if resumed else "."
-    tiles = {"pairs fused": f"{len(results) - failed} of {len(results)}"}
-    if quality is not None:
-        numbers = list(quality.values.values())
-        name, _, unit = quality.title.partition(", ")
-        best = max(numbers) if quality.better == "high" else min(numbers)
-        sign = " %" if unit == "%" else ""
-        tiles[f"best {name}"] = quality.show(best) + sign
-        tiles[f"median {name}"] = quality.show(statistics.median(numbers)) + sign
-    tiles["seconds, all pairs"] = f"{math.fsum(s for r in results for s in r.seconds.values()):.1f}"
+    tiles |= task_tiles(tasks)
     return (
-        element("h1", text(f"{len(results)} pairs of {len(names)} models"))
-        + element("p", text(told))
+        element("h1", text(f"{_counted(results, tasks)} of {len(names)} models"))
+        + (element("p", text(told)) if results or not tasks else "")
         + element(
             "ul",
             *(
@@ -175,6 +189,21 @@ def _header(results: Sequence[PairResult], quality: Measure | None, run: Mapping
         + run_facts(run)
         + settings(results)
     )
+
+
+def _tiles(results: Sequence[PairResult], quality: Measure | None) -> dict[str, str]:
+    """Return the large figures about the pairs, by what they are."""
+    failed = sum(one.error is not None for one in results)
+    tiles = {"pairs fused": f"{len(results) - failed} of {len(results)}"}
+    if quality is not None:
+        numbers = list(quality.values.values())
+        name, _, unit = quality.title.partition(", ")
+        best = max(numbers) if quality.better == "high" else min(numbers)
+        sign = " %" if unit == "%" else ""
+        tiles[f"best {name}"] = quality.show(best) + sign
+        tiles[f"median {name}"] = quality.show(statistics.median(numbers)) + sign
+    tiles["seconds, all pairs"] = f"{math.fsum(s for r in results for s in r.seconds.values()):.1f}"
+    return tiles
 
 
 def _sections(
@@ -202,7 +231,8 @@ def _sections(
     failed = failures(results)
     if failed:
         parts.append(section("failures", "Failures by cause", failed))
-    parts.append(section("models", "Models", models_table(results, measures)))
+    if results:
+        parts.append(section("models", "Models", models_table(results, measures)))
     timed = stages(results)
     if timed:
         note = element("p", _STAGES, class_="note")
