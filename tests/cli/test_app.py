@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import clafusion
 from clafusion import Merging, fuse
 from clafusion.cli.app import main
-from clafusion.cli.inputs import loaded_files
+from clafusion.cli.models import loaded_files
 from clafusion.weights.state_files import save_model
 from tests.support import networks
 

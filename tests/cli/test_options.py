@@ -284,7 +284,8 @@ def test_warnings_of_every_command_do(command, capsys, monkeypatch):
         warn("Try calibration='least_squares'", AssessmentWarning)
         raise InputError("stop here")
 
-    for name in ("weights.factories.build_model", "cli.inputs.load_models"):
+    monkeypatch.setattr("clafusion.cli.models.data_of", lambda *_: torch.zeros(3, 2))
+    for name in ("weights.factories.build_model", "cli.models.load_models"):
         monkeypatch.setattr(f"clafusion.{name}", stopped)
     given = FUSE[1:-1] if command == "explain" else ["--arch", "a.py:b", "--input-shape", "3"]
     assert main([command, *given]) == 2
@@ -297,8 +298,8 @@ def test_warnings_on_the_command_line_call_options_as_they_are_typed(capsys, mon
         warn("Try calibration='least_squares' or width='wide'", AssessmentWarning)
         raise InputError("stop here")
 
-    monkeypatch.setattr("clafusion.cli.inputs.load_models", lambda *_: {})
-    monkeypatch.setattr("clafusion.cli.inputs.data_of", lambda *_: torch.zeros(3, 2))
+    monkeypatch.setattr("clafusion.cli.models.load_models", lambda *_: {})
+    monkeypatch.setattr("clafusion.cli.models.data_of", lambda *_: torch.zeros(3, 2))
     monkeypatch.setattr("clafusion.fusion.align", lambda *_, **__: fused())
     assert main(["align", *FUSE[1:-1]]) == 2
     told = "Try --calibration least_squares or --target-width wide"

@@ -54,17 +54,8 @@ def align_command(
     options: Mapping[str, str | bool],
 ) -> None:
     """Show which layers of models belong together, and at what cost. Fuse nothing."""
-    from clafusion.cli.inputs import (
-        DataOptions,
-        archs_of,
-        check_plot,
-        data_of,
-        keys_of,
-        load_models,
-        model_files,
-        named_files,
-        try_models,
-    )
+    from clafusion.cli.inputs import DataOptions, check_plot
+    from clafusion.cli.models import given_models
     from clafusion.cli.settings import read_config
     from clafusion.execution.call import usable_device
     from clafusion.fusion import align
@@ -73,19 +64,15 @@ def align_command(
     from clafusion.reports import summary
     from clafusion.stages import expected_work
 
-    files = named_files(weights)
-    archs = archs_of(arch, files)
-    keys = keys_of(checkpoint_key, list(files))
+    given = given_models(weights, arch, checkpoint_key)
     base = None if config is None else read_config(config, "--config")
     # What only a calibration needs is not recorded.
     settings = replace(configured(options, base), calibration=NoCalibration())
     usable_device(device, "--device")
     check_plot(plot)
-    models = load_models(model_files(files, archs, keys))
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
-    samples = data_of(data, limit, reading, files)
-    try_models(models, samples)
-    work = expected_work(num_rows(samples), settings, len(files))
+    models, samples = given.with_data(data, limit, reading)
+    work = expected_work(num_rows(samples), settings, len(models))
     stages = ("trace", "profile", "importance")
     of_align: dict[str, int] = {one: work[one] for one in stages if one in work}
     with progress(of_align) as report, messages_by_flags():

@@ -65,14 +65,8 @@ def evaluate_command(
     as_json: AsJson = False,
 ) -> None:
     """Show accuracy and loss of networks on data with labels, of several also of their mean."""
-    from clafusion.cli.inputs import (
-        DataOptions,
-        data_of,
-        keys_of,
-        labels_of,
-        loaded_files,
-        try_models,
-    )
+    from clafusion.cli.inputs import DataOptions, data_of, labels_of
+    from clafusion.cli.models import keys_of, loaded_files, try_models
     from clafusion.quality import evaluate
     from clafusion.reports.quality_tables import evaluation_summary
 

@@ -44,26 +44,14 @@ def explain_command(
     options: Mapping[str, str | bool],
 ) -> None:
     """Compare models layer by layer: what matches, what does not, and why. Fuse nothing."""
-    from clafusion.cli.inputs import (
-        DataOptions,
-        archs_of,
-        data_of,
-        keys_of,
-        load_models,
-        model_files,
-        named_files,
-        try_models,
-    )
+    from clafusion.cli.inputs import DataOptions
+    from clafusion.cli.models import given_models
     from clafusion.interop.inputs import example_of, readable
     from clafusion.reports import explain
 
-    files = named_files(weights)
+    given = given_models(weights, arch, checkpoint_key)
     settings = configured(options)
-    names = list(files)
-    known = model_files(files, archs_of(arch, files), keys_of(checkpoint_key, names))
-    models = load_models(known)
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
-    samples = data_of(data, _ROWS, reading, files)
-    try_models(models, samples)
+    models, samples = given.with_data(data, _ROWS, reading)
     example = example_of(readable(samples, models), next(iter(models.values())))
     print_text(explain(models, example, verify=settings.verify))

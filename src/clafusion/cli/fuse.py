@@ -121,17 +121,8 @@ def fuse_command(
     in any case; a record of how it was made lies beside it.
     """
     from clafusion.assessment.evaluation import checked_labels
-    from clafusion.cli.inputs import (
-        DataOptions,
-        archs_of,
-        check_plot,
-        data_of,
-        keys_of,
-        labels_of,
-        memory_limit_of,
-        model_files,
-        named_files,
-    )
+    from clafusion.cli.inputs import DataOptions, check_plot, data_of, labels_of, memory_limit_of
+    from clafusion.cli.models import given_models
     from clafusion.cli.outputs import check_network_output, check_processor_of
     from clafusion.cli.parsing import merge_weights_of
     from clafusion.cli.settings import read_config
@@ -140,10 +131,9 @@ def fuse_command(
     from clafusion.reports import plot as draw
     from clafusion.weights.state_files import weight_type
 
-    files = named_files(weights)
-    archs = archs_of(arch, files)
-    keys = keys_of(checkpoint_key, list(files))
-    given = merge_weights_of("--weights", merge_weights, list(files))
+    given = given_models(weights, arch, checkpoint_key)
+    files = given.files
+    shares = merge_weights_of("--weights", merge_weights, list(files))
     settings = configured(options, None if config is None else read_config(config, "--config"))
     usable_device(device, "--device")
     folder = check_network_output(out, files, (data,))
@@ -154,7 +144,7 @@ def fuse_command(
     _check_vocabulary(vocabulary, has_limit=at_most is not None)
     if settings.outputs == "both":
         _check_both(folder=folder, has_limit=at_most is not None, vocabulary=vocabulary)
-    known = model_files(files, archs, keys, vocabulary)
+    known = given.opened(vocabulary)
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
     samples = data_of(data, limit, reading, files)
     of_samples = labels_of(data, labels, limit)
@@ -164,7 +154,7 @@ def fuse_command(
         _show_estimate(known, samples, settings, at_most, as_json=as_json)
         return
     where = {"device": device} if at_most is None else {"memory_limit": at_most}
-    result = _fused(known, samples, given, settings, of_samples, vocabulary, where)
+    result = _fused(known, samples, shares, settings, of_samples, vocabulary, where)
     with output_by_flag("--out"):
         built_by = save_result(
             result,
@@ -189,7 +179,7 @@ def _fused(
     where: Mapping[str, Any],
 ) -> FusionResult:
     """Fuse, and show how far it is. With a limit of memory the models are not loaded as wholes."""
-    from clafusion.cli.inputs import load_models, try_models
+    from clafusion.cli.models import load_models, try_models
     from clafusion.estimates import calibration_cost
     from clafusion.fusion import fuse
     from clafusion.profiling.batches import num_rows

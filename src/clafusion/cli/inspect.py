@@ -75,7 +75,8 @@ def inspect_command(
     What clafusion wrote tells how it was made without inputs, too.
     """
     from clafusion.cli.facts import model_facts
-    from clafusion.cli.inputs import DataOptions, check_plot, data_of, try_models
+    from clafusion.cli.inputs import DataOptions, check_plot, data_of
+    from clafusion.cli.models import try_models
     from clafusion.interop.inputs import example_of, readable
     from clafusion.reports import plot as draw
     from clafusion.reports import summary

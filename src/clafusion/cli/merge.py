@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -100,16 +100,8 @@ def merge_command(
     options: Mapping[str, str | bool],
 ) -> None:
     """Merge models that were trained from one base, by what training has added to its weights."""
-    from clafusion.cli.inputs import (
-        DataOptions,
-        archs_of,
-        data_of,
-        keys_of,
-        memory_limit_of,
-        model_files,
-        named_files,
-        task_files,
-    )
+    from clafusion.cli.inputs import DataOptions, data_of, memory_limit_of
+    from clafusion.cli.models import given_models, task_files
     from clafusion.cli.outputs import check_network_output
     from clafusion.cli.parsing import merge_weights_of
     from clafusion.cli.settings import plain_settings
@@ -120,31 +112,29 @@ def merge_command(
     from clafusion.reports.quality_tables import merge_summary
     from clafusion.weights.state_files import weight_type
 
-    named = named_files(models, least=1)
-    _check_names(named)
-    files = {BASE: Path(base), **named}
-    archs = archs_of(arch, files)
-    keys = keys_of(checkpoint_key, list(files))
-    given = merge_weights_of("--weights", merge_weights, list(named))
+    given = given_models(models, arch, checkpoint_key, base)
+    files = given.files
+    names = [name for name in files if name != BASE]
+    shares = merge_weights_of("--weights", merge_weights, names)
     with messages_by_flags():
         settings = plain_settings(MergeConfig, config, options)
     usable_device(device, "--device")
     at_most = memory_limit_of(memory_limit, device)
-    of_tasks = task_files(data or [], named)
+    of_tasks = task_files(data or [], names)
     data_files = tuple(of_tasks.values())
     check_network_output(out, files, data_files)
     if not data_files:
         _check_no_program(out)
     written_type = None if out_dtype is None else weight_type(out_dtype, "--out-dtype")
-    known = model_files(files, archs, keys)
+    known = given.opened()
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
     samples = {name: data_of(one, limit, reading, files) for name, one in of_tasks.items()}
     with progress({"merge": 1}) as report, messages_by_flags():
         result = merge(
             known[BASE],
-            {name: known[name] for name in named},
+            {name: known[name] for name in names},
             samples.get("", samples or None),
-            given,
+            shares,
             settings,
             device=None if device == "cpu" else device,
             memory_limit=at_most,
@@ -157,14 +147,6 @@ def merge_command(
         return
     print_text(merge_summary(result))
     print_line("written", out)
-
-
-def _check_names(names: Iterable[str]) -> None:
-    """Refuse a model that is called as the base is."""
-    from clafusion.one_origin.result import BASE
-
-    if BASE in names:
-        raise InputError(f"no model can be called {BASE!r}, as the base is: name it by NAME=FILE")
 
 
 def _check_no_program(out: Path) -> None:

@@ -57,17 +57,8 @@ def reassemble_command(
     options: Mapping[str, str | bool],
 ) -> None:
     """Cut models of any kinds into blocks, and stitch the best of these into one network."""
-    from clafusion.cli.inputs import (
-        DataOptions,
-        archs_of,
-        check_plot,
-        data_of,
-        keys_of,
-        load_models,
-        model_files,
-        named_files,
-        try_models,
-    )
+    from clafusion.cli.inputs import DataOptions, check_plot
+    from clafusion.cli.models import given_models
     from clafusion.cli.settings import plain_settings
     from clafusion.config import ReassemblyConfig
     from clafusion.execution.call import usable_device
@@ -77,18 +68,14 @@ def reassemble_command(
     from clafusion.reports import summary
     from clafusion.weights.atomic import check_output
 
-    files = named_files(weights)
-    archs = archs_of(arch, files)
-    keys = keys_of(checkpoint_key, list(files))
+    given = given_models(weights, arch, checkpoint_key)
     with messages_by_flags():
         settings = plain_settings(ReassemblyConfig, config, options)
     usable_device(device, "--device")
-    check_output(out, (PROGRAM,), "--out", (*files.values(), data))
+    check_output(out, (PROGRAM,), "--out", (*given.files.values(), data))
     check_plot(plot)
     reading = DataOptions(data_key, shape, scale, mean, std)
-    samples = data_of(data, limit, reading, files)
-    models = load_models(model_files(files, archs, keys))
-    try_models(models, samples)
+    models, samples = given.with_data(data, limit, reading)
     counts = 1 if settings.blocks else len(TRIED_BLOCKS)  # at the most
     work = {"trace": len(models), "stitch": counts * settings.candidates}
     with progress(work) as report, messages_by_flags():

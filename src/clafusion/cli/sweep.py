@@ -87,39 +87,25 @@ def sweep_command(
     Any setting takes several values between commas, as --calibration repair,least_squares.
     """
     from clafusion.batch.sweep import sweep_grid
-    from clafusion.cli.inputs import (
-        DataOptions,
-        archs_of,
-        check_plot,
-        data_of,
-        keys_of,
-        labels_of,
-        load_models,
-        model_files,
-        named_files,
-        try_models,
-    )
+    from clafusion.cli.inputs import DataOptions, check_plot, labels_of
+    from clafusion.cli.models import given_models
     from clafusion.cli.parsing import merge_weights_of, numbers_of
     from clafusion.execution.call import usable_device
     from clafusion.reports import plot as draw
     from clafusion.weights.atomic import check_output
 
-    files = named_files(weights)
-    archs = archs_of(arch, files)
-    keys = keys_of(checkpoint_key, list(files))
+    given = given_models(weights, arch, checkpoint_key)
+    names = list(given.files)
     of_first = numbers_of("--weight", weight, float)
-    every = [merge_weights_of("--weights", one, list(files)) or [] for one in merge_weights or []]
+    every = [merge_weights_of("--weights", one, names) or [] for one in merge_weights or []]
     grid = _grid(options, config)
     usable_device(device, "--device")
     check_plot(plot)
     if out is not None:
-        check_output(out, (".csv",), "--out", (data, *files.values()))
-    known = model_files(files, archs, keys)
+        check_output(out, (".csv",), "--out", (data, *given.files.values()))
     reading = DataOptions(data_key, shape, scale, mean, std, text_column, max_length)
-    samples = data_of(data, limit, reading, files)
+    models, samples = given.with_data(data, limit, reading)
     of_samples = labels_of(data, labels, limit)
-    models = load_models(known)
-    try_models(models, samples)
     with pair_progress("fusions") as report, messages_by_flags():
         found = sweep_grid(
             models,
