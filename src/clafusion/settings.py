@@ -166,8 +166,13 @@ class Settings:
             kind: type[Settings] = cls
             if cls._is_family:
                 if "name" not in given:
+                    fitting = {
+                        name: kind
+                        for name, kind in cls._variants.items()
+                        if given.keys() <= {one.name for one in fields(kind)}
+                    }
                     raise InputError(
-                        f"{where} must say which by its name: {_listed(cls._variants)}"
+                        f"{where} must say which by its name: {_listed(fitting or cls._variants)}"
                     )
                 kind = cls._variant(given.pop("name"), where)
             return made(cast("type[S]", kind), given, where)

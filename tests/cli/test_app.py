@@ -411,18 +411,22 @@ BAD = {
     "unknown option": ([*FUSE, "--colour=red"], "--colour"),
     "short option": ([*FUSE, "--epsilon=1"], "Did you mean --matching-solver-epsilon?"),
     "no place": (
-        [*FUSE, "--calibration-anchor=0.5"],
-        "--calibration-anchor is for --calibration least_squares; this is auto",
+        [*FUSE, "--calibration=repair", "--calibration-anchor=0.5"],
+        "--calibration-anchor is for --calibration least_squares; this is repair: give that, or",
     ),
     "no place for two": (
         [*FUSE, "--matching-solver-epsilon=1"],
-        "--matching-solver-epsilon is for --matching-solver sinkhorn or unbalanced; this is auto",
+        "--matching-solver-epsilon is for --matching-solver sinkhorn or unbalanced; this is auto: "
+        "add --matching-solver sinkhorn or unbalanced",
     ),
     "anchor": (
         [*FUSE, "--calibration=least_squares", "--calibration-anchor=2"],
         "--calibration-anchor must be 'auto' or in [0, 1]; got 2.0",
     ),
-    "template": ([*FUSE, "--target-template=models.py:deep"], "is for --target like; this is deep"),
+    "template": (
+        [*FUSE, "--target=deeper", "--target-template=models.py:deep"],
+        "is for --target like; this is deeper: give that, or leave --target-template out",
+    ),
     "no config": ([*FUSE, "--config=none.yaml"], "--config 'none.yaml' does not exist"),
     "other structure": (replaced("--arch", "models.py:tanh", 1), "no counterpart"),
 }

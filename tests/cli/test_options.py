@@ -16,10 +16,12 @@ from clafusion import (
     FusionConfig,
     FusionWarning,
     InputError,
+    MergeConfig,
 )
 from clafusion.cli.align import STAGES
 from clafusion.cli.app import main, make_app
 from clafusion.cli.options import (
+    changed,
     configured,
     messages_by_flags,
     setting_at,
@@ -161,10 +163,10 @@ def test_a_variant_from_elsewhere_has_its_options(typed, capsys, monkeypatch):
 
     config = typed("--calibration=doubled", "--calibration-factor=3", "--calibration-samples=4")
     assert config.calibration == Doubled(3.0, 4)
-    assert typed("--calibration-factor=3") is None
-    assert "--calibration-factor is for --calibration doubled; this is auto" in (
-        capsys.readouterr().err
-    )
+    assert typed("--calibration-factor=3").calibration == Doubled(3.0)
+    assert typed("--calibration-samples=4") is None
+    told = "--calibration-samples is for --calibration least_squares or doubled; this is auto: add"
+    assert told in capsys.readouterr().err
     monkeypatch.setenv("COLUMNS", "200")
     main(["fuse", "--help"])
     shown = capsys.readouterr().out
@@ -304,3 +306,44 @@ def test_warnings_on_the_command_line_call_options_as_they_are_typed(capsys, mon
     assert main(["align", *FUSE[1:-1]]) == 2
     told = "Try --calibration least_squares or --target-width wide"
     assert f"clafusion: warning: {told}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "chosen"),
+    [
+        (FusionConfig, {"calibration.toward": "any"}, {"calibration": "least_squares"}),
+        (FusionConfig, {"target.factor": "1.5"}, {"target": "wider"}),
+        (FusionConfig, {"target.merge": "sum", "target.width": "own"}, {"target": "shallower"}),
+        (FusionConfig, {"target.width": "wide"}, {"target": "deeper"}),
+        (FusionConfig, {"matching.solver.budget": "0.2"}, {"matching.solver": "zip"}),
+        (
+            FusionConfig,
+            {"matching.solver.epsilon": "1", "matching.solver.marginal_relaxation": "2"},
+            {"matching.solver": "unbalanced"},
+        ),
+        (FusionConfig, {"merging.strategy.max_rounds": "3"}, {"merging.strategy": "barycentre"}),
+        (MergeConfig, {"method.elect": True}, {"method": "dare"}),
+        (MergeConfig, {"method.density": "0.5"}, {"method": "ties"}),
+        (MergeConfig, {"calibration.ridge": "0.1"}, {"calibration": "least_squares"}),
+    ],
+)
+def test_an_option_of_one_variant_chooses_it_where_none_is_named(kind, given, chosen):
+    found = changed(kind(), given)
+    assert {path: setting_at(found, path).name for path in chosen} == chosen
+    assert changed(kind(), {**given, **chosen}) == found
+
+
+def test_what_was_chosen_stays_and_the_option_is_refused():
+    repair = FusionConfig(calibration="repair")
+    for base, given in (
+        (repair, {"calibration.toward": "any"}),  # as by --config or --preset
+        (FusionConfig(), {"calibration": "auto", "calibration.toward": "any"}),
+    ):
+        with pytest.raises(
+            InputError, match=r"is for --calibration least_squares; this is (re|au)"
+        ):
+            changed(base, given)
+    with pytest.raises(InputError, match="sinkhorn or unbalanced; this is auto: add "):
+        changed(FusionConfig(), {"matching.solver.epsilon": "1"})
+    with pytest.raises(InputError, match="--matching-solver-budget is for --matching-solver zip"):
+        changed(FusionConfig(), {"matching.solver.budget": "1", "matching.solver.epsilon": "1"})

@@ -271,14 +271,15 @@ def configured(given: Mapping[str, str | bool], base: FusionConfig | None = None
 def changed(config: C, given: Mapping[str, str | bool]) -> C:
     """Return a configuration with some options, given by their paths as text, changed.
 
-    A variant that is chosen anew has its own defaults.
+    A variant that is chosen anew has its own defaults. Where none is named, and the base has the
+    default, options that belong to one other variant alone choose that one.
 
     Raises
     ------
     InputError
         As for :func:`configured`; the message has the option's path.
     """
-    return cast(C, _changed(config, type(config), given, ""))
+    return cast(C, _changed(config, type(config), given, "", is_default=False))
 
 
 def setting_at(settings: Settings, path: str) -> Any:
@@ -290,11 +291,18 @@ def setting_at(settings: Settings, path: str) -> Any:
 
 
 def _changed(
-    base: Settings, family: type[Settings], given: Mapping[str, str | bool], path: str
+    base: Settings,
+    family: type[Settings],
+    given: Mapping[str, str | bool],
+    path: str,
+    *,
+    is_default: bool,
 ) -> Settings:
     prefix = f"{path}." if path else ""
     inner = [one for one in given if one.startswith(prefix)]
     chosen = str(given.get(path, base.name))
+    if is_default and path not in given and inner:
+        chosen = _meant(inner, base, family, prefix)
     if not inner and chosen == base.name:
         return base
     kind, values = type(base), dict[str, Any]()
@@ -307,7 +315,8 @@ def _changed(
         where = f"{prefix}{one.name}"
         value: Any = getattr(base, one.name) if kind is type(base) else one.default
         if one.metadata["kind"] == "nested":
-            value = _changed(value, one.metadata["settings"], given, where)
+            is_usual = value == one.default
+            value = _changed(value, one.metadata["settings"], given, where, is_default=is_usual)
         elif where in given:
             value = _parsed(given[where], one.metadata)
         if value is not MISSING:
@@ -316,13 +325,43 @@ def _changed(
     return family.parse(values, path)
 
 
+def _meant(paths: list[str], base: Settings, family: type[Settings], prefix: str) -> str:
+    """Return the name of the variant that options choose where none is named: base's if it has all.
+
+    Raises
+    ------
+    InputError
+        Several others have them.
+    """
+    names = {path.removeprefix(prefix).partition(".")[0] for path in paths}
+    fitting = [
+        name
+        for name, kind in family.variants().items()
+        if names <= {one.name for one in fields(kind)}
+    ]
+    if base.name in fitting or not fitting:
+        return base.name
+    if len(fitting) > 1:
+        flags = {one.path: one.flag for one in _every_option()}
+        several = " or ".join(fitting)
+        choosing = flags[prefix.removesuffix(".")]
+        raise InputError(
+            f"{flags[paths[0]]} is for {choosing} {several}; this is {base.name}: add {choosing} "
+            f"{several}"
+        )
+    return fitting[0]
+
+
 def _check_places(paths: list[str], kind: type[Settings], prefix: str) -> None:
     """Refuse options that the chosen variant does not have."""
     known = {one.name for one in fields(kind)}
     for path in paths:
         if path.removeprefix(prefix).partition(".")[0] not in known:
             option = next(one for one in _every_option() if one.path == path)
-            raise InputError(f"{option.flag} is for {_needed(option)}; this is {kind.name}")
+            raise InputError(
+                f"{option.flag} is for {_needed(option)}; this is {kind.name}: give that, or leave "
+                f"{option.flag} out"
+            )
 
 
 def _parsed(value: str | bool, rule: Mapping[str, Any]) -> Any:
