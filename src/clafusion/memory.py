@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -29,12 +31,14 @@ __all__ = [
     "bytes_of",
     "check_limit",
     "check_weights",
+    "give_back",
     "held_by_process",
     "held_now",
     "needed_memory",
     "shown",
 ]
 
+_MUCH = 1 << 30  # bytes that a process holds: of less nothing is given back
 _COPIES = 3  # of a weight in float32, while it is moved and averaged
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", 1)}
@@ -315,3 +319,15 @@ def _largest_rows(model: TracedModel, count: int, config: FusionConfig) -> int:
 
 def _samples(config: FusionConfig) -> int:
     return config.profiling.alignment_samples
+
+
+def give_back() -> None:
+    """Give memory that is free back to the system, in a process that holds much.
+
+    Activations are freed between values that stay. The C library keeps their memory for others of
+    their size, and what is larger comes on top. Nothing happens where its allocator cannot do it
+    (other ones than glibc's), nor where little is held: memory takes longer to get than to fill.
+    """
+    if held_now() > _MUCH:
+        with suppress(OSError, AttributeError, TypeError):  # Windows, musl
+            ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))

@@ -43,7 +43,7 @@ from clafusion.errors import (
 from clafusion.execution.call import usable_device
 from clafusion.interop.inputs import example_of
 from clafusion.matching.activation_costs import MAX_CHANNELS
-from clafusion.memory import held_by_process
+from clafusion.memory import give_back, held_by_process
 from clafusion.presets import preset_of
 from clafusion.profiling.batches import Data, Progress
 from clafusion.profiling.importance import (
@@ -529,6 +529,7 @@ class Clock:
         if self._gpu is None:
             now, most_since = held_by_process()
             self.peak_memory[name] = max(before, now, most_since if most_since > most else 0)
+            give_back()
 
     def add(self, other: Clock) -> None:
         """Add what another clock measured: the seconds of each stage, and the more memory."""

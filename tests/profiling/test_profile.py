@@ -1,10 +1,14 @@
 """Profiling: one streamed pass, fixed memory, the same rows for every model."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from clafusion import FusionConfig, InputError, Profiling, correspond, profile, trace
+from clafusion.execution.walk import Walk
 from clafusion.matching.activation_costs import activation_costs
 from clafusion.profiling.profile import profile_models
 from tests.support import networks
@@ -129,3 +133,23 @@ def test_the_gram_matrix_of_wide_outputs_is_made_in_parts(monkeypatch):
     monkeypatch.setattr(gram, "_WIDE", 30 * 4096)
     monkeypatch.setattr(gram, "gram_matrix", None)
     assert torch.equal(gram.gram_of_parts(flat.split(7)), expected)
+
+
+def test_nothing_of_a_node_is_held_when_the_next_one_is_computed(monkeypatch):
+    layers = [one for _ in range(3) for one in (nn.Linear(8, 8), nn.ReLU())]
+    model = trace(nn.Sequential(*layers, nn.Linear(8, 3)), torch.randn(4, 8))
+    last = {}  # of each walk the value that it returned
+    reach = Walk.reach
+
+    def watched(self, name):
+        value = reach(self, name)
+        before = last.get(self)
+        if name.startswith("relu") and before is not None:  # no other node reads what it reads
+            assert before() is None, name
+        last[self] = weakref.ref(value)
+        return value
+
+    monkeypatch.setattr(Walk, "reach", watched)
+    inputs = torch.randn(30, 8)
+    profile_models([model], inputs, alignment_samples=20, matching_rows=50, moments=True)
+    assert last

@@ -381,25 +381,10 @@ class _Recorder:
             [Walk(self.model, part, self.state, set(self.watched)) for part in of_batch]
             for of_batch in in_parts
         ]
-        of_batches = np.split(np.arange(len(masks)), np.cumsum([len(one) for one in in_parts])[:-1])
         found: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in waiting]
         for node in self.watched:
-            values = [[walk.reach(node) for walk in of_batch] for of_batch in walks]
-            if node in self.axes:
-                for moments, of_batch, at in zip(found, values, of_batches, strict=True):
-                    counting = [
-                        counting_values(self.model, node, value, masks[i])
-                        for value, i in zip(of_batch, at, strict=True)
-                    ]
-                    moments[node] = joint_moments(of_batch, self.axes[node], counting)
-            every = list(chain.from_iterable(values))
-            if start == 0 and node in self.layers:
-                layer = self.layers[node]
-                flat = self._flat(node, every, counts, masks)
-                self.grams[layer] = self._gram(layer, flat)
-                self.features[layer] = flat[0].size(1)
-            if node in self.points:
-                self.rows[node] = self._sampled(node, every, counts, start)
+            # In a call of its own: what is kept of a node is gone when the next one is computed.
+            self._record_node(node, walks, masks, counts, found, start)
             for walk in chain.from_iterable(walks):
                 walk.release(node)
         if self.observe is not None:
@@ -408,6 +393,33 @@ class _Recorder:
                 self.observe(self.model, part, partial(_outputs, walk))
         if self.moments is not None:
             self.moments += found
+
+    def _record_node(
+        self,
+        node: str,
+        walks: Sequence[Sequence[Walk]],
+        masks: Sequence[Tensor | None],
+        counts: Sequence[int],
+        found: Sequence[dict[str, tuple[Tensor, Tensor]]],
+        start: int,
+    ) -> None:
+        """Run all parts of all batches up to a node, and record what is asked of it."""
+        values = [[walk.reach(node) for walk in of_batch] for of_batch in walks]
+        if node in self.axes:
+            left = iter(masks)
+            for moments, of_batch in zip(found, values, strict=True):
+                counting = [
+                    counting_values(self.model, node, value, next(left)) for value in of_batch
+                ]
+                moments[node] = joint_moments(of_batch, self.axes[node], counting)
+        every = list(chain.from_iterable(values))
+        if start == 0 and node in self.layers:
+            layer = self.layers[node]
+            flat = self._flat(node, every, counts, masks)
+            self.grams[layer] = self._gram(layer, flat)
+            self.features[layer] = flat[0].size(1)
+        if node in self.points:
+            self.rows[node] = self._sampled(node, every, counts, start)
 
     def _warn_of_lost_padding(self) -> None:
         """Warn where no value has the mask's positions, as where convolutions make fewer."""
