@@ -24,7 +24,8 @@ void require_shape(const py::array& array, std::initializer_list<std::int64_t> s
   }
 }
 
-// The logs are (4, capacity * width, features): rows, solved, given and half.
+// The logs are (4, capacity * width, features): rows, solved, given and half. The products are
+// (features, features), or their sides (2, outputs, features).
 void lose(Doubles inverse, const Doubles& products, Doubles blocks, Doubles read, Doubles settled,
           Doubles logs, Flags left, Integers lost, std::int64_t count, double cancelled) {
   if (blocks.ndim() != 3 || blocks.shape(2) < 1) {
@@ -36,7 +37,12 @@ void lose(Doubles inverse, const Doubles& products, Doubles blocks, Doubles read
   const std::int64_t features = inverse.shape(0), rows = logs.shape(1);
   if (features / width < channels) throw py::value_error("inverse is too small for the channels");
   require_shape(inverse, {features, features}, "inverse");
-  require_shape(products, {features, features}, "products");
+  const std::int64_t outputs = products.ndim() == 3 ? products.shape(1) : 0;
+  if (outputs > 0) {
+    require_shape(products, {2, outputs, features}, "products");
+  } else {
+    require_shape(products, {features, features}, "products");
+  }
   require_shape(blocks, {channels, width, width}, "blocks");
   require_shape(read, {channels, width, width}, "read");
   require_shape(settled, {channels, width}, "settled");
@@ -53,6 +59,7 @@ void lose(Doubles inverse, const Doubles& products, Doubles blocks, Doubles read
   const ChannelLosses of{features,
                          channels,
                          width,
+                         outputs,
                          inverse.mutable_data(),
                          products.data(),
                          blocks.mutable_data(),

@@ -125,7 +125,7 @@ class Run {
     of_.left[channel] = false;
 
     up_to_date(channel, done, rows);
-    copy_lower(of_.products, own, half);
+    copy_products(own, half);
     take_off(half, of_.width, of_.given + own, of_.half, done, of_.features);
     take_off(half, of_.width, of_.half + own, of_.given, done, of_.features);
     put_block(of_.read, channel, half);
@@ -223,6 +223,17 @@ class Run {
         std::fill_n(log + i * of_.features + own, of_.width, 0.0);
       }
     }
+  }
+
+  // A channel's rows of M as it was before this run.
+  void copy_products(std::int64_t own, double* rows) const {
+    if (of_.outputs == 0) {
+      copy_lower(of_.products, own, rows);
+      return;
+    }
+    std::fill_n(rows, size_, 0.0);
+    const double* weights = of_.products + of_.outputs * of_.features;
+    take_off(rows, of_.width, of_.products + own, weights, of_.outputs, of_.features);
   }
 
   // Rows of a symmetric matrix of which the lower triangle is there.

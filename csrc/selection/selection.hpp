@@ -9,13 +9,17 @@ namespace clafusion {
 // M = W D^2 W^T. Channel c has the features [c * width, (c + 1) * width); those from
 // channels * width on belong to none. Matrices are row-major.
 //
+// Of few outputs M is given by its two sides, -D^2 W^T and W^T, each (outputs, features): the rows
+// that a loss asks for are multiplied when it does, which is less work than to keep M up to date.
+//
 // A loss of features g takes rows^T solved off S and given^T half + half^T given off M, with
 // rows = S[g, :], solved = given = S[g, g]^-1 rows and half = M[g, :] - M[g, g] solved / 2. The
 // matrices stay as they are: a loss adds `width` rows to each of these four.
 struct ChannelLosses {
   std::int64_t features, channels, width;
+  std::int64_t outputs;    // 0: M is given as it is
   double* inverse;         // S, (features, features): the lower triangle is read
-  const double* products;  // M, likewise
+  const double* products;  // M, likewise; or one side behind the other
   double* blocks;          // of S, each channel's own, up to date: (channels, width, width)
   double* read;            // of M, likewise
   double* settled;         // diagonals of `blocks` when S was up to date: (channels, width)

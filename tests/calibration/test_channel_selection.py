@@ -2,9 +2,10 @@
 
 from itertools import combinations
 
+import pytest
 import torch
 
-from clafusion.calibration.channel_selection import inverse_gram, keep_channels
+from clafusion.calibration.channel_selection import inverse_gram, invert, keep_channels
 
 
 def features(rows, channels, columns, seed=0):
@@ -95,3 +96,33 @@ def test_features_of_no_channel_stay():
     left = [*places(3, 2)[kept].flatten().tolist(), 6]
     expected = torch.linalg.lstsq(x[:, left], x @ readout).solution
     torch.testing.assert_close(found[left], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("outputs", [6, 70])
+def test_few_outputs_choose_as_many_that_say_the_same(outputs):
+    # Of few outputs no products are kept. Many losses bring the matrices up to date between.
+    x = features(500, 70, 2)
+    x[:, 40:] += x[:, :100] @ features(100, 50, 2, seed=1)
+    readout = torch.randn(140, outputs, generator=torch.Generator().manual_seed(2)).double()
+    copied = torch.cat([readout] * 12, 1)
+    scale = torch.full((outputs * 12,), 12**-0.5).double()
+    few, of_few = kept_of(x, readout, places(70, 2), 25)
+    many, of_many = kept_of(x, copied, places(70, 2), 25, importance=scale)
+    assert few.tolist() == many.tolist()
+    torch.testing.assert_close(of_few, of_many[:, :outputs], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 50, 192, 401])
+def test_a_matrix_is_inverted_in_its_own_memory(size):
+    x = torch.randn(size, size + 50, generator=torch.Generator().manual_seed(size)).double()
+    matrix = x @ x.T
+    given = matrix.clone()
+    inverse = invert(given)
+    assert inverse.data_ptr() == given.data_ptr()
+    assert torch.equal(inverse, inverse.T)
+    torch.testing.assert_close(inverse @ matrix, torch.eye(size).double(), rtol=0, atol=1e-7)
+
+
+def test_a_matrix_that_is_not_positive_definite_has_no_inverse():
+    with pytest.raises(torch.linalg.LinAlgError):
+        invert(-torch.eye(3).double())

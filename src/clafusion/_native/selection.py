@@ -25,7 +25,8 @@ def lose_channels(
     """Take away the channels that are missed least, in place: see ``csrc/selection/selection.hpp``.
 
     Matrices are contiguous, float64 and on the CPU; ``logs`` are ``(4, num_rows, num_features)``,
-    ``left`` flags, ``lost`` int64.
+    ``left`` flags, ``lost`` int64. ``products`` are ``(num_features, num_features)``, or of few
+    outputs the two sides of that product, ``(2, num_outputs, num_features)``.
     """
     _core.lose_channels(
         inverse.numpy(),

@@ -28,13 +28,15 @@ from torch import Tensor
 
 from clafusion import _native
 
-__all__ = ["inverse_gram", "keep_channels"]
+__all__ = ["inverse_gram", "invert", "keep_channels"]
 
 _RIDGE = 1e-6  # of the inputs' mean square: identical channels make the problem singular
 _SHARED = 0.9999  # below 1, for the same reason
 _DELAYED, _LEAST_LOSSES = 128, 32  # features and channels whose loss is taken off at once
-_MUCH = 0.8  # of all are left where the others are dropped
+_MUCH = 0.95  # of all are left where the others are dropped
+_FEW = 2  # features for each output, at the least: few outputs are multiplied when asked for
 _BLOCK = 384  # rows of a matrix that are brought up to date at once
+_INVERTED = 192  # rows of a matrix that are inverted at once
 _CANCELLED = 1e-4  # of a number is left when its last digits begin to matter
 
 
@@ -52,15 +54,53 @@ def inverse_gram(gram: Tensor, columns: Tensor, *, kinship: Tensor | None = None
         be where the data do not tell, 1 for the same; default: each like itself only.
     """
     ridge = _RIDGE * gram.diagonal().mean().clamp(min=1e-30)
-    penalised = gram.clone()
+    penalised = gram.clone(memory_format=torch.contiguous_format)
     penalised.diagonal().add_(ridge)
     if kinship is not None:
         shared = (ridge * _SHARED) * kinship.to(gram)
         shared.fill_diagonal_(0.0)
         for feature in columns.T:  # the same column of two channels
             penalised[feature[:, None], feature] += shared
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(penalised))
-    return inverse.mT.contiguous()  # LAPACK's matrices lie column by column
+    return invert(penalised)
+
+
+def invert(matrix: Tensor) -> Tensor:
+    r"""Return the inverse of a positive definite matrix, in its own memory.
+
+    With the factor of Cholesky, :math:`A = L L^\top`, it is :math:`L^{-\top} L^{-1}`. LAPACK solves
+    for both in small steps; here nearly all of it are products of large blocks, which take half the
+    time.
+
+    Parameters
+    ----------
+    matrix
+        ``(size, size)``, contiguous, float64, symmetric.
+
+    Raises
+    ------
+    torch.linalg.LinAlgError
+        It is not positive definite.
+    """
+    left = matrix.mT  # LAPACK's matrices lie column by column
+    torch.linalg.cholesky(left, out=left)
+    size = len(left)
+    for first in range(0, size, _INVERTED):
+        rows = slice(first, min(first + _INVERTED, size))
+        own = torch.eye(rows.stop - first).to(left)
+        own = torch.linalg.solve_triangular(left[rows, rows], own, upper=False)
+        above = left.new_empty(len(own), first)
+        for start in range(0, first, _INVERTED):
+            columns = slice(start, start + _INVERTED)
+            torch.mm(left[rows, start:first], left[start:first, columns], out=above[:, columns])
+        torch.mm(own, above, out=left[rows, :first]).neg_()
+        left[rows, rows] = own
+    for first in range(0, size, _INVERTED):  # what a row of the product reads is below it
+        rows = slice(first, min(first + _INVERTED, size))
+        made = left[first:, rows].T @ left[first:, : rows.stop]
+        left[rows, :first] = made[:, :first]
+        left[:first, rows] = made[:, :first].T
+        left[rows, rows] = _mirrored(made[:, first:])
+    return matrix
 
 
 def keep_channels(
@@ -113,7 +153,8 @@ class _Left:
     Features lie channel by channel; those of no channel come last. To bring all of the matrices up
     to date after each loss would read and write them for a few rows. So what the losses take off
     them is kept apart and taken off for many at once, of symmetric matrices in the lower triangle.
-    Only the channels' own blocks and the rows that are asked for are always up to date. Where a
+    Only the channels' own blocks and the rows that are asked for are always up to date. Of few
+    outputs there is no ``M``, only ``W``, of which these rows of ``M`` are made. Where a
     loss cancels most of what stood in a block of ``S``, as that of a copy does, the rows of this
     channel are brought up to date at once, so that its block and its rows agree to the last digit.
     """
@@ -125,8 +166,15 @@ class _Left:
         self.weights = weights
         self._channels, self._width = torch.arange(count), width
         self._is_left = torch.ones(count, dtype=torch.bool)
-        self._inverse, self._products = inverse, _lower_squares(weights * scale)
-        self._blocks, self._read = self._own(self._inverse), self._own(self._products)
+        self._scale, self._is_few = scale, weights.size(1) * _FEW <= len(weights)
+        self._inverse, self._blocks = inverse, self._own(inverse)
+        if self._is_few:
+            self._products = self._sides()
+            weighed = (weights * scale)[: count * width].view(count, width, -1)
+            self._read = _mirrored(weighed @ weighed.mT)
+        else:
+            self._products = _lower_squares(weights * scale)
+            self._read = self._own(self._products)
 
     @property
     def kept(self) -> Tensor:
@@ -138,9 +186,12 @@ class _Left:
         count, width = len(self._channels), self._width
         size = count * width
         blocks = matrix[:size, :size].reshape(count, width, count, width)
-        lower = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).tril()
-        found: Tensor = lower + lower.tril(-1).mT
-        return found
+        return _mirrored(blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+
+    def _sides(self) -> Tensor:
+        """Return ``-D^2 W^T`` and ``W^T``."""
+        weights = self.weights.T
+        return torch.stack([weights * -self._scale.square()[:, None], weights])
 
     def lose(self, count: int) -> None:
         """Take away so many channels, each time the one that is missed least."""
@@ -180,7 +231,7 @@ class _Left:
         self.weights[lost] = 0.0
 
     def _settle(self, logs: Tensor) -> None:
-        """Bring ``S`` and ``M`` up to date; drop what is lost where that is much."""
+        """Bring ``S`` and ``M`` up to date; drop what is lost where that is enough."""
         size = len(self._channels) * self._width
         is_left = torch.ones(len(self.features), dtype=torch.bool)
         is_left[:size] = self._is_left.repeat_interleave(self._width)
@@ -188,14 +239,24 @@ class _Left:
         if len(stay) <= _MUCH * len(is_left):
             logs = logs[:, :, stay]
             self._inverse = _native.keep_lower(self._inverse, stay)
-            self._products = _native.keep_lower(self._products, stay)
+            if not self._is_few:
+                self._products = _native.keep_lower(self._products, stay)
             self.weights, self.features = self.weights[stay], self.features[stay]
             left = self._is_left
             self._channels, self._is_left = self._channels[left], left[left]
             self._blocks, self._read = self._blocks[left], self._read[left]
         rows, solved, given, half = logs
         _take_off(self._inverse, rows, solved)
-        _take_off(self._products, torch.cat([given, half]), torch.cat([half, given]))
+        if self._is_few:
+            self._products = self._sides()
+        else:
+            _take_off(self._products, torch.cat([given, half]), torch.cat([half, given]))
+
+
+def _mirrored(blocks: Tensor) -> Tensor:
+    """Return symmetric matrices of their lower triangles."""
+    lower = blocks.tril()
+    return lower + lower.tril(-1).mT
 
 
 def _lower_squares(x: Tensor) -> Tensor:

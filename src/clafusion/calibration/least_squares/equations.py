@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clafusion import _native
+from clafusion.calibration.channel_selection import invert
 from clafusion.profiling.gram import add_products, gram_matrix
 from clafusion.profiling.moments import is_plain
 from clafusion.threads import one_thread
@@ -68,14 +69,18 @@ class Equations(ABC):
             self._shortcuts += _square_sums(shortcut.T)
             goal = goal - shortcut
         x, residual = sides.tensor_split([len(self.start)])
-        residual.copy_((goal - _outputs(x, self.start).T).T)
+        made = _outputs(x, self.start)
+        residual.copy_((goal - made.T).T)
         self._left += _square_sums(residual)
         self.rows += len(goal)
-        self._take(sides, None if active is None else active.T.to(x))
+        self._take(sides, made, None if active is None else active.T.to(x))
 
     @abstractmethod
-    def _take(self, sides: Tensor, active: Tensor | None) -> None:
-        """Take rows: inputs and residuals, and what should leave the ReLU, channels first."""
+    def _take(self, sides: Tensor, made: Tensor, active: Tensor | None) -> None:
+        """Take rows: inputs and residuals, what the start makes, what should leave the ReLU.
+
+        All come channels first.
+        """
 
     @abstractmethod
     def _solved(self, penalty: float) -> Tensor:
@@ -139,7 +144,7 @@ class NormalEquations(Equations):
         self._sums = start.new_zeros(sum(start.shape), size)
         self._kept: list[tuple[Tensor, Tensor]] = []
 
-    def _take(self, sides: Tensor, active: Tensor | None) -> None:
+    def _take(self, sides: Tensor, _: Tensor, active: Tensor | None) -> None:
         if sides.dtype == torch.float64:
             self._sums += squares(sides)[:, : len(self.start)]
         else:
@@ -190,9 +195,12 @@ class DualEquations(Equations):
     def __init__(self, start: Tensor) -> None:
         super().__init__(start)
         self._kept: list[tuple[Tensor, Tensor | None]] = []
+        self._made: list[Tensor] = []  # of the start, where a ReLU asks for it
 
-    def _take(self, sides: Tensor, active: Tensor | None) -> None:
+    def _take(self, sides: Tensor, made: Tensor, active: Tensor | None) -> None:
         self._kept.append((sides, active))
+        if active is not None:
+            self._made.append(made)
 
     def _joined(self) -> tuple[Tensor, Tensor]:
         """Return inputs and residuals of all rows, rows first."""
@@ -203,18 +211,18 @@ class DualEquations(Equations):
     def _solved(self, penalty: float) -> Tensor:
         inputs, residuals = self._joined()
         products = squares(inputs)
-        penalised = products.clone()
-        penalised.diagonal().add_(penalty)
-        factor = torch.linalg.cholesky(penalised)
-        duals = torch.cholesky_solve(residuals.double(), factor)
+        inverse = products.clone()
+        inverse.diagonal().add_(penalty)
+        invert(inverse)
+        duals = inverse @ residuals.double()
         actives = [active for _, active in self._kept if active is not None]
         if actives:
-            active = torch.cat(actives, 1).T
-            made = inputs @ self.start.to(inputs)
+            active, made = torch.cat(actives, 1).T, torch.cat(self._made, 1).T
             for _ in range(_ROUNDS):
                 left = _left_of(active, made + (products @ duals).to(made))
-                duals += torch.cholesky_solve(left.double(), factor)
-        return torch.addmm(self.start, inputs.T.double(), duals)
+                duals.addmm_(inverse, left.double())
+        # Channel by channel, as kernels lie.
+        return torch.addmm(self.start.T, duals.T, inputs.double()).T
 
     def _feature_squares(self) -> Tensor:
         found = torch.zeros_like(self.start[:, 0])
@@ -295,8 +303,11 @@ def squares(x: Tensor) -> Tensor:
     with one_thread():
         for first in range(0, len(x), _BLOCK):
             last = first + _BLOCK
-            torch.mm(x[first:last], x[:last].T, out=total[first:last, :last])
-    return total.tril_() + total.tril(-1).T
+            made = torch.mm(x[first:last], x[:last].T, out=total[first:last, :last])
+            own = made[:, first:]
+            own.copy_(own.tril() + own.tril(-1).T)
+            total[:first, first:last] = made[:, :first].T
+    return total
 
 
 def _products(x: Tensor, y: Tensor) -> Tensor:

@@ -20,12 +20,16 @@ def stacked(place: Place, state: State, channels: slice = slice(None)) -> Tensor
     """Return a layer with its BatchNorm as ``(num_features (+ 1), num_channels)``, in float64.
 
     The last row is the bias, where there is one. ``channels`` are the layer's outputs; default all.
+    The matrix lies in memory as the kernel does.
     """
     kernel = state[place.kernel]
     weight = kernel[:, channels] if place.is_transposed else kernel.flatten(1).T[:, channels]
     size, count = weight.shape
     has_bias = place.point.bias is not None
-    found = weight.new_empty(size + has_bias, count, dtype=torch.float64)
+    order = (0, 1) if place.is_transposed else (1, 0)
+    found = torch.empty_permuted(
+        (size + has_bias, count), order, dtype=torch.float64, device=weight.device
+    )
     bias = found.new_zeros(count)
     if place.kernel_bias is not None:
         bias = state[place.kernel_bias][channels].double()
@@ -76,7 +80,7 @@ def store_solution(
 
     def put(name: str, value: Tensor) -> None:
         # Laid out as in a file: products of other layouts are rounded otherwise.
-        state[name] = value.reshape(state[name].shape).to(state[name]).contiguous()
+        state[name] = value.to(state[name]).reshape(state[name].shape).contiguous()
 
     put(place.kernel, weight.T if place.is_transposed else weight)
     if place.norm is None:

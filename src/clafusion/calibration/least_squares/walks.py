@@ -337,7 +337,7 @@ class Walks:
         # A channel whose parent reads something else there has no weights to start from.
         kernel = self.of_target[place.kernel]
         rows = place.num_features(kernel) + (place.point.bias is not None)
-        start = kernel.new_zeros(rows, len(place.point.groups), dtype=torch.float64)
+        start = kernel.new_zeros(len(place.point.groups), rows, dtype=torch.float64).T
         for part, one in zip(hidden.parts, kept, strict=True):
             if reads_partner(self.parents[part.parent].correspondence, place.kernel):
                 into = hidden.channel_of[one.own]
