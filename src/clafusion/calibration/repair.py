@@ -295,10 +295,7 @@ def _run_repaired(
         for walk, mask in zip(walks, masks, strict=True):
             if before is not None:
                 before(walk)  # now, for the next layer reads what this writes
-            value = walk.reach(step.source)
-            counting = counting_values(target, node, value, mask)
-            kept, axis = without_masked(value, step.point.axis, counting)
-            over_parts.add(kept.numel(), *channel_moments(kept, axis))
+            over_parts.add(*_measured(target, walk, step, mask))
         found = step.moments(over_parts.result())
         measured[node].add(inputs[0].size(0), *found)
         scale, shift = _correction(found, goals[node], step.point.bias is not None)
@@ -308,6 +305,16 @@ def _run_repaired(
             if before is not None:
                 before(walk)
             observe(part, list(flatten_tensors(list(walk.finish()))))
+
+
+def _measured(
+    target: TracedModel, walk: Walk, step: Epilogue, mask: Tensor | None
+) -> tuple[int, Tensor, Tensor]:
+    """Return how many numbers a walk has at a step's source, and its channels' moments there."""
+    value = walk.reach(step.source)
+    counting = counting_values(target, step.point.node, value, mask)
+    kept, axis = without_masked(value, step.point.axis, counting)
+    return kept.numel(), *channel_moments(kept, axis)
 
 
 def _correction(
