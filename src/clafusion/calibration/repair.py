@@ -134,9 +134,10 @@ def _moved(
 def _with_overall(moments: Tensor, sizes: Sequence[int]) -> Tensor:
     """Add the moments of all inputs to those of batches, ``(num_batches, 2, num_channels)``."""
     means, deviations = moments.unbind(1)
-    shares = (means.new_tensor(sizes) / sum(sizes)).unsqueeze(1)
-    mean = (shares * means).sum(0)
-    variance = (shares * (deviations.square() + (means - mean).square())).sum(0)
+    shares = [size / sum(sizes) for size in sizes]
+    mean = torch.stack([share * one for share, one in zip(shares, means, strict=True)]).sum(0)
+    squares = deviations.square() + (means - mean).square()
+    variance = torch.stack([share * one for share, one in zip(shares, squares, strict=True)]).sum(0)
     return torch.cat([moments, torch.stack([mean, variance.sqrt()])[None]])
 
 
