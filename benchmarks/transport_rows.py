@@ -90,12 +90,11 @@ def _sinkhorn(count, size, epsilon, peer, target):
     return make
 
 
-def _assignment(target):
-    """50 layers of 64 to 512 neurons."""
+def _assignment(name, sizes, target):
+    """Layers of so many neurons."""
 
     def make():
         draw = torch.Generator().manual_seed(0)
-        sizes = [64, 128, 256, 384, 512] * 10
         costs = []
         for size in sizes:
             source, target_ = torch.randn(2, size, 64, generator=draw)
@@ -114,7 +113,7 @@ def _assignment(target):
                 assert abs(float(our.cost) - best) <= 1e-9 * best
 
         return Row(
-            "50 assignments of 64 to 512 neurons | POT emd, one by one",
+            f"{name} | POT emd, one by one",
             peer,
             lambda: solve_transport(costs),
             check,
@@ -138,5 +137,6 @@ MAKERS = [
         if peer != "POT batch" or epsilon == 0.05
         for target in [10 if "log" in peer and count > 1 else least]
     ),
-    _assignment(3),
+    _assignment("50 assignments of 64 to 512 neurons", [64, 128, 256, 384, 512] * 10, 3),
+    _assignment("2 assignments of 2048 neurons", [2048] * 2, 3),
 ]

@@ -73,6 +73,78 @@ def test_is_optimal_and_equals_scipy(n, kind):
     assert found[3] == pytest.approx(cost[linear_sum_assignment(cost)].sum(), rel=1e-11)
 
 
+# From 1024 rows on the search for a path begins with the columns near each row.
+@pytest.mark.parametrize("kind", ["uniform", "distances", "rounded", "dead"])
+@pytest.mark.parametrize("n", [1024, 1055])
+def test_a_search_by_near_columns_is_optimal_and_equals_scipy(n, kind):
+    rng = np.random.default_rng(n)
+    cost = costs_of_kind("uniform" if kind == "uniform" else "distances", n, rng)
+    if kind == "rounded":  # many are equal
+        cost = cost.round(2)
+    if kind == "dead":  # rows and columns that cost the same everywhere
+        cost[rng.permutation(n)[:20]] = cost[:, rng.permutation(n)[:20]] = 4.0
+    found = solve(cost)
+    assert_optimal(cost, *found)
+    assert found[3] == pytest.approx(cost[linear_sum_assignment(cost)].sum(), rel=1e-11)
+    assert np.array_equal(found[0], paths_over_whole_rows_ref(cost))
+
+
+def paths_over_whole_rows_ref(cost):
+    """The algorithm of the header without near columns: also of equal paths it takes the same."""
+    n = len(cost)
+    price = cost.min(0)
+    column_of, row_of = np.full(n, -1), np.full(n, -1)
+
+    def match(i, j):
+        column_of[i], row_of[j] = j, i
+
+    for j, i in enumerate(cost.argmin(0)):
+        if column_of[i] < 0:
+            match(i, j)
+    free = np.flatnonzero(column_of < 0)
+    for _ in range(3):
+        still_free = []
+        for i in free:
+            reduced = cost[i] - price
+            j = int(reduced.argmin())
+            first, reduced[j] = reduced[j], np.inf
+            other = int(reduced.argmin())
+            if first < reduced[other]:
+                price[j] -= reduced[other] - first
+            elif row_of[j] >= 0:
+                j = other
+            displaced = row_of[j]
+            match(i, j)
+            if displaced >= 0:
+                column_of[displaced] = -1
+                still_free.append(displaced)
+        free = still_free
+    for start in free:
+        distance, origin = np.full(n, np.inf), np.full(n, -1)
+        scanned, offset, is_open = [(-1, start, 0.0)], 0.0, np.ones(n, dtype=bool)
+        while True:
+            row = scanned[-1][1]
+            new = (cost[row] - price) - offset
+            nearer = is_open & (new < distance)
+            distance[nearer], origin[nearer] = new[nearer], len(scanned) - 1
+            j = int(np.where(is_open, distance, np.inf).argmin())
+            least = distance[j]
+            if row_of[j] < 0:
+                break
+            is_open[j] = False
+            scanned.append((j, row_of[j], least))
+            offset = (cost[row_of[j], j] - price[j]) - least
+        while True:
+            before, row, _ = scanned[origin[j]]
+            match(row, j)
+            if before < 0:
+                break
+            j = before
+        for column, _, reached in scanned[1:]:
+            price[column] += reached - least
+    return column_of
+
+
 def test_finds_a_planted_permutation():
     rng = np.random.default_rng(0)
     planted = rng.permutation(200)
