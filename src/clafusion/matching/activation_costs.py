@@ -41,7 +41,7 @@ __all__ = [
 ChannelCost: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Values ``(num_rows, num_source)`` and ``(num_rows, num_target)`` -> costs of every two."""
 
-_AT_ONCE = 1 << 20  # entries of a cost that are held, besides the cost itself
+_IN_CACHE = 1 << 16  # entries of a cost that stay close to a core
 _TIE = 1e-5  # what a difference of means or deviations counts: it decides where correlations do not
 
 MAX_CHANNELS = 10_000
@@ -129,7 +129,7 @@ def correlations(x: Tensor, y: Tensor) -> Tensor:
         alike = torch.where(largest > 0, alike.clamp(min=0), 0.0)
         found[constant[0].nonzero(), constant[1].nonzero().T] = alike.to(found)
     # Channels that were dead before a norm over all channels are correlated, each with all others.
-    rows = max(_AT_ONCE // len(of_y.mean), 1)
+    rows = max(_IN_CACHE // len(of_y.mean), 1)
     for first in range(0, len(found), rows):
         part = slice(first, first + rows)
         apart = _relative_differences(of_x.mean[part], of_y.mean)

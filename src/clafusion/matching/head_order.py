@@ -211,7 +211,9 @@ def _moved(profile: ModelProfile, orders: HeadOrders) -> ModelProfile:
         if index >= len(points):  # the outputs of a classifier
             columns[layer, place] = None
         elif not _has_heads_as_positions(model, points[index], orders):
-            columns[layer, place] = _columns(model, points[index], orders)
+            moved = _columns(model, points[index], orders)
+            stay = torch.equal(moved, torch.arange(len(moved)))
+            columns[layer, place] = None if stay else moved
         # Else positions would change places, but only some were kept.
     sources: dict[int, int] = {}
     for heads, order in in_turn(orders)[0]:
@@ -272,12 +274,16 @@ def restored_model(model: TracedModel, orders: HeadOrders) -> TracedModel:
 def _columns(model: TracedModel, point: HookPoint | CalibrationPoint, orders: HeadOrders) -> Tensor:
     """Return for every channel which one comes into its place."""
     index = torch.arange(len(point.groups))
+    shown = set(point.groups.tolist())
     first, last = in_turn(orders)
     for heads, order in first:
         for to, of in group_sources(heads, order).items():
-            index[places_of(point, to)] = places_of(point, of)
+            if to in shown:
+                index[places_of(point, to)] = places_of(point, of)
     for heads, order in last:
         for one in heads.members[0]:
+            if one not in shown:
+                continue
             group, found = model.groups[one], places_of(point, one)
             count = len(order) + group.is_fused(len(order))
             if len(found) == group.size * group.base_repeats * count:

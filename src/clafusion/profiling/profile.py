@@ -549,13 +549,18 @@ class _Recorder:
         sampler = self.samplers[key]
         ends = np.cumsum([len(one) * positions for one in channels_last])
         chosen = np.split(sampler.candidates, np.searchsorted(sampler.candidates, ends[:-1]))
-        fresh = []
-        for one, end, candidates in zip(channels_last, ends, chosen, strict=True):
-            places = candidates - (end - len(one) * positions)
-            index = np.unravel_index(places, one.shape[:-1])
-            fresh.append(one[tuple(torch.from_numpy(axis) for axis in index)].float())
         kept = self.rows.get(node)
-        both = torch.cat(fresh if kept is None else [kept, *fresh])
+        before = 0 if kept is None else len(kept)
+        width = channels_last[0].size(-1)
+        both = channels_last[0].new_empty(
+            before + len(sampler.candidates), width, dtype=torch.float32
+        )
+        if kept is not None:
+            both[:before] = kept
+        fresh = both[before:].split([len(one) for one in chosen])
+        for one, end, candidates, made in zip(channels_last, ends, chosen, fresh, strict=True):
+            places = candidates - (end - len(one) * positions)
+            _take(one, places, made)
         if len(sampler.keep) == len(both):
             return both
         return both[torch.from_numpy(sampler.keep).to(both.device)]
@@ -631,6 +636,16 @@ class _Sampler:
         if len(both) > self.rows:
             self.keep = np.sort(np.argpartition(both, self.rows)[: self.rows])
         self.kept = both[self.keep]
+
+
+def _take(value: Tensor, places: NDArray[np.int64], made: Tensor) -> None:
+    """Copy the channels ``(..., num_channels)`` of a value at some of its positions."""
+    if value.is_contiguous() and value.dtype == made.dtype:
+        index = torch.from_numpy(places).to(value.device)
+        torch.index_select(value.view(-1, value.size(-1)), 0, index, out=made)
+    else:
+        axes = np.unravel_index(places, value.shape[:-1])
+        made.copy_(value[tuple(torch.from_numpy(axis) for axis in axes)])
 
 
 def _outputs(walk: Walk) -> list[Tensor]:
