@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from clafusion.execution.call import flatten_tensors
+from clafusion.execution.heap import give_back
 from clafusion.execution.walk import Walk, in_lockstep
 from clafusion.tracing.readout import Readout
 
 __all__ = ["Outputs", "difference", "outputs_of"]
 
 _PART = 1 << 18  # elements that are made or compared at a time
+_NODES, _PARTS = (
+    16,
+    4,
+)  # nodes that are run, and parts that are made, between give_back and the next
 _POSITIONS = 2  # at which all outputs of a last layer with many are compared
 _MANY = 1 << 22
 """Elements of a last layer's outputs: more are made in parts, when they are compared."""
@@ -49,8 +54,11 @@ class Outputs:
             every = torch.arange(one.channels)
             of_all = every[:: max(one.channels // one.width, 1)]
             for wanted, positions in ((every, some), (of_all, None)):
-                for rows in wanted.split(max(_PART // max(one.positions, one.width), 1)):
+                parts = wanted.split(max(_PART // max(one.positions, one.width), 1))
+                for count, rows in enumerate(parts):
                     yield self._walk.rows_of(one.node, one.following, rows, positions)
+                    if count % _PARTS == 0:
+                        give_back()
 
     def are_finite(self) -> bool:
         """Say whether no output is infinite or no number."""
@@ -77,8 +85,9 @@ def outputs_of(walks: Sequence[Walk], readout: Readout | None, num_inputs: int) 
         steps: Iterator[object] = in_lockstep(walks)
     else:
         steps = zip(*(walk.before(readout.nodes) for walk in walks), strict=True)
-    for _ in steps:
-        pass
+    for count, _ in enumerate(steps):
+        if count % _NODES == 0:
+            give_back()
     return [Outputs(walk, readout) for walk in walks]
 
 

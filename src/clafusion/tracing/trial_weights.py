@@ -85,6 +85,7 @@ class BaseWeights:
         self._last: OrderedDict[str, Tensor] = OrderedDict()
         generator = torch.Generator().manual_seed(seed)
         self._pool = torch.rand(_POOL, generator=generator) if redrawn else torch.empty(0)
+        self._ring = torch.empty(0)  # the pool, and its beginning once more
 
     def whole(self, name: str) -> Tensor:
         """Return a tensor."""
@@ -92,9 +93,9 @@ class BaseWeights:
         if name not in self._redrawn:
             return own
         if name not in self._last:
-            self._last[name] = self._drawn(name, 0, own.numel()).view(own.shape)
-            if len(self._last) > _KEPT:
+            while len(self._last) >= _KEPT:  # before another one is made
                 self._last.popitem(last=False)
+            self._last[name] = self._drawn(name, 0, own.numel()).view(own.shape)
         return self._last[name]
 
     def rows(self, name: str, rows: Tensor) -> Tensor:
@@ -107,18 +108,30 @@ class BaseWeights:
         if torch.equal(rows, torch.arange(first, first + len(rows), device=rows.device)):
             drawn = self._drawn(name, first * width, len(rows) * width)
         else:
-            drawn = torch.cat([self._drawn(name, row * width, width) for row in rows.tolist()])
+            starts = (zlib.crc32(name.encode()) + rows.cpu() * width) % _POOL
+            drawn = self._scaled(name, self._from_pool(starts, width))
         return drawn.view(-1, *own.shape[1:])
+
+    def _from_pool(self, starts: Tensor, width: int) -> Tensor:
+        """Return as many random numbers from each of some places of the pool on, in new memory."""
+        if len(self._ring) < _POOL + width - 1:
+            times = -(-width // _POOL)
+            self._ring = torch.cat([self._pool] * times + [self._pool[: width - 1]])
+        return torch.index_select(self._ring.unfold(0, width, 1), 0, starts)
 
     def _drawn(self, name: str, first: int, count: int) -> Tensor:
         """Return ``count`` random elements of a tensor, from place ``first`` on."""
-        own = self.own[name]
         drawn = torch.empty(count)
         start, done = (zlib.crc32(name.encode()) + first) % _POOL, 0
         while done < count:
             part = self._pool[start : start + count - done]
             drawn[done : done + len(part)] = part
             start, done = 0, done + len(part)
+        return self._scaled(name, drawn)
+
+    def _scaled(self, name: str, drawn: Tensor) -> Tensor:
+        """Bring random numbers in [0, 1), in place, to where those of a tensor lie."""
+        own = self.own[name]
         if own.dim() < 2:
             drawn += 0.5
         else:

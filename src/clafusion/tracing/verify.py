@@ -358,6 +358,7 @@ class _Trial:
                 raise GraphVerificationError(
                     f"the model puts out something else each time: {_changes(self) or _AT_RANDOM}"
                 )
+        self._of_model = []  # of a language model these are large
 
     def gap(self, *several: Moves, sorts: Sequence[bool] = (True, False)) -> float:
         """Return how far moves of the weights move the outputs, relative to the largest.
