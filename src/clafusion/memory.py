@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import mmap
 import re
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +15,7 @@ from clafusion.alignment.models import label
 from clafusion.calibration.least_squares.walks import Rows
 from clafusion.config import Auto, FusionConfig, LeastSquares, Orthogonal, Sinkhorn, Unbalanced
 from clafusion.errors import InputError
+from clafusion.execution.heap import held_now
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import affine_operands
 from clafusion.transport.solve import LARGEST_EXACT
@@ -31,14 +27,10 @@ __all__ = [
     "bytes_of",
     "check_limit",
     "check_weights",
-    "give_back",
-    "held_by_process",
-    "held_now",
     "needed_memory",
     "shown",
 ]
 
-_MUCH = 1 << 30  # bytes that a process holds: of less nothing is given back
 _COPIES = 3  # of a weight in float32, while it is moved and averaged
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", 1)}
@@ -171,35 +163,6 @@ def needed_memory(models: Sequence[TracedModel], count: int, config: FusionConfi
     )
 
 
-def held_now() -> int:
-    """Return the memory that this process holds, in bytes, but for files that can be read again."""
-    if sys.platform.startswith("linux"):
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return 1024 * int(re.findall(r"^RssAnon:\s*(\d+) kB", status, re.MULTILINE)[0])
-    return _most_held()
-
-
-def held_by_process() -> tuple[int, int]:
-    """Return the bytes of memory that the process holds now, and that it held at the most so far.
-
-    Where the system does not tell one of them, it is 0.
-    """
-    if not sys.platform.startswith("linux"):
-        return 0, _most_held()
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * mmap.PAGESIZE, _most_held()
-
-
-def _most_held() -> int:
-    """Return the bytes that the process held at the most so far; 0 where nobody tells."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such module
-        return 0
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
-
-
 def activation_bytes(model: TracedModel, count: int) -> int:
     """Return how much memory values of a run on ``count`` inputs take at the most.
 
@@ -319,15 +282,3 @@ def _largest_rows(model: TracedModel, count: int, config: FusionConfig) -> int:
 
 def _samples(config: FusionConfig) -> int:
     return config.profiling.alignment_samples
-
-
-def give_back() -> None:
-    """Give memory that is free back to the system, in a process that holds much.
-
-    Activations are freed between values that stay. The C library keeps their memory for others of
-    their size, and what is larger comes on top. Nothing happens where its allocator cannot do it
-    (other ones than glibc's), nor where little is held: memory takes longer to get than to fill.
-    """
-    if held_now() > _MUCH:
-        with suppress(OSError, AttributeError, TypeError):  # Windows, musl
-            ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))

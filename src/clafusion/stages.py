@@ -41,9 +41,9 @@ from clafusion.errors import (
     warn,
 )
 from clafusion.execution.call import usable_device
+from clafusion.execution.heap import give_back, held_by_process
 from clafusion.interop.inputs import example_of
 from clafusion.matching.activation_costs import MAX_CHANNELS
-from clafusion.memory import give_back, held_by_process
 from clafusion.presets import preset_of
 from clafusion.profiling.batches import Data, Progress
 from clafusion.profiling.importance import (

@@ -9,8 +9,8 @@ from torch import nn
 
 from clafusion import Barycentre, FusionConfig, Matching, Shallower, fuse, trace
 from clafusion.correspondence import inserted
+from clafusion.execution.heap import held_by_process
 from clafusion.fusion import align_profiles, fuse_aligned
-from clafusion.memory import held_by_process
 from clafusion.stages import Clock, profile_traced
 from clafusion.targets import target
 from clafusion.tracing.groups import find_channels

@@ -1,28 +1,63 @@
-"""What the process holds of memory that nobody uses any more."""
+"""How much memory this process holds, and what of it goes back to the system."""
 
 from __future__ import annotations
 
 import ctypes
-from functools import cache
-from typing import Any
+import mmap
+import re
+import sys
+from contextlib import suppress
+from pathlib import Path
 
-__all__ = ["give_back"]
+__all__ = ["WHILE_TRACING", "give_back", "held_by_process", "held_now"]
+
+_MUCH = 1 << 30  # bytes that a process holds: of less nothing is given back after a stage
+WHILE_TRACING = 1 << 29
+"""The same within a trace, which comes once, and makes and frees all weights several times."""
 
 
-def give_back() -> None:
-    """Return freed memory to the system, where the C library can (glibc).
+def held_now() -> int:
+    """Return the memory that this process holds, in bytes, but for files that can be read again."""
+    if sys.platform.startswith("linux"):
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(re.findall(r"^RssAnon:\s*(\d+) kB", status, re.MULTILINE)[0])
+    return _most_held()
 
-    It keeps what is freed for the next allocation. Where small things that live on stand between,
-    as after the export of a graph, larger ones find no place there, and the process grows.
+
+def held_by_process() -> tuple[int, int]:
+    """Return the bytes of memory that the process holds now, and that it held at the most so far.
+
+    Where the system does not tell one of them, it is 0.
     """
-    trim = _trim()
-    if trim is not None:
-        trim(0)
+    if not sys.platform.startswith("linux"):
+        return 0, _most_held()
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * mmap.PAGESIZE, _most_held()
 
 
-@cache
-def _trim() -> Any:
+def give_back(much: int = _MUCH) -> None:
+    """Give memory that is free back to the system, in a process that holds much.
+
+    Activations and weights are freed between values that stay. The C library keeps their memory for
+    others of their size, and what is larger comes on top. Nothing happens where its allocator
+    cannot do it (other ones than glibc's), nor where little is held: memory takes longer to get
+    than to fill.
+
+    Parameters
+    ----------
+    much
+        How many bytes are much.
+    """
+    if held_now() > much:
+        with suppress(OSError, AttributeError, TypeError):  # Windows, musl
+            ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+
+
+def _most_held() -> int:
+    """Return the bytes that the process held at the most so far; 0 where nobody tells."""
     try:
-        return ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # another C library, or another system
-        return None
+        import resource
+    except ImportError:  # Windows has no such module
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most

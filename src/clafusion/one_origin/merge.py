@@ -11,9 +11,10 @@ import torch
 from clafusion.config import MergeConfig, MergeMethod, NoCalibration, Sensitivity
 from clafusion.errors import InputError, check_callable
 from clafusion.execution.call import device_of
+from clafusion.execution.heap import held_now
 from clafusion.interop.inputs import readable
 from clafusion.interop.vocabulary import check_alike
-from clafusion.memory import NeededMemory, bytes_of, check_limit, held_now
+from clafusion.memory import NeededMemory, bytes_of, check_limit
 from clafusion.merging.task_vectors import PART
 from clafusion.one_origin.calibrated import calibrated, prepared
 from clafusion.one_origin.networks import (

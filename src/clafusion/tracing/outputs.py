@@ -9,17 +9,14 @@ import torch
 from torch import Tensor
 
 from clafusion.execution.call import flatten_tensors
-from clafusion.execution.heap import give_back
+from clafusion.execution.heap import WHILE_TRACING, give_back
 from clafusion.execution.walk import Walk, in_lockstep
 from clafusion.tracing.readout import Readout
 
 __all__ = ["Outputs", "difference", "outputs_of"]
 
 _PART = 1 << 18  # elements that are made or compared at a time
-_NODES, _PARTS = (
-    16,
-    4,
-)  # nodes that are run, and parts that are made, between give_back and the next
+_NODES, _PARTS = 16, 4  # so many are run or made before what they freed is given back
 _POSITIONS = 2  # at which all outputs of a last layer with many are compared
 _MANY = 1 << 22
 """Elements of a last layer's outputs: more are made in parts, when they are compared."""
@@ -58,7 +55,7 @@ class Outputs:
                 for count, rows in enumerate(parts):
                     yield self._walk.rows_of(one.node, one.following, rows, positions)
                     if count % _PARTS == 0:
-                        give_back()
+                        give_back(WHILE_TRACING)
 
     def are_finite(self) -> bool:
         """Say whether no output is infinite or no number."""
@@ -87,7 +84,7 @@ def outputs_of(walks: Sequence[Walk], readout: Readout | None, num_inputs: int) 
         steps = zip(*(walk.before(readout.nodes) for walk in walks), strict=True)
     for count, _ in enumerate(steps):
         if count % _NODES == 0:
-            give_back()
+            give_back(WHILE_TRACING)
     return [Outputs(walk, readout) for walk in walks]
 
 

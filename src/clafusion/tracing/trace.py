@@ -22,7 +22,7 @@ from clafusion.errors import (
     warn,
 )
 from clafusion.execution.call import call_model, device_of, rounding_of
-from clafusion.execution.heap import give_back
+from clafusion.execution.heap import WHILE_TRACING, give_back
 from clafusion.execution.transforms import transforms_undone
 from clafusion.execution.walk import HALF_WIDER
 from clafusion.tracing.copies import evaluation_copy
@@ -196,7 +196,7 @@ def _traced(
 ) -> TracedModel:
     """Export a model and analyse it."""
     program = export_model(evaluation_copy(model), arguments, keywords)
-    give_back()
+    give_back(WHILE_TRACING)
     module = program.graph_module
     aliases = aliases_of(model)
     placeholders, constants, trainable = _sources(program, model, aliases)
@@ -254,7 +254,7 @@ def _proved(
 ) -> TracedModel:
     """Prove channels and heads; where heads share channels, the layers do not count these."""
     traced = replace(traced, layers=layers, groups=channels.groups, uses=channels.uses)
-    give_back()
+    give_back(WHILE_TRACING)
     traced = with_proved_heads(
         traced, traced.example_inputs, verify=verify, seed=seed, proofs=proofs
     )
