@@ -38,6 +38,7 @@ ENDS = {
     "in place": lambda self, x, y: F.relu_(self.inner_norm(y)),
     "relu6": lambda self, x, y: F.relu6(self.inner_norm(y)),
     "hardtanh": lambda self, x, y: F.hardtanh(self.inner_norm(y), -0.5, 0.5),
+    "bounded above": lambda self, x, y: F.hardtanh(self.inner_norm(y), -math.inf, 0.5),
     "gelu": lambda self, x, y: F.gelu(self.inner_norm(y)),
     "sum": lambda self, x, y: self.inner_norm(y) + x,
     "sum, relu": lambda self, x, y: F.relu(x + self.inner_norm(y)),
@@ -132,6 +133,24 @@ def test_a_norm_that_takes_its_inputs_statistics_stays_an_operation():
     assert all(one.source == node for node, one in steps.items() if one.factor is None)
 
 
-def test_float64_takes_pytorchs_operations():
-    model = randomise(Net(ENDS["sum, relu"])).double().eval()
+@pytest.mark.parametrize(
+    "bias", [lambda self: 2.0 * self.bias, lambda self: self.bias + self.shift]
+)
+def test_a_norm_whose_bias_is_computed_stays_an_operation(bias):
+    class Computed(nn.BatchNorm2d):
+        def __init__(self, size):
+            super().__init__(size)
+            self.shift = nn.Parameter(torch.ones(size))
+
+        def forward(self, x):
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, bias(self))
+
+    model = randomise(Net(ENDS["relu"], Computed)).eval()
+    steps = assert_same(trace(model, IMAGES), IMAGES)
+    assert all(one.factor is None for one in steps.values())
+
+
+@pytest.mark.parametrize("end", ["sum, relu", "hardtanh", "bounded above"])
+def test_float64_takes_pytorchs_operations(end):
+    model = randomise(Net(ENDS[end])).double().eval()
     assert_same(trace(model, IMAGES.double()), IMAGES.double())

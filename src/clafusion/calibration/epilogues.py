@@ -25,7 +25,7 @@ from clafusion.execution.walk import Walk
 from clafusion.profiling.moments import is_plain
 from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.model import TracedModel
-from clafusion.tracing.operations import affine_operands, bound_operands, op_name
+from clafusion.tracing.operations import bound_operands, op_name
 
 __all__ = ["Epilogue", "epilogues"]
 
@@ -94,7 +94,7 @@ class Epilogue:
             out.mul_(scale.to(out).view(shape)).add_(shift.to(out).view(shape))
             if other is not None:
                 out.add_(other)
-            if self.low > -math.inf:
+            if (self.low, self.high) != (-math.inf, math.inf):
                 out.clamp_(self.low, self.high)
         walk.supply(self.last, out, self.skipped)
         walk.release(self.source)
@@ -148,22 +148,23 @@ def _as_map(
 ) -> tuple[fx.Node, Tensor, Tensor] | None:
     r"""Return what a BatchNorm reads, and :math:`a, b` with :math:`y = a x + b`, in float64.
 
-    None where it takes the statistics of its inputs.
+    None where it takes the statistics of its inputs, or reads what is computed of parameters.
     """
     bound = bound_operands(node)
-    mean, variance = (target.entries.get(bound.get(one)) for one in ("running_mean", "running_var"))
-    if bound.get("training", True) or mean is None or variance is None:
+    roles = ("running_mean", "running_var", "weight", "bias")
+    given = {role: bound[role] for role in roles if bound.get(role) is not None}
+    if bound.get("training", True) or not target.entries.keys() >= set(given.values()):
         return None
-    names = (target.entries.get(affine_operands(node).get(role)) for role in ("weight", "bias"))
-    gain, bias = (None if name is None else state[name].double() for name in names)
-    factor = (state[variance].double() + float(bound["eps"])).rsqrt()
-    factor = factor if gain is None else factor * gain
-    offset = -state[mean].double() * factor
-    return bound["input"], factor, offset if bias is None else offset + bias
+    values = {role: state[target.entries[one]].double() for role, one in given.items()}
+    if not values.keys() >= {"running_mean", "running_var"}:
+        return None
+    factor = (values["running_var"] + float(bound["eps"])).rsqrt() * values.get("weight", 1.0)
+    offset = values.get("bias", 0.0) - values["running_mean"] * factor
+    return bound["input"], factor, offset
 
 
 def _only_reader(node: fx.Node) -> fx.Node | None:
-    """Return the node that reads a value, where there is just one, and it reads it once."""
+    """Return the operation that reads a value, where there is just one reader."""
     if len(node.users) != 1:
         return None
     (reader,) = node.users

@@ -164,7 +164,7 @@ def _calibration_point(flow: Flow, node: fx.Node) -> CalibrationPoint | None:
         return None
     affine: fx.Node | None = node
     if name == "batch_norm":
-        (affine,) = flow.operands(node) or (None,)
+        affine = operands["input"] if operands["input"] in flow else None
         if affine is not None and not (flow.is_weighted(affine) and len(affine.users) == 1):
             affine = None  # another reader of the affine layer would see it rescaled
     output = node
