@@ -23,6 +23,10 @@ def test_memory_between_values_that_stay_is_given_back():
 
 
 def test_little_memory_stays_where_it_is(monkeypatch):
+    asked = []
     monkeypatch.setattr("clafusion.execution.heap.held_now", lambda: 1000)
-    monkeypatch.setattr("ctypes.CDLL", None)  # is not asked
+    monkeypatch.setattr("ctypes.CDLL", lambda _: asked.append(True))
     heap.give_back()
+    assert not asked
+    heap.give_back(999)
+    assert asked

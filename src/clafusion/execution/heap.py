@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -18,10 +17,10 @@ WHILE_TRACING = 1 << 29
 
 def held_now() -> int:
     """Return the memory that this process holds, in bytes, but for files that can be read again."""
-    if sys.platform.startswith("linux"):
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return 1024 * int(re.findall(r"^RssAnon:\s*(\d+) kB", status, re.MULTILINE)[0])
-    return _most_held()
+    if not sys.platform.startswith("linux"):
+        return _most_held()
+    resident, of_files = _pages()
+    return (resident - of_files) * mmap.PAGESIZE
 
 
 def held_by_process() -> tuple[int, int]:
@@ -31,8 +30,7 @@ def held_by_process() -> tuple[int, int]:
     """
     if not sys.platform.startswith("linux"):
         return 0, _most_held()
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * mmap.PAGESIZE, _most_held()
+    return _pages()[0] * mmap.PAGESIZE, _most_held()
 
 
 def give_back(much: int = _MUCH) -> None:
@@ -51,6 +49,15 @@ def give_back(much: int = _MUCH) -> None:
     if held_now() > much:
         with suppress(OSError, AttributeError, TypeError):  # Windows, musl
             ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+
+
+def _pages() -> tuple[int, int]:
+    """Return how many pages of memory the process holds, and how many of these are of files.
+
+    Not by ``/proc/self/status``, where not every kernel tells them apart (gVisor's, for one).
+    """
+    counts = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return int(counts[1]), int(counts[2])
 
 
 def _most_held() -> int:
