@@ -12,7 +12,7 @@ from clafusion.alignment.models import label
 from clafusion.assessment.assess import assess, warn_of
 from clafusion.assessment.evaluation import Evaluation, evaluated, labelled, network_of
 from clafusion.assessment.output_cache import OutputCache
-from clafusion.assessment.parts import Parts, compared_output
+from clafusion.assessment.parts import Parts, labelled_output
 from clafusion.calibration.outputs import KnownOutputs
 from clafusion.config import Assessment
 from clafusion.errors import InputError, kind_of
@@ -170,10 +170,7 @@ def evaluated_beside(
         example, keywords = example_tensors(first, example_of(inputs, first))
     else:
         example, keywords = traced.example_inputs, traced.keywords
-        compared = compared_output(traced, Assessment(axis=settings.axis))
-        if compared is None:
-            raise InputError("labels need a floating output, which the models do not have")
-        output = compared[0]
+        output = labelled_output(traced, settings.axis)
     networks = {
         name: network_of(one, keywords, output, name if name == RESULT else label(name))
         for name, one in {RESULT: result, **parents}.items()

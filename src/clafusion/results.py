@@ -23,9 +23,8 @@ from clafusion.assessment.evaluation import (
 )
 from clafusion.assessment.nearness import DISTANCES, FusionAssessment, Nearness
 from clafusion.assessment.output_cache import OutputCache
-from clafusion.assessment.parts import compared_output
-from clafusion.config import Assessment, FusionConfig, Iterative, ManyToOne
-from clafusion.errors import InputError
+from clafusion.assessment.parts import labelled_output
+from clafusion.config import FusionConfig, Iterative, ManyToOne
 from clafusion.merging.combination import Combination
 from clafusion.merging.problem import FusionProblem, Parent
 from clafusion.profiling.batches import Data, batches
@@ -175,17 +174,15 @@ class FusionResult:
         What the parents put out is kept in ``known_outputs`` for further results.
         """
         first = next(iter(self.parent_models.values()))
-        settings = Assessment(axis=self.config.assessment.axis)
-        compared = compared_output(first, settings)
-        if compared is None:
-            raise InputError("labels need a floating output, which the models do not have")
-        own = network_of(self.model, first.keywords, compared[0])
+        axis = self.config.assessment.axis
+        output = labelled_output(first, axis)
+        own = network_of(self.model, first.keywords, output)
         return evaluated(
-            {RESULT: own, **self._parent_networks(known_outputs, compared[0])},
+            {RESULT: own, **self._parent_networks(known_outputs, output)},
             self.weights,
             inputs,
             labels,
-            axis=settings.axis,
+            axis=axis,
             apart=(RESULT,),
         )
 

@@ -12,7 +12,14 @@ from clafusion.errors import InputError
 from clafusion.profiling.batches import Data, Part, has_rows, keeps_order, num_graphs
 from clafusion.tracing.model import TracedModel
 
-__all__ = ["Parts", "compared_output", "most_assessed", "num_kept", "parts_of"]
+__all__ = [
+    "Parts",
+    "compared_output",
+    "labelled_output",
+    "most_assessed",
+    "num_kept",
+    "parts_of",
+]
 
 _LEAST_HELD = 50  # of fewer an agreement is known to 14 %, and the fusion misses each of them
 _MOST = 500  # held out inputs on which the networks are compared
@@ -128,3 +135,17 @@ def compared_output(model: TracedModel, settings: Assessment) -> tuple[int, Kind
     if settings.outputs == "classes" or (settings.outputs == "auto" and looks_like):
         return floating[0], "classes"
     return floating[0], "values"
+
+
+def labelled_output(model: TracedModel, axis: int) -> int:
+    """Return which output labels are of, whose classes lie along an axis.
+
+    Raises
+    ------
+    InputError
+        The model has no floating output, or no such axis.
+    """
+    compared = compared_output(model, Assessment(axis=axis))
+    if compared is None:
+        raise InputError("labels need a floating output, which the models do not have")
+    return compared[0]
