@@ -76,6 +76,7 @@ def test_what_can_be_called_with_the_arguments_is_taken():
         (lambda: clafusion.layer_costs(3, 3), "deep must be a profile"),
         (lambda: clafusion.layer_costs(3, 3, metric=[]), "metric must be one of"),
         (lambda: clafusion.align_layers_batch(3), "costs must be a list"),
+        (lambda: clafusion.align_layers_batch(np.array(3.0)), "costs must be a list"),
         (lambda: clafusion.align_layers_batch([np.zeros((2, 2))], skips=3), "skips must be a list"),
         (lambda: clafusion.cka(3, []), "grams_a must be a list"),
         (lambda: clafusion.linear_cka(3, []), "layers_a must be a list"),

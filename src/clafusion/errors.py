@@ -114,6 +114,7 @@ def check_listed(value: object, argument: str, wanted: str) -> None:
         It is no list, tuple, array or tensor.
     """
     is_list = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    is_list = is_list and getattr(value, "ndim", 1) != 0  # an array that is a number
     if not is_list or isinstance(value, (str, bytes, Mapping, type)):
         raise InputError(f"{argument} must be {wanted}; got {kind_of(value)}")
 

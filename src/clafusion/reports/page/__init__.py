@@ -82,9 +82,7 @@ def write_report(
         of the results or was not fused, or the file cannot be written.
     """
     path = check_output(path, (".html",), "report")
-    _check_kinds(results, accuracies, values, run)
-    for i, one in enumerate(tasks):
-        check_type(one, NamedResult, f"tasks[{i}]", "what became of a merge or a reassembly")
+    _check_kinds(results, accuracies, values, run, tasks)
     _check_pairs(results, chosen, accuracies, values or {})
     measures = measures_of(results, accuracies, values)
     quality = quality_of(measures)
@@ -102,7 +100,7 @@ def write_report(
         temporary.write_bytes(page.encode("utf-8", "replace"))
 
 
-def _check_kinds(results: Any, accuracies: Any, values: Any, run: Any) -> None:
+def _check_kinds(results: Any, accuracies: Any, values: Any, run: Any, tasks: Any) -> None:
     """Refuse arguments of another kind, by their names."""
     check_type(results, Sequence, "results", "a list of results of clafusion.fuse_pairs")
     for i, one in enumerate(results):
@@ -114,6 +112,9 @@ def _check_kinds(results: Any, accuracies: Any, values: Any, run: Any) -> None:
             check_type(given, Mapping, name, "a mapping")
     for name, numbers in (values or {}).items():
         check_type(numbers, Mapping, f"values[{name!r}]", "a mapping of pairs to numbers")
+    check_type(tasks, Sequence, "tasks", "a list of what became of merges and reassemblies")
+    for i, one in enumerate(tasks):
+        check_type(one, NamedResult, f"tasks[{i}]", "what became of a merge or a reassembly")
 
 
 def _check_pairs(
