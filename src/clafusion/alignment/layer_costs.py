@@ -15,7 +15,7 @@ from clafusion import _native
 from clafusion._native import gram
 from clafusion.alignment.alive import check_alive
 from clafusion.config import LAYER_COSTS
-from clafusion.errors import InputError, check_listed, check_type
+from clafusion.errors import InputError, check_listed, kind_of
 from clafusion.profiling.gram import gram_matrix
 from clafusion.profiling.profile import ModelProfile
 from clafusion.profiling.statistics import standardised
@@ -80,7 +80,10 @@ def layer_costs(
     if metric not in LAYER_COSTS:
         raise InputError(f"metric must be one of {tuple(LAYER_COSTS)}; got {metric!r}")
     for called, one in (("deep", deep), ("shallow", shallow)):
-        check_type(one, ModelProfile, called, "a profile, as clafusion.profile returns it")
+        if not hasattr(one, "grams"):
+            raise InputError(
+                f"{called} must be a profile, as clafusion.profile returns it; got {kind_of(one)}"
+            )
     if metric == "index":
         depths = [
             np.arange(len(profile.grams)) / max(len(profile.grams), 1)
