@@ -40,6 +40,7 @@ from clafusion.tracing.model import TracedModel
 __all__ = ["MomentGoals", "moment_goals", "repair"]
 
 _WANTED = 10  # inputs; of fewer a warning speaks
+_ROUNDING = 1e-5  # of a deviation: no data tell it more exactly
 _LARGEST_FACTOR = 1e3  # a channel that is all but constant carries nothing to restore
 
 
@@ -321,9 +322,17 @@ def _measured(
 def _correction(
     measured: tuple[Tensor, Tensor], goal: tuple[Tensor, Tensor], can_shift: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the factor and the shift that bring measured statistics to the goal's."""
+    """Return the factor and the shift that bring measured statistics to the goal's.
+
+    Of what differs by rounding alone they are 1 and 0: equal networks keep their weights.
+    """
     (mean, deviation), (goal_mean, goal_deviation) = measured, goal
     alive = deviation * _LARGEST_FACTOR > goal_deviation
-    scale = torch.where(alive, goal_deviation / torch.where(alive, deviation, 1.0), 1.0)
-    shift = goal_mean - scale * mean if can_shift else torch.zeros_like(mean)
-    return scale, shift
+    alike = (deviation - goal_deviation).abs() <= _ROUNDING * goal_deviation
+    factor = goal_deviation / torch.where(alive, deviation, 1.0)
+    scale = torch.where(alive & ~alike, factor, 1.0)
+    if not can_shift:
+        return scale, torch.zeros_like(mean)
+    shift = goal_mean - scale * mean
+    nothing = _ROUNDING * (goal_deviation + 0.1 * goal_mean.abs())
+    return scale, torch.where(shift.abs() <= nothing, 0.0, shift)
