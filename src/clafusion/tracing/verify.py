@@ -344,7 +344,7 @@ class _Trial:
         return gap <= rounding_of(self._own.values())
 
     def check_fidelity(self) -> None:
-        """Raise where the graph computes something else than the model."""
+        """Raise where the graph computes something else than the model; lets its outputs go."""
         fidelity = self.fidelity()
         if not self.is_faithful(fidelity):
             raise GraphVerificationError(
