@@ -6,7 +6,16 @@ import html
 import math
 from collections.abc import Iterable, Mapping
 
-__all__ = ["compact", "definitions", "element", "percent", "scrollable", "section", "text"]
+__all__ = [
+    "compact",
+    "definitions",
+    "element",
+    "percent",
+    "scrollable",
+    "section",
+    "sortable",
+    "text",
+]
 
 _UNITS = ("", "k", "M", "G", "T", "P")
 
@@ -40,6 +49,18 @@ def section(name: str, title: str, *children: str) -> str:
 def scrollable(content: str, label: str) -> str:
     """Return what may be wider than the page: it is scrolled alone, by keys too."""
     return element("div", content, class_="scroll", tabindex=0, role="region", aria_label=label)
+
+
+def sortable(titles: Iterable[str], rows: Iterable[str], label: str) -> str:
+    """Return a table whose rows can be sorted; ``titles`` and ``label`` are plain text."""
+    head = "".join(element("th", text(one), scope="col") for one in titles)
+    table = element(
+        "table",
+        element("thead", element("tr", head)),
+        element("tbody", *rows),
+        class_="sortable",
+    )
+    return scrollable(table, label)
 
 
 def definitions(facts: Mapping[str, str] | Iterable[tuple[str, str]]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from clafusion.batch.results import PairResult
 from clafusion.reports.options import changed_options, flat_options
 from clafusion.reports.page.details import load_line
-from clafusion.reports.page.markup import compact, definitions, element, scrollable, text
+from clafusion.reports.page.markup import compact, definitions, element, scrollable, sortable, text
 from clafusion.reports.page.measures import Measure
 from clafusion.reports.tables import total_seconds
 from clafusion.weights.digests import versions
@@ -147,14 +147,7 @@ def models_table(results: Sequence[PairResult], measures: Sequence[Measure]) -> 
         digest = (facts.sha256 if facts else None) or ""
         cells.append(element("td", element("code", text(digest), class_="hash")))
         rows.append(element("tr", *cells))
-    head = "".join(element("th", text(one), scope="col") for one in titles)
-    table = element(
-        "table",
-        element("thead", element("tr", head)),
-        element("tbody", *rows),
-        class_="sortable",
-    )
-    return scrollable(table, "all models")
+    return sortable(titles, rows, "all models")
 
 
 def stages(results: Sequence[PairResult]) -> str:

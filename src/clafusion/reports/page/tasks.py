@@ -8,7 +8,7 @@ from clafusion.assessment.nearness import Nearness
 from clafusion.batch.named_tasks import NamedResult
 from clafusion.config import MergeConfig, ReassemblyConfig
 from clafusion.reports.options import changed_options
-from clafusion.reports.page.markup import definitions, element, percent, scrollable, section, text
+from clafusion.reports.page.markup import definitions, element, percent, section, sortable, text
 from clafusion.settings import Settings
 
 __all__ = ["counted_tasks", "task_tiles", "tasks_sections"]
@@ -102,14 +102,7 @@ def _table(tasks: Sequence[NamedResult]) -> str:
             element("td", text("" if one.path is None else one.path.name)),
         ]
         rows.append(element("tr", *cells))
-    head = "".join(element("th", text(one), scope="col") for one in titles)
-    table = element(
-        "table",
-        element("thead", element("tr", head)),
-        element("tbody", *rows),
-        class_="sortable",
-    )
-    return scrollable(table, f"all {title.lower()}")
+    return sortable(titles, rows, f"all {title.lower()}")
 
 
 def _nearness(near: Nearness | None, *, is_classes: bool) -> list[str]:
