@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.assessment.evaluation import Network
-from clafusion.profiling.moments import parts
+from clafusion.profiling.moments import side_by_side
 from clafusion.profiling.profile import Observer
 from clafusion.tracing.architecture import digest_of_values
 from clafusion.tracing.model import TracedModel
@@ -126,7 +126,7 @@ class OutputStream:
     def feed(self, inputs: tuple[Tensor, ...]) -> None:
         """Add a batch; nothing runs yet."""
         if self._in_parts:
-            self._waiting.extend(parts(self._model, inputs))
+            self._waiting.extend(side_by_side(self._model, inputs))
 
     def take(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Return the outputs for the next inputs, which were fed."""

@@ -28,11 +28,10 @@ from clafusion.profiling.masks import (
     without_masked,
 )
 from clafusion.profiling.moments import (
-    SIDE_BY_SIDE,
     BatchMoments,
     Moments,
     channel_moments,
-    parts,
+    side_by_side,
 )
 from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.model import TracedModel
@@ -287,7 +286,7 @@ def _run_repaired(
     observe: Callable[[tuple[Tensor, ...], list[Tensor]], None] | None = None,
 ) -> None:
     """Run a batch, correct every layer's output on the way, and add what was there to measured."""
-    in_parts = parts(target, inputs, most=SIDE_BY_SIDE)
+    in_parts = side_by_side(target, inputs)
     sources = {one.source for one in steps.values()}
     walks = [Walk(target, part, state, set(sources)) for part in in_parts]
     masks = masks_of_parts(kept_positions(target, inputs), in_parts)

@@ -21,7 +21,6 @@ from clafusion.profiling.masks import (
 from clafusion.tracing.model import TracedModel
 
 __all__ = [
-    "SIDE_BY_SIDE",
     "BatchMoments",
     "Moments",
     "batch_moments",
@@ -32,13 +31,14 @@ __all__ = [
     "moment_axes",
     "observed_moments",
     "parts",
+    "side_by_side",
 ]
 
 BatchMoments = Mapping[str, tuple[Tensor, Tensor]]
 """Calibration point's node -> its channels' means and standard deviations on a batch, float64."""
 
 _IN_CACHE = 1 << 19  # numbers of an activation that stay close to a core
-SIDE_BY_SIDE = 1 << 22  # the same where all parts of a batch run layer by layer
+_SIDE_BY_SIDE = 1 << 22  # the same where all parts of a batch run layer by layer
 _FEWEST_INPUTS = 8  # that are worth an operation, and no batch of one, which is special
 
 
@@ -167,13 +167,17 @@ def inputs_in_cache(model: TracedModel, most: int = _IN_CACHE) -> int | None:
 def parts(
     model: TracedModel, inputs: tuple[Tensor, ...], most: int = _IN_CACHE
 ) -> list[tuple[Tensor, ...]]:
-    """Split a batch so that activations stay in a core's cache: see :func:`inputs_in_cache`.
-
-    Where all parts wait for each other at every layer none of them stays there. Then larger parts,
-    ``most=SIDE_BY_SIDE``, take fewer steps.
-    """
+    """Split a batch so that activations stay in a core's cache: see :func:`inputs_in_cache`."""
     fitting = inputs_in_cache(model, most)
     if fitting is None or inputs[0].device.type != "cpu":
         return [inputs]
     pieces = [one.tensor_split(math.ceil(inputs[0].size(0) / fitting)) for one in inputs]
     return list(zip(*pieces, strict=True))
+
+
+def side_by_side(model: TracedModel, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """Split a batch into parts that run layer by layer, each waiting for the others.
+
+    None of them stays in the cache, so that larger parts, which take fewer steps, are faster.
+    """
+    return parts(model, inputs, most=_SIDE_BY_SIDE)

@@ -37,12 +37,11 @@ from clafusion.profiling.masks import (
     zeroed,
 )
 from clafusion.profiling.moments import (
-    SIDE_BY_SIDE,
     BatchMoments,
     joint_moments,
     moment_axes,
     observed_moments,
-    parts,
+    side_by_side,
 )
 from clafusion.profiling.spilled import SpilledRows
 from clafusion.tracing.graphs import samples_of_nodes
@@ -358,7 +357,7 @@ class _Recorder:
     def record(self, waiting: Sequence[tuple[Tensor, ...]], start: int) -> None:
         """Run some batches side by side."""
         size = sum(inputs[0].size(0) for inputs in waiting)
-        in_parts = [parts(self.model, one, most=SIDE_BY_SIDE) for one in waiting]
+        in_parts = [side_by_side(self.model, one) for one in waiting]
         counts = [part[0].size(0) for of_batch in in_parts for part in of_batch]
         masks = [
             mask
