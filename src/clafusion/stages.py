@@ -41,7 +41,7 @@ from clafusion.errors import (
     warn,
 )
 from clafusion.execution.call import usable_device
-from clafusion.execution.heap import give_back, held_by_process
+from clafusion.execution.heap import give_back, held_by_process, kept_memory
 from clafusion.interop.inputs import example_of
 from clafusion.matching.activation_costs import MAX_CHANNELS
 from clafusion.presets import preset_of
@@ -521,7 +521,8 @@ class Clock:
         else:
             before, most = held_by_process()
         start = time.perf_counter()
-        yield
+        with kept_memory():
+            yield
         if self._gpu is not None:
             torch.cuda.synchronize(self._gpu)  # what is queued belongs to this stage
             self.peak_memory[name] = torch.cuda.max_memory_allocated(self._gpu)

@@ -1,16 +1,61 @@
-"""Memory that is free goes back to the system."""
+"""Memory that is free is kept while a stage runs, and goes back to the system between stages."""
 
+import os
 import platform
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from clafusion.execution import heap
 
-
-@pytest.mark.skipif(
+with_glibc = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="other allocators keep what they keep"
 )
+_FAULTS = """
+import resource
+from contextlib import nullcontext
+import torch
+from clafusion.execution.heap import kept_memory
+
+def faults(context):  # of pages that the system hands out
+    with context:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(32):
+            torch.ones(1 << 23)  # 32 MB, which glibc takes from the system each time
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults(nullcontext()))
+with kept_memory():
+    print(faults(kept_memory()), faults(nullcontext()))
+"""
+
+
+def _counted_faults(**environment):
+    ran = subprocess.run(
+        [sys.executable, "-c", _FAULTS],
+        env=os.environ | environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return [int(one) for one in ran.stdout.split()]
+
+
+@with_glibc
+def test_freed_memory_is_kept_until_the_outermost_context_ends():
+    before, both, outer = _counted_faults()
+    assert max(both, outer) < before / 4
+
+
+@with_glibc
+def test_a_users_own_settings_of_the_allocator_stay():
+    before, both, outer = _counted_faults(MALLOC_MMAP_THRESHOLD_="1048576")
+    assert min(both, outer) > before / 2
+
+
+@with_glibc
 def test_memory_between_values_that_stay_is_given_back():
     size = 100_000  # bytes: the C library gets them from its heap
     values = [torch.ones(size, dtype=torch.uint8) for _ in range(1000)]
