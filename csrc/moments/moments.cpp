@@ -13,7 +13,9 @@ namespace {
 constexpr std::int64_t kLanes = 32;       // sums that are independent, so that they fill vectors
 constexpr std::int64_t kRun = 1024;       // values a lane sums in float32
 constexpr std::int64_t kRows = 64;        // rows of channels that are a part
-constexpr std::int64_t kShortest = 4;     // an inner length from which on a row is a part
+constexpr std::int64_t kShortest = 4;     // an inner length from which on a row is a part,
+constexpr std::int64_t kLong = 256;       // and from which on it is one where there are many rows
+constexpr std::int64_t kMany = 32;        // outer entries
 constexpr std::int64_t kGrain = 1 << 15;  // values that are worth a thread
 
 struct Sums {
@@ -86,36 +88,47 @@ void moments_of_rows(const float* x, std::int64_t inner, std::int64_t begin, std
   }
 }
 
-// `rows` rows of `channels` numbers: each column's mean and sum of squared deviations.
-CLAFUSION_MULTIVERSION
-void moments_of_columns(const float* x, std::int64_t rows, std::int64_t channels, float* work,
-                        double* mean, double* squares) {
+// Up to kLanes columns of `rows` rows, `stride` numbers apart: as moments_of_columns does.
+//
+// The sums stay in registers: kept in memory, each row would wait for the one before.
+CLAFUSION_INLINE void moments_of_some(const float* x, std::int64_t rows, std::int64_t stride,
+                                      std::int64_t columns, double* mean, double* squares) {
   const auto count = static_cast<double>(rows);
-  float* sums = work;
-  float* origins = work + channels;
-  float* of_squares = work + 2 * channels;
-  std::fill(work, work + 3 * channels, 0.0f);
+  float sums[kLanes] = {};
+  float origins[kLanes];
+  float of_squares[kLanes] = {};
   for (std::int64_t row = 0; row < rows; ++row) {
-    const float* values = x + row * channels;
-    for (std::int64_t c = 0; c < channels; ++c) sums[c] += values[c];
+    const float* values = x + row * stride;
+    for (std::int64_t c = 0; c < columns; ++c) sums[c] += values[c];
   }
-  for (std::int64_t c = 0; c < channels; ++c) {
+  for (std::int64_t c = 0; c < columns; ++c) {
     origins[c] = static_cast<float>(static_cast<double>(sums[c]) / count);
     sums[c] = 0.0f;
   }
   for (std::int64_t row = 0; row < rows; ++row) {
-    const float* values = x + row * channels;
-    for (std::int64_t c = 0; c < channels; ++c) {
+    const float* values = x + row * stride;
+    for (std::int64_t c = 0; c < columns; ++c) {
       const float value = values[c] - origins[c];
       sums[c] += value;
       of_squares[c] += value * value;
     }
   }
-  for (std::int64_t c = 0; c < channels; ++c) {
+  for (std::int64_t c = 0; c < columns; ++c) {
     const auto sum = static_cast<double>(sums[c]);
     mean[c] = static_cast<double>(origins[c]) + sum / count;
     squares[c] = static_cast<double>(of_squares[c]) - sum * sum / count;
   }
+}
+
+// `rows` rows of `width` numbers: each column's mean and sum of squared deviations.
+CLAFUSION_MULTIVERSION
+void moments_of_columns(const float* x, std::int64_t rows, std::int64_t width, double* mean,
+                        double* squares) {
+  std::int64_t c = 0;
+  for (; c + kLanes <= width; c += kLanes) {
+    moments_of_some(x + c, rows, width, kLanes, mean + c, squares + c);
+  }
+  if (c < width) moments_of_some(x + c, rows, width, width - c, mean + c, squares + c);
 }
 
 CLAFUSION_INLINE float clamped(float value, float low, float high) {
@@ -175,6 +188,22 @@ void join(const std::vector<double>& means, const std::vector<double>& squares,
   }
 }
 
+// How many rows of few channels are read as one, so that it fills vectors.
+std::int64_t rows_as_one(std::int64_t rows, std::int64_t channels) {
+  std::int64_t folded = 1;
+  while (channels * folded < kLanes && rows % (2 * folded) == 0) folded *= 2;
+  return folded;
+}
+
+std::vector<double> transposed(const std::vector<double>& x, std::int64_t rows,
+                               std::int64_t columns) {
+  std::vector<double> found(x.size());
+  for (std::int64_t i = 0; i < rows; ++i) {
+    for (std::int64_t j = 0; j < columns; ++j) found[j * rows + i] = x[i * columns + j];
+  }
+  return found;
+}
+
 void check(ChannelLayout layout) {
   if (layout.outer < 0 || layout.channels < 0 || layout.inner < 0) {
     throw std::invalid_argument("sizes must not be negative");
@@ -189,7 +218,7 @@ void channel_moments(const float* x, ChannelLayout layout, double* mean, double*
   if (outer * inner == 0) throw std::invalid_argument("there are no values");
   if (channels == 0) return;
   std::vector<double> means, squares, counts;
-  if (inner >= kShortest) {
+  if (inner >= kShortest && (inner >= kLong || outer < kMany)) {
     means.resize(outer * channels);
     squares.resize(outer * channels);
     counts.assign(outer, static_cast<double>(inner));
@@ -200,36 +229,36 @@ void channel_moments(const float* x, ChannelLayout layout, double* mean, double*
     join(means, squares, counts, channels, mean, variance);
     return;
   }
-  // With few values behind each other a row of channels holds each of them `inner` times.
-  const std::int64_t width = channels * inner;
-  const std::int64_t parts = (outer + kRows - 1) / kRows;
+  // With few values behind each other a row holds each channel `inner` times, and with few channels
+  // `folded` rows are read as one: either way each channel is at several places of a row.
+  const std::int64_t folded = inner == 1 ? rows_as_one(outer, channels) : 1;
+  const std::int64_t rows = outer / folded;
+  const std::int64_t width = channels * inner * folded;
+  const std::int64_t parts = (rows + kRows - 1) / kRows;
   means.resize(parts * width);
   squares.resize(parts * width);
   for (std::int64_t p = 0; p < parts; ++p) {
-    counts.push_back(static_cast<double>(std::min(kRows, outer - p * kRows)));
+    counts.push_back(static_cast<double>(std::min(kRows, rows - p * kRows)));
   }
   const std::int64_t grain = std::max<std::int64_t>(1, kGrain / (kRows * width));
   parallel_for(parts, grain, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> work(3 * width);
     for (std::int64_t p = begin; p < end; ++p) {
       moments_of_columns(x + p * kRows * width, static_cast<std::int64_t>(counts[p]), width,
-                         work.data(), means.data() + p * width, squares.data() + p * width);
+                         means.data() + p * width, squares.data() + p * width);
     }
   });
-  if (inner == 1) {
+  const std::int64_t places = inner * folded;
+  if (places == 1) {
     join(means, squares, counts, channels, mean, variance);
     return;
   }
-  std::vector<double> of_places(width), spread(width), each(inner, 1.0);
+  std::vector<double> of_places(width), spread(width), each(places, 1.0);
   join(means, squares, counts, width, of_places.data(), spread.data());
-  std::vector<double> by_place(width), spread_by_place(width);
-  for (std::int64_t c = 0; c < channels; ++c) {
-    for (std::int64_t i = 0; i < inner; ++i) {
-      by_place[i * channels + c] = of_places[c * inner + i];
-      spread_by_place[i * channels + c] = spread[c * inner + i];  // of one value: its variance
-    }
+  if (inner > 1) {  // the channels are to be the inner axis
+    of_places = transposed(of_places, channels, inner);
+    spread = transposed(spread, channels, inner);
   }
-  join(by_place, spread_by_place, each, channels, mean, variance);
+  join(of_places, spread, each, channels, mean, variance);  // of places that count alike
 }
 
 void scale_channels(const float* x, ChannelLayout layout, const Rescaling& how, float* out) {
@@ -237,9 +266,17 @@ void scale_channels(const float* x, ChannelLayout layout, const Rescaling& how, 
   const auto [outer, channels, inner] = layout;
   if (outer * channels * inner == 0) return;
   if (inner == 1) {
-    const std::int64_t grain = std::max<std::int64_t>(1, kGrain / channels);
-    parallel_for(outer, grain, [&, channels = channels](std::int64_t begin, std::int64_t end) {
-      scale_columns(x, channels, begin, end, how, out);
+    const std::int64_t folded = rows_as_one(outer, channels);
+    const std::int64_t width = channels * folded;
+    std::vector<float> scale, shift;
+    for (std::int64_t i = 0; i < folded; ++i) {
+      scale.insert(scale.end(), how.scale, how.scale + channels);
+      shift.insert(shift.end(), how.shift, how.shift + channels);
+    }
+    const Rescaling of_row{scale.data(), shift.data(), how.other, how.low, how.high};
+    const std::int64_t grain = std::max<std::int64_t>(1, kGrain / width);
+    parallel_for(outer / folded, grain, [&](std::int64_t begin, std::int64_t end) {
+      scale_columns(x, width, begin, end, of_row, out);
     });
     return;
   }

@@ -17,9 +17,10 @@ struct ChannelLayout {
 // Writes each channel's mean and its mean squared deviation from it.
 //
 // Values are summed in float32 in runs of at most 1024 a lane, and these sums in float64. Squares
-// are of deviations from the mean of a part (one row of `inner`, or 64 rows of channels), and parts
-// are joined in float64 (Chan, Golub and LeVeque, The American Statistician 37(3), 1983). The parts
-// and their order depend on the layout only, not on the number of threads.
+// are of deviations from the mean of a part (one row of `inner`, or 64 values that lie a row of
+// channels apart), and parts are joined in float64 (Chan, Golub and LeVeque, The American
+// Statistician 37(3), 1983). The parts and their order depend on the layout only, not on the number
+// of threads.
 //
 // Throws std::invalid_argument when a size is negative or there are no values.
 void channel_moments(const float* x, ChannelLayout layout, double* mean, double* variance);

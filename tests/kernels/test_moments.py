@@ -19,6 +19,13 @@ SHAPES = [
     ((6, 3, 2), 1),
     ((2, 3, 40_001), 1),
     ((5, 8), 0),
+    ((33, 6, 7, 7), 1),  # many short rows
+    ((130, 2, 5, 51), 1),
+    ((70, 3, 16, 16), 1),  # many long ones
+    ((512, 16), 1),  # few channels, of which several rows are read at once
+    ((12, 4, 4, 5), 3),
+    ((200, 1), 1),
+    ((66, 3), 1),
 ]
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from clafusion import _native
 from clafusion.execution.call import State
 from clafusion.execution.walk import Walk
-from clafusion.profiling.moments import is_plain
+from clafusion.profiling.moments import plain_view
 from clafusion.tracing.layer import CalibrationPoint
 from clafusion.tracing.model import TracedModel
 from clafusion.tracing.operations import bound_operands, op_name
@@ -84,9 +84,12 @@ class Epilogue:
         value = walk.reach(self.source)
         other = None if self.other is None else walk.reach(self.other)
         axis, bounds = self.point.axis, {"low": self.low, "high": self.high}
-        if is_plain(value) and (other is None or is_plain(other)):
+        plain = plain_view(value, axis)
+        if plain is not None and (other is None or other.shape == value.shape):
             out = value if self.in_place else torch.empty_like(value)
-            _native.scale_channels(value, axis, scale, shift, other=other, out=out, **bounds)
+            added = None if other is None else _lying_as(value, other, axis)
+            (values, at), (into, _) = plain, plain_view(out, axis) or plain
+            _native.scale_channels(values, at, scale, shift, other=added, out=into, **bounds)
         else:
             shape = [1] * value.dim()
             shape[axis] = -1
@@ -98,6 +101,15 @@ class Epilogue:
                 out.clamp_(self.low, self.high)
         walk.supply(self.last, out, self.skipped)
         walk.release(self.source)
+
+
+def _lying_as(value: Tensor, other: Tensor, axis: int) -> Tensor:
+    """Return a tensor of the shape of ``value`` as :func:`plain_view` returns that one."""
+    if other.stride() != value.stride() or other.dtype != value.dtype:
+        other = torch.empty_like(value).copy_(other)
+    view = plain_view(other, axis)
+    assert view is not None
+    return view[0]
 
 
 def epilogues(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from clafusion.execution.call import State
+from clafusion.execution.channels_last import ChannelsLast, can_be_moved
 from clafusion.execution.layouts import laid_out
 from clafusion.execution.writes import written_inputs
 
@@ -172,6 +173,9 @@ class Walk:
         Types to compute in, in place of those of inputs, weights and graph; default the graph's.
     replace
         As for :func:`run_graph`.
+    fastest
+        Whether values may lie in memory otherwise than the model makes them, where that is faster:
+        see :mod:`clafusion.execution.channels_last`.
     """
 
     def __init__(
@@ -182,6 +186,8 @@ class Walk:
         keep: set[str],
         types: Mapping[torch.dtype, torch.dtype] | None = None,
         replace: Callable[[fx.Node, Any], Any] | None = None,
+        *,
+        fastest: bool = False,
     ) -> None:
         self._module = graph.module
         self._replace = replace
@@ -191,6 +197,8 @@ class Walk:
         self._types = graph.types if types is None else types
         self._layouts = graph.layouts
         self._values: dict[fx.Node, Any] = {}
+        may_move = fastest and not self._types and not self._layouts and can_be_moved(graph.module)
+        self._order = ChannelsLast(self._values) if may_move else None
         self._spared: dict[str, Tensor] = {}
         self._skipped: set[fx.Node] = set()
         self._parameters: dict[fx.Node, str] = {}
@@ -323,8 +331,11 @@ class Walk:
 
     def supply(self, name: str, value: Any, instead_of: Collection[str]) -> None:
         """Give a node's value. The nodes ``instead_of``, ``name`` among them, do not run."""
-        self._values[self._by_name[name]] = value
-        self._skipped.update(self._by_name[one] for one in instead_of)
+        node, skipped = self._by_name[name], [self._by_name[one] for one in instead_of]
+        self._values[node] = value
+        self._skipped.update(skipped)
+        if self._order is not None:
+            self._order.supplied(node, value, skipped)
 
     def forget(self, name: str) -> None:
         """Drop a node's value although later nodes read it, which cannot run then."""
@@ -357,12 +368,20 @@ class Walk:
             self._spare(node)
         value = self._by_rows(node) if self._rows is not None else None
         if value is None:
-            arguments, keywords = fx.map_arg((node.args, node.kwargs), self._value)
+            formats = {} if self._order is None else self._order.formats(node)
+
+            def read(one: fx.Node) -> Any:
+                found = self._value(one)
+                return found.contiguous(memory_format=formats[one]) if one in formats else found
+
+            arguments, keywords = fx.map_arg((node.args, node.kwargs), read)
             if self._is_thinned(node):
                 arguments = (self._pick(arguments[0]), *arguments[1:])
             if self._types:
                 arguments, keywords = pytree.tree_map(self._retyped, (arguments, keywords))
             value = target(*arguments, **keywords)
+            if self._order is not None:
+                self._order.made(node, value, formats)
         self._values[node] = value if self._replace is None else self._replace(node, value)
 
     def _weight(self, name: str) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from clafusion import _native
+from clafusion.execution.channels_last import is_channels_last
+from clafusion.execution.walk import Walk
 from clafusion.profiling.batches import Data, batches
 from clafusion.profiling.masks import (
     counting_values,
@@ -31,6 +33,7 @@ __all__ = [
     "moment_axes",
     "observed_moments",
     "parts",
+    "plain_view",
     "side_by_side",
 ]
 
@@ -64,8 +67,9 @@ class Moments:
 
 def channel_moments(value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Return each channel's mean and standard deviation over all other axes, in float64."""
-    if is_plain(value):
-        mean, variance = _native.channel_moments(value, axis)
+    plain = plain_view(value, axis)
+    if plain is not None:
+        mean, variance = _native.channel_moments(*plain)
         return mean, variance.sqrt()
     flat = value.movedim(axis, -1).reshape(-1, value.size(axis)).double()
     mean = flat.mean(0)
@@ -73,13 +77,24 @@ def channel_moments(value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 
 
 def is_plain(value: Tensor) -> bool:
-    """Say whether the compiled loops over channels take a tensor."""
+    """Say whether the compiled loops over channels take a tensor as it is."""
     return (
         value.dtype == torch.float32
         and value.device.type == "cpu"
         and value.is_contiguous()
         and value.numel() > 0
     )
+
+
+def plain_view(value: Tensor, axis: int) -> tuple[Tensor, int] | None:
+    """Return a tensor's own memory as the compiled loops over channels take it, and their axis.
+
+    None where they do not take it.
+    """
+    if is_plain(value):
+        return value, axis
+    by_channel = value.permute(0, 2, 3, 1) if is_channels_last(value) and axis in (1, -3) else value
+    return (by_channel, 3) if is_plain(by_channel) else None
 
 
 def joint_moments(
@@ -139,11 +154,11 @@ def batch_moments(
         return value
 
     state = model.state()
-    in_parts = parts(model, inputs)
+    in_parts = side_by_side(model, inputs)  # as a profile does
     masks = masks_of_parts(kept_positions(model, inputs), in_parts)
     for part, of_part in zip(in_parts, masks, strict=True):
         mask = of_part
-        model.run(part, state=state, replace=observe)
+        Walk(model, part, state, set(), replace=observe, fastest=True).finish()
     return {node: moments.result() for node, moments in found.items()}
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from clafusion.config import GRAPH_ROWS
 from clafusion.errors import FusionWarning, InputError, StructureError, warn
 from clafusion.execution.call import flatten_tensors
+from clafusion.execution.channels_last import is_channels_last
 from clafusion.execution.walk import Walk
 from clafusion.profiling.batches import Data, batches, has_rows, keeps_order
 from clafusion.profiling.few_nodes import few_nodes
@@ -378,7 +379,10 @@ class _Recorder:
                     f"{inputs[0].size(0)} is given; it fixes the batch size in its code"
                 )
         walks = [
-            [Walk(self.model, part, self.state, set(self.watched)) for part in of_batch]
+            [
+                Walk(self.model, part, self.state, set(self.watched), fastest=True)
+                for part in of_batch
+            ]
             for of_batch in in_parts
         ]
         found: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in waiting]
@@ -463,12 +467,14 @@ class _Recorder:
     ) -> list[Tensor]:
         """Return a layer's outputs ``(num_inputs, features)``, in parts, up to the last sample.
 
-        Of several outputs (an LSTM's) the first. What stands at padding is zero.
+        Of several outputs (an LSTM's) the first. What stands at padding is zero. The features'
+        order is that of the first part in memory: to a Gram matrix it is all one.
         """
         axis = self.batch_axes[node]
         if self.model.graph is not None:
             values = self._by_nodes(node, values)
         rows: list[Tensor] = []
+        inner_channels: bool | None = None
         for value, count, mask in zip(values, counts, masks, strict=True):
             one = value[0] if isinstance(value, (tuple, list)) else value
             if one.dim() == 0 or one.size(axis or 0) % count:
@@ -476,7 +482,11 @@ class _Recorder:
                 raise self._without_rows(f"layer {name!r}", one, count)
             left = self.alignment_samples - sum(len(of_part) for of_part in rows)
             one = zeroed(one, counting_values(self.model, node, one, mask))
-            flat = one.movedim(axis or 0, 0).reshape(count, -1)[:left]
+            one = one.movedim(axis or 0, 0)
+            if inner_channels is None:
+                inner_channels = is_channels_last(one)
+            one = one.permute(0, 2, 3, 1) if inner_channels else one
+            flat = one.reshape(count, -1)[:left]
             rows.append(flat if flat.is_floating_point() else flat.float())
         return [flat for flat in rows if len(flat)]
 

@@ -1,0 +1,204 @@
+"""Walks whose convolutions read channels that lie innermost compute what the model computes."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from clafusion import fuse, trace
+from clafusion.calibration import epilogues
+from clafusion.execution.channels_last import is_channels_last
+from clafusion.execution.walk import Walk
+from clafusion.profiling.moments import channel_moments
+
+IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Blocks(nn.Module):
+    """A residual network whose blocks write in place, as torchvision's do."""
+
+    def __init__(self, width=6, depth=2):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(depth + 1))
+        self.blocks = nn.ModuleList(
+            nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(depth)
+        )
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x):
+        x = F.relu(self.norms[0](self.stem(x)), inplace=True)
+        for block, norm in zip(self.blocks, self.norms[1:], strict=True):
+            out = norm(block(x))
+            out += x
+            x = F.relu(out, inplace=True)
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class OfConvolutions(nn.Module):
+    """Convolutions, and between them what a test asks for."""
+
+    def __init__(self, between, out=6, groups=1):
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.second = nn.Conv2d(out, 6, 3, padding=1, groups=groups)
+        self.between = between
+
+    def forward(self, x):
+        return self.second(self.between(self.first(x))).flatten(2).mean(2)
+
+
+class ByPosition(nn.Module):
+    """What views its input as rows of channels, which only the usual order allows."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.inner(x.view(x.size(0), x.size(1), 64)).view_as(x)
+
+
+class Innermost(nn.Module):
+    """What lays its own values out with channels innermost, and views them then (ConvNeXt)."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        y = self.inner(self.norm(x.permute(0, 2, 3, 1)))
+        y = y.permute(0, 3, 1, 2)
+        rows = y.permute(0, 2, 3, 1).view(-1, 6)  # a view of this order alone
+        return y * rows.mean()
+
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.squeeze = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.squeeze(F.adaptive_avg_pool2d(x, 1)))
+
+
+def written_behind_a_view(x):
+    rows = x.view(x.size(0), 6, 64)
+    rows.relu_()
+    return x
+
+
+def read_before_it_is_written(x):
+    rows = x.view(x.size(0), 6, 64)
+    x.relu_()
+    return x + rows.view_as(x)
+
+
+def shuffled(x):
+    return x.view(x.size(0), 2, 3, 8, 8).transpose(1, 2).flatten(1, 2)
+
+
+MODELS = {
+    "residual, in place": Blocks,
+    "view": lambda: OfConvolutions(ByPosition()),
+    "own order": lambda: OfConvolutions(Innermost()),
+    "gate": lambda: OfConvolutions(Gate()),
+    "dense": lambda: OfConvolutions(lambda x: torch.cat([x, F.relu(x)], 1), out=12),
+    "shuffled": lambda: OfConvolutions(shuffled),
+    "groups": lambda: OfConvolutions(F.relu, groups=2),
+    "depthwise": lambda: OfConvolutions(F.relu, groups=6),
+    "slices": lambda: OfConvolutions(lambda x: x[:, 1:4] * x[:, 2:5], out=3),
+    "pooled": lambda: OfConvolutions(lambda x: F.max_pool2d(F.silu(x), 2)),
+    "padded": lambda: OfConvolutions(lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 2)), out=8),
+    "written behind a view": lambda: OfConvolutions(written_behind_a_view),
+    "read before it is written": lambda: OfConvolutions(read_before_it_is_written),
+}
+
+
+def traced_model(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    return model, trace(model, IMAGES, verify=False)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_walk_in_the_fastest_order_computes_the_same(name):
+    model, traced = traced_model(name)
+    (found,) = Walk(traced, (IMAGES,), traced.state(), set(), fastest=True).finish()
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(IMAGES), rtol=1e-5, atol=1e-5)
+
+
+def orders_of_convolutions(name):
+    """Return for each convolution whether what it reads and makes lies with channels innermost."""
+    _, traced = traced_model(name)
+    walk = Walk(traced, (IMAGES,), traced.state(), set(), fastest=True)
+    made = {}
+    for node in walk:
+        if node.target is torch.ops.aten.conv2d.default:
+            made[node.name] = is_channels_last(walk.value(node))
+    return list(made.values())
+
+
+@pytest.mark.parametrize("name", ["residual, in place", "view", "gate", "dense", "depthwise"])
+def test_convolutions_are_given_channels_innermost(name):
+    found = orders_of_convolutions(name)
+    # What a gate reads is one pixel, which lies in either order.
+    assert found == [True, False, True] if name == "gate" else all(found)
+    assert found
+
+
+@pytest.mark.parametrize("name", ["read before it is written", "groups"])
+def test_where_that_would_be_wrong_or_slow_they_are_not(name):
+    assert orders_of_convolutions(name)[-1] is False
+
+
+def test_by_itself_a_walk_keeps_the_models_order():
+    _, traced = traced_model("residual, in place")
+    walk = Walk(traced, (IMAGES,), traced.state(), set())
+    values = [walk.value(node) for node in walk]
+    assert not any(is_channels_last(one) for one in values if isinstance(one, torch.Tensor))
+
+
+def test_weights_that_lie_otherwise_decide_themselves():
+    torch.manual_seed(0)
+    model = Blocks().eval().to(memory_format=torch.channels_last)
+    traced = trace(model, IMAGES, verify=False)
+    (found,) = Walk(traced, (IMAGES,), traced.state(), set(), fastest=True).finish()
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(IMAGES), rtol=1e-5, atol=1e-5)
+
+
+def test_moments_do_not_depend_on_the_order():
+    usual = channel_moments(IMAGES, 1)
+    other = channel_moments(IMAGES.contiguous(memory_format=torch.channels_last), -3)
+    for one, same in zip(usual, other, strict=True):
+        torch.testing.assert_close(one, same, rtol=1e-6, atol=1e-6)
+
+
+def test_fusions_in_either_order_are_the_same(monkeypatch):
+    torch.manual_seed(0)
+    models = [Blocks(7, 3).eval(), Blocks(6, 2).eval()]
+    for model in models:
+        with torch.no_grad():
+            for one in model.norms:
+                one.running_mean.uniform_(-0.2, 0.2)
+                one.running_var.uniform_(0.5, 2)
+
+    def fused():
+        result = fuse(models, IMAGES.repeat(2, 1, 1, 1), calibration="repair")
+        return result.model.state_dict()
+
+    fastest = fused()
+    monkeypatch.setattr("clafusion.execution.walk.can_be_moved", lambda _: False)
+    usual = fused()
+    assert not all(torch.equal(fastest[name], usual[name]) for name in usual)  # by rounding
+    for name in usual:
+        torch.testing.assert_close(fastest[name], usual[name], rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_added_may_lie_in_another_order():
+    value, other = IMAGES.contiguous(memory_format=torch.channels_last), IMAGES.flip(0)
+    lying = epilogues._lying_as(value, other, 1)
+    assert torch.equal(lying, other.permute(0, 2, 3, 1))
+    assert lying.is_contiguous()
