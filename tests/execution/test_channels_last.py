@@ -82,6 +82,57 @@ class Gate(nn.Module):
         return x * torch.sigmoid(self.squeeze(F.adaptive_avg_pool2d(x, 1)))
 
 
+class OnMoreAxes(nn.Module):
+    """What broadcasts to more axes than images have, and views these then."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales = nn.Parameter(torch.randn(2, 1, 1, 1, 1))
+
+    def forward(self, x):
+        return (x * self.scales).view(2, x.size(0), 6 * 64).sum(0).view_as(x)
+
+
+class OfOtherWeights(nn.Module):
+    """A convolution by computed weights with channels innermost, which its output has, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3, 3, 6))
+
+    def forward(self, x):
+        y = F.relu(F.conv2d(x, self.weight.permute(0, 3, 1, 2), padding=1))
+        return y * y.permute(0, 2, 3, 1).view(-1, 6).mean()
+
+
+class OfImagesAsWeights(nn.Module):
+    """A convolution in groups whose weights another convolution puts out."""
+
+    def __init__(self):
+        super().__init__()
+        self.image = nn.Parameter(torch.randn(6, 3, 5, 5))
+        self.weights = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x):
+        y = F.conv2d(x, self.weights(self.image * 1.0), padding=1, groups=2)
+        return y.view(x.size(0), -1).view_as(x)
+
+
+class InItsOwnOrder(nn.Module):
+    """Adds convolutions of which only the first puts channels innermost, as their sum has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = (nn.Conv2d(3, 6, 3, padding=1) for _ in range(2))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = x.permute(0, 3, 1, 2)
+        usual = self.first(x.contiguous())
+        x = F.relu(self.last(x) + usual).permute(0, 2, 3, 1)
+        return self.head(x.view(x.size(0) * 64, -1).view(x.size(0), 64, -1).mean(1))
+
+
 def written_behind_a_view(x):
     rows = x.view(x.size(0), 6, 64)
     rows.relu_()
@@ -102,6 +153,9 @@ MODELS = {
     "residual, in place": Blocks,
     "view": lambda: OfConvolutions(ByPosition()),
     "own order": lambda: OfConvolutions(Innermost()),
+    "more axes": lambda: OfConvolutions(OnMoreAxes()),
+    "other weights": lambda: OfConvolutions(OfOtherWeights()),
+    "images as weights": lambda: OfConvolutions(OfImagesAsWeights()),
     "gate": lambda: OfConvolutions(Gate()),
     "dense": lambda: OfConvolutions(lambda x: torch.cat([x, F.relu(x)], 1), out=12),
     "shuffled": lambda: OfConvolutions(shuffled),
@@ -195,6 +249,13 @@ def test_fusions_in_either_order_are_the_same(monkeypatch):
     assert not all(torch.equal(fastest[name], usual[name]) for name in usual)  # by rounding
     for name in usual:
         torch.testing.assert_close(fastest[name], usual[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_repaired_sum_lies_as_what_was_repaired():
+    torch.manual_seed(0)
+    images = IMAGES.repeat(2, 1, 1, 1).permute(0, 2, 3, 1).contiguous()
+    result = fuse([InItsOwnOrder().eval() for _ in range(2)], images, calibration="repair")
+    assert torch.isfinite(result.model(images)).all()
 
 
 def test_what_is_added_may_lie_in_another_order():

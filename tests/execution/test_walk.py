@@ -163,7 +163,7 @@ def test_a_supplied_value_stands_for_the_nodes_that_lead_to_it():
     ran = []
     walk = Walk(traced, (x,), traced.state(), {linear}, replace=lambda n, v: (ran.append(n), v)[1])
     value = walk.reach(linear)
-    walk.supply(relu, value.clamp(-1.0, 1.0), [relu])
+    walk.supply(relu, value.clamp(-1.0, 1.0), [relu], like=linear)
     walk.release(linear)
     (found,) = walk.finish()
     assert [one.name for one in ran] == [linear, last]

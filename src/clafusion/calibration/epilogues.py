@@ -99,7 +99,7 @@ class Epilogue:
                 out.add_(other)
             if (self.low, self.high) != (-math.inf, math.inf):
                 out.clamp_(self.low, self.high)
-        walk.supply(self.last, out, self.skipped)
+        walk.supply(self.last, out, self.skipped, like=self.source)
         walk.release(self.source)
 
 

@@ -9,7 +9,7 @@ order in which the model itself would have made them. So nothing but rounding ch
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -85,22 +85,21 @@ class ChannelsLast:
     def formats(self, node: fx.Node) -> dict[fx.Node, torch.memory_format]:
         """Return which operands a node is to be given in another order, and in which."""
         moved = [one for one in node.all_input_nodes if one in self._moved]
-        if _is_convolution(node):
-            image = node.args[0]
-            assert isinstance(image, fx.Node)
-            gains = self._gains(node, image)
-            if moved:
-                return {} if gains else {image: torch.contiguous_format}
-            is_usual = gains and self._values[image].is_contiguous()
-            return {image: torch.channels_last} if is_usual else {}
-        if moved and _operation(node) in _FOLLOW:
+        gains = _is_convolution(node) and self._gains(node)
+        if gains or (moved and _operation(node) in _FOLLOW):
             others = [self._values.get(one) for one in node.all_input_nodes if one not in moved]
+            # Where an operand lies otherwise, the model's own result may, too.
             if all(one.is_contiguous() for one in others if isinstance(one, Tensor)):
-                return {}
+                if not gains or moved == [node.args[0]]:
+                    return {}
+                if not moved:
+                    return dict.fromkeys(node.all_input_nodes[:1], torch.channels_last)
         return dict.fromkeys(moved, torch.contiguous_format)
 
-    def _gains(self, node: fx.Node, image: fx.Node) -> bool:
+    def _gains(self, node: fx.Node) -> bool:
         """Say whether a convolution is known to be faster with channels innermost."""
+        image = node.args[0]
+        assert isinstance(image, fx.Node)
         value = self._values.get(image)
         groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
         return (
@@ -115,17 +114,13 @@ class ChannelsLast:
         self, node: fx.Node, value: Any, formats: Mapping[fx.Node, torch.memory_format]
     ) -> None:
         """Tell of a node's value, made of operands in these formats."""
-        if torch.channels_last in formats.values() or not formats:
-            self._note(node, value, node.all_input_nodes, bool(formats))
+        is_moved = torch.channels_last in formats.values() or (
+            not formats and any(one in self._moved for one in node.all_input_nodes)
+        )
+        if is_moved and isinstance(value, Tensor) and not value.is_contiguous():
+            self._moved.add(node)
 
-    def supplied(self, node: fx.Node, value: Any, instead_of: Collection[fx.Node]) -> None:
-        """Tell of a node's value that comes from elsewhere, in place of what nodes do."""
-        self._note(node, value, [read for one in instead_of for read in one.all_input_nodes])
-
-    def _note(
-        self, node: fx.Node, value: Any, read: Collection[fx.Node], is_moved: bool = False
-    ) -> None:
-        if not isinstance(value, Tensor) or value.dim() != 4 or value.is_contiguous():
-            return
-        if is_moved or any(one in self._moved for one in read):
+    def supplied(self, node: fx.Node, like: fx.Node) -> None:
+        """Tell of a node's value that comes from elsewhere, and lies as that of another node."""
+        if like in self._moved:
             self._moved.add(node)

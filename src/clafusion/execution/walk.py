@@ -329,13 +329,16 @@ class Walk:
         self._spared.pop(name, None)
         self._drop(self._by_name[name])
 
-    def supply(self, name: str, value: Any, instead_of: Collection[str]) -> None:
-        """Give a node's value. The nodes ``instead_of``, ``name`` among them, do not run."""
-        node, skipped = self._by_name[name], [self._by_name[one] for one in instead_of]
+    def supply(self, name: str, value: Any, instead_of: Collection[str], like: str) -> None:
+        """Give a node's value. The nodes ``instead_of``, ``name`` among them, do not run.
+
+        It lies in memory as the value of the node ``like`` does.
+        """
+        node = self._by_name[name]
         self._values[node] = value
-        self._skipped.update(skipped)
+        self._skipped.update(self._by_name[one] for one in instead_of)
         if self._order is not None:
-            self._order.supplied(node, value, skipped)
+            self._order.supplied(node, self._by_name[like])
 
     def forget(self, name: str) -> None:
         """Drop a node's value although later nodes read it, which cannot run then."""
