@@ -645,6 +645,20 @@ def test_what_a_profile_puts_out_is_assessed(wrapped, batch, monkeypatch):
     assert found == fuse_aligned(aligned, data, config=config).assessment
 
 
+def test_images_are_assessed_alike_where_the_parents_run_again():
+    def network(width, seed):
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3)]
+        pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)]
+        return nn.Sequential(*layers, *pooled).eval()
+
+    models = [network(8, 1), network(6, 2)]
+    images = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = fuse(models, images, calibration="none").assessment
+    config = FusionConfig(calibration="none")
+    assert found == fuse_aligned(align(models, images), images, config=config).assessment
+
+
 @pytest.mark.parametrize("batches", [1, 2])
 def test_what_repair_puts_out_last_is_assessed_and_the_network_does_not_run_again(
     batches, monkeypatch
