@@ -71,6 +71,15 @@ CLAFUSION_INLINE Sums sums_from(const float* x, std::int64_t count, float origin
   return total;
 }
 
+// The sum of `count` squared deviations from the mean, of those from an origin near it.
+//
+// Of channels that are all but zero float32 loses the squares, though not the values' sum: then it
+// is 0 and not less, which would be no variance.
+CLAFUSION_INLINE double squares_from_mean(double of_squares, double of_values, double count) {
+  const double found = of_squares - of_values * of_values / count;
+  return found < 0.0 ? 0.0 : found;  // NaN stays NaN
+}
+
 // Rows [begin, end) of (outer * channels): each row's mean and sum of squared deviations.
 //
 // A first sum gives the mean up to float32's rounding. Values less that are small, and what their
@@ -84,7 +93,7 @@ void moments_of_rows(const float* x, std::int64_t inner, std::int64_t begin, std
     const auto origin = static_cast<float>(sum_of(values, inner) / count);
     const Sums found = sums_from(values, inner, origin);
     mean[row] = static_cast<double>(origin) + found.of_values / count;
-    squares[row] = found.of_squares - found.of_values * found.of_values / count;
+    squares[row] = squares_from_mean(found.of_squares, found.of_values, count);
   }
 }
 
@@ -116,7 +125,7 @@ CLAFUSION_INLINE void moments_of_some(const float* x, std::int64_t rows, std::in
   for (std::int64_t c = 0; c < columns; ++c) {
     const auto sum = static_cast<double>(sums[c]);
     mean[c] = static_cast<double>(origins[c]) + sum / count;
-    squares[c] = static_cast<double>(of_squares[c]) - sum * sum / count;
+    squares[c] = squares_from_mean(static_cast<double>(of_squares[c]), sum, count);
   }
 }
 

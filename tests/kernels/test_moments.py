@@ -122,6 +122,14 @@ def test_bytes_do_not_depend_on_threads(shape, axis):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("shape", [(61, 64, 49), (3, 64, 49), (1000, 64), (128, 64, 16, 16)])
+def test_channels_that_are_all_but_zero_have_no_negative_variance(shape):
+    channels = 1e-17 * values((64,)).view(1, -1, *[1] * (len(shape) - 2))
+    mean, variance = _native.channel_moments(channels.expand(shape).contiguous(), 1)
+    torch.testing.assert_close(mean, channels.flatten().double(), rtol=1e-6, atol=0.0)
+    assert bool((variance >= 0).all())
+
+
 def test_what_is_not_finite_shows():
     x = values((2, 3, 10))
     x[0, 1, 4] = torch.nan
