@@ -88,8 +88,9 @@ class Epilogue:
         if plain is not None and (other is None or other.shape == value.shape):
             out = value if self.in_place else torch.empty_like(value)
             added = None if other is None else _lying_as(value, other, axis)
-            (values, at), (into, _) = plain, plain_view(out, axis) or plain
-            _native.scale_channels(values, at, scale, shift, other=added, out=into, **bounds)
+            (values, at), into = plain, plain_view(out, axis)
+            assert into is not None
+            _native.scale_channels(values, at, scale, shift, other=added, out=into[0], **bounds)
         else:
             shape = [1] * value.dim()
             shape[axis] = -1

@@ -32,7 +32,6 @@ __all__ = [
     "joint_moments",
     "moment_axes",
     "observed_moments",
-    "parts",
     "plain_view",
     "side_by_side",
 ]
@@ -91,10 +90,9 @@ def plain_view(value: Tensor, axis: int) -> tuple[Tensor, int] | None:
 
     None where they do not take it.
     """
-    if is_plain(value):
-        return value, axis
-    by_channel = value.permute(0, 2, 3, 1) if is_channels_last(value) and axis in (1, -3) else value
-    return (by_channel, 3) if is_plain(by_channel) else None
+    if axis in (1, -3) and is_channels_last(value):
+        value, axis = value.permute(0, 2, 3, 1), 3
+    return (value, axis) if is_plain(value) else None
 
 
 def joint_moments(
@@ -179,20 +177,14 @@ def inputs_in_cache(model: TracedModel, most: int = _IN_CACHE) -> int | None:
     return max(most // max(sizes, default=1), _FEWEST_INPUTS)
 
 
-def parts(
-    model: TracedModel, inputs: tuple[Tensor, ...], most: int = _IN_CACHE
-) -> list[tuple[Tensor, ...]]:
-    """Split a batch so that activations stay in a core's cache: see :func:`inputs_in_cache`."""
-    fitting = inputs_in_cache(model, most)
+def side_by_side(model: TracedModel, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """Split a batch into parts that run layer by layer, each waiting for the others.
+
+    None of them stays in a core's cache, so that larger parts, which take fewer steps, are faster
+    than those of :func:`inputs_in_cache`.
+    """
+    fitting = inputs_in_cache(model, _SIDE_BY_SIDE)
     if fitting is None or inputs[0].device.type != "cpu":
         return [inputs]
     pieces = [one.tensor_split(math.ceil(inputs[0].size(0) / fitting)) for one in inputs]
     return list(zip(*pieces, strict=True))
-
-
-def side_by_side(model: TracedModel, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """Split a batch into parts that run layer by layer, each waiting for the others.
-
-    None of them stays in the cache, so that larger parts, which take fewer steps, are faster.
-    """
-    return parts(model, inputs, most=_SIDE_BY_SIDE)
