@@ -18,7 +18,8 @@ WHILE_TRACING = 1 << 29
 """The same within a trace, which comes once, and makes and frees all weights several times."""
 
 _FROM_SYSTEM, _FREE_AT_END = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-_WITHIN = {_FROM_SYSTEM: 1 << 30, _FREE_AT_END: (1 << 31) - 1}  # bytes, the most that glibc takes
+# Bytes. Of larger values, for which a freed one is not always taken again, the heap held too many.
+_WITHIN = {_FROM_SYSTEM: 1 << 26, _FREE_AT_END: (1 << 31) - 1}
 _AFTERWARDS = {_FROM_SYSTEM: 1 << 25, _FREE_AT_END: 1 << 28}
 _SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 _within = 0  # how many contexts are open
