@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from clafusion import fuse, trace
 from clafusion.calibration import epilogues
+from clafusion.execution import channels_last
 from clafusion.execution.channels_last import is_channels_last
 from clafusion.execution.walk import Walk
 from clafusion.profiling.moments import channel_moments
@@ -133,6 +134,16 @@ class InItsOwnOrder(nn.Module):
         return self.head(x.view(x.size(0) * 64, -1).view(x.size(0), 64, -1).mean(1))
 
 
+class Head(nn.Sequential):
+    """A classifier that writes in place, as VGG's and EfficientNet's do."""
+
+    def __init__(self):
+        norm, in_place = nn.BatchNorm2d(3), {"inplace": True}
+        images = [nn.Conv2d(3, 6, 3), nn.ReLU(**in_place), nn.Conv2d(6, 3, 3), norm, nn.Flatten()]
+        vectors = [nn.Linear(48, 8), nn.ReLU(**in_place), nn.Dropout(**in_place), nn.Linear(8, 4)]
+        super().__init__(*images, nn.Dropout(**in_place), *vectors)
+
+
 def written_behind_a_view(x):
     rows = x.view(x.size(0), 6, 64)
     rows.relu_()
@@ -151,6 +162,7 @@ def shuffled(x):
 
 MODELS = {
     "residual, in place": Blocks,
+    "head, in place": Head,
     "view": lambda: OfConvolutions(ByPosition()),
     "own order": lambda: OfConvolutions(Innermost()),
     "more axes": lambda: OfConvolutions(OnMoreAxes()),
@@ -194,7 +206,9 @@ def orders_of_convolutions(name):
     return list(made.values())
 
 
-@pytest.mark.parametrize("name", ["residual, in place", "view", "gate", "dense", "depthwise"])
+@pytest.mark.parametrize(
+    "name", ["residual, in place", "head, in place", "view", "gate", "dense", "depthwise"]
+)
 def test_convolutions_are_given_channels_innermost(name):
     found = orders_of_convolutions(name)
     # What a gate reads is one pixel, which lies in either order.
@@ -205,6 +219,18 @@ def test_convolutions_are_given_channels_innermost(name):
 @pytest.mark.parametrize("name", ["read before it is written", "groups"])
 def test_where_that_would_be_wrong_or_slow_they_are_not(name):
     assert orders_of_convolutions(name)[-1] is False
+
+
+def test_dropout_that_draws_in_place_writes():
+    _, traced = traced_model("head, in place")
+    nodes = [
+        one for one in traced.module.graph.nodes if one.target is torch.ops.aten.dropout_.default
+    ]
+    assert len(nodes) == 2
+    for node in nodes:
+        assert channels_last._writes_its_own(node)
+        node.args = (*node.args[:2], True)
+        assert not channels_last._writes_its_own(node)
 
 
 def test_by_itself_a_walk_keeps_the_models_order():

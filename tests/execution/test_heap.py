@@ -55,6 +55,12 @@ def test_a_users_own_settings_of_the_allocator_stay():
     assert min(both, outer) > before / 2
 
 
+def test_a_context_that_fails_is_closed():
+    with pytest.raises(ZeroDivisionError), heap.kept_memory(), heap.kept_memory():
+        _ = 1 / 0
+    assert heap._within == 0
+
+
 @with_glibc
 def test_memory_between_values_that_stay_is_given_back():
     size = 100_000  # bytes: the C library gets them from its heap

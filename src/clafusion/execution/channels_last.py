@@ -28,6 +28,8 @@ _MAKE, _WRITE = (
 )
 _FOLLOW = _MAKE | _WRITE | {torch.ops.aten.dropout}
 """Operations whose results lie as what they read does."""
+_FRESH = _MAKE | _WRITE | {torch.ops.aten.conv2d, torch.ops.aten.linear}
+"""Operations whose results lie in memory of their own, or in that of what they overwrite."""
 
 _known: WeakKeyDictionary[fx.GraphModule, bool] = WeakKeyDictionary()
 
@@ -62,11 +64,12 @@ def _writes_its_own(node: fx.Node) -> bool:
     """Say whether what an operation writes to, if anything, is read by no other one."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return True
+    if _operation(node) is torch.ops.aten.dropout_ and node.args[-1] is False:
+        return True  # in evaluation it leaves everything as it is
     written = node.args[0]
     if _operation(node) not in _WRITE or not isinstance(written, fx.Node):
         return False
-    makes_memory = _is_convolution(written) or _operation(written) in _MAKE | _WRITE
-    return makes_memory and len(written.users) == 1
+    return _operation(written) in _FRESH and len(written.users) == 1
 
 
 class ChannelsLast:
