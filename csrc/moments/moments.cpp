@@ -10,13 +10,15 @@
 namespace clafusion {
 namespace {
 
-constexpr std::int64_t kLanes = 32;       // sums that are independent, so that they fill vectors
-constexpr std::int64_t kRun = 1024;       // values a lane sums in float32
-constexpr std::int64_t kRows = 64;        // rows of channels that are a part
-constexpr std::int64_t kShortest = 4;     // an inner length from which on a row is a part,
-constexpr std::int64_t kLong = 256;       // and from which on it is one where there are many rows
-constexpr std::int64_t kMany = 32;        // outer entries
-constexpr std::int64_t kGrain = 1 << 15;  // values that are worth a thread
+constexpr std::int64_t kLanes = 32;        // sums that are independent, so that they fill vectors
+constexpr std::int64_t kRun = 1024;        // values a lane sums in float32
+constexpr std::int64_t kRows = 64;         // rows of channels that are a part
+constexpr std::int64_t kShortest = 4;      // an inner length below which a row is never a part
+constexpr std::int64_t kMany = 32;         // outer entries: with fewer it is one
+constexpr std::int64_t kLong = 256;        // inner lengths from which on a row is a part, and with
+constexpr std::int64_t kLongIfWide = 128;  // wide entries, whose columns lie far apart, earlier
+constexpr std::int64_t kWide = 1 << 16;    // values of an outer entry
+constexpr std::int64_t kGrain = 1 << 15;   // values that are worth a thread
 
 struct Sums {
   double of_values;
@@ -197,6 +199,14 @@ void join(const std::vector<double>& means, const std::vector<double>& squares,
   }
 }
 
+// Whether the `inner` values of a channel that lie behind each other are summed by themselves, or
+// all channels side by side.
+bool rows_are_parts(ChannelLayout layout) {
+  const auto [outer, channels, inner] = layout;
+  if (outer < kMany) return inner >= kShortest;
+  return inner >= (channels * inner > kWide ? kLongIfWide : kLong);
+}
+
 // How many rows of few channels are read as one, so that it fills vectors.
 std::int64_t rows_as_one(std::int64_t rows, std::int64_t channels) {
   std::int64_t folded = 1;
@@ -227,7 +237,7 @@ void channel_moments(const float* x, ChannelLayout layout, double* mean, double*
   if (outer * inner == 0) throw std::invalid_argument("there are no values");
   if (channels == 0) return;
   std::vector<double> means, squares, counts;
-  if (inner >= kShortest && (inner >= kLong || outer < kMany)) {
+  if (rows_are_parts(layout)) {
     means.resize(outer * channels);
     squares.resize(outer * channels);
     counts.assign(outer, static_cast<double>(inner));

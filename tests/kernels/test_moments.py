@@ -22,6 +22,7 @@ SHAPES = [
     ((33, 6, 7, 7), 1),  # many short rows
     ((130, 2, 5, 51), 1),
     ((70, 3, 16, 16), 1),  # many long ones
+    ((33, 500, 9, 15), 1),  # of wide entries
     ((512, 16), 1),  # few channels, of which several rows are read at once
     ((12, 4, 4, 5), 3),
     ((200, 1), 1),

@@ -69,9 +69,10 @@ def kept_memory() -> Iterator[None]:
     Layer by layer a network makes and frees values of the same sizes. By itself glibc takes large
     ones from the system one by one, and gives the end of its heap back as soon as 64 MB of it are
     free. The system clears every page before it hands it out again, which takes longer than to fill
-    it: a convolution of 256 images took twice as long. Afterwards up to 256 MB at the end of the
-    heap stay, for the next stage. Nothing happens with other allocators, nor where the user has set
-    glibc's by its environment variables (mallopt(3)).
+    it: a convolution of 256 images took twice as long. Afterwards what is free between values stays
+    for the next stage, and up to 256 MB at the heap's end, until :func:`give_back`. Nothing happens
+    with other allocators, nor where the user has set glibc's by its environment variables
+    (mallopt(3)).
     """
     global _within
     with _lock:
