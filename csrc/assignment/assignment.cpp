@@ -222,7 +222,9 @@ class Solver {
     double offset;             // of the row's costs: what reaching others through it costs less
   };
 
-  // Dijkstra's algorithm over the columns from a free row to a free column.
+  // Dijkstra's algorithm over the columns from a free row to a free column. Of equally near columns
+  // a free one comes first, for it ends the search: where most costs are equal, as those of dead
+  // channels, every search would else go through all columns.
   void augment(std::int64_t start) {
     if (tries_ > 0) {
       if (search_near(start)) return;
@@ -245,8 +247,7 @@ class Solver {
             block_least_.data());
       const auto block = std::min_element(block_least_.begin(), block_least_.end());
       least = *block;
-      j = (block - block_least_.begin()) * kBlock;
-      while (distance_[j] != least) ++j;
+      j = nearest(least, block - block_least_.begin());
       if (row_of_[j] < 0) break;
       const std::int64_t i = row_of_[j];
       scanned_.push_back({j, i, least, (row(i)[j] - price_[j]) - least});
@@ -272,6 +273,21 @@ class Solver {
       before = from;
     }
     lower_prices(least);
+  }
+
+  // The first free column at a distance, which no block before the given one has; the first of all
+  // where none is free.
+  std::int64_t nearest(double least, std::int64_t block) const {
+    std::int64_t first = -1;
+    for (std::int64_t b = block * kBlock; b < n_; b += kBlock) {
+      if (block_least_[b / kBlock] != least) continue;
+      for (std::int64_t j = b; j < std::min(b + kBlock, n_); ++j) {
+        if (distance_[j] != least) continue;
+        if (row_of_[j] < 0) return j;
+        if (first < 0) first = j;
+      }
+    }
+    return first;
   }
 
   void lower_prices(double least) {
@@ -341,10 +357,13 @@ class Solver {
 
   struct Waiting {
     double distance;
+    bool is_held;
     std::int64_t column;
-    // A heap's front is its greatest: here the nearest column, and of equally near ones the first.
+    // A heap's front is its greatest: here the nearest column, of equally near ones the first that
+    // is free, and where none is free the first of all.
     bool operator<(const Waiting& other) const {
-      return distance > other.distance || (distance == other.distance && column > other.column);
+      if (distance != other.distance) return distance > other.distance;
+      return is_held != other.is_held ? is_held : column > other.column;
     }
   };
 
@@ -380,7 +399,7 @@ class Solver {
     if (x < distance_[j]) {
       distance_[j] = x;
       reached_from_[j] = from;
-      waiting_.push_back({x, j});
+      waiting_.push_back({x, row_of_[j] >= 0, j});
       std::push_heap(waiting_.begin(), waiting_.end());
       if (row_of_[j] < 0) nearest_free_ = x;
     } else if (x == distance_[j]) {

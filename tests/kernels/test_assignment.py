@@ -74,7 +74,7 @@ def test_is_optimal_and_equals_scipy(n, kind):
 
 
 # From 1024 rows on the search for a path begins with the columns near each row.
-@pytest.mark.parametrize("kind", ["uniform", "distances", "rounded", "dead"])
+@pytest.mark.parametrize("kind", ["uniform", "distances", "rounded", "dead", "whole"])
 @pytest.mark.parametrize("n", [1024, 1055])
 def test_a_search_by_near_columns_is_optimal_and_equals_scipy(n, kind):
     rng = np.random.default_rng(n)
@@ -83,6 +83,8 @@ def test_a_search_by_near_columns_is_optimal_and_equals_scipy(n, kind):
         cost = cost.round(2)
     if kind == "dead":  # rows and columns that cost the same everywhere
         cost[rng.permutation(n)[:20]] = cost[:, rng.permutation(n)[:20]] = 4.0
+    if kind == "whole":  # nearly all searches meet many free columns at once
+        cost = rng.integers(0, 4, cost.shape).astype(float)
     found = solve(cost)
     assert_optimal(cost, *found)
     assert found[3] == pytest.approx(cost[linear_sum_assignment(cost)].sum(), rel=1e-11)
@@ -90,7 +92,10 @@ def test_a_search_by_near_columns_is_optimal_and_equals_scipy(n, kind):
 
 
 def paths_over_whole_rows_ref(cost):
-    """The algorithm of the header without near columns: also of equal paths it takes the same."""
+    """The algorithm of the header without near columns: also of equal paths it takes the same.
+
+    Of equally near columns a free one comes first, else the first.
+    """
     n = len(cost)
     price = cost.min(0)
     column_of, row_of = np.full(n, -1), np.full(n, -1)
@@ -127,8 +132,9 @@ def paths_over_whole_rows_ref(cost):
             new = (cost[row] - price) - offset
             nearer = is_open & (new < distance)
             distance[nearer], origin[nearer] = new[nearer], len(scanned) - 1
-            j = int(np.where(is_open, distance, np.inf).argmin())
-            least = distance[j]
+            least = distance[is_open].min()
+            equal = np.flatnonzero(is_open & (distance == least))
+            j = next((one for one in equal if row_of[one] < 0), equal[0])
             if row_of[j] < 0:
                 break
             is_open[j] = False
