@@ -83,6 +83,18 @@ def test_what_can_be_called_with_the_arguments_is_taken():
         (lambda: clafusion.gram(3), "x must be a tensor"),
         (lambda: clafusion.correspond(3, 3, ()), "target must be a traced model"),
         (lambda: clafusion.average(3), "problem must be a clafusion.FusionProblem"),
+        (lambda: clafusion.fuse([A, B], np.array(5)), "data is a single number"),
+        (lambda: clafusion.fuse([A, B], X.numpy()), r"give torch.from_numpy\(data\)"),
+        (lambda: clafusion.fuse([A, B], X.to_sparse()), r"give data.to_dense\(\)"),
+        (lambda: clafusion.evaluate([A, B], torch.tensor(1.0), LABELLED[1]), "a single number"),
+        (lambda: clafusion.fuse([A, B], X, device=10**30), "device 1000.* cannot be used here"),
+        (lambda: clafusion.fuse([A, B], X, vocabulary=np.zeros(3)), "vocabulary must be 'same'"),
+        (lambda: clafusion.fuse([A, B], X, preset=np.zeros(3)), "preset must be one of"),
+        (lambda: clafusion.fuse([A, B], X, memory_limit="9" * 400), "memory_limit must be an"),
+        (lambda: clafusion.fuse_pairs({"a": A}, X, pairs=np.array(5)), "pairs must be 'all' or"),
+        (lambda: clafusion.fuse_pairs({"a": A}, X, device="zzz"), "device 'zzz' cannot be used"),
+        (lambda: clafusion.sweep([A, B], X, weight=np.array(5)), "weight must be a list"),
+        (lambda: clafusion.sweep([A, B], X, seeds=b"ab"), "seeds must be a list"),
     ],
 )
 def test_arguments_of_another_kind_are_named(call, message):
@@ -95,3 +107,10 @@ def test_a_layer_map_of_other_networks_is_refused():
     for wrong in (3, (0,), (0, 1, 5), ("a", 1, -1)):
         with pytest.raises(InputError, match="layer_map must be 3 whole numbers"):
             clafusion.correspond(other, one, wrong)
+
+
+@pytest.mark.parametrize("weights", [3, [1], [1, "a"], [1, -1], np.array(5), [1, float("nan")]])
+def test_weights_of_a_naive_average_are_checked(weights):
+    result = clafusion.fuse([A, B], X, calibration="none", assessment="none")
+    with pytest.raises(InputError, match="weights"):
+        clafusion.naive_average(result.problem, weights)

@@ -27,7 +27,11 @@ from clafusion.config import (
 from clafusion.errors import InputError, check_callable
 from clafusion.execution.call import device_of, usable_device
 from clafusion.interop.inputs import example_of, readable
-from clafusion.interop.vocabulary import keep_own_entries, with_one_vocabulary
+from clafusion.interop.vocabulary import (
+    check_vocabulary,
+    keep_own_entries,
+    with_one_vocabulary,
+)
 from clafusion.memory import bytes_of, check_limit, check_weights, needed_memory
 from clafusion.merging.layer_weights import weigh_layers
 from clafusion.merging.left_out import left_out_parameters, warn_of_left_out
@@ -179,6 +183,7 @@ def fuse(
     data = readable(data, named)
     labels = None if labels is None else checked_labels(labels, data)
     limit = None if memory_limit is None else bytes_of(memory_limit, "memory_limit")
+    check_vocabulary(vocabulary)
     if config.outputs == "both" and (limit is not None or vocabulary != "same"):
         what = "memory_limit" if limit is not None else f"vocabulary={vocabulary!r}"
         raise InputError(f"outputs='both' does not go with {what}: leave one out")

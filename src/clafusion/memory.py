@@ -70,7 +70,8 @@ def bytes_of(limit: int | str, argument: str) -> int:
     if isinstance(limit, str):
         found = _TEXT.fullmatch(limit.strip())
         if found is not None:
-            size = int(float(found["number"]) * _UNITS[found["unit"].upper()])
+            amount = float(found["number"]) * _UNITS[found["unit"].upper()]
+            size = int(amount) if math.isfinite(amount) else limit
     if not isinstance(size, Integral) or isinstance(size, bool) or size <= 0:
         raise InputError(
             f"{argument} must be an amount of memory as '6GB' or '800MiB', or a number of bytes; "
@@ -109,19 +110,21 @@ def check_weights(limit: int, models: Mapping[str, Model]) -> None:
     Raises
     ------
     InputError
-        The message names the weight, and says how much it needs.
+        The message names the largest weight, and says how much it needs.
     """
+    largest, of_model, called = 0, "", ""
     for name, model in models.items():
         module = model.open()[0] if isinstance(model, ModelFile) else model
-        held = held_now()
-        for called, one in module.named_parameters():
-            needed = _COPIES * 4 * one.numel()
-            if held + needed > limit:
-                raise InputError(
-                    f"memory_limit={shown(limit)!r} is too little: {called!r} of {label(name)} "
-                    f"alone needs {shown(needed)}, and the process holds {shown(held)} before; the "
-                    f"least for it is {shown(held + needed)!r}"
-                )
+        for parameter, one in module.named_parameters():
+            if one.numel() > largest:
+                largest, of_model, called = one.numel(), name, parameter
+    held, needed = held_now(), _COPIES * 4 * largest
+    if held + needed > limit:
+        raise InputError(
+            f"memory_limit={shown(limit)!r} is too little: {called!r} of {label(of_model)} "
+            f"alone needs {shown(needed)}, and the process holds {shown(held)} before; the "
+            f"least for it is {shown(held + needed)!r}"
+        )
 
 
 def needed_memory(models: Sequence[TracedModel], count: int, config: FusionConfig) -> NeededMemory:

@@ -25,6 +25,7 @@ def preset_of(name: Any) -> FusionConfig:
     InputError
         There is no such preset.
     """
+    name = name if isinstance(name, str) else repr(name)
     if name == "fast":
         return FusionConfig(
             profiling=Profiling(alignment_samples=200, matching_rows=2048), calibration=Repair()

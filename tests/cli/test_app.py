@@ -361,6 +361,8 @@ def test_inspect_tells_how_a_result_was_made(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["layers"]
     assert facts["record"] == record
+    assert main(["inspect", "absent.safetensors"]) == 2
+    assert "'absent.safetensors' does not exist" in capsys.readouterr().err
     assert main(["inspect", "fused.safetensors", "--plot=layers.png"]) == 2
     assert "--plot needs inputs to run the model with: give --data" in capsys.readouterr().err
     Path("fused.safetensors.json").write_text('{"architecture": {}, "taken": 3}')

@@ -98,6 +98,8 @@ def test_a_limit_below_the_largest_weight_is_refused_before_anything_runs(monkey
     models = [mlp(12, 2000, 4), mlp(12, 2000, 1600, 4)]
     with pytest.raises(InputError, match=r"'2.weight' of models\[1\] alone needs 38.4 MB"):
         fuse(models, VECTORS, memory_limit="20MB")
+    with pytest.raises(InputError, match=r"'2.weight'.* the least for it is '38.4 MB'"):
+        fuse(models, VECTORS, memory_limit="1kB")  # too little for the others, too
 
 
 @pytest.mark.parametrize("limit", ["6 apples", "", "-1GB", 0, -5, True, 1.5])

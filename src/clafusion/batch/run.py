@@ -37,6 +37,7 @@ from clafusion.batch.tasks import (
 from clafusion.batch.worker import Job, Outcome, Worker
 from clafusion.config import FusionConfig, Like
 from clafusion.errors import ClafusionError, InputError, check_callable, kind_of, warn
+from clafusion.execution.call import usable_device
 from clafusion.interop.inputs import example_of, readable
 from clafusion.profiling.batches import Data, data_digest
 from clafusion.profiling.graphs import GraphBatches
@@ -158,6 +159,8 @@ def fuse_pairs(
         raise InputError(f"resume must be True or False; got {resume!r}")
     check_callable(progress, "progress", PAIR_PROGRESS)
     _check_executor(executor)
+    if device is not None and not isinstance(executor, Executor):
+        usable_device(device)  # elsewhere the workers say it
     _check_memory_limit(memory_limit)
     given = _checked_weights(weights)
     data = readable(data, models)
@@ -216,7 +219,8 @@ def _checked_pairs(pairs: Iterable[Pair] | str, models: Mapping[str, Model]) -> 
             raise InputError(f"pairs must be 'all' or a list of pairs of names; got {pairs!r}")
         names = list(models)
         return [(one, other) for i, one in enumerate(names) for other in names[i + 1 :]]
-    if isinstance(pairs, Mapping) or not isinstance(pairs, Iterable):
+    is_number = getattr(pairs, "ndim", 1) == 0
+    if isinstance(pairs, Mapping) or not isinstance(pairs, Iterable) or is_number:
         raise InputError(f"pairs must be 'all' or a list of pairs of names; got {pairs!r}")
     wanted: list[Pair] = []
     for i, pair in enumerate(pairs):

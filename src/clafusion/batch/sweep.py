@@ -330,7 +330,8 @@ def _weights(
 
 def _check_several(name: str, given: Any, what: str) -> None:
     """Refuse what is no list or another run of values, by its name."""
-    if isinstance(given, (str, Mapping)) or not hasattr(given, "__len__"):
+    is_number = getattr(given, "ndim", 1) == 0
+    if isinstance(given, (str, bytes, Mapping)) or not hasattr(given, "__len__") or is_number:
         raise InputError(f"{name} must be a list {what}; got {given!r}")
 
 

@@ -90,6 +90,8 @@ def inspect_command(
         _check_unused(arch, checkpoint_key, plot)
         print_json({"record": record}) if as_json else print_text(record_summary(record))
         return
+    if weights is not None and not Path(weights).exists():
+        raise InputError(f"{str(weights)!r} does not exist")
     if (data is None) == (input_shape is None):
         raise InputError("give either --data FILE or --input-shape N,N,...: inputs to trace with")
     check_plot(plot)

@@ -145,7 +145,7 @@ def usable_device(device: str | torch.device, name: str = "device") -> torch.dev
     """
     try:
         torch.empty(0, device=torch.device(device))
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{name} {device!r} cannot be used here: {reason}") from error
     return torch.device(device)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from clafusion.errors import InputError
@@ -73,7 +74,7 @@ def graph_batches(data: Any, model: Any) -> GraphBatches | list[dict[str, Tensor
     """
     if isinstance(data, GraphBatches):
         return data
-    if isinstance(data, (Tensor, str, bytes, Iterator)):
+    if isinstance(data, (Tensor, np.ndarray, str, bytes, Iterator)):
         return None
     if _is_graph(data, model):
         data = [data]

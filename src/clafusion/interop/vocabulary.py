@@ -24,10 +24,28 @@ from clafusion.tracing.copies import copied
 from clafusion.weights.factories import Model, ModelFile
 from clafusion.weights.messages import listed
 
-__all__ = ["VOCABULARIES", "check_alike", "keep_own_entries", "with_one_vocabulary"]
+__all__ = [
+    "VOCABULARIES",
+    "check_alike",
+    "check_vocabulary",
+    "keep_own_entries",
+    "with_one_vocabulary",
+]
 
 VOCABULARIES = ("same", "intersection")
 """What is done about networks whose tokenizers give the same text other tokens."""
+
+
+def check_vocabulary(vocabulary: object) -> None:
+    """Refuse what is none of :data:`VOCABULARIES`.
+
+    Raises
+    ------
+    InputError
+        The message shows what is.
+    """
+    if not isinstance(vocabulary, str) or vocabulary not in VOCABULARIES:
+        raise InputError(f"vocabulary must be 'same' or 'intersection'; got {vocabulary!r}")
 
 
 def check_alike(models: Mapping[str, Model], vocabulary: str = "same") -> None:
@@ -41,8 +59,7 @@ def check_alike(models: Mapping[str, Model], vocabulary: str = "same") -> None:
         Labels differ, or with ``vocabulary="same"`` an entry of the vocabularies; the message shows
         the difference.
     """
-    if vocabulary not in VOCABULARIES:
-        raise InputError(f"vocabulary must be 'same' or 'intersection'; got {vocabulary!r}")
+    check_vocabulary(vocabulary)
     check_same_labels(dict(_configs(models)))
     known = {name: _directory(one) for name, one in models.items()}
     if vocabulary == "same":

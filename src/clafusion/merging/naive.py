@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 
 from torch import nn
 
-from clafusion.errors import InputError
+from clafusion.errors import InputError, check_listed
 from clafusion.matching.head_order import restored_model
 from clafusion.matching.orthogonal import unrotated_model
 from clafusion.matching.weight_costs import index_plans
@@ -43,7 +45,13 @@ def naive_average(problem: FusionProblem, weights: Sequence[float] | None = None
             "problem is that of a shared trunk, of outputs='both', and networks of other classes "
             "have no mean: compare with the same fusion with calibration='none'"
         )
-    given = [one.weights.overall for one in problem.parents] if weights is None else list(weights)
+    given = [one.weights.overall for one in problem.parents] if weights is None else weights
+    check_listed(given, "weights", "a list of numbers, one for each parent")
+    if len(given) != len(problem.parents):
+        raise InputError(f"weights must be {len(problem.parents)} numbers; got {len(given)}")
+    for i, one in enumerate(given):
+        if not (isinstance(one, Real) and 0 <= one < math.inf):
+            raise InputError(f"weights[{i}] must be a number of at least 0; got {one!r}")
     state = average(unmatched(problem), [MergeWeights(weight) for weight in given])
     return with_state(problem.target.model, state, problem.target.aliases)
 

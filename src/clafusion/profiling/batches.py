@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -446,6 +447,12 @@ def _check_kind(data: Any) -> None:
             "data must be a tensor, a list of batches or a DataLoader; got "
             f"{type(data).__name__}{hint}"
         )
+    if getattr(data, "ndim", 1) == 0:  # an array or a tensor that is a number
+        raise InputError("data is a single number: give at least one row")
+    if isinstance(data, np.ndarray):
+        raise InputError("data is a NumPy array: give torch.from_numpy(data)")
+    if isinstance(data, Tensor) and data.layout != torch.strided:
+        raise InputError("data is a sparse tensor: give data.to_dense()")
 
 
 def _inputs(batch: Any, count: int, keywords: tuple[str, ...], index: int) -> tuple[Tensor, ...]:
