@@ -23,9 +23,9 @@ inline constexpr double kLargestAssignmentCost = 1e200;
 
 // Solves `count` independent problems exactly by the algorithm of Jonker and Volgenant (Computing
 // 38, 1987): column reduction, augmenting row reduction, shortest augmenting paths; O(size^3) each
-// at worst. Of equally near columns a free one ends a search at once. Threads share the problems out;
-// the result does not depend on their number. Throws std::invalid_argument when a problem is empty or
-// a cost is NaN or too large.
+// at worst. Of equally near columns a free one ends a search at once. Threads share the problems
+// out; the result does not depend on their number. Throws std::invalid_argument when a problem is
+// empty or a cost is NaN or too large.
 void assign(const AssignmentProblem* problems, AssignmentSolution* solutions, std::int64_t count);
 
 }  // namespace clafusion
