@@ -256,7 +256,8 @@ def _aligned(
     What the models put out on inputs on which their result is assessed goes to ``known_outputs``.
     """
     first = next(iter(named.values()))
-    clock = Clock(device_of(first) if isinstance(first, nn.Module) else None)
+    device = device_of(first) if isinstance(first, nn.Module) else None
+    clock = Clock(device, keeps_memory=limit is None)
     if limit is not None:
         check_weights(limit, named)
     with clock.stage("trace"):
@@ -426,7 +427,12 @@ def _fused(
     Returns the result, and what is known of its outputs.
     """
     warn_of_pinned_channels(aligned.names, [one.traced for one in aligned.profiles], weights)
-    clock = Clock(aligned.profiles[0].traced.device, aligned.timings, aligned.peak_memory)
+    clock = Clock(
+        aligned.profiles[0].traced.device,
+        aligned.timings,
+        aligned.peak_memory,
+        keeps_memory=limit is None,
+    )
     rounds, converged = 1, True
     if matched is not None:
         problem = with_merge_weights(matched, weights)

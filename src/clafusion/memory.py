@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from clafusion.alignment.models import label
+from clafusion.calibration.least_squares.choice import choice_rows
+from clafusion.calibration.least_squares.hidden import MOST_FEATURES
 from clafusion.calibration.least_squares.walks import Rows
 from clafusion.config import Auto, FusionConfig, LeastSquares, Orthogonal, Sinkhorn, Unbalanced
 from clafusion.errors import InputError
@@ -31,6 +33,8 @@ __all__ = [
     "shown",
 ]
 
+_SCRATCH = 64 << 20  # bytes that libraries and the interpreter take on the way
+_IN_WHOLE = 256 << 20  # bytes of a weight that is moved and averaged in whole, as most are
 _COPIES = 3  # of a weight in float32, while it is moved and averaged
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}I": 1024**i for i, unit in enumerate("KMGT", 1)}
@@ -146,24 +150,23 @@ def needed_memory(models: Sequence[TracedModel], count: int, config: FusionConfi
     grams = sum(len(one.layers) for one in models) * min(count, _samples(config)) ** 2 * 8
     rows = max(_largest_rows(one, count, config) for one in models)
     groups = sorted((group.size for one in models for group in one.groups), reverse=True)
-    # Costs in float64, and in float32 what they are made from, or Sinkhorn's costs and its plan.
-    matching = 16 * groups[0] ** 2 if groups else 0
+    # Costs in float64, in float32 what they are made from, or Sinkhorn's costs and its plan, and
+    # what the search works with.
+    matching = 24 * groups[0] ** 2 if groups else 0
     plans = _full_plans(models, config)
-    calibrated = max(activations) + 6 * largest
+    calibrated = max(activations) + 6 * largest + 4 * min(largest, _IN_WHOLE)
     if isinstance(config.used_calibration, LeastSquares):
         calibrated = (
             sum(activations)
             + max(activations)
-            + max(_regression_bytes(one, count) for one in models)
+            + max(_choice_bytes(models, count), *(_regression_bytes(one, count) for one in models))
         )
-    return NeededMemory(
-        held=held_now(),
-        stages={
-            "profile": max(activations) + grams + 2 * largest,
-            "match": sum(activations) + grams + 6 * rows + matching + plans + 2 * largest,
-            "calibrate": grams + plans + calibrated,
-        },
-    )
+    stages = {
+        "profile": max(activations) + grams + 2 * largest,
+        "match": sum(activations) + grams + 6 * rows + matching + plans + 2 * largest,
+        "calibrate": grams + plans + calibrated,
+    }
+    return NeededMemory(held_now(), {name: _SCRATCH + size for name, size in stages.items()})
 
 
 def activation_bytes(model: TracedModel, count: int) -> int:
@@ -255,6 +258,47 @@ def _regression_bytes(model: TracedModel, count: int) -> int:
             sums = 2 * min(features, rows) ** 2 + features * (5 * outputs + 1)
             most = max(most, 4 * rows * (2 * features + 3 * outputs) + 8 * sums)
     return most
+
+
+def _choice_bytes(models: Sequence[TracedModel], count: int) -> int:
+    """Return the bytes of the largest choice among hidden channels of all models side by side.
+
+    A layer's channels may be chosen where one layer alone reads them. Inner products, their
+    inverse, that of those that are left and, of many outputs, the products of the readouts are
+    matrices in float64; so are the readouts of all, each before and after its channels were put in
+    order.
+    """
+    widest = [_widest_hidden(one) for one in models]
+    features = min(sum(width for width, _, _ in widest), MOST_FEATURES)
+    if features == 0:
+        return 0
+    outputs = sum(outputs for _, outputs, _ in widest)
+    positions = max(positions for _, _, positions in widest)
+    rows = min(count * positions, choice_rows(features))
+    matrices = 5 * features**2 + 5 * features * outputs + 512 * features
+    return 8 * matrices + features * (8 * rows + 8 * min(rows, 8192))
+
+
+def _widest_hidden(model: TracedModel) -> tuple[int, int, int]:
+    """Return the most features that a layer reads of channels that no other one reads.
+
+    With that layer's outputs and its positions; zeros for none.
+    """
+    state = model.module_state()
+    sizes = {name: tuple(one.shape) for name, one in state.items()}
+    places = {
+        point.weight: math.prod(hook.positions)
+        for layer in model.layers
+        for point in layer.calibration_points
+        for hook in layer.hook_points[:1]
+    }
+    found = [(0, 0, 1)]
+    for group in model.groups:
+        readers = [axis.use.parameter for axis in group.axes if axis.direction == "in"]
+        if len(readers) == 1 and len(sizes.get(readers[0], ())) > 1:
+            outputs, *features = sizes[readers[0]]
+            found.append((math.prod(features), outputs, places.get(readers[0], 1)))
+    return max(found)
 
 
 def _full_plans(models: Sequence[TracedModel], config: FusionConfig) -> int:

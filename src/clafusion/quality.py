@@ -29,6 +29,7 @@ from clafusion.results import RESULT, FusionResult
 from clafusion.stages import Clock, merge_weights, named_models
 from clafusion.tracing.examples import example_tensors
 from clafusion.tracing.model import TracedModel
+from clafusion.weights.storage import InMemory
 
 __all__ = ["assessed", "evaluate", "evaluated_beside", "evaluation_of", "hash_of"]
 
@@ -49,7 +50,12 @@ def assessed(
 ) -> FusionResult:
     """Return the result with its assessment and evaluation; warn where the former is bad."""
     config = result.config
-    clock = Clock(result.problem.target.device, result.timings, result.peak_memory)
+    clock = Clock(
+        result.problem.target.device,
+        result.timings,
+        result.peak_memory,
+        keeps_memory=isinstance(result.problem.storage, InMemory),
+    )
     with clock.stage("assess"):
         found = assess(
             result.model,

@@ -41,7 +41,7 @@ from clafusion.errors import (
     warn,
 )
 from clafusion.execution.call import usable_device
-from clafusion.execution.heap import give_back, held_by_process, kept_memory
+from clafusion.execution.heap import freed_memory, give_back, held_by_process
 from clafusion.interop.inputs import example_of
 from clafusion.matching.activation_costs import MAX_CHANNELS
 from clafusion.presets import preset_of
@@ -500,6 +500,16 @@ class Clock:
     On a GPU that is what PyTorch held there. Elsewhere it is what the process held. The system
     knows the most that the process ever held: exact for the stage that raised it, while of another
     stage only what was held at its beginning or its end is known.
+
+    Parameters
+    ----------
+    device
+        Where the stages run.
+    seconds, peak_memory
+        What earlier stages took.
+    keeps_memory
+        Whether memory that is freed in a stage stays for what comes next. Else all goes back, so
+        that a limit is kept.
     """
 
     def __init__(
@@ -507,9 +517,12 @@ class Clock:
         device: torch.device | None,
         seconds: Mapping[str, float] | None = None,
         peak_memory: Mapping[str, int] | None = None,
+        *,
+        keeps_memory: bool = True,
     ) -> None:
         self.seconds = dict(seconds or {})
         self.peak_memory = dict(peak_memory or {})
+        self._keeps_memory = keeps_memory
         self._gpu = device if device is not None and device.type == "cuda" else None
 
     @contextmanager
@@ -521,7 +534,7 @@ class Clock:
         else:
             before, most = held_by_process()
         start = time.perf_counter()
-        with kept_memory():
+        with freed_memory(stays=self._keeps_memory):
             yield
         if self._gpu is not None:
             torch.cuda.synchronize(self._gpu)  # what is queued belongs to this stage
@@ -530,7 +543,10 @@ class Clock:
         if self._gpu is None:
             now, most_since = held_by_process()
             self.peak_memory[name] = max(before, now, most_since if most_since > most else 0)
-            give_back()
+            if self._keeps_memory:
+                give_back()
+            else:
+                give_back(0)
 
     def add(self, other: Clock) -> None:
         """Add what another clock measured: the seconds of each stage, and the more memory."""

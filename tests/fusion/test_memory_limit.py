@@ -86,10 +86,22 @@ def test_a_file_is_not_changed_by_what_is_done_with_the_result(tmp_path):
 def test_a_limit_that_is_too_small_says_the_least_that_would_do(monkeypatch):
     monkeypatch.setattr("clafusion.memory.held_now", lambda: 0)
     models = [mlp(12, 20, 4), mlp(12, 20, 16, 4)]
-    with pytest.raises(InputError, match=r"is too little: the least is about '0.4 MB'.*'match'"):
+    with pytest.raises(InputError, match=r"is too little: the least is about '67.5 MB'.*'match'"):
         fuse(models, VECTORS, calibration="repair", memory_limit="5kB")
     with pytest.raises(InputError, match="and 'calibrate' needs"):
         fuse(models, VECTORS, memory_limit="5kB")
+
+
+def test_channels_that_are_chosen_count():
+    """As matrices of all parents' channels side by side, of which a choice holds several."""
+    models = [clafusion.trace(mlp(12, n, n, 4), VECTORS) for n in (400, 300)]
+    needed = {
+        name: needed_memory(models, 50, FusionConfig(calibration=name)).stages["calibrate"]
+        for name in ("repair", "least_squares")
+    }
+    assert needed["least_squares"] - needed["repair"] > 8 * 5 * 700**2
+    single = [clafusion.trace(mlp(12, 4), VECTORS)] * 2  # no hidden channels at all
+    assert needed_memory(single, 50, FusionConfig()).stages["calibrate"] < 70e6
 
 
 def test_a_limit_below_the_largest_weight_is_refused_before_anything_runs(monkeypatch):

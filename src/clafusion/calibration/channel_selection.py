@@ -41,12 +41,13 @@ _CANCELLED = 1e-4  # of a number is left when its last digits begin to matter
 
 
 def inverse_gram(gram: Tensor, columns: Tensor, *, kinship: Tensor | None = None) -> Tensor:
-    """Return the inverse of a Gram matrix, with a ridge that makes it one.
+    """Return the inverse of a Gram matrix, with a ridge that makes it one, in its own memory.
 
     Parameters
     ----------
     gram
-        ``(num_features, num_features)``, float64: inner products of the reading layer's inputs.
+        ``(num_features, num_features)``, contiguous, float64: inner products of the reading layer's
+        inputs.
     columns
         ``(num_channels, num_columns)``: the features of each channel.
     kinship
@@ -54,14 +55,14 @@ def inverse_gram(gram: Tensor, columns: Tensor, *, kinship: Tensor | None = None
         be where the data do not tell, 1 for the same; default: each like itself only.
     """
     ridge = _RIDGE * gram.diagonal().mean().clamp(min=1e-30)
-    penalised = gram.clone(memory_format=torch.contiguous_format)
-    penalised.diagonal().add_(ridge)
+    gram.diagonal().add_(ridge)
     if kinship is not None:
-        shared = (ridge * _SHARED) * kinship.to(gram)
-        shared.fill_diagonal_(0.0)
-        for feature in columns.T:  # the same column of two channels
-            penalised[feature[:, None], feature] += shared
-    return invert(penalised)
+        for first in range(0, len(kinship), _BLOCK):
+            shared = (ridge * _SHARED) * kinship[first : first + _BLOCK].to(gram)
+            shared.diagonal(first).zero_()
+            for feature in columns.T:  # the same column of two channels
+                gram[feature[first : first + _BLOCK, None], feature] += shared
+    return invert(gram)
 
 
 def invert(matrix: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ def keep_channels(
     Parameters
     ----------
     inverse
-        ``(num_features, num_features)``: see :func:`inverse_gram`.
+        ``(num_features, num_features)``: see :func:`inverse_gram`. Its memory is used up.
     readout
         ``(num_features, num_outputs)``, float64: the reading layer's weights.
     columns
@@ -139,7 +140,7 @@ def keep_channels(
     # One small step after another: the CPU is the place for that.
     inverse = inverse.cpu()
     is_in_order = bool((order == torch.arange(len(order))).all())
-    inverse = inverse.clone() if is_in_order else inverse[order[:, None], order]
+    inverse = inverse if is_in_order else inverse[order[:, None], order]
     left = _Left(inverse, readout.cpu()[order], scale.cpu(), *columns.shape)
     left.lose(len(columns) - count)
     found = torch.zeros(readout.shape, dtype=readout.dtype)

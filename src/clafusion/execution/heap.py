@@ -11,18 +11,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["WHILE_TRACING", "give_back", "held_by_process", "held_now", "kept_memory"]
+__all__ = ["WHILE_TRACING", "freed_memory", "give_back", "held_by_process", "held_now"]
 
 _MUCH = 1 << 30  # bytes that a process holds: of less nothing is given back after a stage
 WHILE_TRACING = 1 << 29
 """The same within a trace, which comes once, and makes and frees all weights several times."""
 
 _FROM_SYSTEM, _FREE_AT_END = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-# Bytes. Of larger values, for which a freed one is not always taken again, the heap held too many.
-_WITHIN = {_FROM_SYSTEM: 1 << 26, _FREE_AT_END: (1 << 31) - 1}
+# Bytes. Of values over 64 MB, for which a freed one is not always taken again, the heap held
+# several of one size.
+_KEPT = {_FROM_SYSTEM: 1 << 26, _FREE_AT_END: (1 << 31) - 1}
+_SPARED = {_FROM_SYSTEM: 1 << 20, _FREE_AT_END: 1 << 20}
 _AFTERWARDS = {_FROM_SYSTEM: 1 << 25, _FREE_AT_END: 1 << 28}
 _SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
-_within = 0  # how many contexts are open
+_open = {True: 0, False: 0}  # contexts that keep memory, and that spare it
 _lock = threading.Lock()
 
 
@@ -63,29 +65,30 @@ def give_back(much: int = _MUCH) -> None:
 
 
 @contextmanager
-def kept_memory() -> Iterator[None]:
-    """Keep the memory that is freed within the context for what is made next.
+def freed_memory(*, stays: bool) -> Iterator[None]:
+    """Keep memory that is freed within the context for what is made next, or give it back at once.
 
     Layer by layer a network makes and frees values of the same sizes. By itself glibc takes large
     ones from the system one by one, and gives the end of its heap back as soon as 64 MB of it are
     free. The system clears every page before it hands it out again, which takes longer than to fill
-    it: a convolution of 256 images took twice as long. Afterwards what is free between values stays
-    for the next stage, and up to 256 MB at the heap's end, until :func:`give_back`. Nothing happens
-    with other allocators, nor where the user has set glibc's by its environment variables
-    (mallopt(3)).
+    it: a convolution of 256 images took twice as long. So memory should stay, unless there is a
+    limit to what is held: where one context says so, all give it back. Afterwards what is free
+    between values stays for the next stage, and up to 256 MB at the heap's end, until
+    :func:`give_back`. Nothing happens with other allocators, nor where the user has set glibc's by
+    its environment variables (mallopt(3)).
     """
-    global _within
-    with _lock:
-        _within += 1
-        if _within == 1:
-            _set_allocator(_WITHIN)
+    _count(stays, 1)
     try:
         yield
     finally:
-        with _lock:
-            _within -= 1
-            if _within == 0:
-                _set_allocator(_AFTERWARDS)
+        _count(stays, -1)
+
+
+def _count(stays: bool, more: int) -> None:
+    """Count a context that opens or ends, and tell the allocator."""
+    with _lock:
+        _open[stays] += more
+        _set_allocator(_SPARED if _open[False] else _KEPT if _open[True] else _AFTERWARDS)
 
 
 def _set_allocator(thresholds: Mapping[int, int]) -> None:
@@ -93,7 +96,7 @@ def _set_allocator(thresholds: Mapping[int, int]) -> None:
         return
     with suppress(OSError, AttributeError):  # musl has no such function
         for name, size in thresholds.items():
-            if not ctypes.CDLL(None).mallopt(name, size):  # so large only since glibc 2.35
+            if not ctypes.CDLL(None).mallopt(name, size):  # over 32 MB only since glibc 2.35
                 ctypes.CDLL(None).mallopt(name, _AFTERWARDS[name])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
@@ -26,7 +25,7 @@ from clafusion.merging.problem import FusionProblem
 from clafusion.threads import one_thread
 
 __all__ = [
-    "Choice",
+    "choice_rows",
     "choose_channels",
     "hidden_features",
     "hidden_inverse",
@@ -35,23 +34,6 @@ __all__ = [
 ]
 
 _ROWS, _LEAST_ROWS = 8, 4096  # of a choice: for each column, and in all
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Hidden channels that are kept, and how the layer that reads them starts.
-
-    Attributes
-    ----------
-    kept
-        For each part of the hidden channels what the target keeps of it.
-    readout
-        ``(num_features (+ 1), num_outputs)``: how the target's layer reads the channels once they
-        have taken over what the others told. The last row is the bias, where there is one.
-    """
-
-    kept: tuple[Kept, ...]
-    readout: Tensor
 
 
 def hidden_positions(
@@ -68,8 +50,12 @@ def hidden_positions(
     part, kernel = hidden.parts[0], hidden.reader.kernel_size
     width = sum(one.columns.numel() for one in hidden.parts)
     places = num_positions(part.reader, values[0], kernel, batch_size)
-    rows = rows_for(width, _ROWS, _LEAST_ROWS)
-    return chosen_positions(places, rows, num_inputs, generator)
+    return chosen_positions(places, choice_rows(width), num_inputs, generator)
+
+
+def choice_rows(num_features: int) -> int:
+    """Return of how many rows a choice among so many features takes inner products at the most."""
+    return rows_for(num_features, _ROWS, _LEAST_ROWS)
 
 
 def hidden_features(
@@ -90,7 +76,7 @@ def hidden_features(
 
 
 def hidden_inverse(problem: FusionProblem, hidden: Hidden, gram: Tensor) -> Tensor:
-    """Return the inverse of the inner products ``gram`` of :func:`hidden_features`."""
+    """Return the inverse of the inner products of :func:`hidden_features`, in their memory."""
     with one_thread():
         return inverse_gram(gram, torch.cat(_columns(hidden)), kinship=_kinship(problem, hidden))
 
@@ -103,7 +89,7 @@ def choose_channels(
     weights: Sequence[float],
     *,
     reader_chooses: bool,
-) -> Choice:
+) -> tuple[tuple[Kept, ...], Tensor]:
     """Choose among all parents' hidden channels.
 
     Parameters
@@ -111,13 +97,20 @@ def choose_channels(
     problem, hidden
         The parents, and their hidden channels.
     inverse
-        See :func:`hidden_inverse`.
+        See :func:`hidden_inverse`. Its memory is used up.
     states
         The parents' own weights.
     weights
         The parents' weights at the layer that writes the channels.
     reader_chooses
         Whether the channels that the reading layer writes are to be chosen, too.
+
+    Returns
+    -------
+    (kept, readout)
+        For each part of the hidden channels what the target keeps of it, and how its reading layer
+        starts, ``(num_features (+ 1), num_outputs)``: how it reads the channels once they have
+        taken over what the others told. The last row is the bias, where there is one.
     """
     readout, importance = _readouts(problem, hidden, states, weights, reader_chooses)
     columns = _columns(hidden)
@@ -130,7 +123,7 @@ def choose_channels(
     for given, theirs in zip(kept, columns, strict=True):
         start[hidden.columns[given.own].flatten()] = readout[theirs[given.taken].flatten()]
     size = sum(one.numel() for one in columns)
-    return Choice(kept, torch.cat([start, readout[size:]]))
+    return kept, torch.cat([start, readout[size:]])
 
 
 def _columns(hidden: Hidden) -> list[Tensor]:

@@ -16,9 +16,10 @@ from clafusion.merging.problem import FusionProblem
 from clafusion.tracing.model import GroupAxis, TracedModel
 from clafusion.tracing.operations import bound_operands, op_name
 
-__all__ = ["Hidden", "Kept", "Part", "hidden_channels", "reads_partner"]
+__all__ = ["MOST_FEATURES", "Hidden", "Kept", "Part", "hidden_channels", "reads_partner"]
 
-_MOST_FEATURES = 4096  # of all parents side by side: beyond, choosing channels takes minutes
+MOST_FEATURES = 4096
+"""Of all parents side by side: beyond, choosing channels takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _hidden(
             return None
         parts.append(part)
     features = sum(part.columns.numel() for part in parts)
-    if len(parts) < 2 or features > _MOST_FEATURES:
+    if len(parts) < 2 or features > MOST_FEATURES:
         return None
     return Hidden(reader, columns, place.point.members.argsort(), tuple(parts), carried)
 

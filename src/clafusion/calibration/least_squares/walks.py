@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from clafusion.calibration.least_squares.choice import (
-    Choice,
     choose_channels,
     hidden_features,
     hidden_inverse,
@@ -51,6 +50,9 @@ def _counting(values: Tensor, chosen: Tensor, kept: Tensor | None) -> Tensor:
     return rows if kept is None else rows[kept]
 
 
+_MULTIPLIED = 8192  # rows of hidden channels, in float64, at a time
+
+
 @dataclass(frozen=True)
 class Rows:
     """How many rows a regression takes: for each column, and at the least; and which.
@@ -86,14 +88,17 @@ class Candidate:
     walks
         Its runs, one for each batch.
     choices
-        The hidden channels that were chosen, by the layer that writes them.
+        The hidden channels that are kept of each parent, by the layer that writes them.
+    readouts
+        How the layers start that read them, which is needed once, by the layer that writes them.
     """
 
     state: MutableMapping[str, Tensor]
     weights: Mapping[str, Sequence[float]]
     keeps_interior: bool = False
     walks: list[Walk] = field(default_factory=list)
-    choices: dict[str, Choice] = field(default_factory=dict)
+    choices: dict[str, tuple[Kept, ...]] = field(default_factory=dict)
+    readouts: dict[str, Tensor] = field(default_factory=dict)
 
     def solves(self, place: Place) -> bool:
         """Say whether a layer of it is regressed."""
@@ -178,7 +183,7 @@ class Walks:
         if hidden is not None:
             self._choose(place, hidden, candidates)
             for one in candidates:
-                self._carry(one.state, hidden, one.choices[place.affine.name].kept)
+                self._carry(one.state, hidden, one.choices[place.affine.name])
         drawn: Positions | None = None
         starts = [self._start(place, hidden, one) for one in candidates]
         equations: list[Equations] = []
@@ -307,16 +312,18 @@ class Walks:
             kept: Tensor | None = None
             if all(size == 1 for size in kernel):  # else a row holds several positions
                 kept = self._kept(batch, first.parent, node, 1 if kernel else -1, kernel, chosen)
-            products = squares((read if kept is None else read[:, kept]).double())
-            gram = products if gram is None else gram.add_(products)
+            for some in (read if kept is None else read[:, kept]).split(_MULTIPLIED, 1):
+                products = squares(some.double())
+                gram = products if gram is None else gram.add_(products)
         assert gram is not None
         inverse = hidden_inverse(self.problem, hidden, gram)
-        name = place.affine.name
-        for one in candidates:
-            one.choices[name] = choose_channels(
+        del gram, products, read, some  # of wide layers each is larger than the layer's weights
+        name, last = place.affine.name, len(candidates) - 1
+        for i, one in enumerate(candidates):
+            one.choices[name], one.readouts[name] = choose_channels(
                 self.problem,
                 hidden,
-                inverse,
+                inverse if i == last else inverse.clone(),
                 self.states,
                 one.weights[name],
                 reader_chooses=hidden.reader.affine.name in self.hidden,
@@ -325,9 +332,9 @@ class Walks:
     def _start(self, place: Place, hidden: Hidden | None, candidate: Candidate) -> Tensor:
         """Return the weights from which a layer starts: those that choosing channels gave it."""
         name = place.affine.name
-        kept = () if hidden is None else candidate.choices[name].kept
-        if name in self.writers and self.writers[name] in candidate.choices:
-            readout = candidate.choices[self.writers[name]].readout
+        kept = () if hidden is None else candidate.choices[name]
+        readout = candidate.readouts.pop(self.writers[name], None) if name in self.writers else None
+        if readout is not None:
             if hidden is None:
                 return readout
             sizes = [len(part.channel_of) for part in hidden.parts]
@@ -426,7 +433,7 @@ class Walks:
     ) -> tuple[Tensor, Tensor | None]:
         """Return what :meth:`_goal` does, of a layer whose channels are chosen of all parents."""
         shown = [own for part in hidden.parts if (own := rows[part.parent]) is not None]
-        goal = of_kept(hidden, candidate.choices[place.affine.name].kept, shown)
+        goal = of_kept(hidden, candidate.choices[place.affine.name], shown)
         return goal, goal.relu() if place.rectified else None
 
     def _release(self, key: tuple[int, str]) -> None:
