@@ -363,6 +363,9 @@ def test_inspect_tells_how_a_result_was_made(capsys):
     assert facts["record"] == record
     assert main(["inspect", "absent.safetensors"]) == 2
     assert "'absent.safetensors' does not exist" in capsys.readouterr().err
+    assert main(["inspect", "deep.safetensors"]) == 2
+    error = capsys.readouterr().err
+    assert "no record of how 'deep.safetensors' was made. To see a model give either" in error
     assert main(["inspect", "fused.safetensors", "--plot=layers.png"]) == 2
     assert "--plot needs inputs to run the model with: give --data" in capsys.readouterr().err
     Path("fused.safetensors.json").write_text('{"architecture": {}, "taken": 3}')

@@ -93,7 +93,10 @@ def inspect_command(
     if weights is not None and not Path(weights).exists():
         raise InputError(f"{str(weights)!r} does not exist")
     if (data is None) == (input_shape is None):
-        raise InputError("give either --data FILE or --input-shape N,N,...: inputs to trace with")
+        of_model = "give either --data FILE or --input-shape N,N,...: inputs to trace with"
+        if weights is not None and not has_inputs:
+            raise InputError(f"no record of how {str(weights)!r} was made. To see a model {of_model}")
+        raise InputError(of_model)
     check_plot(plot)
     model = _model(arch, weights, checkpoint_key)
     samples: Tensor | list[dict[str, Tensor]]
