@@ -75,6 +75,12 @@ def test_what_can_be_called_with_the_arguments_is_taken():
         (lambda: clafusion.trace(A, X, seed="x"), "seed must be a whole number"),
         (lambda: clafusion.layer_costs(3, 3), "deep must be a profile"),
         (lambda: clafusion.layer_costs(3, 3, metric=[]), "metric must be one of"),
+        (lambda: clafusion.layer_costs(3, 3, names=3), "names must be two names; got int"),
+        (lambda: clafusion.verify_graph(3, ()), "traced must be a traced model"),
+        (lambda: clafusion.inserted_model(3, 3), "target must be the target's module"),
+        (lambda: clafusion.inserted_model(A, 3), "correspondence must be that of a parent"),
+        (lambda: clafusion.align_layers(np.zeros((2, 2)), mode=np.zeros(2)), "mode must be one of"),
+        (lambda: clafusion.align_layers(np.zeros((2, 2)), pin_first="x"), "pin_first must be True"),
         (lambda: clafusion.align_layers_batch(3), "costs must be a list"),
         (lambda: clafusion.align_layers_batch(np.array(3.0)), "costs must be a list"),
         (lambda: clafusion.align_layers_batch([np.zeros((2, 2))], skips=3), "skips must be a list"),
@@ -104,7 +110,7 @@ def test_arguments_of_another_kind_are_named(call, message):
 
 def test_a_layer_map_of_other_networks_is_refused():
     one, other = clafusion.trace(A, X), clafusion.trace(B, X)
-    for wrong in (3, (0,), (0, 1, 5), ("a", 1, -1)):
+    for wrong in (3, (0,), (0, 1, 5), ("a", 1, -1), (0, 1, -2)):
         with pytest.raises(InputError, match="layer_map must be 3 whole numbers"):
             clafusion.correspond(other, one, wrong)
 

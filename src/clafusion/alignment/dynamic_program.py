@@ -18,7 +18,7 @@ from clafusion.alignment.layer_alignment import (
     LayerAlignment,
     LayerAlignmentBatch,
 )
-from clafusion.errors import AlignmentError, InputError, check_listed
+from clafusion.errors import AlignmentError, InputError, check_listed, check_type
 
 __all__ = [
     "AlignmentMode",
@@ -114,8 +114,10 @@ def align_layers_batch(
     ``costs`` and ``skips`` may also be single arrays ``(count, m, n)`` and ``(count, m)``, which
     is fastest.
     """
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise InputError(f"mode must be one of {MODES}; got {mode!r}")
+    for name, pins in (("pin_first", pin_first), ("pin_last", pin_last)):
+        check_type(pins, (bool, np.bool_), name, "True or False")
     for name, given in (("costs", costs), ("skips", skips), ("skips_shallow", skips_shallow)):
         if given is not None or name == "costs":
             check_listed(given, name, "a list with an array per problem")

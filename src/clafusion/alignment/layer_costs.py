@@ -79,6 +79,9 @@ def layer_costs(
     """
     if metric not in LAYER_COSTS:
         raise InputError(f"metric must be one of {tuple(LAYER_COSTS)}; got {metric!r}")
+    check_listed(names, "names", "two names")
+    if len(names) != 2:
+        raise InputError(f"names must be two names; got {names!r}")
     for called, one in (("deep", deep), ("shallow", shallow)):
         if not hasattr(one, "grams"):
             raise InputError(

@@ -95,7 +95,9 @@ def inspect_command(
     if (data is None) == (input_shape is None):
         of_model = "give either --data FILE or --input-shape N,N,...: inputs to trace with"
         if weights is not None and not has_inputs:
-            raise InputError(f"no record of how {str(weights)!r} was made. To see a model {of_model}")
+            raise InputError(
+                f"no record of how {str(weights)!r} was made. To see a model {of_model}"
+            )
         raise InputError(of_model)
     check_plot(plot)
     model = _model(arch, weights, checkpoint_key)

@@ -139,6 +139,7 @@ def correspond(
         correspond to two of the source.
     """
     _check_arguments(target, source, layer_map)
+    check_type(products, (Mapping, type(None)), "products", "a mapping of names to tensors or None")
     origins: dict[str, Origin] = {}
     names: dict[str, str] = {}
     points: dict[str, CalibrationPoint] = {}
@@ -179,7 +180,7 @@ def _check_arguments(target: Any, source: Any, layer_map: Any) -> None:
         check_type(model, TracedModel, name, "a traced model, as clafusion.trace returns it")
     count, most = len(target.layers), len(source.layers) - 1
     is_whole = isinstance(layer_map, Sequence) and all(
-        isinstance(k, Integral) and k <= most for k in layer_map
+        isinstance(k, Integral) and -1 <= int(k) <= most for k in layer_map
     )
     if not is_whole or len(layer_map) != count:
         raise InputError(

@@ -12,7 +12,7 @@ from clafusion.correspondence.correspondence import Correspondence
 from clafusion.correspondence.duplicated_channels import copying_plans, with_copied_channels
 from clafusion.correspondence.moving import move_state
 from clafusion.correspondence.structure import structured_state
-from clafusion.errors import FusionWarning, StructureError, warn
+from clafusion.errors import FusionWarning, StructureError, check_type, warn
 from clafusion.execution.call import call_model, flatten_tensors, rounding_of
 from clafusion.execution.lazy import overlaid
 from clafusion.execution.walk import run_widened
@@ -35,10 +35,14 @@ def inserted_model(target: nn.Module, correspondence: Correspondence) -> nn.Modu
 
     Raises
     ------
+    InputError
+        An argument is of another kind.
     StructureError
         A width is fixed in the target module's code, so that what is built does not run or
         computes something else.
     """
+    check_type(target, nn.Module, "target", "the target's module")
+    check_type(correspondence, Correspondence, "correspondence", "that of a parent")
     aliases = correspondence.target.aliases
     built = with_state(target, structured_state(correspondence), aliases)
     try:

@@ -12,7 +12,7 @@ from itertools import chain, combinations
 import torch
 from torch import Tensor
 
-from clafusion.errors import GraphVerificationError
+from clafusion.errors import GraphVerificationError, check_type
 from clafusion.execution.call import State, call_model, rounding_of
 from clafusion.execution.lazy import LazyState
 from clafusion.execution.walk import WIDER, Walk, in_lockstep
@@ -79,10 +79,14 @@ def verify_graph(
 
     Raises
     ------
+    InputError
+        ``traced`` is no traced model, or ``inputs`` no tuple.
     GraphVerificationError
         The outputs differ; the message names the groups that change them on their own, and the
         first operation at which the values differ.
     """
+    check_type(traced, TracedModel, "traced", "a traced model, as clafusion.trace returns it")
+    check_type(inputs, tuple, "inputs", "a tuple of tensors")
     trial = _Trial(traced, inputs, seed, proofs)
     trial.check_fidelity()
     if trial.keeps_outputs(*_moves(trial, traced.groups, traced.heads)):
