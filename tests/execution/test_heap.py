@@ -13,25 +13,6 @@ from clafusion.execution import heap
 with_glibc = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="other allocators keep what they keep"
 )
-_FAULTS = """
-import resource
-from contextlib import nullcontext
-import torch
-from clafusion.execution.heap import freed_memory
-
-def faults(context):  # of pages that the system hands out
-    with context:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(64):
-            torch.ones(1 << 23)  # 32 MB, which glibc takes from the system each time
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-print(faults(nullcontext()))
-with freed_memory(stays=True):
-    print(faults(freed_memory(stays=True)), faults(nullcontext()))
-"""
-
-
 _HELD = """
 import torch
 from clafusion.execution.heap import freed_memory, held_now
@@ -39,7 +20,7 @@ from clafusion.execution.heap import freed_memory, held_now
 def held(stays):  # more than before, of values that are gone
     before = held_now()
     with freed_memory(stays=stays):
-        values = [torch.ones(5_000_000) for _ in range(8)]  # of 20 MB
+        values = [torch.ones(5_000_000) for _ in range(5)]  # of 20 MB
         del values
         return held_now() - before
 
@@ -62,23 +43,16 @@ def _numbers(script, **environment):
 
 
 @with_glibc
-def test_freed_memory_is_kept_until_the_outermost_context_ends():
-    before, both, outer = _numbers(_FAULTS)
-    assert max(both, outer) < before / 4
-
-
-@with_glibc
-def test_freed_memory_goes_back_where_one_context_says_so():
+def test_freed_memory_stays_or_goes_back_where_one_context_says_so():
     spared, kept, both = _numbers(_HELD)
     assert spared < 40e6
-    assert kept > 100e6
+    assert kept > 60e6
     assert both < 40e6
 
 
 @with_glibc
 def test_a_users_own_settings_of_the_allocator_stay():
-    before, both, outer = _numbers(_FAULTS, MALLOC_MMAP_THRESHOLD_="1048576")
-    assert min(both, outer) > before / 2
+    assert max(_numbers(_HELD, MALLOC_MMAP_THRESHOLD_="1048576")) < 40e6
 
 
 def test_a_context_that_fails_is_closed():

@@ -18,11 +18,10 @@ WHILE_TRACING = 1 << 29
 """The same within a trace, which comes once, and makes and frees all weights several times."""
 
 _FROM_SYSTEM, _FREE_AT_END = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-# Bytes. Of values over 64 MB, for which a freed one is not always taken again, the heap held
-# several of one size.
-_KEPT = {_FROM_SYSTEM: 1 << 26, _FREE_AT_END: (1 << 31) - 1}
+# Bytes. With more the heap held several freed values of one size: 0.3 to 0.7 GB of large networks.
+_KEPT = {_FROM_SYSTEM: 1 << 25, _FREE_AT_END: 1 << 27}
 _SPARED = {_FROM_SYSTEM: 1 << 20, _FREE_AT_END: 1 << 20}
-_AFTERWARDS = {_FROM_SYSTEM: 1 << 25, _FREE_AT_END: 1 << 28}
+_AFTERWARDS = {_FROM_SYSTEM: 1 << 25, _FREE_AT_END: 1 << 26}  # to which glibc itself comes
 _SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
 _open = {True: 0, False: 0}  # contexts that keep memory, and that spare it
 _lock = threading.Lock()
@@ -68,12 +67,12 @@ def give_back(much: int = _MUCH) -> None:
 def freed_memory(*, stays: bool) -> Iterator[None]:
     """Keep memory that is freed within the context for what is made next, or give it back at once.
 
-    Layer by layer a network makes and frees values of the same sizes. By itself glibc takes large
-    ones from the system one by one, and gives the end of its heap back as soon as 64 MB of it are
-    free. The system clears every page before it hands it out again, which takes longer than to fill
-    it: a convolution of 256 images took twice as long. So memory should stay, unless there is a
-    limit to what is held: where one context says so, all give it back. Afterwards what is free
-    between values stays for the next stage, and up to 256 MB at the heap's end, until
+    Layer by layer a network makes and frees values of the same sizes. By itself glibc takes those
+    that are larger than any freed so far from the system one by one, and gives the end of its heap
+    back as soon as twice that size is free. The system clears every page before it hands it out
+    again, which may take longer than to fill it: a convolution of 256 images took twice as long. So
+    values of up to 32 MB and up to 128 MB at the heap's end stay, unless there is a limit to what
+    is held: where one context says so, all give it back. What is free between values stays until
     :func:`give_back`. Nothing happens with other allocators, nor where the user has set glibc's by
     its environment variables (mallopt(3)).
     """
@@ -96,8 +95,7 @@ def _set_allocator(thresholds: Mapping[int, int]) -> None:
         return
     with suppress(OSError, AttributeError):  # musl has no such function
         for name, size in thresholds.items():
-            if not ctypes.CDLL(None).mallopt(name, size):  # over 32 MB only since glibc 2.35
-                ctypes.CDLL(None).mallopt(name, _AFTERWARDS[name])
+            ctypes.CDLL(None).mallopt(name, size)
 
 
 def _pages() -> tuple[int, int]:
