@@ -25,6 +25,7 @@ __all__ = [
     "check_callable",
     "check_listed",
     "check_type",
+    "is_number_in_array",
     "kind_of",
     "retold",
     "warn",
@@ -105,6 +106,11 @@ def check_callable(value: object, argument: str, given: Sequence[str]) -> None:
         raise InputError(f"{wanted}; {called} takes {signature}") from error
 
 
+def is_number_in_array(value: object) -> bool:
+    """Say whether an array or a tensor is a single number: it has a length by name only."""
+    return getattr(value, "ndim", None) == 0
+
+
 def check_listed(value: object, argument: str, wanted: str) -> None:
     """Refuse what holds no values in order; the message says which list is wanted.
 
@@ -114,8 +120,7 @@ def check_listed(value: object, argument: str, wanted: str) -> None:
         It is no list, tuple, array or tensor.
     """
     is_list = hasattr(value, "__len__") and hasattr(value, "__getitem__")
-    is_list = is_list and getattr(value, "ndim", 1) != 0  # an array that is a number
-    if not is_list or isinstance(value, (str, bytes, Mapping, type)):
+    if is_number_in_array(value) or not is_list or isinstance(value, (str, bytes, Mapping, type)):
         raise InputError(f"{argument} must be {wanted}; got {kind_of(value)}")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from clafusion.alignment.models import label
-from clafusion.calibration.least_squares.choice import choice_rows
+from clafusion.calibration.least_squares.choice import ROWS_AT_ONCE, choice_rows
 from clafusion.calibration.least_squares.hidden import MOST_FEATURES
 from clafusion.calibration.least_squares.walks import Rows
 from clafusion.config import Auto, FusionConfig, LeastSquares, Orthogonal, Sinkhorn, Unbalanced
@@ -276,7 +276,7 @@ def _choice_bytes(models: Sequence[TracedModel], count: int) -> int:
     positions = max(positions for _, _, positions in widest)
     rows = min(count * positions, choice_rows(features))
     matrices = 5 * features**2 + 5 * features * outputs + 512 * features
-    return 8 * matrices + features * (8 * rows + 8 * min(rows, 8192))
+    return 8 * matrices + features * (8 * rows + 8 * min(rows, ROWS_AT_ONCE))
 
 
 def _widest_hidden(model: TracedModel) -> tuple[int, int, int]:

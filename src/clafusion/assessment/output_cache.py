@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from clafusion.assessment.evaluation import Network
-from clafusion.execution.call import flatten_tensors
 from clafusion.execution.walk import Walk
 from clafusion.profiling.moments import side_by_side
 from clafusion.profiling.profile import Observer
@@ -52,7 +51,7 @@ class OutputCache:
 
         def run() -> Tensor:
             walk = Walk(model, inputs, model.state(), set(), fastest=True)  # as a profile does
-            return list(flatten_tensors(list(walk.finish())))[output]
+            return walk.output_tensors()[output]
 
         return self._kept(model.model, (output, _values(inputs)), run)
 

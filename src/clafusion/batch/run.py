@@ -36,7 +36,14 @@ from clafusion.batch.tasks import (
 )
 from clafusion.batch.worker import Job, Outcome, Worker
 from clafusion.config import FusionConfig, Like
-from clafusion.errors import ClafusionError, InputError, check_callable, kind_of, warn
+from clafusion.errors import (
+    ClafusionError,
+    InputError,
+    check_callable,
+    is_number_in_array,
+    kind_of,
+    warn,
+)
 from clafusion.execution.call import usable_device
 from clafusion.interop.inputs import example_of, readable
 from clafusion.profiling.batches import Data, data_digest
@@ -219,8 +226,8 @@ def _checked_pairs(pairs: Iterable[Pair] | str, models: Mapping[str, Model]) -> 
             raise InputError(f"pairs must be 'all' or a list of pairs of names; got {pairs!r}")
         names = list(models)
         return [(one, other) for i, one in enumerate(names) for other in names[i + 1 :]]
-    is_number = getattr(pairs, "ndim", 1) == 0
-    if isinstance(pairs, Mapping) or not isinstance(pairs, Iterable) or is_number:
+    is_unlisted = isinstance(pairs, Mapping) or is_number_in_array(pairs)
+    if is_unlisted or not isinstance(pairs, Iterable):
         raise InputError(f"pairs must be 'all' or a list of pairs of names; got {pairs!r}")
     wanted: list[Pair] = []
     for i, pair in enumerate(pairs):

@@ -26,6 +26,7 @@ from clafusion.errors import (
     DataError,
     InputError,
     check_callable,
+    is_number_in_array,
     warn,
 )
 from clafusion.fusion import align, fuse, fuse_aligned
@@ -330,8 +331,8 @@ def _weights(
 
 def _check_several(name: str, given: Any, what: str) -> None:
     """Refuse what is no list or another run of values, by its name."""
-    is_number = getattr(given, "ndim", 1) == 0
-    if isinstance(given, (str, bytes, Mapping)) or not hasattr(given, "__len__") or is_number:
+    is_list = hasattr(given, "__len__") and not is_number_in_array(given)
+    if isinstance(given, (str, bytes, Mapping)) or not is_list:
         raise InputError(f"{name} must be a list {what}; got {given!r}")
 
 

@@ -43,7 +43,6 @@ from clafusion.calibration.least_squares.rows import (
 )
 from clafusion.calibration.least_squares.storing import stacked, store_solution
 from clafusion.config import LeastSquares
-from clafusion.execution.call import flatten_tensors
 from clafusion.execution.walk import Walk
 from clafusion.merging.combination import are_probabilities, log_probabilities, together
 from clafusion.merging.problem import FusionProblem
@@ -129,7 +128,7 @@ def _rows(
         walk = Walk(target, batch, state, {place.incoming, place.affine.name})
         made = by_position(channels_last(walk, place.affine.name, place.point), (), count)
         x = walk.reach_for(place.incoming, place.affine.name)
-        outputs = [list(flatten_tensors(list(walk.finish())))]
+        outputs = [walk.output_tensors()]
         outputs += [one.traced.output_tensors(batch) for one in counted]
         found = [one[wanted.output].movedim(wanted.axis, -1) for one in outputs]
         are_soft = all(map(are_probabilities, found))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clafusion.calibration.epilogues import Epilogue, epilogues
 from clafusion.errors import FusionWarning, InputError, warn
-from clafusion.execution.call import State, flatten_tensors
+from clafusion.execution.call import State
 from clafusion.execution.lazy import LazyState
 from clafusion.execution.walk import Walk
 from clafusion.merging.mean import counted, weighted_mean
@@ -305,7 +305,7 @@ def _run_repaired(
         for part, walk in zip(in_parts, walks, strict=True):
             if before is not None:
                 before(walk)
-            observe(part, list(flatten_tensors(list(walk.finish()))))
+            observe(part, walk.output_tensors())
 
 
 def _measured(

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from clafusion.execution.call import State
+from clafusion.execution.call import State, flatten_tensors
 from clafusion.execution.channels_last import ChannelsLast, can_be_moved
 from clafusion.execution.layouts import laid_out
 from clafusion.execution.writes import written_inputs
@@ -262,6 +262,10 @@ class Walk:
             del self._values[node]
         return outputs
 
+    def output_tensors(self) -> list[Tensor]:
+        """Do what :meth:`finish` does; return those outputs that are tensors, in order."""
+        return list(flatten_tensors(list(self.finish())))
+
     def before(self, last: Collection[str]) -> Iterator[fx.Node]:
         """Run the nodes that have not run yet but those of some names; yield each when it has run.
 
@@ -373,10 +377,11 @@ class Walk:
         if value is None:
             formats = {} if self._order is None else self._order.formats(node)
 
-            def read(one: fx.Node) -> Any:
+            def laid_out_value(one: fx.Node) -> Any:
                 found = self._value(one)
                 return found.contiguous(memory_format=formats[one]) if one in formats else found
 
+            read = laid_out_value if formats else self._value
             arguments, keywords = fx.map_arg((node.args, node.kwargs), read)
             if self._is_thinned(node):
                 arguments = (self._pick(arguments[0]), *arguments[1:])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-from clafusion.errors import DataError, InputError
+from clafusion.errors import DataError, InputError, is_number_in_array
 from clafusion.execution.nesting import flattened, part
 from clafusion.profiling.graphs import GraphBatches, graphs_in, is_graph, taken_graphs
 from clafusion.tracing.graphs import BATCH, EDGES, graph_inputs
@@ -447,7 +447,7 @@ def _check_kind(data: Any) -> None:
             "data must be a tensor, a list of batches or a DataLoader; got "
             f"{type(data).__name__}{hint}"
         )
-    if getattr(data, "ndim", 1) == 0:  # an array or a tensor that is a number
+    if is_number_in_array(data):
         raise InputError("data is a single number: give at least one row")
     if isinstance(data, np.ndarray):
         raise InputError("data is a NumPy array: give torch.from_numpy(data)")

@@ -13,7 +13,6 @@ import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -24,7 +23,6 @@ from torch import Tensor
 
 from clafusion.config import GRAPH_ROWS
 from clafusion.errors import FusionWarning, InputError, StructureError, warn
-from clafusion.execution.call import flatten_tensors
 from clafusion.execution.channels_last import is_channels_last
 from clafusion.execution.walk import Walk
 from clafusion.profiling.batches import Data, batches, has_rows, keeps_order
@@ -394,7 +392,7 @@ class _Recorder:
         if self.observe is not None:
             of_parts = zip(chain.from_iterable(in_parts), chain.from_iterable(walks), strict=True)
             for part, walk in of_parts:
-                self.observe(self.model, part, partial(_outputs, walk))
+                self.observe(self.model, part, walk.output_tensors)
         if self.moments is not None:
             self.moments += found
 
@@ -656,10 +654,6 @@ def _take(value: Tensor, places: NDArray[np.int64], made: Tensor) -> None:
     else:
         axes = np.unravel_index(places, value.shape[:-1])
         made.copy_(value[tuple(torch.from_numpy(axis) for axis in axes)])
-
-
-def _outputs(walk: Walk) -> list[Tensor]:
-    return list(flatten_tensors(list(walk.finish())))
 
 
 def _preactivation(layer: Layer) -> str:

@@ -25,6 +25,7 @@ from clafusion.merging.problem import FusionProblem
 from clafusion.threads import one_thread
 
 __all__ = [
+    "ROWS_AT_ONCE",
     "choice_rows",
     "choose_channels",
     "hidden_features",
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 _ROWS, _LEAST_ROWS = 8, 4096  # of a choice: for each column, and in all
+ROWS_AT_ONCE = 8192
+"""Of hidden channels so many rows are multiplied in float64 at a time."""
 
 
 def hidden_positions(

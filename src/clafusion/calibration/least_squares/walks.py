@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from clafusion.calibration.least_squares.choice import (
+    ROWS_AT_ONCE,
     choose_channels,
     hidden_features,
     hidden_inverse,
@@ -48,9 +49,6 @@ def _counting(values: Tensor, chosen: Tensor, kept: Tensor | None) -> Tensor:
     """Return the chosen rows of values, without those at padding."""
     rows = chosen_rows(values, chosen)
     return rows if kept is None else rows[kept]
-
-
-_MULTIPLIED = 8192  # rows of hidden channels, in float64, at a time
 
 
 @dataclass(frozen=True)
@@ -312,7 +310,7 @@ class Walks:
             kept: Tensor | None = None
             if all(size == 1 for size in kernel):  # else a row holds several positions
                 kept = self._kept(batch, first.parent, node, 1 if kernel else -1, kernel, chosen)
-            for some in (read if kept is None else read[:, kept]).split(_MULTIPLIED, 1):
+            for some in (read if kept is None else read[:, kept]).split(ROWS_AT_ONCE, 1):
                 products = squares(some.double())
                 gram = products if gram is None else gram.add_(products)
         assert gram is not None

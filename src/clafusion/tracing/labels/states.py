@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from clafusion.execution.call import flatten_tensors
 from clafusion.execution.walk import WIDER, PickedPositions, Walk, in_lockstep
 from clafusion.tracing.labels.drafts import DraftUse
 from clafusion.tracing.labels.ids import collapse
@@ -171,9 +170,7 @@ def _crossed_in(
         is_float = isinstance(value, Tensor) and value.is_floating_point() and value.numel()
         if is_float and not _is_same(value, plain):
             crossed.add(node)
-    wanted, outputs, of_part = (
-        list(flatten_tensors(list(one.finish()))) for one in (*walks, walk(partly))
-    )
+    wanted, outputs, of_part = (one.output_tensors() for one in (*walks, walk(partly)))
     return crossed if _gap(outputs, wanted) <= _SAME * _gap(of_part, wanted) else None
 
 
